@@ -1,0 +1,34 @@
+"""lookalike: from raw images with messy text to a served, adaptive visual search.
+
+The import package is laid over the repository's folders (see README, "The house"): ``platform/lookalike`` is the
+ground floor, ``data/``, ``train/`` and ``serve/`` stand on it and never import each other.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+# A source tree (a checkout, or one uploaded as a Ray working_dir) holds data/, train/ and serve/ two folders up, where
+# the wheel has them beside this file. Extending __path__ lets the same imports work there without an installation.
+_SOURCE_ROOT = Path(__file__).resolve().parents[2]
+if (_SOURCE_ROOT / "pyproject.toml").is_file() and (_SOURCE_ROOT / "train").is_dir():
+    __path__.append(str(_SOURCE_ROOT))
+
+_LAZY = {
+    "Artifact": "lookalike.artifacts",
+    "Client": "lookalike.serve.client",
+    "Config": "lookalike.config",
+    "Encoder": "lookalike.vision.encoder",
+    "Recipe": "lookalike.recipe",
+    "Searcher": "lookalike.retrieval.searcher",
+}
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562), so that ``import lookalike`` stays free of torch and Ray."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lookalike' has no attribute {name!r}; it exports {sorted(__all__)}")
+    return getattr(import_module(_LAZY[name]), name)

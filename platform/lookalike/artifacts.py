@@ -1,0 +1,255 @@
+"""Artifacts: the only thing that crosses from one stage to the next.
+
+``<root>/<kind>/<name>/<fingerprint>/`` holds data files and ``manifest.json``. The manifest is written last and is the
+commit mark: a folder without it is a draft that no reader accepts, whatever a crash left in it. The fingerprint hashes
+the configuration and the parents' digests, so the same inputs lead to the same folder and the stage is skipped.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+import lookalike
+from lookalike import storage
+from lookalike.config import Config
+from lookalike.errors import ArtifactError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WORK = "_work"  # a draft's private folder: resumption state, never published
+FULL_CHECK_BYTES = 2 << 30  # artifacts up to this size are checked by content, larger ones by file size
+
+
+class FileEntry(Config):
+    """One data file of an artifact."""
+
+    path: str
+    """Relative to the artifact's folder."""
+    size_bytes: int
+    rows: int | None = None
+    """Rows of a parquet file; None for other formats."""
+    sha256: str
+
+
+class Parent(Config):
+    """An artifact this one was made from."""
+
+    uri: str
+    """Relative to the root when both lie under the same one, so that a root can be moved as a whole."""
+    kind: str
+    digest: str
+
+
+class Manifest(Config):
+    """What an artifact is, what it was made from and what it holds."""
+
+    format_version: int = FORMAT_VERSION
+    kind: str
+    name: str
+    fingerprint: str
+    code_version: str
+    stage_version: int
+    config: dict[str, Any]
+    parents: dict[str, list[Parent]]
+    files: list[FileEntry]
+    stats: dict[str, Any]
+    created: str
+    """UTC time of publishing, ISO 8601."""
+    duration_s: float
+    """Seconds the stage took, all its attempts together where it could resume."""
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 over fingerprint and file contents: what children refer to."""
+        return hash_json([self.kind, self.fingerprint, [[f.path, f.sha256] for f in self.files]])
+
+
+def hash_json(value: Any) -> str:
+    """Hex SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Artifact:
+    """A published artifact, opened: its manifest was found, understood and matches the files present."""
+
+    def __init__(self, uri: str, manifest: Manifest) -> None:
+        self.uri = uri.rstrip("/")
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, uri: str, kind: str | None = None, *, check: bool = True) -> "Artifact":
+        """Open the artifact at ``uri``.
+
+        ``kind`` demands a kind. ``check`` compares every file with the manifest: by SHA-256 up to
+        ``FULL_CHECK_BYTES`` in all, by size above. Raises ``ArtifactError`` with what was found and what to do.
+        """
+        artifact = cls(uri, _read_manifest(uri.rstrip("/")))
+        if kind is not None and artifact.manifest.kind != kind:
+            raise ArtifactError(f"{uri} is a {artifact.manifest.kind!r} artifact where a {kind!r} is needed")
+        if check:
+            artifact.verify(content=sum(f.size_bytes for f in artifact.manifest.files) <= FULL_CHECK_BYTES)
+        return artifact
+
+    @property
+    def root(self) -> str:
+        """The root that this artifact's ``<kind>/<name>/<fingerprint>`` hangs under."""
+        return self.uri.rsplit("/", 3)[0]
+
+    @property
+    def digest(self) -> str:
+        """See ``Manifest.digest``."""
+        return self.manifest.digest
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The statistics its stage recorded."""
+        return self.manifest.stats
+
+    def path(self, *parts: str) -> str:
+        """URI of a file inside the artifact."""
+        return storage.join(self.uri, *parts)
+
+    def files(self, prefix: str = "", suffix: str = "") -> list[str]:
+        """URIs of its files whose relative path starts and ends so, sorted."""
+        return [self.path(f.path) for f in self.manifest.files if f.path.startswith(prefix) and f.path.endswith(suffix)]
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file inside the artifact."""
+        return json.loads(storage.read_bytes(self.path(name)))
+
+    def parents(self) -> Iterator[tuple[str, Parent, str]]:
+        """(input name, parent entry, absolute URI) of each parent."""
+        for input_name, entries in self.manifest.parents.items():
+            for entry in entries:
+                absolute = entry.uri if "://" in entry.uri or entry.uri.startswith("/") else f"{self.root}/{entry.uri}"
+                yield input_name, entry, absolute
+
+    def verify(self, *, content: bool) -> None:
+        """Raise ``ArtifactError`` unless every file is present with the size (and SHA-256) of the manifest."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            problems = [p for p in pool.map(lambda entry: self._problem(entry, content), self.manifest.files) if p]
+        if problems:
+            raise ArtifactError(
+                f"{self.uri} is damaged: {'; '.join(problems[:3])}; remove the folder and run its stage again, "
+                "or restore it from a copy"
+            )
+
+    def _problem(self, entry: FileEntry, content: bool) -> str | None:
+        uri = self.path(entry.path)
+        try:
+            size = storage.size_bytes(uri)
+        except FileNotFoundError:
+            return f"{entry.path} is missing"
+        if size != entry.size_bytes:
+            return f"{entry.path} has {size} bytes, expected {entry.size_bytes}"
+        if content and storage.sha256(uri) != entry.sha256:
+            return f"{entry.path} does not match its SHA-256"
+        return None
+
+
+def _read_manifest(uri: str) -> Manifest:
+    try:
+        raw = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+    except FileNotFoundError:
+        state = "an unfinished draft (no manifest.json)" if storage.exists(uri) else "not there"
+        raise ArtifactError(f"no artifact at {uri}: it is {state}; run the stage that makes it") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{uri}/{MANIFEST} is not readable JSON ({error}); the artifact is damaged") from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{uri} has manifest format {version!r}, this lookalike {lookalike.__version__} reads up to "
+            f"{FORMAT_VERSION}; upgrade lookalike"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+
+
+class Draft:
+    """An artifact in the making: a stage writes files under it and fills ``stats``; :meth:`publish` commits."""
+
+    def __init__(self, root: str, kind: str, name: str, fingerprint: str) -> None:
+        self.root, self.kind, self.name, self.fingerprint = root.rstrip("/"), kind, name, fingerprint
+        self.uri = storage.join(self.root, kind, name, fingerprint)
+        self.stats: dict[str, Any] = {}
+
+    def path(self, *parts: str) -> str:
+        """URI for a file of the artifact."""
+        return storage.join(self.uri, *parts)
+
+    def work(self, *parts: str) -> str:
+        """URI for private state (checkpoints of a run); removed when the artifact is published."""
+        return storage.join(self.uri, WORK, *parts)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file into the artifact."""
+        storage.write_atomic(self.path(name), (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def clear(self) -> None:
+        """Drop whatever an earlier attempt left."""
+        storage.remove_tree(self.uri)
+
+    def publish(
+        self,
+        *,
+        config: Mapping[str, Any],
+        parents: Mapping[str, list[Artifact]],
+        stage_version: int,
+        duration_s: float,
+    ) -> Artifact:
+        """Write the manifest over all files present and return the artifact."""
+        storage.remove_tree(self.work())
+        names = [n for n in storage.list_files(self.uri) if n != MANIFEST and not n.endswith(".tmp")]
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            entries = list(pool.map(self._entry, names))
+        manifest = Manifest(
+            kind=self.kind, name=self.name, fingerprint=self.fingerprint, code_version=lookalike.__version__,
+            stage_version=stage_version, config=dict(config), files=entries, stats=self.stats,
+            parents={key: [self._parent(a) for a in artifacts] for key, artifacts in parents.items()},
+            created=datetime.now(UTC).isoformat(timespec="seconds"), duration_s=round(duration_s, 3),
+        )  # fmt: skip
+        storage.write_atomic(self.path(MANIFEST), (manifest.model_dump_json(indent=1) + "\n").encode())
+        return Artifact(self.uri, manifest)
+
+    def _entry(self, name: str) -> FileEntry:
+        uri = self.path(name)
+        rows = None
+        if name.endswith(".parquet"):
+            filesystem, path = storage.arrow_filesystem(uri)
+            rows = pq.read_metadata(path, filesystem=filesystem).num_rows
+        return FileEntry(path=name, size_bytes=storage.size_bytes(uri), rows=rows, sha256=storage.sha256(uri))
+
+    def _parent(self, artifact: Artifact) -> Parent:
+        inside = artifact.uri.startswith(self.root + "/")
+        uri = artifact.uri[len(self.root) + 1 :] if inside else artifact.uri
+        return Parent(uri=uri, kind=artifact.manifest.kind, digest=artifact.digest)
+
+
+def find(root: str, kind: str, name: str, fingerprint: str) -> Artifact | None:
+    """The published artifact of that fingerprint, or None when there is none (a draft counts as none)."""
+    uri = storage.join(root, kind, name, fingerprint)
+    if not storage.exists(storage.join(uri, MANIFEST)):
+        return None
+    return Artifact.open(uri, kind)
+
+
+def lineage(artifact: Artifact, depth: int = 0) -> Iterator[tuple[int, str, Artifact | ArtifactError]]:
+    """(depth, input name, ancestor) depth first; an ancestor that is gone or changed comes as the error."""
+    for input_name, entry, uri in artifact.parents():
+        try:
+            parent = Artifact.open(uri, entry.kind, check=False)
+            if parent.digest != entry.digest:
+                raise ArtifactError(f"{uri} has changed since: digest {parent.digest[:12]}, was {entry.digest[:12]}")
+        except ArtifactError as error:
+            yield depth + 1, input_name, error
+            continue
+        yield depth + 1, input_name, parent
+        yield from lineage(parent, depth + 1)

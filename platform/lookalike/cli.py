@@ -1,0 +1,137 @@
+"""``lookalike``: one verb per stage, and a few that read what stages published.
+
+This module knows stages and commands by dotted name only and imports one when its verb is called, so ``--help`` answers
+at once. Exit codes: 0 done, 1 failed, 2 the input is wrong, 3 an artifact is missing or damaged, 130 interrupted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+import lookalike
+from lookalike.errors import LookalikeError
+
+STAGE_HELP = {
+    "corpus": "read raw records, check every image, quarantine the bad ones",
+    "encoder": "publish a backbone (packaged, from a file, or random) as an encoder, without training",
+    "labels": "run the weak-label pipeline: annotations, visual dictionary, clusters, interests, near-duplicates",
+    "shards": "write resampled, shuffled training shards",
+    "pretrain": "train a backbone on weak labels (multi-label softmax, Ray Train DDP)",
+    "finetune": "train the multi-task Matryoshka embedding",
+    "embed": "embed a corpus with an encoder",
+    "evaluate": "measure retrieval per dimension against baselines",
+    "index": "build the sharded prefix index",
+    "plan": "measure shortlist and re-rank plans and choose one",
+}
+COMMANDS = {
+    "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
+    "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
+    "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
+    "quickstart": ("run a whole recipe, serve it, query it and write a report", "lookalike.serve.quickstart:quickstart"),
+}
+DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    args = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _dispatch(args)
+    except LookalikeError as error:
+        print(f"lookalike: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lookalike: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+
+
+def _dispatch(args: list[str]) -> int:
+    verb = args[0] if args else ""
+    plugins = {point.name: point for point in entry_points(group="lookalike.command")}
+    if verb in STAGE_HELP:
+        return _run_stage(verb, args[1:])
+    if verb in COMMANDS or verb in plugins:
+        from lookalike.stages import load_object
+        from lookalike.telemetry import setup_logging
+
+        setup_logging()
+        command = load_object(COMMANDS[verb][1]) if verb in COMMANDS else plugins[verb].load()
+        return int(command(args[1:]))
+    return _top_level(args, plugins)
+
+
+def _top_level(args: list[str], plugins: dict[str, Any]) -> int:
+    parser = argparse.ArgumentParser(prog="lookalike", description=lookalike.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="`lookalike VERB --help` explains a verb. Stages take a recipe and skip "
+                                            "what is published already.")  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"lookalike {lookalike.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, text in [*STAGE_HELP.items(), *((name, text) for name, (text, _) in COMMANDS.items())]:
+        verbs.add_parser(name, help=text, add_help=False)
+    for name in plugins:
+        verbs.add_parser(name, help="(plug-in)", add_help=False)
+    parser.parse_args(args)  # only --help, --version and unknown verbs come here; each of them exits
+    return 2
+
+
+def _run_stage(verb: str, args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"lookalike {verb}", description=STAGE_HELP[verb][0].upper()
+                                     + STAGE_HELP[verb][1:] + ".")  # fmt: skip
+    parser.add_argument("recipe", help=f"recipe YAML, for example {DEFAULT_RECIPE}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting")
+    parser.add_argument("--step", action="append", help=f"run only this step (default: every {verb!r} step)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print what would run; run nothing")
+    parser.add_argument("--describe", action="store_true", help="print the JSON schema of the stage's settings and exit")
+    if "--describe" in args:
+        from lookalike.stages import get_stage
+
+        print(json.dumps(get_stage(verb).config.model_json_schema(), indent=1))
+        return 0
+    options = parser.parse_args(args)
+    return _stage_steps(verb, options)
+
+
+def _stage_steps(verb: str, options: argparse.Namespace) -> int:
+    from lookalike.errors import UsageError
+    from lookalike.recipe import Recipe
+    from lookalike.telemetry import setup_logging
+
+    setup_logging()
+    recipe = Recipe.load(options.recipe, options.overrides)
+    names = options.step or recipe.steps_of(verb)
+    for name in names:
+        if recipe.stage(name).name != verb:
+            raise UsageError(f"step {name!r} is a {recipe.stage(name).name!r} step; run `lookalike {recipe.stage(name).name}`")
+    if options.dry_run:
+        print(json.dumps([describe_step(recipe, name) for name in names], indent=1))
+        return 0
+    from lookalike.cluster import ensure_ray
+
+    ensure_ray(recipe.cluster)
+    for name in names:
+        print(recipe.run_step(name).uri)
+    return 0
+
+
+def describe_step(recipe: Any, name: str) -> dict[str, Any]:
+    """What a dry run says of a step: its resolved settings and what would happen."""
+    from lookalike.errors import ArtifactError
+
+    try:
+        artifact = recipe.published(name)
+        state = "would run" if artifact is None else "published already"
+        uri = None if artifact is None else artifact.uri
+    except ArtifactError as error:
+        state, uri = f"waits: {error}", None
+    step = recipe.steps[name]
+    return {"step": name, "stage": step.stage, "inputs": step.inputs, "state": state, "uri": uri,
+            "settings": recipe.config(name).model_dump(mode="json")}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

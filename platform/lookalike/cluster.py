@@ -1,0 +1,54 @@
+"""The one place that starts or joins Ray."""
+
+import logging
+import os
+
+
+from lookalike.config import Config, runtime
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+
+
+class ClusterConfig(Config):
+    """A local Ray for a laptop; on a cluster (``RAY_ADDRESS`` is set, as in a submitted job) it is joined instead."""
+
+    num_cpus: int = runtime(2, ge=1)
+    """CPUs the local Ray offers to tasks."""
+    object_store_mb: int = runtime(512, ge=80)
+    """Size of the local object store in MiB."""
+    progress_bars: bool = runtime(True)
+    """Ray Data's own progress bars."""
+
+
+def ensure_ray(config: ClusterConfig | None = None) -> None:
+    """Join the cluster of ``RAY_ADDRESS``, keep a running session, or start a local one (two minutes at the most)."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    config = config or ClusterConfig()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        ray.init(address="local", num_cpus=config.num_cpus, object_store_memory=config.object_store_mb << 20,
+                 include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)  # fmt: skip
+    configure_data(config)
+    resources = ray.cluster_resources()
+    log.info("ray %s", fields(cpus=resources.get("CPU", 0.0), nodes=len(ray.nodes())))
+
+
+def configure_data(config: ClusterConfig) -> None:
+    """Ray Data defaults for this session: block order kept, quiet unless bars are wanted."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = config.progress_bars
+    context.execution_options.preserve_order = True
+    context.default_hash_shuffle_parallelism = max(2, config.num_cpus)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+

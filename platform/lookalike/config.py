@@ -1,0 +1,115 @@
+"""The one base of all configuration: strict, frozen, and able to say which of its fields shape the result.
+
+A field made by :func:`runtime` says how a stage runs (workers, batch of rows in flight), not what it computes: it
+stays out of the fingerprint, so that changing it never redoes finished work.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lookalike.errors import UsageError
+from lookalike.registry import nearest
+
+C = TypeVar("C", bound="Config")
+
+
+def runtime(default: Any, **kwargs: Any) -> Any:
+    """A pydantic field that does not enter the fingerprint."""
+    return Field(default, json_schema_extra={"runtime": True}, **kwargs)
+
+
+class Config(BaseModel):
+    """Strict configuration: unknown keys are refused, instances cannot change, docstrings describe fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def identity(self) -> dict[str, Any]:
+        """The JSON form of every field that shapes the result: what a fingerprint hashes."""
+        return _identity(self)
+
+
+def _identity(config: BaseModel) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    plain = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("runtime"):
+            continue
+        result[name] = _identity_value(getattr(config, name), plain[name])
+    return result
+
+
+def _identity_value(value: Any, plain: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _identity(value)
+    if isinstance(value, Mapping):
+        return {str(key): _identity_value(item, plain[str(key)]) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_identity_value(item, plain_item) for item, plain_item in zip(value, plain, strict=True)]
+    return plain
+
+
+def parse_config(config_class: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Build ``config_class`` from plain values; problems raise ``UsageError`` naming ``where``, field and remedy."""
+    try:
+        return config_class.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(config_class, problem) for problem in error.errors()]
+        raise UsageError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _explain(config_class: type[BaseModel], problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        valid = _fields_at(config_class, problem["loc"][:-1])
+        return f"unknown key {place!r}{nearest(str(problem['loc'][-1]), valid)}; valid keys: {', '.join(valid)}"
+    if problem["type"] == "missing":
+        return f"{place!r} is required; add it"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error" and not place:
+        return message
+    return f"{place!r} is {problem['input']!r}: {message}"
+
+
+def _fields_at(config_class: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    current: Any = config_class
+    for part in loc:
+        field = getattr(current, "model_fields", {}).get(part)
+        annotation = getattr(field, "annotation", None)
+        models = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
+        if not models:
+            return []
+        current = models[0]
+    return sorted(current.model_fields)
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of ``values`` with dotted ``key.sub=value`` assignments applied; values are read as YAML."""
+    result = _deep_copy(values)
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path:
+            raise UsageError(f"override {override!r} is not of the form key.sub=value")
+        *parents, last = path.split(".")
+        target = result
+        for part in parents:
+            child = target.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise UsageError(f"override {override!r}: {part!r} is {child!r}, which has no keys of its own")
+            target = child
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"override {override!r}: the value is no YAML: {error}") from None
+    return result
+
+
+def _deep_copy(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _deep_copy(item) for key, item in values.items()}
+    if isinstance(values, list):
+        return [_deep_copy(item) for item in values]
+    return values

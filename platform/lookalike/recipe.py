@@ -1,0 +1,134 @@
+"""A recipe: one YAML that names the steps of a run, what each one reads, and its settings.
+
+A step is a stage with a name; its inputs are other steps' names, or URIs of artifacts published elsewhere. The same
+file drives a laptop and a cluster; ``key.sub=value`` overrides on the command line change single settings.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import Field, PrivateAttr
+
+from lookalike import storage
+from lookalike.artifacts import Artifact, find
+from lookalike.cluster import ClusterConfig
+from lookalike.config import Config, apply_overrides, parse_config
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.registry import nearest
+from lookalike.stages import Stage, StageConfig, check_inputs, execute, fingerprint, get_stage
+
+
+class Step(Config):
+    """One use of a stage."""
+
+    stage: str
+    """The stage's name: the verb on the command line."""
+    inputs: dict[str, str | list[str]] = {}
+    """Input name -> a step of this recipe or the URI of an artifact (a list where the stage takes many)."""
+    settings: dict[str, Any] = {}
+    """The stage's own configuration; unknown keys are refused."""
+
+
+class Recipe(Config):
+    """Steps in an order in which each one's inputs come before it."""
+
+    name: str
+    root: str
+    """fsspec URI under which all artifacts of the run are published."""
+    seed: int = Field(17, ge=0)
+    """Seed of every step that does not set its own."""
+    cluster: ClusterConfig = ClusterConfig()
+    steps: dict[str, Step]
+    serve: dict[str, Any] = {}
+    """Settings of the retrieval service (``lookalike serve``)."""
+    demo: dict[str, Any] = {}
+    """Settings of the tour that ``lookalike quickstart`` ends with."""
+    _found: dict[str, Artifact] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str, overrides: list[str] | None = None) -> "Recipe":
+        """Read ``path``, apply dotted overrides (``seed=3``, ``steps.pretrain.settings.epochs=2`` or, shorter,
+        ``pretrain.epochs=2``) and check every step against its stage."""
+        try:
+            values = yaml.safe_load(storage.read_bytes(path))
+        except FileNotFoundError:
+            raise UsageError(f"no recipe at {path}; deploy/recipes/ has some to start from") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is no YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"{path} must hold a mapping with name, root and steps; it holds {type(values).__name__}")
+        full = [_expand(override, values.get("steps") or {}) for override in overrides or []]
+        recipe = parse_config(cls, apply_overrides(values, full), path)
+        recipe._check()
+        return recipe
+
+    def _check(self) -> None:
+        seen: set[str] = set()
+        for name, step in self.steps.items():
+            self.stage(name), self.config(name)
+            for source in _flat(step.inputs):
+                if "/" not in source and source not in seen:
+                    where = "comes later; move it up" if source in self.steps else "is not in this recipe"
+                    raise UsageError(f"step {name!r} reads {source!r}, which {where}{nearest(source, sorted(seen))}")
+            seen.add(name)
+
+    def stage(self, name: str) -> Stage[Any]:
+        """The stage of a step."""
+        if name not in self.steps:
+            raise UsageError(f"no step {name!r}{nearest(name, list(self.steps))}; steps: {', '.join(self.steps)}")
+        return get_stage(self.steps[name].stage)
+
+    def config(self, name: str) -> StageConfig:
+        """The parsed configuration of a step."""
+        settings = {"seed": self.seed, **self.steps[name].settings}
+        return parse_config(self.stage(name).config, settings, f"step {name!r}")
+
+    def steps_of(self, stage: str) -> list[str]:
+        """Names of the steps that use ``stage``."""
+        names = [name for name, step in self.steps.items() if step.stage == stage]
+        if not names:
+            raise UsageError(f"recipe {self.name!r} has no step of stage {stage!r}; it has {', '.join(self.steps)}")
+        return names
+
+    def inputs(self, name: str) -> dict[str, list[Artifact]]:
+        """The opened inputs of a step; one that is not published yet raises ``ArtifactError``."""
+        return {key: [self._open(source) for source in _as_list(sources)]
+                for key, sources in self.steps[name].inputs.items()}  # fmt: skip
+
+    def _open(self, source: str) -> Artifact:
+        if source not in self.steps:
+            return Artifact.open(source)
+        artifact = self.published(source)
+        if artifact is None:
+            stage = self.steps[source].stage
+            raise ArtifactError(f"step {source!r} is not published under {self.root} with these settings; run "
+                                f"`lookalike {stage} RECIPE --step {source}` first")  # fmt: skip
+        return artifact
+
+    def published(self, name: str) -> Artifact | None:
+        """The artifact of a step, or None when it has not run with these settings."""
+        if name in self._found:  # checked once a run: a content check reads every file
+            return self._found[name]
+        stage, config, inputs = self.stage(name), self.config(name), self.inputs(name)
+        check_inputs(stage, inputs)
+        artifact = find(self.root, stage.kind, name, fingerprint(stage, config, inputs))
+        return artifact if artifact is None else self._found.setdefault(name, artifact)
+
+    def run_step(self, name: str) -> Artifact:
+        """Run one step whose inputs are published, or return what it published before."""
+        self._found[name] = execute(self.stage(name), self.config(name), self.inputs(name), self.root, name)
+        return self._found[name]
+
+
+def _flat(inputs: Mapping[str, str | list[str]]) -> list[str]:
+    return [source for sources in inputs.values() for source in _as_list(sources)]
+
+
+def _as_list(sources: str | list[str]) -> list[str]:
+    return [sources] if isinstance(sources, str) else sources
+
+
+def _expand(override: str, steps: Mapping[str, Any]) -> str:
+    head, dot, rest = override.partition(".")
+    return f"steps.{head}.settings.{rest}" if dot and head in steps else override

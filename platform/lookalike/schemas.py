@@ -1,0 +1,62 @@
+"""Arrow schemas of the tables that stages hand to each other. A stage may add columns; it may not drop these."""
+
+import pyarrow as pa
+
+from lookalike.errors import ArtifactError
+
+CORPUS = pa.schema([
+    pa.field("image_id", pa.string(), nullable=False),  # unique within the corpus
+    pa.field("image", pa.binary()),                     # encoded bytes (JPEG, PNG, WebP ...)
+    pa.field("title", pa.string()),
+    pa.field("description", pa.string()),
+    pa.field("keywords", pa.list_(pa.string())),
+    pa.field("category", pa.string()),                  # a path, parts separated by "/"
+    pa.field("locale", pa.string()),                    # language hint, for example "en"
+    pa.field("group", pa.string()),                     # product or instance; null when unknown
+    pa.field("view", pa.string()),                      # for example "icon" or "front"
+    pa.field("split", pa.string()),                     # "train" or "test"; test groups are held out from all training
+    pa.field("dataset", pa.string()),                   # which source the row came from
+    pa.field("creator", pa.string()),
+    pa.field("licence", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+])  # fmt: skip
+"""One row an accepted image. ``corpus/part-*.parquet``."""
+
+QUARANTINE = pa.schema([
+    pa.field("image_id", pa.string()),
+    pa.field("source", pa.string()),  # file the record came from
+    pa.field("row", pa.int64()),      # its row there
+    pa.field("field", pa.string()),   # which field is bad
+    pa.field("reason", pa.string()),
+])  # fmt: skip
+"""One row a refused record, or a field that was repaired. ``quarantine.parquet``."""
+
+SHARD = pa.schema([
+    pa.field("image_id", pa.string(), nullable=False),
+    pa.field("image", pa.binary(), nullable=False),
+    pa.field("dataset", pa.string()),
+    pa.field("labels", pa.list_(pa.int32())),  # weak labels: columns of the classifier; empty when none
+    pa.field("category", pa.int32()),          # class of the category task; -1 when unknown
+    pa.field("group", pa.int32()),             # class of the identity task; -1 when unknown
+    pa.field("repeat", pa.float32()),          # r(I) >= 1: expected copies an epoch
+])  # fmt: skip
+"""One row a training image. ``<dataset>/part-*.parquet``; ``classes.json`` names the classes."""
+
+
+def embeddings(dim: int, float16: bool = False) -> pa.Schema:
+    """Schema of an embeddings artifact: ids, vectors and the columns carried along from the corpus."""
+    value = pa.float16() if float16 else pa.float32()
+    return pa.schema([
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("vector", pa.list_(value, dim), nullable=False),
+        pa.field("group", pa.string()), pa.field("view", pa.string()), pa.field("split", pa.string()),
+        pa.field("dataset", pa.string()), pa.field("category", pa.string()), pa.field("title", pa.string()),
+    ])  # fmt: skip
+
+
+def require_columns(table: pa.Table, schema: pa.Schema, where: str) -> None:
+    """Raise ``ArtifactError`` unless ``table`` has every column of ``schema``."""
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise ArtifactError(f"{where} lacks columns {missing}; it has {table.column_names}")

@@ -1,0 +1,58 @@
+"""``lookalike show``: one artifact, with its lineage back to the raw corpus."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from lookalike.artifacts import Artifact, lineage
+from lookalike.errors import ArtifactError
+
+
+def show(args: Sequence[str]) -> int:
+    """Print manifest, statistics and lineage of an artifact; exit 3 when it or an ancestor is gone or damaged."""
+    parser = argparse.ArgumentParser(prog="lookalike show", description="Print an artifact with its lineage.")
+    parser.add_argument("uri", help="folder of an artifact, for example runs/quickstart/index/index/<fingerprint>")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
+    parser.add_argument("--verify", action="store_true", help="compare every file, also of large artifacts, by SHA-256")
+    options = parser.parse_args(args)
+    artifact = Artifact.open(options.uri)
+    if options.verify:
+        artifact.verify(content=True)
+    if options.json:
+        print(artifact.manifest.model_dump_json(indent=1))
+        return 0
+    broken = 0
+    print(render(artifact))
+    print("lineage")
+    print(_line(0, "this", artifact))
+    for depth, input_name, ancestor in lineage(artifact):
+        broken += isinstance(ancestor, ArtifactError)
+        print(_line(depth, input_name, ancestor))
+    return ArtifactError.exit_code if broken else 0
+
+
+def render(artifact: Artifact) -> str:
+    """The facts of one artifact as lines of text."""
+    manifest = artifact.manifest
+    size = sum(f.size_bytes for f in manifest.files)
+    lines = [
+        f"{manifest.kind} {manifest.name!r}  {artifact.uri}",
+        f"  created {manifest.created}  took {manifest.duration_s:.1f} s  lookalike {manifest.code_version}",
+        f"  fingerprint {manifest.fingerprint}  digest {artifact.digest[:16]}",
+        f"  {len(manifest.files)} files, {size / 1e6:.2f} MB",
+        *(f"    {f.path}  {f.size_bytes} bytes" + (f"  {f.rows} rows" if f.rows is not None else "")
+          for f in manifest.files),
+        "stats",
+        *(f"  {key}: {json.dumps(value)[:200]}" for key, value in manifest.stats.items()),
+        "settings",
+        *(f"  {key}: {json.dumps(value)[:200]}" for key, value in manifest.config.items()),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _line(depth: int, input_name: str, ancestor: Artifact | ArtifactError) -> str:
+    indent = "  " * (depth + 1)
+    if isinstance(ancestor, ArtifactError):
+        return f"{indent}{input_name}: BROKEN: {ancestor}"
+    manifest = ancestor.manifest
+    return f"{indent}{input_name}: {manifest.kind} {manifest.name!r} {manifest.fingerprint}  {manifest.created}"

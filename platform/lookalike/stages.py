@@ -1,0 +1,166 @@
+"""A stage: a typed function from artifacts to one artifact, and the runner that skips, resumes and publishes.
+
+Stages live in ``data/``, ``train/`` and ``serve/``; this module knows them only by dotted name, so that no import runs
+upward. Third parties add one through an entry point of group ``lookalike.stage`` that names a ``Stage`` object.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from lookalike import storage
+from lookalike.artifacts import Artifact, Draft, find, hash_json
+from lookalike.config import Config
+from lookalike.errors import UsageError
+from lookalike.registry import Registry
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+C = TypeVar("C", bound="StageConfig")
+
+
+class StageConfig(Config):
+    """What every stage's configuration has."""
+
+    seed: int = 17
+    """Root of every random choice of the stage; a recipe's seed unless the step sets its own."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An artifact that a stage takes."""
+
+    kind: str
+    optional: bool = False
+    many: bool = False
+    """Takes a list of artifacts; they keep the recipe's order and are told apart by their name."""
+
+
+@dataclass
+class StageRun(Generic[C]):
+    """What a stage's function gets: its configuration, its opened inputs and the draft to fill."""
+
+    config: C
+    inputs: Mapping[str, list[Artifact]]
+    out: Draft
+
+    def one(self, name: str) -> Artifact:
+        """The only artifact of a required input."""
+        return self.inputs[name][0]
+
+    def maybe(self, name: str) -> Artifact | None:
+        """The artifact of an optional input, or None."""
+        return next(iter(self.inputs.get(name, [])), None)
+
+    def many(self, name: str) -> list[Artifact]:
+        """All artifacts of an input that takes many."""
+        return self.inputs.get(name, [])
+
+
+@dataclass(frozen=True)
+class Stage(Generic[C]):
+    """One verb of the command line that publishes an artifact."""
+
+    name: str
+    kind: str
+    config: type[C]
+    run: Callable[[StageRun[C]], None]
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    sources: Callable[[C], list[str]] | None = None
+    """URIs of raw data outside any artifact; their content enters the fingerprint."""
+    resumable: bool = False
+    """The stage continues from what an earlier attempt left in the draft; others start from an empty one."""
+    version: int = 1
+    """Raised when the stage computes something else from the same configuration."""
+
+
+STAGES: Registry[Stage[Any]] = Registry("stage")
+_BUILT_IN = {
+    "corpus": "lookalike.data.corpus:STAGE",
+    "labels": "lookalike.data.labels:STAGE",
+    "shards": "lookalike.data.shards:STAGE",
+    "encoder": "lookalike.train.export:STAGE",
+    "pretrain": "lookalike.train.pretrain:STAGE",
+    "finetune": "lookalike.train.finetune:STAGE",
+    "embed": "lookalike.train.embed:STAGE",
+    "evaluate": "lookalike.train.evaluate:STAGE",
+    "index": "lookalike.serve.index:STAGE",
+    "plan": "lookalike.serve.plan:STAGE",
+}
+
+
+def load_object(dotted: str) -> Any:
+    """The object a ``module:attribute`` name stands for."""
+    module, _, attribute = dotted.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def get_stage(name: str) -> Stage[Any]:
+    """The stage called ``name``, imported when first asked for."""
+    for built_in in _BUILT_IN:
+        if built_in == name and name not in STAGES:
+            STAGES.register(name)(load_object(_BUILT_IN[name]))
+    if name not in STAGES and name not in _BUILT_IN:
+        for known in _BUILT_IN:  # an unknown name: let the registry's error list all of them
+            if known not in STAGES:
+                STAGES.register(known)(load_object(_BUILT_IN[known]))
+    return STAGES.get(name)
+
+
+def stage_names() -> list[str]:
+    """The built-in stages, in the order they run."""
+    return list(_BUILT_IN)
+
+
+def fingerprint(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]]) -> str:
+    """20 hex digits that name the result of running ``stage`` so."""
+    sources = {} if stage.sources is None else {uri: _digest_of_source(uri) for uri in stage.sources(config)}
+    parents = {name: [[a.manifest.name, a.digest] for a in artifacts] for name, artifacts in inputs.items()}
+    return hash_json([stage.name, stage.version, config.identity(), sources, parents])[:20]
+
+
+def _digest_of_source(uri: str) -> list[list[str]]:
+    files = storage.list_files(uri)
+    if not files:
+        raise UsageError(f"nothing to read at {uri}; give a file or a folder that holds some")
+    return [[name, storage.source_digest(storage.join(uri, name) if name else uri)] for name in files]
+
+
+def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> None:
+    """Raise ``UsageError`` unless the inputs are those that the stage declares."""
+    for name in inputs:
+        if name not in stage.inputs:
+            raise UsageError(f"stage {stage.name!r} has no input {name!r}; it takes {', '.join(stage.inputs) or 'none'}")
+    for name, wanted in stage.inputs.items():
+        given = inputs.get(name, [])
+        if not given and not wanted.optional:
+            raise UsageError(f"stage {stage.name!r} needs input {name!r} (a {wanted.kind!r} artifact)")
+        if len(given) > 1 and not wanted.many:
+            raise UsageError(f"stage {stage.name!r} takes one artifact as {name!r}, not {len(given)}")
+        for artifact in given:
+            if artifact.manifest.kind != wanted.kind:
+                raise UsageError(f"stage {stage.name!r} takes a {wanted.kind!r} as {name!r}, "
+                                 f"{artifact.uri} is a {artifact.manifest.kind!r}")  # fmt: skip
+
+
+def execute(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], root: str, name: str) -> Artifact:
+    """Publish ``stage``'s artifact under ``root``, or return the one that is there already."""
+    check_inputs(stage, inputs)
+    mark = fingerprint(stage, config, inputs)
+    if (done := find(root, stage.kind, name, mark)) is not None:
+        log.info("skip %s", fields(step=name, stage=stage.name, fingerprint=mark, reason="published already"))
+        return done
+    draft = Draft(root, stage.kind, name, mark)
+    if not stage.resumable:
+        draft.clear()
+    storage.make_directory(draft.uri)
+    log.info("start %s", fields(step=name, stage=stage.name, fingerprint=mark))
+    start = time.monotonic()
+    stage.run(StageRun(config, inputs, draft))
+    seconds = time.monotonic() - start
+    artifact = draft.publish(config=config.model_dump(mode="json"), parents=inputs, stage_version=stage.version,
+                             duration_s=seconds)  # fmt: skip
+    log.info("done %s", fields(step=name, stage=stage.name, seconds=round(seconds, 1), uri=artifact.uri))
+    return artifact

@@ -1,0 +1,135 @@
+"""The one seam to file systems: every path of an artifact is an fsspec URI (local path, ``s3://``, ``memory://`` ...)."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pyarrow.fs as pafs
+from fsspec.implementations.local import LocalFileSystem
+
+CHUNK_BYTES = 8 << 20
+
+
+def resolve(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of ``uri`` and the path within it."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` lies on this machine's disk, so that it may be memory-mapped and renamed atomically."""
+    return isinstance(resolve(uri)[0], LocalFileSystem)
+
+
+def local_path(uri: str) -> str:
+    """The disk path of a local ``uri``."""
+    fs, path = resolve(uri)
+    if not isinstance(fs, LocalFileSystem):
+        raise ValueError(f"{uri} is not on a local disk")
+    return str(path)
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with path parts appended."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The same place as pyarrow and Ray Data want it: a pyarrow file system and a path."""
+    fs, path = resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pafs.LocalFileSystem(), path
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = resolve(uri)
+    return bool(fs.exists(path))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of a file."""
+    fs, path = resolve(uri)
+    return bytes(fs.cat_file(path))
+
+
+def write_atomic(uri: str, content: bytes) -> None:
+    """Write a small file so that a reader sees all of it or none, also through a crash (fsync + rename on disk)."""
+    fs, path = resolve(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, content)  # an object store's put is atomic
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_directory(os.path.dirname(path))
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(uri: str) -> None:
+    """Create a folder and its parents; one that is there is fine."""
+    fs, path = resolve(uri)
+    fs.makedirs(path, exist_ok=True)
+
+
+def remove_tree(uri: str) -> None:
+    """Remove a folder with all it holds; one that is not there is fine."""
+    fs, path = resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        shutil.rmtree(path, ignore_errors=True)
+    elif fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def list_files(uri: str) -> list[str]:
+    """Paths of all files under ``uri``, relative to it, sorted; a file gives itself as ``['']``."""
+    fs, path = resolve(uri)
+    if fs.isfile(path):
+        return [""]
+    prefix = path.rstrip("/") + "/"
+    return sorted(name[len(prefix) :] for name in fs.find(path) if name.startswith(prefix))
+
+
+def size_bytes(uri: str) -> int:
+    """Size of a file in bytes."""
+    fs, path = resolve(uri)
+    return int(fs.size(path))
+
+
+def sha256(uri: str) -> str:
+    """Hex SHA-256 of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(uri):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(uri: str) -> Iterator[bytes]:
+    fs, path = resolve(uri)
+    with fs.open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def source_digest(uri: str) -> str:
+    """What identifies the content of a file outside our artifacts: its SHA-256 on disk, the store's checksum elsewhere."""
+    fs, path = resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        return sha256(uri)
+    return str(fs.checksum(path))

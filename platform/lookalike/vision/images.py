@@ -1,0 +1,68 @@
+"""Decoding of untrusted image bytes: sizes are checked from the header, before a pixel is decoded."""
+
+import io
+import warnings
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lookalike.errors import UsageError
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+class ImageError(UsageError):
+    """Bytes that are no acceptable image; ``reason`` is a short name fit for a table of counts."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels from the header alone; raises ``ImageError`` as :func:`decode` does."""
+    return _open(data, max_pixels).size
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The first frame as RGB, upright by its EXIF orientation, transparency laid on white.
+
+    Raises ``ImageError`` with reason ``empty`` (zero bytes), ``not_an_image``, ``too_large`` (more than ``max_pixels``:
+    a decompression bomb), ``truncated`` or ``damaged``.
+    """
+    image = _open(data, max_pixels)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        reason = "truncated" if "truncated" in str(error) else "damaged"
+        raise ImageError(reason, f"the image is {reason}: {error}; send the complete file") from None
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError("empty", "the image has zero bytes; send the file's content")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"{error}; the limit is {max_pixels} pixels, scale the image down") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        detail = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ImageError("not_an_image", f"{len(data)} bytes are no image ({detail}); "
+                                         f"send one of {', '.join(FORMATS)}") from None  # fmt: skip
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"the image has {width} x {height} pixels, the limit is {max_pixels}; "
+                                      "scale it down")  # fmt: skip
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
