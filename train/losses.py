@@ -6,8 +6,6 @@ Legend: n rows, C classes, K most labels a row. Labels below zero mean "not know
 import torch
 from torch.nn import functional
 
-# labels are integers (torch.int64) throughout; float16 label tables, as in MRL's published scripts, are exact to 2048 only
-
 
 def softmax_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy per row [n] of logits [n, C] and labels [n]; rows with label < 0 give zero."""

@@ -24,7 +24,7 @@ _LAZY = {
     "Recipe": "lookalike.recipe",
     "Searcher": "lookalike.retrieval.searcher",
 }
-__all__ = ["__version__", *_LAZY]
+__all__ = ["Artifact", "Client", "Config", "Encoder", "Recipe", "Searcher", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

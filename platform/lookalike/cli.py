@@ -17,7 +17,7 @@ from lookalike.errors import LookalikeError
 STAGE_HELP = {
     "corpus": "read raw records, check every image, quarantine the bad ones",
     "encoder": "publish a backbone (packaged, from a file, or random) as an encoder, without training",
-    "labels": "run the weak-label pipeline: annotations, visual dictionary, clusters, interests, near-duplicates",
+    "labels": "run the weak-label pipeline: annotations, dictionary, clusters, interests, near-duplicates",
     "shards": "write resampled, shuffled training shards",
     "pretrain": "train a backbone on weak labels (multi-label softmax, Ray Train DDP)",
     "finetune": "train the multi-task Matryoshka embedding",
@@ -30,7 +30,7 @@ COMMANDS = {
     "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
     "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
     "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
-    "quickstart": ("run a whole recipe, serve it, query it and write a report", "lookalike.serve.quickstart:quickstart"),
+    "quickstart": ("run a whole recipe, serve it, query it, write a report", "lookalike.serve.quickstart:quickstart"),
 }
 DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
 
@@ -85,8 +85,8 @@ def _run_stage(verb: str, args: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting")
     parser.add_argument("--step", action="append", help=f"run only this step (default: every {verb!r} step)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and print what would run; run nothing")
-    parser.add_argument("--describe", action="store_true", help="print the JSON schema of the stage's settings and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, run nothing")
+    parser.add_argument("--describe", action="store_true", help="print the JSON schema of the settings and exit")
     if "--describe" in args:
         from lookalike.stages import get_stage
 
@@ -106,7 +106,8 @@ def _stage_steps(verb: str, options: argparse.Namespace) -> int:
     names = options.step or recipe.steps_of(verb)
     for name in names:
         if recipe.stage(name).name != verb:
-            raise UsageError(f"step {name!r} is a {recipe.stage(name).name!r} step; run `lookalike {recipe.stage(name).name}`")
+            other = recipe.stage(name).name
+            raise UsageError(f"step {name!r} is a {other!r} step; run `lookalike {other}`")
     if options.dry_run:
         print(json.dumps([describe_step(recipe, name) for name in names], indent=1))
         return 0

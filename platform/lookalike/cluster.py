@@ -3,7 +3,6 @@
 import logging
 import os
 
-
 from lookalike.config import Config, runtime
 from lookalike.telemetry import fields, get_logger
 

@@ -1,8 +1,10 @@
 """Progress of long work: a bar on a terminal, a line every ten seconds elsewhere."""
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -22,3 +24,49 @@ def track(items: Iterable[T], description: str, total: int | None = None, unit: 
         for item in items:
             yield item
             bar.update()
+
+
+POLL_S = 2.0
+
+
+class _Position:
+    """Where remote work stands; runs as a Ray actor that workers update and the driver reads."""
+
+    def __init__(self) -> None:
+        self._position: tuple[int, str] = (0, "")
+
+    def update(self, done: int, text: str = "") -> None:
+        self._position = (done, text)
+
+    def read(self) -> tuple[int, str]:
+        return self._position
+
+
+@contextmanager
+def follow_remote(description: str, total: int, unit: str = "it") -> Iterator[Any]:
+    """Show the progress of work that runs on a cluster.
+
+    Yields an actor handle; workers call ``handle.update.remote(done, text)``. The bar is drawn here, on the driver.
+    """
+    import ray
+
+    actor = ray.remote(num_cpus=0)(_Position).remote()
+    stop = threading.Event()
+
+    def follow(bar: "tqdm[None]") -> None:
+        while not stop.wait(POLL_S):
+            done, text = ray.get(actor.read.remote())
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(done - bar.n)
+
+    with progress_bar(description, total, unit) as bar:
+        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
+        thread.start()
+        try:
+            yield actor
+        finally:
+            stop.set()
+            thread.join()
+            done, _ = ray.get(actor.read.remote())
+            bar.update(done - bar.n)
+            ray.kill(actor)

@@ -99,13 +99,10 @@ def load_object(dotted: str) -> Any:
 
 def get_stage(name: str) -> Stage[Any]:
     """The stage called ``name``, imported when first asked for."""
-    for built_in in _BUILT_IN:
-        if built_in == name and name not in STAGES:
-            STAGES.register(name)(load_object(_BUILT_IN[name]))
-    if name not in STAGES and name not in _BUILT_IN:
-        for known in _BUILT_IN:  # an unknown name: let the registry's error list all of them
-            if known not in STAGES:
-                STAGES.register(known)(load_object(_BUILT_IN[known]))
+    wanted = [name] if name in _BUILT_IN else list(_BUILT_IN)  # other names: a plug-in, or an error that lists all
+    for known in wanted:
+        if known not in STAGES:
+            STAGES.register(known)(load_object(_BUILT_IN[known]))
     return STAGES.get(name)
 
 
@@ -132,7 +129,8 @@ def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> Non
     """Raise ``UsageError`` unless the inputs are those that the stage declares."""
     for name in inputs:
         if name not in stage.inputs:
-            raise UsageError(f"stage {stage.name!r} has no input {name!r}; it takes {', '.join(stage.inputs) or 'none'}")
+            takes = ", ".join(stage.inputs) or "none"
+            raise UsageError(f"stage {stage.name!r} has no input {name!r}; it takes {takes}")
     for name, wanted in stage.inputs.items():
         given = inputs.get(name, [])
         if not given and not wanted.optional:

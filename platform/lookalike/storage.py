@@ -1,4 +1,4 @@
-"""The one seam to file systems: every path of an artifact is an fsspec URI (local path, ``s3://``, ``memory://`` ...)."""
+"""The one seam to file systems: every path of an artifact is an fsspec URI (a local path, ``s3://``, ``memory://``)."""
 
 import hashlib
 import os
@@ -128,7 +128,7 @@ def _chunks(uri: str) -> Iterator[bytes]:
 
 
 def source_digest(uri: str) -> str:
-    """What identifies the content of a file outside our artifacts: its SHA-256 on disk, the store's checksum elsewhere."""
+    """What identifies the content of a raw file: its SHA-256 on a disk, the store's own checksum elsewhere."""
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         return sha256(uri)

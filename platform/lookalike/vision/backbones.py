@@ -53,13 +53,18 @@ def create_backbone(architecture: str, weights: str = "random", *, drop_path: fl
     return model
 
 
+def is_weight_file(weights: str) -> bool:
+    """Whether ``weights`` is the path of a file rather than a name."""
+    return "/" in weights or weights.endswith((".pth", ".pt", ".safetensors"))
+
+
 def load_weights(model: nn.Module, architecture: str, weights: str) -> None:
     """Fill a backbone with named or stored weights; classifier entries of the source are left aside."""
     if weights in WEIGHTS:
         fits, state = WEIGHTS.get(weights)()
         if fits != architecture:
             raise UsageError(f"weights {weights!r} fit {fits!r}, not {architecture!r}; set backbone={fits}")
-    elif "/" in weights or weights.endswith((".pth", ".pt", ".safetensors")):
+    elif is_weight_file(weights):
         state = _read_state(weights)
     else:
         WEIGHTS.get(weights)  # raises with the valid names

@@ -18,7 +18,7 @@ class TransformConfig(Config):
     size: int = Field(224, ge=32, le=1024)
     """Side of the square input in pixels."""
     fit: Literal["pad", "crop"] = "pad"
-    """``pad`` keeps the whole picture on a white square (catalogue pictures); ``crop`` cuts the centre (photographs)."""
+    """``pad`` keeps the whole picture on a white square (catalogue); ``crop`` cuts the centre (photographs)."""
     crop_fraction: float = Field(0.875, gt=0.0, le=1.0)
     """Centre share kept by ``crop``: the short side is resized to size / crop_fraction first."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

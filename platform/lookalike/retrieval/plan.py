@@ -1,0 +1,86 @@
+"""A retrieval plan: which prefix makes the shortlist, how many rows survive each funnel step, what ranks the answer.
+
+MRL paper, section 4.3: adaptive retrieval (a shortlist of K at D_s, re-ranked at D_r) and funnel retrieval.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from lookalike.artifacts import Artifact
+from lookalike.config import Config
+from lookalike.errors import ArtifactError, UsageError
+
+
+class Plan(Config):
+    """How one query is answered; every size is per shard, so more shards look at more candidates."""
+
+    shortlist_dim: int = Field(ge=1)
+    """D_s: the prefix that the shortlist is made with, in dimensions."""
+    shortlist_k: int = Field(default=200, ge=1, le=1_000_000)
+    """K: rows each shard shortlists; raised to the number of results asked for when that is larger."""
+    stages: tuple[tuple[int, int], ...] = ()
+    """Funnel steps between shortlist and re-rank: (dim, rows that survive), dims growing, survivors not."""
+    rerank_dim: int = Field(ge=1)
+    """D_r: the prefix whose cosine ranks the answer, in dimensions; the full size unless there is a reason."""
+    ef_search: int | None = Field(default=None, ge=1, le=1_000_000)
+    """HNSW candidate list; never less than K. None takes K."""
+    scan: bool = False
+    """Make the shortlist by an exact scan of the stored prefix instead of the index built over it."""
+
+    @classmethod
+    def exact(cls, dim: int) -> "Plan":
+        """The exact answer at ``dim``: one scan of every stored row."""
+        return cls(shortlist_dim=dim, shortlist_k=1, rerank_dim=dim, scan=True)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether this is :meth:`exact` of some dim."""
+        return self.scan and self.shortlist_dim == self.rerank_dim
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Plan":
+        dims = [self.shortlist_dim, *(dim for dim, _ in self.stages), self.rerank_dim]
+        if self.rerank_dim != self.shortlist_dim or self.stages:
+            for lower, higher in pairwise(dims):
+                if higher <= lower:
+                    raise ValueError(f"dims {dims} must grow from shortlist over stages to re-rank")
+        keeps = [self.shortlist_k, *(keep for _, keep in self.stages)]
+        if any(after > before or after < 1 for before, after in pairwise(keeps)):
+            raise ValueError(f"survivors {keeps} must not grow from step to step and must be at least 1")
+        return self
+
+    def require_dims(self, dims: Sequence[int]) -> None:
+        """Raise ``UsageError`` unless every dim of the plan is one of an index's nested ``dims``."""
+        used = [self.shortlist_dim, *(dim for dim, _ in self.stages), self.rerank_dim]
+        unknown = sorted({dim for dim in used if dim not in dims})
+        if unknown:
+            raise UsageError(f"plan dims {unknown} are not nested dims of the index, which has {list(dims)}; "
+                             "choose from these")  # fmt: skip
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.is_exact:
+            return f"exact scan at {self.rerank_dim}-d"
+        how = "scan" if self.scan else "index"
+        funnel = "".join(f" -> {keep} at {dim}-d" for dim, keep in self.stages)
+        ef = "" if self.ef_search is None else f" (ef {self.ef_search})"
+        rerank = "" if self.rerank_dim == self.shortlist_dim else f" -> re-rank at {self.rerank_dim}-d"
+        return f"{how} at {self.shortlist_dim}-d, {self.shortlist_k} rows{ef}{funnel}{rerank}"
+
+
+def parse_plan(values: Any, where: str) -> Plan:
+    """A ``Plan`` from plain values; ``ArtifactError`` naming ``where`` when they make none."""
+    try:
+        return Plan.model_validate(values)
+    except ValidationError as error:
+        raise ArtifactError(f"{where} holds no valid plan: {error.errors()[0]['msg']}") from None
+
+
+def load_plan(uri: str) -> Plan:
+    """The plan that a published ``plan`` artifact chose."""
+    artifact = Artifact.open(uri, "plan")
+    content = artifact.read_json("plan.json")
+    return parse_plan(content.get("plan") if isinstance(content, dict) else None, artifact.path("plan.json"))

@@ -1,0 +1,90 @@
+"""Re-rank, funnel and scan over a prefix store.
+
+MRL paper, section 4.3. In a funnel, survivors gain the next blocks' partial dot products and are renormalised by the
+stored norms: nothing is read twice, a step to dim m costs m minus the dimensions read before it. All is batched over
+queries; a Python loop per query costs up to ten times the shortlist itself.
+"""
+
+import numpy as np
+
+from lookalike.retrieval.kernels import inner_products_by_row
+from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, from_keys, pad_hits, sort_keys, top_k
+from lookalike.retrieval.store import PrefixStore, inverse_norms, normalise, row_slices, to_float32
+
+GATHER_NUMBERS = 1 << 21
+"""float16 numbers that a re-rank converts at a time: 8 MB as float32."""
+SCAN_NUMBERS = 1 << 20
+"""Stored numbers that a scan converts at a time: 4 MB, which stays in cache."""
+BATCH = 8
+"""Queries from which on a scan copies the blocks together for one matrix product, which may round equal rows apart."""
+SCAN_SCORES = 1 << 22
+"""Scores that a scan holds at a time: 16 MB."""
+
+
+def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: Plan) -> Hits:
+    """Run the plan's funnel steps and its re-rank over a shortlist made at ``plan.shortlist_dim``.
+
+    ``queries`` are float32 [n, dim], not normalised; ``shortlist`` holds rows of this shard and cosines at the
+    shortlist dim. Returns rows of this shard and cosines at ``plan.rerank_dim``.
+    """
+    survivors, reached = shortlist, plan.shortlist_dim
+    for dim, keep in (*plan.stages, (plan.rerank_dim, k)):
+        if dim != reached:
+            survivors = _extend(store, queries, survivors, reached, dim)
+        survivors = top_k(survivors.rows, survivors.scores, max(keep, k))
+        reached = dim
+    return Hits(survivors.rows[:, :k], survivors.scores[:, :k])
+
+
+def _extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
+    """The same rows with cosines at ``dim``, from their cosines at ``reached`` and the blocks between."""
+    valid = np.where(hits.rows == NO_ROW, 0, hits.rows)
+    dots = np.where(hits.rows == NO_ROW, 0, hits.scores) * _lengths(store, queries, valid, reached)
+    for position in range(store.position(reached) + 1, store.position(dim) + 1):
+        start, stop = store.meta.borders[position]
+        dots += _partial_dots(store, position, np.ascontiguousarray(queries[:, start:stop]), valid)
+    return Hits(hits.rows, (dots * inverse_norms(_lengths(store, queries, valid, dim))).astype(np.float32))
+
+
+def _lengths(store: PrefixStore, queries: Floats, rows: Rows, dim: int) -> Floats:
+    own = np.linalg.norm(queries[:, :dim], axis=1)[:, None]
+    return np.asarray(own * store.norms[store.position(dim)][rows], dtype=np.float32)
+
+
+def _partial_dots(store: PrefixStore, position: int, queries: Floats, rows: Rows) -> Floats:
+    """Dot products [n, k] over one block: ``queries`` are [n, width], ``rows`` [n, k] are valid."""
+    block, (n, k) = store.blocks[position], rows.shape
+    if block.dtype == np.float32:
+        return inner_products_by_row(queries, block, np.ascontiguousarray(rows))
+    out = np.empty((n, k), np.float32)
+    for part in row_slices(n, max(1, GATHER_NUMBERS // max(1, k * block.shape[1]))):
+        out[part] = np.matmul(to_float32(block[rows[part]]), queries[part, :, None])[..., 0]
+    return out
+
+
+def scan(store: PrefixStore, queries: Floats, k: int, dim: int) -> Hits:
+    """The exact ``k`` nearest by cosine at ``dim`` among all rows of the shard, read block of rows by block of rows."""
+    num_rows = store.meta.num_rows
+    unit, best = normalise(queries[:, :dim]), np.empty((len(queries), 0), np.uint64)
+    inverse = inverse_norms(np.asarray(store.norms[store.position(dim)]))
+    step = max(1, min(SCAN_NUMBERS // dim, SCAN_SCORES // max(1, len(queries))))
+    for part in row_slices(num_rows, step):
+        scores = _dots_in_order(store, unit, part, dim) * inverse[part]
+        best = np.hstack([best, sort_keys(scores, part.start)])
+        if best.shape[1] > k:
+            best = np.partition(best, k - 1, axis=1)[:, :k]
+    best.sort(axis=1)
+    return pad_hits(from_keys(best), k)
+
+
+def _dots_in_order(store: PrefixStore, queries: Floats, part: slice, dim: int) -> Floats:
+    if len(queries) >= BATCH:
+        return queries @ store.read(part, dim).T
+    rows = np.broadcast_to(np.arange(part.stop - part.start), (len(queries), part.stop - part.start)).copy()
+    dots = np.zeros(rows.shape, np.float32)
+    for position in range(store.position(dim) + 1):
+        start, stop = store.meta.borders[position]
+        block = to_float32(store.blocks[position][part])
+        dots += inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
+    return dots

@@ -1,0 +1,275 @@
+"""Search over an index artifact, in this process: one object per shard, one over all shards.
+
+Serving wraps these objects, so what is served is what is tested here.
+"""
+
+import bisect
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field, ValidationError
+
+from lookalike import storage
+from lookalike.artifacts import Artifact
+from lookalike.config import Config
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, merge_hits, top_k
+from lookalike.retrieval.rerank import rerank, scan
+from lookalike.retrieval.shortlist import Shortlist, shortlist_name
+from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, normalise
+
+__all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shard_of", "top_k"]
+
+INDEX_META = "meta.json"
+
+
+class EncoderRef(Config):
+    """The model whose vectors an index holds."""
+
+    fingerprint: str
+    """Model fingerprint; queries must carry the same."""
+    name: str = ""
+    """What people call it."""
+    uri: str = ""
+    """Where its artifact was when the vectors were made."""
+
+
+class IndexMeta(Config):
+    """What an index artifact holds; all but ``generation`` is its ``meta.json``."""
+
+    format_version: int = Field(default=1, ge=1, le=1)
+    """Layout of the index."""
+    dims: tuple[int, ...] = Field(min_length=1)
+    """Nested dims, smallest first; the last is the size of a vector."""
+    num_rows: int = Field(ge=0)
+    """Vectors in all shards."""
+    shards: tuple[str, ...] = Field(min_length=1)
+    """Folders of the shards, in the order of their global rows."""
+    shard_rows: tuple[int, ...]
+    """Vectors in each shard."""
+    dtype: str
+    """Number format of the stored vectors."""
+    shortlist: str
+    """Index type of the shortlists."""
+    shortlist_dims: tuple[int, ...]
+    """Prefixes that a shortlist index is built over."""
+    columns: tuple[str, ...]
+    """Metadata columns of each row."""
+    encoder: EncoderRef
+    """The model whose vectors these are."""
+    generation: str = ""
+    """Fingerprint of the index artifact."""
+
+    @property
+    def dim(self) -> int:
+        """Size of a vector."""
+        return self.dims[-1]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self.shards)
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Fingerprint of the encoder."""
+        return self.encoder.fingerprint
+
+    @property
+    def offsets(self) -> list[int]:
+        """Global number of each shard's first row."""
+        return [sum(self.shard_rows[:position]) for position in range(len(self.shard_rows))]
+
+
+def read_index_meta(artifact: Artifact) -> IndexMeta:
+    """The facts of an opened index artifact."""
+    try:
+        meta = IndexMeta.model_validate(artifact.read_json(INDEX_META))
+    except (ValueError, ValidationError) as error:
+        raise ArtifactError(f"{artifact.path(INDEX_META)} is damaged ({str(error).splitlines()[0]}); build the index "
+                            "again") from None  # fmt: skip
+    return meta.model_copy(update={"generation": artifact.manifest.fingerprint})
+
+
+def shard_of(image_id: str, num_shards: int) -> int:
+    """The shard that holds ``image_id``: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") % num_shards
+
+
+class ShardSearcher:
+    """One shard: its prefix store, and its shortlist indexes opened when first asked for."""
+
+    def __init__(self, store: PrefixStore, copy: "tempfile.TemporaryDirectory[str] | None" = None) -> None:
+        self.store = store
+        self._copy = copy  # of a remote shard; lives as long as this object
+        self._shortlists: dict[int, Shortlist] = {}
+
+    @classmethod
+    def open(cls, uri: str) -> "ShardSearcher":
+        """Open a shard folder; a remote one is copied to local disk first, because it is memory-mapped.
+
+        Raises ``ArtifactError`` when a file is missing or is not what ``shard.json`` says.
+        """
+        if storage.is_local(uri):
+            return cls(PrefixStore.open(storage.local_path(uri)))
+        copy = tempfile.TemporaryDirectory(prefix="lookalike-shard-")
+        filesystem, path = storage.resolve(uri)
+        for name in storage.list_files(uri):
+            filesystem.get_file(f"{path}/{name}", f"{copy.name}/{name}")
+        return cls(PrefixStore.open(copy.name), copy)
+
+    @property
+    def meta(self) -> ShardMeta:
+        """What the shard holds."""
+        return self.store.meta
+
+    def load(self, dims: Sequence[int] | None = None) -> None:
+        """Open the shortlist indexes over ``dims`` (all by default) now, so that no query waits for it."""
+        for dim in self.meta.shortlist_dims if dims is None else dims:
+            self._shortlist(dim)
+
+    def _shortlist(self, dim: int) -> Shortlist:
+        if dim not in self.meta.shortlist_dims:
+            raise UsageError(f"no shortlist index over {dim}-d in {self.store.folder}; it has "
+                             f"{list(self.meta.shortlist_dims)}: take one of these, a scan, or build it")  # fmt: skip
+        if dim not in self._shortlists:
+            path = f"{self.store.folder}/{shortlist_name(dim)}"
+            self._shortlists[dim] = Shortlist.load(path, num_rows=self.meta.num_rows, dim=dim)
+        return self._shortlists[dim]
+
+    def shortlist(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Hits:
+        """The first stage: max(K, k) global rows per query with their cosines at the shortlist dim."""
+        return self._find(self._checked(queries, k, plan), k, plan)
+
+    def _find(self, vectors: Floats, k: int, plan: Plan) -> Hits:
+        wanted = min(max(k, plan.shortlist_k), self.meta.num_rows)
+        if not wanted:
+            return empty_hits(len(vectors), k)
+        if plan.scan:
+            found = scan(self.store, vectors, wanted, plan.shortlist_dim)
+        else:
+            prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
+            found = self._shortlist(plan.shortlist_dim).search(prefix, wanted, plan.ef_search)
+        return _shift(found, self.meta.row_offset)
+
+    def rerank(self, queries: npt.ArrayLike, shortlist: Hits, k: int, plan: Plan) -> Hits:
+        """The other stages: ``k`` global rows of ``shortlist``, which came from this shard, by cosine at D_r."""
+        vectors = self._checked(queries, k, plan)
+        if shortlist.rows.shape != shortlist.scores.shape or len(shortlist.rows) != len(vectors):
+            raise UsageError(f"{len(vectors)} queries came with a shortlist of {shortlist.rows.shape} rows and "
+                             f"{shortlist.scores.shape} scores; send one line a query")  # fmt: skip
+        return self._rank(vectors, shortlist, k, plan)
+
+    def _rank(self, vectors: Floats, shortlist: Hits, k: int, plan: Plan) -> Hits:
+        if not self.meta.num_rows:
+            return empty_hits(len(vectors), k)
+        local = _shift(shortlist, -self.meta.row_offset)
+        if local.rows.size and (local.rows.max() >= self.meta.num_rows or local.rows.min() < NO_ROW):
+            raise UsageError(f"the shortlist holds rows outside this shard's {self.meta.num_rows} from "
+                             f"{self.meta.row_offset}; send each shard its own")  # fmt: skip
+        return _shift(rerank(self.store, vectors, local, k, plan), self.meta.row_offset)
+
+    def search(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Hits:
+        """The ``k`` best of the shard for ``queries`` float32 [n, dim], of any length, as ``plan`` finds them."""
+        vectors = self._checked(queries, k, plan)
+        return self._rank(vectors, self._find(vectors, k, plan), k, plan)
+
+    def _checked(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Floats:
+        if k < 1:
+            raise UsageError(f"k is {k}; ask for at least 1 result")
+        plan.require_dims(self.meta.dims)
+        return check_queries(queries, self.meta.dim)
+
+    @cached_property
+    def _ids(self) -> pa.ChunkedArray:
+        return self.store.table["image_id"]
+
+    def find(self, image_id: str) -> int:
+        """Global row of a stored id, -1 when it is not here; rows are sorted by id."""
+        local = bisect.bisect_left(range(self.meta.num_rows), image_id, key=lambda row: self._ids[row].as_py())
+        found = local < self.meta.num_rows and self._ids[local].as_py() == image_id
+        return local + self.meta.row_offset if found else NO_ROW
+
+
+def _shift(hits: Hits, offset: int) -> Hits:
+    return Hits(np.where(hits.rows == NO_ROW, NO_ROW, hits.rows + offset), hits.scores)
+
+
+class Searcher:
+    """All shards of an index, in one process."""
+
+    def __init__(self, meta: IndexMeta, shards: Sequence[ShardSearcher]) -> None:
+        self.meta, self.shards = meta, list(shards)
+        found = [(shard.meta.num_rows, shard.meta.row_offset) for shard in shards]
+        if found != list(zip(meta.shard_rows, meta.offsets, strict=True)):
+            raise ArtifactError(f"shards hold {found} (rows, offset) where {INDEX_META} says {meta.shard_rows}; "
+                                "build the index again")  # fmt: skip
+
+    @classmethod
+    def open(cls, uri: str, *, check: bool = True) -> "Searcher":
+        """Open a published index; ``check`` compares its files with the manifest first."""
+        artifact = Artifact.open(uri, "index", check=check)
+        meta = read_index_meta(artifact)
+        return cls(meta, [ShardSearcher.open(artifact.path(name)) for name in meta.shards])
+
+    def search(self, queries: npt.ArrayLike, k: int, plan: Plan | None = None) -> Hits:
+        """The ``k`` best of all shards for ``queries`` float32 [n, dim]; without a plan, the exact answer."""
+        plan = plan or Plan.exact(self.meta.dim)
+        return merge_hits([shard.search(queries, k, plan) for shard in self.shards], k)
+
+    def ids(self, rows: npt.ArrayLike) -> list[str]:
+        """The stored id of each global row; ``""`` for -1."""
+        return [item.get("image_id", "") for item in self._lookup(rows, ["image_id"])]
+
+    def metadata(self, rows: npt.ArrayLike) -> list[dict[str, str]]:
+        """The stored columns of each global row, nulls left out; empty for -1."""
+        return self._lookup(rows, list(self.meta.columns))
+
+    def find(self, ids: Sequence[str]) -> Rows:
+        """Global row of each stored id, -1 for an unknown one."""
+        found = [self.shards[shard_of(name, self.meta.num_shards)].find(name) for name in ids]
+        return np.asarray(found, dtype=np.int64)
+
+    def vectors(self, rows: npt.ArrayLike) -> Floats:
+        """The stored vectors of global rows, float32 [n, dim], unit length."""
+        wanted = self._checked(rows)
+        result = np.empty((len(wanted), self.meta.dim), np.float32)
+        for shard, places in self._by_shard(wanted):
+            result[places] = shard.store.read(wanted[places] - shard.meta.row_offset)
+        if (wanted == NO_ROW).any():
+            raise UsageError("row -1 stands for no hit and has no vector; leave it out")
+        return result
+
+    def _checked(self, rows: npt.ArrayLike) -> Rows:
+        wanted = np.asarray(rows, dtype=np.int64).ravel()
+        if wanted.size and not NO_ROW <= wanted.min() <= wanted.max() < self.meta.num_rows:
+            raise UsageError(f"rows {wanted.min()} to {wanted.max()} are outside the index, which has rows 0 to "
+                             f"{self.meta.num_rows - 1}")  # fmt: skip
+        return wanted
+
+    def _by_shard(self, rows: Rows) -> list[tuple[ShardSearcher, npt.NDArray[np.intp]]]:
+        owners = np.searchsorted(np.asarray(self.meta.offsets), rows, side="right") - 1
+        return [(shard, np.flatnonzero((owners == n) & (rows != NO_ROW))) for n, shard in enumerate(self.shards)]
+
+    def _lookup(self, rows: npt.ArrayLike, columns: list[str]) -> list[dict[str, str]]:
+        wanted = self._checked(rows)
+        result: list[dict[str, str]] = [{} for _ in wanted]
+        for shard, places in self._by_shard(wanted):
+            if len(places):
+                taken = shard.store.table.select(columns).take(pa.array(wanted[places] - shard.meta.row_offset))
+                for place, record in zip(places, taken.to_pylist(), strict=True):
+                    result[place] = {name: str(value) for name, value in record.items() if value is not None}
+        return result
+
+    def column(self, name: str) -> list[Any]:
+        """One metadata column of all rows, in the order of global rows."""
+        if name not in self.meta.columns:
+            raise UsageError(f"the index has no column {name!r}; it has {', '.join(self.meta.columns)}")
+        return [value for shard in self.shards for value in shard.store.table[name].to_pylist()]

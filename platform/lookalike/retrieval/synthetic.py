@@ -1,0 +1,73 @@
+"""Seeded Matryoshka-like embeddings: data of known shape for tests, benchmarks and trials of capacity.
+
+Super-classes hold classes, classes hold sub-clusters, sub-clusters hold items; the variance of dimension i falls as
+(i + 1)^-a, steeper for the coarser levels, so that a prefix tells classes apart and later dimensions tell items apart.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lookalike import schemas, storage
+from lookalike.artifacts import Artifact, Draft, hash_json
+from lookalike.retrieval.ranking import Floats
+
+LEVELS = ((0.26, 1.2), (0.34, 1.2), (0.12, 1.0), (0.28, 0.8))
+"""Share of the variance and steepness a of super-class, class, sub-cluster and item."""
+SUPER_CLASSES, SUB_CLUSTERS = 32, 16
+
+
+def make_vectors(num: int, dim: int, *, num_classes: int = 1000, seed: int = 0) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Raw vectors float32 [num, dim], of varying length, and their classes int64 [num] (Zipf 0.5)."""
+    generator = np.random.default_rng(seed)
+    weights = 1 / np.sqrt(np.arange(1, num_classes + 1))
+    parent = generator.integers(0, SUPER_CLASSES, num_classes)
+    centres = [_draw(generator, count, dim, *level) for count, level in
+               zip((SUPER_CLASSES, num_classes, num_classes * SUB_CLUSTERS), LEVELS[:3], strict=True)]  # fmt: skip
+    classes = generator.choice(num_classes, size=num, p=weights / weights.sum())
+    sub_clusters = classes * SUB_CLUSTERS + generator.integers(0, SUB_CLUSTERS, num)
+    vectors = _draw(generator, num, dim, *LEVELS[3])
+    for centre, members in zip(centres, (parent[classes], classes, sub_clusters), strict=True):
+        vectors += centre[members]
+    vectors *= generator.uniform(0.5, 20, (num, 1)).astype(np.float32)
+    return vectors, classes.astype(np.int64)
+
+
+def _draw(generator: np.random.Generator, num: int, dim: int, share: float, steepness: float) -> Floats:
+    variance = np.arange(1, dim + 1) ** -steepness
+    scale = np.sqrt(share * variance / variance.sum()).astype(np.float32)
+    drawn: Floats = generator.standard_normal((num, dim), dtype=np.float32)
+    drawn *= scale
+    return drawn
+
+
+def publish_embeddings(
+    root: str,
+    name: str,
+    vectors: Floats,
+    columns: Mapping[str, Sequence[str | None]],
+    *,
+    dims: Sequence[int],
+    num_parts: int = 2,
+    encoder: str = "synthetic",
+) -> Artifact:
+    """Publish ``vectors`` as an ``embeddings`` artifact; ``columns`` holds image_id and any metadata, else null."""
+    schema = schemas.embeddings(vectors.shape[1], float16=vectors.dtype == np.float16)
+    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    missing = [None] * len(vectors)
+    table = pa.table([values if field.name == "vector" else pa.array(columns.get(field.name, missing), field.type)
+                      for field in schema], schema=schema)  # fmt: skip
+    mark = hash_json([name, list(dims), vectors.shape, vectors.tobytes().hex()[:4096], sorted(columns), encoder])[:20]
+    draft = Draft(root, "embeddings", name, mark)
+    draft.clear()
+    storage.make_directory(draft.uri)
+    step = max(1, -(-len(vectors) // num_parts))
+    for number, start in enumerate(range(0, len(vectors), step)):
+        filesystem, path = storage.arrow_filesystem(draft.path(f"part-{number:05d}.parquet"))
+        pq.write_table(table.slice(start, step), path, filesystem=filesystem)
+    facts = {"fingerprint": encoder, "name": encoder, "uri": ""}
+    draft.write_json("meta.json", {"dim": vectors.shape[1], "dims": list(dims), "encoder": facts, "rows": len(vectors)})
+    return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)

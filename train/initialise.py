@@ -1,0 +1,75 @@
+"""A data-driven start for projection and proxies, from one pass of the starting backbone over training images.
+
+The projection starts as the principal directions of the backbone's features, the strongest first, so that prefixes
+begin ordered. Class proxies start at the mean of their class's embeddings (weight imprinting, Qi et al. 2018): random
+proxies would first tear that order apart, most of all at the smallest nested dims, where there is no room to be wrong.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from lookalike.train.loader import Unit, read_unit
+from lookalike.train.matryoshka import NestedCosine
+from lookalike.vision.images import decode
+from lookalike.vision.transforms import Transform
+
+BATCH = 64
+
+
+def sample_features(
+    backbone: nn.Module, units: Sequence[Unit], transform: Transform, fields: Sequence[str], max_images: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Features [n, F] float32 of up to ``max_images`` images, and the integer columns ``fields``, int64 [n] each.
+
+    The images are spread evenly over the units; workers of a process group share the work and all get the whole.
+    """
+    share = max(1, max_images // max(1, len(units)))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    backbone.eval()
+    rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    with torch.no_grad():
+        for unit in list(units)[rank::world]:
+            table = read_unit(unit, ["image", *fields]).slice(0, share)
+            for start in range(0, table.num_rows, BATCH):
+                part = table.slice(start, BATCH)
+                images = torch.stack([transform(decode(image.as_py())) for image in part["image"]])
+                features = backbone(images.contiguous(memory_format=torch.channels_last))
+                rows.append((features, {f: torch.tensor(part[f].to_pylist(), dtype=torch.int64) for f in fields}))
+    gathered = [rows]
+    if world > 1:
+        gathered = [rows] * world
+        dist.all_gather_object(gathered, rows)
+    whole = [pair for part in gathered for pair in part]
+    return torch.cat([f for f, _ in whole]), {f: torch.cat([known[f] for _, known in whole]) for f in fields}
+
+
+def pca_projection(features: torch.Tensor, dim: int, whitening: float) -> torch.Tensor:
+    """Weight [dim, F] float32: leading right singular vectors of the normalised features [n, F].
+
+    Row i is divided by (s_i / s_0) ** ``whitening``; beyond the rank of the sample stand orthogonal completions.
+    """
+    unit = functional.normalize(features).double()
+    _, singular, directions = torch.linalg.svd(unit, full_matrices=True)
+    known = min(dim, len(singular))
+    scale = torch.ones(dim, dtype=torch.float64)
+    scale[:known] = (singular[:known] / singular[0]).clamp_min(1e-3)
+    scale[known:] = scale[known - 1]
+    return (directions[:dim] / scale[:, None] ** whitening).float()
+
+
+def imprint_proxies(head: NestedCosine, embedding: torch.Tensor, labels: torch.Tensor) -> None:
+    """Set each class's proxies to the normalised mean of its normalised embeddings [n, D]; labels [n] below 0 are
+    left out, and classes without a row keep their random start."""
+    known = labels >= 0
+    sizes = head.dims if head.nesting == "mrl" else head.dims[-1:]
+    with torch.no_grad():
+        for m, proxy in zip(sizes, head.proxies, strict=True):
+            unit = functional.normalize(embedding[known, :m])
+            total = torch.zeros_like(proxy).index_add_(0, labels[known], unit)
+            seen = torch.zeros(len(proxy), dtype=torch.bool)
+            seen[labels[known]] = True
+            proxy[seen] = functional.normalize(total[seen])

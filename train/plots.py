@@ -1,0 +1,31 @@
+"""Plots of evaluation results as PNG bytes."""
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def plot_by_dim(rows: list[dict[str, Any]], title: str) -> bytes:
+    """P@1 and mAP@10 over the embedding size, a line for each embedding and method."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['embedding']} ({row['method']})", []).append(row)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, metric, label in zip(axes, ("p_at_1", "map_at_10_by_k"), ("P@1", "mAP@10 (by k)"), strict=True):
+        for name, points in lines.items():
+            ordered = sorted(points, key=lambda row: row["dim"])
+            axis.plot([p["dim"] for p in ordered], [p[metric] for p in ordered], marker="o", markersize=3, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("dimensions")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()

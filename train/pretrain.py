@@ -1,0 +1,16 @@
+"""``lookalike pretrain``: a backbone on weak labels by multi-label softmax (Beal et al. 2021, section 3.3)."""
+
+from lookalike.stages import Stage
+from lookalike.train.loop import TrainConfig
+from lookalike.train.tasks import TaskConfig
+from lookalike.train.trainer import INPUTS, run_training
+
+
+class PretrainConfig(TrainConfig):
+    """Pretraining: the backbone's own features, one task over all clusters."""
+
+    tasks: dict[str, TaskConfig] = {"weak": TaskConfig(kind="multilabel_softmax", field="labels")}
+    """One multi-label softmax over the weak labels."""
+
+
+STAGE = Stage(name="pretrain", kind="encoder", config=PretrainConfig, run=run_training, inputs=INPUTS, resumable=True)
