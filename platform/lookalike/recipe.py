@@ -60,6 +60,7 @@ class Recipe(Config):
             raise UsageError(f"{path} must hold a mapping with name, root and steps; it holds {type(values).__name__}")
         full = [_expand(override, values.get("steps") or {}) for override in overrides or []]
         recipe = parse_config(cls, apply_overrides(values, full), path)
+        recipe = recipe.model_copy(update={"root": storage.absolute(recipe.root)})
         recipe._check()
         return recipe
 
@@ -98,7 +99,7 @@ class Recipe(Config):
 
     def _open(self, source: str) -> Artifact:
         if source not in self.steps:
-            return Artifact.open(source)
+            return Artifact.open(storage.absolute(source))
         artifact = self.published(source)
         if artifact is None:
             stage = self.steps[source].stage

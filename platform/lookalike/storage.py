@@ -33,6 +33,11 @@ def local_path(uri: str) -> str:
     return str(path)
 
 
+def absolute(uri: str) -> str:
+    """``uri`` with a local path made absolute: worker processes have working directories of their own."""
+    return local_path(uri) if is_local(uri) else uri
+
+
 def join(uri: str, *parts: str) -> str:
     """``uri`` with path parts appended."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])

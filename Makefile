@@ -1,0 +1,58 @@
+# Set-up is a stamp file: it runs again only when the dependencies change. PYTHON may name another Python 3.11+.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: quickstart test test-fast lint bench-retrieval bench-learning proto help clean
+
+help:
+	@echo "make quickstart   set up, then run the whole platform on the sample corpus (report: runs/quickstart/report.html)"
+	@echo "make test         set up, then linters, type checks and all tests"
+	@echo "make test-fast    the tests that need neither Ray nor minutes"
+	@echo "make lint         ruff, mypy, import-linter, buf"
+	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning"
+	@echo "make proto        regenerate the gRPC stubs"
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,labels,sample]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,labels,sample,dev]'
+	touch $@ $(VENV)/.run
+
+quickstart: $(VENV)/.run
+	$(BIN)/lookalike quickstart deploy/recipes/quickstart.yaml $(ARGS)
+
+# .typing holds links that show static tools the package as it is imported
+.typing: $(VENV)/.dev
+	rm -rf .typing && mkdir -p .typing/lookalike
+	ln -s ../../platform/lookalike/* .typing/lookalike/
+	for part in data train serve; do ln -s ../../$$part .typing/lookalike/$$part; done
+
+lint: $(VENV)/.dev .typing
+	$(BIN)/ruff check .
+	MYPYPATH=.typing $(BIN)/mypy -p lookalike
+	PYTHONPATH=.typing $(BIN)/lint-imports
+	cd serve/proto && $(abspath $(BIN))/buf lint
+
+test: lint
+	$(BIN)/python -m pytest tests $(ARGS)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest tests -m 'not slow and not ray' $(ARGS)
+
+proto: $(VENV)/.dev
+	$(BIN)/python -m lookalike.serve.proto.generate
+
+bench-%: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks.$* $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .typing runs

@@ -1,0 +1,67 @@
+"""Small copies of the frozen embeddings that the label pipeline works on.
+
+A seeded Gaussian projection (Johnson-Lindenstrauss) keeps cosines within about 1/sqrt(dim) and makes the dictionary's
+classifiers and the duplicate search as cheap as the projected size, whatever backbone made the embeddings.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lookalike.errors import UsageError
+from lookalike.seeds import derive_seed
+
+
+def feature_schema(dim: int) -> pa.Schema:
+    """Image id and its projected vector."""
+    vector = pa.field("vector", pa.list_(pa.float16(), dim))
+    return pa.schema([pa.field("image_id", pa.string(), nullable=False), vector])
+
+
+def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """``vectors`` [n, d] scaled to length 1, in float32; a zero row stays zero."""
+    rows = np.asarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
+@lru_cache(maxsize=4)
+def _matrix(dim: int, out: int, seed: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng(derive_seed(seed, "projection", dim, out))
+    return np.asarray(rng.standard_normal((dim, out)) / np.sqrt(out), dtype=np.float32)
+
+
+def project(vectors: NDArray[np.floating], out: int, seed: int) -> NDArray[np.float32]:
+    """Unit rows [n, min(d, out)] of the normalised ``vectors`` [n, d], projected when they are longer than ``out``."""
+    rows = unit_rows(vectors)
+    return rows if rows.shape[1] <= out else unit_rows(rows @ _matrix(rows.shape[1], out, seed))
+
+
+def vectors_of(table: pa.Table, column: str = "vector") -> NDArray[np.float32]:
+    """The fixed-size list column as float32 [n, d]."""
+    values = table[column].combine_chunks()
+    width = values.type.list_size
+    flat = pc.list_flatten(values) if values.offset == 0 else values.flatten()
+    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(-1, width)
+
+
+def project_part(table: pa.Table, out: int, seed: int) -> pa.Table:
+    """:func:`feature_schema` rows of a part of an embeddings artifact."""
+    small = project(vectors_of(table), out, seed)
+    flat = pa.array(small.astype(np.float16).reshape(-1), pa.float16())
+    vectors = pa.FixedSizeListArray.from_arrays(flat, small.shape[1])
+    return pa.table([table["image_id"].combine_chunks(), vectors], schema=feature_schema(small.shape[1]))
+
+
+def align(features: pa.Table, ids: list[str]) -> NDArray[np.float32]:
+    """Unit vectors [len(ids), d] in the order of ``ids``; raises ``UsageError`` when some have none."""
+    place = {image_id: row for row, image_id in enumerate(features["image_id"].to_pylist())}
+    missing = [image_id for image_id in ids if image_id not in place]
+    if missing:
+        raise UsageError(f"{len(missing)} images of the corpus have no embedding, {missing[0]!r} for one; embed the "
+                         "same corpus artifact that is given to the labels stage")  # fmt: skip
+    rows = np.fromiter((place[image_id] for image_id in ids), np.int64, len(ids))
+    return unit_rows(vectors_of(features)[rows]) if len(ids) else np.zeros((0, 1), np.float32)

@@ -1,0 +1,82 @@
+"""The only wiring between pure functions and Ray Data: one item (a part of a corpus) in, one Arrow table out.
+
+A part is the unit of work and of resumption: each task reads its own, writes what belongs to it under a name that
+depends on the part's number, and returns a small table. Results therefore do not depend on blocks or workers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lookalike import storage
+
+MAX_BLOCKS = 4096  # the driver keeps a reference a block; more parts than this share blocks
+Item = dict[str, Any]
+
+
+def map_parts(items: Sequence[Item], task: Callable[[Item], pa.Table], *, concurrency: int | None = None) -> Any:
+    """A lazy ``ray.data.Dataset`` of ``task``'s tables over ``items``."""
+    import ray
+
+    def each(block: pa.Table) -> Iterator[pa.Table]:
+        for item in block.to_pylist():
+            yield task(item)
+
+    blocks = max(1, min(len(items), MAX_BLOCKS))
+    dataset = ray.data.from_items(list(items), override_num_blocks=blocks)
+    return dataset.map_batches(each, batch_format="pyarrow", batch_size=None, concurrency=concurrency)
+
+
+def blocks_of(dataset: Any) -> Iterator[pa.Table]:
+    """The dataset's non-empty tables as they arrive."""
+    for block in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+        if block.num_rows:
+            yield block
+
+
+def collect(dataset: Any, schema: pa.Schema) -> pa.Table:
+    """All rows of a dataset that is known to be small, as one table of ``schema``."""
+    tables = [block.select(schema.names).cast(schema) for block in blocks_of(dataset)]
+    return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
+
+
+def broadcast(value: Any) -> Callable[[], Any]:
+    """Put ``value`` once into the object store; the function returned fetches it inside a task."""
+    import ray
+
+    reference = ray.put(value)
+    return lambda: ray.get(reference)
+
+
+def part_name(number: int, suffix: str = "parquet") -> str:
+    """File name of part ``number``."""
+    return f"part-{number:06d}.{suffix}"
+
+
+def part_items(files: Iterable[str]) -> list[Item]:
+    """An item for each parquet file: its number in the given order and its URI."""
+    return [{"number": number, "uri": uri} for number, uri in enumerate(files)]
+
+
+def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file, or some of its columns."""
+    filesystem, path = storage.arrow_filesystem(uri)
+    return pq.ParquetFile(path, filesystem=filesystem).read(columns=None if columns is None else list(columns))
+
+
+def write_table(uri: str, table: pa.Table, **options: Any) -> None:
+    """Write a parquet file so that a reader sees all of it or none."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **{"compression": "zstd", **options})
+    storage.write_atomic(uri, sink.getvalue().to_pybytes())
+
+
+def digest_table(table: pa.Table) -> str:
+    """Hex SHA-256 of a table's rows in order, whatever its chunks."""
+    digest = hashlib.sha256()
+    for batch in table.combine_chunks().to_batches(max_chunksize=1024):
+        digest.update(repr(batch.to_pydict()).encode())
+    return digest.hexdigest()

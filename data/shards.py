@@ -1,0 +1,201 @@
+"""Stage ``shards``: training rows with their labels, shuffled once over the whole corpus, ready to stream.
+
+A row is placed by a hash of its image id: the hash says which shard of its data set it is in and where in it, so the
+order is the same whatever the blocks of the job. The shuffle of the image bytes is the stage's cost; the driver holds
+the class lists (labels, categories, groups) and nothing of image size.
+"""
+
+from collections import Counter
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field
+
+from lookalike import storage
+from lookalike.cluster import ensure_ray
+from lookalike.config import runtime
+from lookalike.data.parts import (
+    Item,
+    blocks_of,
+    broadcast,
+    map_parts,
+    part_items,
+    part_name,
+    read_table,
+    write_table,
+)  # fmt: skip
+from lookalike.errors import ArtifactError
+from lookalike.sampling import image_repeat, label_repeats, mix_keys, stable_keys
+from lookalike.schemas import SHARD
+from lookalike.stages import Input, Stage, StageConfig, StageRun
+from lookalike.telemetry import get_logger, timed
+
+log = get_logger(__name__)
+
+_CENSUS = pa.schema([("kind", pa.string()), ("name", pa.string()), ("images", pa.int64())])
+_PLACED = pa.schema([*SHARD, pa.field("place", pa.string()), pa.field("key", pa.uint64())])
+_WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64())])
+
+
+class ShardsConfig(StageConfig):
+    """What enters the shards and how it is cut."""
+
+    rows_per_shard: int = Field(2048, ge=1, le=10_000_000)
+    """Mean rows of a shard file."""
+    rows_per_group: int = Field(256, ge=1, le=100_000)
+    """Rows of a parquet row group: what a reader decodes at a time."""
+    threshold: float = Field(0.01, gt=0, le=1)
+    """t of r(h) = max(1, sqrt(t / f(h))): labels rarer than this share of the labelled images repeat."""
+    max_repeat: float = Field(8.0, ge=1)
+    """Upper bound of r(I)."""
+    categories: Literal["grouped", "all", "none"] = "grouped"
+    """Rows whose category is a class of the category task: those with a group (a catalogue), all, or none."""
+    min_images_per_category: int = Field(5, ge=1)
+    """Training images below which a category is no class (-1)."""
+    concurrency: int | None = runtime(None, ge=1)
+    """Tasks at a time; None: as many as there are CPUs."""
+
+
+def training_rows(corpus: pa.Table, labels: pa.Table, where: str) -> pa.Table:
+    """The rows of a corpus part that have a row in its ``image_labels`` part, with the column ``labels``."""
+    place = pc.index_in(corpus["image_id"], value_set=labels["image_id"].combine_chunks())
+    rows = corpus.filter(place.is_valid())
+    if rows.num_rows != labels.num_rows:
+        raise ArtifactError(f"{where}: {labels.num_rows - rows.num_rows} labelled images are not in this part of the "
+                            "corpus; give the corpus artifact that the labels were made from")  # fmt: skip
+    return rows.append_column("labels", labels["labels"].combine_chunks().take(place.drop_null().combine_chunks()))
+
+
+def category_of(row: dict[str, Any], rule: str) -> str | None:
+    """The category that is a class for this row, under ``ShardsConfig.categories``."""
+    if rule == "none" or (rule == "grouped" and row["group"] is None):
+        return None
+    return str(row["category"]) if row["category"] else None
+
+
+def take_census(rows: pa.Table, rule: str) -> pa.Table:
+    """``_CENSUS`` of a part: images of each data set, category, group and label. Parts add up."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in rows.select(["dataset", "category", "group", "labels"]).to_pylist():
+        counts[("dataset", row["dataset"])] += 1
+        counts[("labelled", "")] += bool(row["labels"])
+        counts.update(("label", str(label)) for label in row["labels"])
+        if row["group"] is not None:
+            counts[("group", row["group"])] += 1
+        if (category := category_of(row, rule)) is not None:
+            counts[("category", category)] += 1
+    keys = sorted(counts)
+    return pa.table([[k for k, _ in keys], [n for _, n in keys], [counts[k] for k in keys]], schema=_CENSUS)
+
+
+class Classes:
+    """Names of all classes and where rows go: folded from the census, broadcast to the tasks."""
+
+    def __init__(self, counts: dict[tuple[str, str], int], num_labels: int, config: ShardsConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        images = np.array([counts.get(("label", str(label)), 0) for label in range(num_labels)], np.int64)
+        self.label_frequency = images / max(counts.get(("labelled", ""), 0), 1)
+        self.repeats = np.minimum(label_repeats(self.label_frequency, config.threshold), config.max_repeat)
+        self.categories = sorted(name for (kind, name), n in counts.items()
+                                 if kind == "category" and n >= config.min_images_per_category)  # fmt: skip
+        self.groups = sorted(name for kind, name in counts if kind == "group")
+        self._category = {name: number for number, name in enumerate(self.categories)}
+        self._group = {name: number for number, name in enumerate(self.groups)}
+        self.shards = {name: -(-n // config.rows_per_shard) for (kind, name), n in sorted(counts.items())
+                       if kind == "dataset"}  # fmt: skip
+
+    def place(self, rows: pa.Table) -> pa.Table:
+        """``SHARD`` rows with the file each belongs to and its sort key in it."""
+        listed = rows.select(["dataset", "category", "group", "labels"]).to_pylist()
+        keys = mix_keys(stable_keys(rows["image_id"].to_pylist()), self.seed, "shuffle")
+        shards = [f"{row['dataset']}/{part_name(int(key % np.uint64(self.shards[row['dataset']])))}"
+                  for row, key in zip(listed, keys, strict=True)]  # fmt: skip
+        rule = self.config.categories
+        columns = [
+            rows["image_id"], rows["image"], rows["dataset"], [row["labels"] for row in listed],
+            [self._category.get(category_of(row, rule) or "", -1) for row in listed],
+            [self._group.get(row["group"], -1) for row in listed],
+            [image_repeat(row["labels"], self.repeats) for row in listed], shards, keys,
+        ]  # fmt: skip
+        arrays = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type)
+                  for c, f in zip(columns, _PLACED, strict=True)]  # fmt: skip
+        return pa.table(arrays, schema=_PLACED)
+
+
+def write_shard(rows: pa.Table, out: str, rows_per_group: int) -> pa.Table:
+    """Write the rows of one ``place`` in the order of their keys; ``_WRITTEN``."""
+    name = rows["place"][0].as_py()
+    shard = rows.sort_by([("key", "ascending"), ("image_id", "ascending")])
+    write_table(storage.join(out, name), shard.select(SHARD.names).cast(SHARD), row_group_size=rows_per_group,
+                compression="none")  # fmt: skip
+    return pa.Table.from_pylist([{"file": name, "rows": shard.num_rows}], schema=_WRITTEN)
+
+
+def _read(item: Item, columns: list[str]) -> pa.Table:
+    return training_rows(read_table(item["uri"], columns), read_table(item["labels"]), item["uri"])
+
+
+def _items(run: StageRun[ShardsConfig]) -> list[Item]:
+    items = part_items(run.one("corpus").files("part-", ".parquet"))
+    labels = run.one("labels").files("image_labels.parquet/", ".parquet")
+    if len(labels) != len(items):
+        raise ArtifactError(f"{run.one('labels').uri} labels {len(labels)} parts, the corpus has {len(items)}; give "
+                            "the corpus artifact that the labels were made from")  # fmt: skip
+    return [{**item, "labels": uri} for item, uri in zip(items, labels, strict=True)]
+
+
+def run(run: StageRun[ShardsConfig]) -> None:
+    """Census, then one shuffle into shard files."""
+    ensure_ray()
+    from ray.data import DataContext
+
+    config, out, items = run.config, run.out.uri, _items(run)
+    names = [entry["name"] for entry in run.one("labels").read_json("classes.json")]
+    counts: Counter[tuple[str, str]] = Counter()
+    with timed(log, "census"):
+        light = ["image_id", "dataset", "category", "group"]
+        census = map_parts(items, lambda item: take_census(_read(item, light), config.categories),
+                           concurrency=config.concurrency)  # fmt: skip
+        for block in blocks_of(census):
+            for entry in block.to_pylist():
+                counts[(entry["kind"], entry["name"])] += entry["images"]
+    classes = Classes(dict(counts), len(names), config, config.seed)
+    shared = broadcast(classes)
+    with timed(log, "shuffle", shards=sum(classes.shards.values())):
+        heavy = ["image_id", "image", "dataset", "category", "group"]
+        placed = map_parts(items, lambda item: shared().place(_read(item, heavy)), concurrency=config.concurrency)
+        partitions = min(sum(classes.shards.values()), 4 * DataContext.get_current().default_hash_shuffle_parallelism)
+        write = partial(write_shard, out=out, rows_per_group=config.rows_per_group)
+        by_shard = placed.groupby("place", num_partitions=max(1, partitions))
+        written = by_shard.map_groups(write, batch_format="pyarrow", concurrency=config.concurrency)
+        rows = {entry["file"]: entry["rows"] for block in blocks_of(written) for entry in block.to_pylist()}
+    run.out.write_json("classes.json", {"labels": names, "category": classes.categories, "group": classes.groups,
+                                        "label_frequency": classes.label_frequency.round(9).tolist()})  # fmt: skip
+    run.out.stats = _stats(rows, dict(counts), classes)
+
+
+def _stats(rows: dict[str, int], counts: dict[tuple[str, str], int], classes: Classes) -> dict[str, Any]:
+    images = classes.label_frequency * counts.get(("labelled", ""), 0)
+    epoch = images * classes.repeats  # at the least: an image repeats as its rarest label asks
+    return {
+        "images": sum(rows.values()), "shards": len(rows), "labelled": counts.get(("labelled", ""), 0),
+        "datasets": {name: n for (kind, name), n in sorted(counts.items()) if kind == "dataset"},
+        "labels": len(classes.repeats), "categories": len(classes.categories), "groups": len(classes.groups),
+        "repeat": {"mean_label": round(float(classes.repeats.mean()), 3) if len(classes.repeats) else 1.0,
+                   "max_label": round(float(classes.repeats.max(initial=1.0)), 3),
+                   "rarest_share_before": _share(images),
+                   "rarest_share_after": _share(epoch)},
+    }  # fmt: skip
+
+
+def _share(images: NDArray[np.floating]) -> float:
+    return round(float(images.min() / max(images.sum(), 1)), 6) if len(images) else 0.0
+
+
+STAGE: Stage[ShardsConfig] = Stage(
+    "shards", "shards", ShardsConfig, run, inputs={"corpus": Input("corpus"), "labels": Input("labels")}
+)

@@ -1,0 +1,186 @@
+"""``lookalike serve`` and ``lookalike search``."""
+
+import argparse
+import json
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lookalike.config import apply_overrides, parse_config
+from lookalike.errors import UsageError
+from lookalike.serve.client import DEFAULT_ADDRESS, Client, SearchResult
+from lookalike.serve.config import ServeConfig
+
+
+def serve(args: Sequence[str]) -> int:
+    """Serve an index from this machine until Ctrl-C or SIGTERM, or print what would be served."""
+    parser = argparse.ArgumentParser(prog="lookalike serve", description="Serve an index over gRPC.")
+    parser.add_argument("recipe", nargs="?", help="recipe YAML; its serve: section holds the settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the service, as in port=0 "
+                        "limits.max_k=50; with a recipe also the recipe's, as in root=...")  # fmt: skip
+    parser.add_argument("--index", help="URI of the index to serve; default: the recipe's step of stage index")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the settings; serve nothing")
+    parser.add_argument("--emit-config", action="store_true", help="print the YAML for `serve deploy` (serveConfigV2)")
+    options = parser.parse_args(args)
+    if options.recipe and "=" in options.recipe and not Path(options.recipe).exists():
+        options.overrides, options.recipe = [options.recipe, *options.overrides], None
+    config = resolve(options.recipe, options.overrides, options.index)
+    if options.emit_config:
+        print(emit_config(config), end="")
+        return 0
+    if options.dry_run:
+        print(json.dumps(config.model_dump(mode="json"), indent=1))
+        return 0
+    return _serve_until_told(config)
+
+
+def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None) -> ServeConfig:
+    """The settings of a service from a recipe, overrides and an index; all artifacts are checked to fit together.
+
+    An override whose first key is a setting of the service counts as one; the others are the recipe's.
+    """
+    own = [text for text in overrides if text.partition("=")[0].split(".")[0] in ServeConfig.model_fields]
+    values: dict[str, Any] = {}
+    if recipe_path is not None:
+        values = _from_recipe(recipe_path, [text for text in overrides if text not in own])
+    elif len(own) < len(overrides):
+        strange = next(text for text in overrides if text not in own)
+        raise UsageError(f"{strange!r} is no setting of the service; it has {', '.join(ServeConfig.model_fields)}")
+    if index is not None:  # the recipe's plan and encoder were made for its own index
+        values = {key: value for key, value in values.items() if key not in ("plan", "encoder")} | {"index": index}
+    values = apply_overrides(values, list(own))
+    if "index" not in values:
+        raise UsageError("nothing to serve; give a recipe or --index URI")
+    config = parse_config(ServeConfig, values, "serve")
+    from lookalike.serve.app import read_service
+
+    read_service(config)
+    return config
+
+
+def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
+    from lookalike.recipe import Recipe
+
+    recipe = Recipe.load(path, overrides)
+    values = dict(recipe.serve)
+    for key in ("index", "plan"):
+        steps = [name for name, step in recipe.steps.items() if step.stage == key]
+        if key in values or not steps:
+            continue
+        if len(steps) > 1:
+            raise UsageError(f"recipe {recipe.name!r} has {len(steps)} {key!r} steps ({', '.join(steps)}); set "
+                             f"serve.{key} to the URI of one")  # fmt: skip
+        artifact = recipe.published(steps[0])
+        if artifact is None:
+            raise UsageError(f"step {steps[0]!r} is not published yet; run `lookalike {key} {path}` first")
+        values[key] = artifact.uri
+    return values
+
+
+def emit_config(config: ServeConfig, *, name: str = "lookalike") -> str:
+    """The Serve config file (``serve deploy``, or ``serveConfigV2`` of a RayService) that runs ``config``.
+
+    In a cluster callers come from other machines, so ``loopback_only`` is false unless it was set on purpose.
+    """
+    from lookalike.serve.ingress import SERVICERS
+
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"port"})
+    given["loopback_only"] = config.loopback_only and "loopback_only" in config.model_fields_set
+    document = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "grpc_options": {"port": config.port or 9000, "grpc_servicer_functions": SERVICERS},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {"name": name, "route_prefix": "/", "import_path": "lookalike.serve.app:build", "args": given}
+        ],
+    }
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def _serve_until_told(config: ServeConfig) -> int:
+    from lookalike.serve.app import start, stop
+
+    told = threading.Event()
+    address = start(config)
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):  # after start: Ray sets its own SIGTERM handler there
+            signal.signal(number, lambda *_: told.set())
+        print(f"serving {config.index} at {address}; Ctrl-C stops it", flush=True)
+        while not told.wait(0.5):
+            pass
+    finally:
+        stop()
+    return 0
+
+
+def search(args: Sequence[str]) -> int:
+    """Query a running service, or an index on disk."""
+    parser = argparse.ArgumentParser(prog="lookalike search", description="Find the stored images nearest to a query.")
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument("--image", type=Path, help="image file")
+    query.add_argument("--vector", type=Path, help=".npy file of one vector")
+    query.add_argument("--id", help="id of a stored image")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
+    where.add_argument("--local", metavar="URI", help="search this index in this process instead")
+    parser.add_argument("-k", type=int, default=10, help="hits wanted (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(args)
+    asked = _read_query(options)
+    with _open_client(options) as client:
+        result = client.search(**asked, k=options.k)
+    print(json.dumps(_plain(result), indent=1) if options.json else render(result))
+    return 0
+
+
+def _open_client(options: argparse.Namespace) -> Client:
+    if options.local is None:
+        return Client(options.address, timeout_s=options.timeout)
+    from lookalike.serve.local import LocalClient
+
+    return LocalClient(options.local, timeout_s=options.timeout)
+
+
+def _read_query(options: argparse.Namespace) -> dict[str, Any]:
+    if options.id is not None:
+        return {"image_id": options.id}
+    path = options.image or options.vector
+    try:
+        if options.image is not None:
+            return {"image": path.read_bytes()}
+        vector = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a file") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no .npy file of numbers ({error}); write one with numpy.save") from None
+    if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.floating):
+        raise UsageError(f"{path} holds {vector.dtype} of shape {vector.shape}; one vector of floats is needed")
+    return {"vector": vector}
+
+
+def _plain(result: SearchResult) -> dict[str, Any]:
+    info = result.info
+    return {
+        "hits": [{"id": hit.id, "score": hit.score, "metadata": dict(hit.metadata)} for hit in result.hits],
+        "plan": vars(info.plan), "generation": info.generation, "model_fingerprint": info.model_fingerprint,
+        "coverage": info.coverage, "times_ms": dict(info.times_ms),
+    }  # fmt: skip
+
+
+def render(result: SearchResult) -> str:
+    """Hits as lines of text: rank, score, id, stored columns."""
+    lines = []
+    for rank, hit in enumerate(result.hits, 1):
+        columns = "  ".join(f"{name}={value}" for name, value in hit.metadata.items())
+        lines.append(f"{rank:3d}  {hit.score:+.4f}  {hit.id}  {columns}".rstrip())
+    info = result.info
+    times = ", ".join(f"{stage} {duration:.1f} ms" for stage, duration in info.times_ms.items())
+    lines.append(f"index {info.generation}, {info.shards_answered} of {info.shards_asked} shards; {times}")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""Settings of the retrieval service: the argument of the application builder, so also ``args:`` of a Serve config."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lookalike.config import Config
+
+
+class Limits(Config):
+    """Bounds of a request; beyond them it is INVALID_ARGUMENT."""
+
+    max_k: int = Field(default=1000, ge=1, le=100_000)
+    """Hits a query may ask for."""
+    max_batch: int = Field(default=256, ge=1, le=65_536)
+    """Queries or images in one request."""
+    max_image_bytes: int = Field(default=10_000_000, ge=1)
+    """Encoded size of one image in bytes."""
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Width x height of one image, checked before it is decoded."""
+    max_shortlist_k: int = Field(default=10_000, ge=1)
+    """Candidates in each shard's shortlist."""
+
+
+class EncoderReplicas(Config):
+    """The image encoder's own deployment."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    """Copies of the encoder."""
+    num_threads: int = Field(default=1, ge=1)
+    """Torch threads a replica computes with."""
+    num_gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs a replica reserves; 0 computes on CPU."""
+    max_batch: int = Field(default=16, ge=1)
+    """Images of concurrent requests encoded in one forward pass."""
+    batch_wait_ms: float = Field(default=2.0, ge=0.0)
+    """How long the first image of a batch waits for others, in milliseconds."""
+
+
+class ServeConfig(Config):
+    """Everything that ``lookalike.serve.app:build`` needs."""
+
+    index: str
+    """URI of the ``index`` artifact."""
+    plan: str | None = None
+    """URI of a ``plan`` artifact made for this index; without one, search is exact at full dimension."""
+    encoder: str = "auto"
+    """URI of the ``encoder`` artifact; ``auto`` takes the index's ancestor, ``none`` serves vectors and ids only."""
+    placement: Literal["fused", "sharded", "staged"] = "sharded"
+    """``fused``: all in the ingress replica. ``sharded``: a deployment a shard, which re-ranks its own candidates.
+    ``staged``: the same with re-ranking in a deployment of its own. The answers are the same."""
+    limits: Limits = Limits()
+    timeout_s: float = Field(default=10.0, gt=0.0, le=3600.0)
+    """Longest time a request may take in the service, in seconds; requests may ask for less."""
+    loopback_only: bool = True
+    """Refuse callers from other machines. Ray's gRPC listener always binds every interface, so this is checked per
+    request; set it to false in a cluster, and guard the port by network policy."""
+    port: int = Field(default=9000, ge=0, le=65_535)
+    """gRPC port of ``lookalike serve``; 0 takes a free one. Under a Serve config ``grpc_options.port`` decides."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Copies of the ingress."""
+    shard_replicas: int = Field(default=1, ge=1)
+    """Copies of each shard and of the re-ranker."""
+    cpus_per_replica: float = Field(default=0.2, ge=0.0)
+    """CPUs that each replica reserves from Ray."""
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests a replica works on at a time."""
+    max_queued_requests: int = Field(default=256, ge=-1)
+    """Requests that wait at a caller for a deployment before RESOURCE_EXHAUSTED; -1 is no bound."""
+    encoder_replicas: EncoderReplicas = EncoderReplicas()
+
+    @model_validator(mode="after")
+    def _check_artifacts(self) -> "ServeConfig":
+        for name in ("index", "plan", "encoder"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name!r} is empty; give the URI of an artifact")
+        return self

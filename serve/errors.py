@@ -1,0 +1,32 @@
+"""The one error of the retrieval service, the same on both sides of the wire."""
+
+import grpc
+
+from lookalike.errors import LookalikeError
+
+
+class RetrievalError(LookalikeError):
+    """A request that was not answered: ``code`` is the gRPC status, the message names value, rule and remedy.
+
+    INVALID_ARGUMENT (the request is wrong), NOT_FOUND (no such image), FAILED_PRECONDITION (another model, or no
+    encoder), UNAVAILABLE (shards lost), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queues full), PERMISSION_DENIED.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(code, message)  # both in args, so that the error survives pickling between processes
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.message}"
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        """2 when the request is at fault, 1 when the service is."""
+        mistakes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+        return 2 if self.code in mistakes else 1
+
+
+def invalid(message: str) -> RetrievalError:
+    """An INVALID_ARGUMENT error."""
+    return RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, message)

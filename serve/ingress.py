@@ -1,0 +1,110 @@
+"""The gRPC ingress deployment: methods named like the RPCs, exact status codes, metrics. The work is ``Service``'s."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2
+from ray.serve.grpc_util import RayServegRPCContext
+from ray.util.metrics import Counter, Histogram
+
+from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.searcher import IndexMeta
+from lookalike.serve.config import ServeConfig
+from lookalike.serve.errors import RetrievalError
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.router import Router, Worker
+from lookalike.serve.service import Service
+from lookalike.serve.workers import open_workers
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+SERVICERS = [
+    "lookalike.serve.proto.retrieval_pb2_grpc.add_RetrievalServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
+"""What Serve's gRPC listener must be started with (``grpc_options.grpc_servicer_functions``)."""
+Handles = tuple[list[Worker], Worker | None, Worker | None]
+"""Serve handles of the shards, the re-ranker and the encoder."""
+SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+
+
+class Ingress:
+    """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
+
+    def __init__(
+        self, config: ServeConfig, meta: IndexMeta, plan: Plan, encoder_uri: str | None, workers: Handles | None = None
+    ) -> None:
+        router = open_workers(config, meta, encoder_uri) if workers is None else Router(*workers)
+        self._service = Service(config, meta, plan, router)
+        self._loopback_only = config.loopback_only
+        self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
+        self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
+        self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
+        self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
+
+    async def Search(self, request: pb.SearchRequest, grpc_context: RayServegRPCContext) -> pb.SearchResponse:
+        """RPC."""
+        response = await self._answer("Search", self._service.search, request, grpc_context)
+        self._observe(response.info)
+        return response
+
+    async def SearchBatch(
+        self, request: pb.SearchBatchRequest, grpc_context: RayServegRPCContext
+    ) -> pb.SearchBatchResponse:
+        """RPC."""
+        response = await self._answer("SearchBatch", self._service.search_batch, request, grpc_context)
+        self._observe(response.info)
+        return response
+
+    async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
+        """RPC."""
+        return await self._answer("Embed", self._service.embed, request, grpc_context)
+
+    async def Describe(self, request: pb.DescribeRequest, grpc_context: RayServegRPCContext) -> pb.DescribeResponse:
+        """RPC."""
+        return await self._answer("Describe", self._service.describe, request, grpc_context)
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
+        """``grpc.health.v1.Health/Check``: a replica that answers serves."""
+        if request.service not in ("", SERVICE_NAME):
+            message = f"no service {request.service!r}; ask for {SERVICE_NAME!r}"
+            _set_status(grpc_context, grpc.StatusCode.NOT_FOUND, message)
+            raise RetrievalError(grpc.StatusCode.NOT_FOUND, message)
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def _answer(
+        self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
+    ) -> Response:
+        start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: cancelled, or a fault of ours
+        try:
+            self._check_caller(context)
+            response = await work(request)
+            code = grpc.StatusCode.OK
+            return response
+        except RetrievalError as error:
+            code = error.code
+            _set_status(context, error.code, error.message)
+            raise
+        finally:
+            self._requests.inc(1, {"method": rpc, "code": code.name})
+            self._seconds.observe(time.perf_counter() - start, {"method": rpc})
+
+    def _check_caller(self, context: RayServegRPCContext) -> None:
+        peer = context.peer()
+        if self._loopback_only and not peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")):
+            raise RetrievalError(grpc.StatusCode.PERMISSION_DENIED, f"caller {peer} is on another machine; set "
+                                 "serve.loopback_only=false to admit it")  # fmt: skip
+
+    def _observe(self, info: pb.SearchInfo) -> None:
+        for part in info.stage_times:
+            self._stages.observe(part.duration_ms / 1000, {"stage": part.stage})
+        if missing := info.coverage.shards_asked - info.coverage.shards_answered:
+            self._missing.inc(missing)
+
+
+def _set_status(context: RayServegRPCContext, code: grpc.StatusCode, message: str) -> None:
+    context.set_code(code)
+    context.set_details(message)

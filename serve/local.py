@@ -1,0 +1,48 @@
+"""Local mode: the client's interface over an index on disk, in this process, without a server."""
+
+import asyncio
+import threading
+from typing import Any
+
+from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.searcher import IndexMeta
+from lookalike.serve.app import read_service
+from lookalike.serve.client import Client
+from lookalike.serve.config import ServeConfig
+from lookalike.serve.service import Service
+from lookalike.serve.workers import open_workers
+
+_METHODS = {"Search": "search", "SearchBatch": "search_batch", "Embed": "embed", "Describe": "describe"}
+
+
+class LocalClient(Client):
+    """A ``Client`` that answers by itself: the same checks, the same work and the same errors as the service."""
+
+    def __init__(self, index: str | ServeConfig, *, timeout_s: float = 30.0) -> None:
+        config = index if isinstance(index, ServeConfig) else ServeConfig(index=index)
+        service = read_service(config)
+        self.address, self.timeout_s = config.index, timeout_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lookalike-local", daemon=True)
+        self._thread.start()
+        self._service = self._run(_open_service(config, *service))
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Ready since it was made."""
+
+    def close(self) -> None:
+        """End the thread that answers."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _call(self, method: str, request: Any) -> Any:
+        sent = type(request).FromString(request.SerializeToString())  # what a server would see
+        return self._run(getattr(self._service, _METHODS[method])(sent))
+
+
+async def _open_service(config: ServeConfig, meta: IndexMeta, plan: Plan, encoder_uri: str | None) -> Service:
+    return Service(config, meta, plan, open_workers(config, meta, encoder_uri))

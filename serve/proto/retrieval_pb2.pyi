@@ -1,0 +1,200 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Query(_message.Message):
+    __slots__ = ("vector", "image", "image_id")
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    vector: bytes
+    image: bytes
+    image_id: str
+    def __init__(self, vector: _Optional[bytes] = ..., image: _Optional[bytes] = ..., image_id: _Optional[str] = ...) -> None: ...
+
+class SearchOptions(_message.Message):
+    __slots__ = ("k", "plan", "timeout_ms", "model_fingerprint", "allow_partial")
+    K_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    plan: Plan
+    timeout_ms: int
+    model_fingerprint: str
+    allow_partial: bool
+    def __init__(self, k: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., allow_partial: _Optional[bool] = ...) -> None: ...
+
+class PlanStep(_message.Message):
+    __slots__ = ("dim", "keep")
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    dim: int
+    keep: int
+    def __init__(self, dim: _Optional[int] = ..., keep: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("shortlist_dim", "shortlist_k", "stages", "rerank_dim", "ef_search", "scan")
+    SHORTLIST_DIM_FIELD_NUMBER: _ClassVar[int]
+    SHORTLIST_K_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    RERANK_DIM_FIELD_NUMBER: _ClassVar[int]
+    EF_SEARCH_FIELD_NUMBER: _ClassVar[int]
+    SCAN_FIELD_NUMBER: _ClassVar[int]
+    shortlist_dim: int
+    shortlist_k: int
+    stages: _containers.RepeatedCompositeFieldContainer[PlanStep]
+    rerank_dim: int
+    ef_search: int
+    scan: bool
+    def __init__(self, shortlist_dim: _Optional[int] = ..., shortlist_k: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[PlanStep, _Mapping]]] = ..., rerank_dim: _Optional[int] = ..., ef_search: _Optional[int] = ..., scan: _Optional[bool] = ...) -> None: ...
+
+class Hit(_message.Message):
+    __slots__ = ("id", "score", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    score: float
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, id: _Optional[str] = ..., score: _Optional[float] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class HitList(_message.Message):
+    __slots__ = ("hits",)
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    hits: _containers.RepeatedCompositeFieldContainer[Hit]
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ...) -> None: ...
+
+class Coverage(_message.Message):
+    __slots__ = ("shards_answered", "shards_asked")
+    SHARDS_ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_ASKED_FIELD_NUMBER: _ClassVar[int]
+    shards_answered: int
+    shards_asked: int
+    def __init__(self, shards_answered: _Optional[int] = ..., shards_asked: _Optional[int] = ...) -> None: ...
+
+class StageTime(_message.Message):
+    __slots__ = ("stage", "duration_ms")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    duration_ms: float
+    def __init__(self, stage: _Optional[str] = ..., duration_ms: _Optional[float] = ...) -> None: ...
+
+class SearchInfo(_message.Message):
+    __slots__ = ("plan", "index_generation", "model_fingerprint", "coverage", "stage_times")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    INDEX_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
+    plan: Plan
+    index_generation: str
+    model_fingerprint: str
+    coverage: Coverage
+    stage_times: _containers.RepeatedCompositeFieldContainer[StageTime]
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., stage_times: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ...) -> None: ...
+
+class SearchRequest(_message.Message):
+    __slots__ = ("query", "options")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    options: SearchOptions
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., options: _Optional[_Union[SearchOptions, _Mapping]] = ...) -> None: ...
+
+class SearchResponse(_message.Message):
+    __slots__ = ("hits", "info")
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    hits: _containers.RepeatedCompositeFieldContainer[Hit]
+    info: SearchInfo
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., info: _Optional[_Union[SearchInfo, _Mapping]] = ...) -> None: ...
+
+class SearchBatchRequest(_message.Message):
+    __slots__ = ("queries", "options")
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    queries: _containers.RepeatedCompositeFieldContainer[Query]
+    options: SearchOptions
+    def __init__(self, queries: _Optional[_Iterable[_Union[Query, _Mapping]]] = ..., options: _Optional[_Union[SearchOptions, _Mapping]] = ...) -> None: ...
+
+class SearchBatchResponse(_message.Message):
+    __slots__ = ("results", "info")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[HitList]
+    info: SearchInfo
+    def __init__(self, results: _Optional[_Iterable[_Union[HitList, _Mapping]]] = ..., info: _Optional[_Union[SearchInfo, _Mapping]] = ...) -> None: ...
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("images",)
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, images: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class EmbedResponse(_message.Message):
+    __slots__ = ("vectors", "dim", "model_fingerprint")
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    vectors: _containers.RepeatedScalarFieldContainer[bytes]
+    dim: int
+    model_fingerprint: str
+    def __init__(self, vectors: _Optional[_Iterable[bytes]] = ..., dim: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_k", "max_batch", "max_image_bytes", "max_pixels", "max_shortlist_k")
+    MAX_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SHORTLIST_K_FIELD_NUMBER: _ClassVar[int]
+    max_k: int
+    max_batch: int
+    max_image_bytes: int
+    max_pixels: int
+    max_shortlist_k: int
+    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ...) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("version", "index_generation", "model_fingerprint", "dim", "dims", "num_rows", "num_shards", "plan", "placement", "limits", "has_encoder")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    DIMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    HAS_ENCODER_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    index_generation: str
+    model_fingerprint: str
+    dim: int
+    dims: _containers.RepeatedScalarFieldContainer[int]
+    num_rows: int
+    num_shards: int
+    plan: Plan
+    placement: str
+    limits: Limits
+    has_encoder: bool
+    def __init__(self, version: _Optional[str] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., dims: _Optional[_Iterable[int]] = ..., num_rows: _Optional[int] = ..., num_shards: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., placement: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., has_encoder: _Optional[bool] = ...) -> None: ...

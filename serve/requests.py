@@ -1,0 +1,138 @@
+"""Requests of the wire, checked: bytes become arrays and plans, or INVALID_ARGUMENT with value, rule and remedy."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from lookalike.errors import LookalikeError, UsageError
+from lookalike.retrieval.plan import Plan, parse_plan
+from lookalike.retrieval.searcher import IndexMeta
+from lookalike.serve.answers import Answer
+from lookalike.serve.config import Limits
+from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.proto import retrieval_pb2 as pb
+
+DEFAULT_K = 10
+
+
+class Options(NamedTuple):
+    """Checked search options."""
+
+    k: int
+    plan: Plan
+    timeout_s: float
+    allow_partial: bool
+
+
+class Queries(NamedTuple):
+    """Queries by kind: position in the request -> what was sent."""
+
+    vectors: dict[int, npt.NDArray[np.float32]]
+    images: dict[int, bytes]
+    image_ids: dict[int, str]
+
+
+def read_options(
+    options: pb.SearchOptions, *, limits: Limits, meta: IndexMeta, plan: Plan, timeout_s: float
+) -> Options:
+    """Options with the service's ``plan`` and ``timeout_s`` where the request has none."""
+    k = options.k if options.HasField("k") else DEFAULT_K
+    if not 1 <= k <= limits.max_k:
+        raise invalid(f"k={k} is not between 1 and {limits.max_k}; ask for fewer, or raise limits.max_k of the service")
+    if options.model_fingerprint and options.model_fingerprint != meta.model_fingerprint:
+        raise RetrievalError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"the query is of model {options.model_fingerprint}, the index of "
+            f"{meta.model_fingerprint}; embed the query with the index's model (Embed does), or send the image itself",
+        )
+    if options.HasField("plan"):
+        plan = read_plan(options.plan, limits=limits, meta=meta)
+    asked_s = options.timeout_ms / 1000 if options.timeout_ms else timeout_s
+    return Options(k, plan, min(asked_s, timeout_s), options.allow_partial)
+
+
+def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:
+    """The plan a request brings."""
+    if message.shortlist_k > limits.max_shortlist_k:
+        raise invalid(f"plan.shortlist_k={message.shortlist_k} exceeds {limits.max_shortlist_k}; shortlist fewer, or "
+                      "raise limits.max_shortlist_k of the service")  # fmt: skip
+    values = {"shortlist_dim": message.shortlist_dim, "shortlist_k": message.shortlist_k, "scan": message.scan,
+              "stages": tuple((step.dim, step.keep) for step in message.stages), "rerank_dim": message.rerank_dim,
+              "ef_search": message.ef_search if message.HasField("ef_search") else None}  # fmt: skip
+    try:
+        plan = parse_plan(values, "the request")
+        check_plan(plan, meta)
+    except LookalikeError as error:
+        raise invalid(f"{error} (plan {values})") from None
+    return plan
+
+
+def check_plan(plan: Plan, meta: IndexMeta) -> None:
+    """Raise ``UsageError`` unless the index can run ``plan``."""
+    plan.require_dims(meta.dims)
+    if not plan.scan and plan.shortlist_dim not in meta.shortlist_dims:
+        raise UsageError(f"the plan shortlists at {plan.shortlist_dim}-d, the index has shortlists over "
+                         f"{list(meta.shortlist_dims)}; take one of these, or scan")  # fmt: skip
+
+
+def write_plan(plan: Plan) -> pb.Plan:
+    """A plan as it travels."""
+    return pb.Plan(shortlist_dim=plan.shortlist_dim, shortlist_k=plan.shortlist_k, rerank_dim=plan.rerank_dim,
+                   stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages], ef_search=plan.ef_search,
+                   scan=plan.scan)  # fmt: skip
+
+
+def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Queries:
+    """Queries sorted by kind; images are checked for size only, their decoding is the encoder's work."""
+    if not 1 <= len(queries) <= limits.max_batch:
+        raise invalid(f"{len(queries)} queries in one request; send 1 to {limits.max_batch}")
+    read = Queries({}, {}, {})
+    for position, query in enumerate(queries):
+        kind = query.WhichOneof("kind")
+        if kind == "vector":
+            read.vectors[position] = read_vector(query.vector, dim)
+        elif kind == "image":
+            read.images[position] = check_image(query.image, limits)
+        elif kind == "image_id":
+            read.image_ids[position] = query.image_id
+        else:
+            raise invalid(f"query {position} is empty; set vector, image or image_id")
+    return read
+
+
+def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
+    """float32 [dim] from little-endian bytes; refuses another size, NaN, infinity and the zero vector."""
+    if len(data) != 4 * dim:
+        raise invalid(f"the vector has {len(data)} bytes; {dim} float32 numbers are {4 * dim}: send the whole "
+                      "embedding, the plan cuts prefixes")  # fmt: skip
+    vector = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(vector).all():
+        bad = int(np.flatnonzero(~np.isfinite(vector))[0])
+        raise invalid(f"the vector holds {vector[bad]} at position {bad}; send finite numbers")
+    with np.errstate(over="ignore"):
+        norm = np.linalg.norm(vector)
+    if not 0 < norm < np.inf:
+        raise invalid(f"the vector has length {norm} in float32 and so no direction; send the encoder's output")
+    return vector
+
+
+def check_image(data: bytes, limits: Limits) -> bytes:
+    """``data``, unless it is larger than the service takes."""
+    if len(data) > limits.max_image_bytes:
+        raise invalid(f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes}; send a smaller file")
+    return data
+
+
+def write_hits(answer: Answer, query: int) -> list[pb.Hit]:
+    """The hits of one query of ``answer``, best first."""
+    rows, scores = answer.hits.rows[query], answer.hits.scores[query]
+    return [pb.Hit(id=answer.entries[row][0], score=score, metadata=answer.entries[row][1])
+            for row, score in zip(rows.tolist(), scores.tolist(), strict=True) if row >= 0]  # fmt: skip
+
+
+def write_times(times_ms: Mapping[str, float]) -> list[pb.StageTime]:
+    """Stage times as they travel."""
+    return [pb.StageTime(stage=stage, duration_ms=duration) for stage, duration in times_ms.items()]

@@ -1,0 +1,147 @@
+"""Fan-out: ask every shard, wait as long as the request allows, merge what came.
+
+A worker is an object with async methods, in this process or behind a Serve handle; nothing here depends on which, so
+every placement gives the same answers.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from lookalike.retrieval.plan import Plan
+from lookalike.serve.answers import Answer, merge, unpack
+from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+Floats = npt.NDArray[np.float32]
+Worker = Any
+"""A worker of ``lookalike.serve.workers``, or the Serve handle of one."""
+
+
+class Found(NamedTuple):
+    """An answer, how many shards it rests on and the milliseconds its parts took."""
+
+    answer: Answer
+    shards_answered: int
+    times_ms: dict[str, float]
+
+
+class Router:
+    """The workers that serve one index. Deadlines are times of the running loop's clock, in seconds."""
+
+    def __init__(self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None) -> None:
+        self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
+
+    async def search(self, queries: Floats, k: int, plan: Plan, *, deadline: float, allow_partial: bool) -> Found:
+        """The ``k`` best rows of each query, float32 [n, dim].
+
+        Raises UNAVAILABLE or DEADLINE_EXCEEDED when a shard fails or is late, unless ``allow_partial``; then only when
+        none answered.
+        """
+        call = (np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
+        method = "search" if self.reranker is None else "shortlist"
+        start = time.perf_counter()
+        outcomes = await self._ask_shards(method, *call, deadline=deadline)
+        good = accept(outcomes, allow_partial=allow_partial)
+        times = {"shards": _since_ms(start)}
+        if self.reranker is not None:
+            start = time.perf_counter()
+            outcome = await _outcome(ask(self.reranker, "rerank", *call, good), deadline)
+            packed = accept([outcome], allow_partial=False, who="re-ranker")[0]
+            answer = unpack(packed, len(queries))
+            times["rerank"] = _since_ms(start)
+        else:
+            start = time.perf_counter()
+            answer = merge([unpack(packed, len(queries)) for packed in good.values()], k)
+            times["merge"] = _since_ms(start)
+        return Found(answer, len(good), times)
+
+    async def stored_vectors(self, image_ids: Sequence[str], *, deadline: float) -> list[Floats]:
+        """The vectors stored under ``image_ids``; NOT_FOUND names the first that no shard holds."""
+        outcomes = await self._ask_shards("vectors", list(image_ids), deadline=deadline)
+        found: dict[str, bytes] = {}
+        for outcome in outcomes:
+            found |= {} if isinstance(outcome, Exception) else outcome
+        missing = [image_id for image_id in image_ids if image_id not in found]
+        if missing:
+            accept(outcomes, allow_partial=False)  # a lost shard may hold it: that is no NOT_FOUND
+            raise RetrievalError(grpc.StatusCode.NOT_FOUND, f"no image {missing[0]!r} in the index; search by the "
+                                 "image itself")  # fmt: skip
+        return [np.frombuffer(found[image_id], "<f4") for image_id in image_ids]
+
+    async def encode(self, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
+        """Vectors of encoded images; INVALID_ARGUMENT with the reason when one cannot be decoded."""
+        if self.encoder is None:
+            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "this service runs without an encoder; send "
+                                 "vectors, or set serve.encoder")  # fmt: skip
+        outcome = await _outcome(ask(self.encoder, "encode", list(images)), deadline)
+        results = accept([outcome], allow_partial=False, who="encoder")[0]
+        for position, result in enumerate(results):
+            if isinstance(result, str):
+                raise invalid(result if len(results) == 1 else f"image {position}: {result}")
+        return [np.frombuffer(result, "<f4") for result in results]
+
+    async def _ask_shards(self, method: str, *args: Any, deadline: float) -> list[Any]:
+        return await asyncio.gather(*(_outcome(ask(shard, method, *args), deadline) for shard in self.shards))
+
+
+async def ask(worker: Worker, method: str, *args: Any) -> Any:
+    """Call a worker here or elsewhere; giving up on the answer also cancels the call behind a handle."""
+    if not isinstance(worker, DeploymentHandle):
+        return await getattr(worker, method)(*args)
+    response = getattr(worker, method).remote(*args)
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+async def _outcome(call: Coroutine[Any, Any, Any], deadline: float) -> Any:
+    """What ``call`` returns, or the exception it failed with; ``TimeoutError`` when it is not done by ``deadline``."""
+    task = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait([task], timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+    finally:  # late, or the caller has gone
+        late = task.cancel()
+    if late:
+        return TimeoutError("no answer before the deadline")
+    error = task.exception()
+    return task.result() if error is None else error
+
+
+def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:
+    """Position -> outcome of those that are no exceptions; raises ``RetrievalError`` when they do not suffice."""
+    good = {position: outcome for position, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)}
+    failed = {position: outcome for position, outcome in enumerate(outcomes) if position not in good}
+    for position, error in failed.items():
+        log.warning("failed %s", fields(who=who, number=position, error=repr(error)[:300]))
+    if failed and not (allow_partial and good):
+        raise _failure(failed, len(outcomes), who)
+    return good
+
+
+def _failure(failed: dict[int, Exception], asked: int, who: str) -> RetrievalError:
+    errors = list(failed.values())
+    names = f"{who} {', '.join(map(str, failed))} of {asked}" if asked > 1 else who
+    remedy = "or take what is there with allow_partial" if who == "shard" else "or look into the service's log"
+    if all(isinstance(error, TimeoutError) for error in errors):
+        code = grpc.StatusCode.DEADLINE_EXCEEDED
+        return RetrievalError(code, f"no answer in time from {names}; allow more time, {remedy}")
+    if all(isinstance(error, (BackPressureError, TimeoutError)) for error in errors):
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        return RetrievalError(code, f"the queue of {names} is full; slow down, or add replicas")
+    reasons = "; ".join(sorted({type(error).__name__ for error in errors}))
+    return RetrievalError(grpc.StatusCode.UNAVAILABLE, f"{names} failed ({reasons}); try again, {remedy}")
+
+
+def _since_ms(start: float) -> float:
+    return (time.perf_counter() - start) * 1000

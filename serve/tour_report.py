@@ -1,0 +1,119 @@
+"""The quickstart's report, as text for the terminal and as one self-contained HTML page."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from lookalike import storage
+from lookalike.artifacts import Artifact
+from lookalike.serve.tour import Answer
+
+Row = dict[str, Any]
+
+
+def dim_table(evaluation: Mapping[str, Any], task: str) -> tuple[list[str], list[Row]]:
+    """(column names, rows) of P@1 in percent by dimension: one column per embedding and method."""
+    rows = [row for row in evaluation["rows"] if row["task"] == task]
+    columns = list(dict.fromkeys(f"{row['embedding']} {row['method']}" for row in rows))
+    table: dict[int, Row] = {}
+    for row in rows:
+        line = table.setdefault(row["dim"], {"dim": row["dim"]})
+        line[f"{row['embedding']} {row['method']}"] = row
+    return columns, [table[dim] for dim in sorted(table)]
+
+
+def subject_table(evaluation: Mapping[str, Any], task: str) -> list[Row]:
+    """P@1, mAP@10, recall@10 and bytes a vector of the subject's prefixes, smallest first."""
+    rows = [row for row in evaluation["rows"]
+            if row["task"] == task and row["embedding"] == evaluation["subject"] and row["method"] == "prefix"]  # fmt: skip
+    return [{**row, "bytes_fp32": 4 * row["dim"]} for row in sorted(rows, key=lambda row: row["dim"])]
+
+
+def render_text(facts: Mapping[str, Any], root: str) -> str:
+    """What the terminal shows at the end."""
+    evaluation = facts["evaluation"]
+    task = evaluation["headline_task"]
+    lines = ["", "Neighbours over gRPC (held-out images; the query itself is left out)"]
+    for answer in facts["neighbours"]:
+        query = answer["query"]
+        lines.append(f"  {query['title'] or query['image_id']}  [{query['category']}]  {query['image_id']}")
+        for hit in answer["hits"]:
+            same = "  <- same product" if query["group"] and hit.get("group") == query["group"] else ""
+            lines.append(f"    {hit['score']:+.3f}  {hit.get('title') or '(no title)'}  [{hit.get('category', '')}]"
+                         f"  {hit['id']}{same}")  # fmt: skip
+    vector_ok = all(answer["same_by_vector"] for answer in facts["neighbours"])
+    lines += [f"  the same queries by vector gave {'the same hits' if vector_ok else 'OTHER hits: see report.json'}", ""]
+    lines += _dims_text(evaluation, task) + [""] + _plan_text(facts["plan"]) + [""] + _times_text(facts) + [""]
+    report = storage.join(root, "report.html")
+    lines += [f"Report: {report}", f"Figures: {storage.join(root, 'report.json')}",
+              f"Lineage: lookalike show {facts['artifacts']['index']}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _dims_text(evaluation: Mapping[str, Any], task: str) -> list[str]:
+    columns, table = dim_table(evaluation, task)
+    first = subject_table(evaluation, task)[-1]
+    lines = [f"P@1 by dimension, task {task!r}: {first['queries']} held-out queries, {first['database']} candidates "
+             f"(seed {evaluation['seed']}; percent)"]  # fmt: skip
+    width = max(len(column) for column in columns)
+    lines.append("  " + "dim".rjust(6) + "  bytes" + "".join(column.rjust(width + 2) for column in columns))
+    for line in table:
+        cells = "".join((f"{100 * line[c]['p_at_1']:.1f}" if c in line else "-").rjust(width + 2) for c in columns)
+        lines.append("  " + str(line["dim"]).rjust(6) + str(4 * line["dim"]).rjust(7) + cells)
+    return lines
+
+
+def _plan_text(plan: Mapping[str, Any]) -> list[str]:
+    chosen, check = plan["chosen"], plan["map_check"]
+    lines = [f"Plan: {plan['description']}",
+             f"  recall@{plan['k']} against exact search {chosen['recall']:.4f} on {plan['num_queries']} queries "
+             f"(target {plan['target']})"]  # fmt: skip
+    if check:
+        k = check["k"]
+        lines.append(f"  mAP@{k} (by k, label {check['label']}): plan {100 * check[f'plan_map_at_{k}_by_k']:.2f}, exact "
+                     f"{100 * check[f'exact_map_at_{k}_by_k']:.2f}, difference "
+                     f"{check['difference_points']:+.2f} points")  # fmt: skip
+    return lines
+
+
+def _times_text(facts: Mapping[str, Any]) -> list[str]:
+    lines = ["Time of each stage (s)"]
+    for stage in facts["stages"]:
+        note = "  skipped now; took this when it ran" if stage["skipped"] else ""
+        lines.append(f"  {stage['step']:<16}{stage['seconds']:>8.1f}{note}")
+    return [*lines, f"  {'this run':<16}{facts['total_seconds']:>8.1f}"]
+
+
+def render_html(
+    facts: Mapping[str, Any], artifacts: Mapping[str, Artifact], answers: Sequence[Answer],
+    pictures: Mapping[str, Row],
+) -> str:  # fmt: skip
+    """The same with pictures and plots, in one file."""
+    evaluation = facts["evaluation"]
+    task = evaluation["headline_task"]
+    columns, table = dim_table(evaluation, task)
+    by_kind = {artifact.manifest.kind: artifact for artifact in artifacts.values()}
+    plots = {f"P@1 and mAP@10 by dimension, task {name}": by_kind["report"].path(f"{name}.png")
+             for name in dict.fromkeys(row["task"] for row in evaluation["rows"])}  # fmt: skip
+    plots["Candidate plans: recall and cost"] = by_kind["plan"].path("plan.png")
+    shown = [{"query": answer.query, "image": data_uri(answer.query["image"]), "same_by_vector": answer.same_by_vector,
+              "hits": [{"hit": hit, "row": pictures[hit.id], "image": data_uri(pictures[hit.id]["image"]),
+                        "same": bool(answer.query["group"]) and hit.metadata.get("group") == answer.query["group"]}
+                       for hit in answer.hits]} for answer in answers]  # fmt: skip
+    template = resources.files("lookalike.serve").joinpath("tour.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        facts=facts, task=task, columns=columns, table=table, subject=subject_table(evaluation, task), shown=shown,
+        plots={title: data_uri(storage.read_bytes(uri)) for title, uri in plots.items()},
+        artifacts={name: artifact.uri for name, artifact in artifacts.items()},
+    )  # fmt: skip
+
+
+def data_uri(content: bytes) -> str:
+    """Image bytes as a ``data:`` URI; the type is read from the first bytes."""
+    kinds = {b"\x89PNG": "png", b"RIFF": "webp", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+    kind = next((kind for magic, kind in kinds.items() if content.startswith(magic)), "jpeg")
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

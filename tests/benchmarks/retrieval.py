@@ -1,0 +1,167 @@
+"""Exact search, ours, and faiss alone, on the same vectors, queries and thread: recall, time, memory, build time.
+
+    python tests/benchmarks/retrieval.py [--quick] [--num N] [--dim D] [--seed S]
+
+One JSON object a line; the last one has the ratios. ``query_us`` is the median of queries sent one by one,
+``cpu_us`` the processor time per query of one batch; on a busy machine the second is the one to trust.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from lookalike.retrieval.machine import machine_facts
+from lookalike.retrieval.metrics import per_query_overlap
+from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.ranking import Floats, Rows
+from lookalike.retrieval.searcher import ShardSearcher
+from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
+from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, normalise, write_store
+from lookalike.retrieval.synthetic import make_vectors
+
+K = 10
+Search = Callable[[Floats], Rows]
+
+
+def open_ours(
+    folder: str, data: Floats, dims: tuple[int, ...], shortlist_dims: tuple[int, ...]
+) -> tuple[ShardSearcher, dict[int, float]]:
+    """One shard in ``folder`` and the seconds that each shortlist took to build."""
+    meta = ShardMeta(num_rows=len(data), row_offset=0, dims=dims, shortlist="hnsw", shortlist_dims=shortlist_dims)
+    rows = np.arange(len(data))
+    parts = np.array_split(rows, max(1, len(data) // 20_000))
+    ids = pa.table({"image_id": [f"{row:012d}" for row in rows]})
+    meta = write_store(folder, meta, ids, ((part, data[part]) for part in parts))
+    seconds = {}
+    for dim in shortlist_dims:
+        start = time.perf_counter()
+        build_shortlist("hnsw", PrefixStore(folder, meta).unit_prefix(dim), ShortlistOptions()).save(
+            f"{folder}/{shortlist_name(dim)}")  # fmt: skip
+        seconds[dim] = time.perf_counter() - start
+    with open(f"{folder}/{SHARD_META}", "w") as file:
+        file.write(meta.model_dump_json())
+    return ShardSearcher.open(folder), seconds
+
+
+def build_faiss(
+    data: Floats, prefix: int, options: ShortlistOptions
+) -> tuple[faiss.Index, faiss.Index, dict[str, float]]:
+    """(HNSW over the full vector, IndexRefine over HNSW of a prefix) and the seconds each took."""
+    unit, seconds = normalise(data), {}
+    start = time.perf_counter()
+    full = faiss.IndexHNSWFlat(data.shape[1], options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
+    full.hnsw.efConstruction = options.ef_construction
+    full.add(unit)
+    seconds["full"] = time.perf_counter() - start
+    start = time.perf_counter()
+    graph = faiss.IndexHNSWFlat(prefix, options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = options.ef_construction
+    cut = faiss.IndexPreTransform(faiss.NormalizationTransform(prefix, 2.0), graph)
+    base = faiss.IndexPreTransform(faiss.RemapDimensionsTransform(data.shape[1], prefix, False), cut)
+    refine = faiss.IndexRefine(base, faiss.IndexFlatIP(data.shape[1]))
+    refine.add(unit)
+    seconds["refine"] = time.perf_counter() - start
+    return full, refine, seconds
+
+
+def measure(search: Search, queries: Floats, truth: Rows, repeats: int) -> dict[str, float]:
+    """Recall@10 and times of one case."""
+    found = search(queries)
+    single = []
+    for query in queries[:100]:
+        start = time.perf_counter()
+        search(query[None])
+        single.append(time.perf_counter() - start)
+    cpu = []
+    for _ in range(repeats):
+        start = time.process_time()
+        search(queries)
+        cpu.append((time.process_time() - start) / len(queries))
+    return {"recall_at_10": round(float(per_query_overlap(found, truth).mean()), 4),
+            "query_us": round(median(single) * 1e6, 1), "cpu_us": round(median(cpu) * 1e6, 1)}  # fmt: skip
+
+
+def list_cases(folder: str, data: Floats) -> Iterator[tuple[str, Search, dict[str, Any]]]:
+    """(name, search, facts) of everything compared."""
+    dim = data.shape[1]
+    dims = (*(d for d in (8, 16, 32, 64, 128, 256, 512, 1024) if d < dim), dim)
+    ours, seconds = open_ours(folder, data, dims, tuple(d for d in (32, 64, 128) if d < dim))
+
+    def case(plan: Plan) -> Search:
+        return lambda queries: ours.search(queries, K, plan).rows
+
+    size = os.path.getsize
+    yield "exact", case(Plan.exact(dim)), {"shortlist_mb": 0.0, "build_s": 0.0}
+    for d, k, stages in ((32, 200, ()), (64, 100, ()), (64, 100, ((128, 40),)), (128, 50, ())):
+        if d in seconds and all(d < step < dim for step, _ in stages):
+            plan = Plan(shortlist_dim=d, shortlist_k=k, stages=stages, rerank_dim=dim)
+            facts = {"plan": plan.describe(), "build_s": round(seconds[d], 1),
+                     "shortlist_mb": round(size(f"{folder}/{shortlist_name(d)}") / 1e6, 1)}  # fmt: skip
+            yield f"ours p{d} K{k}{' funnel' if stages else ''}", case(plan), facts
+    full, refine, built = build_faiss(data, 64, ShortlistOptions())
+    for ef in (32, 64, 128):
+        settings = faiss.SearchParametersHNSW(efSearch=ef)
+        facts = {"build_s": round(built["full"], 1), "shortlist_mb": round(len(data) * (dim * 4 + 64 * 4) / 1e6, 1)}
+        yield f"faiss HNSW full ef{ef}", _faiss_case(full, settings), facts
+    beam = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersHNSW(efSearch=100))
+    inner = faiss.SearchParametersPreTransform(index_params=beam)
+    refining = faiss.IndexRefineSearchParameters(k_factor=100 / K, base_index_params=inner)
+    facts = {"build_s": round(built["refine"], 1), "shortlist_mb": round(len(data) * (64 * 4 + 64 * 4) / 1e6, 1)}
+    yield "faiss IndexRefine p64 K100", _faiss_case(refine, refining), facts
+
+
+def _faiss_case(index: faiss.Index, settings: faiss.SearchParameters) -> Search:
+    return lambda queries: index.search(normalise(queries), K, params=settings)[1]
+
+
+def main() -> int:
+    """Run all cases and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="20,000 vectors of 256-d instead of 100,000 of 768-d")
+    parser.add_argument("--num", type=int)
+    parser.add_argument("--dim", type=int)
+    parser.add_argument("--seed", type=int, default=17)
+    arguments = parser.parse_args()
+    arguments.num = arguments.num or (20_000 if arguments.quick else 100_000)
+    arguments.dim = arguments.dim or (256 if arguments.quick else 768)
+    num_queries = 200 if arguments.quick else 500
+    vectors, _ = make_vectors(arguments.num + num_queries, arguments.dim, seed=arguments.seed)
+    data, queries = vectors[: arguments.num], vectors[arguments.num :]
+    facts = {"bench": "retrieval", "num": arguments.num, "dim": arguments.dim, "queries": num_queries,
+             "seed": arguments.seed, "threads": 1, "machine": machine_facts()}  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="lookalike-bench-") as folder:
+        truth: Rows | None = None
+        for name, search, more in list_cases(folder, data):
+            truth = search(queries) if truth is None else truth
+            rows[name] = {"case": name, **measure(search, queries, truth, 3), **more}
+            print(json.dumps(facts | rows[name]), flush=True)
+    best = min((row for name, row in rows.items() if name.startswith("ours") and row["recall_at_10"] >= 0.99),
+               key=lambda row: row["cpu_us"], default=None)  # fmt: skip
+    two_stages = _ratio(rows, "ours p64 K100", "faiss IndexRefine p64 K100")
+    ratios: dict[str, float | None] = {"ours_p64_over_index_refine_cpu": two_stages}
+    if best is not None:
+        ratios["exact_over_ours_at_recall_99_cpu"] = _ratio(rows, "exact", best["case"])
+        ratios["hnsw_full_ef64_over_ours_at_recall_99_cpu"] = _ratio(rows, "faiss HNSW full ef64", best["case"])
+    print(json.dumps(facts | {"summary": True, "best": best and best["case"], "ratios": ratios}))
+    return 0
+
+
+def _ratio(rows: dict[str, dict[str, Any]], one: str, other: str) -> float | None:
+    return round(rows[one]["cpu_us"] / rows[other]["cpu_us"], 2) if one in rows and other in rows else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

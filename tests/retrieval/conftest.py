@@ -1,0 +1,54 @@
+"""One small shard and its data, for the tests of retrieval."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lookalike.retrieval.searcher import ShardSearcher
+from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
+from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
+
+DIMS = (4, 8, 16, 32)
+MakeShard = Callable[..., ShardSearcher]
+
+
+@pytest.fixture
+def make_shard(tmp_path: Path) -> MakeShard:
+    """Writes raw vectors as a shard folder with shortlists over all dims and opens it."""
+
+    def make(vectors, *, dims=DIMS, kind="flat", dtype="float32", offset=0, name="shard"):  # type: ignore[no-untyped-def]
+        folder = tmp_path / name
+        folder.mkdir()
+        meta = ShardMeta(num_rows=len(vectors), row_offset=offset, dims=dims, dtype=dtype, shortlist=kind,
+                         shortlist_dims=dims)  # fmt: skip
+        ids = pa.table({"image_id": [f"id-{n:06d}" for n in range(len(vectors))]})
+        half = len(vectors) // 2  # rows in two batches, the later first: the order must not matter
+        places = np.arange(len(vectors))
+        batches = [(part, vectors[part]) for part in (places[half:], places[:half])]
+        meta = write_store(str(folder), meta, ids, batches)
+        for dim in dims:
+            prefix = PrefixStore(str(folder), meta).unit_prefix(dim)
+            build_shortlist(kind, prefix, ShortlistOptions()).save(str(folder / shortlist_name(dim)))
+        (folder / SHARD_META).write_text(meta.model_dump_json())
+        return ShardSearcher.open(str(folder))
+
+    return make
+
+
+@pytest.fixture
+def vectors() -> np.ndarray:
+    """300 raw vectors of 32-d with falling variance and lengths from 0.1 to 30."""
+    generator = np.random.default_rng(5)
+    spread = np.arange(1, 33) ** -0.5
+    scale = generator.uniform(0.1, 30, (300, 1))
+    return (generator.standard_normal((300, 32)) * spread * scale).astype(np.float32)
+
+
+@pytest.fixture
+def queries() -> np.ndarray:
+    """20 raw queries."""
+    generator = np.random.default_rng(6)
+    return (generator.standard_normal((20, 32)) * np.arange(1, 33) ** -0.5 * 7).astype(np.float32)

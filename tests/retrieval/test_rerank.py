@@ -1,0 +1,238 @@
+"""Shortlist, re-rank, funnel and scan against numpy brute force and faiss's own two-stage index."""
+
+import os
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.ranking import Hits, empty_hits, from_keys, merge_hits, sort_keys, top_k
+from lookalike.retrieval.searcher import ShardSearcher
+from lookalike.retrieval.shortlist import ShortlistOptions as Options
+from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
+from lookalike.retrieval.store import NORMS_FILE, SHARD_META, block_name
+
+
+def cosines(queries, vectors, dim):
+    """Oracle: float64 cosine at a prefix, every prefix normalised after truncation."""
+    q, x = queries[:, :dim].astype(np.float64), vectors[:, :dim].astype(np.float64)
+    return (q @ x.T) / np.linalg.norm(q, axis=1)[:, None] / np.linalg.norm(x, axis=1)
+
+
+def funnel_oracle(queries, vectors, k, plan):
+    """Oracle: one query at a time, full cosines at every step, stable sort."""
+    rows = []
+    steps = [(plan.shortlist_dim, plan.shortlist_k), *plan.stages, (plan.rerank_dim, k)]
+    for query in queries:
+        alive = np.arange(len(vectors))
+        for dim, keep in steps:
+            scores = cosines(query[None], vectors[alive], dim)[0]
+            alive = alive[np.lexsort((alive, -scores))][: max(keep, k)]
+        rows.append(alive[:k])
+    return np.array(rows)
+
+
+def test_exact_search_is_brute_force_cosine_at_every_nested_dim(make_shard, vectors, queries):
+    shard = make_shard(vectors, offset=1000)
+    for dim in shard.meta.dims:
+        for batch in (queries, queries[:3]):  # a matrix product, and the kernel for few queries
+            hits = shard.search(batch, 7, Plan.exact(dim))
+            expected = np.sort(cosines(batch, vectors, dim), axis=1)[:, ::-1][:, :7]
+            np.testing.assert_allclose(hits.scores, expected, atol=2e-6)
+            np.testing.assert_array_equal(hits.rows - 1000, np.argsort(-cosines(batch, vectors, dim), axis=1)[:, :7])
+
+
+@pytest.mark.parametrize("plan", [
+    Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32),
+    Plan(shortlist_dim=8, shortlist_k=40, rerank_dim=16),
+    Plan(shortlist_dim=4, shortlist_k=80, stages=((8, 40), (16, 20)), rerank_dim=32),
+    Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 15),), rerank_dim=32, scan=True),
+    Plan(shortlist_dim=32, shortlist_k=30, rerank_dim=32),
+], ids=lambda plan: plan.describe())  # fmt: skip
+def test_funnel_equals_the_one_shot_oracle(make_shard, vectors, queries, plan):
+    hits = make_shard(vectors).search(queries, 10, plan)
+    np.testing.assert_array_equal(hits.rows, funnel_oracle(queries, vectors, 10, plan))
+    expected = np.take_along_axis(cosines(queries, vectors, plan.rerank_dim), hits.rows, axis=1)
+    np.testing.assert_allclose(hits.scores, expected, atol=3e-6)
+
+
+def test_two_stage_equals_faiss_index_refine(make_shard, vectors, queries):
+    d_s, k, shortlist_k = 8, 10, 50
+    transform = faiss.IndexPreTransform(faiss.NormalizationTransform(d_s, 2.0), faiss.IndexFlatIP(d_s))
+    base = faiss.IndexPreTransform(faiss.RemapDimensionsTransform(32, d_s, False), transform)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    refine = faiss.IndexRefine(base, faiss.IndexFlatIP(32))
+    refine.add(unit)
+    q = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    scores, rows = refine.search(q, k, params=faiss.IndexRefineSearchParameters(k_factor=shortlist_k / k))
+    hits = make_shard(vectors).search(queries, k, Plan(shortlist_dim=d_s, shortlist_k=shortlist_k, rerank_dim=32))
+    np.testing.assert_array_equal(hits.rows, rows)
+    np.testing.assert_allclose(hits.scores, scores, atol=3e-6)
+
+
+def test_prefixes_are_normalised_after_truncation(make_shard):
+    """REFERENCE finding: truncating unit vectors without renormalising ranks by length. Row 1 is long, row 0 right."""
+    vectors = np.array([[0.1, 0.0, 3.0, 0.0], [2.0, 1.0, 0.0, 0.0]], np.float32)
+    hits = make_shard(vectors, dims=(2, 4)).search(np.array([[1.0, 0, 0, 0]]), 2, Plan.exact(2))
+    assert hits.rows.tolist() == [[0, 1]]
+
+
+def test_equal_scores_come_in_the_order_of_rows(make_shard, queries):
+    one = np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32)
+    shard = make_shard(np.repeat(one, 40, axis=0))
+    for plan in (Plan.exact(32), Plan(shortlist_dim=8, shortlist_k=40, stages=((16, 20),), rerank_dim=32)):
+        assert shard.search(queries[:2], 5, plan).rows.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_a_batch_answers_like_its_queries_alone(make_shard, vectors, queries):
+    shard = make_shard(vectors, kind="hnsw")
+    for plan in (Plan.exact(32), Plan(shortlist_dim=8, shortlist_k=30, rerank_dim=32, ef_search=64)):
+        batch = shard.search(queries, 6, plan)
+        alone = [shard.search(query, 6, plan) for query in queries]
+        np.testing.assert_array_equal(batch.rows, np.vstack([hits.rows for hits in alone]))
+
+
+def test_searching_changes_nothing(make_shard, vectors, queries):
+    """MRL's published funnel code re-ranked its neighbour array in place, and so spoiled later configurations."""
+    shard = make_shard(vectors)
+    plan = Plan(shortlist_dim=4, shortlist_k=50, stages=((8, 20),), rerank_dim=32)
+    shortlist = shard.shortlist(queries, 10, plan)
+    before, sent = Hits(shortlist.rows.copy(), shortlist.scores.copy()), queries.copy()
+    first = shard.rerank(queries, shortlist, 10, plan)
+    np.testing.assert_array_equal(shortlist.rows, before.rows)
+    np.testing.assert_array_equal(shortlist.scores, before.scores)
+    np.testing.assert_array_equal(queries, sent)
+    np.testing.assert_array_equal(shard.rerank(queries, shortlist, 10, plan).rows, first.rows)
+    np.testing.assert_array_equal(shard.search(queries, 10, plan).rows, first.rows)
+
+
+def test_float16_store_scores_within_its_rounding(make_shard, vectors, queries):
+    plan = Plan(shortlist_dim=8, shortlist_k=60, rerank_dim=32)
+    half = make_shard(vectors, dtype="float16", name="half").search(queries, 5, plan)
+    full = make_shard(vectors, name="full").search(queries, 5, plan)
+    np.testing.assert_allclose(half.scores, full.scores, atol=1e-3)
+    assert (half.rows == full.rows).mean() > 0.95
+
+
+def test_zero_vectors_score_zero_and_break_nothing(make_shard, vectors, queries):
+    vectors[3] = 0
+    vectors[4, :4] = 0  # has a direction, but not at the smallest prefix
+    shard = make_shard(vectors)
+    assert shard.meta.num_zero == 1
+    hits = shard.search(queries, 300, Plan(shortlist_dim=4, shortlist_k=300, rerank_dim=32))
+    assert np.isfinite(hits.scores).all()
+    assert (hits.scores[hits.rows == 3] == 0).all()
+    np.testing.assert_allclose(hits.scores[:, 0], shard.search(queries, 1, Plan.exact(32)).scores[:, 0], atol=2e-6)
+
+
+def test_more_results_than_rows_are_padded(make_shard, vectors, queries):
+    for count in (0, 3):
+        shard = make_shard(vectors[:count], name=f"s{count}", offset=5)
+        for plan in (Plan.exact(32), Plan(shortlist_dim=4, shortlist_k=10, rerank_dim=32)):
+            hits = shard.search(queries, 6, plan)
+            assert (hits.rows[:, count:] == -1).all()
+            assert np.isneginf(hits.scores[:, count:]).all()
+            assert (np.sort(hits.rows[:, :count], axis=1) == np.arange(5, 5 + count)).all()
+
+
+@pytest.mark.parametrize(("query", "message"), [
+    (np.ones(31), "31"), (np.full(32, np.nan), "NaN"), (np.zeros(32), "zeros"), (np.full(32, np.inf), "infinity"),
+])  # fmt: skip
+def test_bad_queries_are_refused(make_shard, vectors, query, message):
+    with pytest.raises(UsageError, match=message):
+        make_shard(vectors).search(query, 3, Plan.exact(32))
+
+
+def test_bad_plans_are_refused(make_shard, vectors, queries):
+    shard = make_shard(vectors)
+    with pytest.raises(UsageError, match=r"\[12\] are not nested dims.*\[4, 8, 16, 32\]"):
+        shard.search(queries, 3, Plan(shortlist_dim=12, shortlist_k=9, rerank_dim=32))
+    with pytest.raises(UsageError, match="at least 1"):
+        shard.search(queries, 0, Plan.exact(32))
+    for bad in ({"stages": ((8, 20), (4, 10))}, {"stages": ((16, 90),)}, {"rerank_dim": 2}, {"stages": ((16, 0),)}):
+        with pytest.raises(ValueError, match="must"):
+            Plan(**({"shortlist_dim": 4, "shortlist_k": 50, "rerank_dim": 32} | bad))
+    with pytest.raises(UsageError, match="its own"):
+        shard.rerank(queries, Hits(np.full((20, 1), 300), np.ones((20, 1))), 1, Plan.exact(32))
+
+
+HARMS = ["missing", "shape", "dtype", "truncated", "meta", "no meta", "index", "foreign index"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_shard_is_refused_when_opened(make_shard, vectors, queries, harm):
+    shard = make_shard(vectors)
+    folder = shard.store.folder
+    block = f"{folder}/{block_name(8, 16)}"
+    if harm == "missing":
+        os.remove(block)
+    elif harm in ("shape", "dtype"):
+        np.save(block, np.zeros((299, 8), np.float32) if harm == "shape" else np.zeros((300, 8)))
+    elif harm == "truncated":
+        with open(f"{folder}/{NORMS_FILE}", "r+b") as file:
+            file.truncate(1000)
+    elif harm == "meta":
+        with open(f"{folder}/{SHARD_META}", "w") as file:
+            file.write('{"num_rows": 300}')
+    elif harm == "no meta":
+        os.remove(f"{folder}/{SHARD_META}")
+    elif harm == "index":
+        with open(f"{folder}/{shortlist_name(8)}", "r+b") as file:
+            file.truncate(2000)
+    else:
+        build_shortlist("flat", vectors[:10, :8].copy(), Options()).save(f"{folder}/{shortlist_name(8)}")
+    with pytest.raises(ArtifactError, match=r"build the index again|restore"):
+        ShardSearcher.open(folder).load()
+
+
+def test_shortlist_builds_are_the_same_bytes(tmp_path):
+    unit = np.random.default_rng(1).standard_normal((2000, 16)).astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    for kind in ("flat", "hnsw"):
+        for name in "ab":
+            build_shortlist(kind, unit, Options()).save(str(tmp_path / name))
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_hnsw_shortlist_finds_what_the_flat_one_finds(make_shard, queries):
+    vectors = np.random.default_rng(9).standard_normal((3000, 32)).astype(np.float32)
+    plan = Plan(shortlist_dim=8, shortlist_k=100, rerank_dim=32)
+    graph = make_shard(vectors, kind="hnsw", name="hnsw").search(queries, 10, plan)
+    flat = make_shard(vectors, kind="flat", name="flat").search(queries, 10, plan)
+    found = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(graph.rows, flat.rows, strict=True)])
+    assert found > 0.97
+
+
+FINITE = st.floats(-1, 1, width=32)
+
+
+@given(st.lists(FINITE, min_size=1, max_size=30), st.integers(1, 35), st.integers(1, 5))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_merging_parts_in_any_split_is_ranking_the_whole(scores, k, parts):
+    scores = np.round(np.array([scores], np.float32), 1)  # many ties
+    rows = np.arange(scores.shape[1])[None] + 3
+    whole = top_k(rows, scores, k)
+    pieces = zip(np.array_split(rows, parts, 1), np.array_split(scores, parts, 1), strict=True)
+    split = [top_k(piece_rows, piece_scores, k) for piece_rows, piece_scores in pieces]
+    for order in (split, split[::-1]):
+        merged = merge_hits([*order, empty_hits(1, 2)], k)
+        np.testing.assert_array_equal(merged.rows, whole.rows)
+        np.testing.assert_array_equal(merged.scores, whole.scores)
+    expected = sorted(zip(-scores[0], rows[0], strict=True))[:k]
+    assert whole.rows[0, : len(expected)].tolist() == [row for _, row in expected]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40))
+@settings(max_examples=80, deadline=None)
+def test_sort_keys_order_like_scores_then_rows_and_come_back(scores):
+    scores = np.array([scores], np.float32)
+    keys = sort_keys(scores, 7)
+    expected = np.lexsort((np.arange(scores.shape[1]), -scores[0]))
+    np.testing.assert_array_equal(np.argsort(keys[0]), expected)
+    back = from_keys(keys)
+    np.testing.assert_array_equal(back.rows[0], np.arange(scores.shape[1]) + 7)
+    np.testing.assert_array_equal(back.scores, scores)

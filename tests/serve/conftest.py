@@ -1,0 +1,118 @@
+"""A real, tiny chain of artifacts: encoder (random weights) -> embeddings of drawn pictures -> index -> plan."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw
+
+from lookalike import schemas
+from lookalike.artifacts import Artifact, Draft
+from lookalike.retrieval.searcher import INDEX_META, EncoderRef, IndexMeta, Searcher, shard_of
+from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
+from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
+from lookalike.vision.encoder import Encoder, EncoderConfig, build_model, save_encoder, to_bytes
+from lookalike.vision.transforms import TransformConfig
+
+NUM_IMAGES = 60
+DIMS = (8, 16, 64)
+SHORTLIST_DIMS = (8, 16)
+
+
+class World(NamedTuple):
+    """What the tests search."""
+
+    root: str
+    index: str
+    plan: str
+    encoder: Encoder
+    searcher: Searcher
+    images: dict[str, bytes]
+    vectors: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = str(tmp_path_factory.mktemp("artifacts"))
+    encoder_artifact = publish_encoder(root, "encoder", seed=0)
+    encoder = Encoder.load(encoder_artifact)
+    images = {f"img-{number:03d}": draw(number) for number in range(NUM_IMAGES)}
+    vectors = dict(zip(images, encoder.encode(list(images.values())), strict=True))
+    embeddings = publish_embeddings(root, encoder_artifact, vectors)
+    index = publish_index(root, embeddings, vectors, encoder_artifact.manifest.fingerprint)
+    plan = publish_plan(root, index, {"shortlist_dim": 16, "shortlist_k": 12, "rerank_dim": 64})
+    return World(root, index.uri, plan.uri, encoder, Searcher.open(index.uri), images, vectors)
+
+
+@pytest.fixture(scope="session")
+def other_encoder(world: World) -> str:
+    return publish_encoder(world.root, "other", seed=1).uri
+
+
+def draw(number: int) -> bytes:
+    rng = np.random.default_rng(number)
+    image = Image.new("RGB", (40, 32), tuple(rng.integers(0, 256, 3).tolist()))
+    x, y = rng.integers(0, 20, 2).tolist()
+    ImageDraw.Draw(image).ellipse((x, y, x + 15, y + 10), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return to_bytes(image)
+
+
+def publish(draft: Draft, **parents: list[Artifact]) -> Artifact:
+    return draft.publish(config={}, parents=parents, stage_version=1, duration_s=0.0)
+
+
+def publish_encoder(root: str, name: str, seed: int) -> Artifact:
+    import torch
+
+    torch.manual_seed(seed)
+    config = EncoderConfig(backbone="test_vit", num_features=64, dims=DIMS, transform=TransformConfig(size=160))
+    draft = Draft(root, "encoder", name, f"{seed:020x}")
+    save_encoder(draft, build_model(config), config, "# a test\n")
+    return publish(draft)
+
+
+def publish_embeddings(root: str, encoder: Artifact, vectors: dict[str, np.ndarray]) -> Artifact:
+    draft = Draft(root, "embeddings", "embed", "e" * 20)
+    reference = {"fingerprint": encoder.manifest.fingerprint, "name": "encoder", "uri": encoder.uri}
+    draft.write_json("meta.json", {"dim": 64, "dims": DIMS, "encoder": reference, "rows": len(vectors)})
+    rows = [{"image_id": name, "vector": vector.tolist(), "title": f"picture {name}", "category": None}
+            for name, vector in vectors.items()]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, schemas.embeddings(64)), draft.path("part-0.parquet"))
+    return publish(draft, encoder=[encoder])
+
+
+def publish_index(root: str, embeddings: Artifact, vectors: dict[str, np.ndarray], model: str) -> Artifact:
+    draft = Draft(root, "index", "index", "1" * 20)
+    names, offset, counts = ("shard-00000", "shard-00001"), 0, []
+    for number, name in enumerate(names):
+        ids = sorted(image_id for image_id in vectors if shard_of(image_id, len(names)) == number)
+        meta = ShardMeta(num_rows=len(ids), row_offset=offset, dims=DIMS, shortlist_dims=SHORTLIST_DIMS)
+        folder = Path(draft.path(name))
+        folder.mkdir(parents=True)
+        table = pa.table({"image_id": ids, "title": [f"picture {i}" for i in ids],
+                          "category": pa.nulls(len(ids), pa.string())})  # fmt: skip
+        stacked = np.stack([vectors[i] for i in ids])
+        write_store(str(folder), meta, table, [(np.arange(len(ids)), stacked)])
+        store = PrefixStore(str(folder), meta)
+        for dim in SHORTLIST_DIMS:
+            build_shortlist("flat", store.unit_prefix(dim), ShortlistOptions()).save(str(folder / shortlist_name(dim)))
+        (folder / SHARD_META).write_text(meta.model_dump_json())
+        offset += len(ids)
+        counts.append(len(ids))
+    meta_of_index = IndexMeta(
+        dims=DIMS, num_rows=len(vectors), shards=names, shard_rows=tuple(counts), dtype="float32", shortlist="flat",
+        shortlist_dims=SHORTLIST_DIMS, columns=("image_id", "title", "category"), encoder=EncoderRef(fingerprint=model),
+    )  # fmt: skip
+    draft.write_json(INDEX_META, meta_of_index.model_dump(mode="json", exclude={"generation"}))
+    return publish(draft, embeddings=[embeddings])
+
+
+def publish_plan(root: str, index: Artifact, plan: dict[str, object]) -> Artifact:
+    draft = Draft(root, "plan", "plan", "2" * 20)
+    Path(draft.uri).mkdir(parents=True)
+    Path(draft.path("plan.json")).write_text(json.dumps({"plan": plan}))
+    return publish(draft, index=[index])

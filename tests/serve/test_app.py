@@ -1,0 +1,97 @@
+"""What ``build`` refuses before anything is served."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from lookalike.config import parse_config
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.serve.app import build, find_encoder, free_port
+from lookalike.serve.commands import emit_config
+from lookalike.serve.config import ServeConfig
+
+if TYPE_CHECKING:
+    from tests.serve.conftest import World
+
+
+@pytest.mark.parametrize(
+    ("placement", "wanted"),
+    [("fused", {"ingress"}), ("sharded", {"ingress", "shard-000", "shard-001", "encoder"}),
+     ("staged", {"ingress", "shard-000", "shard-001", "rerank", "encoder"})],
+)  # fmt: skip
+def test_placement_decides_the_deployments(world: "World", placement: str, wanted: set[str]) -> None:
+    config = parse_config(ServeConfig, {"index": world.index, "placement": placement}, "serve")
+    assert names_of(build(config)) == wanted
+
+
+def names_of(application: serve.Application) -> set[str]:
+    """Names of an application's deployments: the ingress and those among its arguments."""
+    ingress = application._bound_deployment
+    shards, *others = ingress.init_args[4] if len(ingress.init_args) > 4 else ([],)
+    bound = [*shards, *(other for other in others if other is not None)]
+    return {ingress.name, *(worker._bound_deployment.name for worker in bound)}
+
+
+def test_unknown_settings_are_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"unknown key 'limits.max_kk' \(did you mean 'max_k'\?\)"):
+        parse_config(ServeConfig, {"index": "x", "limits": {"max_kk": 3}}, "serve")
+    with pytest.raises(ValidationError, match="placment"):  # what Serve itself raises for args: of a config file
+        ServeConfig.model_validate({"index": "x", "placment": "fused"})
+    with pytest.raises(UsageError, match="'index' is required"):
+        parse_config(ServeConfig, {}, "serve")
+
+
+def test_an_encoder_of_another_model_is_refused(world: "World", other_encoder: str) -> None:
+    with pytest.raises(UsageError, match="serve it with its own encoder"):
+        build(ServeConfig(index=world.index, encoder=other_encoder))
+
+
+def test_auto_finds_the_encoder_in_the_lineage(world: "World") -> None:
+    meta = world.searcher.meta
+    uri = find_encoder(ServeConfig(index=world.index), meta)
+    assert uri is not None
+    assert uri.endswith(world.encoder.fingerprint)
+    unknown = meta.model_copy(update={"encoder": meta.encoder.model_copy(update={"fingerprint": "f00"})})
+    with pytest.raises(ArtifactError, match="no encoder f00 in the lineage"):
+        find_encoder(ServeConfig(index=world.index), unknown)
+
+
+def test_missing_and_mistaken_artifacts(world: "World", tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="it is not there"):
+        build(ServeConfig(index=str(tmp_path / "nothing")))
+    with pytest.raises(ArtifactError, match="'plan' artifact where a 'index' is needed"):
+        build(ServeConfig(index=world.plan))
+    with pytest.raises(ArtifactError, match="'index' artifact where a 'plan' is needed"):
+        build(ServeConfig(index=world.index, plan=world.index))
+
+
+def test_the_loopback_guard_is_not_claimed_behind_haproxy(world: "World", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(UsageError, match="loopback_only=false"):
+        build(ServeConfig(index=world.index))
+    build(ServeConfig(index=world.index, loopback_only=False))
+
+
+def test_a_port_in_use_is_named() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} cannot be used"):
+            free_port(port)
+
+
+def test_the_emitted_config_is_what_serve_reads(world: "World") -> None:
+    document = yaml.safe_load(emit_config(ServeConfig(index=world.index, placement="staged", port=9100)))
+    schema = ServeDeploySchema.model_validate(document)
+    assert schema.grpc_options.port == 9100
+    (application,) = schema.applications
+    again = ServeConfig.model_validate(application.args)
+    assert (again.index, again.placement, again.loopback_only) == (world.index, "staged", False)

@@ -1,0 +1,80 @@
+"""``lookalike serve`` and ``lookalike search`` as a user types them."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import yaml
+
+from lookalike.cli import main
+from lookalike.errors import UsageError
+from lookalike.serve.commands import resolve
+
+if TYPE_CHECKING:
+    from tests.serve.conftest import World
+
+
+def test_search_in_an_index_on_disk(world: "World", tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, vector = tmp_path / "q.png", tmp_path / "q.npy"
+    picture.write_bytes(world.images["img-021"])
+    np.save(vector, world.vectors["img-021"])
+    for query in (["--image", str(picture)], ["--vector", str(vector)], ["--id", "img-021"]):
+        assert main(["search", *query, "--local", world.index, "-k", "2", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["hits"][0]["id"] == "img-021"
+        assert len(found["hits"]) == 2
+    assert main(["search", "--id", "img-021", "--local", world.index, "-k", "1"]) == 0
+    assert "1  +1.0000  img-021  title=picture img-021" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "words", "code"),
+    [(["--id", "img-777"], "no image 'img-777'", 2), (["--image", "/no/such.png"], "/no/such.png cannot be read", 2),
+     (["--vector", __file__], "is no .npy file", 2), (["--id", "img-000", "-k", "0"], "k=0", 2)],
+)  # fmt: skip
+def test_search_explains_mistakes(
+    world: "World", capsys: pytest.CaptureFixture[str], args: list[str], words: str, code: int
+) -> None:
+    assert main(["search", *args, "--local", world.index]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_search_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--id", "x", "--address", "127.0.0.1:1", "--timeout", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "UNAVAILABLE" in error or "DEADLINE_EXCEEDED" in error
+
+
+def test_search_in_a_missing_index(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--id", "x", "--local", "/no/index"]) == 3
+    assert "no artifact at /no/index" in capsys.readouterr().err
+
+
+def test_serve_dry_run_and_emit(world: "World", capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "port=0", "limits.max_k=7", "--index", world.index, "--dry-run"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["index"], config["port"], config["limits"]["max_k"]) == (world.index, 0, 7)
+    assert main(["serve", "--index", world.index, "--emit-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["applications"][0]["args"]["index"] == world.index
+
+
+def test_serve_reads_the_recipe(world: "World", tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    served = {"index": world.index, "plan": world.plan, "placement": "fused"}
+    recipe.write_text(yaml.safe_dump({"name": "r", "root": str(tmp_path), "steps": {}, "serve": served}))
+    config = resolve(str(recipe), ["placement=staged"], None)
+    assert (config.index, config.plan, config.placement) == (world.index, world.plan, "staged")
+    assert resolve(str(recipe), [], world.index).plan is None  # another index: the recipe's plan is not its own
+    assert resolve(str(recipe), [f"plan={world.plan}"], world.index).plan == world.plan  # unless it is asked for
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [([], "nothing to serve"), (["colour=red"], "'colour=red' is no setting of the service"),
+     (["limits.max_kk=3", "index=x"], "unknown key 'limits.max_kk'"), (["placement=spread", "index=x"], "'placement'")],
+)  # fmt: skip
+def test_serve_explains_mistakes(args: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        resolve(None, args, None)

@@ -1,0 +1,104 @@
+"""The whole way: Ray Serve deployments behind a gRPC port, the packaged client in front."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lookalike.errors import UsageError
+from lookalike.retrieval.plan import Plan
+from lookalike.serve.app import start, stop
+from lookalike.serve.client import Client, SearchPlan
+from lookalike.serve.config import Limits, ServeConfig
+from lookalike.serve.errors import RetrievalError
+from lookalike.serve.ingress import SERVICE_NAME
+from lookalike.serve.local import LocalClient
+
+if TYPE_CHECKING:
+    from tests.serve.conftest import World
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def client(ray_session: None, world: "World") -> Iterator[Client]:
+    limits = Limits(max_k=50, max_pixels=10_000)
+    address = start(ServeConfig(index=world.index, plan=world.plan, placement="staged", port=0, limits=limits))
+    with Client(address) as client:
+        client.wait_ready()
+        yield client
+    stop()
+
+
+def test_answers_over_the_wire_are_the_searchers(client: Client, world: "World") -> None:
+    plan = Plan(shortlist_dim=16, shortlist_k=12, rerank_dim=64)
+    vectors = np.stack(list(world.vectors.values()))
+    hits = world.searcher.search(vectors, 5, plan)
+    results = client.search_batch(vectors, k=5)
+    assert [result.ids for result in results] == [world.searcher.ids(rows) for rows in hits.rows]
+    assert np.array_equal([[hit.score for hit in result.hits] for result in results], hits.scores)
+    assert results[0].info.coverage == 1.0
+    assert set(results[0].info.times_ms) == {"shards", "rerank"}
+
+
+def test_an_image_query_goes_through_the_encoder_deployment(client: Client, world: "World") -> None:
+    result = client.search(image=world.images["img-042"], k=3)
+    with LocalClient(ServeConfig(index=world.index, plan=world.plan)) as local:
+        assert result.ids == local.search(image=world.images["img-042"], k=3).ids
+    assert result.ids[0] == "img-042"
+    assert result.hits[0].score == pytest.approx(1.0, abs=1e-4)
+    assert client.embed([world.images["img-042"]]).vectors[0] == pytest.approx(world.vectors["img-042"], abs=1e-4)
+
+
+VECTOR = np.ones(64, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "words"),
+    [
+        ({"vector": VECTOR[:3]}, grpc.StatusCode.INVALID_ARGUMENT, "64 float32 numbers are 256"),
+        ({"vector": VECTOR, "k": 51}, grpc.StatusCode.INVALID_ARGUMENT, "k=51"),
+        ({"vector": VECTOR, "plan": SearchPlan(8, 5, 32)}, grpc.StatusCode.INVALID_ARGUMENT, "[32]"),
+        ({"image": b"no image at all"}, grpc.StatusCode.INVALID_ARGUMENT, "15 bytes are no image"),
+        ({"image_id": "img-999"}, grpc.StatusCode.NOT_FOUND, "'img-999'"),
+        ({"vector": VECTOR, "model_fingerprint": "f00"}, grpc.StatusCode.FAILED_PRECONDITION, "model f00"),
+        ({"vector": VECTOR, "timeout_ms": 1}, grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time"),
+    ],
+)  # fmt: skip
+def test_status_codes_cross_the_wire(
+    client: Client, request_: dict[str, Any], code: grpc.StatusCode, words: str
+) -> None:
+    with pytest.raises(RetrievalError) as caught:
+        client.search(**request_)
+    assert (caught.value.code, words in caught.value.message) == (code, True), str(caught.value)
+
+
+def test_a_client_deadline_ends_the_call(client: Client, world: "World") -> None:
+    with Client(client.address, timeout_s=0.001) as hasty, pytest.raises(RetrievalError, match="DEADLINE_EXCEEDED"):
+        hasty.search(image=world.images["img-000"])
+
+
+def test_a_second_service_in_the_same_ray_is_refused(client: Client, world: "World") -> None:
+    with pytest.raises(UsageError, match="runs already"):
+        start(ServeConfig(index=world.index, port=0))
+    assert client.search(image_id="img-000").ids[0] == "img-000"  # and the first one is unharmed
+
+
+def test_health_and_reflection(client: Client) -> None:
+    from google.protobuf.descriptor_pool import DescriptorPool
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+    with grpc.insecure_channel(client.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE_NAME):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError, match="no service 'x'"):
+            health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=10)
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert SERVICE_NAME in database.get_services()
+        assert "SearchBatch" in DescriptorPool(database).FindServiceByName(SERVICE_NAME).methods_by_name
+
