@@ -15,7 +15,16 @@ from pydantic import Field
 from lookalike import storage
 from lookalike.cluster import ensure_ray
 from lookalike.config import Config, runtime
-from lookalike.data.parts import Item, blocks_of, broadcast, map_parts, part_name, read_table, write_table
+from lookalike.data.parts import (
+    Item,
+    blocks_of,
+    broadcast,
+    map_parts,
+    num_partitions,
+    part_name,
+    read_table,
+    write_table,
+)
 from lookalike.data.records import Limits, Origin, check_records, count_reasons, read_ids, resolve_columns
 from lookalike.errors import CorpusError
 from lookalike.schemas import QUARANTINE
@@ -101,7 +110,7 @@ def find_repeated(items: list[Item], concurrency: int | None) -> dict[str, int]:
         table = pa.table([pa.array(values, pa.string()), orders], schema=_IDS)
         return table.filter(table["image_id"].is_valid())
 
-    counted = map_parts(items, ids, concurrency=concurrency).groupby("image_id").aggregate(
+    counted = map_parts(items, ids, concurrency=concurrency).groupby("image_id", num_partitions(items)).aggregate(
         Min("order", alias_name="first"), Count(alias_name="records"))  # fmt: skip
     repeated = counted.map_batches(lambda table: table.filter(pc.greater(table["records"], 1)), batch_format="pyarrow",
                                    batch_size=None)  # fmt: skip
@@ -159,11 +168,11 @@ def merge_quarantine(work: str, target: str) -> tuple[int, dict[str, int]]:
 
 def run(run: StageRun[CorpusConfig]) -> None:
     """Check all sources and write the corpus; raises ``CorpusError`` when nothing is acceptable."""
-    ensure_ray()
     config, out, work = run.config, run.out.uri, run.out.work("quarantine")
     items = plan_row_groups(config)
     if not items:
         raise CorpusError(f"the sources hold no record: {', '.join(s.uri for s in config.sources)}")
+    ensure_ray()
     with timed(log, "ids checked", row_groups=len(items)) as more:
         repeated = find_repeated(items, config.concurrency)
         more["repeated"] = len(repeated)

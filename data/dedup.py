@@ -78,7 +78,8 @@ def hash_pairs(hashes: NDArray[np.uint8], max_bits: int) -> NDArray[np.int64]:
     if not len(hashes):
         return np.zeros((0, 2), np.int64)
     index: Any = faiss.IndexBinaryFlat(HASH_BITS)
-    if len(hashes) > EXACT_SCAN_ROWS:  # 16 tables of 16 bits, one bit flipped: 31 differing bits leave one table with at most one of them
+    if len(hashes) > EXACT_SCAN_ROWS:
+        # 16 tables of 16 bits, looked up with one bit flipped: 31 differing bits leave a table with one at the most.
         index = faiss.IndexBinaryMultiHash(HASH_BITS, 16, 16)
         index.nflip = 1
     index.add(hashes)

@@ -33,6 +33,7 @@ from lookalike.data.parts import (
     broadcast,
     collect,
     map_parts,
+    num_partitions,
     part_items,
     part_name,
     read_table,
@@ -130,7 +131,7 @@ class LabelJob:
 
             config = self.config.annotations
             counts = self.map(self.parts, lambda item: count_candidates(read_table(item["uri"], TEXT_COLUMNS), config))
-            total = counts.groupby("term").aggregate(Sum("images", alias_name="images"))
+            total = counts.groupby("term", num_partitions(self.parts)).aggregate(Sum("images", alias_name="images"))
             frequent = total.map_batches(lambda t: t.filter(pc.greater_equal(t["images"], config.min_images)),
                                          batch_format="pyarrow", batch_size=None)  # fmt: skip
             write_table(target, collect(frequent, COUNTS).sort_by("term"))

@@ -30,6 +30,14 @@ def map_parts(items: Sequence[Item], task: Callable[[Item], pa.Table], *, concur
     return dataset.map_batches(each, batch_format="pyarrow", batch_size=None, concurrency=concurrency)
 
 
+def num_partitions(items: Sequence[Item], most: int | None = None) -> int:
+    """Partitions of a shuffle of the items' tables: no more than items or than ``most``, two for each CPU."""
+    import ray
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    return max(1, min(len(items), 2 * cpus, len(items) if most is None else most))
+
+
 def blocks_of(dataset: Any) -> Iterator[pa.Table]:
     """The dataset's non-empty tables as they arrive."""
     for block in dataset.iter_batches(batch_format="pyarrow", batch_size=None):

@@ -23,6 +23,7 @@ from lookalike.data.parts import (
     blocks_of,
     broadcast,
     map_parts,
+    num_partitions,
     part_items,
     part_name,
     read_table,
@@ -151,8 +152,6 @@ def _items(run: StageRun[ShardsConfig]) -> list[Item]:
 def run(run: StageRun[ShardsConfig]) -> None:
     """Census, then one shuffle into shard files."""
     ensure_ray()
-    from ray.data import DataContext
-
     config, out, items = run.config, run.out.uri, _items(run)
     names = [entry["name"] for entry in run.one("labels").read_json("classes.json")]
     counts: Counter[tuple[str, str]] = Counter()
@@ -168,9 +167,9 @@ def run(run: StageRun[ShardsConfig]) -> None:
     with timed(log, "shuffle", shards=sum(classes.shards.values())):
         heavy = ["image_id", "image", "dataset", "category", "group"]
         placed = map_parts(items, lambda item: shared().place(_read(item, heavy)), concurrency=config.concurrency)
-        partitions = min(sum(classes.shards.values()), 4 * DataContext.get_current().default_hash_shuffle_parallelism)
+        partitions = num_partitions(items, sum(classes.shards.values()))
         write = partial(write_shard, out=out, rows_per_group=config.rows_per_group)
-        by_shard = placed.groupby("place", num_partitions=max(1, partitions))
+        by_shard = placed.groupby("place", num_partitions=partitions)
         written = by_shard.map_groups(write, batch_format="pyarrow", concurrency=config.concurrency)
         rows = {entry["file"]: entry["rows"] for block in blocks_of(written) for entry in block.to_pylist()}
     run.out.write_json("classes.json", {"labels": names, "category": classes.categories, "group": classes.groups,

@@ -26,7 +26,7 @@ def serve(args: Sequence[str]) -> int:
     parser.add_argument("--index", help="URI of the index to serve; default: the recipe's step of stage index")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the settings; serve nothing")
     parser.add_argument("--emit-config", action="store_true", help="print the YAML for `serve deploy` (serveConfigV2)")
-    options = parser.parse_args(args)
+    options = parser.parse_intermixed_args(args)
     if options.recipe and "=" in options.recipe and not Path(options.recipe).exists():
         options.overrides, options.recipe = [options.recipe, *options.overrides], None
     config = resolve(options.recipe, options.overrides, options.index)
@@ -132,7 +132,7 @@ def search(args: Sequence[str]) -> int:
     parser.add_argument("-k", type=int, default=10, help="hits wanted (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(args)
+    options = parser.parse_intermixed_args(args)
     asked = _read_query(options)
     with _open_client(options) as client:
         result = client.search(**asked, k=options.k)

@@ -29,10 +29,10 @@ def quickstart(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lookalike quickstart", description="Run every step of a recipe, serve its index, query it over gRPC and "
         "write report.html and report.json under the recipe's root.")  # fmt: skip
-    parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="recipe YAML (default: %(default)s)")
+    parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"recipe YAML (default: {DEFAULT_RECIPE})")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for every stage")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
-    options = parser.parse_args(args)
+    options = parser.parse_intermixed_args(args)
     if "=" in options.recipe and not Path(options.recipe).exists():
         options.overrides, options.recipe = [options.recipe, *options.overrides], DEFAULT_RECIPE
     recipe = Recipe.load(options.recipe, options.overrides)
@@ -68,7 +68,8 @@ def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]
     for number, name in enumerate(recipe.steps, 1):
         skipped = recipe.published(name) is not None
         mark = "published already, skipped" if skipped else "running"
-        print(f"[{number}/{len(recipe.steps)}] {name} ({recipe.steps[name].stage}): {mark}", file=sys.stderr, flush=True)
+        where = f"[{number}/{len(recipe.steps)}] {name} ({recipe.steps[name].stage})"
+        print(f"{where}: {mark}", file=sys.stderr, flush=True)
         artifacts[name] = recipe.run_step(name)
         stages.append({"step": name, "stage": recipe.steps[name].stage, "skipped": skipped,
                        "seconds": artifacts[name].manifest.duration_s})  # fmt: skip

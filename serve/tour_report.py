@@ -27,9 +27,9 @@ def dim_table(evaluation: Mapping[str, Any], task: str) -> tuple[list[str], list
 
 def subject_table(evaluation: Mapping[str, Any], task: str) -> list[Row]:
     """P@1, mAP@10, recall@10 and bytes a vector of the subject's prefixes, smallest first."""
-    rows = [row for row in evaluation["rows"]
-            if row["task"] == task and row["embedding"] == evaluation["subject"] and row["method"] == "prefix"]  # fmt: skip
-    return [{**row, "bytes_fp32": 4 * row["dim"]} for row in sorted(rows, key=lambda row: row["dim"])]
+    wanted = (task, evaluation["subject"], "prefix")
+    rows = [row for row in evaluation["rows"] if (row["task"], row["embedding"], row["method"]) == wanted]
+    return [{**row, "bytes_fp32": 4 * row["dim"]} for row in sorted(rows, key=lambda row: int(row["dim"]))]
 
 
 def render_text(facts: Mapping[str, Any], root: str) -> str:
@@ -45,8 +45,9 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
             lines.append(f"    {hit['score']:+.3f}  {hit.get('title') or '(no title)'}  [{hit.get('category', '')}]"
                          f"  {hit['id']}{same}")  # fmt: skip
     vector_ok = all(answer["same_by_vector"] for answer in facts["neighbours"])
-    lines += [f"  the same queries by vector gave {'the same hits' if vector_ok else 'OTHER hits: see report.json'}", ""]
-    lines += _dims_text(evaluation, task) + [""] + _plan_text(facts["plan"]) + [""] + _times_text(facts) + [""]
+    verdict = "the same hits" if vector_ok else "OTHER hits: see report.json"
+    lines += [f"  the same queries by vector gave {verdict}", "", *_dims_text(evaluation, task), ""]
+    lines += [*_plan_text(facts["plan"]), "", *_times_text(facts), ""]
     report = storage.join(root, "report.html")
     lines += [f"Report: {report}", f"Figures: {storage.join(root, 'report.json')}",
               f"Lineage: lookalike show {facts['artifacts']['index']}"]  # fmt: skip
@@ -73,8 +74,8 @@ def _plan_text(plan: Mapping[str, Any]) -> list[str]:
              f"(target {plan['target']})"]  # fmt: skip
     if check:
         k = check["k"]
-        lines.append(f"  mAP@{k} (by k, label {check['label']}): plan {100 * check[f'plan_map_at_{k}_by_k']:.2f}, exact "
-                     f"{100 * check[f'exact_map_at_{k}_by_k']:.2f}, difference "
+        plan_map, exact_map = (100 * check[f"{name}_map_at_{k}_by_k"] for name in ("plan", "exact"))
+        lines.append(f"  mAP@{k} by k, label {check['label']}: plan {plan_map:.2f}, exact {exact_map:.2f}, difference "
                      f"{check['difference_points']:+.2f} points")  # fmt: skip
     return lines
 

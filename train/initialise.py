@@ -53,12 +53,11 @@ def pca_projection(features: torch.Tensor, dim: int, whitening: float) -> torch.
     Row i is divided by (s_i / s_0) ** ``whitening``; beyond the rank of the sample stand orthogonal completions.
     """
     unit = functional.normalize(features).double()
-    _, singular, directions = torch.linalg.svd(unit, full_matrices=True)
-    known = min(dim, len(singular))
-    scale = torch.ones(dim, dtype=torch.float64)
-    scale[:known] = (singular[:known] / singular[0]).clamp_min(1e-3)
-    scale[known:] = scale[known - 1]
-    return (directions[:dim] / scale[:, None] ** whitening).float()
+    # eigenvectors of the F x F Gram matrix are the right singular vectors, and complete themselves beyond the rank
+    eigenvalues, vectors = torch.linalg.eigh(unit.T @ unit)
+    scale = eigenvalues.flip(0)[:dim].clamp_min(0.0).sqrt()
+    scale = (scale / scale[0]).clamp_min(1e-3)
+    return (vectors.flip(1).T[:dim] / scale[:, None] ** whitening).float()
 
 
 def imprint_proxies(head: NestedCosine, embedding: torch.Tensor, labels: torch.Tensor) -> None:

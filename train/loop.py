@@ -34,6 +34,7 @@ from lookalike.vision.transforms import AugmentConfig, build_eval_transform, bui
 
 log = get_logger(__name__)
 CHECKPOINT_FILE = "state.pt"
+TICK_STEPS = 5
 
 
 class TrainConfig(StageConfig):
@@ -153,11 +154,13 @@ def train_worker(values: dict[str, Any]) -> None:
     loader = build_loader(worker_batches(config, rank, world, start), train.loader_processes)
 
     def save(step: int, metrics: dict[str, float]) -> None:
-        if rank == 0:
-            values["progress"].update.remote(step, fields(loss=metrics["loss"], images_per_s=metrics["images_per_s"]))
         report(step, metrics, model, optimizer, schedule, rank)
 
-    run_steps(wrapped, model, loader, optimizer, schedule, train, start, config.total_steps, save, is_chief=rank == 0)
+    def tick(step: int, loss: float) -> None:
+        if rank == 0:
+            values["progress"].update.remote(step, fields(loss=loss))
+
+    run_steps(wrapped, model, loader, optimizer, schedule, train, start, config.total_steps, save, tick)
 
 
 def worker_batches(config: LoopConfig, rank: int, world: int, start: int) -> BatchDataset:
@@ -248,9 +251,12 @@ def build_optimizer(
 def run_steps(  # noqa: PLR0917  (the loop's own state, called once)
     wrapped: nn.Module, model: MultiTaskModel, batches: Any, optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler, config: TrainConfig, start: int, stop: int,
-    save: Callable[[int, dict[str, float]], None], *, is_chief: bool,
+    save: Callable[[int, dict[str, float]], None], tick: Callable[[int, float], None],
 ) -> None:  # fmt: skip
-    """Train from step ``start`` to ``stop``; ``save(step, metrics)`` is called by every worker at the same steps."""
+    """Train from step ``start`` to ``stop``.
+
+    ``save(step, metrics)`` is called by every worker at the same steps; ``tick(step, loss)`` every few, for progress.
+    """
     clock, waited = time.monotonic(), 0.0
     iterator = iter(batches)
     since = start
@@ -265,14 +271,15 @@ def run_steps(  # noqa: PLR0917  (the loop's own state, called once)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         schedule.step()
+        if step % TICK_STEPS == 0:
+            tick(step, float(total))
         if step % config.checkpoint_every and step != stop:
             continue
         seconds = time.monotonic() - clock
         metrics = {"step": float(step), "loss": float(total), "grad_norm": float(norm),
                    "images_per_s": (step - since) * config.batch_size / seconds, "data_wait": waited / seconds,
                    **{f"loss_{name}": float(loss) for name, loss in losses.items()}}  # fmt: skip
-        if is_chief:
-            log.info("train %s", fields(of=stop, **metrics))
+        log.info("train %s", fields(of=stop, **metrics))
         save(step, metrics)
         clock, waited, since = time.monotonic(), 0.0, step
 

@@ -33,6 +33,8 @@ COMMANDS = {
     "quickstart": ("run a whole recipe, serve it, query it, write a report", "lookalike.serve.quickstart:quickstart"),
 }
 DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
+EXTRAS = {"wordllama": "labels", "py3langid": "labels", "pdqhash": "labels", "sklearn": "labels"}
+"""Top-level module -> the extra that brings it; cpu (or gpu) brings the others."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LookalikeError as error:
         print(f"lookalike: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "lookalike"):
+            raise
+        extra = EXTRAS.get(package, "cpu")
+        print(f"lookalike: {package} is not installed; pip install 'lookalike[{extra}]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("lookalike: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
@@ -92,7 +101,7 @@ def _run_stage(verb: str, args: list[str]) -> int:
 
         print(json.dumps(get_stage(verb).config.model_json_schema(), indent=1))
         return 0
-    options = parser.parse_args(args)
+    options = parser.parse_intermixed_args(args)
     return _stage_steps(verb, options)
 
 

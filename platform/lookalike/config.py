@@ -5,7 +5,7 @@ stays out of the fingerprint, so that changing it never redoes finished work.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -75,15 +75,13 @@ def _explain(config_class: type[BaseModel], problem: Any) -> str:
 
 
 def _fields_at(config_class: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the model that ``loc`` leads to, through models, their unions, mappings and sequences."""
     current: Any = config_class
     for part in loc:
         field = getattr(current, "model_fields", {}).get(part)
-        annotation = getattr(field, "annotation", None)
-        models = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
-        if not models:
-            return []
-        current = models[0]
-    return sorted(current.model_fields)
+        annotation = current if field is None else field.annotation
+        current = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), annotation)
+    return sorted(getattr(current, "model_fields", {}))
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

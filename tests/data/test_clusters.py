@@ -90,8 +90,9 @@ def test_synonyms_share_a_cluster_and_a_term_may_have_several(classifier: Intere
 def tables() -> Tables:
     animal, vehicle = np.array([0.9, 0.1], np.float32), np.array([0.1, 0.9], np.float32)
     both = np.array([0.5, 0.5], np.float32)
-    return Tables({"jaguar": both, "cat": animal, "engine": vehicle}, {"jaguar": [0, 1], "cat": [0]},
-                  {"jaguar": [0, 1], "cat": [0], "engine": [2]}, {0: 0, 1: 1, 2: 1}, ["animals", "transport"], 0.5)  # fmt: skip
+    clusters = {"jaguar": [0, 1], "cat": [0]}
+    return Tables({"jaguar": both, "cat": animal, "engine": vehicle}, clusters, {**clusters, "engine": [2]},
+                  {0: 0, 1: 1, 2: 1}, ["animals", "transport"], 0.5)  # fmt: skip
 
 
 def test_interest_restriction_tells_the_senses_of_jaguar_apart() -> None:

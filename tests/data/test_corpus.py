@@ -55,7 +55,7 @@ def test_a_corpus_without_one_good_record_is_refused_and_harms_nothing(tmp_path:
     good = build(root, write_source(f"{tmp_path}", 50))
     uri = f"{tmp_path}/bad.parquet"
     pq.write_table(pa.table({"image_id": ["a"], "image": [b"zzz"]}), uri)
-    with pytest.raises(CorpusError, match="none of the records is acceptable.*not_an_image"):
+    with pytest.raises(CorpusError, match=r"none of the records is acceptable.*not_an_image"):
         build(root, uri)
     assert Artifact.open(good.uri).stats == good.stats
 

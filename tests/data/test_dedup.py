@@ -67,8 +67,9 @@ def test_content_pairs_lead_to_the_first() -> None:
 
 def signatures(rows: list[tuple[str, str | None, str, int]]) -> pa.Table:
     """(content, group, split, PDQ bits set) of each row."""
-    table = [{"image_id": f"i{n}", "content": content.ljust(16).encode(), "quality": 100, "group": group, "split": split,
-              "pdq": np.packbits(np.arange(256) < bits).tobytes()} for n, (content, group, split, bits) in enumerate(rows)]
+    table = [{"image_id": f"i{n}", "content": content.ljust(16).encode(), "quality": 100, "group": group,
+              "split": split, "pdq": np.packbits(np.arange(256) < bits).tobytes()}
+             for n, (content, group, split, bits) in enumerate(rows)]  # fmt: skip
     return pa.Table.from_pylist(table, schema=SIGNATURES)
 
 
@@ -123,10 +124,9 @@ def test_signatures_find_a_recompressed_copy() -> None:
 
 
 def test_dropped_rows_leave_training_and_lend_their_words() -> None:
-    duplicates = find_duplicates(
-        signatures([("a", None, "train", 0), ("a", None, "train", 0), ("b", None, "train", 200), ("b", None, "test", 200)]),
-        np.repeat(np.eye(2, 8, dtype=np.float32), 2, axis=0), DedupConfig(),
-    )  # fmt: skip
+    signed = signatures([("a", None, "train", 0), ("a", None, "train", 0), ("b", None, "train", 200),
+                         ("b", None, "test", 200)])  # fmt: skip
+    duplicates = find_duplicates(signed, np.repeat(np.eye(2, 8, dtype=np.float32), 2, axis=0), DedupConfig())
     rows = pa.table({"image_id": ["i0", "i1", "i2", "i3"], "split": ["train", "train", "train", "test"]})
     assert keep_training(rows, duplicates)["image_id"].to_pylist() == ["i0"]
     words = pa.table({"image_id": ["i1", "i2", "i3"], "term": ["x", "y", "z"]})

@@ -1,9 +1,11 @@
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,10 +33,12 @@ def make_part(count: int, seed: int = 0) -> tuple[pa.Table, pa.Table]:
     rows, named = [], []
     for n in range(count):
         dataset = "a" if n % 2 else "b"
-        rows.append({"image_id": f"{seed}-{n}", "group": f"{seed}-p{n // 3}" if dataset == "a" else None, "dataset": dataset})
+        group = f"{seed}-p{n // 3}" if dataset == "a" else None
+        rows.append({"image_id": f"{seed}-{n}", "group": group, "dataset": dataset})
         for term in ("red", "round", "odd"):
             if rng.random() < 0.4:
-                named.append({"image_id": f"{seed}-{n}", "term": term, "score": float(rng.choice([0.5, 0.9])), "split": "train"})
+                score = float(rng.choice([0.5, 0.9]))
+                named.append({"image_id": f"{seed}-{n}", "term": term, "score": score, "split": "train"})
     schema = pa.schema([("image_id", pa.string()), ("group", pa.string()), ("dataset", pa.string())])
     return pa.Table.from_pylist(named, schema=ANNOTATIONS), pa.Table.from_pylist(rows, schema=schema)
 
@@ -43,9 +47,9 @@ def sketch_in_parts(cuts: list[int]) -> pa.Table:
     annotations, rows = make_part(120)
     edges = [0, *sorted(cuts), rows.num_rows]
     parts = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         part = rows.slice(start, end - start)
-        named = annotations.filter(pa.compute.is_in(annotations["image_id"], value_set=part["image_id"].combine_chunks()))
+        named = annotations.filter(pc.is_in(annotations["image_id"], value_set=part["image_id"].combine_chunks()))
         parts.append(sketch_part(named, part, CONFIG, 0.6, 7))
     return reduce(lambda a, b: merge_sketches(a, b, CONFIG), parts, SKETCH.empty_table())
 
@@ -108,7 +112,8 @@ def test_a_terms_result_does_not_depend_on_the_terms_beside_it() -> None:
     rows[2, 40:] = -1
     config = ProbeConfig(steps=20)
     together = train_probes(features, questions_for(labels, rows, 3), config, 1)
-    alone = [train_probes(features, questions_for(labels[i : i + 1], rows[i : i + 1], 3), config, 1)[0] for i in range(5)]
+    single = [questions_for(labels[i : i + 1], rows[i : i + 1], 3) for i in range(5)]
+    alone = [train_probes(features, questions, config, 1)[0] for questions in single]
     assert together.tolist() == alone
     assert together[2] <= 40
 

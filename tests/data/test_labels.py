@@ -115,7 +115,7 @@ def test_the_report_shows_what_was_kept_and_dropped(built: list[dict[str, Artifa
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("step", ["dedup", "annotate", "dictionary", "assign"])
+@pytest.mark.parametrize("step", ["dictionary"])
 def test_an_interrupted_run_continues_to_the_same_result(
     step: str, built: list[dict[str, Artifact]], root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,4 +153,5 @@ def test_embeddings_of_another_corpus_are_refused(built: list[dict[str, Artifact
 def test_categories_of_rows_without_a_group_are_no_classes() -> None:
     rows = pa.table({"dataset": ["d", "d"], "category": ["sofa", "cat"], "group": ["p", None], "labels": [[0], []]})
     census = {(r["kind"], r["name"]): r["images"] for r in shards.take_census(rows, "grouped").to_pylist()}
-    assert census == {("dataset", "d"): 2, ("labelled", ""): 1, ("label", "0"): 1, ("group", "p"): 1, ("category", "sofa"): 1}
+    assert census == {("dataset", "d"): 2, ("labelled", ""): 1, ("label", "0"): 1, ("group", "p"): 1,
+                      ("category", "sofa"): 1}  # fmt: skip

@@ -73,7 +73,8 @@ def test_no_title_column_is_no_problem() -> None:
 
 
 def test_types_are_brought_into_form() -> None:
-    table = pa.table({"image_id": [7], "image": [png()], "keywords": ["red, sofa,"], "group": pa.array(["g"]).dictionary_encode()})
+    group = pa.array(["g"]).dictionary_encode()
+    table = pa.table({"image_id": [7], "image": [png()], "keywords": ["red, sofa,"], "group": group})
     accepted, _ = check(table)
     assert (accepted[0]["image_id"], accepted[0]["keywords"], accepted[0]["group"]) == ("7", ["red", "sofa"], "g")
 
