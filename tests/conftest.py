@@ -7,9 +7,11 @@ import pytest
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One small local Ray for the whole run."""
+    """One small local Ray for the whole run, configured as the platform configures it."""
     import ray
 
-    ray.init(address="local", num_cpus=2, object_store_memory=150 << 20, include_dashboard=False, log_to_driver=False)
+    from lookalike.cluster import ClusterConfig, ensure_ray
+
+    ensure_ray(ClusterConfig(num_cpus=2, object_store_mb=150, progress_bars=False))
     yield
     ray.shutdown()
