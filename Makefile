@@ -1,5 +1,5 @@
 # Set-up is a stamp file: it runs again only when the dependencies change. PYTHON may name another Python 3.11+.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

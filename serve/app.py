@@ -3,6 +3,7 @@
 ``import_path: lookalike.serve.app:build`` with ``args:`` of ``ServeConfig`` is the form a Serve config file takes.
 """
 
+import logging
 import os
 import socket
 from typing import Any
@@ -121,6 +122,7 @@ def start(config: ServeConfig) -> str:
     application = build(config)
     ensure_ray()
     _check_no_serve()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": "127.0.0.1", "port": free_port()},

@@ -52,7 +52,7 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     answers, description = serve_and_ask(options, artifacts, config, recipe.seed)
     stages.append({"step": "serve and query", "stage": "serve", "seconds": round(time.monotonic() - start
                    - sum(s["seconds"] for s in stages if not s["skipped"]), 1), "skipped": False})  # fmt: skip
-    facts = collect(recipe, artifacts, answers, stages, description)
+    facts = collect(recipe, artifacts, answers, stages, description) | {"names": config.names}
     facts["total_seconds"] = round(time.monotonic() - start, 1)
     html = render_html(facts, artifacts, answers, tour.pictures(_of_stage(recipe, artifacts, "corpus"), answers))
     storage.write_atomic(storage.join(recipe.root, "report.html"), html.encode())

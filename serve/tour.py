@@ -31,6 +31,8 @@ class TourConfig(Config):
     """Columns of the corpus and the values that a query image may have."""
     k: int = Field(5, ge=1, le=50)
     """Neighbours shown."""
+    names: dict[str, str] = {}
+    """Embeddings step -> what tables call it; a step that is not here keeps its own name."""
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,19 @@ from lookalike.artifacts import Artifact
 from lookalike.serve.tour import Answer
 
 Row = dict[str, Any]
+METHODS = {"prefix": "", "svd": ", SVD"}
 
 
-def dim_table(evaluation: Mapping[str, Any], task: str) -> tuple[list[str], list[Row]]:
-    """(column names, rows) of P@1 in percent by dimension: one column per embedding and method."""
-    rows = [row for row in evaluation["rows"] if row["task"] == task]
-    columns = list(dict.fromkeys(f"{row['embedding']} {row['method']}" for row in rows))
+def dim_table(facts: Mapping[str, Any], task: str) -> tuple[list[str], list[Row]]:
+    """(column names, rows) of figures by dimension: one column per embedding and method."""
     table: dict[int, Row] = {}
-    for row in rows:
-        line = table.setdefault(row["dim"], {"dim": row["dim"]})
-        line[f"{row['embedding']} {row['method']}"] = row
-    return columns, [table[dim] for dim in sorted(table)]
+    columns: dict[str, None] = {}
+    for row in facts["evaluation"]["rows"]:
+        if row["task"] == task:
+            column = facts["names"].get(row["embedding"], row["embedding"]) + METHODS[row["method"]]
+            columns[column] = None
+            table.setdefault(row["dim"], {"dim": row["dim"]})[column] = row
+    return list(columns), [table[dim] for dim in sorted(table)]
 
 
 def subject_table(evaluation: Mapping[str, Any], task: str) -> list[Row]:
@@ -46,7 +48,7 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
                          f"  {hit['id']}{same}")  # fmt: skip
     vector_ok = all(answer["same_by_vector"] for answer in facts["neighbours"])
     verdict = "the same hits" if vector_ok else "OTHER hits: see report.json"
-    lines += [f"  the same queries by vector gave {verdict}", "", *_dims_text(evaluation, task), ""]
+    lines += [f"  the same queries by vector gave {verdict}", "", *_dims_text(facts, task), ""]
     lines += [*_plan_text(facts["plan"]), "", *_times_text(facts), ""]
     report = storage.join(root, "report.html")
     lines += [f"Report: {report}", f"Figures: {storage.join(root, 'report.json')}",
@@ -54,8 +56,9 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
     return "\n".join(lines)
 
 
-def _dims_text(evaluation: Mapping[str, Any], task: str) -> list[str]:
-    columns, table = dim_table(evaluation, task)
+def _dims_text(facts: Mapping[str, Any], task: str) -> list[str]:
+    evaluation = facts["evaluation"]
+    columns, table = dim_table(facts, task)
     first = subject_table(evaluation, task)[-1]
     lines = [f"P@1 by dimension, task {task!r}: {first['queries']} held-out queries, {first['database']} candidates "
              f"(seed {evaluation['seed']}; percent)"]  # fmt: skip
@@ -95,7 +98,7 @@ def render_html(
     """The same with pictures and plots, in one file."""
     evaluation = facts["evaluation"]
     task = evaluation["headline_task"]
-    columns, table = dim_table(evaluation, task)
+    columns, table = dim_table(facts, task)
     by_kind = {artifact.manifest.kind: artifact for artifact in artifacts.values()}
     plots = {f"P@1 and mAP@10 by dimension, task {name}": by_kind["report"].path(f"{name}.png")
              for name in dict.fromkeys(row["task"] for row in evaluation["rows"])}  # fmt: skip

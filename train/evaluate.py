@@ -19,6 +19,7 @@ from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import UsageError
 from lookalike.progress import track
+from lookalike.registry import nearest
 from lookalike.retrieval import metrics
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.train.baselines import Floats, normalize_prefix, project, svd_directions
@@ -103,9 +104,16 @@ def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: Ret
     """One row of figures per dim for prefixes of ``vectors`` [n, D], each normalised after truncation."""
     query_rows = row_indices(embedded.table, task.queries, "queries")
     base_rows = row_indices(embedded.table, task.database, "database")
+    if task.label not in embedded.table.column_names:
+        valid = embedded.table.column_names
+        raise UsageError(f"task label {task.label!r} is no column{nearest(task.label, valid)}; {embedded.name!r} has "
+                         f"{', '.join(valid)}")  # fmt: skip
     column = embedded.table[task.label].to_pylist()
     classes = {value: i for i, value in enumerate(sorted({str(v) for v in column if v is not None}))}
     labels = np.array([-1 if value is None else classes[str(value)] for value in column], np.int64)
+    query_rows = query_rows[labels[query_rows] >= 0]  # nothing is right or wrong for a query without a label
+    if not len(query_rows):
+        raise UsageError(f"no query of {dict(task.queries)} has a {task.label!r}; choose another label")
     place = {int(row): i for i, row in enumerate(base_rows)}
     same = np.array([place.get(int(row), -1) for row in query_rows], np.int64)
     k = min(K, len(base_rows) - 1)

@@ -22,6 +22,7 @@ from torch import nn
 
 from lookalike.artifacts import Artifact
 from lookalike.config import Config, runtime
+from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 from lookalike.stages import StageConfig
 from lookalike.telemetry import fields, get_logger, setup_logging
@@ -94,6 +95,8 @@ class TrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.embedding_dim is not None:
+            self.resolve_dims(self.embedding_dim)  # dims that cannot be are refused before anything runs
         if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
             raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; "
                              "give one each")  # fmt: skip
@@ -207,7 +210,8 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
 
 
 def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
-    """Stop gradients of the leading backbone stages (timm's own grouping of a model's layers)."""
+    """Stop gradients of the leading backbone stages, by timm's names for them; a backbone without raises
+    ``UsageError``."""
     if not config.frozen_stages:
         return
     backbone = model.encoder.backbone
@@ -215,9 +219,13 @@ def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
     prefixes = ["conv_stem", "bn1", "patch_embed", "stem", "cls_token", "pos_embed", "conv1"]
     prefixes += [f"{name}.{i}" for name in ("blocks", "stages") for i in range(config.frozen_stages)]
     prefixes += [f"layer{i + 1}" for i in range(config.frozen_stages)]
-    for name, parameter in backbone.named_parameters():
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
-            parameter.requires_grad = False
+    frozen = [parameter for name, parameter in backbone.named_parameters()
+              if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)]  # fmt: skip
+    if not frozen:
+        raise UsageError(f"frozen_stages {config.frozen_stages}: a {type(backbone).__name__} has no stages that are "
+                         "known; set frozen_stages=0")  # fmt: skip
+    for parameter in frozen:
+        parameter.requires_grad = False
 
 
 def build_optimizer(

@@ -241,8 +241,14 @@ def find(root: str, kind: str, name: str, fingerprint: str) -> Artifact | None:
     return Artifact.open(uri, kind)
 
 
-def lineage(artifact: Artifact, depth: int = 0) -> Iterator[tuple[int, str, Artifact | ArtifactError]]:
-    """(depth, input name, ancestor) depth first; an ancestor that is gone or changed comes as the error."""
+def lineage(
+    artifact: Artifact, depth: int = 0, seen: set[str] | None = None
+) -> Iterator[tuple[int, str, Artifact | ArtifactError]]:
+    """(depth, input name, ancestor) depth first; an ancestor that is gone or changed comes as the error.
+
+    The ancestors of one that is reached by several ways are given once.
+    """
+    seen = set() if seen is None else seen
     for input_name, entry, uri in artifact.parents():
         try:
             parent = Artifact.open(uri, entry.kind, check=False)
@@ -252,4 +258,6 @@ def lineage(artifact: Artifact, depth: int = 0) -> Iterator[tuple[int, str, Arti
             yield depth + 1, input_name, error
             continue
         yield depth + 1, input_name, parent
-        yield from lineage(parent, depth + 1)
+        if uri not in seen:
+            seen.add(uri)
+            yield from lineage(parent, depth + 1, seen)

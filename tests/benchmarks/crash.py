@@ -1,0 +1,91 @@
+"""Kill -9 in the middle of every step of a recipe, run again, and compare with a run that was left alone.
+
+    python -m tests.benchmarks.crash [--recipe deploy/recipes/smoke.yaml] [--root runs/crash] [--seed 1]
+
+The driver is killed a random time after each step starts; the next run resumes. One JSON row a kill, and a summary that
+says whether all artifacts have the digests (figures, where a stage records times) of the undisturbed run.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lookalike.artifacts import Artifact
+from lookalike.recipe import Recipe
+
+TIMED = {"plan"}  # its files hold measured times
+STARTED = re.compile(r"start step=(\S+)")
+
+
+def command(recipe: str, root: Path) -> list[str]:
+    """The run that is killed and repeated."""
+    return [sys.executable, "-m", "lookalike.cli", "quickstart", recipe, f"root={root}"]
+
+
+def run_until_killed(recipe: str, root: Path, step: str, delay_s: float) -> dict[str, Any]:
+    """Start a run and kill its driver ``delay_s`` after ``step`` starts; what happened."""
+    with subprocess.Popen(command(recipe, root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            found = STARTED.search(line)
+            if found and found.group(1) == step:
+                time.sleep(delay_s)
+                run.send_signal(signal.SIGKILL)
+                break
+        run.stderr.close()
+        code = run.wait()
+    return {"bench": "crash", "case": step, "delay_s": round(delay_s, 1), "exit_code": code}
+
+
+def published(recipe: str, root: Path) -> dict[str, Any]:
+    """Step -> digest, or its statistics without times where files hold measured times."""
+    loaded = Recipe.load(recipe, [f"root={root}"])
+    result: dict[str, Any] = {}
+    for name, step in loaded.steps.items():
+        artifact = loaded.published(name)
+        assert isinstance(artifact, Artifact), f"step {name} is not published"
+        figures = {k: v for k, v in artifact.stats.items() if not k.endswith(("_us", "_ratio", "_per_s", "_wait"))}
+        result[name] = figures if step.stage in TIMED else content(artifact)
+    return result
+
+
+def content(artifact: Artifact) -> dict[str, str]:
+    """File -> SHA-256, without the files that record times or names that differ between roots."""
+    return {f.path: f.sha256 for f in artifact.manifest.files if f.path not in ("history.json",)}
+
+
+def main() -> int:
+    """Run the kills and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="deploy/recipes/smoke.yaml")
+    parser.add_argument("--root", type=Path, default=Path("runs/crash"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", nargs="*", help="steps to kill (default: all)")
+    parser.add_argument("--undisturbed", type=Path, help="root of a finished run to compare with (default: make one)")
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    steps = options.steps or list(Recipe.load(options.recipe).steps)
+    root = options.root / "killed"
+    for step in steps:
+        print(json.dumps(run_until_killed(options.recipe, root, step, chance.uniform(0.3, 6.0))), flush=True)
+        time.sleep(3.0)  # Ray's own processes notice that their driver is gone
+    subprocess.run(command(options.recipe, root), check=True, stdout=subprocess.DEVNULL)
+    calm = options.undisturbed or options.root / "calm"
+    subprocess.run(command(options.recipe, calm), check=True, stdout=subprocess.DEVNULL)
+    killed, left_alone = published(options.recipe, root), published(options.recipe, calm)
+    differ = {name: [left_alone[name], killed[name]] for name in killed if killed[name] != left_alone[name]}
+    print(json.dumps({"bench": "crash", "summary": True, "kills": len(steps), "steps": len(killed),
+                      "different": differ, "cpus": os.cpu_count()}))  # fmt: skip
+    return 1 if differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
