@@ -134,7 +134,8 @@ class Client:
         channel: grpc.Channel | None = None,
     ) -> None:  # fmt: skip
         self._metadata = (("application", application),) if application else ()
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 1)]
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 1),
+                   ("grpc.lb_policy_name", "round_robin")]  # fmt: skip
         self.address, self.timeout_s = address, timeout_s
         self._channel = grpc.insecure_channel(address, options=options) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from lookalike.config import Config
@@ -22,8 +22,8 @@ Batch = Mapping[str, torch.Tensor]
 class TaskConfig(Config):
     """One task of a multi-task embedding."""
 
-    kind: Literal["multilabel_softmax", "softmax", "normalized_softmax"]
-    """Loss and head; third parties add kinds through the registry ``task``."""
+    kind: str
+    """Loss and head: multilabel_softmax, softmax, normalized_softmax, or one added to the registry ``task``."""
     field: Literal["labels", "category", "group"]
     """Column of the shards that holds the task's labels."""
     weight: float = Field(1.0, gt=0.0)
@@ -34,6 +34,12 @@ class TaskConfig(Config):
     """Temperature of normalised softmax."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Label smoothing of softmax, inside each nested dim's cross-entropy."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        TASKS.get(kind)  # an unknown name lists the valid ones
+        return kind
 
 
 class Task(nn.Module):

@@ -1,7 +1,6 @@
 """Backbones by name: any timm model, with weights from a package, a file, a timm tag, or random.
 
-This is the one module that imports timm. A CPU build of torch beside a CUDA build of torchvision lacks two operators
-that torchvision registers against when it is imported; their schemas are declared here first, only when missing.
+This is the one module that imports timm.
 """
 
 from collections.abc import Callable
@@ -13,23 +12,12 @@ from torch import nn
 
 from lookalike.errors import UsageError
 from lookalike.registry import Registry, nearest
+from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
+
+import timm  # isort: skip
 
 WEIGHTS: Registry[Callable[[], tuple[str, dict[str, torch.Tensor]]]] = Registry("weights")
 """Named weights -> (timm architecture they fit, state dict)."""
-
-
-def _declare_torchvision_operators() -> "torch.library.Library | None":
-    if torch.cuda.is_available() or hasattr(torch.ops.torchvision, "nms"):
-        return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-_TORCHVISION = _declare_torchvision_operators()  # the reference keeps the declarations alive
-
-import timm  # noqa: E402  (after the declarations)
 
 
 def create_backbone(architecture: str, weights: str = "random", *, drop_path: float = 0.0) -> nn.Module:
@@ -60,15 +48,12 @@ def is_weight_file(weights: str) -> bool:
 
 def load_weights(model: nn.Module, architecture: str, weights: str) -> None:
     """Fill a backbone with named or stored weights; classifier entries of the source are left aside."""
-    if weights in WEIGHTS:
+    if is_weight_file(weights):
+        state = _read_state(weights)
+    else:
         fits, state = WEIGHTS.get(weights)()
         if fits != architecture:
             raise UsageError(f"weights {weights!r} fit {fits!r}, not {architecture!r}; set backbone={fits}")
-    elif is_weight_file(weights):
-        state = _read_state(weights)
-    else:
-        WEIGHTS.get(weights)  # raises with the valid names
-        raise AssertionError("unreachable")
     own = model.state_dict()
     kept = {key: value for key, value in state.items() if key in own}
     wrong = [key for key in own if key not in kept or kept[key].shape != own[key].shape]

@@ -1,0 +1,247 @@
+"""Every manifest under ``deploy/kuberay`` is valid, and all of them fit each other, the recipe and the program."""
+
+import copy
+import importlib.util
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from lookalike.cli import STAGE_HELP
+from lookalike.errors import UsageError
+from lookalike.recipe import Recipe
+from lookalike.serve.commands import emit_config
+from lookalike.serve.config import ServeConfig
+from lookalike.stages import load_object, stage_names
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "deploy/kuberay"
+CRDS = ROOT.parent / "shared/kuberay-crds"
+Document = dict[str, Any]
+Check = Callable[[Document], None]
+
+
+def read(path: Path) -> list[Document]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+DOCUMENTS = [(path.name, document) for path in sorted(FOLDER.glob("*.yaml")) for document in read(path)]
+JOBS = {document["metadata"]["name"]: document for _, document in DOCUMENTS if document["kind"] == "RayJob"}
+
+
+def only(kind: str) -> Document:
+    (document,) = [copy.deepcopy(document) for _, document in DOCUMENTS if document["kind"] == kind]
+    return document
+
+
+def trim_crds() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("trim_crds", Path(__file__).with_name("trim_crds.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "document"), DOCUMENTS, ids=[f"{n}:{d['kind']}" for n, d in DOCUMENTS])
+def test_manifest_is_valid(name: str, document: Document, check: Check) -> None:
+    check(document)
+
+
+@pytest.mark.skipif(not CRDS.exists(), reason="KubeRay's own CRDs are not beside this checkout")
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_vendored_schemas_are_kuberays(kind: str, schemas: dict[str, Document]) -> None:
+    module = trim_crds()
+    original = module.read_schema(CRDS, kind)
+    assert schemas[kind] == module.trim(original)
+    wanted = [document for _, document in DOCUMENTS if document["kind"] == kind]
+    assert wanted
+    for document in wanted:  # the trimmed schema refuses no less than the original, descriptions apart
+        jsonschema.Draft202012Validator(original).validate(document)
+
+
+def test_one_job_a_stage() -> None:
+    verbs = [shlex.split(job["spec"]["entrypoint"])[1] for job in JOBS.values()]
+    assert set(verbs) == set(stage_names()) == set(STAGE_HELP)
+    for name, job in JOBS.items():
+        assert (FOLDER / f"rayjob-{name.removeprefix('lookalike-')}.yaml").exists()
+        assert len(name) <= 47  # KubeRay's limit
+        assert job["spec"]["clusterSelector"] == {"ray.io/cluster": only("RayCluster")["metadata"]["name"]}
+        assert not {"suspend", "backoffLimit", "rayClusterSpec"} & set(job["spec"])  # refused beside clusterSelector
+
+
+def test_job_runs_steps_of_a_recipe_that_the_image_holds() -> None:
+    covered: dict[str, str] = {}
+    for name, job in JOBS.items():
+        program, verb, recipe_path, *rest = shlex.split(job["spec"]["entrypoint"])
+        assert program == "lookalike"
+        step = rest[rest.index("--step") + 1] if "--step" in rest else None
+        recipe = Recipe.load(str(ROOT / recipe_path), [word for word in rest if "=" in word])
+        assert recipe.root == "/artifacts/quickstart"
+        for step_name in [step] if step else recipe.steps_of(verb):
+            assert recipe.stage(step_name).name == verb
+            covered[step_name] = name
+    assert set(covered) == set(Recipe.load(str(ROOT / "deploy/recipes/quickstart.yaml")).steps)
+
+
+def test_cluster_and_service_run_the_same_image_and_ray() -> None:
+    cluster, service = only("RayCluster")["spec"], only("RayService")["spec"]["rayClusterConfig"]
+    pods = [group["template"]["spec"] for spec in (cluster, service)
+            for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]  # fmt: skip
+    containers = [container for pod in pods for container in pod["containers"]]
+    assert len(containers) == 4
+    assert len({container["image"] for container in containers}) == 1
+    pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ray=="))
+    assert {cluster["rayVersion"], service["rayVersion"]} == {pinned.removeprefix("ray==")}
+    claim = only("PersistentVolumeClaim")["metadata"]["name"]
+    for pod, container in zip(pods, containers, strict=True):
+        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim
+        assert container["volumeMounts"][0]["mountPath"] == "/artifacts"
+        assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+        assert pod.get("restartPolicy", "Never") == "Never"  # what autoscaler v2 asks for
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert service["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_driver_of_every_job_fits_a_worker() -> None:
+    (group,) = only("RayCluster")["spec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    for job in JOBS.values():
+        assert job["spec"].get("entrypointNumCpus", 0) <= int(container["resources"]["requests"]["cpu"])
+
+
+def test_serve_config_is_what_the_command_emits(serve_settings: Callable[[str], ServeConfig]) -> None:
+    text = only("RayService")["spec"]["serveConfigV2"]
+    assert yaml.safe_load(emit_config(serve_settings(text))) == yaml.safe_load(text)
+
+
+def test_serve_config_names_what_exists(serve_settings: Callable[[str], ServeConfig]) -> None:
+    text = only("RayService")["spec"]["serveConfigV2"]
+    document = yaml.safe_load(text)
+    assert callable(load_object(document["applications"][0]["import_path"]))
+    for dotted in document["grpc_options"]["grpc_servicer_functions"]:
+        assert callable(load_object(":".join(dotted.rsplit(".", 1))))
+    settings = serve_settings(text)
+    assert not settings.loopback_only
+    assert settings.index.startswith("/artifacts/quickstart/index/index/")
+
+
+def test_grpc_port_is_exposed_and_guarded() -> None:
+    spec = only("RayService")["spec"]
+    grpc_port = yaml.safe_load(spec["serveConfigV2"])["grpc_options"]["port"]
+    head = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {"containerPort": grpc_port, "name": "serve-grpc"} in head["ports"]
+    service = spec["serveService"]["spec"]
+    assert service["clusterIP"] == "None"
+    assert {"name": "serve-grpc", "port": grpc_port, "appProtocol": "kubernetes.io/h2c"} in service["ports"]
+    last = only("NetworkPolicy")["spec"]["ingress"][-1]
+    assert [port["port"] for port in last["ports"]] == [grpc_port]
+
+
+def test_selectors_meet_the_pods() -> None:
+    head, worker = [group["template"]["metadata"]["labels"] for group in
+                    (only("RayService")["spec"]["rayClusterConfig"]["headGroupSpec"],
+                     only("RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0])]  # fmt: skip
+    budget = only("PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
+    assert budget.items() <= worker.items()
+    assert not budget.items() <= head.items()
+    policy = only("NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
+    assert policy.items() <= worker.items()
+    assert policy.items() <= head.items()
+
+
+def test_every_ray_pod_has_both_serve_flags() -> None:
+    spec = only("RayService")["spec"]["rayClusterConfig"]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        env = {entry["name"]: entry["value"] for entry in group["template"]["spec"]["containers"][0]["env"]}
+        assert env == {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
+
+
+def put(path: str, value: Any) -> Callable[[Document], None]:
+    """A mutation: set the dotted ``path`` (numbers index lists) to ``value``."""
+
+    def apply(document: Document) -> None:
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        target: Any = document
+        for part in parents:
+            target = target[part]
+        target[last] = value
+
+    return apply
+
+
+HEAD = "spec.headGroupSpec.template.spec"
+BAD_RESOURCES = [
+    ("RayCluster", put("spec.workerGroupSpecs.0.maxReplicas", "four")),
+    ("RayCluster", put("spec.workerGroupSpecs.0.maxReplica", 4)),
+    ("RayCluster", put("spec.autoscalerOptions.version", "v3")),
+    ("RayCluster", put("spec.authOptions.mode", "open")),
+    ("RayCluster", put("spec.headGroupSpec.rayStartParams.num-cpus", 0)),
+    ("RayCluster", put("metadata.label", {})),
+    ("RayCluster", put(f"{HEAD}.containers.0.resources.limit", {})),
+    ("RayCluster", put(f"{HEAD}.containers.0.ports.0.containerPort", "6379")),
+    ("RayCluster", put(f"{HEAD}.containers.0.ports.0.protcol", "TCP")),
+    ("RayCluster", put(f"{HEAD}.containers", None)),
+    ("RayJob", put("spec.entrypointNumCpus", "2")),
+    ("RayJob", put("spec.entryPoint", "lookalike corpus")),
+    ("RayJob", put("spec.clusterSelector", {"ray.io/cluster": 1})),
+    ("RayService", put("spec.serveService.spec.ports.1.appProtocol", 2)),
+    ("RayService", put("spec.serveService.spec.ports.1.appProtokol", "h2c")),
+    ("RayService", put("spec.rayClusterConfig.workerGroupSpecs.0.template.spec.topologySpreadConstraints.0.skew", 1)),
+    ("PodDisruptionBudget", put("spec.maxUnavailible", 1)),
+    ("NetworkPolicy", put("spec.ingress.2.ports.0.protocol", 6)),
+    ("PersistentVolumeClaim", put("spec.resources.request", {})),
+]
+
+
+@pytest.mark.parametrize(("kind", "mutate"), BAD_RESOURCES)
+def test_damaged_manifest_is_refused(kind: str, mutate: Callable[[Document], None], check: Check) -> None:
+    document = copy.deepcopy(JOBS["lookalike-plan"]) if kind == "RayJob" else only(kind)
+    check(document)
+    mutate(document)
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check(document)
+
+
+def test_integer_or_string_takes_both(check: Check) -> None:
+    document = only("RayCluster")
+    for cpu in ("2", 2):
+        put(f"{HEAD}.containers.0.resources.requests.cpu", cpu)(document)
+        check(document)
+    put(f"{HEAD}.containers.0.resources.requests.cpu", [2])(document)
+    with pytest.raises(jsonschema.ValidationError):
+        check(document)
+
+
+BAD_SERVE = [
+    (put("applications.0.args.index", 7), UsageError),
+    (put("applications.0.args.indx", "/artifacts"), UsageError),
+    (put("applications.0.args.limits", {"max_kk": 5}), UsageError),
+    (put("applications.0.args.num_replicas", 0), UsageError),
+    (put("applications.0.import_paths", "lookalike.serve.app:build"), jsonschema.ValidationError),
+    (put("grpc_options.prt", 9000), jsonschema.ValidationError),
+    (put("htp_options", {}), jsonschema.ValidationError),
+    (put("applications.0.deployments", [{"name": "ingress", "replicas": 2}]), jsonschema.ValidationError),
+    (put("grpc_options.port", "many"), ValidationError),
+    (put("proxy_location", "Everywhere"), ValidationError),
+    (put("applications.0.deployments", [{"name": "ingress", "num_replicas": -1}]), ValidationError),
+]
+
+
+@pytest.mark.parametrize(("mutate", "error"), BAD_SERVE)
+def test_damaged_serve_config_is_refused(
+    mutate: Callable[[Document], None], error: type[Exception], check: Check
+) -> None:
+    service = only("RayService")
+    document = yaml.safe_load(service["spec"]["serveConfigV2"])
+    mutate(document)
+    service["spec"]["serveConfigV2"] = yaml.safe_dump(document)
+    with pytest.raises(error):
+        check(service)
