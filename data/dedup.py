@@ -54,6 +54,9 @@ class DedupConfig(Config):
     """... when the hashes differ by no more than this."""
     neighbours: int = Field(32, ge=1, le=1024)
     """Nearest embeddings of an image that are looked at."""
+    hold_out_groups: bool = True
+    """Drop training rows whose group stands in a held-out split too: test products are then unseen. Set it to false
+    where other pictures of the trained products are the test."""
 
 
 def sign_images(table: pa.Table) -> pa.Table:
@@ -148,7 +151,7 @@ def find_duplicates(signatures: pa.Table, vectors: NDArray[np.float32], config: 
     pairs = find_pairs(signatures, vectors, config)
     split = np.array(signatures["split"].to_pylist(), dtype=object)
     groups = np.array(signatures["group"].to_pylist(), dtype=object)
-    test = split == "test"
+    test = split != "train"  # any other split is held out
     dropped: dict[int, dict[str, Any]] = {}
     left, right = pairs["left"].to_numpy(), pairs["right"].to_numpy()
     for train, other, pair in _test_overlaps(left, right, test):
@@ -156,7 +159,7 @@ def find_duplicates(signatures: pa.Table, vectors: NDArray[np.float32], config: 
         close = (pairs["bits"][pair], -pairs["cosine"][pair], other)
         if best is None or close < best["close"]:
             dropped[train] = {"keeper": other, "pair": pair, "reason": "overlaps_test", "close": close}
-    held_out = {group for group in groups[test] if group is not None}
+    held_out = {group for group in groups[test] if group is not None} if config.hold_out_groups else set()
     for row in np.nonzero(~test)[0].tolist():
         if row not in dropped and groups[row] is not None and groups[row] in held_out:
             dropped[row] = {"keeper": None, "pair": None, "reason": "group_in_test"}

@@ -120,8 +120,13 @@ class LabelJob:
         write_table(self.out.path("duplicates.parquet"), duplicates)
         reasons = duplicates.group_by("reason").aggregate([([], "count_all")]).to_pylist()
         splits = signatures.group_by("split").aggregate([([], "count_all")]).to_pylist()
+        counts = {str(e["reason"]): e["count_all"] for e in reasons}
+        if duplicates.num_rows >= sum(e["count_all"] for e in splits if e["split"] == "train"):
+            raise UsageError(f"no training row is left: split 'train' lost all its rows as {counts or 'it has none'}; "
+                             "give training rows, or set dedup.hold_out_groups=false where held-out pictures show "
+                             "products that are trained on")  # fmt: skip
         return {"rows": {e["split"]: e["count_all"] for e in splits}, "dropped": duplicates.num_rows,
-                "reasons": {e["reason"]: e["count_all"] for e in sorted(reasons, key=lambda e: str(e["reason"]))}}
+                "reasons": dict(sorted(counts.items()))}
 
     def vocabulary(self) -> dict[str, int]:
         """Term -> training images, for terms that enough images propose."""

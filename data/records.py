@@ -19,7 +19,6 @@ from lookalike.vision.images import ImageError, decode
 REQUIRED = ("image_id", "image")
 TEXT = ("title", "description", "category", "locale", "group", "view", "split", "creator", "licence")
 FIELDS = (*REQUIRED, *TEXT, "keywords")
-SPLITS = ("train", "test")
 
 
 class Limits(NamedTuple):
@@ -127,8 +126,8 @@ def check_records(
     """Corpus rows of ``table`` and what is wrong with the others.
 
     ``columns`` comes from :func:`resolve_columns`; ``repeated`` maps an id that several records have to the number of
-    the first of them, which stays. Reasons of refusal: ``null``, ``not_utf8``, ``duplicate`` (image_id), ``unknown``
-    (split), and for the image ``null``, ``too_many_bytes``, ``too_small`` and those of ``vision.images.decode``. A
+    the first of them, which stays. Reasons of refusal: ``null``, ``not_utf8``, ``duplicate`` (image_id), and for the
+    image ``null``, ``too_many_bytes``, ``too_small`` and those of ``vision.images.decode``. A
     title that is empty or not UTF-8 becomes the empty string with reason ``repaired: ...``; other text turns to null.
     """
     values = {field: raw_values(table.column(column)) for field, column in columns.items()}
@@ -163,8 +162,6 @@ def _check_record(
         unit = row["group"] or row["image_id"] or ""
         held_out = hash_unit(origin.seed, f"split/{origin.dataset}/{unit}") < origin.test_fraction
         row["split"] = "test" if held_out else "train"
-    elif row["split"] not in SPLITS:
-        problems.append(("split", "unknown"))
     return row, problems
 
 

@@ -14,7 +14,7 @@ CORPUS = pa.schema([
     pa.field("locale", pa.string()),                    # language hint, for example "en"
     pa.field("group", pa.string()),                     # product or instance; null when unknown
     pa.field("view", pa.string()),                      # for example "icon" or "front"
-    pa.field("split", pa.string()),                     # "train" or "test"; test groups are held out from all training
+    pa.field("split", pa.string()),                     # "train"; any other split is held out from all training
     pa.field("dataset", pa.string()),                   # which source the row came from
     pa.field("creator", pa.string()),
     pa.field("licence", pa.string()),

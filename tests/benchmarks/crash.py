@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.crash [--recipe deploy/recipes/smoke.yaml] [--root runs/crash] [--seed 1]
 
-The driver is killed a random time after each step starts; the next run resumes. One JSON row a kill, and a summary that
-says whether all artifacts have the digests (figures, where a stage records times) of the undisturbed run.
+The driver is killed at a random point of each step's usual duration; the next run resumes. One JSON row a kill, and a
+summary that says whether all artifacts have the files (figures, where a stage records times) of the undisturbed run.
 """
 
 import argparse
@@ -45,21 +45,27 @@ def run_until_killed(recipe: str, root: Path, step: str, delay_s: float) -> dict
     return {"bench": "crash", "case": step, "delay_s": round(delay_s, 1), "exit_code": code}
 
 
-def published(recipe: str, root: Path) -> dict[str, Any]:
-    """Step -> digest, or its statistics without times where files hold measured times."""
+def artifacts(recipe: str, root: Path) -> dict[str, Artifact]:
+    """Step -> its artifact; one that is not published is an error."""
     loaded = Recipe.load(recipe, [f"root={root}"])
+    found = {name: loaded.published(name) for name in loaded.steps}
+    missing = [name for name, artifact in found.items() if artifact is None]
+    assert not missing, f"steps {missing} are not published under {root}"
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def published(recipe: str, root: Path) -> dict[str, Any]:
+    """Step -> SHA-256 of its files, or its statistics without times where files hold measured times."""
     result: dict[str, Any] = {}
-    for name, step in loaded.steps.items():
-        artifact = loaded.published(name)
-        assert isinstance(artifact, Artifact), f"step {name} is not published"
-        figures = {k: v for k, v in artifact.stats.items() if not k.endswith(("_us", "_ratio", "_per_s", "_wait"))}
-        result[name] = figures if step.stage in TIMED else content(artifact)
+    for name, artifact in artifacts(recipe, root).items():
+        figures = {k: v for k, v in artifact.stats.items() if not k.endswith(("_us", "_ratio"))}
+        result[name] = figures if artifact.manifest.kind in TIMED else content(artifact)
     return result
 
 
 def content(artifact: Artifact) -> dict[str, str]:
-    """File -> SHA-256, without the files that record times or names that differ between roots."""
-    return {f.path: f.sha256 for f in artifact.manifest.files if f.path not in ("history.json",)}
+    """File -> SHA-256, without the training history, which records speeds."""
+    return {f.path: f.sha256 for f in artifact.manifest.files if f.path != "history.json"}
 
 
 def main() -> int:
@@ -73,13 +79,14 @@ def main() -> int:
     options = parser.parse_args()
     chance = random.Random(options.seed)
     steps = options.steps or list(Recipe.load(options.recipe).steps)
-    root = options.root / "killed"
+    calm, root = options.undisturbed or options.root / "calm", options.root / "killed"
+    subprocess.run(command(options.recipe, calm), check=True, stdout=subprocess.DEVNULL)
+    durations = {name: artifact.manifest.duration_s for name, artifact in artifacts(options.recipe, calm).items()}
     for step in steps:
-        print(json.dumps(run_until_killed(options.recipe, root, step, chance.uniform(0.3, 6.0))), flush=True)
+        delay_s = chance.uniform(0.05, 0.9) * durations[step]
+        print(json.dumps(run_until_killed(options.recipe, root, step, delay_s)), flush=True)
         time.sleep(3.0)  # Ray's own processes notice that their driver is gone
     subprocess.run(command(options.recipe, root), check=True, stdout=subprocess.DEVNULL)
-    calm = options.undisturbed or options.root / "calm"
-    subprocess.run(command(options.recipe, calm), check=True, stdout=subprocess.DEVNULL)
     killed, left_alone = published(options.recipe, root), published(options.recipe, calm)
     differ = {name: [left_alone[name], killed[name]] for name in killed if killed[name] != left_alone[name]}
     print(json.dumps({"bench": "crash", "summary": True, "kills": len(steps), "steps": len(killed),

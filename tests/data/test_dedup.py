@@ -73,9 +73,11 @@ def signatures(rows: list[tuple[str, str | None, str, int]]) -> pa.Table:
     return pa.Table.from_pylist(table, schema=SIGNATURES)
 
 
-def dropped(rows: list[tuple[str, str | None, str, int]], vectors: Any = None) -> dict[str, tuple[str, str | None]]:
+def dropped(
+    rows: list[tuple[str, str | None, str, int]], vectors: Any = None, config: DedupConfig | None = None,
+) -> dict[str, tuple[str, str | None]]:
     same = np.tile(np.eye(1, 8, dtype=np.float32), (len(rows), 1)) if vectors is None else vectors
-    found = find_duplicates(signatures(rows), same, DedupConfig()).to_pylist()
+    found = find_duplicates(signatures(rows), same, config or DedupConfig()).to_pylist()
     return {row["image_id"]: (row["reason"], row["keeper_id"]) for row in found}
 
 
@@ -101,6 +103,13 @@ def test_leak_firewall_drops_training_rows_near_a_test_row_groups_or_not() -> No
 def test_a_group_that_is_in_test_never_trains() -> None:
     vectors = np.eye(2, 8, dtype=np.float32)
     assert dropped([("a", "p", "train", 0), ("b", "p", "test", 200)], vectors) == {"i0": ("group_in_test", None)}
+
+
+def test_any_split_but_train_is_held_out() -> None:
+    vectors = np.eye(2, dtype=np.float32)
+    rows = [("a", "p", "train", 0), ("b", "p", "catalog", 200)]
+    assert dropped(rows, vectors) == {"i0": ("group_in_test", None)}
+    assert dropped(rows, vectors, DedupConfig(hold_out_groups=False)) == {}
 
 
 def test_a_chain_of_small_differences_is_not_swallowed() -> None:

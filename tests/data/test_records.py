@@ -89,9 +89,9 @@ def test_split_of_a_group_is_one_and_by_hash() -> None:
     assert 15 <= sum(split == "test" for split in split_of.values()) <= 45
 
 
-def test_an_unknown_split_is_refused() -> None:
-    _, problems = check(pa.table({"image_id": ["a"], "image": [png()], "split": ["valid"]}))
-    assert problems == [(0, "split", "unknown")]
+def test_a_split_keeps_its_own_name() -> None:
+    accepted, problems = check(pa.table({"image_id": ["a"], "image": [png()], "split": ["catalog"]}))
+    assert ([row["split"] for row in accepted], problems) == (["catalog"], [])
 
 
 @pytest.mark.parametrize(
