@@ -101,7 +101,8 @@ def embed(run: StageRun[EmbedConfig]) -> None:
 def _embed_pending(run: StageRun[EmbedConfig], encoder: Artifact, pending: list[dict[str, Any]]) -> None:
     config = run.config
     dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
-        EmbedUnit, fn_constructor_args=(encoder.uri, run.out.uri, config),
+        EmbedUnit,  # type: ignore[arg-type]  # a class is made an actor
+        fn_constructor_args=(encoder.uri, run.out.uri, config),
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(pending))),
         num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor or None,
     )  # fmt: skip

@@ -100,6 +100,15 @@ def nearest_rows(queries: Floats, database: Floats, same: npt.NDArray[np.int64],
     return np.concatenate(found)
 
 
+def neighbour_labels(
+    queries: Floats, database: Floats, same: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Labels of each query's ``K`` nearest database rows, int64 [q, K]; -1 where a small database has no more."""
+    neighbours = nearest_rows(queries, database, same, min(K, len(database)))
+    found = np.where(neighbours == same[:, None], -1, labels[neighbours])  # the query itself is no answer
+    return np.pad(found, ((0, 0), (0, K - found.shape[1])), constant_values=-1)
+
+
 def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: RetrievalTask) -> Iterator[dict[str, Any]]:
     """One row of figures per dim for prefixes of ``vectors`` [n, D], each normalised after truncation."""
     query_rows = row_indices(embedded.table, task.queries, "queries")
@@ -116,19 +125,17 @@ def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: Ret
         raise UsageError(f"no query of {dict(task.queries)} has a {task.label!r}; choose another label")
     place = {int(row): i for i, row in enumerate(base_rows)}
     same = np.array([place.get(int(row), -1) for row in query_rows], np.int64)
-    k = min(K, len(base_rows) - 1)
     relevant = metrics.count_relevant(labels[base_rows], labels[query_rows])
     relevant = relevant - (same >= 0)  # the query itself is no answer
     for dim in dims:
         unit = normalize_prefix(vectors, dim)
-        neighbours = nearest_rows(unit[query_rows], unit[base_rows], same, k)
-        hits = labels[base_rows][neighbours]
+        hits = neighbour_labels(unit[query_rows], unit[base_rows], same, labels[base_rows])
         p1 = metrics.precision_at_k(hits, labels[query_rows], 1)
         yield {
             "dim": dim, "queries": len(query_rows), "database": len(base_rows),
             "p_at_1": p1, "p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(query_rows))),
-            "map_at_10_by_k": metrics.map_at_k_by_k(hits, labels[query_rows], k),
-            "recall_at_10": metrics.recall_at_k(hits, labels[query_rows], k, num_relevant=relevant),
+            "map_at_10_by_k": metrics.map_at_k_by_k(hits, labels[query_rows], K),
+            "recall_at_10": metrics.recall_at_k(hits, labels[query_rows], K, num_relevant=relevant),
         }  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def pca_projection(features: torch.Tensor, dim: int, whitening: float) -> torch.
     eigenvalues, vectors = torch.linalg.eigh(unit.T @ unit)
     scale = eigenvalues.flip(0)[:dim].clamp_min(0.0).sqrt()
     scale = (scale / scale[0]).clamp_min(1e-3)
-    return (vectors.flip(1).T[:dim] / scale[:, None] ** whitening).float()
+    weight: torch.Tensor = vectors.flip(1).T[:dim] / scale[:, None] ** whitening
+    return weight.float()
 
 
 def imprint_proxies(head: NestedCosine, embedding: torch.Tensor, labels: torch.Tensor) -> None:

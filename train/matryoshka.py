@@ -31,6 +31,7 @@ class NestedLinear(nn.Module):
         if self.nesting == "mrl":
             return [layer(embedding[:, :m]) for m, layer in zip(self.dims, self.layers, strict=True)]
         layer = self.layers[0]
+        assert isinstance(layer, nn.Linear)
         partial = accumulate_products(embedding, layer.weight, self.dims)
         return partial if layer.bias is None else [product + layer.bias for product in partial]
 
@@ -72,7 +73,8 @@ def accumulate_products(embedding: torch.Tensor, weight: torch.Tensor, dims: Seq
 
 def prefix_norm(vectors: torch.Tensor, m: int) -> torch.Tensor:
     """Euclidean norm of the first m values of each row, at least 1e-12."""
-    return vectors[:, :m].norm(dim=1).clamp_min(1e-12)
+    norm: torch.Tensor = torch.linalg.vector_norm(vectors[:, :m], dim=1)
+    return norm.clamp_min(1e-12)
 
 
 def nested_loss(

@@ -13,4 +13,5 @@ class PretrainConfig(TrainConfig):
     """One multi-label softmax over the weak labels."""
 
 
-STAGE = Stage(name="pretrain", kind="encoder", config=PretrainConfig, run=run_training, inputs=INPUTS, resumable=True)
+STAGE: Stage[TrainConfig] = Stage(name="pretrain", kind="encoder", config=PretrainConfig, run=run_training,
+                                  inputs=INPUTS, resumable=True)  # fmt: skip

@@ -35,8 +35,9 @@ def ensure_ray(config: ClusterConfig | None = None) -> None:
         ray.init(address="local", num_cpus=config.num_cpus, object_store_memory=config.object_store_mb << 20,
                  include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)  # fmt: skip
     configure_data(config)
-    resources = ray.cluster_resources()
-    log.info("ray %s", fields(cpus=resources.get("CPU", 0.0), nodes=len(ray.nodes())))
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    log.info("ray %s", fields(cpus=resources.get("CPU", 0.0), nodes=len(nodes)))
 
 
 def configure_data(config: ClusterConfig) -> None:

@@ -86,7 +86,7 @@ def _fields_at(config_class: type[BaseModel], loc: tuple[Any, ...]) -> list[str]
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of ``values`` with dotted ``key.sub=value`` assignments applied; values are read as YAML."""
-    result = _deep_copy(values)
+    result: dict[str, Any] = _deep_copy(values)
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:

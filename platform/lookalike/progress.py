@@ -50,7 +50,7 @@ def follow_remote(description: str, total: int, unit: str = "it") -> Iterator[An
     """
     import ray
 
-    actor = ray.remote(num_cpus=0)(_Position).remote()
+    actor: Any = ray.remote(num_cpus=0)(_Position).remote()
     stop = threading.Event()
 
     def follow(bar: "tqdm[None]") -> None:

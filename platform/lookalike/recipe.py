@@ -83,7 +83,8 @@ class Recipe(Config):
     def config(self, name: str) -> StageConfig:
         """The parsed configuration of a step."""
         settings = {"seed": self.seed, **self.steps[name].settings}
-        return parse_config(self.stage(name).config, settings, f"step {name!r}")
+        config: StageConfig = parse_config(self.stage(name).config, settings, f"step {name!r}")
+        return config
 
     def steps_of(self, stage: str) -> list[str]:
         """Names of the steps that use ``stage``."""

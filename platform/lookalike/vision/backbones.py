@@ -90,9 +90,9 @@ def _efficientnet_lite0() -> tuple[str, dict[str, torch.Tensor]]:
 
 def _flat_blocks(architecture: str) -> list[tuple[str, bool]]:
     """(``blocks.<stage>.<block>``, has an expansion) in the order in which a flat list numbers the blocks."""
-    model = timm.create_model(architecture, pretrained=False)
+    blocks: Any = timm.create_model(architecture, pretrained=False).blocks
     return [(f"blocks.{s}.{b}", hasattr(block, "conv_pwl"))
-            for s, stage in enumerate(model.blocks) for b, block in enumerate(stage)]  # fmt: skip
+            for s, stage in enumerate(blocks) for b, block in enumerate(stage)]  # fmt: skip
 
 
 _STEM_AND_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",

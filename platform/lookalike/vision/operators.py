@@ -8,6 +8,7 @@ error as well.
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,10 +17,10 @@ def declare_missing() -> "torch.library.Library | None":
     """Declare the schemas of ``torchvision::nms`` and ``torchvision::qnms`` unless torchvision brings them."""
     if _load_extension():
         return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+    return library  # type: ignore[no-any-return]
 
 
 def _load_extension() -> bool:
@@ -27,7 +28,7 @@ def _load_extension() -> bool:
     folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
     for file in sorted(folder.glob("_C*.so")):
         try:
-            torch.ops.load_library(str(file))  # loading it again, as torchvision will, does nothing
+            torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]  # torchvision loading it again is fine
         except OSError:
             continue
     return hasattr(torch.ops.torchvision, "nms")

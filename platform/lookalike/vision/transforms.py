@@ -51,7 +51,8 @@ def build_eval_transform(config: TransformConfig) -> Transform:
         resize: list[object] = [lambda image: pad_to_square(image, config.size)]
     else:
         resize = [v2.Resize(round(config.size / config.crop_fraction), antialias=True), v2.CenterCrop(config.size)]
-    return v2.Compose([*resize, *_to_tensor(config)])
+    transform: Transform = v2.Compose([*resize, *_to_tensor(config)])
+    return transform
 
 
 def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Transform:
@@ -69,7 +70,8 @@ def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Tr
         steps.append(v2.ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
     if augment.grayscale:
         steps.append(v2.RandomGrayscale(augment.grayscale))
-    return v2.Compose([*steps, *_to_tensor(config)])
+    transform: Transform = v2.Compose([*steps, *_to_tensor(config)])
+    return transform
 
 
 def pad_to_square(image: Image.Image, size: int) -> Image.Image:

@@ -1,0 +1,119 @@
+"""Recipes: checked as a whole before anything runs; steps chain through artifacts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("toy_stages")
+
+
+def plain(root: str = "runs/toy") -> dict[str, Any]:
+    return {
+        "name": "toy", "root": root, "seed": 5,
+        "steps": {
+            "one": {"stage": "toy-number", "settings": {"value": 1}},
+            "two": {"stage": "toy-number", "settings": {"value": 2, "seed": 9}},
+            "sum": {"stage": "toy-sum", "inputs": {"numbers": ["one", "two"]}},
+        },
+    }  # fmt: skip
+
+
+def load(tmp_path: Path, values: Any, overrides: list[str] | None = None) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return Recipe.load(str(file), overrides)
+
+
+def test_steps_run_in_order_and_are_skipped_when_done(tmp_path: Path, root: str) -> None:
+    recipe = load(tmp_path, plain(root))
+    assert recipe.published("one") is None
+    with pytest.raises(ArtifactError, match=r"step 'one' is not published .* run `lookalike toy-number RECIPE --step"):
+        recipe.run_step("sum")
+    made = [recipe.run_step(name) for name in recipe.steps]
+    assert made[-1].read_json("sum.json") == 3
+    fresh = load(tmp_path, plain(root))
+    assert [fresh.run_step(name).manifest for name in fresh.steps] == [artifact.manifest for artifact in made]
+
+
+def test_a_changed_setting_changes_its_step_and_those_after(tmp_path: Path, root: str) -> None:
+    recipe = load(tmp_path, plain(root))
+    before = {name: recipe.run_step(name).uri for name in recipe.steps}
+    changed = load(tmp_path, plain(root), ["two.value=5"])
+    after = {name: changed.run_step(name).uri for name in changed.steps}
+    assert [name for name in before if before[name] != after[name]] == ["two", "sum"]
+    assert changed.run_step("sum").read_json("sum.json") == 6
+
+
+def test_seeds_are_inherited_unless_a_step_sets_its_own(tmp_path: Path) -> None:
+    recipe = load(tmp_path, plain())
+    assert [recipe.config(name).seed for name in recipe.steps] == [5, 9, 5]
+    assert [load(tmp_path, plain(), ["seed=6"]).config(name).seed for name in ("one", "two")] == [6, 9]
+
+
+def test_overrides_by_step_name_and_by_full_path(tmp_path: Path) -> None:
+    recipe = load(tmp_path, plain(), ["one.value=7", "steps.two.settings.value=8", "name=other"])
+    assert [recipe.config(name).model_dump()["value"] for name in ("one", "two")] == [7, 8]
+    assert recipe.name == "other"
+
+
+def test_a_relative_root_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path, plain("runs/toy")).root == str(tmp_path / "runs/toy")
+    assert load(tmp_path, plain("memory://runs/toy")).root == "memory://runs/toy"
+
+
+def test_an_input_may_be_an_artifact_published_elsewhere(tmp_path: Path) -> None:
+    other = load(tmp_path, plain(str(tmp_path / "other"))).run_step("two")
+    values = plain(str(tmp_path / "own"))
+    values["steps"]["sum"]["inputs"]["numbers"] = ["one", other.uri]
+    recipe = load(tmp_path, values)
+    recipe.run_step("one")
+    assert recipe.run_step("sum").read_json("sum.json") == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sed=3", r"unknown key 'sed' \(did you mean 'seed'\?\)"),
+        ("steps.one.setings={}", r"unknown key 'steps.one.setings' \(did you mean 'settings'\?\); valid keys: inputs"),
+        ("one.valu=3", r"step 'one': unknown key 'valu' \(did you mean 'value'\?\)"),
+        ("one.value=-3", "step 'one': 'value' is -3: .* greater than or equal to 0"),
+        ("steps.one.stage=toy-numbr", r"unknown stage 'toy-numbr' \(did you mean 'toy-number'\?\)"),
+        ("steps.sum.inputs.numbers=[onee]",
+         r"step 'sum' reads 'onee', which is not in this recipe \(did you mean 'one'\?\)"),
+        ("steps.one.inputs.numbers=two", "step 'one' reads 'two', which comes later; move it up"),
+        ("seed=-1", "'seed' is -1"),
+        ("steps=3", "'steps' is 3"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_runs(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load(tmp_path, plain(), [override])
+
+
+def test_unknown_steps_and_stages_without_steps(tmp_path: Path) -> None:
+    recipe = load(tmp_path, plain())
+    assert recipe.steps_of("toy-number") == ["one", "two"]
+    with pytest.raises(UsageError, match=r"no step 'on' \(did you mean 'one'\?\); steps: one, two, sum"):
+        recipe.stage("on")
+    with pytest.raises(UsageError, match=r"recipe 'toy' has no step of stage 'embed'; it has one, two, sum"):
+        recipe.steps_of("embed")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("- a", "must hold a mapping .* it holds list"), ("a: [", "is no YAML"), ("", "holds NoneType")]
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        Recipe.load(str(tmp_path / "bad.yaml"))
+
+
+def test_a_missing_recipe_is_explained() -> None:
+    with pytest.raises(UsageError, match=r"no recipe at /no/such.yaml"):
+        Recipe.load("/no/such.yaml")

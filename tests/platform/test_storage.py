@@ -1,0 +1,68 @@
+"""Storage: atomic writes, listings and digests on a disk and in memory."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from lookalike import storage
+
+
+def test_round_trip_on_every_store(root: str) -> None:
+    storage.write_atomic(storage.join(root, "a", "b.bin"), b"12345")
+    storage.write_atomic(storage.join(root, "c.bin"), b"")
+    assert storage.read_bytes(f"{root}/a/b.bin") == b"12345"
+    assert storage.list_files(root) == ["a/b.bin", "c.bin"]
+    assert storage.list_files(f"{root}/c.bin") == [""]
+    assert storage.size_bytes(f"{root}/a/b.bin") == 5
+    assert storage.sha256(f"{root}/a/b.bin") == hashlib.sha256(b"12345").hexdigest()
+    storage.remove_tree(f"{root}/a")
+    assert not storage.exists(f"{root}/a/b.bin")
+    assert storage.exists(f"{root}/c.bin")
+    storage.remove_tree(f"{root}/never-there")
+
+
+def test_a_sibling_with_the_same_beginning_is_not_listed(root: str) -> None:
+    storage.write_atomic(f"{root}/run/x", b"1")
+    storage.write_atomic(f"{root}/run-2/y", b"1")
+    assert storage.list_files(f"{root}/run") == ["x"]
+
+
+def test_pyarrow_reads_what_was_written(root: str) -> None:
+    storage.write_atomic(f"{root}/t.bin", b"abc")
+    filesystem, path = storage.arrow_filesystem(f"{root}/t.bin")
+    with filesystem.open_input_file(path) as file:
+        assert file.read() == b"abc"
+
+
+def test_a_crash_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "m.json"
+    storage.write_atomic(str(target), b"old")
+
+    def crash(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_atomic(str(target), b"new and longer")
+    assert target.read_bytes() == b"old"
+
+
+def test_source_digest_follows_content_not_time(tmp_path: Path) -> None:
+    file = tmp_path / "raw.csv"
+    file.write_bytes(b"one")
+    before = storage.source_digest(str(file))
+    os.utime(file, (1, 1))
+    assert storage.source_digest(str(file)) == before
+    file.write_bytes(b"two")
+    assert storage.source_digest(str(file)) != before
+
+
+def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
+    assert storage.absolute("memory://runs/x") == "memory://runs/x"
+    assert storage.is_local(f"file://{tmp_path}")
+    with pytest.raises(ValueError, match=r"memory://x is not on a local disk"):
+        storage.local_path("memory://x")

@@ -1,0 +1,100 @@
+"""The encoder: dims are checked, a saved one loads bitwise, and vectors do not depend on the batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lookalike.artifacts import Artifact, Draft
+from lookalike.config import parse_config
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.vision.encoder import Encoder, EncoderConfig, build_model, check_dims, save_encoder, to_bytes
+from lookalike.vision.images import ImageError
+from lookalike.vision.transforms import TransformConfig
+
+BACKBONE = {"backbone": "test_efficientnet", "num_features": 256, "transform": TransformConfig(size=32)}
+
+
+def publish(root: str, config: EncoderConfig) -> tuple[Artifact, Encoder]:
+    torch.manual_seed(0)
+    model = build_model(config)
+    draft = Draft(root, "encoder", "tiny", "a" * 20)
+    save_encoder(draft, model, config, "# tiny\n")
+    artifact = draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
+    return artifact, Encoder(config, model, "in memory")
+
+
+def pictures(num: int) -> list[bytes]:
+    random = np.random.default_rng(2)
+    return [to_bytes(Image.fromarray(random.integers(0, 256, (20 + i, 30, 3), np.uint8))) for i in range(num)]
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_saved_encoder_loads_bitwise(tmp_path: Path, projection: bool) -> None:
+    dims = (8, 24) if projection else (16, 256)
+    config = EncoderConfig.model_validate({**BACKBONE, "dims": dims, "projection": projection})
+    artifact, original = publish(str(tmp_path), config)
+    loaded = Encoder.load(artifact.uri)
+    assert (loaded.dim, loaded.dims, loaded.fingerprint) == (dims[-1], dims, "a" * 20)
+    assert loaded.config == config
+    images = pictures(5)
+    vectors = loaded.encode(images)
+    assert (vectors.shape, vectors.dtype) == ((5, dims[-1]), np.float32)
+    assert np.array_equal(vectors, original.encode(images))
+    assert not np.allclose(np.linalg.norm(vectors, axis=1), 1.0)  # normalising is left to the use
+
+
+def test_vectors_depend_neither_on_the_batch_nor_on_bytes_or_picture(tmp_path: Path) -> None:
+    config = EncoderConfig.model_validate({**BACKBONE, "dims": (256,)})
+    _, encoder = publish(str(tmp_path), config)
+    images = pictures(5)
+    whole = encoder.encode(images)
+    assert np.allclose(encoder.encode(images, batch_size=2), whole, atol=1e-5)
+    assert np.allclose(np.concatenate([encoder.encode([image]) for image in images]), whole, atol=1e-5)
+    import io
+
+    assert np.array_equal(encoder.encode([Image.open(io.BytesIO(image)) for image in images]), whole)
+    assert encoder.encode([]).shape == (0, 256)
+
+
+def test_bad_bytes_are_refused(tmp_path: Path) -> None:
+    _, encoder = publish(str(tmp_path), EncoderConfig.model_validate({**BACKBONE, "dims": (256,)}))
+    with pytest.raises(ImageError, match=r"zero bytes"):
+        encoder.encode([*pictures(1), b""])
+    with pytest.raises(ImageError, match=r"the limit is 100"):
+        encoder.encode(pictures(1), max_pixels=100)
+
+
+def test_another_kind_of_artifact_is_refused(tmp_path: Path) -> None:
+    draft = Draft(str(tmp_path), "corpus", "c", "a" * 20)
+    draft.write_json("x.json", 1)
+    corpus = draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
+    with pytest.raises(ArtifactError, match=r"is a 'corpus' artifact where a 'encoder' is needed"):
+        Encoder.load(corpus.uri)
+
+
+@pytest.mark.parametrize(
+    ("dims", "words"),
+    [
+        ([8, 2048], r"dims \[8, 2048\] exceed the model's 768; drop 2048 or set embedding_dim=2048"),
+        ([8, 1000, 2048], r"exceed the model's 768; drop 1000, 2048 or set embedding_dim=2048"),
+        ([8, 16], r"dims \[8, 16\] must end at the whole embedding, 768; append it"),
+        ([16, 8, 768], "positive and strictly increasing"), ([8, 8, 768], "strictly increasing"),
+        ([0, 768], "positive"), ([], "positive"),
+    ],
+)  # fmt: skip
+def test_dims_that_do_not_fit_are_explained(dims: list[int], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_dims(dims, 768)
+
+
+def test_dims_that_fit() -> None:
+    check_dims([768], 768)
+    check_dims([8, 100, 768], 768)
+
+
+def test_a_configuration_with_wrong_dims_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"encoder: dims \[8, 512\] exceed the model's 256; drop 512"):
+        parse_config(EncoderConfig, {**BACKBONE, "dims": (8, 512)}, "encoder")
