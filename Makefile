@@ -30,11 +30,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 quickstart: $(VENV)/.run
 	$(BIN)/lookalike quickstart deploy/recipes/quickstart.yaml $(ARGS)
 
-# .typing holds links that show static tools the package as it is imported
-.typing: $(VENV)/.dev
-	rm -rf .typing && mkdir -p .typing/lookalike
-	ln -s ../../platform/lookalike/* .typing/lookalike/
-	for part in data train serve; do ln -s ../../$$part .typing/lookalike/$$part; done
+# .typing is the package as it is imported, in one real tree: what static tools can follow (data/samples is no part)
+.PHONY: .typing
+.typing:
+	rm -rf .typing && mkdir -p .typing
+	cp -pR platform/lookalike .typing/lookalike
+	for part in data train serve; do cp -pR $$part .typing/lookalike/$$part && touch .typing/lookalike/$$part/__init__.py; done
+	rm -rf .typing/lookalike/data/samples
 
 lint: $(VENV)/.dev .typing
 	$(BIN)/ruff check .
