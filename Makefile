@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
+# pip passes on a note about editable installs in general; nothing here is in its way
+PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 
 .PHONY: quickstart test test-fast lint bench-retrieval bench-learning proto help clean
 
@@ -17,14 +19,14 @@ help:
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip setuptools wheel
-	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,labels,sample]'
+	$(PIP) install -q --upgrade pip setuptools wheel
+	$(PIP) install -q -c constraints.txt -e '.[cpu,labels,sample]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip setuptools wheel
-	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,labels,sample,dev]'
+	$(PIP) install -q --upgrade pip setuptools wheel
+	$(PIP) install -q -c constraints.txt -e '.[cpu,labels,sample,dev]'
 	touch $@ $(VENV)/.run
 
 quickstart: $(VENV)/.run

@@ -4,7 +4,6 @@ A part is the unit of work and of resumption: each task reads its own, writes wh
 depends on the part's number, and returns a small table. Results therefore do not depend on blocks or workers.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -80,11 +79,3 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **{"compression": "zstd", **options})
     storage.write_atomic(uri, sink.getvalue().to_pybytes())
-
-
-def digest_table(table: pa.Table) -> str:
-    """Hex SHA-256 of a table's rows in order, whatever its chunks."""
-    digest = hashlib.sha256()
-    for batch in table.combine_chunks().to_batches(max_chunksize=1024):
-        digest.update(repr(batch.to_pydict()).encode())
-    return digest.hexdigest()

@@ -7,6 +7,7 @@
 ``lookalike.serve.local.LocalClient`` has the same interface over an index on disk, without a server.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,6 +23,12 @@ from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 MAX_MESSAGE_BYTES = 64 << 20
+RETRY = json.dumps({"methodConfig": [{
+    "name": [{"service": "lookalike.v1.RetrievalService"}],
+    "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.05s", "maxBackoff": "1s", "backoffMultiplier": 2.0,
+                    "retryableStatusCodes": ["UNAVAILABLE"]},
+}]})  # fmt: skip
+"""gRPC service config: calls are reads, so one that found no server is repeated, within its deadline."""
 FloatArray = npt.NDArray[np.floating[Any]]
 Query = bytes | str | FloatArray
 """An encoded image (bytes), the id of a stored image (str) or a vector (1-d array)."""
@@ -135,7 +142,7 @@ class Client:
     ) -> None:  # fmt: skip
         self._metadata = (("application", application),) if application else ()
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 1),
-                   ("grpc.lb_policy_name", "round_robin")]  # fmt: skip
+                   ("grpc.lb_policy_name", "round_robin"), ("grpc.service_config", RETRY)]  # fmt: skip
         self.address, self.timeout_s = address, timeout_s
         self._channel = grpc.insecure_channel(address, options=options) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]

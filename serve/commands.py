@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lookalike.config import apply_overrides, parse_config
-from lookalike.errors import UsageError
+from lookalike.config import Config, apply_overrides, parse_config
+from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, SearchResult
 from lookalike.serve.config import ServeConfig
 
@@ -44,7 +44,7 @@ def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None
 
     An override whose first key is a setting of the service counts as one; the others are the recipe's.
     """
-    own = [text for text in overrides if text.partition("=")[0].split(".")[0] in ServeConfig.model_fields]
+    own = [text for text in overrides if is_setting(text.partition("=")[0])]
     values: dict[str, Any] = {}
     if recipe_path is not None:
         values = _from_recipe(recipe_path, [text for text in overrides if text not in own])
@@ -63,6 +63,13 @@ def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None
     return config
 
 
+def is_setting(key: str) -> bool:
+    """Whether a dotted key is one of the service's: ``index`` is, ``index.num_shards`` is a step's."""
+    head, dot, _ = key.partition(".")
+    field = ServeConfig.model_fields.get(head)
+    return field is not None and (not dot or isinstance(field.default, Config))
+
+
 def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     from lookalike.recipe import Recipe
 
@@ -77,7 +84,7 @@ def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
                              f"serve.{key} to the URI of one")  # fmt: skip
         artifact = recipe.published(steps[0])
         if artifact is None:
-            raise UsageError(f"step {steps[0]!r} is not published yet; run `lookalike {key} {path}` first")
+            raise ArtifactError(f"step {steps[0]!r} is not published yet; run `lookalike {key} {path}` first")
         values[key] = artifact.uri
     return values
 

@@ -42,7 +42,8 @@ class PlanConfig(StageConfig):
     k: int = Field(default=10, ge=1, le=10_000)
     """Results a query asks for."""
     num_queries: int = Field(default=400, ge=1, le=1_000_000)
-    """Sample queries, chosen by the hash of their ids; all when there are fewer."""
+    """Sample queries, chosen by the hash of their ids; all when there are fewer. As many again, where there are, take
+    no part in the choice and tell what the plan is worth."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Take queries only from rows whose column has one of the values, as in {"split": ["test"]}."""
     shortlist_ks: tuple[int, ...] = (10, 20, 50, 100, 200, 400)
@@ -163,13 +164,31 @@ def choose(
     raise AssertionError("the exact plan differs from itself")
 
 
+def check_plan(
+    searcher: Searcher, queries: Floats, records: list[dict[str, Any]], plan: Plan, config: PlanConfig
+) -> dict[str, Any] | None:
+    """Recall, its interval and the mAP check of ``plan`` on queries that did not choose it; None without any."""
+    if not len(queries):
+        log.warning("no holdout %s", fields(reason="every query took part in the choice; lower num_queries"))
+        return None
+    own_rows = searcher.find([record["image_id"] for record in records])
+    seed = derive_seed(config.seed, "plan", "holdout")
+    _, found = planner.measure(searcher, queries, config.k, [plan], own_rows=own_rows, seed=seed)
+    checked = None
+    if config.label is not None:
+        checked = check_map(searcher, queries, records, plan, label=config.label, k=config.k)
+    return {"num_queries": len(queries), "recall": found.recall, "recall_low": found.recall_low,
+            "recall_high": found.recall_high, "map_check": checked}  # fmt: skip
+
+
 def run(stage: StageRun[PlanConfig]) -> None:
     """Measure, choose, check, and write ``plan.json`` and ``plan.png``."""
     config, index = stage.config, stage.one("index")
     searcher = Searcher.open(index.uri, check=False)  # the runner has opened, and so checked, it
     require_same_model(searcher, stage.one("queries"))
     source = read_source(stage.one("queries"), config.where)
-    queries, records = sample_queries(source, config.num_queries, derive_seed(config.seed, "plan", "queries"))
+    sample, sampled = sample_queries(source, 2 * config.num_queries, derive_seed(config.seed, "plan", "queries"))
+    queries, records = sample[: config.num_queries], sampled[: config.num_queries]
     if not len(queries):
         raise UsageError(f"where {config.where} keeps no query of {stage.one('queries').uri}; check its values")
     own_rows = searcher.find([record["image_id"] for record in records])
@@ -177,10 +196,12 @@ def run(stage: StageRun[PlanConfig]) -> None:
     front = planner.pareto_front(measured, config.rank_by)
     place, checked = choose(searcher, queries, records, measured, config)
     chosen = measured[place]
+    kept_out = check_plan(searcher, sample[len(queries) :], sampled[len(queries) :], chosen.plan, config)
     facts = {
         "plan": chosen.plan.model_dump(mode="json"), "description": chosen.plan.describe(),
         "index": {"uri": index.uri, "generation": searcher.meta.generation}, "target": config.target, "k": config.k,
         "num_queries": len(queries), "chosen": place, "front": front, "map_check": checked,
+        "holdout": kept_out,
         "candidates": [one.model_dump(mode="json") | {"description": one.plan.describe()} for one in measured],
         "machine": machine_facts(), "ranked_by": config.rank_by, "decided_by": config.decide_by,
     }  # fmt: skip

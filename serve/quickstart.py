@@ -21,6 +21,7 @@ from lookalike.serve import tour
 from lookalike.serve.tour import Answer, TourConfig
 from lookalike.serve.tour_report import render_html, render_text
 
+PLAN_FACTS = ("plan", "description", "target", "k", "num_queries", "map_check", "holdout")
 PLAIN_QUERY = ("image_id", "title", "group", "view", "category")
 
 
@@ -49,9 +50,10 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     start = time.monotonic()
     ensure_ray(recipe.cluster)
     artifacts, stages = run_steps(recipe)
+    asked = time.monotonic()
     answers, description = serve_and_ask(options, artifacts, config, recipe.seed)
-    stages.append({"step": "serve and query", "stage": "serve", "seconds": round(time.monotonic() - start
-                   - sum(s["seconds"] for s in stages if not s["skipped"]), 1), "skipped": False})  # fmt: skip
+    stages.append({"step": "serve and query", "stage": "serve", "skipped": False,
+                   "seconds": round(time.monotonic() - asked, 1)})  # fmt: skip
     facts = collect(recipe, artifacts, answers, stages, description) | {"names": config.names}
     facts["total_seconds"] = round(time.monotonic() - start, 1)
     html = render_html(facts, artifacts, answers, tour.pictures(_of_stage(recipe, artifacts, "corpus"), answers))
@@ -88,8 +90,8 @@ def serve_and_ask(
     corpus = next(a for a in artifacts.values() if a.manifest.kind == "corpus")
     queries = tour.choose_queries(corpus, config, seed)
     print(f"[serve] {service.placement} placement, querying with {len(queries)} images", file=sys.stderr, flush=True)
+    address = start(service)
     try:
-        address = start(service)
         with Client(address, timeout_s=120.0) as client:
             client.wait_ready(120.0)
             described = client.describe()
@@ -124,8 +126,9 @@ def collect(
         "recipe": recipe.name, "seed": recipe.seed, "service": service, "stages": stages,
         "labels": _of_stage(recipe, artifacts, "labels").stats, "corpus": _of_stage(recipe, artifacts, "corpus").stats,
         "evaluation": evaluation,
-        "plan": {key: plan[key] for key in ("plan", "description", "target", "k", "num_queries", "map_check")}
+        "plan": {key: plan[key] for key in PLAN_FACTS}
         | {"chosen": plan["candidates"][plan["chosen"]]},
         "neighbours": shown,
+        "index": _of_stage(recipe, artifacts, "index").uri,
         "artifacts": {name: artifact.uri for name, artifact in artifacts.items()},
     }  # fmt: skip

@@ -52,7 +52,7 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
     lines += [*_plan_text(facts["plan"]), "", *_times_text(facts), ""]
     report = storage.join(root, "report.html")
     lines += [f"Report: {report}", f"Figures: {storage.join(root, 'report.json')}",
-              f"Lineage: lookalike show {facts['artifacts']['index']}"]  # fmt: skip
+              f"Lineage: lookalike show {facts['index']}"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -71,9 +71,12 @@ def _dims_text(facts: Mapping[str, Any], task: str) -> list[str]:
 
 
 def _plan_text(plan: Mapping[str, Any]) -> list[str]:
-    chosen, check = plan["chosen"], plan["map_check"]
+    chosen = plan["chosen"]
+    told = plan["holdout"] or {"recall": chosen["recall"], "num_queries": plan["num_queries"], "map_check": None}
+    check = told["map_check"] or plan["map_check"]
+    whose = "that took no part in choosing it" if plan["holdout"] else "that chose it"
     lines = [f"Plan: {plan['description']}",
-             f"  recall@{plan['k']} against exact search {chosen['recall']:.4f} on {plan['num_queries']} queries "
+             f"  recall@{plan['k']} against exact search {told['recall']:.4f} on {told['num_queries']} queries {whose} "
              f"(target {plan['target']})"]  # fmt: skip
     if check:
         k = check["k"]

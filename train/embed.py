@@ -4,7 +4,7 @@ The unit of work is a row group of the corpus; each becomes one part file, writt
 continues with the units that are missing. Pixels and vectors never cross the object store.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from lookalike.artifacts import Artifact
 from lookalike.config import runtime
 from lookalike.errors import UsageError
 from lookalike.progress import track
+from lookalike.registry import nearest
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.train.loader import Unit, list_units, read_unit
 from lookalike.vision.encoder import Encoder, read_config
@@ -60,11 +61,18 @@ class EmbedUnit:
         return {"rows": table.num_rows}
 
 
+def require_where(columns: Sequence[str], where: Mapping[str, list[str]]) -> None:
+    """Raise ``UsageError`` for a condition on a column that is not there."""
+    for column in where:
+        if column not in columns:
+            raise UsageError(f"where names column {column!r}{nearest(column, list(columns))}; there are "
+                             f"{', '.join(columns)}")  # fmt: skip
+
+
 def select_rows(table: pa.Table, where: Mapping[str, list[str]]) -> pa.Table:
     """Rows whose columns have one of the given values."""
+    require_where(table.column_names, where)
     for column, values in where.items():
-        if column not in table.column_names:
-            raise UsageError(f"where names column {column!r}; the corpus has {', '.join(table.column_names)}")
         table = table.filter(pc.is_in(table[column], pa.array(values, table[column].type)))
     return table
 
@@ -89,6 +97,7 @@ def write_part(uri: str, table: pa.Table) -> None:
 def embed(run: StageRun[EmbedConfig]) -> None:
     """Embed every unit that has no part yet, then describe the whole."""
     corpus, encoder = run.one("corpus"), run.one("encoder")
+    require_where(schemas.CORPUS.names, run.config.where)
     units = list_units(corpus.files("part-", ".parquet"))
     tasks = [{"uri": unit.uri, "row_group": unit.row_group, "part": f"part-{i:05d}.parquet"}
              for i, unit in enumerate(units)]  # fmt: skip

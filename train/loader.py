@@ -101,11 +101,16 @@ def build_streams(
     streams = {}
     for name, uris in files.items():
         units = tuple(list_units(uris))
-        if len(units) < world:
-            raise UsageError(f"dataset {name!r} has {len(units)} row groups for {world} workers; write shards with "
-                             "smaller shards.rows_per_group, or use fewer workers")  # fmt: skip
+        require_units(name, units, world)
         streams[name] = Stream(name, units, seed, rank, world, resample)
     return streams
+
+
+def require_units(name: str, units: Sequence[Unit], world: int) -> None:
+    """Raise ``UsageError`` when a dataset has fewer row groups than workers."""
+    if len(units) < world:
+        raise UsageError(f"dataset {name!r} has {len(units)} row groups for {world} workers; write shards with "
+                         "smaller shards.rows_per_group, or use fewer workers")  # fmt: skip
 
 
 def split_batch(batch_size: int, mix: Mapping[str, float]) -> dict[str, int]:
@@ -139,7 +144,7 @@ class BatchDataset(IterableDataset[dict[str, torch.Tensor]]):
         rank = next(iter(self.streams.values())).rank
         for step in range(self.start, self.stop):
             picked = [pair for name, count in self.counts.items() for pair in islice(rows[name], count)]
-            if step % workers != worker:
+            if (step - self.start) % workers != worker:
                 continue  # another loader process builds this batch
             torch.manual_seed(derive_seed(self.seed, "augment", rank, step))
             yield collate(picked, self.transform)

@@ -19,7 +19,7 @@ def multilabel_softmax_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch
 
     logits [n, C]; labels [n, K] padded with -1. Equals ``logsumexp(logits) - mean(logits[labels])``, so no dense target
     is built for large label spaces. Rows without labels give zero.
-    (Mahajan et al. 2018; Beal et al. 2021, section 3.3.)
+    (Mahajan et al. 2018; Beal et al. 2021, section 3.4.)
     """
     known = labels >= 0
     count = known.sum(dim=1)

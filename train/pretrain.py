@@ -1,4 +1,4 @@
-"""``lookalike pretrain``: a backbone on weak labels by multi-label softmax (Beal et al. 2021, section 3.3)."""
+"""``lookalike pretrain``: a backbone on weak labels by multi-label softmax (Beal et al. 2021, section 3.4)."""
 
 from lookalike.stages import Stage
 from lookalike.train.loop import TrainConfig

@@ -4,6 +4,7 @@ Ray Train's run folder lies in the draft, so a stage that is run again after a c
 last checkpoint; worker crashes are retried within the run.
 """
 
+import importlib.util
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ from lookalike.progress import follow_remote
 from lookalike.registry import nearest
 from lookalike.stages import Input, StageRun
 from lookalike.telemetry import get_logger
+from lookalike.train.loader import list_units, require_units
 from lookalike.train.loop import LoopConfig, TrainConfig, build_multitask_model, read_state, train_worker
 from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, read_config, save_encoder
 
@@ -41,6 +43,7 @@ def run_training(run: StageRun[TrainConfig]) -> None:
     model.load_state_dict(state["model"])
     assert isinstance(model.encoder, EmbeddingModel)
     history = _history(result)
+    write_curves(storage.join(run.out.root, "tensorboard", f"{run.out.name}-{run.out.fingerprint}"), history)
     run.out.write_json("history.json", history)
     run.out.stats.update(steps=config.total_steps, images=config.total_steps * run.config.batch_size,
                          dims=list(config.encoder.dims), **_last(history))  # fmt: skip
@@ -53,7 +56,9 @@ def resolve(train: TrainConfig, shards: Artifact, source: Artifact) -> LoopConfi
     files: dict[str, list[str]] = {}
     for name in train.mix:
         files[name] = shards.files(f"{name}/", ".parquet")
-        if not files[name]:
+        if files[name]:
+            require_units(name, list_units(files[name]), train.num_workers)
+        else:
             valid = sorted({uri.rsplit("/", 2)[-2] for uri in shards.files(suffix=".parquet")})
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
     num_classes = {field: len(classes[field]) for field in LABEL_FIELDS}
@@ -101,8 +106,17 @@ def fit(config: LoopConfig, folder: str, progress: Any) -> Result:
     )  # fmt: skip
     try:
         return trainer.fit()
-    except Exception as error:  # Ray wraps the worker's error in types of its own
-        raise LookalikeError(f"training failed: {error}") from error
+    except Exception as error:  # Ray wraps the workers' errors in types of its own
+        raise own_error(error) or LookalikeError(f"training failed: {error}") from error
+
+
+def own_error(error: BaseException) -> LookalikeError | None:
+    """The error of ours that made a worker fail, or None when it was something else."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        for candidate in (failure, getattr(failure, "cause", None), failure.__cause__):
+            if isinstance(candidate, LookalikeError):
+                return candidate
+    return None
 
 
 def _history(result: Result) -> list[dict[str, float]]:
@@ -113,6 +127,20 @@ def _history(result: Result) -> list[dict[str, float]]:
         return [{str(k): float(v) for k, v in row.items()} for row in frame[keep].to_dict("records")]
     kept = result.best_checkpoints or []
     return [{k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))} for _, metrics in kept]
+
+
+def write_curves(folder: str, history: list[dict[str, float]]) -> None:
+    """Write the history for TensorBoard, outside the artifact (event files hold times), where the extra ``tracking``
+    is installed and the root is a local disk."""
+    if importlib.util.find_spec("tensorboardX") is None or not storage.is_local(folder):
+        return
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(storage.local_path(folder)) as writer:
+        for row in history:
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, value, int(row["step"]))
 
 
 def _last(history: list[dict[str, float]]) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Manifest(Config):
     created: str
     """UTC time of publishing, ISO 8601."""
     duration_s: float
-    """Seconds the stage took, all its attempts together where it could resume."""
+    """Seconds that the attempt which published took."""
 
     @property
     def digest(self) -> str:
@@ -206,8 +206,8 @@ class Draft:
         duration_s: float,
     ) -> Artifact:
         """Write the manifest over all files present and return the artifact."""
-        storage.remove_tree(self.work())
-        names = [n for n in storage.list_files(self.uri) if n != MANIFEST and not n.endswith(".tmp")]
+        storage.remove_temporaries(self.uri)
+        names = [n for n in storage.list_files(self.uri) if n != MANIFEST and not n.startswith(f"{WORK}/")]
         with ThreadPoolExecutor(max_workers=4) as pool:
             entries = list(pool.map(self._entry, names))
         manifest = Manifest(
@@ -217,6 +217,7 @@ class Draft:
             created=datetime.now(UTC).isoformat(timespec="seconds"), duration_s=round(duration_s, 3),
         )  # fmt: skip
         storage.write_atomic(self.path(MANIFEST), (manifest.model_dump_json(indent=1) + "\n").encode())
+        storage.remove_tree(self.work())  # only now: until the manifest stands, a resumed attempt needs it
         return Artifact(self.uri, manifest)
 
     def _entry(self, name: str) -> FileEntry:
@@ -238,6 +239,7 @@ def find(root: str, kind: str, name: str, fingerprint: str) -> Artifact | None:
     uri = storage.join(root, kind, name, fingerprint)
     if not storage.exists(storage.join(uri, MANIFEST)):
         return None
+    storage.remove_tree(storage.join(uri, WORK))  # of an attempt that was killed right after it published
     return Artifact.open(uri, kind)
 
 

@@ -21,7 +21,7 @@ class ClusterConfig(Config):
 
 
 def ensure_ray(config: ClusterConfig | None = None) -> None:
-    """Join the cluster of ``RAY_ADDRESS``, keep a running session, or start a local one (two minutes at the most)."""
+    """Join the cluster of ``RAY_ADDRESS``, keep a running session, or start a local one."""
     import ray
 
     if ray.is_initialized():

@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -46,18 +46,23 @@ class _Position:
 def follow_remote(description: str, total: int, unit: str = "it") -> Iterator[Any]:
     """Show the progress of work that runs on a cluster.
 
-    Yields an actor handle; workers call ``handle.update.remote(done, text)``. The bar is drawn here, on the driver.
+    Yields an actor handle; workers call ``handle.update.remote(done, text)``. The bar is drawn here, on the driver, and
+    stands still when the actor's node is lost: progress is never a reason for the work to fail.
     """
     import ray
 
     actor: Any = ray.remote(num_cpus=0)(_Position).remote()
     stop = threading.Event()
 
-    def follow(bar: "tqdm[None]") -> None:
-        while not stop.wait(POLL_S):
-            done, text = ray.get(actor.read.remote())
+    def show(bar: "tqdm[None]") -> None:
+        with suppress(ray.exceptions.RayError):
+            done, text = ray.get(actor.read.remote(), timeout=POLL_S)
             bar.set_postfix_str(text, refresh=False)
             bar.update(done - bar.n)
+
+    def follow(bar: "tqdm[None]") -> None:
+        while not stop.wait(POLL_S):
+            show(bar)
 
     with progress_bar(description, total, unit) as bar:
         thread = threading.Thread(target=follow, args=(bar,), daemon=True)
@@ -67,6 +72,5 @@ def follow_remote(description: str, total: int, unit: str = "it") -> Iterator[An
         finally:
             stop.set()
             thread.join()
-            done, _ = ray.get(actor.read.remote())
-            bar.update(done - bar.n)
+            show(bar)
             ray.kill(actor)

@@ -1,4 +1,4 @@
-"""Inverse-square-root resampling: how often an image is seen in an epoch (Pinterest section 4.3; Mahajan et al. 2018).
+"""Inverse-square-root resampling: how often an image is seen in an epoch (Pinterest section 4.6; Mahajan et al. 2018).
 
 Shared by the shards, which store the expected number of copies, and by training, which draws whole numbers from it.
 """

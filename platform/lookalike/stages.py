@@ -151,6 +151,17 @@ def execute(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], ro
         log.info("skip %s", fields(step=name, stage=stage.name, fingerprint=mark, reason="published already"))
         return done
     draft = Draft(root, stage.kind, name, mark)
+
+    def waiting() -> None:
+        log.warning("wait %s", fields(step=name, reason="another process is making the same artifact"))
+
+    with storage.exclusive(draft.uri, waiting):
+        done = find(root, stage.kind, name, mark)  # what we waited for
+        return done if done is not None else _make(stage, config, inputs, draft)
+
+
+def _make(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], draft: Draft) -> Artifact:
+    name, mark = draft.name, draft.fingerprint
     if not stage.resumable:
         draft.clear()
     storage.make_directory(draft.uri)

@@ -1,10 +1,12 @@
 """The one seam to file systems: every path of an artifact is an fsspec URI (a local path, ``s3://``, ``memory://``)."""
 
+import fcntl
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
@@ -12,6 +14,7 @@ import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
 CHUNK_BYTES = 8 << 20
+TEMPORARY = ".tmp"  # a file being written; no listing shows it
 
 
 def resolve(uri: str) -> tuple[Any, str]:
@@ -70,7 +73,7 @@ def write_atomic(uri: str, content: bytes) -> None:
         fs.pipe_file(path, content)  # an object store's put is atomic
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -103,12 +106,44 @@ def remove_tree(uri: str) -> None:
 
 
 def list_files(uri: str) -> list[str]:
-    """Paths of all files under ``uri``, relative to it, sorted; a file gives itself as ``['']``."""
+    """Paths of all files under ``uri``, relative to it, sorted; a file gives itself as ``['']``.
+
+    What a crash left half-written (``write_atomic``'s temporary files) is not among them.
+    """
     fs, path = resolve(uri)
     if fs.isfile(path):
         return [""]
     prefix = path.rstrip("/") + "/"
-    return sorted(name[len(prefix) :] for name in fs.find(path) if name.startswith(prefix))
+    names = (name[len(prefix) :] for name in fs.find(path) if name.startswith(prefix))
+    return sorted(name for name in names if not name.endswith(TEMPORARY))
+
+
+def remove_temporaries(uri: str) -> None:
+    """Delete what a crash left half-written under ``uri``."""
+    fs, path = resolve(uri)
+    for name in fs.find(path):
+        if name.endswith(TEMPORARY):
+            fs.rm_file(name)
+
+
+@contextmanager
+def exclusive(uri: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold ``uri`` alone among the processes of this machine; ``waiting`` is called once when another one holds it.
+
+    The lock is the kernel's, so it ends with its process, however that ends. Roots that are not local have none.
+    """
+    if not is_local(uri):
+        yield
+        return
+    path = local_path(uri) + ".lock"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def size_bytes(uri: str) -> int:

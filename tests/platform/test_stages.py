@@ -1,5 +1,8 @@
 """The runner: skip what is done, survive a crash, continue where a stage can, name results by what shapes them."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +123,49 @@ def test_built_in_stages_load_and_unknown_ones_are_explained() -> None:
         assert get_stage(name).name == name
     with pytest.raises(UsageError, match=r"unknown stage 'pretrian' \(did you mean 'pretrain'\?\); valid: corpus"):
         get_stage("pretrian")
+
+
+def test_a_crash_while_publishing_keeps_what_a_resumed_attempt_needs(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(run: StageRun[StageConfig]) -> None:
+        resumed.append(storage.exists(run.out.work("state")))
+        storage.write_atomic(run.out.work("state"), b"x")
+        run.out.write_json("x.json", 1)
+
+    resumed: list[bool] = []
+    stage = Stage("toy", "toy", StageConfig, work, resumable=True)
+    write = storage.write_atomic
+
+    def crash(uri: str, content: bytes) -> None:
+        if uri.endswith("manifest.json"):
+            raise Crash
+        write(uri, content)
+
+    monkeypatch.setattr(storage, "write_atomic", crash)
+    with pytest.raises(Crash):
+        execute(stage, StageConfig(), {}, root, "step")
+    monkeypatch.undo()
+    artifact = execute(stage, StageConfig(), {}, root, "step")
+    assert resumed == [False, True]
+    assert not storage.exists(artifact.path("_work"))
+
+
+def test_two_runs_of_one_step_make_one_artifact(tmp_path: Path) -> None:
+    def work(run: StageRun[StageConfig]) -> None:
+        calls.append(1)
+        inside.set()
+        assert release.wait(10)
+        run.out.write_json("x.json", 1)
+
+    calls: list[int] = []
+    inside, release = threading.Event(), threading.Event()
+    stage = Stage("toy", "toy", StageConfig, work)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(execute, stage, StageConfig(), {}, str(tmp_path), "step")
+        assert inside.wait(10)
+        second = pool.submit(execute, stage, StageConfig(), {}, str(tmp_path), "step")
+        time.sleep(0.2)  # the second one waits for the first
+        release.set()
+        assert first.result(10).digest == second.result(10).digest
+    assert calls == [1]

@@ -66,3 +66,12 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.is_local(f"file://{tmp_path}")
     with pytest.raises(ValueError, match=r"memory://x is not on a local disk"):
         storage.local_path("memory://x")
+
+
+def test_what_a_crash_left_half_written_is_not_listed(root: str) -> None:
+    storage.write_atomic(f"{root}/a/part-0.bin", b"whole")
+    fs, path = storage.resolve(f"{root}/a/part-1.bin.1234abcd.tmp")
+    fs.pipe_file(path, b"ha")
+    assert storage.list_files(f"{root}/a") == ["part-0.bin"]
+    storage.remove_temporaries(f"{root}/a")
+    assert not fs.exists(path)

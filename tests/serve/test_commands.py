@@ -10,7 +10,7 @@ import yaml
 
 from lookalike.cli import main
 from lookalike.errors import UsageError
-from lookalike.serve.commands import resolve
+from lookalike.serve.commands import is_setting, resolve
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
@@ -68,6 +68,11 @@ def test_serve_reads_the_recipe(world: "World", tmp_path: Path) -> None:
     assert (config.index, config.plan, config.placement) == (world.index, world.plan, "staged")
     assert resolve(str(recipe), [], world.index).plan is None  # another index: the recipe's plan is not its own
     assert resolve(str(recipe), [f"plan={world.plan}"], world.index).plan == world.plan  # unless it is asked for
+
+
+def test_a_steps_setting_is_not_the_services() -> None:
+    keys = ["index", "limits.max_k", "placement", "index.num_shards", "plan.target", "root", "finetune.seed"]
+    assert [is_setting(key) for key in keys] == [True, True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_what_a_batch_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_number_of_loader_processes_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [0, 1])
+def test_the_number_of_loader_processes_changes_nothing(tmp_path: Path, start: int) -> None:
     made = files(tmp_path)
-    assert_same(list(build_loader(make_batches(made), 2)), list(build_loader(make_batches(made), 0)))
+    assert_same(list(build_loader(make_batches(made, start), 2)), list(make_batches(made, start)))

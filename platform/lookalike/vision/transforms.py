@@ -1,6 +1,7 @@
 """Image transforms. The evaluation transform is part of an encoder: training, embedding and serving share it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -48,7 +49,7 @@ def build_eval_transform(config: TransformConfig) -> Transform:
     from torchvision.transforms import v2
 
     if config.fit == "pad":
-        resize: list[object] = [lambda image: pad_to_square(image, config.size)]
+        resize: list[object] = [partial(pad_to_square, size=config.size)]
     else:
         resize = [v2.Resize(round(config.size / config.crop_fraction), antialias=True), v2.CenterCrop(config.size)]
     transform: Transform = v2.Compose([*resize, *_to_tensor(config)])
@@ -61,7 +62,7 @@ def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Tr
 
     steps: list[object] = [v2.RandomResizedCrop(config.size, scale=(augment.min_scale, 1.0), antialias=True)]
     if config.fit == "pad":
-        steps.insert(0, lambda image: pad_to_square(image, round(config.size * 1.15)))
+        steps.insert(0, partial(pad_to_square, size=round(config.size * 1.15)))
     if augment.flip:
         steps.append(v2.RandomHorizontalFlip())
     if augment.rotation_deg:
