@@ -25,7 +25,8 @@ from lookalike.sampling import stable_keys
 from lookalike.vision.images import decode
 
 CELL_PX = 96
-_IMAGES = pa.schema([("image_id", pa.string()), ("image", pa.binary())])
+_IMAGES = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("creator", pa.string()),
+                     ("licence", pa.string())])  # fmt: skip
 _PICKS = pa.schema([("key", pa.string()), ("hash", pa.uint64()), ("image_id", pa.string())])
 
 
@@ -54,7 +55,7 @@ def write_report(
     images = _fetch(corpus, sorted({image_id for chosen in picks.values() for image_id in chosen}))
     plot_zipf(out, [entry["images"] for entry in by_rank])
     plot_concreteness(out, dictionary, boundary)
-    pictures = {key: [images[image_id] for image_id in chosen] for key, chosen in picks.items()}
+    pictures = {key: [images[image_id]["image"] for image_id in chosen] for key, chosen in picks.items()}
     labels = [_sheet(out, f"label-{e['label']}.png", f"{e['name']} - {e['images']} images",
                      pictures.get(f"label/{e['label']}", [])) for e in shown]  # fmt: skip
     dropped = [_sheet(out, f"dropped-{n}.png", _explain(row), pictures.get(f"term/{row['term']}", []))
@@ -62,7 +63,8 @@ def write_report(
     from jinja2 import Environment
 
     template = Environment(autoescape=True).from_string(files("lookalike.data").joinpath("report.html").read_text())
-    html = template.render(title=out.name, stats=stats, sheets=labels, dropped=dropped)
+    html = template.render(title=out.name, stats=stats, sheets=labels, dropped=dropped,
+                           credits=credits_of(list(images.values())))  # fmt: skip
     storage.write_atomic(out.path("report.html"), html.encode())
     return {"sheets": len(labels) + len(dropped)}
 
@@ -116,7 +118,7 @@ def _pick(out: Draft, columns: list[int], terms: list[str], count: int) -> dict[
     return chosen
 
 
-def _fetch(corpus: Artifact, image_ids: list[str]) -> dict[str, bytes]:
+def _fetch(corpus: Artifact, image_ids: list[str]) -> dict[str, dict[str, Any]]:
     wanted = broadcast(pa.array(image_ids, pa.string()))
 
     def task(item: Item) -> pa.Table:
@@ -127,7 +129,13 @@ def _fetch(corpus: Artifact, image_ids: list[str]) -> dict[str, bytes]:
         return table.filter(pc.is_in(table["image_id"], value_set=ids)).cast(_IMAGES)
 
     table = collect(map_parts(part_items(corpus.files("part-", ".parquet")), task), _IMAGES)
-    return dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    return {row["image_id"]: row for row in table.to_pylist()}
+
+
+def credits_of(pictures: Sequence[dict[str, Any]]) -> list[str]:
+    """``creator (licence)`` of the pictures, each once; rows that name neither are left out."""
+    named = {(row["creator"], row["licence"]) for row in pictures if row["creator"] or row["licence"]}
+    return sorted(f"{creator or 'unnamed'} ({licence or 'licence not stated'})" for creator, licence in named)
 
 
 def _sheet(out: Draft, name: str, caption: str, pictures: list[bytes]) -> dict[str, str]:

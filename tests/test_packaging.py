@@ -159,27 +159,44 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 JOBS = """
-import json, pathlib, socket, sys, time
-import ray
+import json, pathlib, socket, subprocess, sys, time
 from ray.job_submission import JobSubmissionClient
 
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-ray.init(address="local", num_cpus=2, object_store_memory=150 << 20, include_dashboard=True, dashboard_port=port,
-         log_to_driver=False, _temp_dir=sys.argv[1])
-# A job's driver joins the cluster that this file names (`ray start` writes it); without it, any cluster of this host.
-pathlib.Path(sys.argv[1], "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
-client = JobSubmissionClient(f"http://127.0.0.1:{port}")
-results = []
-for job in json.load(sys.stdin):
-    job_id = client.submit_job(**job)
-    deadline = time.monotonic() + 150
-    while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    results.append([client.get_job_status(job_id).value, client.get_job_logs(job_id)])
-print("RESULTS " + json.dumps(results))
-ray.shutdown()
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+# `ray start`, not ray.init: it alone can move the job agent from its port, which another Ray of this host may hold.
+dashboard = free_port()
+cluster = subprocess.Popen([
+    str(pathlib.Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2",
+    "--object-store-memory=160000000", f"--port={free_port()}", "--include-dashboard=true",
+    f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={sys.argv[1]}",
+    "--disable-usage-stats"], stdout=sys.stderr, stderr=sys.stderr)
+deadline = time.monotonic() + 240
+
+def insist(call):
+    while True:
+        try:
+            return call()
+        except (RuntimeError, ConnectionError):  # dashboard and job agent answer some seconds after the start
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+try:
+    client = insist(lambda: JobSubmissionClient(f"http://127.0.0.1:{dashboard}"))
+    results = []
+    for job in json.load(sys.stdin):
+        job_id = insist(lambda: client.submit_job(**job))
+        while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        results.append([client.get_job_status(job_id).value, client.get_job_logs(job_id)])
+    print("RESULTS " + json.dumps(results))
+finally:
+    cluster.terminate()
+    cluster.wait(60)
 """
 
 

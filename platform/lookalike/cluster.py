@@ -32,12 +32,26 @@ def ensure_ray(config: ClusterConfig | None = None) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
-        ray.init(address="local", num_cpus=config.num_cpus, object_store_memory=config.object_store_mb << 20,
-                 include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)  # fmt: skip
+        _start_local(config)
     configure_data(config)
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     log.info("ray %s", fields(cpus=resources.get("CPU", 0.0), nodes=len(nodes)))
+
+
+def _start_local(config: ClusterConfig) -> None:
+    import ray
+
+    for last in (False, True):  # on a busy machine Ray's own half-minute limit for its start can pass
+        try:
+            ray.init(address="local", num_cpus=config.num_cpus, object_store_memory=config.object_store_mb << 20,
+                     include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)  # fmt: skip
+            return
+        except Exception as error:  # Ray raises plain Exception here
+            if last:
+                raise
+            log.warning("ray did not start, trying once more %s", fields(error=str(error)[:200]))
+            ray.shutdown()
 
 
 def configure_data(config: ClusterConfig) -> None:
