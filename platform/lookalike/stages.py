@@ -155,7 +155,7 @@ def execute(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], ro
     def waiting() -> None:
         log.warning("wait %s", fields(step=name, reason="another process is making the same artifact"))
 
-    with storage.exclusive(draft.uri, waiting):
+    with storage.exclusive(storage.join(root, ".locks", f"{stage.kind}-{name}-{mark}"), waiting):
         done = find(root, stage.kind, name, mark)  # what we waited for
         return done if done is not None else _make(stage, config, inputs, draft)
 

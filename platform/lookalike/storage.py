@@ -128,14 +128,14 @@ def remove_temporaries(uri: str) -> None:
 
 @contextmanager
 def exclusive(uri: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold ``uri`` alone among the processes of this machine; ``waiting`` is called once when another one holds it.
+    """Hold the lock file ``uri`` alone on this machine; ``waiting`` is called once when another process holds it.
 
     The lock is the kernel's, so it ends with its process, however that ends. Roots that are not local have none.
     """
     if not is_local(uri):
         yield
         return
-    path = local_path(uri) + ".lock"
+    path = local_path(uri)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         try:
