@@ -50,10 +50,6 @@ class StageRun(Generic[C]):
         """The only artifact of a required input."""
         return self.inputs[name][0]
 
-    def maybe(self, name: str) -> Artifact | None:
-        """The artifact of an optional input, or None."""
-        return next(iter(self.inputs.get(name, [])), None)
-
     def many(self, name: str) -> list[Artifact]:
         """All artifacts of an input that takes many."""
         return self.inputs.get(name, [])
