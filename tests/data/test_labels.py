@@ -125,7 +125,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
     original = labels.LabelJob.once
 
     def once(self: labels.LabelJob, name: str, work: Any) -> Any:
-        result = original(self, name, lambda: ran.append(name) or work())  # type: ignore[func-returns-value]
+        result = original(self, name, lambda job: ran.append(name) or work(job))  # type: ignore[func-returns-value]
         if name == step and ran.count("crash") == 0:
             ran.append("crash")
             raise KeyboardInterrupt
