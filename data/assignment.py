@@ -5,7 +5,7 @@ terms of the visual dictionary, and those restricted to the image's interests.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +13,22 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lookalike.data.interests import ASSIGNED, image_interests, map_clusters, restrict
+from lookalike.data.interests import (
+    RestrictionConfig,
+    image_interests,
+    interaction_evidence,
+    map_clusters,
+    restrict,
+)
 
 VARIANTS = ("annotation clustering", "+ visual dictionary", "+ interest restriction")
 LABEL_COUNTS = pa.schema([("variant", pa.string()), ("cluster", pa.int32()), ("images", pa.int64())])
+ASSIGNED = pa.schema([
+    pa.field("image_id", pa.string(), nullable=False), pa.field("clusters", pa.list_(pa.int32())),
+    pa.field("interests", pa.list_(pa.string())),
+    pa.field("senses", pa.list_(pa.struct([("term", pa.string()), ("interests", pa.list_(pa.string()))]))),
+])  # fmt: skip
+"""One row a training image that was kept: clusters after restriction, interests, and its polysemous terms."""
 IMAGE_LABELS = pa.schema([
     pa.field("image_id", pa.string(), nullable=False), pa.field("labels", pa.list_(pa.int32())),
     pa.field("interests", pa.list_(pa.string())),
@@ -27,8 +39,8 @@ IMAGE_LABELS = pa.schema([
 class Tables(NamedTuple):
     """What every part needs; all of dictionary size, broadcast once."""
 
-    probabilities: dict[str, NDArray[np.float32]]
-    """Term -> interest probabilities, of the whole vocabulary."""
+    voting: dict[str, NDArray[np.float32]]
+    """Term -> its vote over the interests, of the whole vocabulary."""
     clusters: dict[str, list[int]]
     """Term -> clusters, terms of the visual dictionary."""
     all_clusters: dict[str, list[int]]
@@ -36,16 +48,16 @@ class Tables(NamedTuple):
     interest_of: dict[int, int]
     """Cluster -> number of its interest."""
     interests: list[str]
-    share: float
+    restriction: RestrictionConfig
 
 
 def make_tables(
-    probabilities: dict[str, NDArray[np.float32]], clusters: pa.Table, everything: pa.Table, interests: list[str],
-    share: float,
+    voting: dict[str, NDArray[np.float32]], clusters: pa.Table, everything: pa.Table, interests: list[str],
+    restriction: RestrictionConfig,
 ) -> Tables:  # fmt: skip
     """``Tables`` from the ``CLUSTERS`` of the dictionary and of the whole vocabulary."""
     interest_of = {row["cluster"]: interests.index(row["interest"]) for row in clusters.to_pylist()}
-    return Tables(probabilities, _by_term(clusters), _by_term(everything), interest_of, interests, share)
+    return Tables(voting, _by_term(clusters), _by_term(everything), interest_of, interests, restriction)
 
 
 def _by_term(clusters: pa.Table) -> dict[str, list[int]]:
@@ -65,21 +77,47 @@ def terms_of_images(annotations: pa.Table, kept: Sequence[str]) -> list[dict[str
     return [found[image_id] for image_id in kept]
 
 
-def assign_part(annotations: pa.Table, kept: Sequence[str], tables: Tables) -> tuple[pa.Table, pa.Table]:
-    """``ASSIGNED`` of the images ``kept`` and their ``LABEL_COUNTS``; ``annotations`` may hold other images too."""
+def assign_part(annotations: pa.Table, rows: pa.Table, tables: Tables) -> tuple[pa.Table, pa.Table]:
+    """``ASSIGNED`` of the images in ``rows`` and their ``LABEL_COUNTS``.
+
+    ``rows`` has ``image_id`` and, where the corpus has it, ``interactions``; ``annotations`` may hold other images too.
+    """
     counts: dict[str, Counter[int]] = {variant: Counter() for variant in VARIANTS}
-    rows = []
-    for image_id, terms in zip(kept, terms_of_images(annotations, kept), strict=True):
+    kept = rows["image_id"].to_pylist()
+    signals = rows["interactions"].to_pylist() if "interactions" in rows.column_names else [None] * len(kept)
+    assigned = []
+    for image_id, terms, own_signals in zip(kept, terms_of_images(annotations, kept), signals, strict=True):
         visual = map_clusters(list(terms), tables.clusters)
-        own = image_interests(terms, tables.probabilities, tables.share)
+        own = _interests(terms, own_signals, tables)
         restricted = restrict(visual, tables.interest_of, own)
         everything = map_clusters(list(terms), tables.all_clusters)
         for variant, clusters in zip(VARIANTS, (everything, visual, restricted), strict=True):
             counts[variant].update(clusters)
-        rows.append({"image_id": image_id, "clusters": restricted, "interests": [tables.interests[i] for i in own]})
+        assigned.append({"image_id": image_id, "clusters": restricted,
+                         "interests": [tables.interests[i] for i in own],
+                         "senses": senses_of(terms, own, tables)})  # fmt: skip
     counted = [{"variant": variant, "cluster": cluster, "images": images}
                for variant, found in counts.items() for cluster, images in sorted(found.items())]  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=ASSIGNED), pa.Table.from_pylist(counted, schema=LABEL_COUNTS)
+    return pa.Table.from_pylist(assigned, schema=ASSIGNED), pa.Table.from_pylist(counted, schema=LABEL_COUNTS)
+
+
+def _interests(terms: dict[str, float], signals: list[dict[str, Any]] | None, tables: Tables) -> NDArray[np.int64]:
+    asked = tables.restriction
+    if asked.share == 0:  # no restriction: every interest is the image's
+        return np.arange(len(tables.interests))
+    used = interaction_evidence(signals, tables.voting, asked.interaction_weight)
+    return image_interests([*terms.items(), *used], tables.voting, asked.share)
+
+
+def senses_of(terms: Iterable[str], own: NDArray[np.int64], tables: Tables) -> list[dict[str, Any]]:
+    """Each polysemous term of an image (clusters in several interests) with the interests that were left to it."""
+    found = []
+    for term in sorted(terms):
+        senses = {tables.interest_of[cluster] for cluster in tables.clusters.get(term, ())}
+        if len(senses) > 1:
+            left = [tables.interests[i] for i in own.tolist() if i in senses]
+            found.append({"term": term, "interests": left})
+    return found
 
 
 def choose_classes(counts: pa.Table, min_images: int) -> dict[int, int]:
@@ -90,8 +128,14 @@ def choose_classes(counts: pa.Table, min_images: int) -> dict[int, int]:
     return {cluster: column for column, cluster in enumerate(frame["cluster"].sort().to_list())}
 
 
-def describe_classes(clusters: pa.Table, columns: dict[int, int], images: list[int]) -> list[dict[str, Any]]:
-    """One entry a column, in order: what ``classes.json`` says of a label."""
+def describe_classes(
+    clusters: pa.Table, columns: dict[int, int], images: Sequence[int], previous: Mapping[int, int]
+) -> list[dict[str, Any]]:
+    """One entry a column, in order: what ``classes.json`` says of a label.
+
+    ``previous`` maps a cluster to its column in the previous run's classifier: ``previous_label`` says which weights a
+    column can take over (None: it starts afresh).
+    """
     members: dict[int, list[dict[str, Any]]] = {}
     for row in clusters.to_pylist():
         members.setdefault(row["cluster"], []).append(row)
@@ -99,7 +143,8 @@ def describe_classes(clusters: pa.Table, columns: dict[int, int], images: list[i
     for cluster, column in columns.items():
         interest, terms = members[cluster][0]["interest"], [row["term"] for row in members[cluster]]
         entries.append({"label": column, "cluster": cluster, "interest": interest, "terms": terms,
-                        "name": f"{interest}: {', '.join(terms[:3])}", "images": images[column]})  # fmt: skip
+                        "name": f"{interest}: {', '.join(terms[:3])}", "images": images[column],
+                        "previous_label": previous.get(cluster)})  # fmt: skip
     return entries
 
 

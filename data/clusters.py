@@ -1,27 +1,21 @@
-"""Step 3, clusters: terms to top-level interests, and k-means within each interest (Pinterest section 3.2.1).
+"""Step 3, clusters: k-means of term embeddings within each interest, with ids that outlive a run (Pinterest 3.2.1).
 
-Terms are embedded by a small static text model; a logistic classifier per interest is fitted from a taxonomy with seed
-terms. A term may belong to several interests, and so to several clusters. Everything here is of dictionary size.
+A term that has several interests may stand in several clusters. Everything here is of dictionary size.
 """
 
-from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
-from lookalike import storage
 from lookalike.config import Config
-from lookalike.data.features import unit_rows
-from lookalike.data.terms import canonical
+from lookalike.data.interests import InterestConfig
 from lookalike.errors import UsageError
-from lookalike.registry import Registry
+from lookalike.registry import nearest
 from lookalike.seeds import derive_seed
 
 CLUSTERS = pa.schema([
@@ -30,101 +24,42 @@ CLUSTERS = pa.schema([
 ])  # fmt: skip
 """One row a term of a cluster; ``similarity`` is its cosine to the cluster's centre."""
 
-TERM_EMBEDDERS: Registry[Any] = Registry("term_embedder")
-
 
 class ClusterConfig(Config):
-    """Interests and clusters of terms."""
+    """Interests of terms, and clusters within each."""
 
-    taxonomy: str | None = None
-    """URI of a YAML file, interest -> seed terms; None: the packaged one with 24 interests."""
-    embedder: str = "wordllama"
-    """Name in the registry ``lookalike.term_embedder``."""
-    interest_score: float = Field(0.5, ge=0, le=1)
-    """Probability at which a term belongs to an interest; one always does, its best."""
-    max_interests: int = Field(3, ge=1, le=24)
-    """Interests of a term at the most."""
+    interests: InterestConfig = InterestConfig()
     terms_per_cluster: float = Field(2.0, ge=1)
     """Mean terms in a cluster: an interest with n terms gets ceil(n / terms_per_cluster) centres."""
-    min_similarity: float = Field(0.85, ge=0, le=1)
+    num_clusters: dict[str, int] = Field(default={})
+    """Interest -> number of centres, where the rule is not wanted."""
+    min_similarity: float = Field(0.7, ge=0, le=1)
     """Cosine to its centre below which a term gets a cluster of its own: k-means must put every term somewhere."""
+    carry_over: float = Field(0.3, gt=0, le=1)
+    """Share of common terms (Jaccard index) from which a cluster takes over the id of a previous one."""
 
 
-@TERM_EMBEDDERS.register("wordllama")
-def embed_terms(terms: Sequence[str]) -> NDArray[np.float32]:
-    """Unit text embeddings [n, 256] by wordllama's packaged static vectors."""
-    vectors = np.asarray(_wordllama().embed(list(terms)), dtype=np.float32).reshape(len(terms), -1)
-    return unit_rows(vectors)
+def cluster_terms(
+    terms: Sequence[str], vectors: NDArray[np.float32], chosen: Sequence[Sequence[int]], *,
+    interests: Sequence[str], config: ClusterConfig, seed: int,
+) -> pa.Table:  # fmt: skip
+    """``CLUSTERS`` of sorted ``terms`` [n] with unit ``vectors`` [n, d]; ids count through the interests in order.
 
-
-@cache
-def _wordllama() -> Any:
-    import wordllama
-
-    folder = Path(wordllama.__file__).parent  # the weights lie inside the wheel: nothing is downloaded
-    return wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
-
-
-def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
-    """Interest -> canonical seed terms; raises ``UsageError`` when the file has another form."""
-    packaged = files("lookalike.data").joinpath("interests.yaml")
-    values = yaml.safe_load(packaged.read_bytes() if uri is None else storage.read_bytes(uri))
-    if not isinstance(values, dict) or len(values) < 2 or not all(isinstance(v, list) and v for v in values.values()):
-        raise UsageError(f"taxonomy {uri}: give a YAML mapping of two or more interests, each to a list of seed terms")
-    seeds = {str(name): [term for t in terms if (term := canonical(str(t)))] for name, terms in values.items()}
-    empty = [name for name, terms in seeds.items() if not terms]
-    if empty:
-        raise UsageError(f"taxonomy {uri}: interest {empty[0]!r} has no usable seed term; give nouns of one to three "
-                         "words")  # fmt: skip
-    return seeds
-
-
-class InterestClassifier:
-    """One logistic classifier an interest on term embeddings."""
-
-    def __init__(self, taxonomy: dict[str, list[str]], embedder: str) -> None:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.multiclass import OneVsRestClassifier
-
-        self.interests = sorted(taxonomy)
-        self._embed = TERM_EMBEDDERS.get(embedder)
-        terms = sorted({term for seeds in taxonomy.values() for term in seeds})
-        target = np.array([[term in taxonomy[name] for name in self.interests] for term in terms], int)
-        model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=1000)
-        self._model = OneVsRestClassifier(model).fit(self._embed(terms), target)
-        self._seeds = {term: row for term, row in zip(terms, target, strict=True)}
-
-    def probabilities(self, terms: Sequence[str]) -> NDArray[np.float32]:
-        """[n, interests]; a seed term is certain of the interests it is listed under."""
-        if not terms:
-            return np.zeros((0, len(self.interests)), np.float32)
-        found = np.asarray(self._model.predict_proba(self._embed(terms)), np.float32)
-        for row, term in enumerate(terms):
-            if term in self._seeds:
-                found[row] = np.where(self._seeds[term] > 0, 1.0, np.minimum(found[row], 0.3))
-        return found
-
-
-def choose_interests(probabilities: NDArray[np.float32], config: ClusterConfig) -> list[list[int]]:
-    """Per term its interests, best first: those at ``interest_score``, ``max_interests`` at most, one at least."""
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : config.max_interests]
-    return [[int(i) for rank, i in enumerate(row) if rank == 0 or p[i] >= config.interest_score]
-            for row, p in zip(order, probabilities, strict=True)]  # fmt: skip
-
-
-def cluster_terms(terms: Sequence[str], classifier: InterestClassifier, config: ClusterConfig, seed: int) -> pa.Table:
-    """``CLUSTERS`` of sorted ``terms``: ids count through the interests in the order of their names."""
-    if not terms:
-        return CLUSTERS.empty_table()
-    vectors = TERM_EMBEDDERS.get(config.embedder)(terms)
-    chosen = choose_interests(classifier.probabilities(terms), config)
+    ``chosen`` holds each term's interests as numbers into ``interests``. Raises ``UsageError`` when ``num_clusters``
+    names an unknown interest or no number of centres.
+    """
+    for name, centres in config.num_clusters.items():
+        if name not in interests or centres < 1:
+            raise UsageError(f"clusters.num_clusters has {name!r}: {centres}; give an interest of the taxonomy"
+                             f"{nearest(name, list(interests))} and at least one centre")  # fmt: skip
     rows: list[dict[str, Any]] = []
     first = 0
-    for number, interest in enumerate(classifier.interests):
-        members = np.array([row for row, interests in enumerate(chosen) if number in interests], np.int64)
+    for number, interest in enumerate(interests):
+        members = np.array([row for row, own in enumerate(chosen) if number in own], np.int64)
         if not len(members):
             continue
-        centres = int(np.ceil(len(members) / config.terms_per_cluster))
+        by_rule = int(np.ceil(len(members) / config.terms_per_cluster))
+        centres = min(config.num_clusters.get(interest, by_rule), len(members))
         labels, similarity = spherical_kmeans(vectors[members], centres, derive_seed(seed, "kmeans", interest))
         labels, similarity = split_outliers(labels, similarity, config.min_similarity)
         used, labels = np.unique(labels, return_inverse=True)
@@ -158,3 +93,47 @@ def split_outliers(
     labels, similarity = labels.copy(), similarity.copy()
     labels[alone], similarity[alone] = fresh, 1.0
     return labels, similarity
+
+
+def carry_over(clusters: pa.Table, previous: pa.Table, next_id: int, share: float) -> tuple[pa.Table, int]:
+    """``clusters`` with the ids of the ``previous`` clusters they continue, and the first id never used.
+
+    Within an interest clusters are matched one to one so that the Jaccard indices of their terms sum to the most
+    (Hungarian method); pairs below ``share`` do not match. Others get new ids from ``next_id`` on: an id that was given
+    up is never given to another cluster, so that a classifier's columns can follow the ids.
+    """
+    old, new = _members(previous), _members(clusters)
+    by_interest: dict[str, list[int]] = defaultdict(list)
+    for cluster, (interest, _) in sorted(new.items()):
+        by_interest[interest].append(cluster)
+    ids: dict[int, int] = {}
+    for interest, mine in by_interest.items():
+        theirs = [cluster for cluster, (other, _) in sorted(old.items()) if other == interest]
+        matched = match_sets([new[c][1] for c in mine], [old[c][1] for c in theirs], share)
+        ids |= {mine[i]: theirs[j] for i, j in matched.items()}
+    for cluster in sorted(new):
+        if cluster not in ids:
+            ids[cluster] = next_id
+            next_id += 1
+    renamed = pa.array([ids[cluster] for cluster in clusters["cluster"].to_pylist()], pa.int32())
+    table = clusters.set_column(0, CLUSTERS.field("cluster"), renamed)
+    order = [("cluster", "ascending"), ("similarity", "descending"), ("term", "ascending")]
+    return table.sort_by(order).combine_chunks(), next_id
+
+
+def _members(clusters: pa.Table) -> dict[int, tuple[str, frozenset[str]]]:
+    found: dict[int, tuple[str, set[str]]] = {}
+    for row in clusters.to_pylist():
+        found.setdefault(row["cluster"], (row["interest"], set()))[1].add(row["term"])
+    return {cluster: (interest, frozenset(terms)) for cluster, (interest, terms) in found.items()}
+
+
+def match_sets(left: Sequence[frozenset[str]], right: Sequence[frozenset[str]], share: float) -> Mapping[int, int]:
+    """Index in ``left`` -> its partner in ``right``: the one-to-one matching of largest total Jaccard index."""
+    from scipy.optimize import linear_sum_assignment
+
+    if not left or not right:
+        return {}
+    index = np.array([[len(a & b) / len(a | b) for b in right] for a in left])
+    rows, columns = linear_sum_assignment(index, maximize=True)
+    return {int(i): int(j) for i, j in zip(rows, columns, strict=True) if index[i, j] >= share}

@@ -23,14 +23,16 @@ def run(run: StageRun[LabelsConfig]) -> None:
     dictionary = job.once("dictionary", visual.score)
     clusters = job.once("clusters", assign.cluster)
     assigned = job.once("labels", lambda job: assign.assign(job, clusters["interests"]))
+    senses = job.once("polysemy", assign.tell_senses)
     stats = {**assigned, "duplicates": dropped, "terms": terms["terms"], "annotations": annotated["annotations"],
-             "dictionary": dictionary, "clusters": clusters["clusters"]}  # fmt: skip
+             "dictionary": dictionary, "clusters": clusters["clusters"], "carried_over": clusters["carried_over"],
+             "next_cluster": clusters["next_cluster"], "polysemy": senses}  # fmt: skip
     boundary = run.config.dictionary.boundary
     job.once("report", lambda job: write_report(run.out, job.corpus, stats, run.config.report, boundary))
     run.out.stats = stats
 
 
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels", "labels", LabelsConfig, run, inputs={"corpus": Input("corpus"), "embeddings": Input("embeddings")},
-    resumable=True,
+    "labels", "labels", LabelsConfig, run, resumable=True, version=2,
+    inputs={"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)},
 )  # fmt: skip

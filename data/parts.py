@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from lookalike import storage
 
+FOLD_ROWS = 1 << 20  # rows gathered before sums are taken
 MAX_BLOCKS = 4096  # the driver keeps a reference a block; more parts than this share blocks
 Item = dict[str, Any]
 
@@ -48,6 +49,28 @@ def collect(dataset: Any, schema: pa.Schema) -> pa.Table:
     """All rows of a dataset that is known to be small, as one table of ``schema``."""
     tables = [block.select(schema.names).cast(schema) for block in blocks_of(dataset)]
     return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
+
+
+def add_up(blocks: Iterable[pa.Table], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """Sums of the columns of ``schema`` that are no ``keys``, one row a key, sorted by key.
+
+    Tables are folded as they arrive: what is held grows with the distinct keys, not with the tables.
+    """
+    total, waiting = schema.empty_table(), 0
+    pending: list[pa.Table] = []
+    for block in blocks:
+        pending.append(block.select(schema.names).cast(schema))
+        waiting += block.num_rows
+        if waiting > FOLD_ROWS + total.num_rows:
+            total, pending, waiting = _sum([total, *pending], keys, schema), [], 0
+    return _sum([total, *pending], keys, schema).sort_by([(key, "ascending") for key in keys])
+
+
+def _sum(tables: Sequence[pa.Table], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
+    values = [name for name in schema.names if name not in keys]
+    summed = pa.concat_tables(tables).group_by(list(keys)).aggregate([(name, "sum") for name in values])
+    return summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names]).select(schema.names).cast(
+        schema)  # fmt: skip
 
 
 def broadcast(value: Any) -> Callable[[], Any]:

@@ -5,69 +5,82 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from lookalike import storage
 from lookalike.data import assignment
 from lookalike.data.annotations import ANNOTATIONS
-from lookalike.data.clusters import InterestClassifier, cluster_terms, read_taxonomy
+from lookalike.data.clusters import carry_over, cluster_terms
 from lookalike.data.dedup import keep_training
-from lookalike.data.parts import Item, blocks_of, broadcast, part_name, read_table, write_table
+from lookalike.data.interests import InterestClassifier, choose_interests, read_taxonomy, votes
+from lookalike.data.parts import (
+    Item,
+    add_up,
+    blocks_of,
+    broadcast,
+    part_items,
+    part_name,
+    read_table,
+    write_table,
+)
+from lookalike.data.polysemy import SENSES, count_senses, describe_senses, separated
 from lookalike.data.steps.job import LabelJob
+from lookalike.data.term_embedders import embed_terms
 from lookalike.errors import UsageError
 
 
 def cluster(job: LabelJob) -> dict[str, Any]:
-    """``clusters.parquet`` of the dictionary's terms; the work folder gets the clusters of all terms."""
+    """``clusters.parquet`` of the dictionary's terms; the work folder gets clusters and votes of all terms."""
     config, seed = job.config.clusters, job.config.seed
-    classifier = InterestClassifier(read_taxonomy(config.taxonomy), config.embedder)
     dictionary = read_table(job.out.path("dictionary.parquet"))
     kept = dictionary.filter(pc.equal(dictionary["status"], "kept"))["term"].to_pylist()
     if not kept:
         raise UsageError(f"no term of {dictionary.num_rows} is concrete at dictionary.boundary="
                          f"{job.config.dictionary.boundary}; lower it, or give more images or better embeddings")
-    clusters = cluster_terms(kept, classifier, config, seed)
-    write_table(job.out.path("clusters.parquet"), clusters)
+    classifier = InterestClassifier(read_taxonomy(config.interests.taxonomy), config.interests.embedder)
     terms = sorted(job.vocabulary())
-    write_table(job.out.work("all_clusters.parquet"), cluster_terms(terms, classifier, config, seed))
-    flat = pa.array(classifier.probabilities(terms).reshape(-1), pa.float32())
-    table = pa.table({"term": terms, "p": pa.FixedSizeListArray.from_arrays(flat, len(classifier.interests))})
-    write_table(job.out.work("interests.parquet"), table)
-    return {"terms": len(kept), "clusters": max(clusters["cluster"].to_pylist()) + 1,
-            "interests": classifier.interests}  # fmt: skip
+    vectors = embed_terms(config.interests.embedder, terms)
+    probabilities = classifier.probabilities(terms, vectors)
+    chosen = choose_interests(probabilities, config.interests)
+    place = {term: row for row, term in enumerate(terms)}
+
+    def clusters_of(some: list[str]) -> pa.Table:
+        rows = [place[term] for term in some]
+        return cluster_terms(some, vectors[rows], [chosen[row] for row in rows], interests=classifier.interests,
+                             config=config, seed=seed)  # fmt: skip
+
+    clusters, next_id, carried = _carry_over(job, clusters_of(kept))
+    write_table(job.out.path("clusters.parquet"), clusters)
+    write_table(job.out.work("all_clusters.parquet"), clusters_of(terms))
+    flat = pa.array(votes(probabilities).reshape(-1), pa.float32())
+    table = pa.table({"term": terms, "vote": pa.FixedSizeListArray.from_arrays(flat, len(classifier.interests))})
+    write_table(job.out.work("votes.parquet"), table)
+    several = sum(len(chosen[place[term]]) > 1 for term in kept)
+    return {"terms": len(kept), "clusters": len(clusters["cluster"].unique()), "polysemous_terms": several,
+            "carried_over": carried, "next_cluster": next_id, "interests": classifier.interests}  # fmt: skip
+
+
+def _carry_over(job: LabelJob, clusters: pa.Table) -> tuple[pa.Table, int, int]:
+    """``clusters`` with ids of the previous run's where they continue; the first unused id; how many continue."""
+    first = len(clusters["cluster"].unique())
+    if job.previous is None:
+        return clusters, first, 0
+    before = read_table(job.previous.path("clusters.parquet"))
+    next_id = int(job.previous.stats["next_cluster"])
+    clusters, first = carry_over(clusters, before, next_id, job.config.clusters.carry_over)
+    return clusters, first, sum(cluster < next_id for cluster in clusters["cluster"].unique().to_pylist())
 
 
 def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
     """``image_labels.parquet/part-*`` and ``classes.json``; counts for the ablation."""
     out, minimum = job.out, job.config.min_images_per_label
-    borrowed = pa.concat_tables([ANNOTATIONS.empty_table(), *map(read_table, job.work_parts("borrowed"))])
-    shared = broadcast((_tables(job, interests), read_table(out.path("duplicates.parquet")), borrowed))
-    text = out.path("annotations.parquet")
-
-    def assign(item: Item) -> pa.Table:
-        tables, duplicates, lent = shared()
-        rows = keep_training(read_table(item["uri"], ["image_id", "group", "dataset", "split"]), duplicates)
-        annotations = read_table(storage.join(text, part_name(item["number"])))
-        both = pa.concat_tables([annotations, lent])
-        assigned, counts = assignment.assign_part(both, rows["image_id"].to_pylist(), tables)
-        write_table(storage.join(work, part_name(item["number"])), assigned)
-        return counts
-
-    work = out.work("assigned")
-    blocks = [assignment.LABEL_COUNTS.empty_table(), *blocks_of(job.map(job.parts, assign))]
-    merged = pa.concat_tables(blocks).group_by(["variant", "cluster"]).aggregate([("images", "sum")])
-    counts = merged.rename_columns(assignment.LABEL_COUNTS.names).cast(assignment.LABEL_COUNTS)
+    counts = _assign_parts(job, interests)
     columns = assignment.choose_classes(counts, minimum)
-
-    def number(item: Item) -> pa.Table:
-        assigned = read_table(storage.join(work, part_name(item["number"])))
-        numbered = assignment.number_part(assigned, columns)
-        write_table(storage.join(out.uri, "image_labels.parquet", part_name(item["number"])), numbered)
-        return pa.table({"counts": [assignment.count_labels(numbered, len(columns)).tolist()]})
-
-    totals = np.sum([b["counts"][0].as_py() for b in blocks_of(job.map(job.parts, number))], axis=0)
+    totals = _number_parts(job, columns)
     images, labelled, labels = (int(value) for value in totals[len(columns) :])
     clusters, everything = _clusters(job)
-    out.write_json("classes.json", assignment.describe_classes(clusters, columns, totals[: len(columns)].tolist()))
+    out.write_json("classes.json", assignment.describe_classes(clusters, columns, totals[: len(columns)].tolist(),
+                                                               _previous_labels(job)))  # fmt: skip
     kept = len(clusters["term"].unique())
     terms = dict(zip(assignment.VARIANTS, (len(everything["term"].unique()), kept, kept), strict=True))
     return {"images": images, "labelled_images": labelled, "labels": len(columns), "label_count": labels,
@@ -75,13 +88,61 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
             "ablation": assignment.ablation_rows(counts, images, minimum, terms)}  # fmt: skip
 
 
+def _assign_parts(job: LabelJob, interests: list[str]) -> pa.Table:
+    borrowed = pa.concat_tables([ANNOTATIONS.empty_table(), *map(read_table, job.work_parts("borrowed"))])
+    shared = broadcast((_tables(job, interests), read_table(job.out.path("duplicates.parquet")), borrowed))
+    text, work = job.out.path("annotations.parquet"), job.out.work("assigned")
+    columns = ["image_id", "group", "dataset", "split", "interactions"]
+
+    def task(item: Item) -> pa.Table:
+        tables, duplicates, lent = shared()
+        rows = keep_training(read_table(item["uri"], columns), duplicates)
+        annotations = read_table(storage.join(text, part_name(item["number"])))
+        assigned, counts = assignment.assign_part(pa.concat_tables([annotations, lent]), rows, tables)
+        write_table(storage.join(work, part_name(item["number"])), assigned)
+        return counts
+
+    return add_up(blocks_of(job.map(job.parts, task)), ["variant", "cluster"], assignment.LABEL_COUNTS)
+
+
+def _number_parts(job: LabelJob, columns: dict[int, int]) -> NDArray[np.int64]:
+    work, labels = job.out.work("assigned"), job.out.path("image_labels.parquet")
+
+    def task(item: Item) -> pa.Table:
+        assigned = read_table(storage.join(work, part_name(item["number"])))
+        numbered = assignment.number_part(assigned, columns)
+        write_table(storage.join(labels, part_name(item["number"])), numbered)
+        return pa.table({"counts": [assignment.count_labels(numbered, len(columns)).tolist()]})
+
+    totals = np.zeros(len(columns) + 3, np.int64)
+    for block in blocks_of(job.map(job.parts, task)):
+        totals += np.sum(block["counts"].to_pylist(), axis=0, dtype=np.int64)
+    return totals
+
+
+def tell_senses(job: LabelJob, min_images: int = 2) -> dict[str, Any]:
+    """``polysemy.parquet``: how the images of each polysemous term were told apart."""
+    items = part_items(job.work_parts("assigned"))
+    blocks = blocks_of(job.map(items, lambda item: count_senses(read_table(item["uri"]))))
+    senses = describe_senses(add_up(blocks, ["term", "interest"], SENSES))
+    write_table(job.out.path("polysemy.parquet"), senses)
+    return {"terms": len(senses["term"].unique()), "separated": len(separated(senses, min_images))}
+
+
 def _tables(job: LabelJob, interests: list[str]) -> assignment.Tables:
-    table = read_table(job.out.work("interests.parquet"))
-    values = np.stack(table["p"].to_numpy(zero_copy_only=False)).astype(np.float32)
-    probabilities = dict(zip(table["term"].to_pylist(), values, strict=True))
+    table = read_table(job.out.work("votes.parquet"))
+    values = np.stack(table["vote"].to_numpy(zero_copy_only=False)).astype(np.float32)
+    voting = dict(zip(table["term"].to_pylist(), values, strict=True))
     clusters, everything = _clusters(job)
-    return assignment.make_tables(probabilities, clusters, everything, interests, job.config.restriction.share)
+    return assignment.make_tables(voting, clusters, everything, interests, job.config.restriction)
 
 
 def _clusters(job: LabelJob) -> tuple[pa.Table, pa.Table]:
     return read_table(job.out.path("clusters.parquet")), read_table(job.out.work("all_clusters.parquet"))
+
+
+def _previous_labels(job: LabelJob) -> dict[int, int]:
+    """Cluster -> column of the previous run's classes."""
+    if job.previous is None:
+        return {}
+    return {entry["cluster"]: entry["label"] for entry in job.previous.read_json("classes.json")}

@@ -50,6 +50,8 @@ class LabelJob:
     def __init__(self, run: StageRun[LabelsConfig]) -> None:
         self.config, self.out = run.config, run.out
         self.corpus, self.embeddings = run.one("corpus"), run.one("embeddings")
+        self.previous = next(iter(run.many("previous")), None)
+        """Labels of an earlier run, whose cluster ids are carried over."""
         self.parts = part_items(self.corpus.files("part-", ".parquet"))
 
     def once(self, name: str, step: Callable[["LabelJob"], dict[str, Any]]) -> dict[str, Any]:

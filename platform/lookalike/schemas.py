@@ -10,6 +10,10 @@ CORPUS = pa.schema([
     pa.field("title", pa.string()),
     pa.field("description", pa.string()),
     pa.field("keywords", pa.list_(pa.string())),
+    # What a keyword model of the user's own found, scores in [0, 1]; empty when the source brings none.
+    pa.field("annotations", pa.list_(pa.struct([("term", pa.string()), ("score", pa.float32())]))),
+    # What people did with the image (queries, names of boards), weights >= 0; empty when the source brings none.
+    pa.field("interactions", pa.list_(pa.struct([("term", pa.string()), ("weight", pa.float32())]))),
     pa.field("category", pa.string()),                  # a path, parts separated by "/"
     pa.field("locale", pa.string()),                    # language hint, for example "en"
     pa.field("group", pa.string()),                     # product or instance; null when unknown
@@ -26,11 +30,11 @@ CORPUS = pa.schema([
 QUARANTINE = pa.schema([
     pa.field("image_id", pa.string()),
     pa.field("source", pa.string()),  # file the record came from
-    pa.field("row", pa.int64()),      # its row there
-    pa.field("field", pa.string()),   # which field is bad
+    pa.field("row", pa.int64()),      # its number among the records there, from 0
+    pa.field("field", pa.string()),   # which field is bad; "record" when none could be read
     pa.field("reason", pa.string()),
 ])  # fmt: skip
-"""One row a refused record, or a field that was repaired. ``quarantine.parquet``."""
+"""One row a refused record, or a repair of a field of an accepted one ("repaired: ..."). ``quarantine.parquet``."""
 
 SHARD = pa.schema([
     pa.field("image_id", pa.string(), nullable=False),

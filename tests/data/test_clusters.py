@@ -1,62 +1,32 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lookalike.data.assignment import (
-    LABEL_COUNTS,
-    Tables,
-    assign_part,
-    choose_classes,
-    count_labels,
-    number_part,
-)  # fmt: skip
 from lookalike.data.clusters import (
+    CLUSTERS,
     ClusterConfig,
-    InterestClassifier,
-    choose_interests,
+    carry_over,
     cluster_terms,
-    embed_terms,
-    read_taxonomy,
+    match_sets,
     spherical_kmeans,
     split_outliers,
 )  # fmt: skip
-from lookalike.data.interests import image_interests, restrict
+from lookalike.data.interests import InterestClassifier, InterestConfig, choose_interests, read_taxonomy
+from lookalike.data.term_embedders import embed_terms
 from lookalike.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def classifier() -> InterestClassifier:
-    return InterestClassifier(read_taxonomy(None), "wordllama")
+    return InterestClassifier(read_taxonomy(None), "minilm")
 
 
-def test_the_packaged_taxonomy_has_24_interests_with_seeds() -> None:
-    taxonomy = read_taxonomy(None)
-    assert len(taxonomy) == 24
-    assert all(len(seeds) >= 10 for seeds in taxonomy.values())
-
-
-def test_seed_terms_held_out_find_their_interest_far_above_chance() -> None:
-    taxonomy = read_taxonomy(None)
-    held_out = {name: [term for i, term in enumerate(seeds) if i % 5 == 4] for name, seeds in taxonomy.items()}
-    used = {name: [term for i, term in enumerate(seeds) if i % 5 != 4] for name, seeds in taxonomy.items()}
-    classifier = InterestClassifier(used, "wordllama")
-    pairs = [(term, name) for name, terms in held_out.items() for term in terms]
-    best = classifier.probabilities([term for term, _ in pairs]).argmax(axis=1)
-    hits = sum(classifier.interests[i] == name for i, (_, name) in zip(best, pairs, strict=True))
-    assert hits / len(pairs) > 0.45  # chance is 0.04
-
-
-def test_interests_of_a_term_are_those_above_the_score_and_one_at_least() -> None:
-    found = choose_interests(np.array([[0.9, 0.6, 0.7], [0.1, 0.2, 0.1]], np.float32), ClusterConfig(max_interests=2))
-    assert found == [[0, 2], [1]]
-
-
-def test_a_taxonomy_of_another_form_is_refused(tmp_path: object) -> None:
-    path = f"{tmp_path}/t.yaml"
-    with open(path, "w") as file:
-        file.write("animals: [dog]\nmusic: ['!!']\n")
-    with pytest.raises(UsageError, match="'music' has no usable seed term"):
-        read_taxonomy(path)
+def clustered(classifier: InterestClassifier, terms: list[str], config: ClusterConfig) -> pa.Table:
+    vectors = embed_terms("minilm", terms)
+    chosen = choose_interests(classifier.probabilities(terms, vectors), config.interests)
+    return cluster_terms(terms, vectors, chosen, interests=classifier.interests, config=config, seed=1)
 
 
 def test_kmeans_finds_separate_groups() -> None:
@@ -78,45 +48,56 @@ def test_outliers_get_clusters_of_their_own() -> None:
 
 def test_synonyms_share_a_cluster_and_a_term_may_have_several(classifier: InterestClassifier) -> None:
     terms = sorted(["sofa", "couch", "violin", "cello", "jaguar", "cat", "sedan", "desk"])
-    rows = cluster_terms(terms, classifier, ClusterConfig(interest_score=0.2), 1).to_pylist()
+    rows = clustered(classifier, terms, ClusterConfig(interests=InterestConfig(score=0.4))).to_pylist()
     by_term = {term: {row["cluster"] for row in rows if row["term"] == term} for term in terms}
     assert all(by_term.values())
     assert by_term["sofa"] & by_term["couch"]
-    assert max(len(clusters) for clusters in by_term.values()) > 1
+    assert {row["interest"] for row in rows if row["term"] == "jaguar"} == {"animals", "transport"}
     assert [row["cluster"] for row in rows] == sorted(row["cluster"] for row in rows)
-    assert embed_terms(["sofa"]).shape == (1, 256)
 
 
-def tables() -> Tables:
-    animal, vehicle = np.array([0.9, 0.1], np.float32), np.array([0.1, 0.9], np.float32)
-    both = np.array([0.5, 0.5], np.float32)
-    clusters = {"jaguar": [0, 1], "cat": [0]}
-    return Tables({"jaguar": both, "cat": animal, "engine": vehicle}, clusters, {**clusters, "engine": [2]},
-                  {0: 0, 1: 1, 2: 1}, ["animals", "transport"], 0.5)  # fmt: skip
+def test_the_number_of_clusters_is_the_rules_or_the_recipes(classifier: InterestClassifier) -> None:
+    terms = sorted(["bear", "lion", "wolf", "eagle", "shark", "snake"])
+    for config, expected in ((ClusterConfig(terms_per_cluster=3, min_similarity=0), 2),
+                             (ClusterConfig(num_clusters={"animals": 4}, min_similarity=0), 4)):  # fmt: skip
+        found = clustered(classifier, terms, config)
+        assert len({row["cluster"] for row in found.to_pylist() if row["interest"] == "animals"}) == expected
+    with pytest.raises(UsageError, match=r"num_clusters has 'animal': 4.*did you mean 'animals'"):
+        clustered(classifier, terms, ClusterConfig(num_clusters={"animal": 4}))
 
 
-def test_interest_restriction_tells_the_senses_of_jaguar_apart() -> None:
-    """Pinterest section 3.2.1: the other words of the picture say which sense is meant."""
-    known = tables()
-    own = image_interests({"jaguar": 0.9, "engine": 0.9}, known.probabilities, 0.5)
-    assert restrict([0, 1], known.interest_of, own) == [1]
-    own = image_interests({"jaguar": 0.9}, known.probabilities, 0.5)
-    assert restrict([0, 1], known.interest_of, own) == [0, 1]
-    assert image_interests({"unknown": 1.0}, known.probabilities, 0.5).tolist() == []
+def as_clusters(*members: tuple[int, str, str]) -> pa.Table:
+    rows = [{"cluster": c, "interest": i, "term": t, "similarity": 1.0}
+            for c, i, names in members for t in names.split()]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=CLUSTERS)
 
 
-def test_assignment_counts_the_variants_and_numbers_the_columns() -> None:
-    named = pa.table({"image_id": ["a", "a", "b", "b", "x"], "term": ["jaguar", "engine", "jaguar", "cat", "cat"],
-                      "score": pa.array([0.9, 0.9, 0.9, 0.8, 0.9], pa.float32())})  # fmt: skip
-    assigned, counts = assign_part(named, ["a", "b", "c"], tables())
-    assert assigned["clusters"].to_pylist() == [[1], [0], []]
-    assert assigned["interests"].to_pylist() == [["transport"], ["animals"], []]
-    found = {(row["variant"], row["cluster"]): row["images"] for row in counts.to_pylist()}
-    assert found[("annotation clustering", 2)] == 1
-    assert found[("+ visual dictionary", 0)] == 2
-    assert found[("+ interest restriction", 0)] == 1
-    columns = choose_classes(counts, 1)
-    numbered = number_part(assigned, columns)
-    assert numbered["labels"].to_pylist() == [[1], [0], []]
-    assert count_labels(numbered, 2).tolist() == [1, 1, 3, 2, 2]
-    assert choose_classes(LABEL_COUNTS.empty_table(), 1) == {}
+def ids(table: pa.Table) -> dict[str, int]:
+    return {f"{row['interest']}/{row['term']}": row["cluster"] for row in table.to_pylist()}
+
+
+def test_a_cluster_keeps_its_id_from_run_to_run_and_none_is_used_twice() -> None:
+    before = as_clusters((0, "a", "cat kitten"), (1, "a", "dog puppy"), (2, "b", "cat"), (5, "b", "car"))
+    now = as_clusters((0, "a", "bird"), (1, "a", "dog puppy hound"), (2, "a", "cat kitten"), (3, "b", "cat truck"))
+    table, next_id = carry_over(now, before, 9, 0.3)
+    found = ids(table)
+    assert (found["a/dog"], found["a/cat"], found["a/kitten"], found["b/cat"]) == (1, 0, 0, 2)
+    assert (found["a/bird"], next_id) == (9, 10)
+    assert table["cluster"].to_pylist() == sorted(table["cluster"].to_pylist())
+    same, unchanged = carry_over(before, before, 9, 0.3)
+    assert (ids(same), unchanged) == (ids(before), 9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4),
+       st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4))  # fmt: skip
+def test_matching_is_one_to_one_and_the_best(left: list[frozenset[str]], right: list[frozenset[str]]) -> None:
+    from itertools import permutations
+
+    found = match_sets(left, right, 1e-9)
+    assert len(set(found.values())) == len(found)
+    value = sum(len(left[i] & right[j]) / len(left[i] | right[j]) for i, j in found.items())
+    short, long = sorted([left, right], key=len)
+    best = max((sum(len(a & b) / len(a | b) for a, b in zip(short, order, strict=False))
+                for order in permutations(long)), default=0.0)  # fmt: skip
+    assert value == pytest.approx(best)

@@ -1,0 +1,54 @@
+"""Which terms have several senses, and how interest restriction told their pictures apart.
+
+A term is polysemous here when it has clusters in several interests. For every such term and interest the images are
+counted in which that sense alone was left, in which it was left beside another, and in which it was taken away.
+"""
+
+import polars as pl
+import pyarrow as pa
+
+POLYSEMY = pa.schema([
+    ("term", pa.string()), ("interest", pa.string()), ("alone", pa.int64()), ("beside", pa.int64()),
+    ("removed", pa.int64()),
+])  # fmt: skip
+"""One row a term and sense: images with this sense only, with this and another, and without it."""
+SENSES = pa.schema([("term", pa.string()), ("interest", pa.string()), ("alone", pa.int64()), ("beside", pa.int64())])
+
+
+def senses_left(assigned: pa.Table) -> pl.DataFrame:
+    """One row an image, polysemous term and interest left to it: image_id, term, interest, alone."""
+    frame = pl.DataFrame(pl.from_arrow(assigned.select(["image_id", "senses"]))).explode("senses").drop_nulls("senses")
+    found = frame.unnest("senses").with_columns(alone=pl.col("interests").list.len() == 1)
+    return found.explode("interests").rename({"interests": "interest"})
+
+
+def count_senses(assigned: pa.Table) -> pa.Table:
+    """``SENSES`` of a part; parts add up. The row without an interest counts all images of its term."""
+    left = senses_left(assigned)
+    named = left.drop_nulls("interest").group_by("term", "interest").agg(
+        alone=pl.col("alone").sum(), beside=(~pl.col("alone")).sum())  # fmt: skip
+    images = left.group_by("term").agg(alone=pl.col("image_id").n_unique()).with_columns(
+        interest=pl.lit(""), beside=pl.lit(0))  # fmt: skip
+    both = [frame.select(SENSES.names).cast({"alone": pl.Int64, "beside": pl.Int64}) for frame in (named, images)]
+    return pl.concat(both).to_arrow().cast(SENSES)
+
+
+def describe_senses(counts: pa.Table) -> pa.Table:
+    """``POLYSEMY`` from the added-up ``SENSES``: the terms with the most images told apart first."""
+    frame = pl.DataFrame(pl.from_arrow(counts))
+    images = frame.filter(pl.col("interest") == "").select("term", images="alone")
+    named = frame.filter(pl.col("interest") != "").join(images, on="term").with_columns(
+        removed=pl.col("images") - pl.col("alone") - pl.col("beside"))  # fmt: skip
+    told_apart = pl.col("alone").sort(descending=True).slice(1).sum().over("term")  # images of all senses but the first
+    order = named.with_columns(apart=told_apart).sort(["apart", "term", "alone", "interest"],
+                                                      descending=[True, False, True, False])  # fmt: skip
+    return order.select(POLYSEMY.names).to_arrow().cast(POLYSEMY)
+
+
+def separated(senses: pa.Table, min_images: int) -> dict[str, list[str]]:
+    """Term -> its interests, of the terms for which at least two senses have ``min_images`` images to themselves."""
+    found: dict[str, list[str]] = {}
+    for row in senses.to_pylist():
+        if row["alone"] >= min_images:
+            found.setdefault(row["term"], []).append(row["interest"])
+    return {term: interests for term, interests in found.items() if len(interests) > 1}
