@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lookalike.data.interests import (
@@ -163,6 +164,11 @@ def count_labels(numbered: pa.Table, num_classes: int) -> NDArray[np.int64]:
     lengths = labels.value_lengths().to_numpy(zero_copy_only=False)
     tail = [len(lengths), int((lengths > 0).sum()), len(flat)]
     return np.concatenate([np.bincount(flat, minlength=num_classes), tail]).astype(np.int64)
+
+
+def count_interests(numbered: pa.Table) -> list[dict[str, Any]]:
+    """Images of each interest: ``values`` (name) and ``counts``. Parts add up."""
+    return list(pc.value_counts(numbered["interests"].combine_chunks().flatten()).to_pylist())
 
 
 def ablation_rows(counts: pa.Table, images: int, min_images: int, terms: dict[str, int]) -> list[dict[str, Any]]:

@@ -5,6 +5,10 @@ in ``steps/``. Near-duplicates are found first, although the paper lists them la
 vouch for a term on both sides of a hold-out.
 """
 
+import json
+from typing import Any
+
+from lookalike import storage
 from lookalike.cluster import ensure_ray
 from lookalike.data.report import write_report
 from lookalike.data.steps import assign, duplicates, text, visual
@@ -27,9 +31,18 @@ def run(run: StageRun[LabelsConfig]) -> None:
     stats = {**assigned, "duplicates": dropped, "terms": terms["terms"], "annotations": annotated["annotations"],
              "dictionary": dictionary, "clusters": clusters["clusters"], "carried_over": clusters["carried_over"],
              "next_cluster": clusters["next_cluster"], "polysemy": senses}  # fmt: skip
-    boundary = run.config.dictionary.boundary
-    job.once("report", lambda job: write_report(run.out, job.corpus, stats, run.config.report, boundary))
+    check_flow(stats)
+    classes = json.loads(storage.read_bytes(run.out.path("classes.json")))
+    job.once("report", lambda job: write_report(run.out, job.corpus, stats, run.config.report, classes))
     run.out.stats = stats
+
+
+def check_flow(stats: dict[str, Any]) -> None:
+    """Every image and every term is accounted for: in = kept + dropped by reason."""
+    duplicates, dictionary = stats["duplicates"], stats["dictionary"]
+    assert sum(duplicates["reasons"].values()) == duplicates["dropped"]
+    assert duplicates["rows"].get("train", 0) == stats["images"] + duplicates["dropped"]
+    assert stats["terms"] == sum(dictionary.get(status, 0) for status in ("kept", "abstract", "too_few"))
 
 
 STAGE: Stage[LabelsConfig] = Stage(

@@ -1,5 +1,6 @@
 """Clusters, interests and the labels of training images: ``clusters.parquet``, ``image_labels/``, ``classes.json``."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
     out, minimum = job.out, job.config.min_images_per_label
     counts = _assign_parts(job, interests)
     columns = assignment.choose_classes(counts, minimum)
-    totals = _number_parts(job, columns)
+    totals, own = _number_parts(job, columns)
     images, labelled, labels = (int(value) for value in totals[len(columns) :])
     clusters, everything = _clusters(job)
     out.write_json("classes.json", assignment.describe_classes(clusters, columns, totals[: len(columns)].tolist(),
@@ -84,7 +85,7 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
     kept = len(clusters["term"].unique())
     terms = dict(zip(assignment.VARIANTS, (len(everything["term"].unique()), kept, kept), strict=True))
     return {"images": images, "labelled_images": labelled, "labels": len(columns), "label_count": labels,
-            "labels_per_image": round(labels / max(labelled, 1), 3),
+            "labels_per_image": round(labels / max(labelled, 1), 3), "interests": dict(sorted(own.items())),
             "ablation": assignment.ablation_rows(counts, images, minimum, terms)}  # fmt: skip
 
 
@@ -105,28 +106,32 @@ def _assign_parts(job: LabelJob, interests: list[str]) -> pa.Table:
     return add_up(blocks_of(job.map(job.parts, task)), ["variant", "cluster"], assignment.LABEL_COUNTS)
 
 
-def _number_parts(job: LabelJob, columns: dict[int, int]) -> NDArray[np.int64]:
+def _number_parts(job: LabelJob, columns: dict[int, int]) -> tuple[NDArray[np.int64], Counter[str]]:
     work, labels = job.out.work("assigned"), job.out.path("image_labels.parquet")
 
     def task(item: Item) -> pa.Table:
         assigned = read_table(storage.join(work, part_name(item["number"])))
         numbered = assignment.number_part(assigned, columns)
         write_table(storage.join(labels, part_name(item["number"])), numbered)
-        return pa.table({"counts": [assignment.count_labels(numbered, len(columns)).tolist()]})
+        counts = assignment.count_labels(numbered, len(columns)).tolist()
+        return pa.table({"counts": [counts], "interests": [assignment.count_interests(numbered)]})
 
-    totals = np.zeros(len(columns) + 3, np.int64)
+    totals, own = np.zeros(len(columns) + 3, np.int64), Counter[str]()
     for block in blocks_of(job.map(job.parts, task)):
         totals += np.sum(block["counts"].to_pylist(), axis=0, dtype=np.int64)
-    return totals
+        for found in block["interests"].to_pylist():
+            own.update({entry["values"]: entry["counts"] for entry in found})
+    return totals, own
 
 
-def tell_senses(job: LabelJob, min_images: int = 2) -> dict[str, Any]:
+def tell_senses(job: LabelJob) -> dict[str, Any]:
     """``polysemy.parquet``: how the images of each polysemous term were told apart."""
     items = part_items(job.work_parts("assigned"))
     blocks = blocks_of(job.map(items, lambda item: count_senses(read_table(item["uri"]))))
     senses = describe_senses(add_up(blocks, ["term", "interest"], SENSES))
     write_table(job.out.path("polysemy.parquet"), senses)
-    return {"terms": len(senses["term"].unique()), "separated": len(separated(senses, min_images))}
+    apart = separated(senses, job.config.report.min_images_per_sense)
+    return {"terms": len(senses["term"].unique()), "separated": len(apart)}
 
 
 def _tables(job: LabelJob, interests: list[str]) -> assignment.Tables:

@@ -36,7 +36,8 @@ def score(job: LabelJob) -> dict[str, Any]:
     table = decide(vocabulary, samples, hits)
     write_table(job.out.path("dictionary.parquet"), table)
     counts = table.group_by("status").aggregate([([], "count_all")]).to_pylist()
-    return {"terms": table.num_rows, **{entry["status"]: entry["count_all"] for entry in counts}}
+    return {"terms": table.num_rows, "boundary": config.boundary,
+            **{entry["status"]: entry["count_all"] for entry in counts}}  # fmt: skip
 
 
 def _sketch(job: LabelJob) -> pa.Table:
