@@ -29,7 +29,8 @@ def run(run: StageRun[LabelsConfig]) -> None:
     assigned = job.once("labels", lambda job: assign.assign(job, clusters["interests"]))
     senses = job.once("polysemy", assign.tell_senses)
     stats = {**assigned, "duplicates": dropped, "terms": terms["terms"], "annotations": annotated["annotations"],
-             "dictionary": dictionary, "clusters": clusters["clusters"], "carried_over": clusters["carried_over"],
+             "dictionary": dictionary, "terms_used": clusters["terms"], "clusters": clusters["clusters"],
+             "carried_over": clusters["carried_over"],
              "next_cluster": clusters["next_cluster"], "polysemy": senses}  # fmt: skip
     check_flow(stats)
     classes = json.loads(storage.read_bytes(run.out.path("classes.json")))

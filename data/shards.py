@@ -29,6 +29,7 @@ from lookalike.data.parts import (
     read_table,
     write_table,
 )  # fmt: skip
+from lookalike.data.plots import plot_zipf
 from lookalike.errors import ArtifactError
 from lookalike.sampling import image_repeat, label_repeats, mix_keys, stable_keys
 from lookalike.schemas import SHARD
@@ -39,7 +40,8 @@ log = get_logger(__name__)
 
 _CENSUS = pa.schema([("kind", pa.string()), ("name", pa.string()), ("images", pa.int64())])
 _PLACED = pa.schema([*SHARD, pa.field("place", pa.string()), pa.field("key", pa.uint64())])
-_WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64())])
+_WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("epoch", pa.float64()),
+                      ("label_epoch", pa.list_(pa.float64()))])  # fmt: skip
 
 
 class ShardsConfig(StageConfig):
@@ -127,13 +129,24 @@ class Classes:
         return pa.table(arrays, schema=_PLACED)
 
 
-def write_shard(rows: pa.Table, out: str, rows_per_group: int) -> pa.Table:
-    """Write the rows of one ``place`` in the order of their keys; ``_WRITTEN``."""
+def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) -> pa.Table:
+    """Write the rows of one ``place`` in the order of their keys; ``_WRITTEN``: with the expected copies an epoch."""
     name = rows["place"][0].as_py()
     shard = rows.sort_by([("key", "ascending"), ("image_id", "ascending")])
     write_table(storage.join(out, name), shard.select(SHARD.names).cast(SHARD), row_group_size=rows_per_group,
                 compression="none")  # fmt: skip
-    return pa.Table.from_pylist([{"file": name, "rows": shard.num_rows}], schema=_WRITTEN)
+    repeat = shard["repeat"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
+    return pa.Table.from_pylist([{"file": name, "rows": shard.num_rows, "epoch": float(repeat.sum()),
+                                  "label_epoch": copies_of_labels(shard["labels"], repeat, num_labels).tolist()}],
+                                schema=_WRITTEN)  # fmt: skip
+
+
+def copies_of_labels(labels: pa.ChunkedArray, repeat: NDArray[np.floating], num_labels: int) -> NDArray[np.float64]:
+    """Expected copies an epoch of the images of each label, [num_labels]: the sum of r(I) over them."""
+    lists = labels.combine_chunks()
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    flat = lists.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(np.bincount(flat, weights=np.repeat(repeat, lengths), minlength=num_labels), np.float64)
 
 
 def _read(item: Item, columns: list[str]) -> pa.Table:
@@ -168,26 +181,36 @@ def run(run: StageRun[ShardsConfig]) -> None:
         heavy = ["image_id", "image", "dataset", "category", "group"]
         placed = map_parts(items, lambda item: shared().place(_read(item, heavy)), concurrency=config.concurrency)
         partitions = num_partitions(items, sum(classes.shards.values()))
-        write = partial(write_shard, out=out, rows_per_group=config.rows_per_group)
+        write = partial(write_shard, out=out, rows_per_group=config.rows_per_group, num_labels=len(names))
         by_shard = placed.groupby("place", num_partitions=partitions)
         written = by_shard.map_groups(write, batch_format="pyarrow", concurrency=config.concurrency)
-        rows = {entry["file"]: entry["rows"] for block in blocks_of(written) for entry in block.to_pylist()}
+        rows, epoch, label_epoch = {}, 0.0, np.zeros(len(names))
+        for block in blocks_of(written):
+            for entry in block.to_pylist():
+                rows[entry["file"]] = entry["rows"]
+                epoch += entry["epoch"]
+                label_epoch += entry["label_epoch"]
     run.out.write_json("classes.json", {"labels": names, "category": classes.categories, "group": classes.groups,
                                         "label_frequency": classes.label_frequency.round(9).tolist()})  # fmt: skip
-    run.out.stats = _stats(rows, dict(counts), classes)
+    assert sum(rows.values()) == sum(n for (kind, _), n in counts.items() if kind == "dataset")
+    run.out.stats = _stats(rows, dict(counts), classes, epoch, label_epoch)
+    plain = classes.label_frequency * counts.get(("labelled", ""), 0)
+    storage.write_atomic(run.out.path("resampling.png"),
+                         plot_zipf({"images": plain.tolist(), "expected copies an epoch": label_epoch.tolist()}))
 
 
-def _stats(rows: dict[str, int], counts: dict[tuple[str, str], int], classes: Classes) -> dict[str, Any]:
+def _stats(rows: dict[str, int], counts: dict[tuple[str, str], int], classes: Classes, epoch: float,
+           label_epoch: NDArray[np.float64]) -> dict[str, Any]:  # fmt: skip
     images = classes.label_frequency * counts.get(("labelled", ""), 0)
-    epoch = images * classes.repeats  # at the least: an image repeats as its rarest label asks
     return {
         "images": sum(rows.values()), "shards": len(rows), "labelled": counts.get(("labelled", ""), 0),
         "datasets": {name: n for (kind, name), n in sorted(counts.items()) if kind == "dataset"},
         "labels": len(classes.repeats), "categories": len(classes.categories), "groups": len(classes.groups),
         "repeat": {"mean_label": round(float(classes.repeats.mean()), 3) if len(classes.repeats) else 1.0,
                    "max_label": round(float(classes.repeats.max(initial=1.0)), 3),
+                   "expected_epoch": round(epoch, 1),
                    "rarest_share_before": _share(images),
-                   "rarest_share_after": _share(epoch)},
+                   "rarest_share_after": _share(label_epoch)},
     }  # fmt: skip
 
 
@@ -196,5 +219,5 @@ def _share(images: NDArray[np.floating]) -> float:
 
 
 STAGE: Stage[ShardsConfig] = Stage(
-    "shards", "shards", ShardsConfig, run, inputs={"corpus": Input("corpus"), "labels": Input("labels")}
+    "shards", "shards", ShardsConfig, run, version=2, inputs={"corpus": Input("corpus"), "labels": Input("labels")}
 )

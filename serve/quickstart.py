@@ -16,7 +16,7 @@ from lookalike.artifacts import Artifact
 from lookalike.cli import DEFAULT_RECIPE, describe_step
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
-from lookalike.recipe import Recipe
+from lookalike.recipe import Recipe, run_steps
 from lookalike.serve import tour
 from lookalike.serve.tour import Answer, TourConfig
 from lookalike.serve.tour_report import render_html, render_text
@@ -61,21 +61,6 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     storage.write_atomic(storage.join(recipe.root, "report.json"), (json.dumps(facts, indent=1) + "\n").encode())
     print(render_text(facts, recipe.root))
     return 0
-
-
-def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
-    """Run all steps in order; (step -> artifact, step -> what it took)."""
-    artifacts: dict[str, Artifact] = {}
-    stages = []
-    for number, name in enumerate(recipe.steps, 1):
-        skipped = recipe.published(name) is not None
-        mark = "published already, skipped" if skipped else "running"
-        where = f"[{number}/{len(recipe.steps)}] {name} ({recipe.steps[name].stage})"
-        print(f"{where}: {mark}", file=sys.stderr, flush=True)
-        artifacts[name] = recipe.run_step(name)
-        stages.append({"step": name, "stage": recipe.steps[name].stage, "skipped": skipped,
-                       "seconds": artifacts[name].manifest.duration_s})  # fmt: skip
-    return artifacts, stages
 
 
 def serve_and_ask(

@@ -30,6 +30,8 @@ COMMANDS = {
     "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
     "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
     "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
+    "run": ("run every step of a recipe", "lookalike.run:run"),
+    "variants": ("run a recipe of variants: label counts beside retrieval (Table 2)", "lookalike.variants:variants"),
     "quickstart": ("run a whole recipe, serve it, query it, write a report", "lookalike.serve.quickstart:quickstart"),
 }
 DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"

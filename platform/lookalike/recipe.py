@@ -4,6 +4,7 @@ A step is a stage with a name; its inputs are other steps' names, or URIs of art
 file drives a laptop and a cluster; ``key.sub=value`` overrides on the command line change single settings.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,6 +122,21 @@ class Recipe(Config):
         """Run one step whose inputs are published, or return what it published before."""
         self._found[name] = execute(self.stage(name), self.config(name), self.inputs(name), self.root, name)
         return self._found[name]
+
+
+def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
+    """Run all steps in order; (step -> artifact, step -> what it took)."""
+    artifacts: dict[str, Artifact] = {}
+    stages = []
+    for number, name in enumerate(recipe.steps, 1):
+        skipped = recipe.published(name) is not None
+        mark = "published already, skipped" if skipped else "running"
+        where = f"[{number}/{len(recipe.steps)}] {name} ({recipe.steps[name].stage})"
+        print(f"{where}: {mark}", file=sys.stderr, flush=True)
+        artifacts[name] = recipe.run_step(name)
+        stages.append({"step": name, "stage": recipe.steps[name].stage, "skipped": skipped,
+                       "seconds": artifacts[name].manifest.duration_s})  # fmt: skip
+    return artifacts, stages
 
 
 def _flat(inputs: Mapping[str, str | list[str]]) -> list[str]:
