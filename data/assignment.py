@@ -48,6 +48,8 @@ class Tables(NamedTuple):
     """Term -> clusters of the whole vocabulary, the variant without a dictionary."""
     interest_of: dict[int, int]
     """Cluster -> number of its interest."""
+    senses: dict[str, list[int]]
+    """Polysemous term of the whole vocabulary -> numbers of its interests."""
     interests: list[str]
     restriction: RestrictionConfig
 
@@ -58,7 +60,11 @@ def make_tables(
 ) -> Tables:  # fmt: skip
     """``Tables`` from the ``CLUSTERS`` of the dictionary and of the whole vocabulary."""
     interest_of = {row["cluster"]: interests.index(row["interest"]) for row in clusters.to_pylist()}
-    return Tables(voting, _by_term(clusters), _by_term(everything), interest_of, interests, restriction)
+    senses: dict[str, set[int]] = {}
+    for row in everything.to_pylist():
+        senses.setdefault(row["term"], set()).add(interests.index(row["interest"]))
+    several = {term: sorted(own) for term, own in senses.items() if len(own) > 1}
+    return Tables(voting, _by_term(clusters), _by_term(everything), interest_of, several, interests, restriction)
 
 
 def _by_term(clusters: pa.Table) -> dict[str, list[int]]:
@@ -111,14 +117,10 @@ def _interests(terms: dict[str, float], signals: list[dict[str, Any]] | None, ta
 
 
 def senses_of(terms: Iterable[str], own: NDArray[np.int64], tables: Tables) -> list[dict[str, Any]]:
-    """Each polysemous term of an image (clusters in several interests) with the interests that were left to it."""
-    found = []
-    for term in sorted(terms):
-        senses = {tables.interest_of[cluster] for cluster in tables.clusters.get(term, ())}
-        if len(senses) > 1:
-            left = [tables.interests[i] for i in own.tolist() if i in senses]
-            found.append({"term": term, "interests": left})
-    return found
+    """Each polysemous term of an image with those of its interests that are the image's too."""
+    image = set(own.tolist())
+    return [{"term": term, "interests": [tables.interests[i] for i in tables.senses[term] if i in image]}
+            for term in sorted(terms) if term in tables.senses]  # fmt: skip
 
 
 def choose_classes(counts: pa.Table, min_images: int) -> dict[int, int]:

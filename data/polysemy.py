@@ -1,7 +1,8 @@
 """Which terms have several senses, and how interest restriction told their pictures apart.
 
-A term is polysemous here when it has clusters in several interests. For every such term and interest the images are
-counted in which that sense alone was left, in which it was left beside another, and in which it was taken away.
+A term is polysemous here when it belongs to several interests, whether or not the visual dictionary keeps it. For every
+such term and interest the images are counted in which that sense alone was left, in which it was left beside another,
+and in which it was taken away.
 """
 
 import polars as pl

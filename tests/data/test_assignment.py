@@ -20,8 +20,8 @@ from .test_interests import VOTES
 
 def tables(share: float = 0.5) -> Tables:
     clusters = {"jaguar": [0, 1], "cat": [0]}
-    return Tables(VOTES, clusters, {**clusters, "engine": [2]}, {0: 0, 1: 1, 2: 1}, ["animals", "transport"],
-                  RestrictionConfig(share=share))  # fmt: skip
+    return Tables(VOTES, clusters, {**clusters, "engine": [2]}, {0: 0, 1: 1, 2: 1}, {"jaguar": [0, 1]},
+                  ["animals", "transport"], RestrictionConfig(share=share))  # fmt: skip
 
 
 ROWS = pa.table({"image_id": ["a", "b", "c"], "interactions": [None, None, [{"term": "engines", "weight": 2.0}]]})
