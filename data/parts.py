@@ -5,6 +5,8 @@ depends on the part's number, and returns a small table. Results therefore do no
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -102,3 +104,46 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **{"compression": "zstd", **options})
     storage.write_atomic(uri, sink.getvalue().to_pybytes())
+
+
+class PartWriter:
+    """Writes tables one after the other into files of at most ``rows_per_file`` rows, each atomic.
+
+    ``uri_of`` names file 0, 1, ...; files that would be empty are not written. A context manager: when its block
+    raises, the file under way is given up.
+    """
+
+    def __init__(self, uri_of: Callable[[int], str], schema: pa.Schema, rows_per_file: int | None = None) -> None:
+        self.uris: list[str] = []
+        self._uri_of, self._schema, self._rows_per_file = uri_of, schema, rows_per_file
+        self._open = ExitStack()
+        self._writer: pq.ParquetWriter | None = None
+        self._room = 0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows; they become row groups of their own."""
+        while table.num_rows:
+            if self._writer is None:
+                self._start()
+            assert self._writer is not None
+            rows = table.num_rows if self._rows_per_file is None else min(table.num_rows, self._room)
+            self._writer.write_table(table.slice(0, rows))
+            self._room -= rows
+            table = table.slice(rows)
+            if self._room == 0:
+                self._open.close()
+                self._writer = None
+
+    def _start(self) -> None:
+        self.uris.append(self._uri_of(len(self.uris)))
+        file = self._open.enter_context(storage.open_atomic(self.uris[-1]))
+        self._writer = self._open.enter_context(pq.ParquetWriter(file, self._schema, compression="zstd"))
+        self._room = self._rows_per_file or -1
