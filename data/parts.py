@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lookalike import storage
+from lookalike.errors import LookalikeError
 
 FOLD_ROWS = 1 << 20  # rows gathered before sums are taken
 MAX_BLOCKS = 4096  # the driver keeps a reference a block; more parts than this share blocks
@@ -41,10 +42,17 @@ def num_partitions(items: Sequence[Item], most: int | None = None) -> int:
 
 
 def blocks_of(dataset: Any) -> Iterator[pa.Table]:
-    """The dataset's non-empty tables as they arrive."""
-    for block in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
-        if block.num_rows:
-            yield block
+    """The dataset's non-empty tables as they arrive. An error of ours in a task is raised here as it was there."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        for block in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+            if block.num_rows:
+                yield block
+    except RayTaskError as error:
+        if isinstance(error.cause, LookalikeError):
+            raise error.cause from None  # without the worker's traceback in its message
+        raise
 
 
 def collect(dataset: Any, schema: pa.Schema) -> pa.Table:

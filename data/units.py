@@ -93,7 +93,8 @@ def _batches(reader: Reader, unit: Unit) -> Iterator[list[Record]]:
         while batch := list(islice(records, BATCH_ROWS)):
             yield batch
     except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"{unit['uri']} cannot be read ({error}); replace or remove it, or run again if its store "
+        told = " ".join(str(error).split())
+        raise CorpusError(f"{unit['uri']} cannot be read ({told}); replace or remove it, or run again if its store "
                           "was out of reach: what is finished is kept") from None  # fmt: skip
 
 

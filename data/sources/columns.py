@@ -123,12 +123,11 @@ def _wanted_type(field: str, kind: pa.DataType) -> str | None:
     if field == "image":
         named = pa.types.is_struct(kind) and {f.name for f in kind} & {"bytes", "path"}
         return None if _is(kind, _BYTES) or named else "binary, or a struct of bytes and path"
+    item = kind.value_type if _is(kind, _LISTS) else kind  # a list that is empty in every row is one of nulls
     if field == "keywords":
-        listed = _is(kind, _LISTS) and _is(kind.value_type, _BYTES)
-        return None if listed or _is(kind, _BYTES) else "a list of strings"
+        return None if _is(item, (*_BYTES, pa.types.is_null)) else "a list of strings"
     if field in SCORED:
-        fine = _is(kind, _BYTES) or pa.types.is_map(kind) or (
-            _is(kind, _LISTS) and (_is(kind.value_type, _BYTES) or pa.types.is_struct(kind.value_type)))  # fmt: skip
+        fine = _is(item, (*_BYTES, pa.types.is_null)) or pa.types.is_map(kind) or pa.types.is_struct(item)
         return None if fine else f"a list of structs (term, {SCORED[field]}), a map, or strings"
     if field == "image_uri":
         return None if _is(kind, _BYTES) else "a string"

@@ -41,9 +41,10 @@ def fetch_images(records: Sequence[Record], base: str, max_bytes: int) -> None:
 def _fetch(value: Any, base: str, max_bytes: int) -> bytes | ImageError:
     text, problems = read_text(value, MAX_URI_CHARS)
     relative = text is not None and "://" not in text and not text.startswith("/")
-    if not text or problems or (relative and ".." in text.split("/")):
+    parts = [part for part in (text or "").split("/") if part != "."]
+    if not text or problems or (relative and ".." in parts):
         return ImageError("bad_uri", f"{value!r:.200} names no image; give a URI or a path inside {base}")
-    uri = storage.join(base, text) if relative else text
+    uri = storage.join(base, "/".join(parts)) if relative else text
     for _ in range(TRIES):
         try:
             fs, path = storage.resolve(uri)
