@@ -170,14 +170,14 @@ def run(run: StageRun[CorpusConfig]) -> None:
         repeated = _drop_all_repeated(items, images, places, config)
         more["rows"] = sum(splits.total() for splits in repeated.values())
     counts = merge_quarantine(summaries, repeated, places, run.out.path("quarantine.parquet"))
-    run.out.stats = add_up(config, summaries, repeated, counts)
+    run.out.stats = tally(config, summaries, repeated, counts)
     if not run.out.stats["images"]:
         raise CorpusError(f"none of the {run.out.stats['records']} records is acceptable; reasons: "
                           f"{run.out.stats['refused']}; check columns and limits")  # fmt: skip
     log.info("corpus %s", fields(records=run.out.stats["records"], images=run.out.stats["images"]))
 
 
-def add_up(
+def tally(
     config: CorpusConfig, summaries: Sequence[Summary], repeated: Mapping[int, Counter[str]], counts: Counter[str]
 ) -> dict[str, Any]:
     """The statistics: each record read is an image or refused for one reason; repairs are of images."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
-from lookalike.data.corpus import STAGE, CorpusConfig, add_up, merge_quarantine, plan_units
+from lookalike.data.corpus import STAGE, CorpusConfig, merge_quarantine, plan_units, tally
 from lookalike.data.units import IDS, Places, check_unit, drop_repeated, find_repeated
 from lookalike.errors import CorpusError
 from lookalike.stages import execute
@@ -67,7 +67,7 @@ def run_here(config: CorpusConfig, out: str) -> tuple[list[dict[str, Any]], dict
     counts = merge_quarantine(summaries, dropped, places, f"{out}/quarantine.parquet")
     parts = [name for name in storage.list_files(out) if name.startswith("part-")]
     rows = [row for name in parts for row in pq.ParquetFile(f"{out}/{name}").read().to_pylist()]
-    return rows, add_up(config, summaries, dropped, counts), pq.read_table(f"{out}/quarantine.parquet").to_pylist()
+    return rows, tally(config, summaries, dropped, counts), pq.read_table(f"{out}/quarantine.parquet").to_pylist()
 
 
 @pytest.mark.ray

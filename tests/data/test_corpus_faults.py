@@ -148,6 +148,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_full_disk_is_told_and_a_rerun_with_space_completes(tmp_path: Path, small_disk: Path) -> None:
     root = str(small_disk)
