@@ -1,203 +1,206 @@
-"""Stage ``corpus``: raw image records to checked rows in ``schemas.CORPUS``, and a quarantine with reasons.
+"""Stage ``corpus``: raw records to checked rows in ``schemas.CORPUS``, and a quarantine with reasons.
 
-Two passes over row groups. The first reads ids only and finds the repeated ones (the one shuffle); the second checks
-every record and writes one part a row group. The order of records is that of the recipe's sources, their files by
-name and the rows within, so the result does not depend on the number of blocks.
+Every source is cut into units of work. A task reads one unit, checks its records, and writes its part of the corpus,
+its ids, its quarantine rows and, last, a summary: the mark by which a later attempt knows that it is done. Then the ids
+(never an image) are shuffled, and of records with the same id all but the first are taken out of the units they are in.
+The order of records is that of the recipe's sources, their files by name and the records within; it depends neither on
+the number of tasks nor on which of them finish first.
 """
 
-from typing import Any, Literal
+import json
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from lookalike import storage
 from lookalike.cluster import ensure_ray
-from lookalike.config import Config, runtime
-from lookalike.data.parts import (
-    Item,
-    blocks_of,
-    broadcast,
-    map_parts,
-    num_partitions,
-    part_name,
-    read_table,
-    write_table,
+from lookalike.config import runtime
+from lookalike.data.parts import Item, PartWriter, blocks_of, map_parts, num_partitions, write_table
+from lookalike.data.records import REPAIRED, Limits, count_reasons
+from lookalike.data.sources import SOURCE_FORMATS, Reader, Source
+from lookalike.data.units import (
+    IDS,
+    Checks,
+    Places,
+    Summary,
+    check_unit,
+    drop_repeated,
+    find_repeated,
+    problems_of_unit,
 )
-from lookalike.data.records import Limits, Origin, check_records, count_reasons, read_ids, resolve_columns
 from lookalike.errors import CorpusError
+from lookalike.progress import progress_bar, track
+from lookalike.sampling import stable_keys
 from lookalike.schemas import QUARANTINE
 from lookalike.stages import Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger, timed
 
 log = get_logger(__name__)
-BATCH_ROWS = 1024  # rows decoded at a time within a row group
+QUARANTINE_ROWS = 65_536  # of a row group of the quarantine
+IDS_PER_BUCKET = 1_000_000  # of the shuffle that finds repeated ids; one task holds a bucket
 
-_IDS = pa.schema([("image_id", pa.string()), ("order", pa.int64())])
-_COUNTS = pa.schema([("split", pa.string()), ("dataset", pa.string()), ("rows", pa.int64())])
-
-
-class Source(Config):
-    """One set of raw records."""
-
-    uri: str
-    """A parquet file, or a folder whose parquet files are read in the order of their names."""
-    format: Literal["parquet"] = "parquet"
-    """How the records are stored."""
-    dataset: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_.-]+$")
-    """What the rows are called downstream."""
-    columns: dict[str, str] = Field(default={})
-    """Corpus field -> column of the source, where the names differ."""
-    test_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of groups (images, where there is no group) held out when a row names no split of its own."""
+_SUMMARY_ROW = pa.schema([("summary", pa.string())])
 
 
 class CorpusConfig(StageConfig):
     """What to read and what to accept."""
 
     sources: list[Source] = Field(min_length=1)
-    """Read in this order: of records with the same id the first stays."""
+    """Read in this order: of acceptable records with the same id the first stays."""
     max_bytes: int = Field(20_000_000, ge=1)
     """Bytes of one encoded image."""
     max_pixels: int = Field(50_000_000, ge=1)
     """Width times height; checked in the header, so a decompression bomb is refused before it is decoded."""
     min_side_px: int = Field(8, ge=1)
     """Shorter side of an acceptable image, pixels."""
+    max_text_chars: int = Field(10_000, ge=100)
+    """Characters of one text field, or of all terms of a list; what is longer is cut."""
+    rows_per_part: int = Field(2048, ge=1)
+    """Records of one unit of work, about; no file of the corpus has more than twice as many rows."""
     concurrency: int | None = runtime(None, ge=1)
     """Tasks at a time; None: as many as there are CPUs."""
 
+    def reader(self, source: int) -> Reader:
+        """The reader of a source."""
+        chosen = self.sources[source]
+        return SOURCE_FORMATS.get(chosen.format)(chosen, self.max_bytes)
 
-def plan_row_groups(config: CorpusConfig) -> list[Item]:
-    """One item a row group, in record order, with the columns its source resolves to. Raises ``CorpusError``."""
+    @property
+    def checks(self) -> Checks:
+        """What a task does with a unit."""
+        limits = Limits(self.max_bytes, self.max_pixels, self.min_side_px, self.max_text_chars)
+        return Checks(limits, self.seed, 2 * self.rows_per_part)
+
+
+def plan_units(config: CorpusConfig) -> list[Item]:
+    """One small item a unit, in record order. Raises ``CorpusError`` for a source that cannot be read as described."""
     items: list[Item] = []
-    order = 0
-    for position, source in enumerate(config.sources):
-        files = [name for name in storage.list_files(source.uri) if name == "" or name.endswith(".parquet")]
-        if not files:
-            raise CorpusError(f"source {source.uri} has no parquet file; give a parquet file or a folder of them")
-        for name in files:
-            uri = storage.join(source.uri, name) if name else source.uri
-            metadata = _metadata(uri)
-            columns = resolve_columns(source.columns, metadata.schema.to_arrow_schema(), f"source {uri}")
-            first_row = 0
-            for group in range(metadata.num_row_groups):
-                rows = metadata.row_group(group).num_rows
-                items.append({"number": len(items), "uri": uri, "row_group": group, "first_row": first_row,
-                              "order": order, "source": position, "columns": list(columns.items())})  # fmt: skip
-                first_row += rows
-                order += rows
+    for source in range(len(config.sources)):
+        reader = config.reader(source)
+        with ThreadPoolExecutor(8) as pool:  # a store's answer takes longer than ours
+            for units in pool.map(lambda uri: list(reader.units(uri, config.rows_per_part)), reader.files()):  # noqa: B023
+                items += [{"number": len(items) + place, "source": source, "unit": json.dumps(unit)}
+                          for place, unit in enumerate(units)]  # fmt: skip
+    if not items:
+        raise CorpusError(f"the sources hold no record: {', '.join(s.uri for s in config.sources)}")
     return items
 
 
-def _metadata(uri: str) -> Any:
-    filesystem, path = storage.arrow_filesystem(uri)
-    try:
-        return pq.read_metadata(path, filesystem=filesystem)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorpusError(f"source {uri} is no readable parquet file ({error}); replace or remove it") from None
+def _drop_all_repeated(items: list[Item], images: int, places: Places, config: CorpusConfig) -> dict[int, Counter[str]]:
+    """Unit -> what was dropped from it, by split. The first shuffle moves ids, the second those that are repeated."""
+    buckets = max(1, images // IDS_PER_BUCKET)
+
+    def bucketed(item: Item) -> pa.Table:
+        ids = places.read("ids", item["number"], IDS)
+        keys = stable_keys(ids["image_id"].to_pylist()) % np.uint64(buckets)
+        return ids.append_column("bucket", pa.array(keys.astype(np.int64)))
+
+    ids = map_parts(items, bucketed, concurrency=config.concurrency)
+    by_bucket = ids.groupby("bucket", num_partitions=num_partitions(items, buckets))
+    repeated = by_bucket.map_groups(find_repeated, batch_format="pyarrow").materialize()
+    found: dict[int, Counter[str]] = {}
+    if repeated.count():
+        by_unit = repeated.groupby("unit", num_partitions=num_partitions(items))
+        drop = partial(drop_repeated, places=places)
+        for block in blocks_of(by_unit.map_groups(drop, batch_format="pyarrow", concurrency=config.concurrency)):
+            for row in block.to_pylist():
+                found.setdefault(row["unit"], Counter())[row["split"]] += row["rows"]
+    return found
 
 
-def find_repeated(items: list[Item], concurrency: int | None) -> dict[str, int]:
-    """Id -> order of its first record, for the ids that several records have."""
-    from ray.data.aggregate import Count, Min
+def merge_quarantine(
+    summaries: Sequence[Summary], repeated: Container[int], places: Places, target: str
+) -> Counter[str]:
+    """Join the units' problems into one file, in the order of the records, streaming; rows by reason.
 
-    def ids(item: Item) -> pa.Table:
-        columns = dict(item["columns"])
-        column = _file(item).read_row_group(item["row_group"], columns=[columns["image_id"]]).column(0)
-        values = read_ids(column)
-        orders = pa.array(range(item["order"], item["order"] + len(values)), pa.int64())
-        table = pa.table([pa.array(values, pa.string()), orders], schema=_IDS)
-        return table.filter(table["image_id"].is_valid())
-
-    counted = map_parts(items, ids, concurrency=concurrency).groupby("image_id", num_partitions(items)).aggregate(
-        Min("order", alias_name="first"), Count(alias_name="records"))  # fmt: skip
-    repeated = counted.map_batches(lambda table: table.filter(pc.greater(table["records"], 1)), batch_format="pyarrow",
-                                   batch_size=None)  # fmt: skip
-    return {row["image_id"]: row["first"] for block in blocks_of(repeated) for row in block.to_pylist()}
-
-
-def _file(item: Item) -> pq.ParquetFile:
-    filesystem, path = storage.arrow_filesystem(item["uri"])
-    return pq.ParquetFile(path, filesystem=filesystem)
-
-
-def _check_row_group(item: Item, config: CorpusConfig, repeated: dict[str, int], out: str, work: str) -> pa.Table:
-    source = config.sources[item["source"]]
-    limits = Limits(config.max_bytes, config.max_pixels, config.min_side_px)
-    columns = dict(item["columns"])
-    accepted, refused, row = [], [], item["first_row"]
-    batches = _file(item).iter_batches(BATCH_ROWS, row_groups=[item["row_group"]], columns=list(set(columns.values())))
-    for batch in batches:
-        order = item["order"] + row - item["first_row"]
-        origin = Origin(item["uri"], row, order, source.dataset, source.test_fraction, config.seed)
-        checked = check_records(pa.Table.from_batches([batch]), columns, origin, limits=limits, repeated=repeated)
-        accepted.append(checked.accepted)
-        refused.append(checked.quarantine)
-        row += batch.num_rows
-    name = part_name(item["number"])
-    table = pa.concat_tables(accepted) if accepted else None
-    if table is not None and table.num_rows:
-        write_table(storage.join(out, name), table, row_group_size=BATCH_ROWS)
-    if any(problems.num_rows for problems in refused):
-        write_table(storage.join(work, name), pa.concat_tables(refused))
-    return _count(table)
+    Row numbers, counted within units so far, become those of the files.
+    """
+    counts: Counter[str] = Counter()
+    place, first_row = ("", -1), 0
+    waiting: list[pa.Table] = []
+    with PartWriter(lambda _: target, QUARANTINE) as writer:
+        for summary in track(summaries, "quarantine", len(summaries), "unit"):
+            here = (summary["file"], summary["source"])
+            place, first_row = here, first_row if here == place else 0
+            if summary["quarantined"] or summary["number"] in repeated:
+                problems = problems_of_unit(summary["number"], places)
+                counts.update(count_reasons(problems))
+                place_of_row = problems.schema.get_field_index("row")
+                waiting.append(problems.set_column(place_of_row, "row", pc.add(problems["row"], first_row)))
+            first_row += summary["records"]
+            if sum(table.num_rows for table in waiting) >= QUARANTINE_ROWS:
+                writer.write(pa.concat_tables(waiting))
+                waiting = []
+        writer.write(pa.concat_tables([*waiting, QUARANTINE.empty_table()]))
+    if not writer.uris:
+        write_table(target, QUARANTINE.empty_table())
+    return counts
 
 
-def _count(table: pa.Table | None) -> pa.Table:
-    if table is None or not table.num_rows:
-        return _COUNTS.empty_table()
-    counts = table.group_by(["split", "dataset"]).aggregate([([], "count_all")])
-    return counts.rename_columns(["split", "dataset", "rows"]).cast(_COUNTS)
+def _check_all(items: list[Item], config: CorpusConfig, places: Places) -> list[Summary]:
+    """The summaries of all units, in their order."""
 
+    def check(item: Item) -> pa.Table:
+        reader = config.reader(item["source"])
+        summary = check_unit(item["number"], json.loads(item["unit"]), reader, places, config.checks)
+        return pa.table([[json.dumps({**summary, "source": item["source"]})]], schema=_SUMMARY_ROW)
 
-def merge_quarantine(work: str, target: str) -> tuple[int, dict[str, int]]:
-    """Join the parts' problems into one file, streaming; (rows, reason counts)."""
-    filesystem, path = storage.arrow_filesystem(target)
-    reasons: dict[str, int] = {}
-    rows = 0
-    with pq.ParquetWriter(path, QUARANTINE, filesystem=filesystem, compression="zstd") as writer:
-        for name in storage.list_files(work) if storage.exists(work) else []:
-            table = read_table(storage.join(work, name))
-            writer.write_table(table)
-            rows += table.num_rows
-            for reason, count in count_reasons(table).items():
-                reasons[reason] = reasons.get(reason, 0) + count
-    return rows, dict(sorted(reasons.items()))
+    summaries: list[Summary] = []
+    with timed(log, "records checked", units=len(items)), progress_bar("corpus", len(items), "unit") as bar:
+        for block in blocks_of(map_parts(items, check, concurrency=config.concurrency)):
+            summaries += [json.loads(text) for text in block["summary"].to_pylist()]
+            bar.update(block.num_rows)
+    return sorted(summaries, key=lambda summary: int(summary["number"]))
 
 
 def run(run: StageRun[CorpusConfig]) -> None:
     """Check all sources and write the corpus; raises ``CorpusError`` when nothing is acceptable."""
-    config, out, work = run.config, run.out.uri, run.out.work("quarantine")
-    items = plan_row_groups(config)
-    if not items:
-        raise CorpusError(f"the sources hold no record: {', '.join(s.uri for s in config.sources)}")
+    config, places = run.config, Places(run.out.uri, run.out.work())
+    items = plan_units(config)
     ensure_ray()
-    with timed(log, "ids checked", row_groups=len(items)) as more:
-        repeated = find_repeated(items, config.concurrency)
-        more["repeated"] = len(repeated)
-    shared = broadcast(repeated)
+    summaries = _check_all(items, config, places)
+    with timed(log, "repeated ids dropped") as more:
+        images = sum(sum(summary["accepted"].values()) for summary in summaries)
+        repeated = _drop_all_repeated(items, images, places, config)
+        more["rows"] = sum(splits.total() for splits in repeated.values())
+    counts = merge_quarantine(summaries, repeated, places, run.out.path("quarantine.parquet"))
+    run.out.stats = tally(config, summaries, repeated, counts)
+    if not run.out.stats["images"]:
+        raise CorpusError(f"none of the {run.out.stats['records']} records is acceptable; reasons: "
+                          f"{run.out.stats['refused']}; check columns and limits")  # fmt: skip
+    log.info("corpus %s", fields(records=run.out.stats["records"], images=run.out.stats["images"]))
 
-    def check(item: Item) -> pa.Table:
-        return _check_row_group(item, config, shared(), out, work)
 
-    counts: dict[str, dict[str, int]] = {}
-    with timed(log, "records checked"):
-        for block in blocks_of(map_parts(items, check, concurrency=config.concurrency)):
-            for entry in block.to_pylist():
-                dataset = counts.setdefault(entry["dataset"], {})
-                dataset[entry["split"]] = dataset.get(entry["split"], 0) + entry["rows"]
-    bad, reasons = merge_quarantine(work, run.out.path("quarantine.parquet"))
-    accepted = sum(sum(splits.values()) for splits in counts.values())
-    if not accepted:
-        raise CorpusError(f"none of the records is acceptable; reasons: {reasons}; check columns and limits")
-    datasets = {name: dict(sorted(splits.items())) for name, splits in sorted(counts.items())}
-    run.out.stats = {"images": accepted, "datasets": datasets, "quarantine_rows": bad, "quarantine": reasons}
-    log.info("corpus %s", fields(images=accepted, quarantined=bad))
+def tally(
+    config: CorpusConfig, summaries: Sequence[Summary], repeated: Mapping[int, Counter[str]], counts: Counter[str]
+) -> dict[str, Any]:
+    """The statistics: each record read is an image or refused for one reason; repairs are of images."""
+    datasets: dict[str, Counter[str]] = {}
+    for summary in summaries:
+        splits = datasets.setdefault(config.sources[summary["source"]].dataset, Counter())
+        splits.update(summary["accepted"])
+        splits.subtract(repeated.get(summary["number"], Counter()))
+    images = sum(splits.total() for splits in datasets.values())
+    records = sum(summary["records"] for summary in summaries)
+    repairs = {reason: n for reason, n in sorted(counts.items()) if REPAIRED in reason}
+    refused = {reason: n for reason, n in sorted(counts.items()) if reason not in repairs}
+    assert records == images + sum(refused.values()), f"{records} records, {images} images, refused {refused}"
+    return {
+        "records": records, "images": images, "refused": refused, "quarantine_rows": counts.total(),
+        "repaired": {reason.replace(REPAIRED, ""): n for reason, n in repairs.items()},
+        "datasets": {name: {split: n for split, n in sorted(splits.items()) if n}
+                     for name, splits in sorted(datasets.items())},
+    }  # fmt: skip
 
 
 def _sources(config: CorpusConfig) -> list[str]:
     return [source.uri for source in config.sources]
 
 
-STAGE: Stage[CorpusConfig] = Stage("corpus", "corpus", CorpusConfig, run, sources=_sources)
+STAGE: Stage[CorpusConfig] = Stage("corpus", "corpus", CorpusConfig, run, sources=_sources, resumable=True, version=2)

@@ -5,12 +5,15 @@ depends on the part's number, and returns a small table. Results therefore do no
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lookalike import storage
+from lookalike.errors import LookalikeError
 
 FOLD_ROWS = 1 << 20  # rows gathered before sums are taken
 MAX_BLOCKS = 4096  # the driver keeps a reference a block; more parts than this share blocks
@@ -39,10 +42,17 @@ def num_partitions(items: Sequence[Item], most: int | None = None) -> int:
 
 
 def blocks_of(dataset: Any) -> Iterator[pa.Table]:
-    """The dataset's non-empty tables as they arrive."""
-    for block in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
-        if block.num_rows:
-            yield block
+    """The dataset's non-empty tables as they arrive. An error of ours in a task is raised here as it was there."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        for block in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+            if block.num_rows:
+                yield block
+    except RayTaskError as error:
+        if isinstance(error.cause, LookalikeError):
+            raise error.cause from None  # without the worker's traceback in its message
+        raise
 
 
 def collect(dataset: Any, schema: pa.Schema) -> pa.Table:
@@ -102,3 +112,46 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **{"compression": "zstd", **options})
     storage.write_atomic(uri, sink.getvalue().to_pybytes())
+
+
+class PartWriter:
+    """Writes tables one after the other into files of at most ``rows_per_file`` rows, each atomic.
+
+    ``uri_of`` names file 0, 1, ...; files that would be empty are not written. A context manager: when its block
+    raises, the file under way is given up.
+    """
+
+    def __init__(self, uri_of: Callable[[int], str], schema: pa.Schema, rows_per_file: int | None = None) -> None:
+        self.uris: list[str] = []
+        self._uri_of, self._schema, self._rows_per_file = uri_of, schema, rows_per_file
+        self._open = ExitStack()
+        self._writer: pq.ParquetWriter | None = None
+        self._room = 0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows; they become row groups of their own."""
+        while table.num_rows:
+            if self._writer is None:
+                self._start()
+            assert self._writer is not None
+            rows = table.num_rows if self._rows_per_file is None else min(table.num_rows, self._room)
+            self._writer.write_table(table.slice(0, rows))
+            self._room -= rows
+            table = table.slice(rows)
+            if self._room == 0:
+                self._open.close()
+                self._writer = None
+
+    def _start(self) -> None:
+        self.uris.append(self._uri_of(len(self.uris)))
+        file = self._open.enter_context(storage.open_atomic(self.uris[-1]))
+        self._writer = self._open.enter_context(pq.ParquetWriter(file, self._schema, compression="zstd"))
+        self._room = self._rows_per_file or -1

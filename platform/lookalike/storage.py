@@ -1,17 +1,21 @@
 """The one seam to file systems: every path of an artifact is an fsspec URI (a local path, ``s3://``, ``memory://``)."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
+
+from lookalike.errors import LookalikeError
 
 CHUNK_BYTES = 8 << 20
 TEMPORARY = ".tmp"  # a file being written; no listing shows it
@@ -72,14 +76,41 @@ def write_atomic(uri: str, content: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, content)  # an object store's put is atomic
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
-    with open(temporary, "wb") as file:
+    with open_atomic(uri) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_directory(os.path.dirname(path))
+
+
+@contextmanager
+def open_atomic(uri: str) -> Iterator[BinaryIO]:
+    """A new file that stands under its name when the block ends, and leaves nothing when the block raises.
+
+    On a disk it is written beside its place and renamed; elsewhere it is uploaded from this machine's temporary folder.
+    A full disk raises ``LookalikeError``.
+    """
+    fs, path = resolve(uri)
+    local = isinstance(fs, LocalFileSystem)
+    temporary = f"{path if local else tempfile.gettempdir() + '/upload'}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
+    try:
+        if local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if local:
+                os.fsync(file.fileno())
+        if local:
+            os.replace(temporary, path)
+            _sync_directory(os.path.dirname(path))
+        else:
+            fs.put_file(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise LookalikeError(f"no space left to write {uri}; free some, or choose another root, and run again: "
+                             "what is finished is kept") from None  # fmt: skip
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 def _sync_directory(path: str) -> None:
@@ -103,6 +134,13 @@ def remove_tree(uri: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif fs.exists(path):
         fs.rm(path, recursive=True)
+
+
+def remove_file(uri: str) -> None:
+    """Remove a file; one that is not there is fine."""
+    fs, path = resolve(uri)
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def list_files(uri: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Storage: atomic writes, listings and digests on a disk and in memory."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lookalike import storage
+from lookalike.errors import LookalikeError
 
 
 def test_round_trip_on_every_store(root: str) -> None:
@@ -21,6 +23,38 @@ def test_round_trip_on_every_store(root: str) -> None:
     assert not storage.exists(f"{root}/a/b.bin")
     assert storage.exists(f"{root}/c.bin")
     storage.remove_tree(f"{root}/never-there")
+
+
+def test_a_streamed_file_stands_whole_or_not_at_all(root: str) -> None:
+    with storage.open_atomic(f"{root}/a/b.bin") as file:
+        file.write(b"12")
+        assert storage.list_files(root) == []
+        file.write(b"345")
+    assert storage.read_bytes(f"{root}/a/b.bin") == b"12345"
+
+    def fail() -> None:
+        with storage.open_atomic(f"{root}/a/b.bin") as file:
+            file.write(b"other")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert storage.read_bytes(f"{root}/a/b.bin") == b"12345"
+    storage.remove_file(f"{root}/a/b.bin")
+    storage.remove_file(f"{root}/a/b.bin")
+    assert storage.list_files(root) == []
+
+
+def test_a_full_disk_is_told_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    storage.write_atomic(f"{tmp_path}/a.bin", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LookalikeError, match=r"no space left to write .*a\.bin; free some, or choose another root"):
+        storage.write_atomic(f"{tmp_path}/a.bin", b"new")
+    assert os.listdir(tmp_path) == ["a.bin"]
+    assert storage.read_bytes(f"{tmp_path}/a.bin") == b"old"
 
 
 def test_a_sibling_with_the_same_beginning_is_not_listed(root: str) -> None:

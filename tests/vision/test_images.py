@@ -150,3 +150,53 @@ def test_the_first_frame_of_an_animation() -> None:
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
     assert pixel(decode(buffer.getvalue()), 4, 4) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_any_animated_format(image_format: str) -> None:
+    frames = [Image.new("RGBA", (8, 8), color) for color in ((255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255))]
+    buffer = io.BytesIO()
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    frames[0].save(buffer, image_format, save_all=True, append_images=frames[1:], duration=100, **options)
+    with Image.open(io.BytesIO(buffer.getvalue())) as stored:
+        assert getattr(stored, "n_frames", 1) == 3
+    assert pixel(decode(buffer.getvalue()), 4, 4) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "PPM"])
+def test_grey_of_16_bits_is_scaled(image_format: str) -> None:
+    values = np.linspace(0, 65535, 64 * 4).astype(np.uint16).reshape(4, 64)
+    image = decode(to_bytes(Image.fromarray(values), image_format))
+    expected = np.round(values / 257)
+    assert np.abs(np.asarray(image, int) - expected[..., None]).max() <= 1
+    assert len(np.unique(np.asarray(image))) > 200  # a ramp stays a ramp
+
+
+def test_colour_of_16_bits_and_transparent_grey_of_16_bits() -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    def png16(kind: int, row: list[int], extra: bytes = b"") -> bytes:
+        channels = {0: 1, 2: 3}[kind]
+        header = struct.pack(">IIBBBBB", len(row) // channels, 1, 16, kind, 0, 0, 0)
+        pixels = zlib.compress(b"\0" + struct.pack(f">{len(row)}H", *row))
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+    assert pixel(decode(png16(2, [65535, 0, 32896])), 0, 0) == (255, 0, 128)
+    clear = png16(0, [1000, 32896], chunk(b"tRNS", struct.pack(">H", 1000)))
+    assert [pixel(decode(clear), x, 0) for x in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
+
+
+def test_one_bit_and_palette_with_alpha_values() -> None:
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (4, 4))).convert("1")
+    for image_format in ("PNG", "TIFF"):
+        image = decode(to_bytes(stripes, image_format))
+        assert [pixel(image, x, 0) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 0, 200])
+    palette.putpixel((1, 0), 1)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", transparency=bytes([255, 128]))
+    image = decode(buffer.getvalue())
+    assert pixel(image, 0, 0) == (200, 0, 0)
+    assert np.abs(np.array(pixel(image, 1, 0)) - (127, 127, 227)).max() <= 1

@@ -1,0 +1,106 @@
+"""What a source is in a recipe, and the contract of the readers that open one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from lookalike import storage
+from lookalike.config import Config
+from lookalike.data.sources.columns import FIELDS, TEXT
+from lookalike.errors import CorpusError, UsageError
+from lookalike.registry import Registry, nearest
+
+Record = dict[str, Any]
+"""Corpus field -> raw value as the source has it; fields that the record lacks are absent."""
+Unit = dict[str, Any]
+"""What one task reads, as plain JSON values; ``uri`` is the file it belongs to."""
+
+UNREADABLE = "unreadable"  # key of a record that could not be read; its value is the reason
+BATCH_ROWS = 256  # rows of a columnar file decoded at a time
+
+
+class Source(Config):
+    """One set of raw records."""
+
+    uri: str
+    """A file, or a folder whose files are read in the order of their names."""
+    format: str = "parquet"
+    """How the records are stored: a name of the registry ``source_format``."""
+    dataset: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_.-]+$")
+    """What the rows are called downstream."""
+    columns: dict[str, str] = Field(default={})
+    """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields."""
+    constants: dict[str, str] = Field(default={})
+    """Corpus field -> its value wherever a record has none: a licence or a locale that holds for the whole source."""
+    base_uri: str | None = None
+    """Folder that relative image URIs start from; None: the folder of the source."""
+    id_prefix: str = Field("", max_length=100)
+    """Put before every image id, where ids of several sources would collide."""
+    test_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of groups (images, where there is no group) held out when a row names no split of its own."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        SOURCE_FORMATS.get(value)
+        return value
+
+    @field_validator("columns", "constants")
+    @classmethod
+    def _known_fields(cls, value: dict[str, str], info: Any) -> dict[str, str]:
+        allowed = FIELDS if info.field_name == "columns" else TEXT
+        for field in value:
+            if field not in allowed:
+                raise UsageError(f"{info.field_name} names {field!r}, which is no corpus field"
+                                 f"{nearest(field, list(allowed))}; fields: {', '.join(allowed)}")  # fmt: skip
+        return value
+
+
+class Reader(ABC):
+    """Reads one source. A new format overrides ``units`` and ``read``, and usually names its ``suffixes``."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Endings of the files it reads in a folder, lower case."""
+    natural: ClassVar[Mapping[str, str]] = {}
+    """Corpus field -> the column that holds it in this format when the recipe maps none: the format's own key."""
+
+    def __init__(self, source: Source, max_bytes: int) -> None:
+        self.source = source
+        self.max_bytes = max_bytes
+        """No more than this and one byte of an image is read; ``data.records`` refuses what is longer."""
+
+    def files(self) -> list[str]:
+        """URIs of the source's files in record order; raises ``CorpusError`` when there is none."""
+        names = [name for name in storage.list_files(self.source.uri) if name == "" or self.accepts(name)]
+        if not names:
+            raise CorpusError(f"source {self.source.uri} has no {self.source.format} file; give one or a folder of "
+                              f"some (names end in {', '.join(self.suffixes)})")  # fmt: skip
+        return [storage.join(self.source.uri, name) if name else self.source.uri for name in names]
+
+    def accepts(self, name: str) -> bool:
+        """Whether a file of the source's folder, by its relative name, is one to read."""
+        return name.lower().endswith(self.suffixes)
+
+    @property
+    def base(self) -> str:
+        """Folder that relative image URIs start from."""
+        if self.source.base_uri is not None:
+            return self.source.base_uri
+        uri = self.source.uri.rstrip("/")
+        return uri.rpartition("/")[0] if uri.lower().endswith(self.suffixes) else uri
+
+    @abstractmethod
+    def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
+        """Cut a file into slices of about ``rows_per_part`` records, in record order.
+
+        Raises ``CorpusError`` for a file that cannot be opened and for columns that do not fit.
+        """
+
+    @abstractmethod
+    def read(self, unit: Unit) -> Iterator[Record]:
+        """The records of a unit in their order; one that cannot be read is ``{UNREADABLE: reason}``."""
+
+
+SOURCE_FORMATS: Registry[type[Reader]] = Registry("source_format")

@@ -1,0 +1,178 @@
+"""Which column of a source holds which corpus field, and the raw values of Arrow columns."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lookalike.errors import CorpusError
+from lookalike.registry import nearest
+
+TEXT = ("title", "description", "category", "locale", "group", "view", "split", "creator", "licence")
+SCORED = {"annotations": "score", "interactions": "weight"}
+"""Fields that hold terms with a number, and what the number is called."""
+FIELDS = ("image_id", "image", "image_uri", *TEXT, "keywords", *SCORED)
+REQUIRED = (("image_id",), ("image", "image_uri"))
+"""Of each group a record needs one."""
+
+_NOT_UTF8 = b"\xff"  # stands for a nested value that holds a string of invalid UTF-8
+_BYTES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
+          pa.types.is_large_binary, pa.types.is_binary_view)  # fmt: skip
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+
+
+def candidates(columns: Mapping[str, str], natural: Mapping[str, str]) -> dict[str, list[str]]:
+    """Corpus field -> the columns that may hold it, best first."""
+    return {field: [columns[field]] if field in columns else [field, *filter(None, [natural.get(field)])]
+            for field in FIELDS}  # fmt: skip
+
+
+def resolve(
+    columns: Mapping[str, str], present: Sequence[str], where: str, natural: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Corpus field -> the one of ``present`` that holds it, for all fields the source has.
+
+    Raises ``CorpusError`` for a mapped column that is absent and a required field without a column.
+    """
+    for field, column in columns.items():
+        if column not in present:
+            raise CorpusError(f"{where}: column {column!r}, mapped to {field!r}, is absent"
+                              f"{nearest(column, list(present))}; the file has {_listed(present)}")  # fmt: skip
+    resolved = {field: next(name for name in names if name in present)
+                for field, names in candidates(columns, natural or {}).items()
+                if any(name in present for name in names)}  # fmt: skip
+    for fields in REQUIRED:
+        if not any(field in resolved for field in fields):
+            wanted = " or ".join(repr(field) for field in fields)
+            raise CorpusError(f"{where}: no column for the required field {wanted}; the file has {_listed(present)}"
+                              f"; name one under columns: {{{fields[0]}: <column>}}")  # fmt: skip
+    return resolved
+
+
+def _listed(names: Sequence[str], most: int = 40) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def pick(record: Any, path: str) -> Any:
+    """The value of a nested mapping at a dotted path, None where there is none; a key with dots wins over a path."""
+    if not isinstance(record, Mapping):
+        return None
+    if path in record:
+        return record[path]
+    head, _, rest = path.partition(".")
+    return pick(record.get(head), rest) if rest else None
+
+
+def pick_fields(record: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The corpus fields of a record without a schema; ``wanted`` as :func:`candidates` gives it."""
+    found = {field: next((v for name in names if (v := pick(record, name)) is not None), None)
+             for field, names in wanted.items()}  # fmt: skip
+    return {field: value for field, value in found.items() if value is not None or field in record}
+
+
+def paths_of_records(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The dotted paths that occur in some records, in the order they appear."""
+    found: dict[str, None] = {}
+
+    def add(record: Mapping[str, Any], prefix: str) -> None:
+        for key, value in record.items():
+            found[prefix + str(key)] = None
+            if isinstance(value, Mapping) and prefix.count(".") < 8:
+                add(value, f"{prefix}{key}.")
+
+    for record in records:
+        add(record, "")
+    return list(found)
+
+
+def paths_of_schema(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """The dotted paths of an Arrow schema and their types."""
+    found: dict[str, pa.DataType] = {}
+
+    def add(fields: Iterable[pa.Field], prefix: str) -> None:
+        for field in fields:
+            found.setdefault(prefix + field.name, field.type)
+            if pa.types.is_struct(field.type):
+                add(list(field.type), f"{prefix}{field.name}.")
+
+    add(list(schema), "")
+    return found
+
+
+def resolve_schema(
+    columns: Mapping[str, str], schema: pa.Schema, where: str, natural: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """As :func:`resolve` for an Arrow schema; a type that cannot hold its field is a ``CorpusError`` as well."""
+    paths = paths_of_schema(schema)
+    resolved = resolve(columns, list(paths), where, natural)
+    for field, column in resolved.items():
+        wanted = _wanted_type(field, paths[column])
+        if wanted is not None:
+            raise CorpusError(f"{where}: column {column!r} is {paths[column]}, the field {field!r} needs {wanted}; "
+                              "convert it or map another column")  # fmt: skip
+    return resolved
+
+
+def _wanted_type(field: str, kind: pa.DataType) -> str | None:
+    """None when ``kind`` can hold the field, else what could."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_null(kind):
+        return None
+    if field == "image":
+        named = pa.types.is_struct(kind) and {f.name for f in kind} & {"bytes", "path"}
+        return None if _is(kind, _BYTES) or named else "binary, or a struct of bytes and path"
+    item = kind.value_type if _is(kind, _LISTS) else kind  # a list that is empty in every row is one of nulls
+    if field == "keywords":
+        return None if _is(item, (*_BYTES, pa.types.is_null)) else "a list of strings"
+    if field in SCORED:
+        fine = _is(item, (*_BYTES, pa.types.is_null)) or pa.types.is_map(kind) or pa.types.is_struct(item)
+        return None if fine else f"a list of structs (term, {SCORED[field]}), a map, or strings"
+    if field == "image_uri":
+        return None if _is(kind, _BYTES) else "a string"
+    return None if _is(kind, _BYTES) or pa.types.is_primitive(kind) or pa.types.is_decimal(kind) else "a string"
+
+
+def _is(kind: pa.DataType, tests: Iterable[Any]) -> bool:
+    return any(test(kind) for test in tests)
+
+
+def arrow_records(table: pa.Table, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of a table as records; ``columns`` is what :func:`resolve_schema` gave."""
+    values = {field: raw_values(_leaf(table, path)) for field, path in columns.items()}
+    for index in range(table.num_rows):
+        yield {field: cells[index] for field, cells in values.items()}
+
+
+def top_level(schema: pa.Schema, paths: Iterable[str]) -> list[str]:
+    """The columns to read for some paths."""
+    return sorted({path if path in schema.names else path.partition(".")[0] for path in paths})
+
+
+def _leaf(table: pa.Table, path: str) -> Any:
+    if path in table.column_names:
+        return table.column(path)
+    head, *rest = path.split(".")
+    return pc.struct_field(table.column(head), rest)
+
+
+def raw_values(column: Any) -> list[Any]:
+    """Python values of a column, strings as the bytes they are: invalid UTF-8 must not raise here."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if _is(kind, _LISTS) and _is(kind.value_type, _BYTES):
+        return list(column.cast(pa.large_list(pa.large_binary())).to_pylist())
+    if pa.types.is_nested(kind):
+        return [_nested_value(value) for value in column]
+    if not _is(kind, _BYTES):
+        column = column.cast(pa.string())
+    return list(column.cast(pa.large_binary()).to_pylist())
+
+
+def _nested_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return _NOT_UTF8

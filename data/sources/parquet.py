@@ -1,0 +1,73 @@
+"""Parquet files whose rows hold an image (bytes, or Hugging Face's struct of bytes and path) or its URI."""
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lookalike import storage
+from lookalike.data.sources.base import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
+from lookalike.data.sources.columns import arrow_records, resolve_schema, top_level
+from lookalike.errors import CorpusError
+
+
+def cut_groups(sizes: Sequence[int], rows_per_part: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) row ranges of about ``rows_per_part`` rows for row groups of ``sizes``.
+
+    Small groups are joined whole; one larger than a part is cut into equal slices, each of which skips to its start.
+    """
+    start = stop = 0
+    for size in sizes:
+        if stop > start and stop - start + size > rows_per_part:
+            yield start, stop
+            start = stop
+        slices = -(-size // rows_per_part)
+        for number in range(1, slices):
+            yield start, stop + size * number // slices
+            start = stop + size * number // slices
+        stop += size
+    if stop > start:
+        yield start, stop
+
+
+@SOURCE_FORMATS.register("parquet")
+class ParquetReader(Reader):
+    """A unit is a range of rows of one file."""
+
+    suffixes = (".parquet",)
+
+    def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
+        """See ``Reader``."""
+        filesystem, path = storage.arrow_filesystem(uri)
+        try:
+            metadata = pq.read_metadata(path, filesystem=filesystem)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CorpusError(f"source {uri} is no readable parquet file ({error}); replace or remove it") from None
+        self._columns(metadata.schema.to_arrow_schema(), uri)
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        for start, stop in cut_groups(sizes, rows_per_part):
+            yield {"uri": uri, "start": start, "stop": stop}
+
+    def _columns(self, schema: pa.Schema, uri: str) -> dict[str, str]:
+        return resolve_schema(self.source.columns, schema, f"source {uri}", self.natural)
+
+    def read(self, unit: Unit) -> Iterator[Record]:
+        """See ``Reader``."""
+        filesystem, path = storage.arrow_filesystem(unit["uri"])
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            columns = self._columns(file.schema_arrow, unit["uri"])
+            groups, row = [], 0
+            first = None
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row < unit["stop"] and row + rows > unit["start"]:
+                    groups.append(group)
+                    first = row if first is None else first
+                row += rows
+            row = first or 0
+            needed = top_level(file.schema_arrow, columns.values())
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=needed):
+                begin, end = max(unit["start"] - row, 0), min(unit["stop"] - row, batch.num_rows)
+                row += batch.num_rows
+                if begin < end:
+                    yield from arrow_records(pa.Table.from_batches([batch.slice(begin, end - begin)]), columns)

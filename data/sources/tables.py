@@ -1,0 +1,151 @@
+"""JSON lines and CSV: tables without a schema, whose images are URIs."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice, pairwise
+from typing import Any, BinaryIO, cast
+
+from lookalike import storage
+from lookalike.data.sources.base import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
+from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
+from lookalike.errors import CorpusError
+
+MAX_LINE_BYTES = 64 << 20  # a longer line, or cell, is refused instead of held
+SAMPLE_ROWS = 1000  # looked at to see which columns there are and how long a line is
+SAMPLE_BYTES = 4 << 20
+BUFFER_BYTES = 1 << 20
+
+
+@contextmanager
+def open_buffered(uri: str) -> Iterator[BinaryIO]:
+    """A file's bytes, unpacked when its name ends in ``.gz``."""
+    fs, path = storage.resolve(uri)
+    compression = "gzip" if uri.lower().endswith(".gz") else None
+    try:
+        with fs.open(path, "rb", compression=compression) as file, io.BufferedReader(file, BUFFER_BYTES) as buffered:
+            yield cast(BinaryIO, buffered)
+    except (EOFError, OSError) as error:
+        raise CorpusError(f"source {uri} cannot be read ({error}); replace or remove it") from None
+
+
+def read_lines(file: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
+    """The lines whose first byte lies in [start, stop), without their ends; None for one that is too long.
+
+    Ranges that touch split a file into lines that each come once, wherever the cuts fall.
+    """
+    position = start
+    if start:
+        file.seek(start - 1)
+        position += sum(len(piece) for piece in _rest_of_line(file)) - 1
+    while stop is None or position < stop:
+        line = file.readline(MAX_LINE_BYTES)
+        if not line:
+            return
+        position += len(line)
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            position += sum(len(piece) for piece in _rest_of_line(file))
+            yield None
+        else:
+            yield line.rstrip(b"\r\n")
+
+
+def _rest_of_line(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.readline(MAX_LINE_BYTES):
+        yield piece
+        if piece.endswith(b"\n"):
+            return
+
+
+def parse_object(line: bytes | None) -> dict[str, Any]:
+    """A JSON object; what is none gives ``{UNREADABLE: reason}``. Invalid UTF-8 stays visible as lone surrogates."""
+    if line is None:
+        return {UNREADABLE: "too_long"}
+    try:
+        value = json.loads(line.decode("utf-8-sig", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return {UNREADABLE: "not_json"}
+    return value if isinstance(value, dict) else {UNREADABLE: "not_an_object"}
+
+
+@SOURCE_FORMATS.register("jsonl")
+class JsonlReader(Reader):
+    """A unit is a range of bytes; a line belongs to the one its first byte lies in. A packed file is one unit."""
+
+    suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+
+    def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
+        """See ``Reader``."""
+        lines = self._sample(uri)
+        records = [record for line in lines if UNREADABLE not in (record := parse_object(line))]
+        if records:
+            resolve(self.source.columns, paths_of_records(records), f"source {uri}", self.natural)
+        if uri.lower().endswith(".gz"):
+            yield {"uri": uri, "start": 0, "stop": None}
+            return
+        size = storage.size_bytes(uri)
+        mean = sum(len(line) + 1 for line in lines) / max(len(lines), 1)
+        count = -(-size // max(int(mean * rows_per_part), 1))
+        cuts = [size * number // count for number in range(count + 1)] if count else []
+        for start, stop in pairwise(cuts):
+            yield {"uri": uri, "start": start, "stop": stop}
+
+    def _sample(self, uri: str) -> list[bytes]:
+        with open_buffered(uri) as file:
+            return [line for line in islice(read_lines(file, 0, SAMPLE_BYTES), SAMPLE_ROWS) if line]
+
+    def read(self, unit: Unit) -> Iterator[Record]:
+        """See ``Reader``."""
+        wanted = candidates(self.source.columns, self.natural)
+        with open_buffered(unit["uri"]) as file:
+            for line in read_lines(file, unit["start"], unit["stop"]):
+                if line is None or line.strip():
+                    record = parse_object(line)
+                    yield record if UNREADABLE in record else pick_fields(record, wanted)
+
+
+@SOURCE_FORMATS.register("csv")
+class CsvReader(Reader):
+    """A unit is a file, read as a stream: a line end inside quotes looks like a record's, so no range can be cut.
+
+    Tables too large for one task should be several files, or JSON lines or parquet.
+    """
+
+    suffixes = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+
+    def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
+        """See ``Reader``."""
+        with self._rows(uri) as rows:
+            header = next(rows, [])
+        if header:
+            resolve(self.source.columns, header, f"source {uri}", self.natural)
+            yield {"uri": uri}
+
+    @contextmanager
+    def _rows(self, uri: str) -> Iterator[Iterator[list[str]]]:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        with open_buffered(uri) as file:
+            text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+            delimiter = "\t" if ".tsv" in uri.lower()[-7:] else ","
+            yield csv.reader(text, delimiter=delimiter, strict=True)
+
+    def read(self, unit: Unit) -> Iterator[Record]:
+        """See ``Reader``."""
+        with self._rows(unit["uri"]) as rows:
+            header = next(rows)
+            columns = resolve(self.source.columns, header, f"source {unit['uri']}", self.natural)
+            places = {field: header.index(column) for field, column in columns.items()}
+            while True:
+                try:
+                    row = next(rows, None)
+                except csv.Error:
+                    yield {UNREADABLE: "not_csv"}
+                    continue
+                if row is None:
+                    return
+                if len(row) == len(header):
+                    yield {field: row[place] or None for field, place in places.items()}
+                elif row:
+                    yield {UNREADABLE: "wrong_number_of_cells"}

@@ -1,0 +1,143 @@
+"""Raw text values of any form to clean text, lists of words and lists of scored terms, and what had to be repaired."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+# C0 and C1 controls apart from white space, and lone surrogates, which no UTF-8 can hold.
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_SCORED = re.compile(r"(?s)(.*\S)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?inf|nan)\s*")
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def read_text(value: Any, max_chars: int) -> tuple[str | None, set[str]]:
+    """The text of a raw value, None when there is none, and what was wrong with it.
+
+    ``not_utf8`` and ``wrong_type`` leave no text; ``control_characters`` (taken out) and ``too_long`` (cut to
+    ``max_chars``) do.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None, set()
+    if isinstance(value, (bool, int, float)):
+        value = json.dumps(value)
+    if isinstance(value, str) and _SURROGATES.search(value):
+        value = _undo_escape(value)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return None, {"not_utf8"}
+    if not isinstance(value, str):
+        return None, {"wrong_type"}
+    clean = _CONTROLS.sub("", value)
+    problems = {"control_characters"} if clean != value else set()
+    clean = clean.strip()
+    if len(clean) > max_chars:
+        return clean[:max_chars].rstrip(), problems | {"too_long"}
+    return clean, problems
+
+
+def _undo_escape(value: str) -> str | bytes:
+    """The bytes that were escaped as surrogates when read; the text itself when its surrogates are its own."""
+    try:
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return value
+
+
+def read_words(value: Any, max_chars: int) -> tuple[list[str], set[str]]:
+    """The words of a list, of the JSON text of one, or of a text with commas; of at most ``max_chars`` in all."""
+    words: list[str] = []
+    problems: set[str] = set()
+    for item in _listed(value, problems):
+        text, found = read_text(item, max_chars)
+        problems |= found
+        if text:
+            words.append(text)
+            max_chars -= len(text)
+        if max_chars <= 0:
+            problems.add("too_long")
+            break
+    return words, problems
+
+
+def _listed(value: Any, problems: set[str]) -> Iterable[Any]:
+    if value is None:
+        return []
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return [value]  # each word would be as unreadable
+    if isinstance(value, str):
+        parsed = _parse(value)
+        value = value.split(",") if parsed is None else parsed
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, (list, tuple)):
+        return value
+    problems.add("wrong_type")
+    return []
+
+
+def _parse(text: str) -> Any:
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, (list, dict)) else None
+
+
+def read_scored(
+    value: Any, max_chars: int, name: str, highest: float | None = None
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Terms and their number, called ``name``, from any of the forms in which they come.
+
+    Forms: structs of ``term`` and ``name``, a map or pairs, plain terms (1.0), ``term:0.83``; as values, as the JSON
+    text of such, or as text with commas. A term whose number is none, not finite or negative is dropped; one over
+    ``highest`` is lowered to it: both are ``bad_<name>``. Terms have at most ``max_chars`` in all.
+    """
+    entries: list[dict[str, Any]] = []
+    problems: set[str] = set()
+    for raw_term, raw_number in _pairs(_listed(value, problems), name):
+        term, found = read_text(raw_term, max_chars)
+        problems |= found
+        if not term:
+            continue
+        number = _number(raw_number)
+        if number is None or (highest is not None and number > highest):
+            problems.add(f"bad_{name}")
+        if number is not None:
+            entries.append({"term": term, name: number if highest is None else min(number, highest)})
+        max_chars -= len(term)
+        if max_chars <= 0:
+            problems.add("too_long")
+            break
+    return entries, problems
+
+
+def _pairs(items: Iterable[Any], name: str) -> Iterator[tuple[Any, Any]]:
+    for item in items:
+        if isinstance(item, Mapping):
+            yield item.get("term"), item.get(name)
+        elif isinstance(item, (list, tuple)) and len(item) == 2:
+            yield item[0], item[1]
+        else:
+            text = item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else item
+            scored = _SCORED.fullmatch(text) if isinstance(text, str) else None
+            yield (scored[1], float(scored[2])) if scored else (text, 1.0)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 <= number <= _LARGEST else None

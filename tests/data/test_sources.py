@@ -1,0 +1,396 @@
+"""Readers: the same records whatever the format, wherever the cuts fall, and damage that is told, not swallowed."""
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lookalike.data.sources import SOURCE_FORMATS, Source
+from lookalike.data.sources.base import UNREADABLE, Reader
+from lookalike.data.sources.folder import walk_files
+from lookalike.data.sources.images import fetch_images
+from lookalike.data.sources.parquet import cut_groups
+from lookalike.data.sources.tables import open_buffered, read_lines
+from lookalike.errors import CorpusError, UsageError
+from lookalike.vision.images import ImageError
+
+ROWS = [{"image_id": f"id-{n:03d}", "image": f"bytes {n}".encode(), "title": f"title {n}, \"quoted\"\nline",
+         "file_name": f"{'ab'[n % 2]}/{n:03d}.png"} for n in range(37)]  # fmt: skip
+Write = Callable[[str], None]
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "disk":
+        yield str(tmp_path)
+        return
+    yield "memory://sources"
+    fsspec.filesystem("memory").store.clear()
+
+
+def put(uri: str, content: bytes) -> str:
+    fs, path = fsspec.core.url_to_fs(uri)
+    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+    fs.pipe_file(path, content)
+    return uri
+
+
+def reader(uri: str, kind: str, **settings: Any) -> Reader:
+    source = Source.model_validate({"uri": uri, "format": kind, "dataset": "d", **settings})
+    return SOURCE_FORMATS.get(kind)(source, 1000)
+
+
+def read(uri: str, kind: str, rows_per_part: int = 1000, **settings: Any) -> list[dict[str, Any]]:
+    """All records of a source, read unit by unit as tasks do (a unit goes through JSON), with images fetched."""
+    opened = reader(uri, kind, **settings)
+    units = [unit for file in opened.files() for unit in opened.units(file, rows_per_part)]
+    records = [record for unit in units for record in opened.read(json.loads(json.dumps(unit)))]
+    fetch_images(records, opened.base, 1000)
+    return records
+
+
+def text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def write_parquet(rows: list[dict[str, Any]], row_group: int = 10) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=row_group)
+    return sink.getvalue()
+
+
+def write_csv(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return sink.getvalue().encode()
+
+
+def write_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def write_tar(members: list[tuple[str, bytes]], mode: str = "w") -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def images(root: str) -> None:
+    for row in ROWS:
+        put(f"{root}/{row['file_name']}", row["image"])
+
+
+def table_rows() -> list[dict[str, Any]]:
+    return [{key: row[key] for key in ("image_id", "title", "file_name")} for row in ROWS]
+
+
+def as_parquet(root: str) -> dict[str, Any]:
+    half = len(ROWS) // 2
+    put(f"{root}/one.parquet", write_parquet(ROWS[:half]))
+    put(f"{root}/two.parquet", write_parquet(ROWS[half:]))
+    return {"uri": root, "kind": "parquet"}
+
+
+def as_struct(root: str) -> dict[str, Any]:
+    rows = [{"meta": {"id": row["image_id"], "title": row["title"]}, "image": {"bytes": row["image"], "path": "x.png"}}
+            for row in ROWS]  # fmt: skip
+    return {"uri": put(f"{root}/hf.parquet", write_parquet(rows)), "kind": "parquet",
+            "columns": {"image_id": "meta.id", "title": "meta.title"}}  # fmt: skip
+
+
+def as_struct_of_paths(root: str) -> dict[str, Any]:
+    images(root)
+    rows = [{**row, "image": {"bytes": None, "path": row["file_name"]}} for row in ROWS]
+    return {"uri": put(f"{root}/hf.parquet", write_parquet(rows)), "kind": "parquet"}
+
+
+def as_uris(root: str) -> dict[str, Any]:
+    images(f"{root}/pictures")
+    uri = put(f"{root}/tables/rows.parquet", write_parquet(table_rows()))
+    return {"uri": uri, "kind": "parquet", "columns": {"image_uri": "file_name"}, "base_uri": f"{root}/pictures"}
+
+
+def as_jsonl(root: str) -> dict[str, Any]:
+    images(root)
+    rows = [{"image_id": row["image_id"], "meta": {"title": row["title"]}, "at": row["file_name"]} for row in ROWS]
+    return {"uri": put(f"{root}/rows.jsonl", write_jsonl(rows)), "kind": "jsonl",
+            "columns": {"image_uri": "at", "title": "meta.title"}}  # fmt: skip
+
+
+def as_packed_jsonl(root: str) -> dict[str, Any]:
+    images(root)
+    uri = put(f"{root}/rows.jsonl.gz", gzip.compress(write_jsonl(table_rows())))
+    return {"uri": uri, "kind": "jsonl", "columns": {"image_uri": "file_name"}}
+
+
+def as_csv(root: str) -> dict[str, Any]:
+    images(root)
+    return {"uri": put(f"{root}/rows.csv", write_csv(table_rows())), "kind": "csv",
+            "columns": {"image_uri": "file_name"}}  # fmt: skip
+
+
+def folder_with(name: str, write: Callable[[list[dict[str, Any]]], bytes]) -> Callable[[str], dict[str, Any]]:
+    def build(root: str) -> dict[str, Any]:
+        images(root)
+        put(f"{root}/{name}", write(table_rows()))
+        return {"uri": root, "kind": "folder"}
+
+    return build
+
+
+def as_webdataset(root: str) -> dict[str, Any]:
+    members = []
+    for row in ROWS:
+        members += [(f"x/{row['image_id']}.json", json.dumps({"image_id": row["image_id"]}).encode()),
+                    (f"x/{row['image_id']}.PNG", row["image"]), (f"x/{row['image_id']}.txt", row["title"].encode())]
+    put(f"{root}/shard-0.tar", write_tar(members[:30]))
+    put(f"{root}/shard-1.tar.gz", write_tar(members[30:], "w:gz"))
+    return {"uri": root, "kind": "webdataset"}
+
+
+LAYOUTS = [as_parquet, as_struct, as_struct_of_paths, as_uris, as_jsonl, as_packed_jsonl, as_csv, as_webdataset,
+           folder_with("metadata.jsonl", write_jsonl), folder_with("metadata.csv", write_csv),
+           folder_with("metadata.parquet", write_parquet)]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows_per_part", [1, 7, 1000])
+def test_every_format_gives_the_same_records_for_any_cuts(
+    root: str, layout: Callable[[str], dict[str, Any]], rows_per_part: int
+) -> None:
+    records = read(**layout(root), rows_per_part=rows_per_part)
+    got = [(text(r["image_id"]), r["image"], text(r["title"])) for r in records]
+    assert got == [(row["image_id"], row["image"], row["title"]) for row in ROWS]
+
+
+def test_units_are_about_as_large_as_asked(root: str) -> None:
+    for layout in (as_parquet, as_jsonl, folder_with("metadata.parquet", write_parquet)):
+        where = layout(f"{root}/{layout.__name__}")
+        opened = reader(where.pop("uri"), where.pop("kind"), **where)
+        sizes = [len(list(opened.read(unit))) for file in opened.files() for unit in opened.units(file, 6)]
+        assert sum(sizes) == len(ROWS)
+        assert max(sizes) <= 12
+
+
+def test_lance(tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    uri = f"{tmp_path}/rows.lance"
+    lance.write_dataset(pa.Table.from_pylist(ROWS), uri, max_rows_per_file=10)
+    before = reader(uri, "lance")
+    units = [unit for file in before.files() for unit in before.units(file, 8)]
+    lance.write_dataset(pa.Table.from_pylist(ROWS[:1]), uri, mode="append")  # later than the plan: not read
+    records = [record for unit in units for record in before.read(unit)]
+    assert [(text(r["image_id"]), r["image"]) for r in records] == [(r["image_id"], r["image"]) for r in ROWS]
+    with pytest.raises(CorpusError, match="no readable Lance data set"):
+        read(f"{tmp_path}/absent.lance", "lance")
+
+
+def test_lance_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lance", None)
+    with pytest.raises(UsageError, match=r"pip install 'lookalike\[lance\]'"):
+        read(f"{tmp_path}/rows.lance", "lance")
+
+
+def test_a_folder_without_a_table_is_its_images(root: str) -> None:
+    for name in ("b/2.jpg", "a/x/1.PNG", "c.gif", "a-b/0.webp", "notes.txt", ".hidden/3.jpg", "a/.4.jpg"):
+        put(f"{root}/{name}", name.encode())
+    for rows_per_part in (1, 2, 100):
+        records = read(root, "folder", rows_per_part)
+        assert [(r["image_id"], r.get("category"), r["image"].decode()) for r in records] == [
+            ("a/x/1.PNG", "a/x", "a/x/1.PNG"), ("a-b/0.webp", "a-b", "a-b/0.webp"), ("b/2.jpg", "b", "b/2.jpg"),
+            ("c.gif", None, "c.gif")]  # fmt: skip
+    mapped = read(root, "folder", columns={"group": "folder"})
+    assert [r["group"] for r in mapped if "group" in r] == ["a/x", "a-b", "b"]
+
+
+names = st.lists(st.sampled_from(["a", "b", "a-", "c.d", "Z"]), min_size=1, max_size=4).map("/".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(names, min_size=1, max_size=12), st.integers(1, 5))
+def test_ranges_of_a_walk_cover_each_file_once(paths: set[str], size: int) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    files = sorted(name + ".x" for name in paths)
+    for name in files:
+        fs.pipe_file(f"/walk/{name}", b"")
+    whole = list(walk_files(fs, "/walk"))
+    assert whole == sorted(files, key=lambda name: name.split("/"))
+    pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+    assert [name for piece in pieces for name in walk_files(fs, "/walk", piece[0], piece[-1])] == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=6).filter(lambda line: b"\n" not in line and b"\r" not in line), max_size=8),
+       st.booleans(), st.sets(st.integers(1, 40), max_size=6))  # fmt: skip
+def test_byte_ranges_split_a_file_into_its_lines(lines: list[bytes], ended: bool, cuts: set[int]) -> None:
+    content = b"\n".join(lines) + (b"\n" if ended else b"")
+    edges = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
+    got = [line for start, stop in pairwise(edges) for line in read_lines(io.BytesIO(content), start, stop)]
+    assert got == content.splitlines()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 12))
+def test_row_groups_are_cut_without_gap_or_overlap(sizes: list[int], rows_per_part: int) -> None:
+    ranges = list(cut_groups(sizes, rows_per_part))
+    assert [row for start, stop in ranges for row in range(start, stop)] == list(range(sum(sizes)))
+    assert all(0 < stop - start <= 2 * rows_per_part for start, stop in ranges)
+
+
+def test_broken_lines_are_records_with_a_reason(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lookalike.data.sources.tables.MAX_LINE_BYTES", 100)
+    good = b'{"image_id": "a", "image_uri": "x"}'
+    deep = b"[" * 90
+    lines = [good, b"{not json", b"[1, 2]", b"", b"   ", b'{"image_id": "' + b"y" * 1000 + b'"}', deep, good]
+    for kept in range(2):
+        uri = put(f"{root}/{kept}.jsonl", b"\n".join(lines) + b"\r\n" * kept)
+        records = read(uri, "jsonl", rows_per_part=1)
+        assert [r.get(UNREADABLE) for r in records] == [None, "not_json", "not_an_object", "too_long", "not_json", None]
+
+
+def test_broken_csv_rows_are_records_with_a_reason(root: str) -> None:
+    body = b'image_id,image_uri\na,x\nb\n"c"d,x\n\nd,x,y\ne,\n"open,x\nf,x\n'
+    records = read(put(f"{root}/rows.csv", body), "csv")
+    reasons = [r.get(UNREADABLE) for r in records]
+    assert reasons == [None, "wrong_number_of_cells", "not_csv", "wrong_number_of_cells", None, "not_csv"]
+    assert records[4]["image_id"] == "e"
+
+
+def test_separators_and_byte_order_marks(root: str) -> None:
+    uri = put(f"{root}/rows.tsv", "\ufeffimage_id\timage_uri\na,b\tx\n".encode())
+    assert read(uri, "csv")[0]["image_id"] == "a,b"
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_truncated_tar_keeps_what_is_whole_and_says_so(root: str, cut: float, packed: bool) -> None:
+    members = [(f"{n}.{kind}", bytes([n]) * 700) for n in range(20) for kind in ("png", "cls")]
+    data = write_tar(members, "w:gz" if packed else "w")
+    whole = len(data) if packed else 40 * 1536  # without the zero blocks at the end
+    records = read(put(f"{root}/a.tar", data[: int(whole * cut)]), "webdataset")
+    assert [r.get(UNREADABLE) for r in records] == [None] * (len(records) - 1) + ["damaged_archive"]
+    assert all(r["image"] == bytes([n]) * 700 for n, r in enumerate(records[:-1]))
+    assert packed or len(records) > 20 * cut - 3
+
+
+def test_a_tar_cut_between_members_or_damaged_inside_is_not_taken_for_its_end(root: str) -> None:
+    data = write_tar([(f"{n}.png", bytes(512)) for n in range(6)])
+    cut = read(put(f"{root}/cut.tar", data[: 3 * 1024]), "webdataset")
+    assert [UNREADABLE in r for r in cut] == [False, False, True]
+    noise = bytearray(data)
+    noise[3 * 1024 : 3 * 1024 + 512] = b"\x07" * 512
+    assert [UNREADABLE in r for r in read(put(f"{root}/noise.tar", bytes(noise)), "webdataset")][-1]
+    assert [r.get(UNREADABLE) for r in read(put(f"{root}/text.tar", b"no tar " * 500), "webdataset")] == [
+        "damaged_archive"]  # fmt: skip
+
+
+def test_members_of_a_webdataset_record(root: str) -> None:
+    members = [("a.b/1.jpg", b"jpg"), ("a.b/1.json", b'{"title": "t", "image": "no", "m": {"k": 1}}'),
+               ("a.b/1.seg.png", b"mask"), ("a.b/2.webp", b"x" * 5000), ("a.b/2.cls", b"7"), ("a.b/3.txt", b"alone"),
+               ("a.b/4.jpg", b"jpg"), ("a.b/4.json", b"{")]  # fmt: skip
+    records = read(put(f"{root}/a.tar", write_tar(members)), "webdataset", columns={"group": "m.k"})
+    assert records[0] == {"image_id": "a.b/1", "image": b"jpg", "title": "t", "group": 1}
+    assert (len(records[1]["image"]), records[1]["category"]) == (1001, b"7")  # cut at the limit, to be refused
+    assert records[2].get("image") is None
+    assert records[3] == {UNREADABLE: "not_json"}
+
+
+def test_images_are_fetched_or_the_reason_is_told(root: str) -> None:
+    put(f"{root}/in/a.png", b"x" * 50)
+    put(f"{root}/in/b c#.png", b"y")
+    wanted = ["a.png", "./a.png", f"{root}/in/a.png", "b c#.png", "gone.png", "../in/a.png", "zz://a/b", b"\xff", "",
+              None]  # fmt: skip
+    records: list[dict[str, Any]] = [{"image_uri": uri} for uri in wanted]
+    records.append({"image": b"own", "image_uri": "gone.png"})
+    fetch_images(records, f"{root}/in", 20)
+    got = [r.get("image").reason if isinstance(r.get("image"), ImageError) else r.get("image") for r in records]
+    assert got == [b"x" * 21] * 3 + [b"y", "not_found", "bad_uri", "bad_uri", "bad_uri", None, None, b"own"]
+
+
+def test_a_store_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        calls = 0
+
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            Failing.calls += 1
+            if path == "flaky" and Failing.calls > 1:
+                return b"late"
+            raise RuntimeError("503")
+
+    monkeypatch.setattr("lookalike.storage.resolve", lambda uri: (Failing(), uri.rpartition("/")[2]))
+    records: list[dict[str, Any]] = [{"image_uri": "flaky"}]
+    fetch_images(records, "s", 20)
+    assert records == [{"image": b"late"}]
+    records = [{"image_uri": "dead"}]
+    Failing.calls = 0
+    fetch_images(records, "s", 20)
+    assert (records[0]["image"].reason, Failing.calls) == ("unreachable", 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"columns": {"titel": "t"}}, "did you mean 'title'"), ({"constants": {"image": "t"}}, "names 'image', which is"),
+     ({"format": "parket"}, "did you mean 'parquet'"), ({"colums": {}}, "colums")],
+)  # fmt: skip
+def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Source.model_validate({"uri": "x", "dataset": "d", **settings})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "words"),
+    [("a.jsonl", b'{"image_id": 1, "image_uri": "u", "m": {"titl": 2}}\n', "jsonl", "'m.title', mapped to 'title', is"),
+     ("a.csv", b"id,m.title\n1,2\n", "csv", "no column for the required field 'image_id'; the file has id, m.title"),
+     ("a.tar", write_tar([("1.jpg", b"")]), "webdataset", "'m.title', mapped to 'title', is absent"),
+     ("a.parquet", b"nonsense", "parquet", "no readable parquet file"),
+     ("a.txt", b"", "jsonl", "has no jsonl file.*names end in .jsonl")],
+)  # fmt: skip
+def test_sources_that_do_not_fit_are_refused_before_any_work(
+    root: str, name: str, content: bytes, kind: str, words: str
+) -> None:
+    put(f"{root}/{name}", content)
+    with pytest.raises(CorpusError, match=words):
+        read(root, kind, columns={"title": "m.title"})
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "words"),
+    [("image", pa.list_(pa.int32()), "needs binary, or a struct"), ("title", pa.list_(pa.string()), "needs a string"),
+     ("keywords", pa.int32(), "needs a list of strings"), ("image_uri", pa.int32(), "needs a string"),
+     ("annotations", pa.list_(pa.int8()), "needs a list of structs .term, score"),
+     ("interactions", pa.float32(), "needs a list of structs .term, weight")],
+)  # fmt: skip
+def test_a_column_that_cannot_hold_its_field_is_refused(
+    root: str, field: str, kind: pa.DataType, words: str
+) -> None:
+    table = pa.table({"image_id": ["a"], "image": [b""], "image_uri": ["u"]}).drop_columns([field] * (field == "image"))
+    columns = {name: table[name] for name in table.column_names if name != field}
+    sink = io.BytesIO()
+    pq.write_table(pa.table({**columns, field: pa.array([None], kind)}), sink)
+    with pytest.raises(CorpusError, match=rf"column '{field}' is .*the field '{field}' {words}"):
+        read(put(f"{root}/a.parquet", sink.getvalue()), "parquet")
+
+
+def test_an_unpackable_file_is_an_error_of_its_own(root: str) -> None:
+    uri = put(f"{root}/a.jsonl.gz", b"not gzip")
+    with pytest.raises(CorpusError, match="cannot be read"), open_buffered(uri) as file:
+        file.read()
