@@ -30,8 +30,9 @@ class Source(Config):
     """How the records are stored: a name of the registry ``source_format``."""
     dataset: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_.-]+$")
     """What the rows are called downstream."""
-    columns: dict[str, str] = Field(default={})
-    """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields."""
+    columns: dict[str, str | None] = Field(default={})
+    """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields; null: the
+    source's column of that name is not to be read."""
     constants: dict[str, str] = Field(default={})
     """Corpus field -> its value wherever a record has none: a licence or a locale that holds for the whole source."""
     base_uri: str | None = None
@@ -49,7 +50,7 @@ class Source(Config):
 
     @field_validator("columns", "constants")
     @classmethod
-    def _known_fields(cls, value: dict[str, str], info: Any) -> dict[str, str]:
+    def _known_fields(cls, value: dict[str, Any], info: Any) -> dict[str, Any]:
         allowed = FIELDS if info.field_name == "columns" else TEXT
         for field in value:
             if field not in allowed:

@@ -22,21 +22,25 @@ _BYTES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 
 
-def candidates(columns: Mapping[str, str], natural: Mapping[str, str]) -> dict[str, list[str]]:
+Mapped = Mapping[str, str | None]
+"""Corpus field -> column as a recipe maps it; None: the source does not have the field, whatever its columns."""
+
+
+def candidates(columns: Mapped, natural: Mapping[str, str]) -> dict[str, list[str]]:
     """Corpus field -> the columns that may hold it, best first."""
-    return {field: [columns[field]] if field in columns else [field, *filter(None, [natural.get(field)])]
-            for field in FIELDS}  # fmt: skip
+    unmapped = {field: [field, *filter(None, [natural.get(field)])] for field in FIELDS if field not in columns}
+    return unmapped | {field: [] if column is None else [column] for field, column in columns.items()}
 
 
 def resolve(
-    columns: Mapping[str, str], present: Sequence[str], where: str, natural: Mapping[str, str] | None = None
+    columns: Mapped, present: Sequence[str], where: str, natural: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Corpus field -> the one of ``present`` that holds it, for all fields the source has.
 
     Raises ``CorpusError`` for a mapped column that is absent and a required field without a column.
     """
     for field, column in columns.items():
-        if column not in present:
+        if column is not None and column not in present:
             raise CorpusError(f"{where}: column {column!r}, mapped to {field!r}, is absent"
                               f"{nearest(column, list(present))}; the file has {_listed(present)}")  # fmt: skip
     resolved = {field: next(name for name in names if name in present)
@@ -101,7 +105,7 @@ def paths_of_schema(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def resolve_schema(
-    columns: Mapping[str, str], schema: pa.Schema, where: str, natural: Mapping[str, str] | None = None
+    columns: Mapped, schema: pa.Schema, where: str, natural: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """As :func:`resolve` for an Arrow schema; a type that cannot hold its field is a ``CorpusError`` as well."""
     paths = paths_of_schema(schema)

@@ -4,6 +4,8 @@ Stages live in ``data/``, ``train/`` and ``serve/``; this module knows them only
 upward. Third parties add one through an entry point of group ``lookalike.stage`` that names a ``Stage`` object.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -114,11 +116,15 @@ def fingerprint(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]]
     return hash_json([stage.name, stage.version, config.identity(), sources, parents])[:20]
 
 
-def _digest_of_source(uri: str) -> list[list[str]]:
+def _digest_of_source(uri: str) -> str:
     files = storage.list_files(uri)
     if not files:
         raise UsageError(f"nothing to read at {uri}; give a file or a folder that holds some")
-    return [[name, storage.source_digest(storage.join(uri, name) if name else uri)] for name in files]
+    digest = hashlib.sha256()
+    for name in files:
+        content = storage.source_digest(storage.join(uri, name) if name else uri)
+        digest.update(json.dumps([name, content]).encode())
+    return digest.hexdigest()
 
 
 def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> None:

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lookalike.errors import LookalikeError
 
 CHUNK_BYTES = 8 << 20
+READ_WHOLE_BYTES = 1 << 30  # raw files up to this size are identified by all their content
 TEMPORARY = ".tmp"  # a file being written; no listing shows it
 
 
@@ -206,8 +207,18 @@ def _chunks(uri: str) -> Iterator[bytes]:
 
 
 def source_digest(uri: str) -> str:
-    """What identifies the content of a raw file: its SHA-256 on a disk, the store's own checksum elsewhere."""
+    """What identifies the content of a raw file: its SHA-256 on a disk, the store's own checksum elsewhere.
+
+    Of a file on a disk that is larger than ``READ_WHOLE_BYTES``: the SHA-256 of its size and of its first and last
+    chunk: to read terabytes twice, only to see that they are the same, is too high a price.
+    """
     fs, path = resolve(uri)
-    if isinstance(fs, LocalFileSystem):
+    if not isinstance(fs, LocalFileSystem):
+        return str(fs.checksum(path))
+    size = int(fs.size(path))
+    if size <= READ_WHOLE_BYTES:
         return sha256(uri)
-    return str(fs.checksum(path))
+    with fs.open(path, "rb") as file:
+        first = file.read(CHUNK_BYTES)
+        file.seek(-CHUNK_BYTES, os.SEEK_END)
+        return hashlib.sha256(str(size).encode() + first + file.read(CHUNK_BYTES)).hexdigest()

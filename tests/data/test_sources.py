@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lookalike.data.sources import SOURCE_FORMATS, Source
 from lookalike.data.sources.base import UNREADABLE, Reader
+from lookalike.data.sources.columns import resolve
 from lookalike.data.sources.folder import walk_files
 from lookalike.data.sources.images import fetch_images
 from lookalike.data.sources.parquet import cut_groups
@@ -394,3 +395,8 @@ def test_an_unpackable_file_is_an_error_of_its_own(root: str) -> None:
     uri = put(f"{root}/a.jsonl.gz", b"not gzip")
     with pytest.raises(CorpusError, match="cannot be read"), open_buffered(uri) as file:
         file.read()
+
+
+def test_a_column_mapped_to_nothing_is_not_read() -> None:
+    assert resolve({"split": None}, ["image_id", "image", "split", "title"], "here") == {
+        "image_id": "image_id", "image": "image", "title": "title"}  # fmt: skip

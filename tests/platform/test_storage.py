@@ -83,6 +83,18 @@ def test_a_crash_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatc
     assert target.read_bytes() == b"old"
 
 
+def test_a_huge_raw_file_is_known_by_its_ends_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "READ_WHOLE_BYTES", 100)
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 40)
+    file = tmp_path / "huge.bin"
+    digests = []
+    for content in (b"a" * 200, b"a" * 201, b"b" + b"a" * 199, b"a" * 199 + b"b", b"a" * 200):
+        file.write_bytes(content)
+        digests.append(storage.source_digest(str(file)))
+    assert len(set(digests)) == 4
+    assert digests[0] == digests[-1]
+
+
 def test_source_digest_follows_content_not_time(tmp_path: Path) -> None:
     file = tmp_path / "raw.csv"
     file.write_bytes(b"one")
