@@ -31,8 +31,8 @@ class Source(Config):
     dataset: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_.-]+$")
     """What the rows are called downstream."""
     columns: dict[str, str | None] = Field(default={})
-    """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields; null: the
-    source's column of that name is not to be read."""
+    """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields; null:
+    the source's column of that name is not to be read."""
     constants: dict[str, str] = Field(default={})
     """Corpus field -> its value wherever a record has none: a licence or a locale that holds for the whole source."""
     base_uri: str | None = None
