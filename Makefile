@@ -7,14 +7,15 @@ export RAY_USAGE_STATS_ENABLED := 0
 # pip passes on a note about editable installs in general; nothing here is in its way
 PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 
-.PHONY: quickstart test test-fast lint bench-retrieval bench-learning proto help clean
+.PHONY: quickstart test test-fast test-soak lint bench-retrieval bench-learning proto help clean
 
 help:
 	@echo "make quickstart   set up, then run the whole platform on the sample corpus (report: runs/quickstart/report.html)"
-	@echo "make test         set up, then linters, type checks and all tests"
+	@echo "make test         set up, then linters, type checks and tests"
 	@echo "make test-fast    the tests that need neither Ray nor minutes"
+	@echo "make test-soak    accidents and repetitions: workers and drivers killed, full disks, 1, 2 and 4 workers"
 	@echo "make lint         ruff, mypy, import-linter, buf"
-	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning"
+	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning, labels"
 	@echo "make proto        regenerate the gRPC stubs"
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -47,10 +48,13 @@ lint: $(VENV)/.dev .typing
 	cd serve/proto && $(abspath $(BIN))/buf lint
 
 test: lint
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -m 'not soak' $(ARGS)
+
+test-soak: $(VENV)/.dev
+	$(BIN)/python -m pytest tests -m soak $(ARGS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -m 'not slow and not ray' $(ARGS)
+	$(BIN)/python -m pytest tests -m 'not slow and not ray and not soak' $(ARGS)
 
 proto: $(VENV)/.dev
 	$(BIN)/python -m lookalike.serve.proto.generate

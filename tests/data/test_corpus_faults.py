@@ -81,7 +81,7 @@ def test_finished_units_are_not_read_again(tmp_path: Path, root: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_a_killed_worker_changes_nothing(tmp_path: Path, root: str) -> None:
     uri = many_rows(tmp_path)
@@ -107,7 +107,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, root: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_a_killed_driver_resumes(tmp_path: Path) -> None:
     uri = many_rows(tmp_path)
@@ -148,7 +148,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_a_full_disk_is_told_and_a_rerun_with_space_completes(tmp_path: Path, small_disk: Path) -> None:
     root = str(small_disk)

@@ -41,7 +41,7 @@ def run_with(workers: int, recipe: Path, folder: Path) -> dict[str, Artifact]:
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_one_two_and_four_workers_give_the_same_digest(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     runs = [run_with(workers, recipe, tmp_path) for workers in (1, 2, 4)]
