@@ -23,6 +23,7 @@ from lookalike.data.twins import (
     pictures_of,
     same_bytes,
 )
+from lookalike.sampling import mix_keys
 from lookalike.seeds import derive_seed
 
 QUERY_TILE, BASE_TILE = 256, 8192  # 8 MB of cosines at a time
@@ -67,6 +68,7 @@ def sample_share(rows: int, cells: int) -> float:
 def _lookup(dim: int, cells: int) -> Any:
     import faiss
 
+    faiss.omp_set_num_threads(1)  # several threads build another graph each time
     if cells <= FLAT_CELLS:
         return faiss.IndexFlatIP(dim)
     index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
@@ -121,9 +123,10 @@ def cell_keys(
 
     Rows with one hash meet in the same cut of a cell.
     """
-    with np.errstate(over="ignore"):
-        mixed = (hashes * np.array([3, 5, 7, 11], np.uint64)).sum(axis=1) * np.uint64(0x9E3779B97F4A7C15)
-    part = (mixed >> np.uint64(32)).astype(np.int64)[:, None] % cuts[cells]
+    mixed = hashes[:, 0]
+    for word in hashes[:, 1:].T:
+        mixed = mix_keys(mixed, 0, "cut") ^ word
+    part = (mix_keys(mixed, 0, "cut") >> np.uint64(1)).astype(np.int64)[:, None] % cuts[cells]
     return np.asarray(first[cells] + part, np.int64)
 
 
@@ -138,7 +141,8 @@ def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
     split = np.array(rows["split"].to_pylist(), dtype=object)
     grouped = rows["group"].is_valid().to_numpy()
     training, held_out = np.nonzero(split == "train")[0], np.nonzero(split != "train")[0]
-    found = [*_earlier_twins(pictures, training, grouped, config), *_closest_twins(pictures, training, held_out, config)]
+    found = [*_earlier_twins(pictures, training, grouped, config),
+             *_closest_twins(pictures, training, held_out, config)]  # fmt: skip
     if not found:
         return PAIRS.empty_table()
     both = Found(*(np.concatenate(values) for values in zip(*found, strict=True)))

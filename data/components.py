@@ -11,6 +11,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from lookalike.sampling import mix_keys
+
 EDGES = {"node": pl.Int64, "other": pl.Int64}
 
 
@@ -50,7 +52,7 @@ def downwards(edges: pl.DataFrame) -> pl.DataFrame:
 
 
 def large_star(edges: pl.DataFrame) -> pl.DataFrame:
-    """Ties the larger neighbours of every node to its smallest neighbour, or to itself. All edges of a node, both ways."""
+    """Ties every node's larger neighbours to the smallest, or to itself. Asks for all edges of a node, both ways."""
     least = edges.group_by("node").agg(least=pl.col("other").min()).with_columns(
         least=pl.min_horizontal("node", "least"))  # fmt: skip
     larger = edges.filter(pl.col("other") > pl.col("node")).join(least, on="node")
@@ -58,7 +60,7 @@ def large_star(edges: pl.DataFrame) -> pl.DataFrame:
 
 
 def small_star(edges: pl.DataFrame) -> pl.DataFrame:
-    """Ties every node and its smaller neighbours to the smallest of them. All edges down from a node."""
+    """Ties every node and its smaller neighbours to the smallest of them. Asks for all edges down from a node."""
     least = edges.group_by("node").agg(least=pl.col("other").min())
     tied = edges.join(least, on="node").select(node="other", other="least")
     return pl.concat([tied, least.select("node", other="least")]).filter(pl.col("node") != pl.col("other")).unique()
@@ -66,7 +68,5 @@ def small_star(edges: pl.DataFrame) -> pl.DataFrame:
 
 def digest(edges: pl.DataFrame) -> int:
     """A number that adds up over any partition of a set of edges and changes with it."""
-    with np.errstate(over="ignore"):
-        low, high = (edges[name].to_numpy().astype(np.uint64) for name in ("node", "other"))
-        mixed = (low * np.uint64(0x9E3779B97F4A7C15)) ^ (high + np.uint64(0xBF58476D1CE4E5B9)) * np.uint64(0x94D049BB133111EB)
-        return int((mixed ^ (mixed >> np.uint64(29))).sum(dtype=np.uint64))
+    node, other = (edges[name].to_numpy().astype(np.uint64) for name in ("node", "other"))
+    return int(mix_keys(mix_keys(node, 0, "node") ^ other, 0, "edge").sum(dtype=np.uint64))

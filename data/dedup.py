@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from lookalike.data.candidates import merge_pairs, search_cell
 from lookalike.data.components import connected
 from lookalike.data.copies import (
-    DROPPED,
     FATES,
     LEADERS,
     find_copies,

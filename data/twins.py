@@ -85,12 +85,12 @@ def differing_bits(pictures: Pictures, left: NDArray[Any], right: NDArray[Any]) 
     if not len(pictures.mirrors):
         return np.asarray(bits)
     turned = np.bitwise_count(pictures.hashes[left] ^ pictures.mirrors[right]).sum(axis=1, dtype=np.int32)
-    return np.minimum(bits, turned)
+    return np.asarray(np.minimum(bits, turned))
 
 
 def cosines(pictures: Pictures, left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float32]:
     """Cosine [p] of the rows ``left`` [p] and ``right`` [p]; the same whatever other pairs are asked for."""
-    return np.einsum("ij,ij->i", pictures.vectors[left], pictures.vectors[right]).astype(np.float32)
+    return np.asarray(np.einsum("ij,ij->i", pictures.vectors[left], pictures.vectors[right]), np.float32)
 
 
 def same_bytes(pictures: Pictures, left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.bool_]:
@@ -100,7 +100,7 @@ def same_bytes(pictures: Pictures, left: NDArray[Any], right: NDArray[Any]) -> N
 
 def are_sharp(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config: DedupConfig) -> NDArray[np.bool_]:
     """Whether both hashes say enough [p]."""
-    return np.minimum(pictures.quality[left], pictures.quality[right]) >= config.min_quality
+    return np.asarray(np.minimum(pictures.quality[left], pictures.quality[right]) >= config.min_quality)
 
 
 def look_alike(

@@ -1,12 +1,13 @@
 """The duplicate search of a corpus that no task holds: copies, cells, and the pairs of each cell, by shuffles."""
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from lookalike import storage
 from lookalike.data.candidates import (
     Cells,
     cell_keys,
@@ -18,13 +19,15 @@ from lookalike.data.candidates import (
 )
 from lookalike.data.copies import COPIES, find_copies, find_leaders, select_searched
 from lookalike.data.features import feature_schema, unit_rows, vectors_of
-from lookalike.data.parts import Item, blocks_of, broadcast, collect, read_table, part_name, write_table
+from lookalike.data.parts import Item, blocks_of, broadcast, collect, read_table, write_table
 from lookalike.data.signatures import ROW_SHIFT
 from lookalike.data.steps.exchange import exchange, num_buckets, read_part, total, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.steps.signatures import HELD_OUT
 from lookalike.data.twins import words_of
 from lookalike.sampling import mix_keys, stable_keys
+
+_CELLS = "cells.parquet"
 
 
 def held_groups(job: LabelJob) -> frozenset[str]:
@@ -70,29 +73,14 @@ class _Searched:
         return select_searched(read_table(item["uri"]), self._held(), copies)
 
 
-def place_rows(job: LabelJob, rows: int) -> dict[str, Any]:
-    """``cells/part-N``: the cells of every searched row. The result holds the images of each cell."""
-    config, cells = job.config.dedup, count_cells(rows, job.config.dedup)
-    searched, items = _Searched(job), work_items(job, "signatures")
-    shared = broadcast(_train(job, searched, rows, cells))
-    folder = job.out.work("cells")
+def make_cells(job: LabelJob, rows: int) -> dict[str, Any]:
+    """``cells.parquet`` in the work folder: centroids, and about how many rows come to each.
 
-    def place(item: Item) -> list[int]:
-        target = storage.join(folder, part_name(item["number"]))
-        if storage.exists(target):
-            found = np.stack(read_table(target)["cells"].to_pylist() or [[]]).astype(np.int64)
-        else:
-            vectors = unit_rows(vectors_of(searched(item)))
-            found = Cells(shared(), config.probes).nearest(vectors)
-            write_table(target, pa.table({"cells": pa.array(found.tolist(), pa.list_(pa.int32()))}))
-        return np.bincount(found.ravel(), minlength=len(shared())).tolist()
-
-    return {"counts": total(job, items, place)}
-
-
-def _train(job: LabelJob, searched: _Searched, rows: int, cells: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Centroids, from the images whose hash is small: the same however the corpus is cut."""
-    seed, share = job.config.seed, sample_share(rows, cells)
+    Trained by one task on the images whose hash is small, which are the same however the corpus is cut; at most
+    ``MAX_SAMPLE`` vectors pass through the driver.
+    """
+    seed, config, cells = job.config.seed, job.config.dedup, count_cells(rows, job.config.dedup)
+    share, searched, target = sample_share(rows, cells), _Searched(job), job.out.work(_CELLS)
     least = np.uint64(min(int(share * 2.0**64), 2**64 - 1))
 
     def sample(item: Item) -> pa.Table:
@@ -107,25 +95,31 @@ def _train(job: LabelJob, searched: _Searched, rows: int, cells: int) -> np.ndar
 
     def train(_: Item) -> pa.Table:
         centroids = train_cells(shared(), cells, seed)
-        flat = pa.array(centroids.reshape(-1), pa.float32())
-        return pa.table({"centroid": pa.FixedSizeListArray.from_arrays(flat, centroids.shape[1])})
+        placed = Cells(centroids, config.probes).nearest(shared())
+        counts = np.bincount(placed.ravel(), minlength=len(centroids)) / share
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(centroids.reshape(-1)), centroids.shape[1])
+        write_table(target, pa.table({"centroid": flat, "rows": pa.array(counts.astype(np.int64))}))
+        return pa.table({"cells": [len(centroids)]})
 
-    tables = list(blocks_of(job.map([{"number": 0}], train)))
-    return vectors_of(pa.concat_tables(tables), "centroid")
+    return {"cells": sum(block["cells"][0].as_py() for block in blocks_of(job.map([{"number": 0}], train)))}
 
 
-def search_cells(job: LabelJob, rows: int, counts: list[int]) -> dict[str, Any]:
+@lru_cache(maxsize=1)  # a worker's tasks share it: to build the graph of many cells takes seconds
+def _read_cells(uri: str, probes: int) -> tuple[Cells, NDArray[np.int64], NDArray[np.int64]]:
+    table = read_table(uri)
+    return Cells(vectors_of(table, "centroid"), probes), *cut_cells(table["rows"].to_numpy())
+
+
+def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
     """``pairs/part-K`` of every cell, or cut of a cell, K. The one shuffle of signatures: ``probes`` times each."""
     config = job.config.dedup
-    searched, folder = _Searched(job), job.out.work("cells")
-    first, cuts = cut_cells(np.array(counts, np.int64))
+    searched, centroids = _Searched(job), job.out.work(_CELLS)
 
     def spread(item: Item) -> pa.Table:
         table = searched(item).drop_columns(["dataset"])
-        placed = read_part(folder, item["number"], pa.schema([("cells", pa.list_(pa.int32()))]))
-        cells = np.array(placed["cells"].to_pylist(), np.int64).reshape(table.num_rows, -1)
-        keys = cell_keys(cells, first, cuts, words_of(table["pdq"]))
-        places = np.repeat(np.arange(table.num_rows), cells.shape[1])
+        cells, first, cuts = _read_cells(centroids, config.probes)
+        keys = cell_keys(cells.nearest(unit_rows(vectors_of(table))), first, cuts, words_of(table["pdq"]))
+        places = np.repeat(np.arange(table.num_rows), keys.shape[1])
         once = np.unique(np.stack([places, keys.reshape(-1)], axis=1), axis=0)
         return with_key(table.take(pa.array(once[:, 0])), once[:, 1])
 

@@ -66,15 +66,16 @@ def _find_whole(job: LabelJob) -> Iterable[pa.Table]:
 
     def task(_: Item) -> pa.Table:
         found = find_duplicates(pa.concat_tables([read_table(uri) for uri in uris]), config)
-        return pa.concat_tables([_write_part(out, work, number, part) for number, part in split_parts(found, len(uris))])
+        parts = split_parts(found, len(uris))
+        return pa.concat_tables([_write_part(out, work, number, part) for number, part in parts])
 
     return track(blocks_of(job.map([{"number": 0}], task)), "labels duplicates", unit="block")
 
 
 def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
     copies = job.once("copies", lambda job: cells.split_copies(job, rows))["copies"]
-    counts = job.once("cells", lambda job: cells.place_rows(job, rows))["counts"]
-    found = job.once("pairs", lambda job: cells.search_cells(job, rows, counts))
+    job.once("cells", lambda job: cells.make_cells(job, rows))
+    found = job.once("pairs", lambda job: cells.search_cells(job, rows))
     decided = job.once("fates", lambda job: fates.decide(job, found["pairs"], found["inside"]))["fates"]
     fates.send_fates(job, decided + copies)
     out, work, held = job.out.uri, job.out.work(), broadcast(cells.held_groups(job))

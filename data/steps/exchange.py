@@ -12,6 +12,7 @@ from lookalike import storage
 from lookalike.data.parts import Item, blocks_of, broadcast, num_partitions, part_name, read_table, write_table
 from lookalike.data.steps.job import LabelJob
 from lookalike.progress import track
+from lookalike.sampling import mix_keys
 
 LOCAL_ROWS = 100_000  # up to here one task does it all: a shuffle's start costs more than the work
 ROWS_PER_PARTITION = 500_000  # rows that a task of a shuffle holds, 400 bytes at the most each
@@ -94,9 +95,7 @@ def num_buckets(rows: int) -> int:
 
 def bucket_rows(rows: NDArray[np.integer], buckets: int) -> NDArray[np.int64]:
     """A bucket for each row number, by hash."""
-    with np.errstate(over="ignore"):
-        mixed = np.asarray(rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return ((mixed >> np.uint64(20)) % np.uint64(buckets)).astype(np.int64)
+    return (mix_keys(np.asarray(rows).astype(np.uint64), 0, "rows") % np.uint64(buckets)).astype(np.int64)
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:
@@ -110,6 +109,8 @@ def total(job: LabelJob, items: Sequence[Item], task: Callable[[Item], Iterable[
     def each(item: Item) -> pa.Table:
         return pa.table({"n": pa.array([[int(value) for value in task(item)]], pa.list_(pa.uint64()))})
 
-    tables = [block["n"].combine_chunks() for block in blocks_of(job.map(list(items), each))] if items else []
-    sums = [np.stack(t.to_numpy(zero_copy_only=False)).sum(axis=0, dtype=np.uint64) for t in tables]
-    return [int(value) for value in np.stack(sums).sum(axis=0, dtype=np.uint64)] if sums else []
+    sums: list[int] = []
+    for block in blocks_of(job.map(list(items), each)) if items else ():
+        for values in block["n"].to_pylist():
+            sums = [(a + b) % 2**64 for a, b in zip(sums or [0] * len(values), values, strict=True)]
+    return sums

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import polars as pl
 
 from lookalike import storage
 from lookalike.data.candidates import PAIRS, merge_pairs
@@ -29,7 +29,7 @@ _EDGES = pa.schema([("node", pa.int64()), ("other", pa.int64())])
 
 
 def decide(job: LabelJob, pairs: int, inside: int) -> dict[str, Any]:
-    """``decided/part-B``: the fates of all rows that have a twin. ``inside``: pairs of training rows among ``pairs``."""
+    """``decided/part-B``: the fates of all rows that have a twin; ``inside`` of the ``pairs`` join training rows."""
     if pairs <= PAIRS_IN_TASK:
         uris = [item["uri"] for item in work_items(job, "pairs")]
         target = storage.join(job.out.work("decided"), part_name(0))

@@ -64,8 +64,8 @@ def _sizes(artifact: Artifact) -> list[tuple[str, int]]:
 
 
 def _sign_parts(job: LabelJob, items: list[Item]) -> list[dict[str, Any]]:
-    folder, matched, dim, seed = job.out.work("signatures"), job.out.work("vectors"), job.config.feature_dim, job.config.seed
-    mirrored = job.config.dedup.mirrored
+    folder, matched = job.out.work("signatures"), job.out.work("vectors")
+    dim, seed, mirrored = job.config.feature_dim, job.config.seed, job.config.dedup.mirrored
 
     def task(item: Item) -> pa.Table:
         number, target = item["number"], storage.join(folder, part_name(item["number"]))

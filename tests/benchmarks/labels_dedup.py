@@ -119,7 +119,7 @@ def sign_chunk(task: tuple[int, list[tuple[int, str]]]) -> dict[str, list[Any]]:
 
 
 def make_corpus(num: int, seed: int) -> tuple[pa.Table, pl.DataFrame]:
-    """Signatures of ``num`` pictures in random order and what each is: picture, kind of change, row. A tenth is planted."""
+    """Signatures of ``num`` pictures in random order and what each is: (picture, kind, row); a tenth is planted."""
     _sources.extend(load_sources(3000))
     planted = num // 10
     rng = np.random.default_rng(seed)

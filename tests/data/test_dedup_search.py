@@ -1,5 +1,6 @@
 """Cells, the search inside one, and what a part and a shuffle must agree on."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -176,7 +177,7 @@ def test_stars_spread_over_buckets_end_as_the_components(seed: int, nodes: int, 
 def test_spans_read_every_row_once_in_order(sizes: list[int], cuts: list[int]) -> None:
     total = sum(sizes)
     bounds = [0, *sorted(min(cut, total) for cut in cuts), total]
-    files = [(f"f{n}", high - low) for n, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False))]
+    files = [(f"f{n}", high - low) for n, (low, high) in enumerate(itertools.pairwise(bounds))]
     rows = {name: list(range(low, low + count)) for (name, count), low in zip(files, bounds, strict=False)}
     spans = running_spans(sizes, files)
     read = [[row for span in part for row in rows[span.uri][span.start : span.stop]] for part in spans]
@@ -186,7 +187,8 @@ def test_spans_read_every_row_once_in_order(sizes: list[int], cuts: list[int]) -
 
 
 def test_vectors_are_matched_by_id_and_the_missing_stay_null() -> None:
-    rows = pa.table({"image_id": ["b", "a", "c", "a", "b", "b"], "row": pa.array([5, 4, 6, None, None, None], pa.int64()),
+    rows = pa.table({"image_id": ["b", "a", "c", "a", "b", "b"],
+                     "row": pa.array([5, 4, 6, None, None, None], pa.int64()),
                      "vector": pa.array([None, None, None, b"A", b"C", b"B"], pa.binary(1))})  # fmt: skip
     assert match_vectors(rows).to_pylist() == [
         {"image_id": "a", "row": 4, "vector": b"A"}, {"image_id": "b", "row": 5, "vector": b"B"},

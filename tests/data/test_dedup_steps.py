@@ -1,6 +1,7 @@
 """The steps on Ray: one task or cells, shuffles or not, embeddings in order or not, stopped or not: the same rows."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,6 @@ def test_a_stopped_search_keeps_its_finished_cells(
     marks = {name: storage.read_bytes(job.out.work(name)) for name in storage.list_files(job.out.work())}
     for marker in ("sign.json", "copies.json", "cells.json", "pairs.json", "fates.json"):
         storage.resolve(job.out.work(marker))[0].rm_file(job.out.work(marker))  # as if killed before each was written
-    import os
-
     before = {name: os.stat(job.out.work(name)).st_mtime_ns for name in marks if name.startswith(("pairs/", "sign"))
               and name.endswith(".parquet")}  # fmt: skip
     assert result(job)[:2] == whole

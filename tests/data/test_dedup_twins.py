@@ -88,7 +88,8 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def test_a_recompressed_copy_is_close_and_a_mirror_image_only_when_asked_for() -> None:
     rng = np.random.default_rng(4)
-    image = Image.fromarray(rng.integers(0, 255, (8, 10, 3)).astype(np.uint8)).resize((100, 80), Image.Resampling.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 255, (8, 10, 3)).astype(np.uint8))
+    image = small.resize((100, 80), Image.Resampling.BICUBIC)
     turned = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     signed = sign([encode(image, "PNG"), encode(image, "JPEG", quality=40), encode(turned, "PNG")], mirrored=True)
     left, right = np.array([0, 0, 2]), np.array([1, 2, 0])
