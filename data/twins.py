@@ -31,8 +31,8 @@ class DedupConfig(Config):
     sure_max_bits: int = Field(80, ge=0, le=256)
     """... when the hashes differ by no more than this."""
     mirrored: bool = False
-    """Whether a mirror image is the same picture. Not by default: mirrored letters, arrows and shoes are different
-    things, and training that flips its pictures sees both anyway. Set it where a flipped test picture is a leak."""
+    """Whether a mirror image is the same picture. Not by default: the icons of "next" and "previous", left turn and
+    right turn are mirror images. Set it where a flipped test picture is a leak."""
     neighbours: int = Field(32, ge=1, le=1024)
     """Twins of a training row that are remembered a cell, the earliest in corpus order."""
     hold_out_groups: bool = True
