@@ -29,15 +29,17 @@ def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=4)
-def _matrix(dim: int, out: int, seed: int) -> NDArray[np.float32]:
+def _matrix(dim: int, out: int, seed: int) -> NDArray[np.float64]:
     rng = np.random.default_rng(derive_seed(seed, "projection", dim, out))
-    return np.asarray(rng.standard_normal((dim, out)) / np.sqrt(out), dtype=np.float32)
+    return np.asarray(rng.standard_normal((dim, out)) / np.sqrt(out))
 
 
 def project(vectors: NDArray[np.floating], out: int, seed: int) -> NDArray[np.float32]:
     """Unit rows [n, min(d, out)] of the normalised ``vectors`` [n, d], projected when they are longer than ``out``."""
     rows = unit_rows(vectors)
-    return rows if rows.shape[1] <= out else unit_rows(rows @ _matrix(rows.shape[1], out, seed))
+    if rows.shape[1] <= out:
+        return rows
+    return unit_rows(rows.astype(np.float64) @ _matrix(rows.shape[1], out, seed))  # double: no batch rounds differently
 
 
 def vectors_of(table: pa.Table, column: str = "vector") -> NDArray[np.float32]:

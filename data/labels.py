@@ -46,7 +46,11 @@ def check_flow(stats: dict[str, Any]) -> None:
     assert stats["terms"] == sum(dictionary.get(status, 0) for status in ("kept", "abstract", "too_few"))
 
 
+def _sources(config: LabelsConfig) -> list[str]:
+    return [config.dedup.labelled_pairs] if config.dedup.labelled_pairs else []
+
+
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels", "labels", LabelsConfig, run, resumable=True, version=2,
+    "labels", "labels", LabelsConfig, run, resumable=True, version=2, sources=_sources,
     inputs={"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)},
 )  # fmt: skip

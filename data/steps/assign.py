@@ -25,6 +25,7 @@ from lookalike.data.parts import (
     write_table,
 )
 from lookalike.data.polysemy import SENSES, count_senses, describe_senses, separated
+from lookalike.data.steps.exchange import read_part
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.term_embedders import embed_terms
 from lookalike.errors import UsageError
@@ -90,17 +91,17 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
 
 
 def _assign_parts(job: LabelJob, interests: list[str]) -> pa.Table:
-    borrowed = pa.concat_tables([ANNOTATIONS.empty_table(), *map(read_table, job.work_parts("borrowed"))])
-    shared = broadcast((_tables(job, interests), read_table(job.out.path("duplicates.parquet")), borrowed))
-    text, work = job.out.path("annotations.parquet"), job.out.work("assigned")
+    shared, dropped = broadcast(_tables(job, interests)), job.out.path("duplicates.parquet")
+    text, work, borrowed = job.out.path("annotations.parquet"), job.out.work("assigned"), job.out.work("borrowed")
     columns = ["image_id", "group", "dataset", "split", "interactions"]
 
     def task(item: Item) -> pa.Table:
-        tables, duplicates, lent = shared()
-        rows = keep_training(read_table(item["uri"], columns), duplicates)
-        annotations = read_table(storage.join(text, part_name(item["number"])))
-        assigned, counts = assignment.assign_part(pa.concat_tables([annotations, lent]), rows, tables)
-        write_table(storage.join(work, part_name(item["number"])), assigned)
+        name = part_name(item["number"])
+        rows = keep_training(read_table(item["uri"], columns), read_table(storage.join(dropped, name)))
+        annotations = read_table(storage.join(text, name))
+        lent = read_part(borrowed, item["number"], ANNOTATIONS)
+        assigned, counts = assignment.assign_part(pa.concat_tables([annotations, lent]), rows, shared())
+        write_table(storage.join(work, name), assigned)
         return counts
 
     return add_up(blocks_of(job.map(job.parts, task)), ["variant", "cluster"], assignment.LABEL_COUNTS)

@@ -1,51 +1,151 @@
-"""Signatures and near-duplicates: ``duplicates.parquet``."""
+"""Near-duplicates: ``duplicates.parquet/part-N``, the training rows of corpus part N to drop.
 
+A corpus of up to ``dedup.exact_rows`` images is compared whole by one task; a larger one in cells, by shuffles
+(``cells``, ``fates``). Both apply the same functions, and with one cell both give the same rows.
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
 
 from lookalike import storage
-from lookalike.data.dedup import SIGNATURES, find_duplicates, sign_images
-from lookalike.data.features import align, project_part
-from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, write_table
+from lookalike.data.annotations import ANNOTATIONS
+from lookalike.data.copies import COPIES, DUPLICATES, FATES, settle_part
+from lookalike.data.dedup import LENT, borrow, find_duplicates, lent_rows, split_parts
+from lookalike.data.parts import Item, blocks_of, broadcast, collect, part_name, read_table, write_table
+from lookalike.data.signatures import ROW_SHIFT, signature_schema
+from lookalike.data.steps import cells, fates
+from lookalike.data.steps.exchange import exchange, read_part, with_key, work_items
 from lookalike.data.steps.job import LabelJob
+from lookalike.data.steps.signatures import sign
+from lookalike.data.twins import judge_pairs, pictures_of
 from lookalike.errors import UsageError
+from lookalike.progress import track
 
-_DONE = pa.schema([("number", pa.int64())])
+__all__ = ["find", "lend", "sign"]
 
-
-def sign(job: LabelJob) -> dict[str, Any]:
-    """Signatures of all images and small copies of all embeddings, as parts in the draft's work folder."""
-    work, dim, seed = job.out.work(), job.config.feature_dim, job.config.seed
-    vectors = part_items(job.embeddings.files("part-", ".parquet"))
-    items = [{**item, "kind": "signatures"} for item in job.parts] + [{**i, "kind": "features"} for i in vectors]
-
-    def task(item: Item) -> pa.Table:
-        target = storage.join(work, item["kind"], part_name(item["number"]))
-        if not storage.exists(target):
-            if item["kind"] == "signatures":
-                table = sign_images(read_table(item["uri"], ["image_id", "image", "group", "split"]))
-            else:
-                table = project_part(read_table(item["uri"], ["image_id", "vector"]), dim, seed)
-            write_table(target, table)
-        return pa.table([[item["number"]]], schema=_DONE)
-
-    return {"parts": sum(block.num_rows for block in blocks_of(job.map(items, task)))}
+_COUNTS = pa.schema([("reason", pa.string()), ("split", pa.string()), ("rows", pa.int64())])
 
 
 def find(job: LabelJob) -> dict[str, Any]:
-    """``duplicates.parquet``: the training rows to drop. Holds one signature and one feature an image."""
-    signatures = pa.concat_tables([SIGNATURES.empty_table(), *map(read_table, job.work_parts("signatures"))])
-    features = pa.concat_tables([read_table(uri) for uri in job.work_parts("features")])
-    vectors = align(features, signatures["image_id"].to_pylist())
-    duplicates = find_duplicates(signatures, vectors, job.config.dedup)
-    write_table(job.out.path("duplicates.parquet"), duplicates)
-    reasons = duplicates.group_by("reason").aggregate([([], "count_all")]).to_pylist()
-    splits = signatures.group_by("split").aggregate([([], "count_all")]).to_pylist()
-    counts = {str(e["reason"]): e["count_all"] for e in reasons}
-    if duplicates.num_rows >= sum(e["count_all"] for e in splits if e["split"] == "train"):
-        raise UsageError(f"no training row is left: split 'train' lost all its rows as {counts or 'it has none'}; "
+    """``duplicates.parquet`` and, in the work folder, ``lent/part-N``; counts by split and by reason."""
+    splits: dict[str, int] = job.once("sign", sign)["splits"]
+    rows, config = sum(splits.values()), job.config.dedup
+    blocks = _find_whole(job) if rows <= config.exact_rows else _find_in_cells(job, rows)
+    reasons: dict[str, int] = {}
+    overlaps = {split: 0 for split in splits if split != "train"}
+    for entry in (entry for block in blocks for entry in block.to_pylist()):
+        reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + entry["rows"]
+        if entry["split"] is not None:
+            overlaps[entry["split"]] += entry["rows"]
+    dropped, train = sum(reasons.values()), splits.get("train", 0)
+    if dropped >= train:
+        raise UsageError(f"no training row is left: split 'train' lost all its rows as {reasons or 'it has none'}; "
                          "give training rows, or set dedup.hold_out_groups=false where held-out pictures show "
                          "products that are trained on")  # fmt: skip
-    return {"rows": {e["split"]: e["count_all"] for e in splits}, "dropped": duplicates.num_rows,
-            "reasons": dict(sorted(counts.items()))}
+    result = {"rows": splits, "dropped": dropped, "kept": train - dropped, "reasons": dict(sorted(reasons.items())),
+              "overlaps": overlaps}  # fmt: skip
+    return {**result, "labelled": judge_labelled(job)} if config.labelled_pairs else result
+
+
+def _write_part(out: str, work: str, number: int, dropped: pa.Table) -> pa.Table:
+    """Both files of a part; ``_COUNTS`` of its dropped rows."""
+    write_table(storage.join(out, "duplicates.parquet", part_name(number)), dropped.select(DUPLICATES.names))
+    write_table(storage.join(work, "lent", part_name(number)), lent_rows(dropped))
+    counts = dropped.group_by(["reason", "split"]).aggregate([([], "count_all")])
+    return counts.rename_columns(_COUNTS.names).cast(_COUNTS)
+
+
+def _find_whole(job: LabelJob) -> Iterable[pa.Table]:
+    out, work, config = job.out.uri, job.out.work(), job.config.dedup
+    uris = [item["uri"] for item in work_items(job, "signatures")]
+
+    def task(_: Item) -> pa.Table:
+        found = find_duplicates(pa.concat_tables([read_table(uri) for uri in uris]), config)
+        parts = split_parts(found, len(uris))
+        return pa.concat_tables([_write_part(out, work, number, part) for number, part in parts])
+
+    return track(blocks_of(job.map([{"number": 0}], task)), "labels duplicates", unit="block")
+
+
+def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
+    copies = job.once("copies", lambda job: cells.split_copies(job, rows))["copies"]
+    job.once("cells", lambda job: cells.make_cells(job, rows))
+    found = job.once("pairs", lambda job: cells.search_cells(job, rows))
+    decided = job.once("fates", lambda job: fates.decide(job, found["pairs"], found["inside"]))["fates"]
+    fates.send_fates(job, decided + copies)
+    out, work, held = job.out.uri, job.out.work(), broadcast(cells.held_groups(job))
+
+    def task(item: Item) -> pa.Table:
+        number = item["number"]
+        settled = settle_part(read_table(item["uri"]), held(), read_part(storage.join(work, "copies"), number, COPIES),
+                              read_part(storage.join(work, "fates"), number, FATES))  # fmt: skip
+        return _write_part(out, work, number, settled)
+
+    return track(blocks_of(job.map(work_items(job, "signatures"), task)), "labels duplicates", unit="part")
+
+
+def lend(job: LabelJob) -> None:
+    """``borrowed/part-N`` in the work folder: annotations of dropped copies, at the part of the row that stays."""
+    text, lent = job.out.path("annotations.parquet"), job.out.work("lent")
+    stats = job.once("duplicates", find)
+    copies = sum(stats["reasons"].get(reason, 0) for reason in ("duplicate", "near_duplicate"))
+
+    def spread(item: Item) -> pa.Table:
+        annotations = read_part(text, item["number"], ANNOTATIONS)
+        words = borrow(annotations, read_part(lent, item["number"], LENT))
+        return with_key(words.drop_columns(["keeper"]), words["keeper"].to_numpy() >> ROW_SHIFT)
+
+    def gather(_: int, words: pa.Table) -> pa.Table:
+        return words.sort_by([("image_id", "ascending"), ("term", "ascending"), ("score", "ascending")])
+
+    exchange(job, job.parts, spread, gather, kind="borrowed", rows=copies)
+
+
+def judge_labelled(job: LabelJob) -> dict[str, float]:
+    """How the rule does on the pairs of ``dedup.labelled_pairs``. Memory: their images' signatures."""
+    uri, config = str(job.config.dedup.labelled_pairs), job.config.dedup
+    pairs = read_labelled(uri)
+    ids = pa.concat_arrays([pairs[side].combine_chunks() for side in ("left", "right")]).unique()
+    wanted, items = broadcast(ids), work_items(job, "signatures")
+
+    def task(item: Item) -> pa.Table:
+        table = read_table(item["uri"])
+        return table.filter(pc.is_in(table["image_id"], value_set=wanted()))
+
+    dim = read_table(items[0]["uri"], ["vector"]).schema.field("vector").type.list_size
+    found = collect(job.map(items, task), signature_schema(dim))
+    places = [pc.index_in(pairs[side], value_set=found["image_id"].combine_chunks()) for side in ("left", "right")]
+    missing = pc.is_in(ids, value_set=found["image_id"].combine_chunks())
+    if not pc.all(missing).as_py():
+        first = ids.filter(pc.invert(missing))
+        raise UsageError(f"dedup.labelled_pairs {uri} names {len(first)} images that are not in the corpus, "
+                         f"{first[0].as_py()!r} for one; remove their pairs")  # fmt: skip
+    left, right = (place.to_numpy().astype(np.int64) for place in places)
+    return judge_pairs(pictures_of(found, config.mirrored), left, right, pairs["duplicate"].to_numpy(), config)
+
+
+def read_labelled(uri: str) -> pa.Table:
+    """``left``, ``right`` (string) and ``duplicate`` (bool) of a parquet or CSV file; raises ``UsageError``."""
+    filesystem, path = storage.arrow_filesystem(uri)
+    try:
+        if path.endswith(".csv"):
+            with filesystem.open_input_stream(path) as stream:
+                options = pa.csv.ConvertOptions(column_types={"left": pa.string(), "right": pa.string()},
+                                                strings_can_be_null=True)  # fmt: skip
+                table = pa.csv.read_csv(stream, convert_options=options)
+        else:
+            table = read_table(uri)
+        columns = [table["left"].cast(pa.string()), table["right"].cast(pa.string()),
+                   table["duplicate"].cast(pa.int8()).cast(pa.bool_())]  # fmt: skip
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise UsageError(f"dedup.labelled_pairs {uri} is no table of pairs ({error}); give a parquet or CSV file with "
+                         "the columns left, right (image ids) and duplicate (0 or 1)") from None  # fmt: skip
+    labelled = pa.table(columns, names=["left", "right", "duplicate"])
+    if not labelled.num_rows or any(column.null_count for column in labelled.columns):
+        raise UsageError(f"dedup.labelled_pairs {uri} has no rows or empty cells; fill left, right and duplicate")
+    return labelled

@@ -16,11 +16,11 @@ from lookalike import storage
 from lookalike.config import runtime
 from lookalike.data.annotations import AnnotationConfig
 from lookalike.data.clusters import ClusterConfig
-from lookalike.data.dedup import DedupConfig
 from lookalike.data.dictionary import DictionaryConfig
 from lookalike.data.interests import RestrictionConfig
 from lookalike.data.parts import Item, map_parts, part_items, read_table
 from lookalike.data.report import ReportConfig
+from lookalike.data.twins import DedupConfig
 from lookalike.stages import StageConfig, StageRun
 from lookalike.telemetry import get_logger, timed
 

@@ -7,7 +7,6 @@ import pyarrow.compute as pc
 
 from lookalike import storage
 from lookalike.data.annotations import COUNTS, TEXT_COLUMNS, annotate, count_candidates
-from lookalike.data.dedup import borrow
 from lookalike.data.parts import (
     Item,
     blocks_of,
@@ -18,6 +17,7 @@ from lookalike.data.parts import (
     read_table,
     write_table,
 )
+from lookalike.data.steps import duplicates
 from lookalike.data.steps.job import LabelJob
 from lookalike.errors import UsageError
 
@@ -43,17 +43,14 @@ def mine(job: LabelJob) -> dict[str, Any]:
 
 def annotate_all(job: LabelJob) -> dict[str, Any]:
     """``annotations/part-*`` and, in the work folder, the borrowed annotations of dropped copies."""
-    out, work, config = job.out.uri, job.out.work("borrowed"), job.config.annotations
-    shared = broadcast((frozenset(job.vocabulary()), read_table(job.out.path("duplicates.parquet"))))
+    out, config = job.out.uri, job.config.annotations
+    shared = broadcast(frozenset(job.vocabulary()))
 
     def task(item: Item) -> pa.Table:
-        terms, duplicates = shared()
-        annotations = annotate(read_table(item["uri"], TEXT_COLUMNS), terms, config)
+        annotations = annotate(read_table(item["uri"], TEXT_COLUMNS), shared(), config)
         write_table(storage.join(out, "annotations.parquet", part_name(item["number"])), annotations)
-        borrowed = borrow(annotations, duplicates)
-        if borrowed.num_rows:
-            write_table(storage.join(work, part_name(item["number"])), borrowed)
         return pa.table([[annotations.num_rows]], schema=_DONE)
 
     rows = sum(sum(block["annotations"].to_pylist()) for block in blocks_of(job.map(job.parts, task)))
+    duplicates.lend(job)
     return {"annotations": rows}

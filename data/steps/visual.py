@@ -42,11 +42,13 @@ def score(job: LabelJob) -> dict[str, Any]:
 
 def _sketch(job: LabelJob) -> pa.Table:
     config, high, seed = job.config.dictionary, job.config.annotations.high_confidence, job.config.seed
-    text, shared = job.out.path("annotations.parquet"), broadcast(read_table(job.out.path("duplicates.parquet")))
+    text, dropped = job.out.path("annotations.parquet"), job.out.path("duplicates.parquet")
 
     def task(item: Item) -> pa.Table:
-        rows = keep_training(read_table(item["uri"], ["image_id", "group", "dataset", "split"]), shared())
-        annotations = read_table(storage.join(text, part_name(item["number"])))
+        name = part_name(item["number"])
+        duplicates = read_table(storage.join(dropped, name))
+        rows = keep_training(read_table(item["uri"], ["image_id", "group", "dataset", "split"]), duplicates)
+        annotations = read_table(storage.join(text, name))
         return sketch_part(annotations, rows, config, high, seed)
 
     blocks = blocks_of(job.map(job.parts, task))
@@ -55,11 +57,11 @@ def _sketch(job: LabelJob) -> pa.Table:
 
 
 def _standard_features(job: LabelJob, image_ids: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    items = part_items(job.work_parts("features"))
+    items = part_items(job.work_parts("signatures"))
     wanted = broadcast(pa.array(image_ids, pa.string()))
 
     def task(item: Item) -> pa.Table:
-        table = read_table(item["uri"])
+        table = read_table(item["uri"], ["image_id", "vector"])
         return table.filter(pc.is_in(table["image_id"], value_set=wanted()))
 
     schema = feature_schema(read_table(items[0]["uri"], ["vector"]).schema.field("vector").type.list_size)

@@ -1,0 +1,162 @@
+"""Signatures of all images: ``signatures/part-N`` in the work folder, aligned with corpus part N."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lookalike import storage
+from lookalike.artifacts import Artifact
+from lookalike.data.copies import held_out_groups
+from lookalike.data.features import project_part
+from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, write_table
+from lookalike.data.signatures import (
+    ROW_SHIFT,
+    SIGNED_COLUMNS,
+    bucket_of,
+    match_vectors,
+    row_numbers,
+    running_spans,
+    sign_images,
+)  # fmt: skip
+from lookalike.data.steps.exchange import exchange, num_buckets, with_key, work_items
+from lookalike.data.steps.job import LabelJob
+from lookalike.errors import UsageError
+from lookalike.progress import track
+
+_SIGNED = pa.schema([("number", pa.int64()), ("split", pa.string()), ("rows", pa.int64()),
+                     ("groups", pa.list_(pa.string()))])  # fmt: skip
+"""Rows of each split of a signed part and the held-out groups; a part whose embeddings are elsewhere has no split."""
+HELD_OUT = "held_out_groups.parquet"
+
+
+def sign(job: LabelJob) -> dict[str, Any]:
+    """Signatures of all images and the groups of held-out rows; the result counts the rows by split.
+
+    Embedding parts need not be cut like the corpus. Where their rows run through it in its order each task reads the
+    rows it needs; the others are matched by image id in a shuffle.
+    """
+    files = _sizes(job.embeddings)
+    sizes = [rows for _, rows in _sizes(job.corpus)]
+    items: list[Item] = [{**item, "spans": []} for item in job.parts]
+    if sum(sizes) == sum(rows for _, rows in files):
+        items = [{**item, "spans": [span._asdict() for span in spans]}
+                 for item, spans in zip(items, running_spans(sizes, files), strict=True)]  # fmt: skip
+    counted = _sign_parts(job, items)
+    apart = {entry["number"] for entry in counted if entry["split"] is None}
+    if apart:
+        _match(job, [item for item in job.parts if item["number"] in apart], sum(sizes))
+        counted = _sign_parts(job, items)
+    splits: dict[str, int] = {}
+    held: set[str] = set()
+    for entry in counted:
+        splits[entry["split"]] = splits.get(entry["split"], 0) + entry["rows"]
+        held.update(entry["groups"])
+    write_table(job.out.work(HELD_OUT), pa.table({"group": pa.array(sorted(held), pa.string())}))
+    return {"splits": dict(sorted(splits.items()))}
+
+
+def _sizes(artifact: Artifact) -> list[tuple[str, int]]:
+    entries = [e for e in artifact.manifest.files if e.path.startswith("part-") and e.path.endswith(".parquet")]
+    return [(artifact.path(entry.path), entry.rows or 0) for entry in entries]
+
+
+def _sign_parts(job: LabelJob, items: list[Item]) -> list[dict[str, Any]]:
+    folder, matched = job.out.work("signatures"), job.out.work("vectors")
+    dim, seed, mirrored = job.config.feature_dim, job.config.seed, job.config.dedup.mirrored
+
+    def task(item: Item) -> pa.Table:
+        number, target = item["number"], storage.join(folder, part_name(item["number"]))
+        if storage.exists(target):
+            return _count(number, read_table(target, ["group", "split"]))
+        table = read_table(item["uri"], SIGNED_COLUMNS)
+        vectors = _running_vectors(item["spans"], table["image_id"], dim, seed)
+        apart = storage.join(matched, part_name(number))
+        if vectors is None and storage.exists(apart):
+            raw = read_table(apart)["vector"].combine_chunks()
+            values = pa.Array.from_buffers(pa.float16(), len(raw) * raw.type.byte_width // 2, [None, raw.buffers()[1]])
+            vectors = pa.FixedSizeListArray.from_arrays(values, raw.type.byte_width // 2)
+        if vectors is None:
+            return pa.table([[number], [None], [0], [[]]], schema=_SIGNED)
+        signed = sign_images(table, vectors, number, mirrored)
+        write_table(target, signed)
+        return _count(number, signed)
+
+    blocks = track(blocks_of(job.map(items, task)), "labels signatures", unit="part")
+    return [entry for block in blocks for entry in block.to_pylist()]
+
+
+def _count(number: int, signatures: pa.Table) -> pa.Table:
+    counts = signatures.group_by("split").aggregate([([], "count_all")]).to_pylist()
+    groups = sorted(held_out_groups(signatures))
+    rows = [{"number": number, "split": entry["split"], "rows": entry["count_all"],
+             "groups": groups if index == 0 else []} for index, entry in enumerate(counts)]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=_SIGNED)
+
+
+def _running_vectors(spans: list[Item], ids: pa.ChunkedArray, dim: int, seed: int) -> pa.Array | None:
+    """The projected vectors of ``ids``, if the spans hold just these."""
+    if not spans:
+        return None
+    table = pa.concat_tables([_read_rows(**span) for span in spans])
+    if not table["image_id"].combine_chunks().equals(ids.combine_chunks()):
+        return None
+    return project_part(table, dim, seed)["vector"].combine_chunks()
+
+
+def _read_rows(uri: str, start: int, stop: int) -> pa.Table:
+    """Rows ``start`` to ``stop`` of an embeddings file, from the row groups that hold them."""
+    filesystem, path = storage.arrow_filesystem(uri)
+    file = pq.ParquetFile(path, filesystem=filesystem)
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    first, last = (int(np.searchsorted(ends, row, side="right")) for row in (start, stop - 1))
+    table = file.read_row_groups(list(range(first, last + 1)), columns=["image_id", "vector"])
+    return table.slice(start - (int(ends[first - 1]) if first else 0), stop - start)
+
+
+def _match(job: LabelJob, parts: list[Item], rows: int) -> None:
+    """``vectors/part-N`` of the corpus parts, each image's by its id. Raises ``UsageError`` where one has none."""
+    dim, seed, buckets = job.config.feature_dim, job.config.seed, num_buckets(2 * rows)
+    width = 2 * min(dim, int(job.embeddings.read_json("meta.json")["dim"]))
+    schema = pa.schema([("image_id", pa.string()), ("row", pa.int64()), ("vector", pa.binary(width))])
+
+    def spread(item: Item) -> pa.Table:
+        if item["kind"] == "corpus":
+            ids = read_table(item["uri"], ["image_id"])["image_id"].combine_chunks()
+            columns = [ids, pa.array(row_numbers(item["number"], len(ids))), pa.nulls(len(ids), pa.binary(width))]
+        else:
+            small = project_part(read_table(item["uri"], ["image_id", "vector"]), dim, seed)
+            ids, values = small["image_id"].combine_chunks(), small["vector"].combine_chunks().flatten()
+            raw = values.to_numpy(zero_copy_only=False).tobytes()
+            packed = pa.Array.from_buffers(pa.binary(width), len(ids), [None, pa.py_buffer(raw)])
+            columns = [ids, pa.nulls(len(ids), pa.int64()), packed]
+        return with_key(pa.table(columns, schema=schema), bucket_of(ids.to_pylist(), buckets))
+
+    items = [{**item, "kind": "corpus"} for item in parts]
+    items += [{**item, "kind": "vectors"} for item in part_items(uri for uri, _ in _sizes(job.embeddings))]
+    exchange(job, items, spread, lambda _, found: match_vectors(found), kind="matched", rows=2 * rows)
+    found = work_items(job, "matched")
+    _refuse_missing(job, found)
+
+    def gather(item: Item) -> pa.Table:
+        table = read_table(item["uri"], ["row", "vector"])
+        return with_key(table, table["row"].to_numpy() >> ROW_SHIFT)
+
+    exchange(job, found, gather, lambda _, part: part.sort_by("row"), kind="vectors", rows=rows)
+
+
+def _refuse_missing(job: LabelJob, items: list[Item]) -> None:
+    def task(item: Item) -> pa.Table:
+        table = read_table(item["uri"], ["image_id", "row", "vector"])
+        missing = table.filter(pc.is_null(table["vector"])).sort_by("row")
+        first = missing.slice(0, 1).select(["image_id", "row"])
+        return first.append_column("missing", pa.array([missing.num_rows] * first.num_rows, pa.int64()))
+
+    entries = [entry for block in blocks_of(job.map(items, task)) for entry in block.to_pylist()]
+    if entries:
+        first = min(entries, key=lambda entry: int(entry["row"]))
+        count = sum(entry["missing"] for entry in entries)
+        raise UsageError(f"{count} images of the corpus have no embedding, {first['image_id']!r} for one; embed the "
+                         "same corpus artifact that is given to the labels stage")  # fmt: skip
