@@ -54,6 +54,11 @@ class Found(NamedTuple):
         """Some of the pairs."""
         return Found(*(values[chosen] for values in self))
 
+    def join(self, other: "Found") -> "Found":
+        """These pairs, then the others."""
+        both: list[Any] = [np.concatenate(pair) for pair in zip(self, other, strict=True)]
+        return Found(*both)
+
 
 def count_cells(rows: int, config: DedupConfig) -> int:
     """Cells for a corpus of ``rows`` images."""
@@ -183,7 +188,7 @@ def _closest_twins(
         for base in _tiles(held_out):
             found = _compare(pictures, training[start : start + QUERY_TILE], base, config)
             if best is not None:
-                found = Found(*(np.concatenate(pair) for pair in zip(best, found, strict=True)))
+                found = best.join(found)
             order = np.lexsort((found.twin, -found.cosine, found.bits, found.row))
             found = found.take(order)
             best = found.take(_rank(found.row) == 0)

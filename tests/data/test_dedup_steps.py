@@ -94,7 +94,7 @@ def test_one_cell_over_parts_finds_what_one_task_finds(
     assert names == [f"part-{number:06d}.parquet" for number in range(4)]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_shuffles_give_what_single_tasks_give_in_several_cells(
     whole: tuple[Any, Any], root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
