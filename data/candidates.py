@@ -56,8 +56,8 @@ class Found(NamedTuple):
 
     def join(self, other: "Found") -> "Found":
         """These pairs, then the others."""
-        both: list[Any] = [np.concatenate(pair) for pair in zip(self, other, strict=True)]
-        return Found(*both)
+        pairs: Any = zip(self, other, strict=True)
+        return Found(*(np.concatenate(pair) for pair in pairs))
 
 
 def count_cells(rows: int, config: DedupConfig) -> int:
