@@ -4,7 +4,7 @@ An annotator (``annotators``) proposes terms and scores them; here they are coun
 threshold. Both are functions on a part of the corpus.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -27,8 +27,9 @@ ANNOTATIONS = pa.schema([
 ])  # fmt: skip
 """One row a term of an image."""
 COUNTS = pa.schema([("term", pa.string()), ("images", pa.int64())])
-BATCH_ROWS = 8192
+BATCH_ROWS = 16_384
 BATCH_BYTES = 4 << 20
+MERGE_ROWS = 500_000
 
 TextField = Literal["title", "description", "keywords", "category", "interactions"]
 Weight = Annotated[float, Field(ge=0, le=1)]
@@ -92,32 +93,49 @@ def count_candidates(records: pa.Table, annotator: Annotator, lists: WordLists) 
 
     Aliases are merged, terms outside a supplied vocabulary left out; ``frequent_terms`` refuses the unfit.
     """
-    counts = []
+    return sum_counts(_counts_of_pieces(records, annotator, lists))
+
+
+def _counts_of_pieces(records: pa.Table, annotator: Annotator, lists: WordLists) -> Iterator[pa.Table]:
     for piece in _pieces(records.filter(pc.equal(records["split"], "train"))):
         proposed = annotator.candidates(piece)
         code, terms = _merged(proposed["term"], lists)
         pair = np.unique(proposed["row"].to_numpy() * max(len(terms), 1) + code)
         images = np.bincount(pair % max(len(terms), 1), minlength=len(terms))
-        counts.append(pa.table([terms, pa.array(images, pa.int64())], schema=COUNTS).filter(pa.array(images > 0)))
-    total = add_counts(counts)
-    if lists.vocabulary is None:
-        return total
-    return total.filter(pc.is_in(total["term"], value_set=pa.array(sorted(lists.vocabulary), pa.string())))
+        keep = pa.array(images > 0)
+        if lists.vocabulary is not None:
+            keep = pc.and_(keep, pc.is_in(terms, value_set=pa.array(sorted(lists.vocabulary), pa.string())))
+        yield pa.table([terms, pa.array(images, pa.int64())], schema=COUNTS).filter(keep)
 
 
 def _merged(column: Any, lists: WordLists) -> tuple[Integers, Any]:
-    """A column of terms as codes and their distinct terms, aliases merged."""
+    """A column of terms as codes and the terms they stand for, aliases merged; some terms may have no code."""
     column = column.combine_chunks()
     encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    merged = pa.array([lists.merge(term) for term in encoded.dictionary.to_pylist()], pa.string()).dictionary_encode()
-    to = merged.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    return to[encoded.indices.to_numpy(zero_copy_only=False)], merged.dictionary
+    terms, aliases = encoded.dictionary, pa.array(list(lists.aliases or ()), pa.string())
+    merged = np.flatnonzero(pc.is_in(terms, value_set=aliases).to_numpy(zero_copy_only=False))
+    targets = [lists.merge(term) for term in terms.take(pa.array(merged)).to_pylist()]
+    terms = pa.concat_arrays([terms, pa.array(targets, pa.string())])
+    to = np.arange(len(terms))
+    to[merged] = pc.index_in(pa.array(targets, pa.string()), value_set=terms).to_numpy(zero_copy_only=False)
+    return to[encoded.indices.to_numpy(zero_copy_only=False)], terms
 
 
 def add_counts(counts: list[pa.Table]) -> pa.Table:
     """The sum of several ``COUNTS``, by term."""
     frame = pl.DataFrame(pl.from_arrow(pa.concat_tables([COUNTS.empty_table(), *counts])))
     return frame.group_by("term").agg(pl.col("images").sum()).sort("term").to_arrow().cast(COUNTS)
+
+
+def sum_counts(counts: Iterable[pa.Table]) -> pa.Table:
+    """The sum of many ``COUNTS``, merged whenever as much waits as is held: each row is handled a few times only."""
+    total, waiting, rows = COUNTS.empty_table(), [], 0
+    for table in counts:
+        waiting.append(table)
+        rows += table.num_rows
+        if rows > max(MERGE_ROWS, total.num_rows):
+            total, waiting, rows = add_counts([total, *waiting]), [], 0
+    return add_counts([total, *waiting])
 
 
 def frequent_terms(counts: pa.Table, config: AnnotationConfig, lists: WordLists) -> pa.Table:

@@ -99,8 +99,10 @@ def _score(text: NDArray[np.int64], feature: NDArray[np.int64], count: int, mode
     """Log-posteriors [count, languages]; 0 throughout for a text without features."""
     from scipy.sparse import csr_array
 
-    used, column = np.unique(feature, return_inverse=True)
-    pair, times = np.unique(text * max(len(used), 1) + column, return_counts=True)
+    used = np.flatnonzero(np.bincount(feature, minlength=1))
+    slot = np.zeros(used[-1] + 1 if len(used) else 1, np.int64)
+    slot[used] = np.arange(len(used))
+    pair, times = np.unique(text * max(len(used), 1) + slot[feature], return_counts=True)
     rows, columns = pair // max(len(used), 1), pair % max(len(used), 1)
     visits = csr_array((np.log1p(times.astype(np.float32)), (rows, columns)), shape=(count, len(used)))
     scores = visits @ model.weight[used].astype(np.float32) + model.prior

@@ -5,8 +5,9 @@ done once a word or a candidate is numpy. A key holds up to three numbers of 21 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -100,14 +101,32 @@ def expand(groups: Integers, counts: Integers, values: NDArray[Any]) -> tuple[ND
     return values[start[groups][index] + within], index
 
 
+class _Fact(NamedTuple):
+    """A word and what is asked of it: its singular, and whether it may stand in a term and at its ends."""
+
+    word: str
+    single: str
+    inner: bool
+    edge: bool
+
+
+@lru_cache(maxsize=100_000)
+def _fact(token: str) -> _Fact | None:
+    """None for a token that ends a phrase; an empty word for one to skip."""
+    word = word_of(token)
+    if word is None:
+        return None
+    inner = has_letter(word)
+    return _Fact(word, singular(word), inner, inner and word not in STOP_WORDS)
+
+
 class Phrases:
     """Texts cut into numbered words. ``texts`` should be distinct; results name them by their index."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         tokens = [tokens_of(text) for text in texts]
         flat = list(chain.from_iterable(tokens))
-        numbers: dict[str, int] = {}
-        code = {token: self._code(token, numbers) for token in dict.fromkeys(flat)}
+        code = self._describe(list(dict.fromkeys(flat)))
         word = np.fromiter(map(code.__getitem__, flat), np.int64, len(flat))
         text = np.repeat(np.arange(len(texts)), np.fromiter(map(len, tokens), np.int64, len(tokens)))
         phrase = np.cumsum((word == _BREAK) | (np.diff(text, prepend=-1) > 0))
@@ -115,30 +134,27 @@ class Phrases:
         self.word, self.text, phrase = word[keep], text[keep], phrase[keep]
         self.count = len(texts)
         self.left = self._left(phrase)
-        self._describe(numbers)
 
-    @staticmethod
-    def _code(token: str, numbers: dict[str, int]) -> int:
-        word = word_of(token)
-        if word is None:
-            return _BREAK
-        return numbers.setdefault(word, len(numbers)) if word else _SKIP
+    def _describe(self, tokens: list[str]) -> dict[str, int]:
+        """Number the words of these tokens and note what terms need of them; the number of each token's word."""
+        facts = [_fact(token) for token in tokens]
+        numbers: dict[str, int] = {}
+        code = [_BREAK if f is None else numbers.setdefault(f.word, len(numbers)) if f.word else _SKIP for f in facts]
+        of = {f.word: f for f in facts if f is not None}
+        written = [of[word] for word in numbers]
+        self.single = np.array([numbers.setdefault(f.single, len(numbers)) for f in written], np.int64)
+        assert len(numbers) < LIMIT, "a batch of texts is bounded so that it cannot have so many words"
+        self.words = list(numbers)
+        self.size = np.fromiter(map(len, self.words), np.int64, len(self.words))
+        self.inner = np.array([f.inner for f in written], bool)
+        self.edge = np.array([f.edge for f in written], bool)
+        return dict(zip(tokens, code, strict=True))
 
     @staticmethod
     def _left(phrase: Integers) -> Integers:
         """Words from each word to the end of its phrase, itself included."""
         last = np.searchsorted(phrase, phrase, side="right")
         return np.asarray(last - np.arange(len(phrase)), dtype=np.int64)
-
-    def _describe(self, numbers: dict[str, int]) -> None:
-        written = len(numbers)
-        last = [singular(word) for word in numbers]
-        self.single = np.array([numbers.setdefault(word, len(numbers)) for word in last], np.int64)
-        assert len(numbers) < LIMIT, "a batch of texts is bounded so that it cannot have so many words"
-        self.words = list(numbers)
-        self.size = np.array([len(word) for word in self.words], np.int64)
-        self.inner = np.array([has_letter(word) for word in self.words[:written]], bool)
-        self.edge = self.inner & np.array([word not in STOP_WORDS for word in self.words[:written]], bool)
 
     def _spans(self, at: Integers, length: int) -> NDArray[np.bool_]:
         """Whether the ``length`` words from each of ``at`` make a term."""

@@ -30,7 +30,7 @@ _INVISIBLE = [(0xAD, 0xAD), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F), 
 _APOSTROPHES = dict.fromkeys([0x60, 0xB4, 0x2BC, 0x2018, 0x2019, 0x2032], "'")
 _BEFORE = {code: None for first, last in _INVISIBLE for code in range(first, last + 1)} | _APOSTROPHES
 _BEFORE |= dict.fromkeys([0xA9, 0xAE, 0x2117, 0x2120, 0x2122])  # marks of trade, which NFKC would make letters
-_AFTER = dict.fromkeys([*range(0x300, 0x370), *range(0x20D0, 0x2100)]) | {ord("_"): " "}
+_AFTER = dict.fromkeys([*range(0x300, 0x370), *range(0x20D0, 0x2100)]) | {ord("_"): " ", ord("`"): "'"}
 """What is left of combining marks when no composed letter exists."""
 
 
@@ -54,7 +54,7 @@ def singular(word: str) -> str:
 def normalise(text: str) -> str:
     """NFKC and case folded, without invisible characters, stray combining marks and marks of trade."""
     if text.isascii():
-        return text.lower().replace("_", " ").replace("`", "'")
+        return text.lower().translate(_AFTER) if "_" in text or "`" in text else text.lower()
     folded = unicodedata.normalize("NFKC", text.translate(_BEFORE)).casefold()
     return unicodedata.normalize("NFKC", folded).translate(_AFTER)
 

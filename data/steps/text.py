@@ -1,6 +1,7 @@
 """Annotations: the vocabulary, the terms of every image, and what dropped copies lend to the rows that stay."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +13,12 @@ from lookalike.data.annotations import (
     BATCH_ROWS,
     COUNTS,
     TEXT_COLUMNS,
-    add_counts,
     annotate,
     count_candidates,
     frequent_terms,
     make_annotator,
     most_frequent,
+    sum_counts,
 )
 from lookalike.data.dedup import borrow
 from lookalike.data.parts import (
@@ -34,7 +35,7 @@ from lookalike.data.phrases import Vocabulary
 from lookalike.data.steps.job import LabelJob
 from lookalike.errors import UsageError
 
-PARTS_PER_TASK = 32  # counted together before they are shuffled
+PARTS_PER_TASK = 16  # counted together before they are shuffled
 _DONE = pa.schema([("annotations", pa.int64())])
 
 
@@ -48,11 +49,8 @@ def mine(job: LabelJob) -> dict[str, Any]:
 
     def task(item: Item) -> pa.Table:
         annotator, terms = make_annotator(config), shared()
-        total = COUNTS.empty_table()
-        for uri in item["uris"]:
-            for records in read_text(uri):
-                total = add_counts([total, count_candidates(records, annotator, terms)])
-        return total
+        records = chain.from_iterable(read_text(uri) for uri in item["uris"])
+        return sum_counts(count_candidates(batch, annotator, terms) for batch in records)
 
     uris = [item["uri"] for item in job.parts]
     size = max(1, min(PARTS_PER_TASK, len(uris) // num_partitions(job.parts)))

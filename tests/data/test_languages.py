@@ -5,7 +5,7 @@ from lookalike.data.languages import IDENTIFY_CHARACTERS, identify, language_of,
 
 FRENCH = "Une petite maison avec un jardin et une voiture devant la porte"
 ENGLISH = "A small house with a garden and a car in front of the door"
-RUSSIAN = "\u041a\u0440\u0430\u0441\u043d\u044b\u0439 \u0434\u0438\u0432\u0430\u043d \u0441 \u043e\u0434\u043d\u043e\u0439"
+RUSSIAN = "\u041a\u0440\u0430\u0441\u043d\u044b\u0439 \u0434\u0438\u0432\u0430\u043d \u0438 \u0441\u0442\u0443\u043b"
 TEXTS = [
     FRENCH, ENGLISH, ENGLISH.upper(), "Ein rotes Sofa mit zwei Kissen", RUSSIAN, "", "12", "\U0001f525",
     "\u8d64\u3044\u30bd\u30d5\u30a1", "Naranja y lim\u00f3n en una mesa de madera", "s\u030co", "a b c d e f",
