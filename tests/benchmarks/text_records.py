@@ -1,7 +1,7 @@
 """Made-up records with a Zipf vocabulary for the benchmark of the text side: seeded, written as parquet parts.
 
-The head of the vocabulary is the words of the sample corpus by frequency, the tail joins two of them, so that texts look
-English to a language model and the number of different words keeps growing with the records.
+The head of the vocabulary is the words of the sample corpus by frequency, the tail joins two of them, so that texts
+look English to a language model and the number of different words keeps growing with the records.
 """
 
 import re
