@@ -122,9 +122,12 @@ def _merged(column: Any, lists: WordLists) -> tuple[Integers, Any]:
 
 
 def add_counts(counts: list[pa.Table]) -> pa.Table:
-    """The sum of several ``COUNTS``, by term."""
-    frame = pl.DataFrame(pl.from_arrow(pa.concat_tables([COUNTS.empty_table(), *counts])))
-    return frame.group_by("term").agg(pl.col("images").sum()).sort("term").to_arrow().cast(COUNTS)
+    """The sum of several ``COUNTS``, in no order of its terms."""
+    counts = [table for table in counts if table.num_rows]
+    if len(counts) < 2:
+        return counts[0] if counts else COUNTS.empty_table()
+    frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(counts)))
+    return frame.group_by("term").agg(pl.col("images").sum()).to_arrow().cast(COUNTS)
 
 
 def sum_counts(counts: Iterable[pa.Table]) -> pa.Table:

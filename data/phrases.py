@@ -4,10 +4,10 @@ The rules are those of ``terms``, which takes one text at a time. Work on string
 done once a word or a candidate is numpy. A key holds up to three numbers of 21 bits, the last word's lowest.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from lookalike.errors import UsageError
 BITS = 21
 LIMIT = (1 << BITS) - 1  # words that can be numbered; 0 stands for no word
 Integers = NDArray[np.int64]
+MOST_KEPT = 300_000  # tokens whose words are kept from batch to batch
 _SKIP, _BREAK = -1, -2
 
 
@@ -101,70 +102,102 @@ def expand(groups: Integers, counts: Integers, values: NDArray[Any]) -> tuple[ND
     return values[start[groups][index] + within], index
 
 
-class _Fact(NamedTuple):
-    """A word and what is asked of it: its singular, and whether it may stand in a term and at its ends."""
+class Lexicon(dict[str, int]):
+    """Token -> the number of its word; words met for the first time are numbered, and described once.
 
-    word: str
-    single: str
-    inner: bool
-    edge: bool
+    It is a cache: texts of one language use the same words again, and numbers mean nothing outside it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: dict[str, int] = {}
+        self.words: list[str] = []
+        self._new: list[tuple[int, int, bool, bool]] = []
+        self.array = pa.array([], pa.string())
+        self.single, self.size = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.inner, self.edge = np.zeros(0, bool), np.zeros(0, bool)
+        self._translated: tuple[Vocabulary | None, Integers] = (None, np.zeros(0, np.int64))
+
+    def __missing__(self, token: str) -> int:
+        word = word_of(token)
+        self[token] = code = _BREAK if word is None else self._number(word) if word else _SKIP
+        return code
+
+    def _number(self, word: str) -> int:
+        if (known := self._numbers.get(word)) is not None:
+            return known
+        number = self._numbers[word] = len(self.words)
+        assert number < LIMIT, "a batch of texts is bounded so that it cannot have so many words"
+        self.words.append(word)
+        inner, at = has_letter(word), len(self._new)
+        self._new.append((number, len(word), inner, inner and word not in STOP_WORDS))
+        if (single := singular(word)) != word:
+            self._new[at] = (self._number(single), *self._new[at][1:])
+        return number
+
+    def settle(self) -> None:
+        """Bring the arrays up to the words."""
+        if not self._new:
+            return
+        single, size, inner, edge = zip(*self._new, strict=True)
+        self.single, self.size = np.append(self.single, single), np.append(self.size, size)
+        self.inner, self.edge = np.append(self.inner, inner), np.append(self.edge, edge)
+        self.array = pa.concat_arrays([self.array, pa.array(self.words[len(self.array) :], pa.string())])
+        self._new = []
+
+    def translate(self, vocabulary: Vocabulary) -> Integers:
+        """Number + 1 of each word in the vocabulary; 0 for one that is not in it."""
+        of, numbers = self._translated
+        if of is not vocabulary:
+            numbers = np.zeros(0, np.int64)
+        new = [vocabulary.words.get(word, -1) + 1 for word in self.words[len(numbers) :]]
+        numbers = np.append(numbers, np.array(new, np.int64))
+        self._translated = (vocabulary, numbers)
+        return numbers
 
 
-@lru_cache(maxsize=100_000)
-def _fact(token: str) -> _Fact | None:
-    """None for a token that ends a phrase; an empty word for one to skip."""
-    word = word_of(token)
-    if word is None:
-        return None
-    inner = has_letter(word)
-    return _Fact(word, singular(word), inner, inner and word not in STOP_WORDS)
+_thread = threading.local()
+
+
+def _lexicon() -> Lexicon:
+    """This thread's lexicon, a fresh one when it has grown large."""
+    kept: Lexicon | None = getattr(_thread, "lexicon", None)
+    if kept is None or max(len(kept), len(kept.words)) > MOST_KEPT:
+        kept = _thread.lexicon = Lexicon()
+    return kept
 
 
 class Phrases:
     """Texts cut into numbered words. ``texts`` should be distinct; results name them by their index."""
 
     def __init__(self, texts: Sequence[str]) -> None:
+        self.lexicon = _lexicon()
         tokens = [tokens_of(text) for text in texts]
-        flat = list(chain.from_iterable(tokens))
-        code = self._describe(list(dict.fromkeys(flat)))
-        word = np.fromiter(map(code.__getitem__, flat), np.int64, len(flat))
-        text = np.repeat(np.arange(len(texts)), np.fromiter(map(len, tokens), np.int64, len(tokens)))
+        size = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        word = np.fromiter(map(self.lexicon.__getitem__, chain.from_iterable(tokens)), np.int64, int(size.sum()))
+        self.lexicon.settle()
+        text = np.repeat(np.arange(len(texts)), size)
         phrase = np.cumsum((word == _BREAK) | (np.diff(text, prepend=-1) > 0))
         keep = word >= 0
         self.word, self.text, phrase = word[keep], text[keep], phrase[keep]
         self.count = len(texts)
         self.left = self._left(phrase)
 
-    def _describe(self, tokens: list[str]) -> dict[str, int]:
-        """Number the words of these tokens and note what terms need of them; the number of each token's word."""
-        facts = [_fact(token) for token in tokens]
-        numbers: dict[str, int] = {}
-        code = [_BREAK if f is None else numbers.setdefault(f.word, len(numbers)) if f.word else _SKIP for f in facts]
-        of = {f.word: f for f in facts if f is not None}
-        written = [of[word] for word in numbers]
-        self.single = np.array([numbers.setdefault(f.single, len(numbers)) for f in written], np.int64)
-        assert len(numbers) < LIMIT, "a batch of texts is bounded so that it cannot have so many words"
-        self.words = list(numbers)
-        self.size = np.fromiter(map(len, self.words), np.int64, len(self.words))
-        self.inner = np.array([f.inner for f in written], bool)
-        self.edge = np.array([f.edge for f in written], bool)
-        return dict(zip(tokens, code, strict=True))
-
     @staticmethod
     def _left(phrase: Integers) -> Integers:
         """Words from each word to the end of its phrase, itself included."""
-        last = np.searchsorted(phrase, phrase, side="right")
-        return np.asarray(last - np.arange(len(phrase)), dtype=np.int64)
+        size = np.bincount(phrase)
+        return np.asarray(np.cumsum(size)[phrase] - np.arange(len(phrase)), dtype=np.int64)
 
     def _spans(self, at: Integers, length: int) -> NDArray[np.bool_]:
         """Whether the ``length`` words from each of ``at`` make a term."""
         first, last = self.word[at], self.word[at + length - 1]
-        fine = self.edge[first] & self.edge[last]
-        size = self.size[self.single[last]] + length - 1
+        fine = self.lexicon.edge[first] & self.lexicon.edge[last]
+        size = self.lexicon.size[self.lexicon.single[last]] + length - 1
         for offset in range(length - 1):
             inner = self.word[at + offset]
-            size += self.size[inner]
-            fine &= self.inner[inner]
+            size += self.lexicon.size[inner]
+            fine &= self.lexicon.inner[inner]
         return np.asarray(fine & (size > 1) & (size <= MAX_LENGTH))
 
     def _keys(self, at: Integers, length: int, numbers: Integers, singles: Integers) -> Integers:
@@ -174,7 +207,7 @@ class Phrases:
         return key
 
     def _own_keys(self, at: Integers, length: int) -> Integers:
-        return self._keys(at, length, np.arange(1, len(self.words) + 1), self.single + 1)
+        return self._keys(at, length, np.arange(1, len(self.lexicon.words) + 1), self.lexicon.single + 1)
 
     def ngrams(self) -> tuple[Integers, Integers]:
         """(text, key) of every candidate term within a phrase, in the order of the texts; some may recur."""
@@ -204,7 +237,7 @@ class Phrases:
 
     def strings(self, keys: Integers) -> Any:
         """The terms that ``keys``, sorted, stand for, as an Arrow array of strings."""
-        words = pa.array(self.words, pa.string())
+        words = self.lexicon.array
         ends = np.searchsorted(keys, [1 << BITS, 1 << 2 * BITS])
         chunks = []
         for length, chunk in enumerate(np.split(keys, ends), start=1):
@@ -212,13 +245,11 @@ class Phrases:
             chunks.append(pc.binary_join_element_wise(*columns, " "))
         return pa.concat_arrays(chunks)
 
-    def _translate(self, vocabulary: Vocabulary) -> tuple[Integers, Integers]:
-        numbers = np.array([vocabulary.words.get(word, -1) + 1 for word in self.words], np.int64)
-        return numbers, numbers[self.single]
-
-    def _entries(self, at: Integers, length: int, vocabulary: Vocabulary, numbers: Integers,
-                 singles: Integers) -> tuple[Integers, Integers]:  # fmt: skip
+    def _entries(
+        self, at: Integers, length: int, vocabulary: Vocabulary, numbers: Integers
+    ) -> tuple[Integers, Integers]:
         """The places of ``at`` where a term of ``length`` words is an entry of the vocabulary, and the entries."""
+        singles = numbers[self.lexicon.single]
         known = singles[self.word[at + length - 1]] > 0
         for offset in range(length - 1):
             known &= numbers[self.word[at + offset]] > 0
@@ -229,31 +260,31 @@ class Phrases:
 
     def named(self, vocabulary: Vocabulary) -> tuple[Integers, Integers]:
         """(text, position) of every vocabulary term within a phrase, whatever longer term it stands in."""
-        numbers, singles = self._translate(vocabulary)
+        numbers = self.lexicon.translate(vocabulary)
         found = []
         for length in range(1, MAX_WORDS + 1):
             at = np.nonzero(self.left >= length)[0]
-            at, entry = self._entries(at, length, vocabulary, numbers, singles)
+            at, entry = self._entries(at, length, vocabulary, numbers)
             found.append((self.text[at], vocabulary.mean(entry)))
         text, position = (np.concatenate(columns) for columns in zip(*found, strict=True))
         return text, position
 
     def whole_matches(self, vocabulary: Vocabulary) -> Integers:
         """Position of the vocabulary term that each text [count] is as a whole, -1 where it is none."""
-        numbers, singles = self._translate(vocabulary)
+        numbers = self.lexicon.translate(vocabulary)
         positions = np.full(self.count, -1, np.int64)
         for length, _, at in self._short():
-            place, entry = self._entries(at, length, vocabulary, numbers, singles)
+            place, entry = self._entries(at, length, vocabulary, numbers)
             positions[self.text[place]] = vocabulary.mean(entry)
         return positions
 
     def matches(self, vocabulary: Vocabulary) -> tuple[Integers, Integers]:
         """(text, position) of the terms that texts name: the longest at each place, and the terms it ends in."""
-        numbers, singles = self._translate(vocabulary)
+        numbers = self.lexicon.translate(vocabulary)
         length_at, entry_at = np.ones(len(self.word), np.int64), np.full(len(self.word), -1, np.int64)
         for length in range(1, MAX_WORDS + 1):
             at = np.nonzero(self.left >= length)[0]
-            at, entry = self._entries(at, length, vocabulary, numbers, singles)
+            at, entry = self._entries(at, length, vocabulary, numbers)
             length_at[at], entry_at[at] = length, entry
         at = _reached(length_at)
         at = at[entry_at[at] >= 0]

@@ -1,9 +1,11 @@
 """The batch functions against those of ``terms``, which take one text."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lookalike.data import phrases
 from lookalike.data.phrases import Phrases, Vocabulary, expand
 from lookalike.data.terms import canonical, match_terms, ngrams
 
@@ -17,10 +19,10 @@ TERMS = st.sets(st.sampled_from(["red", "chair", "table", "lamp", "office chair"
 
 @given(TEXTS)
 def test_ngrams_are_those_of_each_text(texts: list[str]) -> None:
-    phrases = Phrases(texts)
-    text, key = phrases.ngrams()
+    batch = Phrases(texts)
+    text, key = batch.ngrams()
     keys = np.unique(key)
-    strings = dict(zip(keys.tolist(), phrases.strings(keys).to_pylist(), strict=True))
+    strings = dict(zip(keys.tolist(), batch.strings(keys).to_pylist(), strict=True))
     found: list[set[str]] = [set() for _ in texts]
     for at, number in zip(text.tolist(), key.tolist(), strict=True):
         found[at].add(strings[number])
@@ -30,22 +32,22 @@ def test_ngrams_are_those_of_each_text(texts: list[str]) -> None:
 
 @given(TEXTS)
 def test_whole_texts_have_their_canonical_form(texts: list[str]) -> None:
-    phrases = Phrases(texts)
-    keys = phrases.whole()
+    batch = Phrases(texts)
+    keys = batch.whole()
     distinct = np.unique(keys[keys > 0])
-    strings = dict(zip(distinct.tolist(), phrases.strings(distinct).to_pylist(), strict=True))
+    strings = dict(zip(distinct.tolist(), batch.strings(distinct).to_pylist(), strict=True))
     assert [strings.get(key) for key in keys.tolist()] == [canonical(t) for t in texts]
 
 
 @given(TEXTS, TERMS)
 def test_matches_are_those_of_each_text(texts: list[str], terms: set[str]) -> None:
     vocabulary = Vocabulary(terms)
-    phrases = Phrases(texts)
+    batch = Phrases(texts)
     found: list[set[str]] = [set() for _ in texts]
-    for at, position in zip(*(a.tolist() for a in phrases.matches(vocabulary)), strict=True):
+    for at, position in zip(*(a.tolist() for a in batch.matches(vocabulary)), strict=True):
         found[at].add(vocabulary.terms[position])
     assert found == [match_terms(t, terms) for t in texts]
-    whole = [None if p < 0 else vocabulary.terms[p] for p in phrases.whole_matches(vocabulary).tolist()]
+    whole = [None if p < 0 else vocabulary.terms[p] for p in batch.whole_matches(vocabulary).tolist()]
     assert whole == [term if (term := canonical(t)) in terms else None for t in texts]
 
 
@@ -75,3 +77,18 @@ def test_an_empty_vocabulary_matches_nothing() -> None:
 def test_expand_repeats_the_values_of_groups() -> None:
     values, index = expand(np.array([2, 0, 1, 2]), np.array([1, 0, 2]), np.array([5, 7, 8]))
     assert (values.tolist(), index.tolist()) == ([7, 8, 5, 7, 8], [0, 0, 1, 3, 3])
+
+
+def test_the_words_kept_between_batches_change_nothing_and_do_not_grow_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(phrases, "MOST_KEPT", 50)
+    vocabulary = Vocabulary([f"red lamp{number}" for number in range(0, 200, 2)])
+    sizes = []
+    for number in range(200):
+        batch = Phrases([f"Red lamps{number}", f"red lamp{number} {'s' * number}"])
+        text, position = batch.matches(vocabulary)
+        expected = [] if number % 2 else [(1, f"red lamp{number}")]
+        assert [(t, vocabulary.terms[p]) for t, p in zip(text.tolist(), position.tolist(), strict=True)] == expected
+        sizes.append(len(batch.lexicon))
+    assert max(sizes) < 60
