@@ -15,7 +15,7 @@ from pydantic import Field
 
 from lookalike.config import Config
 from lookalike.data.annotators import ANNOTATORS, Annotator
-from lookalike.data.phrases import Integers, Vocabulary
+from lookalike.data.vocabulary import Integers, Vocabulary
 from lookalike.data.wordlists import WordLists, load_lists
 
 TEXT_COLUMNS = ["image_id", "title", "description", "keywords", "category", "locale", "creator", "dataset", "split",

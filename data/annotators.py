@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lookalike.data.phrases import Integers, Phrases, Vocabulary, expand
+from lookalike.data.phrases import Phrases
 from lookalike.data.terms import canonical
 from lookalike.data.textfields import Entries, Fields, flatten_scored
+from lookalike.data.vocabulary import Integers, Vocabulary, expand
 from lookalike.registry import Registry
 
 if TYPE_CHECKING:

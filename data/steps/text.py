@@ -31,8 +31,8 @@ from lookalike.data.parts import (
     read_table,
     write_table,
 )
-from lookalike.data.phrases import Vocabulary
 from lookalike.data.steps.job import LabelJob
+from lookalike.data.vocabulary import Vocabulary
 from lookalike.errors import UsageError
 
 PARTS_PER_TASK = 16  # counted together before they are shuffled

@@ -42,8 +42,8 @@ def lookalike(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
         sum_counts,
     )
     from lookalike.data.parts import read_table, write_table
-    from lookalike.data.phrases import Vocabulary
     from lookalike.data.steps.text import read_text
+    from lookalike.data.vocabulary import Vocabulary
 
     config = AnnotationConfig() if languages else AnnotationConfig(language=None)
     annotator, lists = make_annotator(config), config.lists()
@@ -94,7 +94,7 @@ def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     from lookalike.data.annotations import AnnotationConfig, annotate, make_annotator
-    from lookalike.data.phrases import Vocabulary
+    from lookalike.data.vocabulary import Vocabulary
 
     pa.set_cpu_count(1)
     warm = pa.table({"image_id": ["a"], "title": ["A red sofa in the living room"], "split": ["train"]})

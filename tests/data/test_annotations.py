@@ -20,8 +20,8 @@ from lookalike.data.annotations import (
     most_frequent,
 )
 from lookalike.data.annotators import ANNOTATORS, Annotator
-from lookalike.data.phrases import Vocabulary
 from lookalike.data.terms import canonical, match_terms, ngrams
+from lookalike.data.vocabulary import Vocabulary
 from lookalike.errors import UsageError
 
 CONFIG = AnnotationConfig(min_images=1)

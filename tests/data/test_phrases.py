@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lookalike.data import phrases
-from lookalike.data.phrases import Phrases, Vocabulary, expand
+from lookalike.data.phrases import Phrases
 from lookalike.data.terms import canonical, match_terms, ngrams
+from lookalike.data.vocabulary import Vocabulary, expand
 
 WORDS = ["red", "Blue", "chairs", "table", "tables", "of", "the", "lamp", "12", "3d", "office", ",", "-", "&", "'",
          "\n", "women's", "Fl\u00fcgel", "\u0441hair", "x" * 40, "\U0001f525"]  # fmt: skip
