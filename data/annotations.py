@@ -4,7 +4,7 @@ An annotator (``annotators``) proposes terms and scores them; here they are coun
 threshold. Both are functions on a part of the corpus.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -29,7 +29,6 @@ ANNOTATIONS = pa.schema([
 COUNTS = pa.schema([("term", pa.string()), ("images", pa.int64())])
 BATCH_ROWS = 16_384
 BATCH_BYTES = 4 << 20
-MERGE_ROWS = 500_000
 
 TextField = Literal["title", "description", "keywords", "category", "interactions"]
 Weight = Annotated[float, Field(ge=0, le=1)]
@@ -88,15 +87,11 @@ def make_annotator(config: AnnotationConfig) -> Annotator:
     return ANNOTATORS.get(config.annotator)(config)
 
 
-def count_candidates(records: pa.Table, annotator: Annotator, lists: WordLists) -> pa.Table:
-    """``COUNTS`` of a part: how many of its training rows propose each term. The counts of parts add up.
+def count_candidates(records: pa.Table, annotator: Annotator, lists: WordLists) -> Iterator[pa.Table]:
+    """``COUNTS``, in pieces that add up: how many of the training rows propose each term.
 
     Aliases are merged, terms outside a supplied vocabulary left out; ``frequent_terms`` refuses the unfit.
     """
-    return sum_counts(_counts_of_pieces(records, annotator, lists))
-
-
-def _counts_of_pieces(records: pa.Table, annotator: Annotator, lists: WordLists) -> Iterator[pa.Table]:
     for piece in _pieces(records.filter(pc.equal(records["split"], "train"))):
         proposed = annotator.candidates(piece)
         code, terms = _merged(proposed["term"], lists)
@@ -119,26 +114,6 @@ def _merged(column: Any, lists: WordLists) -> tuple[Integers, Any]:
     to = np.arange(len(terms))
     to[merged] = pc.index_in(pa.array(targets, pa.string()), value_set=terms).to_numpy(zero_copy_only=False)
     return to[encoded.indices.to_numpy(zero_copy_only=False)], terms
-
-
-def add_counts(counts: list[pa.Table]) -> pa.Table:
-    """The sum of several ``COUNTS``, in no order of its terms."""
-    counts = [table for table in counts if table.num_rows]
-    if len(counts) < 2:
-        return counts[0] if counts else COUNTS.empty_table()
-    frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(counts)))
-    return frame.group_by("term").agg(pl.col("images").sum()).to_arrow().cast(COUNTS)
-
-
-def sum_counts(counts: Iterable[pa.Table]) -> pa.Table:
-    """The sum of many ``COUNTS``, merged whenever as much waits as is held: each row is handled a few times only."""
-    total, waiting, rows = COUNTS.empty_table(), [], 0
-    for table in counts:
-        waiting.append(table)
-        rows += table.num_rows
-        if rows > max(MERGE_ROWS, total.num_rows):
-            total, waiting, rows = add_counts([total, *waiting]), [], 0
-    return add_counts([total, *waiting])
 
 
 def frequent_terms(counts: pa.Table, config: AnnotationConfig, lists: WordLists) -> pa.Table:

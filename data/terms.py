@@ -154,7 +154,7 @@ def endings(term: str) -> Iterator[str]:
         yield " ".join(words[start:])
 
 
-def parts(term: str) -> Iterator[str]:
+def subterms(term: str) -> Iterator[str]:
     """Every term of adjacent words within ``term``, itself included, and every single word as it is written."""
     words = term.split(" ")
     yield from words

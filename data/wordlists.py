@@ -14,7 +14,7 @@ from importlib.resources import files
 import yaml
 
 from lookalike import storage
-from lookalike.data.terms import ALIASES, canonical, is_latin, parts
+from lookalike.data.terms import ALIASES, canonical, is_latin, subterms
 from lookalike.errors import UsageError
 
 
@@ -41,7 +41,7 @@ class WordLists:
             return False
         if self.latin and not is_latin(term):
             return False
-        return not any(part in self.sensitive or part in self.spoilers for part in parts(term))
+        return not any(part in self.sensitive or part in self.spoilers for part in subterms(term))
 
     def merge(self, term: str) -> str:
         """The term an alias stands for, or the term itself."""

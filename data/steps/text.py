@@ -18,11 +18,11 @@ from lookalike.data.annotations import (
     frequent_terms,
     make_annotator,
     most_frequent,
-    sum_counts,
 )
-from lookalike.data.dedup import borrow
+from lookalike.data.annotators import Annotator
 from lookalike.data.parts import (
     Item,
+    add_up,
     blocks_of,
     broadcast,
     collect,
@@ -31,6 +31,7 @@ from lookalike.data.parts import (
     read_table,
     write_table,
 )
+from lookalike.data.steps import duplicates
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.vocabulary import Vocabulary
 from lookalike.errors import UsageError
@@ -49,12 +50,11 @@ def mine(job: LabelJob) -> dict[str, Any]:
 
     def task(item: Item) -> pa.Table:
         annotator, terms = make_annotator(config), shared()
-        records = chain.from_iterable(read_text(uri) for uri in item["uris"])
-        return sum_counts(count_candidates(batch, annotator, terms) for batch in records)
+        records = chain.from_iterable(read_text(part["uri"]) for part in item["parts"])
+        return add_up(chain.from_iterable(count_candidates(batch, annotator, terms) for batch in records),
+                      ["term"], COUNTS)  # fmt: skip
 
-    uris = [item["uri"] for item in job.parts]
-    size = max(1, min(PARTS_PER_TASK, len(uris) // num_partitions(job.parts)))
-    groups = [{"uris": uris[start : start + size]} for start in range(0, len(uris), size)]
+    groups = _groups(job.parts)
     total = job.map(groups, task).groupby("term", num_partitions(groups)).aggregate(Sum("images", alias_name="images"))
     frequent = total.map_batches(lambda counts: frequent_terms(counts, config, shared()), batch_format="pyarrow",
                                  batch_size=None)  # fmt: skip
@@ -63,6 +63,12 @@ def mine(job: LabelJob) -> dict[str, Any]:
         raise UsageError(_no_terms(job))
     write_table(job.out.work("vocabulary.parquet"), vocabulary)
     return {"terms": vocabulary.num_rows}
+
+
+def _groups(parts: list[Item]) -> list[Item]:
+    """Parts that one task takes together: few enough that every CPU has work."""
+    size = max(1, min(PARTS_PER_TASK, len(parts) // num_partitions(parts)))
+    return [{"parts": parts[start : start + size]} for start in range(0, len(parts), size)]
 
 
 def _no_terms(job: LabelJob) -> str:
@@ -86,21 +92,26 @@ def read_text(uri: str) -> Iterator[pa.Table]:
 
 
 def annotate_all(job: LabelJob) -> dict[str, Any]:
-    """``annotations/part-*`` and, in the work folder, the borrowed annotations of dropped copies."""
-    out, work, config = job.out.uri, job.out.work("borrowed"), job.config.annotations
-    vocabulary = Vocabulary(job.vocabulary(), config.lists().aliases)
-    shared = broadcast((vocabulary, read_table(job.out.path("duplicates.parquet"))))
+    """``annotations.parquet/part-*`` and, in the work folder, what dropped copies lend."""
+    folder, config = storage.join(job.out.uri, "annotations.parquet"), job.config.annotations
+    shared = broadcast(Vocabulary(job.vocabulary(), config.lists().aliases))
 
     def task(item: Item) -> pa.Table:
-        terms, duplicates = shared()
-        annotator = make_annotator(config)
-        batches = [annotate(records, annotator, terms) for records in read_text(item["uri"])]
-        found = pa.concat_tables([ANNOTATIONS.empty_table(), *batches])
-        write_table(storage.join(out, "annotations.parquet", part_name(item["number"])), found)
-        borrowed = borrow(found, duplicates)
-        if borrowed.num_rows:
-            write_table(storage.join(work, part_name(item["number"])), borrowed)
-        return pa.table([[found.num_rows]], schema=_DONE)
+        annotator, vocabulary = make_annotator(config), shared()
+        rows = [_annotate_part(part, folder, annotator, vocabulary) for part in item["parts"]]
+        return pa.table([rows], schema=_DONE)
 
-    rows = sum(sum(block["annotations"].to_pylist()) for block in blocks_of(job.map(job.parts, task)))
+    rows = sum(sum(block["annotations"].to_pylist()) for block in blocks_of(job.map(_groups(job.parts), task)))
+    duplicates.lend(job)
     return {"annotations": rows}
+
+
+def _annotate_part(part: Item, folder: str, annotator: Annotator, vocabulary: Vocabulary) -> int:
+    """Annotations of a part, written unless an earlier attempt did; their number."""
+    uri = storage.join(folder, part_name(part["number"]))
+    if storage.exists(uri):
+        return int(read_table(uri, ["score"]).num_rows)
+    found = [annotate(records, annotator, vocabulary) for records in read_text(part["uri"])]
+    table = pa.concat_tables([ANNOTATIONS.empty_table(), *found])
+    write_table(uri, table)
+    return int(table.num_rows)

@@ -33,15 +33,15 @@ LIMITS = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREA
 def lookalike(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
     """The stage's own functions over the parts."""
     from lookalike.data.annotations import (
+        COUNTS,
         AnnotationConfig,
         annotate,
         count_candidates,
         frequent_terms,
         make_annotator,
         most_frequent,
-        sum_counts,
     )
-    from lookalike.data.parts import read_table, write_table
+    from lookalike.data.parts import add_up, read_table, write_table
     from lookalike.data.steps.text import read_text
     from lookalike.data.vocabulary import Vocabulary
 
@@ -50,12 +50,14 @@ def lookalike(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
     partitions = max(1, len(paths) * 10_000 // RECORDS_PER_PARTITION)
     for group in range(0, len(paths), PARTS_PER_TASK):
         records = chain.from_iterable(read_text(path) for path in paths[group : group + PARTS_PER_TASK])
-        counts = sum_counts(count_candidates(batch, annotator, lists) for batch in records)
+        found = chain.from_iterable(count_candidates(batch, annotator, lists) for batch in records)
+        counts = add_up(found, ["term"], COUNTS)
         for number, share in enumerate(_shuffle(counts, partitions)):
             write_table(str(work / f"counts-{number}" / f"{group}.parquet"), share)
     frequent = []
     for number in range(partitions):
-        share = sum_counts(read_table(str(file)) for file in sorted((work / f"counts-{number}").iterdir()))
+        files = sorted((work / f"counts-{number}").iterdir())
+        share = add_up((read_table(str(file)) for file in files), ["term"], COUNTS)
         frequent.append(frequent_terms(share, config, lists))
     mined_s = time.process_time()
     import pyarrow as pa

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from lookalike.data import annotations
 from lookalike.data.annotations import (
+    COUNTS,
     TEXT_COLUMNS,
     AnnotationConfig,
-    add_counts,
     annotate,
     count_candidates,
     frequent_terms,
@@ -20,8 +20,10 @@ from lookalike.data.annotations import (
     most_frequent,
 )
 from lookalike.data.annotators import ANNOTATORS, Annotator
+from lookalike.data.parts import add_up
 from lookalike.data.terms import canonical, match_terms, ngrams
 from lookalike.data.vocabulary import Vocabulary
+from lookalike.data.wordlists import WordLists
 from lookalike.errors import UsageError
 
 CONFIG = AnnotationConfig(min_images=1)
@@ -42,9 +44,13 @@ def scores(config: AnnotationConfig, vocabulary: set[str], **row: Any) -> dict[s
     return dict(zip(found["term"].to_pylist(), found["score"].to_pylist(), strict=True))
 
 
+def counted(records: pa.Table, annotator: Annotator, lists: WordLists) -> pa.Table:
+    return add_up(count_candidates(records, annotator, lists), ["term"], COUNTS)
+
+
 def counts(config: AnnotationConfig, *rows: dict[str, Any]) -> dict[str, int]:
     lists = config.lists()
-    found = frequent_terms(count_candidates(table(*rows), make_annotator(config), lists), config, lists)
+    found = frequent_terms(counted(table(*rows), make_annotator(config), lists), config, lists)
     return dict(zip(found["term"].to_pylist(), found["images"].to_pylist(), strict=True))
 
 
@@ -111,11 +117,11 @@ def test_text_in_another_language_gives_no_terms() -> None:
 ], ids=range(9))  # fmt: skip
 def test_a_title_of_a_megabyte_takes_bounded_time(title: str) -> None:
     counts(CONFIG, {"title": "warm up the model of languages"})
-    start = time.perf_counter()
+    start = time.process_time()
     rows = [{"title": title}, {"title": "sofa", "keywords": [title] * 3}]
     assert counts(CONFIG, *rows)["sofa"] >= 1
     assert "sofa" in scores(CONFIG, {"sofa"}, **rows[1])
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_fields_that_are_null_empty_or_absent_say_nothing() -> None:
@@ -125,7 +131,7 @@ def test_fields_that_are_null_empty_or_absent_say_nothing() -> None:
     assert scores(CONFIG, {"sofa"}, **empty) == {}
     few = table({"title": "Red sofa"}, columns=["image_id", "title", "split"])
     lists, annotator = CONFIG.lists(), make_annotator(CONFIG)
-    assert set(count_candidates(few, annotator, lists)["term"].to_pylist()) == {"red", "sofa", "red sofa"}
+    assert set(counted(few, annotator, lists)["term"].to_pylist()) == {"red", "sofa", "red sofa"}
     assert annotate(few, annotator, Vocabulary(["sofa"]))["term"].to_pylist() == ["sofa"]
     assert annotate(few.slice(0, 0), annotator, Vocabulary(["sofa"])).num_rows == 0
 
@@ -166,13 +172,13 @@ def expected_scores(row: dict[str, Any], vocabulary: set[str]) -> dict[str, floa
     return {term: 1.0 - rest for term, rest in doubt.items() if 1.0 - rest >= 0.5}
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(ROWS, st.sets(st.sampled_from(["red", "sofa", "red sofa", "lamp", "oak", "oak lamp", "nicu"]), min_size=1))
 def test_batches_say_what_the_rules_say_row_by_row(rows: list[dict[str, Any]], vocabulary: set[str]) -> None:
     config = AnnotationConfig(min_images=1, language=None)
     annotator = make_annotator(config)
-    counted = count_candidates(table(*rows), annotator, config.lists())
-    assert dict(zip(*counted.to_pydict().values(), strict=True)) == expected_counts(rows)
+    images = counted(table(*rows), annotator, config.lists())
+    assert dict(zip(*images.to_pydict().values(), strict=True)) == expected_counts(rows)
     found: dict[str, dict[str, float]] = {str(number): {} for number in range(len(rows))}
     for entry in annotate(table(*rows), annotator, Vocabulary(vocabulary)).to_pylist():
         found[entry["image_id"]][entry["term"]] = entry["score"]
@@ -182,14 +188,13 @@ def test_batches_say_what_the_rules_say_row_by_row(rows: list[dict[str, Any]], v
 def test_results_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"title": f"Red sofa number {n} with a lamp", "keywords": ["sofa", f"chair {n % 3}x"]} for n in range(40)]
     annotator, lists, terms = make_annotator(CONFIG), CONFIG.lists(), Vocabulary(["sofa", "lamp", "red sofa"])
-    counted, named = count_candidates(table(*rows), annotator, lists), annotate(table(*rows), annotator, terms)
-    counted = counted.sort_by("term")
+    images, named = counted(table(*rows), annotator, lists), annotate(table(*rows), annotator, terms)
     monkeypatch.setattr(annotations, "BATCH_ROWS", 7)
-    monkeypatch.setattr(annotations, "MERGE_ROWS", 20)
-    assert count_candidates(table(*rows), annotator, lists).sort_by("term") == counted
+    assert counted(table(*rows), annotator, lists) == images
     assert annotate(table(*rows), annotator, terms).equals(named)
-    halves = [count_candidates(table(*half), annotator, lists) for half in (rows[:11], rows[11:])]
-    assert add_counts(halves).sort_by("term") == counted
+    monkeypatch.setattr(annotations, "BATCH_BYTES", 200)
+    assert counted(table(*rows), annotator, lists) == images
+    assert annotate(table(*rows), annotator, terms).equals(named)
 
 
 def test_the_vocabulary_is_bounded_by_the_most_frequent_and_equal_ones_by_the_alphabet() -> None:

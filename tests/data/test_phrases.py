@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike.data import phrases
@@ -18,6 +18,7 @@ TERMS = st.sets(st.sampled_from(["red", "chair", "table", "lamp", "office chair"
                                  "office of lamp", "red office chair", "woman", "3d lamp"]), min_size=1)  # fmt: skip
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_ngrams_are_those_of_each_text(texts: list[str]) -> None:
     batch = Phrases(texts)
@@ -31,6 +32,7 @@ def test_ngrams_are_those_of_each_text(texts: list[str]) -> None:
     assert len(set(strings.values())) == len(strings)
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_whole_texts_have_their_canonical_form(texts: list[str]) -> None:
     batch = Phrases(texts)
@@ -40,6 +42,7 @@ def test_whole_texts_have_their_canonical_form(texts: list[str]) -> None:
     assert [strings.get(key) for key in keys.tolist()] == [canonical(t) for t in texts]
 
 
+@settings(deadline=None)
 @given(TEXTS, TERMS)
 def test_matches_are_those_of_each_text(texts: list[str], terms: set[str]) -> None:
     vocabulary = Vocabulary(terms)
@@ -52,6 +55,7 @@ def test_matches_are_those_of_each_text(texts: list[str], terms: set[str]) -> No
     assert whole == [term if (term := canonical(t)) in terms else None for t in texts]
 
 
+@settings(deadline=None)
 @given(TEXTS, TERMS)
 def test_named_terms_are_the_ngrams_in_the_vocabulary(texts: list[str], terms: set[str]) -> None:
     vocabulary, found = Vocabulary(terms), [set[str]() for _ in texts]
