@@ -47,10 +47,11 @@ def check_flow(stats: dict[str, Any]) -> None:
 
 
 def _sources(config: LabelsConfig) -> list[str]:
-    return [config.dedup.labelled_pairs] if config.dedup.labelled_pairs else []
+    pairs = config.dedup.labelled_pairs
+    return [*([pairs] if pairs else []), *config.annotations.sources()]
 
 
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels", "labels", LabelsConfig, run, resumable=True, version=2, sources=_sources,
+    "labels", "labels", LabelsConfig, run, resumable=True, version=3, sources=_sources,
     inputs={"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)},
 )  # fmt: skip

@@ -1,14 +1,28 @@
 """Annotations: the vocabulary, the terms of every image, and what dropped copies lend to the rows that stay."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from lookalike import storage
-from lookalike.data.annotations import COUNTS, TEXT_COLUMNS, annotate, count_candidates
+from lookalike.data.annotations import (
+    ANNOTATIONS,
+    BATCH_ROWS,
+    COUNTS,
+    TEXT_COLUMNS,
+    annotate,
+    count_candidates,
+    frequent_terms,
+    make_annotator,
+    most_frequent,
+)
+from lookalike.data.annotators import Annotator
 from lookalike.data.parts import (
     Item,
+    add_up,
     blocks_of,
     broadcast,
     collect,
@@ -19,8 +33,10 @@ from lookalike.data.parts import (
 )
 from lookalike.data.steps import duplicates
 from lookalike.data.steps.job import LabelJob
+from lookalike.data.vocabulary import Vocabulary
 from lookalike.errors import UsageError
 
+PARTS_PER_TASK = 16  # counted together before they are shuffled
 _DONE = pa.schema([("annotations", pa.int64())])
 
 
@@ -29,28 +45,73 @@ def mine(job: LabelJob) -> dict[str, Any]:
     from ray.data.aggregate import Sum
 
     config = job.config.annotations
-    counts = job.map(job.parts, lambda item: count_candidates(read_table(item["uri"], TEXT_COLUMNS), config))
-    total = counts.groupby("term", num_partitions(job.parts)).aggregate(Sum("images", alias_name="images"))
-    frequent = total.map_batches(lambda t: t.filter(pc.greater_equal(t["images"], config.min_images)),
-                                 batch_format="pyarrow", batch_size=None)  # fmt: skip
-    vocabulary = collect(frequent, COUNTS).sort_by("term")
+    lists = config.lists()
+    shared = broadcast(lists)
+
+    def task(item: Item) -> pa.Table:
+        annotator, terms = make_annotator(config), shared()
+        records = chain.from_iterable(read_text(part["uri"]) for part in item["parts"])
+        return add_up(chain.from_iterable(count_candidates(batch, annotator, terms) for batch in records),
+                      ["term"], COUNTS)  # fmt: skip
+
+    groups = _groups(job.parts)
+    total = job.map(groups, task).groupby("term", num_partitions(groups)).aggregate(Sum("images", alias_name="images"))
+    frequent = total.map_batches(lambda counts: frequent_terms(counts, config, shared()), batch_format="pyarrow",
+                                 batch_size=None)  # fmt: skip
+    vocabulary = most_frequent(collect(frequent, COUNTS), config.max_terms)
     if not vocabulary.num_rows:
-        raise UsageError(f"no term is named by {config.min_images} training images; lower annotations.min_images or "
-                         "check the text columns")  # fmt: skip
+        raise UsageError(_no_terms(job))
     write_table(job.out.work("vocabulary.parquet"), vocabulary)
     return {"terms": vocabulary.num_rows}
 
 
+def _groups(parts: list[Item]) -> list[Item]:
+    """Parts that one task takes together: few enough that every CPU has work."""
+    size = max(1, min(PARTS_PER_TASK, len(parts) // num_partitions(parts)))
+    return [{"parts": parts[start : start + size]} for start in range(0, len(parts), size)]
+
+
+def _no_terms(job: LabelJob) -> str:
+    config = job.config.annotations
+    told = f"no term is named by {config.min_images} training images; lower annotations.min_images or "
+    if config.annotator == "precomputed":
+        if config.scores_from == "annotations":
+            return told + ("map the column of your keyword model to the corpus field 'annotations', or set "
+                           "annotations.scores_from=keywords")  # fmt: skip
+        return told + "write keywords as term:score"
+    return told + "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
+
+
+def read_text(uri: str) -> Iterator[pa.Table]:
+    """The text columns of a corpus part, a bounded number of rows at a time."""
+    filesystem, path = storage.arrow_filesystem(uri)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        present = [name for name in TEXT_COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(BATCH_ROWS, columns=present):
+            yield pa.Table.from_batches([batch])
+
+
 def annotate_all(job: LabelJob) -> dict[str, Any]:
-    """``annotations/part-*`` and, in the work folder, the borrowed annotations of dropped copies."""
-    out, config = job.out.uri, job.config.annotations
-    shared = broadcast(frozenset(job.vocabulary()))
+    """``annotations.parquet/part-*`` and, in the work folder, what dropped copies lend."""
+    folder, config = storage.join(job.out.uri, "annotations.parquet"), job.config.annotations
+    shared = broadcast(Vocabulary(job.vocabulary(), config.lists().aliases))
 
     def task(item: Item) -> pa.Table:
-        annotations = annotate(read_table(item["uri"], TEXT_COLUMNS), shared(), config)
-        write_table(storage.join(out, "annotations.parquet", part_name(item["number"])), annotations)
-        return pa.table([[annotations.num_rows]], schema=_DONE)
+        annotator, vocabulary = make_annotator(config), shared()
+        rows = [_annotate_part(part, folder, annotator, vocabulary) for part in item["parts"]]
+        return pa.table([rows], schema=_DONE)
 
-    rows = sum(sum(block["annotations"].to_pylist()) for block in blocks_of(job.map(job.parts, task)))
+    rows = sum(sum(block["annotations"].to_pylist()) for block in blocks_of(job.map(_groups(job.parts), task)))
     duplicates.lend(job)
     return {"annotations": rows}
+
+
+def _annotate_part(part: Item, folder: str, annotator: Annotator, vocabulary: Vocabulary) -> int:
+    """Annotations of a part, written unless an earlier attempt did; their number."""
+    uri = storage.join(folder, part_name(part["number"]))
+    if storage.exists(uri):
+        return int(read_table(uri, ["score"]).num_rows)
+    found = [annotate(records, annotator, vocabulary) for records in read_text(part["uri"])]
+    table = pa.concat_tables([ANNOTATIONS.empty_table(), *found])
+    write_table(uri, table)
+    return int(table.num_rows)

@@ -1,0 +1,132 @@
+"""Which texts may be read: those in the wanted language, by identification where a text is long enough for it.
+
+The model is py3langid's (multinomial naive Bayes over byte n-grams found by an automaton). Its own ``classify`` takes
+one text; here a batch walks the automaton in step and one sparse product scores it, with the same answers.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+from unicodedata import normalize
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_WORDS = 4
+"""Texts with fewer are not identified: their locale decides."""
+SURE, LIKELY = 0.9, 0.5
+"""Confidence from which another language is believed against the locale, and where there is none."""
+IDENTIFY_CHARACTERS = 400
+"""Read of a text to identify it."""
+_THREE_LETTERS = {
+    "ara": "ar", "ces": "cs", "chi": "zh", "cze": "cs", "dan": "da", "deu": "de", "dut": "nl", "ell": "el", "eng": "en",
+    "est": "et", "fin": "fi", "fra": "fr", "fre": "fr", "ger": "de", "gre": "el", "heb": "he", "hin": "hi", "hun": "hu",
+    "ind": "id", "ita": "it", "jpn": "ja", "kor": "ko", "nld": "nl", "nor": "no", "pol": "pl", "por": "pt", "ron": "ro",
+    "rum": "ro", "rus": "ru", "spa": "es", "swe": "sv", "tha": "th", "tur": "tr", "ukr": "uk", "vie": "vi", "zho": "zh",
+}  # fmt: skip
+
+
+class _Model(NamedTuple):
+    """py3langid's arrays in the types the batch needs."""
+
+    languages: list[str]
+    aliases: list[tuple[int, int]]
+    """Columns of the same language: the second is added to the first."""
+    step: NDArray[Any]
+    row: NDArray[np.int64]
+    feature: NDArray[np.int32]
+    weight: NDArray[Any]
+    prior: NDArray[np.float32]
+
+
+@cache
+def _model() -> _Model:
+    from py3langid.langid import MODEL_DIR, MODEL_FILE, LanguageIdentifier
+
+    found = LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)
+    languages = list(found.nb_classes)
+    aliases = [(languages.index(code), at) for at, code in enumerate(languages) if languages.index(code) < at]
+    return _Model(languages, aliases, np.asarray(found.tk_nextmove), np.asarray(found.tk_row, np.int64) << 8,
+                  np.asarray(found.tk_output, np.int32), found.nb_ptc, np.asarray(found.nb_pc, np.float32))  # fmt: skip
+
+
+def language_of(locale: str | None) -> str | None:
+    """The two-letter code a locale begins with (``en-GB``, ``en_US``, ``eng``); None when it names no language."""
+    tag = (locale or "").strip().lower().replace("_", "-").partition("-")[0]
+    tag = _THREE_LETTERS.get(tag, tag)
+    return tag if tag in _model().languages else None
+
+
+def identify(texts: Sequence[str]) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
+    """Language and confidence of each text [n], as py3langid gives them for its first ``IDENTIFY_CHARACTERS``."""
+    model = _model()
+    encoded = [_encode(text[:IDENTIFY_CHARACTERS]) for text in texts]
+    size = np.array([len(text) for text in encoded], np.int64)
+    text, feature = _walk(b"".join(encoded), size, model)
+    scores = _score(text, feature, len(encoded), model) / np.sqrt(np.maximum(size, 1)).astype(np.float32)[:, None]
+    chance = np.exp(scores - scores.max(axis=1, keepdims=True))
+    chance /= chance.sum(axis=1, keepdims=True)
+    for first, second in model.aliases:
+        chance[:, first] += chance[:, second]
+        chance[:, second] = 0.0
+    best = chance.argmax(axis=1)
+    return np.array(model.languages)[best], chance[np.arange(len(best)), best]
+
+
+def _encode(text: str) -> bytes:
+    text = text.lower() if text.isupper() else text
+    return (text if text.isascii() else normalize("NFC", text)).encode()
+
+
+def _walk(data: bytes, size: NDArray[np.int64], model: _Model) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(text, feature) of every feature the automaton reports; texts advance in step, the longest first."""
+    letters = np.frombuffer(data, np.uint8)
+    order = np.argsort(-size, kind="stable")
+    start, longest = (np.cumsum(size) - size)[order], size[order]
+    active = np.searchsorted(-longest, -np.arange(int(longest.max(initial=0))), side="left")
+    state = np.zeros(len(order), np.int64)
+    texts, features = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for place, count in enumerate(active.tolist()):
+        state = model.step[model.row[state[:count]] + letters[start[:count] + place]]
+        found = model.feature[state]
+        hit = np.nonzero(found >= 0)[0]
+        texts.append(order[hit])
+        features.append(found[hit])
+    return np.concatenate(texts), np.concatenate(features).astype(np.int64)
+
+
+def _score(text: NDArray[np.int64], feature: NDArray[np.int64], count: int, model: _Model) -> NDArray[np.float32]:
+    """Log-posteriors [count, languages]; 0 throughout for a text without features."""
+    from scipy.sparse import csr_array
+
+    used = np.flatnonzero(np.bincount(feature, minlength=1))
+    slot = np.zeros(used[-1] + 1 if len(used) else 1, np.int64)
+    slot[used] = np.arange(len(used))
+    pair, times = np.unique(text * max(len(used), 1) + slot[feature], return_counts=True)
+    rows, columns = pair // max(len(used), 1), pair % max(len(used), 1)
+    visits = csr_array((np.log1p(times.astype(np.float32)), (rows, columns)), shape=(count, len(used)))
+    scores = visits @ model.weight[used].astype(np.float32) + model.prior
+    scores[np.bincount(rows, minlength=count) == 0] = 0.0
+    return np.asarray(scores, dtype=np.float32)
+
+
+def readable(texts: Sequence[str], text: NDArray[np.int64], locales: Sequence[str | None],
+             locale: NDArray[np.int64], language: str) -> NDArray[np.bool_]:  # fmt: skip
+    """Whether each pair of a text and a locale may be read as ``language``.
+
+    ``text`` and ``locale`` [n] index the distinct ``texts`` and ``locales``. A text of at least four words is read when
+    it is identified as the language, whatever its locale; when its locale is the language and it is not surely
+    something else; and when it has no locale and is not likely something else. A shorter text is read unless its
+    locale is another language.
+    """
+    codes = [language_of(value) for value in locales]
+    foreign = np.array([code not in (None, language) for code in codes], bool)[locale]
+    limit = np.array([LIKELY if code is None else SURE for code in codes], np.float32)[locale]
+    long = np.array([len(value.split(None, MIN_WORDS)) >= MIN_WORDS for value in texts], bool)
+    is_wanted, other = np.zeros(len(texts), bool), np.zeros(len(texts), np.float32)
+    if long.any():
+        chosen = np.nonzero(long)[0]
+        found, confidence = identify([texts[at] for at in chosen.tolist()])
+        is_wanted[chosen] = found == language
+        other[chosen] = np.where(found == language, 0, confidence)
+    return np.asarray(is_wanted[text] | (~foreign & (other[text] < limit)))

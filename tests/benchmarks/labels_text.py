@@ -1,0 +1,177 @@
+"""Benchmark (b) of the label pipeline: the whole text side, vocabulary and annotations, in records a second and core.
+
+    python -m tests.benchmarks.labels_text [--quick]
+
+Each case runs in a process of its own on one thread, so that its peak memory is its own; records are made before and
+not timed. ``lookalike`` runs the functions of the ``labels`` stage part by part; candidate counts are cut by a hash of
+the term into files, as the stage's shuffle does, so that memory does not grow with the records. ``polars`` is one
+process over all parts (what it leaves out: ``text_polars``); the ``_no_language`` cases identify no language. Rates
+are records by CPU seconds.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+SIZES, QUICK = (10_000, 100_000, 1_000_000), (10_000, 50_000)
+POLARS_MOST = 100_000  # records in one polars process: more need tens of GB
+PARTS_PER_TASK, RECORDS_PER_PARTITION = 16, 50_000
+SEED = 11
+LIMITS = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def lookalike(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
+    """The stage's own functions over the parts."""
+    from lookalike.data.annotations import (
+        COUNTS,
+        AnnotationConfig,
+        annotate,
+        count_candidates,
+        frequent_terms,
+        make_annotator,
+        most_frequent,
+    )
+    from lookalike.data.parts import add_up, read_table, write_table
+    from lookalike.data.steps.text import read_text
+    from lookalike.data.vocabulary import Vocabulary
+
+    config = AnnotationConfig() if languages else AnnotationConfig(language=None)
+    annotator, lists = make_annotator(config), config.lists()
+    partitions = max(1, len(paths) * 10_000 // RECORDS_PER_PARTITION)
+    for group in range(0, len(paths), PARTS_PER_TASK):
+        records = chain.from_iterable(read_text(path) for path in paths[group : group + PARTS_PER_TASK])
+        found = chain.from_iterable(count_candidates(batch, annotator, lists) for batch in records)
+        counts = add_up(found, ["term"], COUNTS)
+        for number, share in enumerate(_shuffle(counts, partitions)):
+            write_table(str(work / f"counts-{number}" / f"{group}.parquet"), share)
+    frequent = []
+    for number in range(partitions):
+        files = sorted((work / f"counts-{number}").iterdir())
+        share = add_up((read_table(str(file)) for file in files), ["term"], COUNTS)
+        frequent.append(frequent_terms(share, config, lists))
+    mined_s = time.process_time()
+    import pyarrow as pa
+
+    vocabulary = Vocabulary(most_frequent(pa.concat_tables(frequent), None)["term"].to_pylist(), lists.aliases)
+    rows = 0
+    for number, path in enumerate(paths):
+        found = pa.concat_tables([annotate(batch, annotator, vocabulary) for batch in read_text(path)])
+        write_table(str(work / "annotations" / f"{number}.parquet"), found)
+        rows += found.num_rows
+    return {"terms": len(vocabulary), "annotations": rows, "annotate_s": time.process_time() - mined_s}
+
+
+def _shuffle(counts: Any, partitions: int) -> Iterator[Any]:
+    import numpy as np
+    import polars as pl
+
+    share = (pl.Series(counts["term"].combine_chunks()).hash(SEED) % partitions).to_numpy()
+    for number in range(partitions):
+        yield counts.take(np.flatnonzero(share == number))
+
+
+def with_polars(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
+    """The same in idiomatic polars."""
+    from tests.benchmarks.text_polars import run
+
+    return run(paths, languages)
+
+
+RUNNERS = {"lookalike": lookalike, "polars": with_polars}
+
+
+def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
+    """One case in this process; imports and the language model are loaded before the clock starts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lookalike.data.annotations import AnnotationConfig, annotate, make_annotator
+    from lookalike.data.vocabulary import Vocabulary
+
+    pa.set_cpu_count(1)
+    warm = pa.table({"image_id": ["a"], "title": ["A red sofa in the living room"], "split": ["train"]})
+    annotate(warm, make_annotator(AnnotationConfig()), Vocabulary(["sofa"]))
+    paths = [str(path) for path in sorted(folder.glob("part-*.parquet"))]
+    before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        wall, cpu = time.perf_counter(), time.process_time()
+        figures = RUNNERS[engine](paths, languages, Path(work))
+        cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
+    records = sum(pq.read_metadata(path).num_rows for path in paths)
+    return {"engine": engine, "records": records, "records_per_cpu_s": round(records / cpu_s),
+            "us_per_record": round(cpu_s / records * 1e6, 1), "cpu_s": round(cpu_s, 2), "wall_s": round(wall_s, 2),
+            "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "rss_before_mb": round(before_mb), **{k: round(v, 2) for k, v in figures.items()}}  # fmt: skip
+
+
+def _spawn(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
+    name = engine if languages else f"{engine}_no_language"
+    command = [sys.executable, "-m", "tests.benchmarks.labels_text", "--case", engine, "--folder", str(folder)]
+    done = subprocess.run(command + ([] if languages else ["--no-language"]), env={**os.environ, **LIMITS},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        return {"bench": "labels_text", "case": name, "failed": done.stderr.strip().splitlines()[-1:]}
+    return {"bench": "labels_text", "case": name, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """One row a case, then the ratios."""
+    from tests.benchmarks.text_records import Generator
+
+    sizes = QUICK if quick else SIZES
+    generator = Generator(SEED)
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            parts = Path(folder) / str(size)
+            generator.write(parts, size)
+            for engine, languages in (("lookalike", True), ("polars", True), ("lookalike", False), ("polars", False)):
+                if size <= POLARS_MOST or (engine, languages) == ("lookalike", True):
+                    row = _spawn(engine, languages, parts)
+                    found[row["case"], size] = row
+                    yield row
+    if find_spec("daft") is None:
+        yield {"bench": "labels_text", "case": "daft", "skipped": "not installed; see labels-requirements.txt"}
+    yield {"bench": "labels_text", "summary": True, "ratios": _ratios(found, sizes), "cpus": os.cpu_count()}
+
+
+def _ratios(found: dict[tuple[str, int], dict[str, Any]], sizes: tuple[int, ...]) -> dict[str, float]:
+    compared = max(size for size in sizes if size <= POLARS_MOST)
+    cost = {key: row["us_per_record"] for key, row in found.items() if "us_per_record" in row}
+    pairs = {
+        "text_vs_polars": (("polars", compared), ("lookalike", compared)),
+        "text_vs_polars_no_language": (("polars_no_language", compared), ("lookalike_no_language", compared)),
+        "growth_1m_over_10k": (("lookalike", 1_000_000), ("lookalike", 10_000)),
+        "growth_largest_over_smallest": (("lookalike", sizes[-1]), ("lookalike", sizes[0])),
+    }
+    return {name: round(cost[over] / cost[under], 2) for name, (over, under) in pairs.items()
+            if over in cost and under in cost}  # fmt: skip
+
+
+def main() -> None:
+    """Print the rows as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--case", choices=list(RUNNERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--no-language", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(run_case(options.case, not options.no_language, options.folder)))
+        return
+    for row in rows(options.quick):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
