@@ -5,8 +5,8 @@
 Each case runs in a process of its own on one thread, so that its peak memory is its own; records are made before and
 not timed. ``lookalike`` runs the functions of the ``labels`` stage part by part; candidate counts are cut by a hash of
 the term into files, as the stage's shuffle does, so that memory does not grow with the records. ``polars`` is one
-process over all parts (what it leaves out: ``text_polars``); the ``_no_language`` cases identify no language. Rates
-are records by CPU seconds.
+process over all parts (what it leaves out: ``text_polars``), ``daft`` runs row functions and is skipped where it is
+not installed; the ``_no_language`` cases identify no language. Rates are records by CPU seconds, all threads.
 """
 
 import argparse
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 SIZES, QUICK = (10_000, 100_000, 1_000_000), (10_000, 50_000)
-POLARS_MOST = 100_000  # records in one polars process: more need tens of GB
+COMPARED = 100_000  # records of the largest comparison: one polars process holds 10 kB a record
+OTHERS_MOST = {"lookalike": SIZES[-1], "polars": COMPARED, "daft": COMPARED if find_spec("daft") else 0}
 PARTS_PER_TASK, RECORDS_PER_PARTITION = 16, 50_000
 SEED = 11
-LIMITS = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+LIMITS = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0"}
 
 
 def lookalike(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
@@ -87,7 +88,15 @@ def with_polars(paths: list[str], languages: bool, work: Path) -> dict[str, Any]
     return run(paths, languages)
 
 
-RUNNERS = {"lookalike": lookalike, "polars": with_polars}
+def with_daft(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
+    """The same in Daft, with row functions."""
+    from tests.benchmarks.text_daft import run
+
+    return run(paths, languages)
+
+
+RUNNERS = {"lookalike": lookalike, "polars": with_polars, "daft": with_daft}
+CASES = (("lookalike", True), ("polars", True), ("daft", True), ("lookalike", False), ("polars", False))
 
 
 def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
@@ -101,6 +110,10 @@ def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
     pa.set_cpu_count(1)
     warm = pa.table({"image_id": ["a"], "title": ["A red sofa in the living room"], "split": ["train"]})
     annotate(warm, make_annotator(AnnotationConfig()), Vocabulary(["sofa"]))
+    if engine != "lookalike":
+        from tests.benchmarks.text_polars import language_model
+
+        language_model()
     paths = [str(path) for path in sorted(folder.glob("part-*.parquet"))]
     before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
@@ -135,21 +148,22 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
         for size in sizes:
             parts = Path(folder) / str(size)
             generator.write(parts, size)
-            for engine, languages in (("lookalike", True), ("polars", True), ("lookalike", False), ("polars", False)):
-                if size <= POLARS_MOST or (engine, languages) == ("lookalike", True):
+            for engine, languages in CASES:
+                if size <= OTHERS_MOST[engine] and (languages or size <= COMPARED):
                     row = _spawn(engine, languages, parts)
                     found[row["case"], size] = row
                     yield row
-    if find_spec("daft") is None:
+    if not OTHERS_MOST["daft"]:
         yield {"bench": "labels_text", "case": "daft", "skipped": "not installed; see labels-requirements.txt"}
     yield {"bench": "labels_text", "summary": True, "ratios": _ratios(found, sizes), "cpus": os.cpu_count()}
 
 
 def _ratios(found: dict[tuple[str, int], dict[str, Any]], sizes: tuple[int, ...]) -> dict[str, float]:
-    compared = max(size for size in sizes if size <= POLARS_MOST)
+    compared = max(size for size in sizes if size <= COMPARED)
     cost = {key: row["us_per_record"] for key, row in found.items() if "us_per_record" in row}
     pairs = {
         "text_vs_polars": (("polars", compared), ("lookalike", compared)),
+        "text_vs_daft": (("daft", compared), ("lookalike", compared)),
         "text_vs_polars_no_language": (("polars_no_language", compared), ("lookalike_no_language", compared)),
         "growth_1m_over_10k": (("lookalike", 1_000_000), ("lookalike", 10_000)),
         "growth_largest_over_smallest": (("lookalike", sizes[-1]), ("lookalike", sizes[0])),

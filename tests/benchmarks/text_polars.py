@@ -6,6 +6,7 @@ the rule that a sensitive word spoils a longer term, aliases, and the cap on cha
 those not inside a longer one, which differs from longest-first reading where matches chain.
 """
 
+from functools import cache
 from typing import Any
 
 import polars as pl
@@ -18,11 +19,17 @@ FREE_TEXT = ("title", "description")
 BREAKS = r"[^\w\s'+&_-]+|\s-+\s|[\n\r\t]"
 
 
-def identify_unique(texts: pl.Series) -> pl.DataFrame:
-    """text, wanted, unsure of each distinct text, one call of py3langid each."""
+@cache
+def language_model() -> Any:
+    """py3langid as it is: one text a call."""
     from py3langid.langid import MODEL_DIR, MODEL_FILE, LanguageIdentifier
 
-    model = LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)
+    return LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)
+
+
+def identify_unique(texts: pl.Series) -> pl.DataFrame:
+    """text, wanted, unsure of each distinct text, one call of py3langid each."""
+    model = language_model()
     unique = texts.unique()
     found = [model.classify(text) if len(text.split()) >= MIN_WORDS else ("", 0.0) for text in unique.to_list()]
     return pl.DataFrame({"text": unique, "wanted": [code == "en" for code, _ in found],
@@ -96,7 +103,13 @@ def without_own(terms: pl.DataFrame, records: pl.LazyFrame) -> pl.DataFrame:
 
 
 def run(paths: list[str], languages: bool) -> dict[str, Any]:
-    """Vocabulary and annotations of the parts; their sizes."""
+    """Sizes of what ``label`` finds."""
+    vocabulary, annotations = label(paths, languages)
+    return {"terms": vocabulary.height, "annotations": annotations.height}
+
+
+def label(paths: list[str], languages: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Vocabulary (term, images) and annotations (row, term, score) of the parts."""
     config = AnnotationConfig()
     lists = config.lists()
     records = pl.scan_parquet(paths).with_row_index("row")
@@ -107,8 +120,7 @@ def run(paths: list[str], languages: bool) -> dict[str, Any]:
     counts = terms.filter(pl.col("field").is_in(strong)).group_by("term").agg(pl.col("row").n_unique().alias("images"))
     refused = list(lists.sensitive | lists.boilerplate)
     frequent = counts.filter((pl.col("images") >= config.min_images) & ~pl.col("term").is_in(refused))
-    annotations = match(terms, frequent, weights, config.min_score)
-    return {"terms": frequent.height, "annotations": annotations.height}
+    return frequent, match(terms, frequent, weights, config.min_score)
 
 
 def match(terms: pl.DataFrame, vocabulary: pl.DataFrame, weights: dict[str, float], least: float) -> pl.DataFrame:
