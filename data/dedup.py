@@ -27,6 +27,7 @@ from lookalike.data.copies import (
 )  # fmt: skip
 from lookalike.data.twins import DedupConfig
 
+COPIES_WITHIN = ("duplicate", "near_duplicate")  # reasons of rows whose twin is a training row that stays
 LENT = pa.schema([
     pa.field("image_id", pa.string(), nullable=False), pa.field("keeper_id", pa.string(), nullable=False),
     pa.field("keeper", pa.int64(), nullable=False),
@@ -80,7 +81,7 @@ def split_parts(dropped: pa.Table, parts: int) -> Iterator[tuple[int, pa.Table]]
 
 def lent_rows(dropped: pa.Table) -> pa.Table:
     """``LENT`` of ``DROPPED`` rows: those dropped because of a held-out split lend nothing."""
-    copies = dropped.filter(pc.is_in(dropped["reason"], pa.array(["duplicate", "near_duplicate"])))
+    copies = dropped.filter(pc.is_in(dropped["reason"], pa.array(COPIES_WITHIN)))
     return copies.select(LENT.names).cast(LENT)
 
 

@@ -47,8 +47,8 @@ def check_flow(stats: dict[str, Any]) -> None:
 
 
 def _sources(config: LabelsConfig) -> list[str]:
-    pairs = config.dedup.labelled_pairs
-    return [*([pairs] if pairs else []), *config.annotations.sources()]
+    named = [config.dedup.labelled_pairs, config.clusters.interests.taxonomy]
+    return [*(uri for uri in named if uri is not None), *config.annotations.sources()]
 
 
 STAGE: Stage[LabelsConfig] = Stage(

@@ -45,6 +45,8 @@ class DedupConfig(Config):
     ``probes``, costs least."""
     probes: int = Field(2, ge=1, le=16)
     """Nearest cells in which an image is compared: more find more pairs and cost as much more."""
+    within_train: bool = True
+    """Drop copies among the training rows. False keeps them (an ablation); the leak firewall stands all the same."""
     labelled_pairs: str | None = None
     """Parquet or CSV with columns ``left``, ``right`` (image ids) and ``duplicate`` (0 or 1): the result then states
     precision and recall of the rule, and recall at 95% precision, on these pairs."""

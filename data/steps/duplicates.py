@@ -15,14 +15,14 @@ import pyarrow.csv
 from lookalike import storage
 from lookalike.data.annotations import ANNOTATIONS
 from lookalike.data.copies import COPIES, DUPLICATES, FATES, settle_part
-from lookalike.data.dedup import LENT, borrow, find_duplicates, lent_rows, split_parts
+from lookalike.data.dedup import COPIES_WITHIN, LENT, borrow, find_duplicates, lent_rows, split_parts
 from lookalike.data.parts import Item, blocks_of, broadcast, collect, part_name, read_table, write_table
 from lookalike.data.signatures import ROW_SHIFT, signature_schema
 from lookalike.data.steps import cells, fates
 from lookalike.data.steps.exchange import exchange, read_part, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.steps.signatures import sign
-from lookalike.data.twins import judge_pairs, pictures_of
+from lookalike.data.twins import DedupConfig, judge_pairs, pictures_of
 from lookalike.errors import UsageError
 from lookalike.progress import track
 
@@ -52,8 +52,11 @@ def find(job: LabelJob) -> dict[str, Any]:
     return {**result, "labelled": judge_labelled(job)} if config.labelled_pairs else result
 
 
-def _write_part(out: str, work: str, number: int, dropped: pa.Table) -> pa.Table:
+def _write_part(job_files: tuple[str, str], number: int, dropped: pa.Table, config: DedupConfig) -> pa.Table:
     """Both files of a part; ``_COUNTS`` of its dropped rows."""
+    out, work = job_files
+    if not config.within_train:
+        dropped = dropped.filter(pc.invert(pc.is_in(dropped["reason"], pa.array(COPIES_WITHIN))))
     write_table(storage.join(out, "duplicates.parquet", part_name(number)), dropped.select(DUPLICATES.names))
     write_table(storage.join(work, "lent", part_name(number)), lent_rows(dropped))
     counts = dropped.group_by(["reason", "split"]).aggregate([([], "count_all")])
@@ -67,7 +70,7 @@ def _find_whole(job: LabelJob) -> Iterable[pa.Table]:
     def task(_: Item) -> pa.Table:
         found = find_duplicates(pa.concat_tables([read_table(uri) for uri in uris]), config)
         parts = split_parts(found, len(uris))
-        return pa.concat_tables([_write_part(out, work, number, part) for number, part in parts])
+        return pa.concat_tables([_write_part((out, work), number, part, config) for number, part in parts])
 
     return track(blocks_of(job.map([{"number": 0}], task)), "labels duplicates", unit="block")
 
@@ -78,13 +81,13 @@ def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
     found = job.once("pairs", lambda job: cells.search_cells(job, rows))
     decided = job.once("fates", lambda job: fates.decide(job, found["pairs"], found["inside"]))["fates"]
     fates.send_fates(job, decided + copies)
-    out, work, held = job.out.uri, job.out.work(), broadcast(cells.held_groups(job))
+    out, work, config, held = job.out.uri, job.out.work(), job.config.dedup, broadcast(cells.held_groups(job))
 
     def task(item: Item) -> pa.Table:
         number = item["number"]
         settled = settle_part(read_table(item["uri"]), held(), read_part(storage.join(work, "copies"), number, COPIES),
                               read_part(storage.join(work, "fates"), number, FATES))  # fmt: skip
-        return _write_part(out, work, number, settled)
+        return _write_part((out, work), number, settled, config)
 
     return track(blocks_of(job.map(work_items(job, "signatures"), task)), "labels duplicates", unit="part")
 
@@ -93,7 +96,7 @@ def lend(job: LabelJob) -> None:
     """``borrowed/part-N`` in the work folder: annotations of dropped copies, at the part of the row that stays."""
     text, lent = job.out.path("annotations.parquet"), job.out.work("lent")
     stats = job.once("duplicates", find)
-    copies = sum(stats["reasons"].get(reason, 0) for reason in ("duplicate", "near_duplicate"))
+    copies = sum(stats["reasons"].get(reason, 0) for reason in COPIES_WITHIN)
 
     def spread(item: Item) -> pa.Table:
         annotations = read_part(text, item["number"], ANNOTATIONS)

@@ -12,13 +12,15 @@ from PIL import Image
 
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
+from lookalike.data import labels
 from lookalike.data.copies import DUPLICATES
 from lookalike.data.steps import duplicates, exchange, fates
 from lookalike.data.steps.job import LabelJob, LabelsConfig
 from lookalike.errors import UsageError
-from lookalike.stages import StageRun
+from lookalike.stages import StageRun, execute
 
 from .conftest import make_rows, publish_corpus, publish_embeddings
+from .test_labels import SETTINGS
 
 pytestmark = pytest.mark.ray
 ROWS = 160
@@ -146,3 +148,13 @@ def test_a_table_that_holds_no_labelled_pairs_is_refused(text: str, tmp_path: Pa
     (tmp_path / "pairs.csv").write_text(text)
     with pytest.raises(UsageError, match=r"labelled_pairs .*pairs\.csv"):
         duplicates.read_labelled(str(tmp_path / "pairs.csv"))
+
+
+def test_copies_may_stay_but_the_firewall_stands(ray_session: None, root: str) -> None:
+    rows = make_rows(120)
+    rows[11]["image"] = rows[10]["image"]  # row 10 is held out: its copy is a leak
+    given = {"corpus": [publish_corpus(root, rows, 2)], "embeddings": [publish_embeddings(root, rows, 2)]}
+    settings = {**SETTINGS, "dedup": {"within_train": False}}
+    made = execute(labels.STAGE, labels.LabelsConfig.model_validate(settings), given, root, "labels")
+    assert set(made.stats["duplicates"]["reasons"]) == {"overlaps_test"}
+    assert made.stats["duplicates"]["dropped"] >= 1
