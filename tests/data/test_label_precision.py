@@ -14,6 +14,7 @@ def parts(cuts: int) -> list[pl.DataFrame]:
 def test_the_sample_is_uniform_and_does_not_depend_on_parts() -> None:
     one, many = draw(iter(parts(1)), None, 400, 5), draw(iter(parts(7)), None, 400, 5)
     assert one.equals(many)
+    # five standard deviations
     assert np.abs(one["term"].value_counts()["count"].to_numpy().astype(int) - 100).max() < 45  # 5 sigma
     some = {f"i{n}" for n in range(10)}
     assert set(draw(iter(parts(3)), some, 400, 5)["image_id"]) == some
