@@ -38,7 +38,7 @@ class InterestConfig(Config):
 class RestrictionConfig(Config):
     """Interests of an image."""
 
-    share: float = Field(0.5, ge=0, le=1)
+    share: float = Field(0.65, ge=0, le=1)
     """An image has its best interest and those that score at least this share of it; 0 turns the restriction off."""
     interaction_weight: float = Field(1.0, ge=0)
     """Weight of the terms of ``interactions`` (times their own weight, relative to the image's largest) beside the
