@@ -2,58 +2,139 @@
 
 Each model is one hidden layer on frozen features and answers one question: does the term apply to this picture? Its
 accuracy on pictures it has not seen is the term's visual concreteness (Pinterest section 3.2.1). Every picture is held
-out once: with F folds, F models a term. Suffix legend: M models, S samples, D features, H hidden units.
+out once: with F folds, F models a term, which share one product with the term's samples.
+
+What a term scores follows from its own samples: they are scaled by their own mean and deviation, padded to a size that
+depends on their number alone, and start from weights that all terms share. Gradients are written out, so that a step is
+six matrix products and an optimizer pass, and a term's product never meets another term's.
+
+Suffix legend: T terms, S samples, D features, F folds, J = F * hidden units (padded), L = F padded.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import pad
 
-from lookalike.data.dictionary import ProbeConfig, Questions
+from lookalike.data.dictionary import SCORES, DictionaryConfig, ProbeConfig, digest
+from lookalike.data.sketch import Pools, Sample, choose_samples
 from lookalike.seeds import derive_seed
 
+PAD = 32  # samples of a term are padded to a multiple of this
+LANES = 16  # floats of a cache line: a term's rows of every tensor fill whole ones, or its rounding would depend on
+# where in a batch it stands (what is left over by vector instructions is computed without fused multiply-add)
+CPU_FLOATS, CUDA_FLOATS = 1 << 19, 1 << 28  # samples x D of one batch: a share of a cache; 1 GiB of a GPU
 
-def train_probes(features: NDArray[np.float32], questions: Questions, config: ProbeConfig, seed: int) -> NDArray[Any]:
-    """Held-out hits [T] of the terms' classifiers over ``features`` [n, d] (standardised by the caller).
 
-    All models start from the same weights, so a term's result depends on its own samples only.
+def score_bucket(
+    bucket: pa.Table, pools: Pools, previous: pa.Table, config: DictionaryConfig, *, seed: int, device: str = "cpu"
+) -> pa.Table:
+    """``SCORES`` of the terms whose merged sketches ``bucket`` holds.
+
+    ``previous`` (term, digest, hits): earlier scores; a term whose digest is unchanged keeps its hits, untrained.
     """
+    chosen = list(choose_samples(bucket, pools, seed))
+    enough = [len(c.sample.positives) >= config.min_units for c in chosen]
+    digests = [digest(c.sample, config.probe, seed) if fits else None for c, fits in zip(chosen, enough, strict=True)]
+    terms = pa.array([c.term for c in chosen], pa.string())
+    earlier = previous.filter(pc.is_in(previous["term"], value_set=terms))
+    known = dict(zip(earlier["digest"].to_pylist(), earlier["hits"].to_pylist(), strict=True))
+    reused = [fits and name in known for name, fits in zip(digests, enough, strict=True)]
+    train = [row for row, (fits, keeps) in enumerate(zip(enough, reused, strict=True)) if fits and not keeps]
+    hits = np.array([known[name] if keeps else 0 for name, keeps in zip(digests, reused, strict=True)], np.int64)
+    hits[train] = score_terms([chosen[row].sample for row in train], config.probe, seed, device)
+    trials = [2 * len(c.sample.positives) if fits else 0 for c, fits in zip(chosen, enough, strict=True)]
+    columns = [terms, [c.sampled for c in chosen], trials, hits, digests, reused]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCORES, strict=True)], schema=SCORES)
+
+
+def score_terms(samples: list[Sample], config: ProbeConfig, seed: int, device: str = "cpu") -> NDArray[np.int64]:
+    """Held-out hits [len(samples)], each out of twice the term's positives."""
     torch.set_num_threads(1)  # results must not depend on how a machine splits its sums
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    index = torch.from_numpy(np.maximum(questions.rows, 0)).to(device)
-    valid = torch.from_numpy(questions.rows >= 0).to(device)
-    folds = torch.arange(config.folds, device=device)
-    held_out_MS = (torch.from_numpy(questions.fold).to(device)[:, None] == folds[:, None]).flatten(0, 1)
-    valid_MS = valid.repeat_interleave(config.folds, dim=0)
-    target_MS = torch.from_numpy(questions.target).to(device).repeat_interleave(config.folds, dim=0)
-    x_MSD = torch.from_numpy(features).to(device)[index].repeat_interleave(config.folds, dim=0)
-    weight_MS = (valid_MS & ~held_out_MS).float()
-    weight_MS /= weight_MS.sum(dim=1, keepdim=True).clamp(min=1)
-    parameters = _initial(len(x_MSD), features.shape[1], config.hidden, seed, device)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    hits = np.zeros(len(samples), np.int64)
+    for rows in _batches(samples, CUDA_FLOATS if device == "cuda" else CPU_FLOATS):
+        x_TSD, target_TS, fold_TS = _stack([samples[row] for row in rows], config.folds, device)
+        hits[rows] = _train(x_TSD, target_TS, fold_TS, config, seed).cpu().numpy()
+    return hits
+
+
+def _padded(sample: Sample) -> int:
+    return -(-2 * len(sample.positives) // PAD) * PAD
+
+
+def _batches(samples: list[Sample], floats: int) -> Iterator[list[int]]:
+    """Rows of ``samples`` of one padded size, as many as ``floats`` allow."""
+    by_size: dict[int, list[int]] = {}
+    for row, sample in enumerate(samples):
+        by_size.setdefault(_padded(sample), []).append(row)
+    for size, rows in sorted(by_size.items()):
+        step = max(1, floats // (size * samples[rows[0]].positives.shape[1]))
+        yield from (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+def _stack(samples: list[Sample], folds: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Standardised features, targets, and the fold that holds a sample out (-1 in the padding)."""
+    size, dim = _padded(samples[0]), samples[0].positives.shape[1]
+    x = np.zeros((len(samples), size, dim), np.float16)
+    target, fold = np.zeros((len(samples), size), np.float32), np.full((len(samples), size), -1, np.int64)
+    for row, (positives, negatives) in enumerate(samples):
+        half = len(positives)
+        x[row, :half], x[row, half : 2 * half] = positives, negatives
+        target[row, :half] = 1
+        fold[row, : 2 * half] = np.tile(np.arange(half) % folds, 2)
+    fold_TS = torch.from_numpy(fold).to(device)
+    valid_TS1 = (fold_TS >= 0).float().unsqueeze(2)
+    share_TS1 = valid_TS1 / valid_TS1.sum(dim=1, keepdim=True)
+    x_TSD = torch.from_numpy(x).to(device).float()
+    x_TSD -= (x_TSD * share_TS1).sum(dim=1, keepdim=True)
+    x_TSD /= (x_TSD.square() * share_TS1).sum(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
+    return x_TSD.mul_(valid_TS1), torch.from_numpy(target).to(device), fold_TS
+
+
+def _train(x_TSD: torch.Tensor, target_TS: torch.Tensor, fold_TS: torch.Tensor, config: ProbeConfig, seed: int
+           ) -> torch.Tensor:  # fmt: skip
+    """Hits [T] on held-out samples after training all folds' models on the other samples."""
+    folds = torch.arange(config.folds, device=x_TSD.device)
+    held_TSF = fold_TS.unsqueeze(2) == folds
+    weight_TSF = ((fold_TS >= 0).unsqueeze(2) & ~held_TSF).float()
+    weight_TSF /= weight_TSF.sum(dim=1, keepdim=True).clamp(min=1)
+    target_TS1 = target_TS.unsqueeze(2)
+    parameters = _initial(len(x_TSD), x_TSD.shape[2], config, seed, x_TSD.device)
+    first_TDJ, bias_T1J, second_TJF, padded_T1L = parameters
+    bias_T1F, padded_T1L.grad = padded_T1L[:, :, : config.folds], torch.zeros_like(padded_T1L)
+    own_JF = (second_TJF[0] != 0).float()  # a model reads its own hidden units only
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     for _ in range(config.steps):
-        loss = binary_cross_entropy_with_logits(_logits(x_MSD, parameters), target_MS, reduction="none")
-        optimizer.zero_grad(set_to_none=True)
-        (loss * weight_MS).sum().backward()  # type: ignore[no-untyped-call]
+        hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TDJ).relu_()
+        logits_TSF = torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF)
+        error_TSF = logits_TSF.sigmoid_().sub_(target_TS1).mul_(weight_TSF)  # d loss / d logits of cross-entropy
+        back_TSJ = torch.bmm(error_TSF, second_TJF.transpose(1, 2)).mul_(hidden_TSJ > 0)
+        first_TDJ.grad = torch.bmm(x_TSD.transpose(1, 2), back_TSJ)
+        bias_T1J.grad = back_TSJ.sum(dim=1, keepdim=True)
+        second_TJF.grad = torch.bmm(hidden_TSJ.transpose(1, 2), error_TSF).mul_(own_JF)
+        padded_T1L.grad[:, :, : config.folds] = error_TSF.sum(dim=1, keepdim=True)
         optimizer.step()
-    with torch.no_grad():
-        right_MS = (_logits(x_MSD, parameters) > 0) == (target_MS > 0.5)
-    hits = (right_MS & held_out_MS & valid_MS).sum(dim=1).view(-1, config.folds).sum(dim=1)
-    return hits.cpu().numpy()
+    hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TDJ).relu_()
+    right_TSF = (torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF) > 0) == (target_TS1 > 0.5)
+    return (right_TSF & held_TSF).sum(dim=(1, 2))
 
 
-def _initial(models: int, dim: int, hidden: int, seed: int, device: str) -> list[torch.Tensor]:
+def _initial(terms: int, dim: int, config: ProbeConfig, seed: int, device: Any) -> list[torch.Tensor]:
+    """Weights and biases of both layers, the same for every term: the second is block diagonal, both padded by zeros.
+
+    A hidden unit without weights stays without: its gradient is zero.
+    """
+    folds, hidden = config.folds, config.hidden
     generator = torch.Generator().manual_seed(derive_seed(seed, "probe"))
     first = torch.randn(dim, hidden, generator=generator) / dim**0.5
     second = torch.randn(hidden, 1, generator=generator) / hidden**0.5
-    starts = [first, torch.zeros(1, hidden), second, torch.zeros(1, 1)]
-    return [start.expand(models, *start.shape).contiguous().to(device).requires_grad_() for start in starts]
-
-
-def _logits(x_MSD: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
-    first_MDH, bias_M1H, second_MH1, bias_M11 = parameters
-    hidden_MSH = torch.relu(torch.baddbmm(bias_M1H, x_MSD, first_MDH))
-    return torch.baddbmm(bias_M11, hidden_MSH, second_MH1).squeeze(-1)
+    spare = -folds * hidden % LANES
+    starts = [pad(first.repeat(1, folds), (0, spare)), torch.zeros(1, folds * hidden + spare),
+              pad(torch.block_diag(*[second] * folds), (0, 0, 0, spare)),
+              torch.zeros(1, -(-folds // LANES) * LANES)]  # fmt: skip
+    return [start.expand(terms, *start.shape).clone().to(device) for start in starts]
