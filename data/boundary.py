@@ -109,7 +109,7 @@ def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> Choice:
     high, low = (_scores_of(dictionary, side) for side in sides)
     if min(len(high), len(low)) < 5:
         raise UsageError(f"of the word list {len(high)} concrete and {len(low)} abstract words are scored terms, 5 of "
-                         "each are needed; give a list in the corpus's own vocabulary, or dictionary.boundary")  # fmt: skip
+                         "each are needed; give a list in the corpus's own words, or dictionary.boundary")  # fmt: skip
     at = CANDIDATES.astype(np.float32)
     values = ((high >= at[:, None]).mean(axis=1) + (low < at[:, None]).mean(axis=1)) / 2
     facts = {"auc": round(ranking_auc(dictionary, *sides), 4), "concrete": len(high), "abstract": len(low)}

@@ -135,6 +135,6 @@ def _initial(terms: int, dim: int, config: ProbeConfig, seed: int, device: Any) 
     second = torch.randn(hidden, 1, generator=generator) / hidden**0.5
     spare = -folds * hidden % LANES
     starts = [pad(first.repeat(1, folds), (0, spare)), torch.zeros(1, folds * hidden + spare),
-              pad(torch.block_diag(*[second] * folds), (0, 0, 0, spare)),
+              pad(torch.kron(torch.eye(folds), second), (0, 0, 0, spare)),
               torch.zeros(1, -(-folds // LANES) * LANES)]  # fmt: skip
     return [start.expand(terms, *start.shape).clone().to(device) for start in starts]

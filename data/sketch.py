@@ -108,8 +108,8 @@ def merge_sketches(tables: Sequence[pa.Table], config: SampleConfig) -> pa.Table
     return table.take(_cut(frame, config)["row"].to_arrow()).combine_chunks()
 
 
-def merge_all(tables: Iterable[pa.Table], config: SampleConfig) -> pa.Table | None:
-    """``merge_sketches`` of tables that come one by one; memory: the sketch, twice, and ``MERGE_ROWS``."""
+def merge_all(tables: Iterable[pa.Table], config: SampleConfig) -> pa.Table:
+    """``merge_sketches`` of tables that come one by one, at least one; memory: twice the sketch, and ``MERGE_ROWS``."""
     merged: list[pa.Table] = []
     waiting = 0
     for table in tables:
@@ -117,7 +117,7 @@ def merge_all(tables: Iterable[pa.Table], config: SampleConfig) -> pa.Table | No
         waiting += table.num_rows
         if waiting > MERGE_ROWS + merged[0].num_rows:
             merged, waiting = [merge_sketches(merged, config)], 0
-    return merge_sketches(merged, config) if merged else None
+    return merge_sketches(merged, config)
 
 
 def find_limits(units: pa.Table, config: SampleConfig) -> pa.Table:

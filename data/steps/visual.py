@@ -33,6 +33,7 @@ from lookalike.data.sketch import (
     find_limits,
     first_by_hash,
     merge_all,
+    merge_sketches,
     sketch_part,
     vectors_of,
 )
@@ -112,7 +113,7 @@ def _sketch(job: LabelJob, vocabulary: dict[str, int]) -> dict[str, Any]:
 
     def merge(group: pa.Table) -> pa.Table:
         bucket = group["bucket"][0].as_py()
-        merged = merge_all([group.drop_columns(["bucket"])], config)
+        merged = merge_sketches([group.drop_columns(["bucket"])], config)
         write_table(storage.join(folder, part_name(bucket)), merged)
         return pa.table([[bucket], [merged.num_rows]], schema=_WRITTEN)
 

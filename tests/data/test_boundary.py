@@ -67,7 +67,7 @@ def test_word_lists_as_yaml_and_csv(tmp_path: Path) -> None:
         read_words(str(bad))
     with pytest.raises(UsageError, match="1 usable words of one kind"):
         read_words(str(flat))
-    with pytest.raises(UsageError, match="needs boundary_from.words"):
+    with pytest.raises(UsageError, match=r"needs boundary_from\.words"):
         parse_config(BoundaryConfig, {"criterion": "words"}, "labels")
 
 
