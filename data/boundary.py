@@ -112,7 +112,7 @@ def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> Choice:
                          "each are needed; give a list in the corpus's own words, or dictionary.boundary")  # fmt: skip
     at = CANDIDATES.astype(np.float32)
     values = ((high >= at[:, None]).mean(axis=1) + (low < at[:, None]).mean(axis=1)) / 2
-    facts = {"auc": round(ranking_auc(dictionary, *sides), 4), "concrete": len(high), "abstract": len(low)}
+    facts = {"auc": round(ranking_auc(dictionary, *sides), 4), "concrete_words": len(high), "abstract_words": len(low)}
     return Choice(float(CANDIDATES[int(values.argmax())]), "balanced accuracy", _curve(dictionary, CANDIDATES, values),
                   facts)  # fmt: skip
 

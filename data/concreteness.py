@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from lookalike.data.dictionary import SCORES, DictionaryConfig, ProbeConfig, digest
+from lookalike.data.dictionary import SCORES, DictionaryConfig, ProbeConfig, assign_folds, digest
 from lookalike.data.sketch import Pools, Sample, choose_samples
 from lookalike.seeds import derive_seed
 
@@ -82,11 +82,11 @@ def _stack(samples: list[Sample], folds: int, device: str) -> tuple[torch.Tensor
     size, dim = _padded(samples[0]), samples[0].positives.shape[1]
     x = np.zeros((len(samples), size, dim), np.float16)
     target, fold = np.zeros((len(samples), size), np.float32), np.full((len(samples), size), -1, np.int64)
-    for row, (positives, negatives) in enumerate(samples):
+    for row, (positives, negatives, origins) in enumerate(samples):
         half = len(positives)
         x[row, :half], x[row, half : 2 * half] = positives, negatives
         target[row, :half] = 1
-        fold[row, : 2 * half] = np.tile(np.arange(half) % folds, 2)
+        fold[row, : 2 * half] = assign_folds(origins, folds)
     fold_TS = torch.from_numpy(fold).to(device)
     valid_TS1 = (fold_TS >= 0).float().unsqueeze(2)
     share_TS1 = valid_TS1 / valid_TS1.sum(dim=1, keepdim=True)

@@ -3,7 +3,8 @@
 Per term up to P positives and as many random negatives are sampled (``sketch``), a small classifier is trained on them
 (``concreteness``), and the share of held-out samples that it gets right is the term's concreteness. Negatives come from
 the same data sets as the positives: else every word of one catalogue would look concrete beside another kind of
-picture. Terms under the boundary go; it is given, or chosen by a criterion (``boundary``).
+picture. What one creator made is held out as one: else the name of an icon set would. Terms under the boundary go; it
+is given, or chosen by a criterion (``boundary``).
 """
 
 import hashlib
@@ -44,7 +45,7 @@ class ProbeConfig(Config):
     """Hidden units."""
     folds: int = Field(3, ge=2, le=20)
     """Cross-validation folds."""
-    steps: int = Field(16, ge=1, le=10_000)
+    steps: int = Field(12, ge=1, le=10_000)
     """Full-batch AdamW steps. Few: more of them fit the samples and not the term."""
     learning_rate: float = Field(0.02, gt=0, le=1)
     """Of AdamW."""
@@ -67,15 +68,34 @@ class DictionaryConfig(SampleConfig):
 
 
 def digest(sample: Sample, config: ProbeConfig, seed: int) -> str:
-    """32 hex digits of all that a score follows from: the samples' vectors in order, settings and seed.
+    """32 hex digits of all that a score follows from: the samples' vectors in order, their folds, settings and seed.
 
     The vectors stand for the images and for the model that embedded them.
     """
     settings = json.dumps([FORMAT, config.identity(), seed, sample.positives.shape], sort_keys=True)
     result = hashlib.blake2b(settings.encode(), digest_size=16)
-    for side in sample:
+    for side in (sample.positives, sample.negatives):
         result.update(np.ascontiguousarray(side, dtype="<f2").tobytes())
+    result.update(assign_folds(sample.origins, config.folds).astype("<i8").tobytes())
     return result.hexdigest()
+
+
+def assign_folds(origins: NDArray[np.uint64], folds: int) -> NDArray[np.int64]:
+    """The fold [2n] that holds out each sample, positives before negatives: one for all samples of an origin.
+
+    Large origins are placed first, each into the fold that holds least of its sides so far.
+    """
+    half = len(origins) // 2
+    names, places = np.unique(origins, return_inverse=True)
+    counts = np.stack([np.bincount(side, minlength=len(names)) for side in (places[:half], places[half:])])
+    load, fold = [[0] * folds, [0] * folds], np.zeros(len(names), np.int64)
+    for place in np.argsort(-counts.sum(axis=0), kind="stable").tolist():
+        left, right = counts[:, place].tolist()
+        chosen = min(range(folds), key=lambda f: left * load[0][f] + right * load[1][f])
+        fold[place] = chosen
+        load[0][chosen] += left
+        load[1][chosen] += right
+    return fold[places]
 
 
 def merge_scores(vocabulary: Mapping[str, int], scores: pa.Table) -> pa.Table:

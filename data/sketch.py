@@ -2,8 +2,9 @@
 
 A key's sketch is its units with the smallest hashes: a term's sketch samples its positives, that of a data set (its key
 starts with ``POOL``) random images, from which negatives are taken. A unit (a product, or an image without one) gives
-one sample at most, so that views of a product never stand on both sides of a hold-out. A row carries the image's vector
-from the first cut on: nothing is looked up afterwards.
+one sample at most, so that views of a product never stand on both sides of a hold-out. Nor do pictures of one origin
+(creator): a word that one icon set alone uses is told by the set's style, whatever it means. A row carries the image's
+vector from the first cut on: nothing is looked up afterwards.
 
 Where many tasks sketch, most of what each keeps is cut again when sketches meet. ``find_limits`` on a first, light pass
 (keys and hashes alone) gives the largest hash that each sketch will hold; with these limits the second pass passes on
@@ -25,12 +26,15 @@ from lookalike.sampling import mix_keys, stable_keys
 
 POOL = "\x00"  # sketch keys that start so hold a data set's random images, the others a term's positives
 MERGE_ROWS = 1 << 16  # rows of sketches that wait before they are cut
+LARGE_SHARE = 1 / 3  # a creator of more of a data set is no origin in it: what all share tells nothing apart
 
 SKETCH = pa.schema([
     pa.field("key", pa.string()), pa.field("unit_hash", pa.uint64()), pa.field("image_hash", pa.uint64()),
-    pa.field("image_id", pa.string()), pa.field("dataset", pa.string()), pa.field("terms", pa.list_(pa.string())),
+    pa.field("image_id", pa.string()), pa.field("dataset", pa.string()), pa.field("origin", pa.uint64()),
+    pa.field("terms", pa.list_(pa.string())),
 ])  # fmt: skip
-"""Columns of a sketch, beside ``vector`` where the rows had one. ``terms``: all of the image's, in pools only."""
+"""Columns of a sketch, beside ``vector`` where the rows had one. ``origin``: hash of what is held out as one, the
+creator, or else the unit. ``terms``: all of the image's, in pools only."""
 LIMITS = pa.schema([("key", pa.string()), ("limit", pa.uint64())])
 _ORDER = ["key", "unit_hash", "image_hash", "image_id"]
 
@@ -46,6 +50,8 @@ class SampleConfig(Config):
     """Random images of all data sets together: with many data sets each gets less. Every task holds these."""
     min_units: int = Field(6, ge=2)
     """Positives (and negatives) from different products or images below which a term is not scored."""
+    hold_out_creators: bool = True
+    """Hold out the pictures of a creator as one: what tells a term must hold for other creators' pictures."""
 
     def pool_size(self, datasets: int) -> int:
         """Random images of each of so many data sets; ``min_units`` at the least."""
@@ -55,12 +61,12 @@ class SampleConfig(Config):
 def sketch_part(
     annotations: pa.Table, rows: pa.Table, config: SampleConfig, *, high: float, seed: int, limits: pa.Table | None
 ) -> pa.Table:
-    """Sketch of a part: ``rows`` (image_id, group, dataset; vector if wanted) are its kept training rows.
+    """Sketch of a part: ``rows`` (image_id, group, dataset, creator; vector if wanted) are its kept training rows.
 
     ``annotations`` holds the terms of the part; those at ``high`` or above make their images positives. ``limits``
     (``LIMITS``): rows of a key with a larger unit hash are left out.
     """
-    frame = _hashed(rows, seed)
+    frame = _hashed(rows, config.hold_out_creators, seed)
     named = pl.DataFrame(pl.from_arrow(annotations.select(["image_id", "term", "score"])))
     least = float(np.float32(high))  # scores are stored in single precision
     positive = named.filter(pl.col("score") >= least).join(frame, on="image_id").with_columns(key=pl.col("term"))
@@ -73,17 +79,22 @@ def sketch_part(
     terms = named.join(frame, on="image_id").group_by("row").agg(terms=pl.col("term").sort())
     kept = kept.join(terms, on="row", how="left", maintain_order="left").with_columns(
         terms=pl.when(pl.col("key").str.starts_with(POOL)).then("terms"))  # fmt: skip
-    table = kept.select(*_ORDER, dataset=frame["dataset"].gather(kept["row"]), terms="terms").to_arrow().cast(SKETCH)
+    told = (frame[name].gather(kept["row"]) for name in ("dataset", "origin"))
+    table = kept.select(*_ORDER, *told, "terms").to_arrow().cast(SKETCH)
     if "vector" in rows.column_names:
         table = table.append_column("vector", rows["vector"].combine_chunks().take(kept["row"].to_arrow()))
     return table
 
 
-def _hashed(rows: pa.Table, seed: int) -> pl.DataFrame:
-    frame = pl.DataFrame(pl.from_arrow(rows.select(["image_id", "group", "dataset"])))
+def _hashed(rows: pa.Table, by_creator: bool, seed: int) -> pl.DataFrame:
+    """Number of each row with its data set and the hashes of its unit, image and origin."""
+    frame = pl.DataFrame(pl.from_arrow(rows.select(["image_id", "group", "dataset", "creator"])))
     unit = frame["group"].fill_null(frame["image_id"])
-    hashes = {"unit_hash": mix_keys(stable_keys(unit.to_list()), seed, "unit"),
-              "image_hash": mix_keys(stable_keys(frame["image_id"].to_list()), seed, "image")}  # fmt: skip
+    units = mix_keys(stable_keys(unit.to_list()), seed, "unit")
+    images = mix_keys(stable_keys(frame["image_id"].to_list()), seed, "image")
+    creators = mix_keys(stable_keys(frame["creator"].fill_null("").to_list()), seed, "origin")
+    known = (frame["creator"].fill_null("") != "").to_numpy() & by_creator
+    hashes = {"unit_hash": units, "image_hash": images, "origin": np.where(known, creators, units)}
     return frame.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64),
                               **{name: pl.Series(values, dtype=pl.UInt64) for name, values in hashes.items()}
                               )  # fmt: skip
@@ -153,9 +164,13 @@ class Pools:
         sketch = sketch.sort_by([(name, "ascending") for name in _ORDER])
         self.vectors = vectors_of(sketch)
         self.units, self.images = sketch["unit_hash"].to_numpy(), sketch["image_hash"].to_numpy()
+        self.origins = sketch["origin"].to_numpy().copy()
         keys = [key[len(POOL) :] for key in sketch["key"].to_pylist()]
         starts = [row for row, key in enumerate(keys) if row == 0 or key != keys[row - 1]]
         self._spans = {keys[start]: (start, stop) for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True)}
+        self._large = {name: self._find_large(start, stop) for name, (start, stop) in self._spans.items()}
+        for name, (start, stop) in self._spans.items():
+            self.origins[start:stop] = self.origins_of(name, self.origins[start:stop], self.units[start:stop])
         lists = sketch["terms"].combine_chunks()
         named = pl.DataFrame({"term": pl.from_arrow(lists.flatten()),
                               "row": pl.from_arrow(pc.list_parent_indices(lists))}).sort("term", "row")  # fmt: skip
@@ -163,6 +178,17 @@ class Pools:
         self.terms: pa.Array = counts["term"].to_arrow()
         self.rows = named["row"].to_numpy()
         self.ends = np.cumsum(counts["n"].to_numpy())
+
+    def _find_large(self, start: int, stop: int) -> NDArray[np.uint64]:
+        origins, counts = np.unique(self.origins[start:stop], return_counts=True)
+        return np.asarray(origins[counts > LARGE_SHARE * (stop - start)], dtype=np.uint64)
+
+    def origins_of(
+        self, dataset: str, origins: NDArray[np.uint64], units: NDArray[np.uint64]
+    ) -> NDArray[np.uint64]:
+        """What to hold out as one for images of ``dataset``: ``origins``, or the unit where the origin is large."""
+        large = self._large.get(dataset)
+        return origins if large is None else np.where(np.isin(origins, large), units, origins)
 
     def rows_of(self, place: int) -> NDArray[np.integer]:
         """Pool rows of the images that have the term at ``place`` of ``terms``."""
@@ -187,6 +213,8 @@ class Sample(NamedTuple):
     """[n, D]"""
     negatives: NDArray[np.float16]
     """[n, D]"""
+    origins: NDArray[np.uint64]
+    """[2n]: of the positives, then the negatives; what has one origin is held out as one."""
 
 
 class Chosen(NamedTuple):
@@ -204,18 +232,21 @@ def choose_samples(bucket: pa.Table, pools: Pools, seed: int) -> Iterator[Chosen
         return
     bucket = bucket.sort_by([(name, "ascending") for name in _ORDER])
     vectors, units = vectors_of(bucket), bucket["unit_hash"].to_numpy()
-    keys, datasets = bucket["key"].to_numpy(), bucket["dataset"].to_numpy()
+    keys, datasets, origins = (bucket[name].to_numpy() for name in ("key", "dataset", "origin"))
     starts = np.nonzero(np.append(True, keys[1:] != keys[:-1]))[0]
     places = pc.index_in(pa.array(keys[starts], pa.string()), value_set=pools.terms).to_pylist()
     for start, stop, place in zip(starts, np.append(starts[1:], len(keys)), places, strict=True):
         has = pools.rows[:0] if place is None else pools.rows_of(place)
-        own, chosen = datasets[start:stop], []
+        own, chosen, held = datasets[start:stop], [], []
         for name in sorted(set(own)):
             mine = np.nonzero(own == name)[0] + start
             others = pools.without(keys[start], has, units[start:stop], dataset=name, count=len(mine), seed=seed)
-            chosen.append((mine[: len(others)], others))
+            mine = mine[: len(others)]
+            chosen.append((mine, others))
+            held.append(pools.origins_of(name, origins[mine], units[mine]))
         left, right = (np.concatenate(side) for side in zip(*chosen, strict=True))
-        yield Chosen(str(keys[start]), int(stop - start), Sample(vectors[left], pools.vectors[right]))
+        sample = Sample(vectors[left], pools.vectors[right], np.concatenate([*held, pools.origins[right]]))
+        yield Chosen(str(keys[start]), int(stop - start), sample)
 
 
 def first_by_hash(rows: pa.Table, count: int, seed: int) -> pa.Table:

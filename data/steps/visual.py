@@ -43,6 +43,7 @@ from lookalike.progress import track
 FEW_SPANS = 16  # up to here sketches are shuffled as they are; above, limits are found first
 LOCAL_ROWS = 100_000  # up to here one task merges all buckets: a shuffle's start costs more than the work
 ROWS_PER_PARTITION = 100_000  # of a shuffle, with their vectors
+_ROWS = ["image_id", "group", "dataset", "creator", "split"]
 _WRITTEN = pa.schema([("bucket", pa.int64()), ("rows", pa.int64())])
 _VALID = pa.schema([("image_id", pa.string()), ("label", pa.string())])
 Merge = Callable[[pa.Table], pa.Table]
@@ -70,13 +71,12 @@ def score(job: LabelJob) -> dict[str, Any]:
 
 
 def load_part(job: LabelJob) -> Callable[[Item, bool], tuple[pa.Table, pa.Table]]:
-    """A function of a corpus part: its kept training rows (image_id, group, dataset; vector if asked for), and its
-    annotations."""
+    """A function of a corpus part that gives its kept training rows (``_ROWS``; vector if asked for) and annotations."""
     text, duplicates = job.out.path("annotations.parquet"), broadcast(read_table(job.out.path("duplicates.parquet")))
     vectors = _load_vectors(job)
 
     def load(item: Item, with_vectors: bool) -> tuple[pa.Table, pa.Table]:
-        rows = keep_training(read_table(item["uri"], ["image_id", "group", "dataset", "split"]), duplicates())
+        rows = keep_training(read_table(item["uri"], _ROWS), duplicates())
         if with_vectors:
             rows = rows.append_column("vector", vectors(item, rows["image_id"]))
         return rows, read_table(storage.join(text, part_name(item["number"])))

@@ -51,6 +51,7 @@ def test_the_word_list_sets_the_boundary_of_best_balanced_accuracy() -> None:
     assert [row["value"] for row in choice.curve] == pytest.approx(oracle, abs=1e-5)
     assert choice.boundary == CANDIDATES[int(np.argmax(oracle))]
     assert [row["terms"] for row in choice.curve] == [int((scores >= at).sum()) + 1 for at in CANDIDATES]
+    assert not set(choice.facts) & {"kept", "abstract", "too_few", "terms", "boundary"}  # they stand beside these
     assert choice.facts["auc"] == pytest.approx(roc_auc_score(list(words.values()), scores), abs=1e-4)
     with pytest.raises(UsageError, match="4 concrete and 0 abstract words are scored"):
         choose_by_words(table({f"c{n}": 0.8 for n in range(4)}), words)
@@ -90,7 +91,7 @@ def make_pools(rng: np.random.Generator) -> tuple[Pools, np.ndarray, list[str]]:
     for n in range(600):
         terms = [f"kind {kind[n]}"] + [f"noise {d}" for d in range(4, 12) if x[n, d] > 0]
         rows.append({"key": POOL + "d", "unit_hash": n, "image_hash": n, "image_id": str(n), "dataset": "d",
-                     "terms": sorted(terms), "vector": x[n].astype(np.float16)})  # fmt: skip
+                     "origin": n, "terms": sorted(terms), "vector": x[n].astype(np.float16)})  # fmt: skip
     schema = whole().schema
     schema = schema.set(schema.get_field_index("vector"), pa.field("vector", pa.list_(pa.float16(), 12)))
     valid, labels = draw(200)

@@ -7,10 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 from lookalike.data.concreteness import _batches, _initial, _stack, score_bucket, score_terms
-from lookalike.data.dictionary import DictionaryConfig, ProbeConfig
+from lookalike.data.dictionary import DictionaryConfig, ProbeConfig, assign_folds
 from lookalike.data.sketch import POOL, SKETCH, Pools, Sample
 
 from .test_sketch import CONFIG, whole
+
+
+def make_sample(sides: NDArray[Any]) -> Sample:
+    return Sample(*sides.astype(np.float16), np.arange(2 * sides.shape[1], dtype=np.uint64))
 
 
 def make_samples(sizes: list[int], dim: int, shift: float, seed: int = 0) -> list[Sample]:
@@ -21,7 +25,7 @@ def make_samples(sizes: list[int], dim: int, shift: float, seed: int = 0) -> lis
         direction = rng.normal(size=dim)
         sides = rng.normal(size=(2, size, dim)) + 3
         sides[0] += shift * direction / np.linalg.norm(direction)
-        samples.append(Sample(*sides.astype(np.float16)))
+        samples.append(make_sample(sides))
     return samples
 
 
@@ -41,7 +45,17 @@ def test_a_term_of_two_senses_needs_the_hidden_layer() -> None:
     rng = np.random.default_rng(3)
     sides = rng.normal(size=(2, 90, 8))
     sides[0, :, 0] += np.where(np.arange(90) % 2, 3.5, -3.5)
-    assert accuracy([Sample(*sides.astype(np.float16))], ProbeConfig(steps=60))[0] > 0.8
+    assert accuracy([make_sample(sides)], ProbeConfig(steps=60))[0] > 0.8
+
+
+def test_the_style_of_one_creator_is_not_what_a_word_looks_like() -> None:
+    """All positives share a creator's style and nothing else: told apart by unit, at chance once it is held out."""
+    (sample,) = make_samples([60], 12, 4.0)
+    assert accuracy([sample], ProbeConfig())[0] > 0.85
+    one = np.where(np.arange(120) < 60, 0, sample.origins).astype(np.uint64)
+    assert accuracy([sample._replace(origins=one)], ProbeConfig())[0] < 0.6
+    many = np.where(np.arange(120) < 60, np.arange(120) % 9, sample.origins).astype(np.uint64)
+    assert accuracy([sample._replace(origins=many)], ProbeConfig())[0] > 0.85
 
 
 @pytest.mark.parametrize("dim", [7, 64])
@@ -115,12 +129,12 @@ def test_written_out_gradients_against_autograd() -> None:
 def test_features_are_scaled_by_the_terms_own_samples() -> None:
     (sample,) = make_samples([20], 6, 1.0)
     x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], 3, "cpu"))
-    both = np.concatenate(sample).astype(np.float64)
+    both = np.concatenate(sample[:2]).astype(np.float64)
     assert x.shape == (64, 6)
     assert np.allclose(x[:40], (both - both.mean(axis=0)) / both.std(axis=0), atol=1e-3)
     assert not x[40:].any()
     assert target[:40].tolist() == [1.0] * 20 + [0.0] * 20
-    assert fold[:40].tolist() == [*(np.arange(20) % 3), *(np.arange(20) % 3)]
+    assert fold[:40].tolist() == assign_folds(sample.origins, 3).tolist()
     assert (fold[40:] == -1).all()
 
 

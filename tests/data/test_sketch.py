@@ -36,13 +36,14 @@ def make_part(count: int, seed: int = 0) -> tuple[pa.Table, pa.Table]:
         dataset = "a" if n % 2 else "b"
         group = f"{seed}-p{n // 3}" if dataset == "a" else None
         vector = np.array([n, n % 7], np.float16)
-        rows.append({"image_id": f"{seed}-{n}", "group": group, "dataset": dataset, "vector": vector})
+        rows.append({"image_id": f"{seed}-{n}", "group": group, "dataset": dataset, "vector": vector,
+                     "creator": None if n % 5 == 0 else f"c{n % 8}"})  # fmt: skip
         for term in TERMS:
             if rng.random() < 0.4:
                 score = float(rng.choice([0.5, 0.9]))
                 named.append({"image_id": f"{seed}-{n}", "term": term, "score": score, "split": "train"})
     schema = pa.schema([("image_id", pa.string()), ("group", pa.string()), ("dataset", pa.string()),
-                        ("vector", pa.list_(pa.float16(), 2))])  # fmt: skip
+                        ("creator", pa.string()), ("vector", pa.list_(pa.float16(), 2))])  # fmt: skip
     return pa.Table.from_pylist(named, schema=ANNOTATIONS), pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -133,7 +134,7 @@ def test_negatives_lack_the_term_and_come_from_the_same_data_sets_and_other_unit
     found = samples()
     assert list(found) == sorted(TERMS)
     for term, (_, sampled, sides) in found.items():
-        positives, negatives = ([f"0-{int(n)}" for n in side[:, 0]] for side in sides)
+        positives, negatives = ([f"0-{int(n)}" for n in side[:, 0]] for side in sides[:2])
         assert sampled == CONFIG.positives == len(positives)
         assert all((term, image) in has for image in positives)
         assert not any((term, image) in has for image in negatives)
@@ -172,3 +173,26 @@ def test_buckets_follow_the_term_alone() -> None:
     assert found[0] == found[3] == int(stable_keys(["red"])[0] % np.uint64(5))
     assert found[1] == found[4] == 5
     assert buckets_of(pa.array(["round"]), 5).tolist() == [found[2]]
+
+
+def test_what_one_creator_made_has_one_origin_unless_it_is_most_of_a_data_set() -> None:
+    annotations, rows = make_part(120)
+    images = {row["image_id"]: row for row in rows.to_pylist()}
+    sketch = whole()
+    pools = Pools(sketch.filter(pc.starts_with(sketch["key"], POOL)))
+    made: dict[int, set[str]] = {}
+    for _, _, sample in samples().values():
+        names = [f"0-{int(n)}" for n in np.concatenate(sample[:2])[:, 0]]
+        for name, origin in zip(names, sample.origins.tolist(), strict=True):
+            made.setdefault(origin, set()).add(images[name]["creator"] or images[name]["group"] or name)
+    assert all(len(creators) == 1 for creators in made.values())
+    assert len(made) == len({creator for creators in made.values() for creator in creators}) > 8
+    plain = sketch_part(annotations, rows, CONFIG.model_copy(update={"hold_out_creators": False}), high=0.6, seed=7,
+                        limits=None)  # fmt: skip
+    assert plain["origin"].equals(plain["unit_hash"])
+    one = rows.set_column(rows.column_names.index("creator"), "creator", pa.array(["all of it"] * 120))
+    same = sketch_part(annotations, one, CONFIG, high=0.6, seed=7, limits=None)
+    assert len(same["origin"].unique()) == 1
+    large = Pools(same.filter(pc.starts_with(same["key"], POOL)))
+    assert np.array_equal(large.origins, large.units)
+    assert not np.array_equal(pools.origins, pools.units)

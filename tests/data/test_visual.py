@@ -137,6 +137,7 @@ def test_the_boundary_from_retrieval_and_from_words(
     assert found["boundary"] in values
     assert values[found["boundary"]] >= max(values.values()) - found["standard_error"] - 1e-9
     assert max(values.values()) > 0.8
+    assert sum(found.get(name, 0) for name in ("kept", "abstract", "too_few")) == found["terms"]
     assert json.loads(json.dumps(found)) == found
     words = tmp_path / "words.csv"
     words.write_text("term,concrete\ncircle,1\nred,1\nmagick,0\n")
