@@ -6,13 +6,12 @@ out once: with F folds, F models a term, which share one product with the term's
 
 What a term scores follows from its own samples: they are scaled by their own mean and deviation, padded to a size that
 depends on their number alone, and start from weights that all terms share. Gradients are written out, so that a step is
-six matrix products and an optimizer pass, and a term's product never meets another term's.
+five matrix products and one pass over flat parameters, and a term's numbers never meet another term's.
 
-Suffix legend: T terms, S samples, D features, F folds, J = F * hidden units (padded), L = F padded.
+Suffix legend: T terms, S samples, D features, F folds, J = F x hidden units (padded), K parameters.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from lookalike.data.dictionary import SCORES, DictionaryConfig, ProbeConfig, assign_folds, digest
+from lookalike.data.dictionary import SCORES, DictionaryConfig, ProbeConfig, digest
 from lookalike.data.sketch import Pools, Sample, choose_samples
 from lookalike.seeds import derive_seed
 
@@ -29,6 +28,7 @@ PAD = 32  # samples of a term are padded to a multiple of this
 LANES = 16  # floats of a cache line: a term's rows of every tensor fill whole ones, or its rounding would depend on
 # where in a batch it stands (what is left over by vector instructions is computed without fused multiply-add)
 CPU_FLOATS, CUDA_FLOATS = 1 << 19, 1 << 28  # samples x D of one batch: a share of a cache; 1 GiB of a GPU
+BETAS = (0.9, 0.999)
 
 
 def score_bucket(
@@ -38,7 +38,7 @@ def score_bucket(
 
     ``previous`` (term, digest, hits): earlier scores; a term whose digest is unchanged keeps its hits, untrained.
     """
-    chosen = list(choose_samples(bucket, pools, seed))
+    chosen = list(choose_samples(bucket, pools, config.probe.folds, seed))
     enough = [len(c.sample.positives) >= config.min_units for c in chosen]
     digests = [digest(c.sample, config.probe, seed) if fits else None for c, fits in zip(chosen, enough, strict=True)]
     terms = pa.array([c.term for c in chosen], pa.string())
@@ -58,7 +58,7 @@ def score_terms(samples: list[Sample], config: ProbeConfig, seed: int, device: s
     torch.set_num_threads(1)  # results must not depend on how a machine splits its sums
     hits = np.zeros(len(samples), np.int64)
     for rows in _batches(samples, CUDA_FLOATS if device == "cuda" else CPU_FLOATS):
-        x_TSD, target_TS, fold_TS = _stack([samples[row] for row in rows], config.folds, device)
+        x_TSD, target_TS, fold_TS = _stack([samples[row] for row in rows], device)
         hits[rows] = _train(x_TSD, target_TS, fold_TS, config, seed).cpu().numpy()
     return hits
 
@@ -77,16 +77,16 @@ def _batches(samples: list[Sample], floats: int) -> Iterator[list[int]]:
         yield from (rows[start : start + step] for start in range(0, len(rows), step))
 
 
-def _stack(samples: list[Sample], folds: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _stack(samples: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Standardised features, targets, and the fold that holds a sample out (-1 in the padding)."""
     size, dim = _padded(samples[0]), samples[0].positives.shape[1]
     x = np.zeros((len(samples), size, dim), np.float16)
     target, fold = np.zeros((len(samples), size), np.float32), np.full((len(samples), size), -1, np.int64)
-    for row, (positives, negatives, origins) in enumerate(samples):
+    for row, (positives, negatives, folds) in enumerate(samples):
         half = len(positives)
         x[row, :half], x[row, half : 2 * half] = positives, negatives
         target[row, :half] = 1
-        fold[row, : 2 * half] = assign_folds(origins, folds)
+        fold[row, : 2 * half] = folds
     fold_TS = torch.from_numpy(fold).to(device)
     valid_TS1 = (fold_TS >= 0).float().unsqueeze(2)
     share_TS1 = valid_TS1 / valid_TS1.sum(dim=1, keepdim=True)
@@ -98,43 +98,55 @@ def _stack(samples: list[Sample], folds: int, device: str) -> tuple[torch.Tensor
 
 def _train(x_TSD: torch.Tensor, target_TS: torch.Tensor, fold_TS: torch.Tensor, config: ProbeConfig, seed: int
            ) -> torch.Tensor:  # fmt: skip
-    """Hits [T] on held-out samples after training all folds' models on the other samples."""
-    folds = torch.arange(config.folds, device=x_TSD.device)
-    held_TSF = fold_TS.unsqueeze(2) == folds
-    weight_TSF = ((fold_TS >= 0).unsqueeze(2) & ~held_TSF).float()
-    weight_TSF /= weight_TSF.sum(dim=1, keepdim=True).clamp(min=1)
+    """Hits [T] on held-out samples after training all folds' models on the other samples, both sides weighing half."""
+    held_TSF = fold_TS.unsqueeze(2) == torch.arange(config.folds, device=x_TSD.device)
     target_TS1 = target_TS.unsqueeze(2)
-    parameters = _initial(len(x_TSD), x_TSD.shape[2], config, seed, x_TSD.device)
-    first_TDJ, bias_T1J, second_TJF, padded_T1L = parameters
-    bias_T1F, padded_T1L.grad = padded_T1L[:, :, : config.folds], torch.zeros_like(padded_T1L)
+    train_TSF = ((fold_TS >= 0).unsqueeze(2) & ~held_TSF).float()
+    sides = (train_TSF * target_TS1, train_TSF * (1 - target_TS1))
+    weight_TSF = sum(side / (2 * side.sum(dim=1, keepdim=True)).clamp(min=1) for side in sides)
+    flat_TK = _initial(x_TSD.shape[2], config, seed).to(x_TSD.device).repeat(len(x_TSD), 1)
+    first_TJD, bias_T1J, second_TJF, bias_T1F = _layers(flat_TK, x_TSD.shape[2], config)
+    slope_TK, mean_TK, square_TK = (torch.zeros_like(flat_TK) for _ in range(3))
+    slopes = _layers(slope_TK, x_TSD.shape[2], config)
     own_JF = (second_TJF[0] != 0).float()  # a model reads its own hidden units only
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    for _ in range(config.steps):
-        hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TDJ).relu_()
+    for step in range(1, config.steps + 1):
+        hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TJD.transpose(1, 2)).relu_()
         logits_TSF = torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF)
         error_TSF = logits_TSF.sigmoid_().sub_(target_TS1).mul_(weight_TSF)  # d loss / d logits of cross-entropy
-        back_TSJ = torch.bmm(error_TSF, second_TJF.transpose(1, 2)).mul_(hidden_TSJ > 0)
-        first_TDJ.grad = torch.bmm(x_TSD.transpose(1, 2), back_TSJ)
-        bias_T1J.grad = back_TSJ.sum(dim=1, keepdim=True)
-        second_TJF.grad = torch.bmm(hidden_TSJ.transpose(1, 2), error_TSF).mul_(own_JF)
-        padded_T1L.grad[:, :, : config.folds] = error_TSF.sum(dim=1, keepdim=True)
-        optimizer.step()
-    hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TDJ).relu_()
+        back_TSJ = torch.ops.aten.threshold_backward(torch.bmm(error_TSF, second_TJF.transpose(1, 2)), hidden_TSJ, 0.0)
+        slopes[0].copy_(torch.bmm(back_TSJ.transpose(1, 2), x_TSD))
+        slopes[1].copy_(back_TSJ.sum(dim=1, keepdim=True))
+        slopes[2].copy_(torch.bmm(hidden_TSJ.transpose(1, 2), error_TSF).mul_(own_JF))
+        slopes[3].copy_(error_TSF.sum(dim=1, keepdim=True))
+        mean_TK.lerp_(slope_TK, 1 - BETAS[0])  # AdamW from here on
+        square_TK.mul_(BETAS[1]).addcmul_(slope_TK, slope_TK, value=1 - BETAS[1])
+        root_TK = (square_TK / (1 - BETAS[1] ** step)).sqrt_().add_(1e-8)
+        flat_TK.mul_(1 - config.learning_rate * config.weight_decay)
+        flat_TK.addcdiv_(mean_TK, root_TK, value=-config.learning_rate / (1 - BETAS[0] ** step))
+    hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TJD.transpose(1, 2)).relu_()
     right_TSF = (torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF) > 0) == (target_TS1 > 0.5)
     return (right_TSF & held_TSF).sum(dim=(1, 2))
 
 
-def _initial(terms: int, dim: int, config: ProbeConfig, seed: int, device: Any) -> list[torch.Tensor]:
-    """Weights and biases of both layers, the same for every term: the second is block diagonal, both padded by zeros.
+def _layers(flat_TK: torch.Tensor, dim: int, config: ProbeConfig) -> list[torch.Tensor]:
+    """Weights [T, J, D] and biases [T, 1, J] of the hidden layer and [T, J, F], [T, 1, F] of the last, as views."""
+    width = -(-config.folds * config.hidden // LANES) * LANES
+    shapes = [(width, dim), (1, width), (width, config.folds), (1, config.folds)]
+    ends = np.cumsum([rows * columns for rows, columns in shapes]).tolist()
+    return [flat_TK[:, end - rows * columns : end].view(-1, rows, columns)
+            for end, (rows, columns) in zip(ends, shapes, strict=True)]  # fmt: skip
 
-    A hidden unit without weights stays without: its gradient is zero.
+
+def _initial(dim: int, config: ProbeConfig, seed: int) -> torch.Tensor:
+    """The parameters [K] that every term starts from: all folds alike, the last layer block diagonal, zeros elsewhere.
+
+    A hidden unit that only pads stays without weights: its gradient is zero.
     """
     folds, hidden = config.folds, config.hidden
     generator = torch.Generator().manual_seed(derive_seed(seed, "probe"))
-    first = torch.randn(dim, hidden, generator=generator) / dim**0.5
-    second = torch.randn(hidden, 1, generator=generator) / hidden**0.5
     spare = -folds * hidden % LANES
-    starts = [pad(first.repeat(1, folds), (0, spare)), torch.zeros(1, folds * hidden + spare),
-              pad(torch.kron(torch.eye(folds), second), (0, 0, 0, spare)),
-              torch.zeros(1, -(-folds // LANES) * LANES)]  # fmt: skip
-    return [start.expand(terms, *start.shape).clone().to(device) for start in starts]
+    first = torch.randn(hidden, dim, generator=generator) / dim**0.5
+    second = torch.randn(hidden, 1, generator=generator) / hidden**0.5
+    parts = [pad(first.repeat(folds, 1), (0, 0, 0, spare)), torch.zeros(folds * hidden + spare),
+             pad(torch.kron(torch.eye(folds), second), (0, 0, 0, spare)), torch.zeros(-(-folds // LANES) * LANES)]
+    return torch.cat([part.flatten() for part in parts])

@@ -213,8 +213,8 @@ class Sample(NamedTuple):
     """[n, D]"""
     negatives: NDArray[np.float16]
     """[n, D]"""
-    origins: NDArray[np.uint64]
-    """[2n]: of the positives, then the negatives; what has one origin is held out as one."""
+    folds: NDArray[np.int64]
+    """[2n]: the fold that holds an image out, positives first."""
 
 
 class Chosen(NamedTuple):
@@ -226,7 +226,25 @@ class Chosen(NamedTuple):
     sample: Sample
 
 
-def choose_samples(bucket: pa.Table, pools: Pools, seed: int) -> Iterator[Chosen]:
+def assign_folds(origins: NDArray[np.uint64], folds: int) -> NDArray[np.int64]:
+    """The fold [2n] that holds out each sample, positives before negatives: one for all samples of an origin.
+
+    Large origins are placed first, each into the fold that holds least of its sides so far.
+    """
+    half = len(origins) // 2
+    names, places = np.unique(origins, return_inverse=True)
+    counts = np.stack([np.bincount(side, minlength=len(names)) for side in (places[:half], places[half:])])
+    load, fold = [[0] * folds, [0] * folds], np.zeros(len(names), np.int64)
+    for place in np.argsort(-counts.sum(axis=0), kind="stable").tolist():
+        left, right = counts[:, place].tolist()
+        chosen = min(range(folds), key=lambda f: left * load[0][f] + right * load[1][f])
+        fold[place] = chosen
+        load[0][chosen] += left
+        load[1][chosen] += right
+    return fold[places]
+
+
+def choose_samples(bucket: pa.Table, pools: Pools, folds: int, seed: int) -> Iterator[Chosen]:
     """The samples of every term of a merged bucket, terms ascending."""
     if not bucket.num_rows:
         return
@@ -245,8 +263,8 @@ def choose_samples(bucket: pa.Table, pools: Pools, seed: int) -> Iterator[Chosen
             chosen.append((mine, others))
             held.append(pools.origins_of(name, origins[mine], units[mine]))
         left, right = (np.concatenate(side) for side in zip(*chosen, strict=True))
-        sample = Sample(vectors[left], pools.vectors[right], np.concatenate([*held, pools.origins[right]]))
-        yield Chosen(str(keys[start]), int(stop - start), sample)
+        fold = assign_folds(np.concatenate([*held, pools.origins[right]]), folds)
+        yield Chosen(str(keys[start]), int(stop - start), Sample(vectors[left], pools.vectors[right], fold))
 
 
 def first_by_hash(rows: pa.Table, count: int, seed: int) -> pa.Table:

@@ -71,7 +71,7 @@ def score(job: LabelJob) -> dict[str, Any]:
 
 
 def load_part(job: LabelJob) -> Callable[[Item, bool], tuple[pa.Table, pa.Table]]:
-    """A function of a corpus part that gives its kept training rows (``_ROWS``; vector if asked for) and annotations."""
+    """A function of a corpus part that gives its kept training rows (``_ROWS``, vector if asked for) and its words."""
     text, duplicates = job.out.path("annotations.parquet"), broadcast(read_table(job.out.path("duplicates.parquet")))
     vectors = _load_vectors(job)
 

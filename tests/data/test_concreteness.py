@@ -6,15 +6,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lookalike.data.concreteness import _batches, _initial, _stack, score_bucket, score_terms
-from lookalike.data.dictionary import DictionaryConfig, ProbeConfig, assign_folds
-from lookalike.data.sketch import POOL, SKETCH, Pools, Sample
+from lookalike.data.concreteness import _batches, _initial, _layers, _stack, score_bucket, score_terms
+from lookalike.data.dictionary import DictionaryConfig, ProbeConfig
+from lookalike.data.sketch import POOL, SKETCH, Pools, Sample, assign_folds
 
 from .test_sketch import CONFIG, whole
 
 
 def make_sample(sides: NDArray[Any]) -> Sample:
-    return Sample(*sides.astype(np.float16), np.arange(2 * sides.shape[1], dtype=np.uint64))
+    return Sample(*sides.astype(np.float16), assign_folds(np.arange(2 * sides.shape[1], dtype=np.uint64), 3))
 
 
 def make_samples(sizes: list[int], dim: int, shift: float, seed: int = 0) -> list[Sample]:
@@ -52,10 +52,10 @@ def test_the_style_of_one_creator_is_not_what_a_word_looks_like() -> None:
     """All positives share a creator's style and nothing else: told apart by unit, at chance once it is held out."""
     (sample,) = make_samples([60], 12, 4.0)
     assert accuracy([sample], ProbeConfig())[0] > 0.85
-    one = np.where(np.arange(120) < 60, 0, sample.origins).astype(np.uint64)
-    assert accuracy([sample._replace(origins=one)], ProbeConfig())[0] < 0.6
-    many = np.where(np.arange(120) < 60, np.arange(120) % 9, sample.origins).astype(np.uint64)
-    assert accuracy([sample._replace(origins=many)], ProbeConfig())[0] > 0.85
+    for creators, low, high in ((1, 0.0, 0.6), (9, 0.85, 1.0)):
+        origins = np.where(np.arange(120) < 60, np.arange(120) % creators, np.arange(120)).astype(np.uint64)
+        (share,) = accuracy([sample._replace(folds=assign_folds(origins, 3))], ProbeConfig())
+        assert low <= share <= high
 
 
 @pytest.mark.parametrize("dim", [7, 64])
@@ -82,7 +82,8 @@ def test_the_models_themselves_are_equal_bit_for_bit_in_any_batch(
         seen.append(result)
         return result
 
-    samples = make_samples([size] * 13, dim, 0.7)
+    samples = [sample._replace(folds=assign_folds(np.arange(2 * size, dtype=np.uint64), folds))
+               for sample in make_samples([size] * 13, dim, 0.7)]  # fmt: skip
     monkeypatch.setattr(torch, "baddbmm", record)
     logits: list[torch.Tensor] = []
     for group in [samples, samples[4:5], samples[3:7], samples[4:]]:
@@ -103,14 +104,14 @@ def test_written_out_gradients_against_autograd() -> None:
     """The same training by autograd and torch's plain optimizer, fold by fold on the training rows alone."""
     samples, config = make_samples([20, 16], 6, 1.5, seed=5), ProbeConfig(hidden=4, steps=5)
     for sample in samples:
-        x, target, fold = (tensor[0] for tensor in _stack([sample], config.folds, "cpu"))
+        x, target, fold = (tensor[0] for tensor in _stack([sample], "cpu"))
         hits = 0
         for number in range(config.folds):
-            first, bias, second, last = _initial(1, 6, config, 1, "cpu")
+            first, bias, second, last = _layers(_initial(6, config, 1)[None], 6, config)
             own = slice(4 * number, 4 * number + 4)
             model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
             with torch.no_grad():
-                for parameter, start in zip(model.parameters(), (first[0][:, own].T, bias[0, 0, own],
+                for parameter, start in zip(model.parameters(), (first[0][own], bias[0, 0, own],
                                                                  second[0][own, number][None], last[0, 0, :1]),
                                             strict=True):  # fmt: skip
                     parameter.copy_(start)
@@ -118,7 +119,9 @@ def test_written_out_gradients_against_autograd() -> None:
             train = (fold >= 0) & (fold != number)
             for _ in range(config.steps):
                 optimizer.zero_grad()
-                loss = torch.nn.functional.binary_cross_entropy_with_logits(model(x[train])[:, 0], target[train])
+                sides = torch.where(target[train] > 0, target[train].sum(), (1 - target[train]).sum())
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                    model(x[train])[:, 0], target[train], 0.5 / sides, reduction="sum")  # fmt: skip
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             held = fold == number
@@ -128,13 +131,13 @@ def test_written_out_gradients_against_autograd() -> None:
 
 def test_features_are_scaled_by_the_terms_own_samples() -> None:
     (sample,) = make_samples([20], 6, 1.0)
-    x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], 3, "cpu"))
+    x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], "cpu"))
     both = np.concatenate(sample[:2]).astype(np.float64)
     assert x.shape == (64, 6)
     assert np.allclose(x[:40], (both - both.mean(axis=0)) / both.std(axis=0), atol=1e-3)
     assert not x[40:].any()
     assert target[:40].tolist() == [1.0] * 20 + [0.0] * 20
-    assert fold[:40].tolist() == assign_folds(sample.origins, 3).tolist()
+    assert fold[:40].tolist() == sample.folds.tolist()
     assert (fold[40:] == -1).all()
 
 
@@ -146,7 +149,7 @@ def test_accuracy_against_scikit_learn_on_the_same_folds() -> None:
     ours = accuracy(samples, ProbeConfig())
     theirs = []
     for sample in samples:
-        x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], 3, "cpu"))
+        x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], "cpu"))
         hits = 0
         for number in range(3):
             model = MLPClassifier((16,), max_iter=60, random_state=0, learning_rate_init=0.005)

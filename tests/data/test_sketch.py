@@ -14,6 +14,7 @@ from lookalike.data.dictionary import DictionaryConfig
 from lookalike.data.sketch import (
     POOL,
     Pools,
+    assign_folds,
     buckets_of,
     choose_samples,
     find_limits,
@@ -124,7 +125,7 @@ def samples() -> dict[str, Any]:
     sketch = whole()
     pool = pc.starts_with(sketch["key"], POOL)
     return {chosen.term: chosen for chosen in choose_samples(sketch.filter(pc.invert(pool)),
-                                                             Pools(sketch.filter(pool)), 7)}  # fmt: skip
+                                                             Pools(sketch.filter(pool)), 3, 7)}  # fmt: skip
 
 
 def test_negatives_lack_the_term_and_come_from_the_same_data_sets_and_other_units() -> None:
@@ -147,7 +148,7 @@ def test_a_terms_sample_does_not_depend_on_its_bucket() -> None:
     sketch = whole()
     pools = Pools(sketch.filter(pc.starts_with(sketch["key"], POOL)))
     for term, together in samples().items():
-        (alone,) = choose_samples(sketch.filter(pc.equal(sketch["key"], term)), pools, 7)
+        (alone,) = choose_samples(sketch.filter(pc.equal(sketch["key"], term)), pools, 3, 7)
         assert alone.term == term
         for side, other in zip(alone.sample, together.sample, strict=True):
             assert np.array_equal(side, other)
@@ -181,12 +182,15 @@ def test_what_one_creator_made_has_one_origin_unless_it_is_most_of_a_data_set() 
     sketch = whole()
     pools = Pools(sketch.filter(pc.starts_with(sketch["key"], POOL)))
     made: dict[int, set[str]] = {}
-    for _, _, sample in samples().values():
-        names = [f"0-{int(n)}" for n in np.concatenate(sample[:2])[:, 0]]
-        for name, origin in zip(names, sample.origins.tolist(), strict=True):
-            made.setdefault(origin, set()).add(images[name]["creator"] or images[name]["group"] or name)
+    for row, origin in zip(sketch.to_pylist(), sketch["origin"].to_pylist(), strict=True):
+        image = images[row["image_id"]]
+        made.setdefault(origin, set()).add(image["creator"] or image["group"] or row["image_id"])
     assert all(len(creators) == 1 for creators in made.values())
     assert len(made) == len({creator for creators in made.values() for creator in creators}) > 8
+    for _, _, sample in samples().values():
+        creators = [images[f"0-{int(n)}"]["creator"] for n in np.concatenate(sample[:2])[:, 0]]
+        folds = {(creator, fold) for creator, fold in zip(creators, sample.folds.tolist(), strict=True) if creator}
+        assert len(folds) == len({creator for creator, _ in folds})
     plain = sketch_part(annotations, rows, CONFIG.model_copy(update={"hold_out_creators": False}), high=0.6, seed=7,
                         limits=None)  # fmt: skip
     assert plain["origin"].equals(plain["unit_hash"])
@@ -196,3 +200,19 @@ def test_what_one_creator_made_has_one_origin_unless_it_is_most_of_a_data_set() 
     large = Pools(same.filter(pc.starts_with(same["key"], POOL)))
     assert np.array_equal(large.origins, large.units)
     assert not np.array_equal(pools.origins, pools.units)
+
+
+@given(st.lists(st.integers(0, 30), min_size=3, max_size=60), st.integers(2, 5), st.randoms())
+def test_an_origin_lies_in_one_fold(origins: list[int], folds: int, random: Any) -> None:
+    both = [*origins, *random.sample(origins, len(origins))]
+    found = assign_folds(np.array(both, np.uint64), folds)
+    assert len(set(zip(both, found.tolist(), strict=True))) == len(set(both))
+    assert set(found.tolist()) <= set(range(folds))
+
+
+@given(st.integers(3, 60), st.integers(2, 5))
+def test_folds_of_separate_origins_are_of_one_size_on_both_sides(half: int, folds: int) -> None:
+    found = assign_folds(np.random.default_rng(half).permutation(2 * half).astype(np.uint64), folds)
+    for side in (found[:half], found[half:]):
+        counts = np.bincount(side, minlength=folds)
+        assert counts.max() - counts.min() <= 1
