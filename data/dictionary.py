@@ -75,7 +75,7 @@ def digest(sample: Sample, config: ProbeConfig, seed: int) -> str:
     settings = json.dumps([FORMAT, config.identity(), seed, sample.positives.shape], sort_keys=True)
     result = hashlib.sha256(settings.encode())  # the fastest of hashlib where the processor knows it
     for values, kind in zip(sample, ("<f2", "<f2", "<i8"), strict=True):
-        result.update(np.ascontiguousarray(values, dtype=kind))
+        result.update(np.ascontiguousarray(values, dtype=kind).tobytes())
     return result.hexdigest()[:32]
 
 

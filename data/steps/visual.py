@@ -2,10 +2,9 @@
 
 Terms are spread over buckets by their hash. ``sketch-B/part-N`` of the work folder holds the samples of bucket N of B
 with their vectors, part B the random images of all data sets; ``scores-B/part-N`` its terms' scores. A bucket that is
-scored is not scored again by an attempt that continues; the sketches, which meet in a shuffle, are made in one go.
+there is not made again by an attempt that continues.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +18,6 @@ from lookalike.data.parts import (
     Item,
     blocks_of,
     broadcast,
-    collect,
     map_parts,
     num_partitions,
     part_name,
@@ -37,16 +35,14 @@ from lookalike.data.sketch import (
     sketch_part,
     vectors_of,
 )
+from lookalike.data.steps.exchange import exchange, with_key, work_items
 from lookalike.data.steps.job import LabelJob
+from lookalike.data.steps.signatures import sign
 from lookalike.progress import track
 
 FEW_SPANS = 16  # up to here sketches are shuffled as they are; above, limits are found first
-LOCAL_ROWS = 100_000  # up to here one task merges all buckets: a shuffle's start costs more than the work
-ROWS_PER_PARTITION = 100_000  # of a shuffle, with their vectors
-_ROWS = ["image_id", "group", "dataset", "creator", "split"]
-_WRITTEN = pa.schema([("bucket", pa.int64()), ("rows", pa.int64())])
+ROW_BYTES = 400  # of a row that a shuffle counts on
 _VALID = pa.schema([("image_id", pa.string()), ("label", pa.string())])
-Merge = Callable[[pa.Table], pa.Table]
 
 
 def score(job: LabelJob) -> dict[str, Any]:
@@ -70,31 +66,13 @@ def score(job: LabelJob) -> dict[str, Any]:
     return stats
 
 
-def load_part(job: LabelJob) -> Callable[[Item, bool], tuple[pa.Table, pa.Table]]:
-    """A function of a corpus part that gives its kept training rows (``_ROWS``, vector if asked for) and its words."""
-    text, duplicates = job.out.path("annotations.parquet"), broadcast(read_table(job.out.path("duplicates.parquet")))
-    vectors = _load_vectors(job)
-
-    def load(item: Item, with_vectors: bool) -> tuple[pa.Table, pa.Table]:
-        rows = keep_training(read_table(item["uri"], _ROWS), duplicates())
-        if with_vectors:
-            rows = rows.append_column("vector", vectors(item, rows["image_id"]))
-        return rows, read_table(storage.join(text, part_name(item["number"])))
-
-    return load
-
-
-def _load_vectors(job: LabelJob) -> Callable[[Item, pa.ChunkedArray], pa.ChunkedArray]:
-    """A function of a corpus part and some of its image ids that gives their projected embeddings."""
-    features = job.work_parts("features")
-
-    def load(_: Item, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-        wanted = ids.combine_chunks()
-        tables = (read_table(uri, ["image_id", "vector"]) for uri in features)
-        found = pa.concat_tables([t.filter(pc.is_in(t["image_id"], value_set=wanted)) for t in tables])
-        return found["vector"].take(pc.index_in(wanted, value_set=found["image_id"].combine_chunks()))
-
-    return load
+def load_part(job: LabelJob, item: Item, columns: list[str]) -> tuple[pa.Table, pa.Table]:
+    """The kept training rows of a corpus part (``columns`` of its signatures, and ``creator``) and its annotations."""
+    name = part_name(item["number"])
+    rows = read_table(job.out.work("signatures", name), [*columns, "split"])
+    rows = rows.append_column("creator", read_table(item["uri"], ["creator"])["creator"])
+    kept = keep_training(rows, read_table(job.out.path("duplicates.parquet", name)))
+    return kept, read_table(job.out.path("annotations.parquet", name))
 
 
 def _spans(job: LabelJob) -> list[Item]:
@@ -108,65 +86,39 @@ def _sketch(job: LabelJob, vocabulary: dict[str, int]) -> dict[str, Any]:
     """``sketch-B/part-N``: the samples of every bucket's terms, and the pools."""
     config, spans = job.config.dictionary, _spans(job)
     buckets = max(1, -(-len(vocabulary) // config.terms_per_task))
-    rows = sum(min(images, config.positives) for images in vocabulary.values()) + config.pool_total
-    folder = job.out.work(f"sketch-{buckets}")
-
-    def merge(group: pa.Table) -> pa.Table:
-        bucket = group["bucket"][0].as_py()
-        merged = merge_sketches([group.drop_columns(["bucket"])], config)
-        write_table(storage.join(folder, part_name(bucket)), merged)
-        return pa.table([[bucket], [merged.num_rows]], schema=_WRITTEN)
-
-    limits = _find_limits(job, spans, buckets, rows) if len(spans) > FEW_SPANS else None
-    partial = _sketch_spans(job, spans, buckets, limits)
-    copies = 1 if limits is not None else len(spans)
-    written = _merge_buckets(job, partial, merge, rows * copies)
-    total = sum(sum(block["rows"].to_pylist()) for block in track(blocks_of(written), "labels sketch", unit="block"))
-    return {"buckets": buckets, "rows": total}
+    images = sum(job.once("sign", sign)["splits"].values())
+    rows = sum(min(count, config.positives) for count in vocabulary.values()) + min(images, config.pool_total)
+    limits = None
+    if len(spans) > FEW_SPANS:
+        _exchange_sketches(job, spans, buckets, rows=max(rows * len(spans), images), limits=None, light=True)
+        limits = pa.concat_tables([LIMITS.empty_table(), *map(read_table, job.work_parts(f"limits-{buckets}"))])
+    rows *= (1 if limits is not None else len(spans)) * -(-(2 * job.config.feature_dim + 100) // ROW_BYTES)
+    _exchange_sketches(job, spans, buckets, rows=max(rows, images), limits=limits, light=False)
+    return {"buckets": buckets}
 
 
-def _find_limits(job: LabelJob, spans: list[Item], buckets: int, rows: int) -> pa.Table:
-    """``LIMITS`` of all keys that have more units than their sketch; 30 bytes a term on the driver."""
-    config = job.config.dictionary
-
-    def merge(group: pa.Table) -> pa.Table:
-        return find_limits(group, config)
-
-    units = _sketch_spans(job, spans, buckets, None, light=True)
-    return collect(_merge_buckets(job, units, merge, rows * len(spans)), LIMITS)
-
-
-def _sketch_spans(
-    job: LabelJob, spans: list[Item], buckets: int, limits: pa.Table | None, *, light: bool = False
-) -> Any:
-    """Sketches of the spans with their buckets as a lazy dataset; ``light``: keys and hashes of units alone."""
+def _exchange_sketches(
+    job: LabelJob, spans: list[Item], buckets: int, *, rows: int, limits: pa.Table | None, light: bool
+) -> None:
+    """Write the buckets' sketches, or, without vectors, their ``LIMITS``: 30 bytes a term, which the driver reads."""
     config, seed, high = job.config.dictionary, job.config.seed, job.config.annotations.high_confidence
-    load, shared = load_part(job), broadcast(limits)
+    columns = ["image_id", "group", "dataset", *([] if light else ["vector"])]
+    shared = broadcast(limits)
 
     def sketch(item: Item) -> pa.Table:
-        rows, annotations = load(item, not light)
-        return sketch_part(annotations, rows, config, high=high, seed=seed, limits=shared())
+        kept, annotations = load_part(job, item, columns)
+        return sketch_part(annotations, kept, config, high=high, seed=seed, limits=shared())
 
-    def task(span: Item) -> pa.Table:
+    def spread(span: Item) -> pa.Table:
         merged = merge_all((sketch(item) for item in span["parts"]), config)
         merged = merged.select(["key", "unit_hash"]) if light else merged
-        return merged.append_column("bucket", pa.array(buckets_of(merged["key"], buckets)))
+        return with_key(merged.rename_columns({"key": "name"}), buckets_of(merged["key"], buckets))
 
-    return job.map(spans, task)
+    def gather(_: int, rows: pa.Table) -> pa.Table:
+        rows = rows.rename_columns({"name": "key"})
+        return find_limits(rows, config) if light else merge_sketches([rows], config)
 
-
-def _merge_buckets(job: LabelJob, dataset: Any, merge: Merge, rows: int) -> Any:
-    """``merge`` of all rows of each bucket, as a lazy dataset; ``rows``: about how many there are in all."""
-    if rows > LOCAL_ROWS:
-        partitions = max(num_partitions(job.parts), -(-rows // ROWS_PER_PARTITION))
-        grouped = dataset.groupby("bucket", num_partitions=partitions)
-        return grouped.map_groups(merge, batch_format="pyarrow", concurrency=job.config.concurrency)
-
-    def whole(table: pa.Table) -> Iterator[pa.Table]:
-        for bucket in pc.unique(table["bucket"]).to_pylist():
-            yield merge(table.filter(pc.equal(table["bucket"], bucket)))
-
-    return dataset.repartition(1).map_batches(whole, batch_format="pyarrow", batch_size=None)
+    exchange(job, spans, spread, gather, kind=f"{'limits' if light else 'sketch'}-{buckets}", rows=rows)
 
 
 def _score_buckets(job: LabelJob, buckets: int) -> pa.Table:
@@ -186,8 +138,7 @@ def _score_buckets(job: LabelJob, buckets: int) -> pa.Table:
             write_table(target, scores)
         return read_table(target)
 
-    names = [name for name in storage.list_files(sketches) if name != part_name(buckets)]
-    items = [{"number": int(name[5:-8]), "uri": storage.join(sketches, name)} for name in names]
+    items = [item for item in work_items(job, f"sketch-{buckets}") if item["number"] < buckets]
     if not items:
         return SCORES.empty_table()
     scored = map_parts(items, task, concurrency=job.config.concurrency, num_gpus=config.num_gpus)
@@ -218,14 +169,15 @@ def _choose(job: LabelJob, scored: pa.Table, config: BoundaryConfig, buckets: in
 
 def _validation_images(job: LabelJob, config: BoundaryConfig) -> pa.Table:
     """Image id, label and vector of up to ``images`` images of the validation split, chosen by hash."""
-    load, seed = _load_vectors(job), job.config.seed
+    signatures, seed = job.out.work("signatures"), job.config.seed
 
     def task(item: Item) -> pa.Table:
-        rows = read_table(item["uri"], ["image_id", "group", "category", "split"])
-        rows = rows.filter(pc.equal(rows["split"], config.split))
-        table = pa.table([rows["image_id"], pc.coalesce(rows["group"], rows["category"])], schema=_VALID)
-        table = first_by_hash(table.filter(pc.is_valid(table["label"])), config.images, seed)
-        return table.append_column("vector", load(item, table["image_id"]))
+        columns = ["image_id", "group", "split", "vector"]
+        signed = read_table(storage.join(signatures, part_name(item["number"])), columns)
+        label = pc.coalesce(signed["group"], read_table(item["uri"], ["category"])["category"])
+        rows = signed.select(["image_id", "vector"]).append_column("label", label)
+        chosen = rows.filter(pc.and_(pc.equal(signed["split"], config.split), pc.is_valid(label)))
+        return first_by_hash(chosen, config.images, seed)
 
     blocks = list(blocks_of(job.map(job.parts, task)))
     return first_by_hash(pa.concat_tables(blocks), config.images, seed) if blocks else _VALID.empty_table()

@@ -76,7 +76,7 @@ def test_shuffle_limits_and_size_of_buckets_change_nothing(
     one = copy(annotated, tmp_path / "one", terms_per_task=1000)
     assert visual.score(one) == scored[1]
     monkeypatch.setattr(visual, "FEW_SPANS", 1)
-    monkeypatch.setattr(visual, "LOCAL_ROWS", 0)
+    monkeypatch.setattr("lookalike.data.steps.exchange.LOCAL_ROWS", 0)
     large = copy(annotated, tmp_path / "large", terms_per_task=3)
     assert visual.score(large) == scored[1]
     assert dictionary_of(large).equals(dictionary_of(scored[0]))
