@@ -47,7 +47,8 @@ def check_flow(stats: dict[str, Any]) -> None:
 
 
 def _sources(config: LabelsConfig) -> list[str]:
-    named = [config.dedup.labelled_pairs, config.clusters.interests.taxonomy]
+    chosen = config.dictionary.boundary_from
+    named = [config.dedup.labelled_pairs, config.clusters.interests.taxonomy, None if chosen is None else chosen.words]
     return [*(uri for uri in named if uri is not None), *config.annotations.sources()]
 
 

@@ -20,8 +20,10 @@ MAX_BLOCKS = 4096  # the driver keeps a reference a block; more parts than this 
 Item = dict[str, Any]
 
 
-def map_parts(items: Sequence[Item], task: Callable[[Item], pa.Table], *, concurrency: int | None = None) -> Any:
-    """A lazy ``ray.data.Dataset`` of ``task``'s tables over ``items``."""
+def map_parts(
+    items: Sequence[Item], task: Callable[[Item], pa.Table], *, concurrency: int | None = None, num_gpus: float = 0
+) -> Any:
+    """A lazy ``ray.data.Dataset`` of ``task``'s tables over ``items``; ``num_gpus``: GPUs of each task."""
     import ray
 
     def each(block: pa.Table) -> Iterator[pa.Table]:
@@ -30,7 +32,8 @@ def map_parts(items: Sequence[Item], task: Callable[[Item], pa.Table], *, concur
 
     blocks = max(1, min(len(items), MAX_BLOCKS))
     dataset = ray.data.from_items(list(items), override_num_blocks=blocks)
-    return dataset.map_batches(each, batch_format="pyarrow", batch_size=None, concurrency=concurrency)
+    return dataset.map_batches(each, batch_format="pyarrow", batch_size=None, concurrency=concurrency,
+                               num_gpus=num_gpus or None)  # fmt: skip
 
 
 def num_partitions(items: Sequence[Item], most: int | None = None) -> int:

@@ -1,121 +1,20 @@
-from functools import reduce
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lookalike.data.annotations import ANNOTATIONS
-from lookalike.data.concreteness import train_probes
 from lookalike.data.dictionary import (
-    POOL,
-    SKETCH,
+    DICTIONARY,
+    SCORES,
     DictionaryConfig,
     ProbeConfig,
-    Samples,
     decide,
-    merge_sketches,
-    sketch_part,
+    digest,
+    merge_scores,
     wilson_interval,
-)  # fmt: skip
-
-CONFIG = DictionaryConfig(positives=8, pool=40, min_units=4)
-
-
-def make_part(count: int, seed: int = 0) -> tuple[pa.Table, pa.Table]:
-    """Annotations and rows: products of three views, two data sets, three terms."""
-    rng = np.random.default_rng(seed)
-    rows, named = [], []
-    for n in range(count):
-        dataset = "a" if n % 2 else "b"
-        group = f"{seed}-p{n // 3}" if dataset == "a" else None
-        rows.append({"image_id": f"{seed}-{n}", "group": group, "dataset": dataset})
-        for term in ("red", "round", "odd"):
-            if rng.random() < 0.4:
-                score = float(rng.choice([0.5, 0.9]))
-                named.append({"image_id": f"{seed}-{n}", "term": term, "score": score, "split": "train"})
-    schema = pa.schema([("image_id", pa.string()), ("group", pa.string()), ("dataset", pa.string())])
-    return pa.Table.from_pylist(named, schema=ANNOTATIONS), pa.Table.from_pylist(rows, schema=schema)
-
-
-def sketch_in_parts(cuts: list[int]) -> pa.Table:
-    annotations, rows = make_part(120)
-    edges = [0, *sorted(cuts), rows.num_rows]
-    parts = []
-    for start, end in pairwise(edges):
-        part = rows.slice(start, end - start)
-        named = annotations.filter(pc.is_in(annotations["image_id"], value_set=part["image_id"].combine_chunks()))
-        parts.append(sketch_part(named, part, CONFIG, 0.6, 7))
-    return reduce(lambda a, b: merge_sketches(a, b, CONFIG), parts, SKETCH.empty_table())
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 120), max_size=6))
-def test_sketches_merge_to_the_sketch_of_the_whole(cuts: list[int]) -> None:
-    order = [("key", "ascending"), ("unit_hash", "ascending")]
-    assert sketch_in_parts(cuts).sort_by(order).to_pylist() == sketch_in_parts([]).sort_by(order).to_pylist()
-
-
-def test_a_unit_gives_one_sample_and_only_confident_ones() -> None:
-    annotations, rows = make_part(120)
-    sketch = pl.DataFrame(pl.from_arrow(sketch_in_parts([40, 80])))
-    group = dict(zip(rows["image_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
-    confident = {(r["term"], r["image_id"]) for r in annotations.to_pylist() if r["score"] > 0.6}
-    for key in sketch["key"].unique().to_list():
-        images = sketch.filter(pl.col("key") == key)["image_id"].to_list()
-        units = [group[image] or image for image in images]
-        assert len(units) == len(set(units)) <= (CONFIG.pool if key.startswith(POOL) else CONFIG.positives)
-        assert key.startswith(POOL) or {(key, image) for image in images} <= confident
-
-
-def test_negatives_lack_the_term_and_come_from_the_same_data_sets() -> None:
-    annotations, rows = make_part(120)
-    samples = Samples(sketch_in_parts([]), ["odd", "red", "round", "absent"], CONFIG, 7)
-    has = {(r["term"], r["image_id"]) for r in annotations.to_pylist()}
-    dataset = dict(zip(rows["image_id"].to_pylist(), rows["dataset"].to_pylist(), strict=True))
-    assert set(samples.chosen) == {"odd", "red", "round"}
-    for term, (positives, negatives) in samples.chosen.items():
-        assert all((term, image) in has for image in positives)
-        assert not any((term, image) in has for image in negatives)
-        assert sorted(map(dataset.get, positives)) == sorted(map(dataset.get, negatives))
-
-
-def questions_for(labels: Any, rows: Any, folds: int) -> Any:
-    from lookalike.data.dictionary import Questions
-
-    index = np.array(rows, np.int64)
-    return Questions(index, np.array(labels, np.float32), np.arange(index.shape[1])[None].repeat(len(index), 0) % folds)
-
-
-def test_a_visible_term_scores_high_and_a_random_one_near_chance() -> None:
-    """Concreteness is held-out accuracy: a label that follows the picture is learned, a coin toss is not."""
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(120, 12)).astype(np.float32)
-    visible = (features[:, 0] + features[:, 3] > 0).astype(np.float32)
-    toss = (rng.random(120) < 0.5).astype(np.float32)
-    config = ProbeConfig(folds=3)
-    hits = train_probes(features, questions_for([visible, toss], [np.arange(120)] * 2, 3), config, 1) / 120
-    assert hits[0] > 0.85
-    assert abs(hits[1] - 0.5) < 0.15
-
-
-def test_a_terms_result_does_not_depend_on_the_terms_beside_it() -> None:
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(60, 6)).astype(np.float32)
-    labels = (rng.random((5, 60)) < 0.5).astype(np.float32)
-    rows = np.stack([rng.permutation(60) for _ in range(5)])
-    rows[2, 40:] = -1
-    config = ProbeConfig(steps=20)
-    together = train_probes(features, questions_for(labels, rows, 3), config, 1)
-    single = [questions_for(labels[i : i + 1], rows[i : i + 1], 3) for i in range(5)]
-    alone = [train_probes(features, questions, config, 1)[0] for questions in single]
-    assert together.tolist() == alone
-    assert together[2] <= 40
+)
+from lookalike.data.sketch import Sample
 
 
 def test_wilson_interval_against_scipy() -> None:
@@ -130,9 +29,45 @@ def test_wilson_interval_against_scipy() -> None:
 
 
 def test_terms_with_too_few_samples_are_reported_not_scored() -> None:
-    samples = Samples(sketch_in_parts([]), ["absent", "odd", "red"], CONFIG, 7)
-    trials = 2 * len(samples.chosen["odd"][0])
-    table = decide({"absent": 9, "odd": 40, "red": 40}, samples, {"odd": trials // 2, "red": trials}).to_pylist()
-    assert [row["status"] for row in table] == ["too_few", "abstract", "kept"]
-    assert table[0]["concreteness"] is None
-    assert table[2]["concreteness"] == 1.0
+    """One is in no sketch, one has too few positives, one is at chance, one is seen, one is seen on few samples."""
+    rows = [("few", 3, 0, 0, None), ("flat", 40, 80, 42, "x"), ("seen", 40, 80, 70, "y"), ("thin", 6, 12, 8, "z")]
+    scores = pa.Table.from_pylist([dict(zip(SCORES.names, (*row, False), strict=True)) for row in rows], schema=SCORES)
+    scored = merge_scores({"seen": 50, "absent": 9, "thin": 6, "flat": 40, "few": 3}, scores.take([3, 1, 0, 2]))
+    table = decide(scored, 0.65)
+    assert table.schema.equals(DICTIONARY)
+    found = {row.pop("term"): row for row in table.to_pylist()}
+    assert list(found) == ["absent", "few", "flat", "seen", "thin"]
+    assert {term: row["status"] for term, row in found.items()} == {
+        "absent": "too_few", "few": "too_few", "flat": "abstract", "seen": "kept", "thin": "abstract"}  # fmt: skip
+    assert found["few"] == {"images": 3, "positives": 3, "trials": 0, "hits": 0, "concreteness": None, "low": None,
+                            "high": None, "status": "too_few", "digest": None}  # fmt: skip
+    assert found["seen"]["concreteness"] == pytest.approx(70 / 80)
+    assert found["thin"]["concreteness"] > 0.65  # above the boundary, but its interval holds chance
+    assert found["thin"]["low"] < 0.5
+    assert {row["status"] for row in decide(scored, 0.9).to_pylist()} == {"too_few", "abstract"}
+
+
+def test_a_boundary_keeps_terms_that_score_it_exactly() -> None:
+    scores = pa.Table.from_pylist([dict(zip(SCORES.names, ("a", 100, 200, 130, "x", False), strict=True))], SCORES)
+    assert decide(merge_scores({"a": 100}, scores), 0.65)["status"].to_pylist() == ["kept"]
+
+
+def test_a_digest_changes_with_whatever_a_score_follows_from() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (rng.normal(size=(6, 4)).astype(np.float16) for _ in range(2))
+    folds = np.arange(12) % 3
+
+    def of(left: Any, right: Any, held: Any = folds, seed: int = 1, **settings: Any) -> str:
+        return digest(Sample(left, right, held), ProbeConfig(**settings), seed)
+
+    base = of(one, other)
+    assert base == of(one.copy(), other.copy(), folds.copy())
+    changed = [of(other, one), of(one[::-1], other), of(one, other, steps=17), of(one, other, seed=2),
+               of(one[:5], other[:5], folds[:10]), of(one.reshape(8, 3), other.reshape(8, 3)),
+               of(one, other, folds[::-1])]  # fmt: skip
+    assert len({base, *changed}) == 8
+
+
+def test_what_cannot_change_a_score_is_no_part_of_the_fingerprint() -> None:
+    fewer = DictionaryConfig(terms_per_task=3, num_gpus=1)
+    assert fewer.identity() == DictionaryConfig().identity()
