@@ -60,6 +60,8 @@ class DictionaryConfig(SampleConfig):
     """Concreteness under which a term goes. A kept term's Wilson interval must also lie above chance, one half."""
     boundary_from: BoundaryConfig | None = None
     """How to choose the boundary instead; ``boundary`` is not used then."""
+    restrict: bool = True
+    """Keep only the terms that can be seen. False keeps all and scores them all the same (an ablation)."""
     probe: ProbeConfig = ProbeConfig()
     terms_per_task: int = runtime(128, ge=1, le=10_000)
     """Terms whose samples lie in one file and whose classifiers train in one task."""

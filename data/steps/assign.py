@@ -35,9 +35,11 @@ def cluster(job: LabelJob) -> dict[str, Any]:
     """``clusters.parquet`` of the dictionary's terms; the work folder gets clusters and votes of all terms."""
     config, seed = job.config.clusters, job.config.seed
     dictionary = read_table(job.out.path("dictionary.parquet"))
-    kept = dictionary.filter(pc.equal(dictionary["status"], "kept"))["term"].to_pylist()
+    if job.config.dictionary.restrict:
+        dictionary = dictionary.filter(pc.equal(dictionary["status"], "kept"))
+    kept = dictionary["term"].to_pylist()
     if not kept:
-        raise UsageError(f"no term of {dictionary.num_rows} is concrete at dictionary.boundary="
+        raise UsageError(f"no term of {len(job.vocabulary())} is concrete at dictionary.boundary="
                          f"{job.config.dictionary.boundary}; lower it, or give more images or better embeddings")
     classifier = InterestClassifier(read_taxonomy(config.interests.taxonomy), config.interests.embedder)
     terms = sorted(job.vocabulary())
