@@ -103,7 +103,8 @@ def _train(x_TSD: torch.Tensor, target_TS: torch.Tensor, fold_TS: torch.Tensor, 
     target_TS1 = target_TS.unsqueeze(2)
     train_TSF = ((fold_TS >= 0).unsqueeze(2) & ~held_TSF).float()
     sides = (train_TSF * target_TS1, train_TSF * (1 - target_TS1))
-    weight_TSF = sum(side / (2 * side.sum(dim=1, keepdim=True)).clamp(min=1) for side in sides)
+    positives_T1F, negatives_T1F = (side.sum(dim=1, keepdim=True) for side in sides)
+    weight_TSF = sides[0] / (2 * positives_T1F).clamp(min=1) + sides[1] / (2 * negatives_T1F).clamp(min=1)
     flat_TK = _initial(x_TSD.shape[2], config, seed).to(x_TSD.device).repeat(len(x_TSD), 1)
     first_TJD, bias_T1J, second_TJF, bias_T1F = _layers(flat_TK, x_TSD.shape[2], config)
     slope_TK, mean_TK, square_TK = (torch.zeros_like(flat_TK) for _ in range(3))
@@ -124,8 +125,9 @@ def _train(x_TSD: torch.Tensor, target_TS: torch.Tensor, fold_TS: torch.Tensor, 
         flat_TK.mul_(1 - config.learning_rate * config.weight_decay)
         flat_TK.addcdiv_(mean_TK, root_TK, value=-config.learning_rate / (1 - BETAS[0] ** step))
     hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TJD.transpose(1, 2)).relu_()
-    right_TSF = (torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF) > 0) == (target_TS1 > 0.5)
-    return (right_TSF & held_TSF).sum(dim=(1, 2))
+    says_TSF = torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF) > 0
+    says_TSF = (says_TSF & (positives_T1F > 0)) | (negatives_T1F == 0)  # who saw one side only knows no other
+    return ((says_TSF == (target_TS1 > 0.5)) & held_TSF).sum(dim=(1, 2))
 
 
 def _layers(flat_TK: torch.Tensor, dim: int, config: ProbeConfig) -> list[torch.Tensor]:

@@ -52,7 +52,7 @@ def test_the_style_of_one_creator_is_not_what_a_word_looks_like() -> None:
     """All positives share a creator's style and nothing else: told apart by unit, at chance once it is held out."""
     (sample,) = make_samples([60], 12, 4.0)
     assert accuracy([sample], ProbeConfig())[0] > 0.85
-    for creators, low, high in ((1, 0.0, 0.6), (9, 0.85, 1.0)):
+    for creators, low, high in ((1, 0.45, 0.55), (9, 0.85, 1.0)):
         origins = np.where(np.arange(120) < 60, np.arange(120) % creators, np.arange(120)).astype(np.uint64)
         (share,) = accuracy([sample._replace(folds=assign_folds(origins, 3))], ProbeConfig())
         assert low <= share <= high
