@@ -1,8 +1,8 @@
 """The near-duplicate search: cells of similar pictures, and all twins inside a cell.
 
 A cell is a centroid of spherical k-means over a sample of the embeddings; a picture is compared in its ``probes``
-nearest cells. Inside a cell the search is exact: tiles of cosines, of which the pairs that could pass the rule are
-verified. Memory is bounded by the tile and by ``neighbours`` twins a row, whatever a family of pictures holds.
+nearest cells. Inside a cell the search is exact: tiles of cosines and of hashes, of which the pairs that could pass the
+rule are verified. Memory is bounded by the tile and by ``neighbours`` twins a row, whatever a family of pictures holds.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lookalike.data.twins import (
+    HASH_BITS,
     DedupConfig,
     Pictures,
-    are_sharp,
-    cosines,
-    differing_bits,
     look_alike,
+    measure,
     pictures_of,
-    same_bytes,
 )
 from lookalike.sampling import mix_keys
 from lookalike.seeds import derive_seed
 
 QUERY_TILE, BASE_TILE = 256, 8192  # 8 MB of cosines at a time
+PAIR_BATCH = 65_536  # pairs that are verified at a time, at about 1 kB
 ROUNDING = 1e-3  # a tile's cosines may differ by less from those that the rule judges
 SAMPLE_PER_CELL, MAX_SAMPLE = 64, 2_000_000  # vectors that the cells are trained on
 FLAT_CELLS = 4096  # above, centroids are looked up through a graph
@@ -210,16 +209,46 @@ def _rank(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig) -> Found:
     """Verified pairs of a tile, by query and then by base."""
+    row, twin = np.divmod(_candidates(pictures, queries, base, config), len(base))
+    row, twin = queries[row], base[twin]
+    found = [_verify(pictures, row[start : start + PAIR_BATCH], twin[start : start + PAIR_BATCH], config)
+             for start in range(0, max(len(row), 1), PAIR_BATCH)]  # fmt: skip
+    return Found(*(np.concatenate(values) for values in zip(*found, strict=True)))
+
+
+def _verify(pictures: Pictures, row: NDArray[Any], twin: NDArray[Any], config: DedupConfig) -> Found:
+    pairs = measure(pictures, row, twin, config)
+    good = (row != twin) & (pairs.same | look_alike(pairs, config))
+    return Found(row, twin, pairs.same, pairs.bits, pairs.cosine).take(good)
+
+
+def _candidates(
+    pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig
+) -> NDArray[np.int64]:
+    """Places in a tile, query by query, of all pairs that could pass the rule: by cosine, or by a closer hash."""
     floor = np.float32(min(config.min_cosine, config.sure_cosine) - ROUNDING)
     product = pictures.vectors[queries] @ pictures.vectors[base].T
-    row, twin = np.divmod(np.flatnonzero(product.ravel() >= floor), len(base))
-    row, twin = queries[row], base[twin]
-    bits = differing_bits(pictures, row, twin)
-    close = bits <= max(config.max_bits, config.sure_max_bits)
-    row, twin, bits = row[close], twin[close], bits[close]
-    cosine, same = cosines(pictures, row, twin), same_bytes(pictures, row, twin)
-    good = (row != twin) & (same | look_alike(bits, cosine, are_sharp(pictures, row, twin, config), config))
-    return Found(row, twin, same, bits, cosine).take(good)
+    places = [np.flatnonzero(product.ravel() >= floor)]
+    sharp = pictures.quality >= config.min_quality
+    for look in range(sharp.shape[1]):
+        rows, columns = np.flatnonzero(sharp[queries, look]), np.flatnonzero(sharp[base, look])
+        wanted = pictures.hashes[queries[rows], look]
+        for hashes in (pictures.hashes, pictures.mirrors)[: 1 + bool(len(pictures.mirrors))]:
+            row, column = _near_hashes(wanted, hashes[base[columns], look], config.colour_bits)
+            places.append(rows[row] * len(base) + columns[column])
+    return np.unique(np.concatenate(places))
+
+
+def _near_hashes(
+    wanted: NDArray[np.uint64], hashes: NDArray[np.uint64], bits: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(place in ``wanted`` [n, 4], place in ``hashes`` [m, 4]) of all pairs that differ in up to ``bits`` bits."""
+    import faiss
+
+    index = faiss.IndexBinaryFlat(HASH_BITS)
+    index.add(np.ascontiguousarray(hashes).view(np.uint8))
+    limits, _, found = index.range_search(np.ascontiguousarray(wanted).view(np.uint8), bits + 1)
+    return np.repeat(np.arange(len(wanted)), np.diff(limits.astype(np.int64))), np.asarray(found, np.int64)
 
 
 def merge_pairs(pairs: pa.Table) -> pl.DataFrame:

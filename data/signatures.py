@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from PIL import Image
 
-from lookalike.data.twins import HASH_BITS
+from lookalike.data.margins import shrink, trim_margin
+from lookalike.data.twins import COLOURS, HASH_BITS
 from lookalike.sampling import stable_keys
 from lookalike.vision.images import decode
 
@@ -25,6 +27,9 @@ def signature_schema(dim: int) -> pa.Schema:
         pa.field("mirror", pa.binary(HASH_BITS // 8)),          # PDQ of the mirror image; null unless asked for
         pa.field("quality", pa.int32()),                        # of the PDQ hash, 0 to 100
         pa.field("group", pa.string()), pa.field("split", pa.string()), pa.field("dataset", pa.string()),
+        pa.field("trimmed", pa.binary(HASH_BITS // 8)),         # the same three of what lies inside the margins
+        pa.field("trimmed_mirror", pa.binary(HASH_BITS // 8)), pa.field("trimmed_quality", pa.int32()),
+        pa.field("colours", pa.binary(COLOURS)),                # its mean colours in cells, row by row
         pa.field("vector", pa.list_(pa.float16(), dim)),        # projected embedding of length 1
     ])  # fmt: skip
 
@@ -36,21 +41,24 @@ def row_numbers(part: int, count: int) -> NDArray[np.int64]:
 
 def sign_images(table: pa.Table, vectors: pa.Array, part: int, mirrored: bool) -> pa.Table:
     """Signatures of a corpus part (``SIGNED_COLUMNS``) and its projected vectors, in its order."""
-    contents, hashes, mirrors, qualities = [], [], [], []
-    for data in table["image"].to_pylist():
-        pixels = np.asarray(decode(data))
-        digest, quality = hash_pixels(pixels)
-        contents.append(hashlib.blake2b(data, digest_size=16).digest())
-        hashes.append(digest)
-        mirrors.append(hash_pixels(np.ascontiguousarray(pixels[:, ::-1]))[0] if mirrored else None)
-        qualities.append(quality)
-    columns = [
-        table["image_id"].combine_chunks(), pa.array(row_numbers(part, table.num_rows)),
-        pa.array(contents, pa.binary(16)), pa.array(hashes, pa.binary(HASH_BITS // 8)),
-        pa.array(mirrors, pa.binary(HASH_BITS // 8)), pa.array(qualities, pa.int32()),
-        *(table[name].combine_chunks() for name in ("group", "split", "dataset")), vectors,
-    ]  # fmt: skip
-    return pa.table(columns, schema=signature_schema(vectors.type.list_size))
+    schema = signature_schema(vectors.type.list_size)
+    rows = [sign_image(decode(data), mirrored) | {"content": hashlib.blake2b(data, digest_size=16).digest()}
+            for data in table["image"].to_pylist()]  # fmt: skip
+    given = {"row": pa.array(row_numbers(part, table.num_rows)), "vector": vectors}
+    given |= {name: table[name].combine_chunks() for name in ("image_id", "group", "split", "dataset")}
+    columns = [given[f.name] if f.name in given else pa.array([row[f.name] for row in rows], f.type) for f in schema]
+    return pa.table(columns, schema=schema)
+
+
+def sign_image(image: Image.Image, mirrored: bool) -> dict[str, Any]:
+    """What a signature says of the pixels of an RGB picture, by column."""
+    content = trim_margin(image)
+    signed: dict[str, Any] = {"colours": shrink(content).tobytes()}
+    for pixels, prefix, name in ((np.asarray(image), "", "pdq"), (content, "trimmed_", "trimmed")):
+        signed[name], signed[f"{prefix}quality"] = hash_pixels(pixels)
+        turned = hash_pixels(np.ascontiguousarray(pixels[:, ::-1]))[0] if mirrored else None
+        signed[f"{prefix}mirror"] = turned
+    return signed
 
 
 def hash_pixels(pixels: NDArray[np.uint8]) -> tuple[bytes, int]:

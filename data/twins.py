@@ -1,7 +1,9 @@
 """When two pictures are the same: the settings, the rule, and how well the rule does on labelled pairs.
 
-Two pictures are twins when their bytes are equal, when PDQ hash and embedding agree, or when the embedding is nearly
-certain and the hash does not contradict it. Every rule asks for a cosine, so a search by cosine finds all candidates.
+Two pictures are twins when their bytes are equal, when PDQ hash and embedding agree, when the embedding is nearly
+certain and the hash does not contradict it, or when hash and colours are nearly equal whatever the embedding says: it
+moves with a border, which the hash of the picture without its margins does not see. PDQ sees no colour, hence the
+second witness. Every rule asks for a cosine or a closer hash, so searches by these two find all candidates.
 """
 
 from typing import Any, NamedTuple
@@ -15,13 +17,15 @@ from lookalike.config import Config
 from lookalike.data.features import unit_rows, vectors_of
 
 HASH_BITS = 256
+COLOURS = 8 * 8 * 3  # bytes: RGB in cells
 
 
 class DedupConfig(Config):
     """When two pictures are the same, and how they are searched."""
 
     max_bits: int = Field(31, ge=0, le=256)
-    """Differing PDQ bits of 256 of a hash pair: the bound PDQ's authors recommend."""
+    """Differing PDQ bits of 256 of a hash pair, of the whole pictures or of both without their margins: the bound
+    PDQ's authors recommend."""
     min_quality: int = Field(50, ge=0, le=100)
     """PDQ quality below which a hash says too little and only embeddings and bytes count."""
     min_cosine: float = Field(0.9, ge=0, le=1)
@@ -30,6 +34,11 @@ class DedupConfig(Config):
     """Embedding cosine that makes a pair by itself ..."""
     sure_max_bits: int = Field(80, ge=0, le=256)
     """... when the hashes differ by no more than this."""
+    colour_bits: int = Field(16, ge=0, le=256)
+    """Differing PDQ bits of a pair that its colours confirm ..."""
+    max_colour: int = Field(12, ge=0, le=255)
+    """... when no cell of an 8 x 8 grid differs by more, in levels of 255: a mean over the grid would not see the sign
+    in the middle of an icon."""
     mirrored: bool = False
     """Whether a mirror image is the same picture. Not by default: the icons of "next" and "previous", left turn and
     right turn are mirror images. Set it where a flipped test picture is a leak."""
@@ -56,23 +65,47 @@ class Pictures(NamedTuple):
     """What is compared of n pictures."""
 
     hashes: NDArray[np.uint64]
-    """PDQ [n, 4]."""
+    """PDQ [n, 2, 4], of the whole picture and of the one without margins."""
     mirrors: NDArray[np.uint64]
-    """PDQ of the mirror images [n, 4]; of no rows unless mirror images count."""
+    """PDQ of the mirror images [n, 2, 4]; of no rows unless mirror images count."""
     quality: NDArray[np.int32]
-    """PDQ quality [n], 0 to 100."""
+    """PDQ quality [n, 2], 0 to 100."""
+    colours: NDArray[np.uint8]
+    """Colours without margins [n, 8, 8, 3]."""
     vectors: NDArray[np.float32]
     """Unit embeddings [n, d]."""
     contents: NDArray[np.uint64]
     """Digest of the bytes [n, 2]."""
 
 
+class Measured(NamedTuple):
+    """How close pairs [p] are."""
+
+    bits: NDArray[np.int32]
+    """Differing PDQ bits, with or without margins, the fewer."""
+    sharp_bits: NDArray[np.int32]
+    """The same of hashes that say enough; more than there are bits where none does."""
+    cosine: NDArray[np.float32]
+    colour: NDArray[np.int32]
+    """Most by which a cell's colour differs, in levels of 255."""
+    same: NDArray[np.bool_]
+    """Whether the bytes are equal."""
+
+    def take(self, chosen: NDArray[Any]) -> "Measured":
+        """Some of the pairs."""
+        return Measured(*(values[chosen] for values in self))
+
+
 def pictures_of(signatures: pa.Table, mirrored: bool) -> Pictures:
     """The arrays of a table of signatures."""
-    hashes = words_of(signatures["pdq"])
-    mirrors = words_of(signatures["mirror"]) if mirrored else hashes[:0]
-    quality = signatures["quality"].to_numpy().astype(np.int32)
-    return Pictures(hashes, mirrors, quality, unit_rows(vectors_of(signatures)), words_of(signatures["content"]))
+    hashes = np.stack([words_of(signatures[name]) for name in ("pdq", "trimmed")], axis=1)
+    mirrors = hashes[:0]
+    if mirrored:
+        mirrors = np.stack([words_of(signatures[name]) for name in ("mirror", "trimmed_mirror")], axis=1)
+    quality = np.stack([signatures[name].to_numpy() for name in ("quality", "trimmed_quality")], axis=1)
+    colours = words_of(signatures["colours"]).view(np.uint8).reshape(-1, 8, 8, 3)
+    vectors, contents = unit_rows(vectors_of(signatures)), words_of(signatures["content"])
+    return Pictures(hashes, mirrors, quality.astype(np.int32), colours, vectors, contents)
 
 
 def words_of(column: pa.ChunkedArray) -> NDArray[np.uint64]:
@@ -81,50 +114,53 @@ def words_of(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     return np.frombuffer(raw, "<u8").reshape(-1, column.type.byte_width // 8)
 
 
-def differing_bits(pictures: Pictures, left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.int32]:
-    """PDQ distance [p] of the rows ``left`` [p] and ``right`` [p]; with mirrors the smaller of both ways."""
-    bits = np.bitwise_count(pictures.hashes[left] ^ pictures.hashes[right]).sum(axis=1, dtype=np.int32)
-    if not len(pictures.mirrors):
-        return np.asarray(bits)
-    turned = np.bitwise_count(pictures.hashes[left] ^ pictures.mirrors[right]).sum(axis=1, dtype=np.int32)
-    return np.asarray(np.minimum(bits, turned))
+def measure(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config: DedupConfig) -> Measured:
+    """How close the rows ``left`` [p] and ``right`` [p] are; the same whatever other pairs are asked for."""
+    sharp = np.minimum(pictures.quality[left], pictures.quality[right]) >= config.min_quality
+    bits, sharp_bits = _count_bits(pictures.hashes[left], pictures.hashes[right], sharp)
+    colour = _worst_cell(pictures.colours[left], pictures.colours[right])
+    if len(pictures.mirrors):
+        turned, sharp_turned = _count_bits(pictures.hashes[left], pictures.mirrors[right], sharp)
+        mirror = _worst_cell(pictures.colours[left], pictures.colours[right][:, :, ::-1])
+        colour = np.where(sharp_turned < sharp_bits, mirror, colour)
+        bits, sharp_bits = np.minimum(bits, turned), np.minimum(sharp_bits, sharp_turned)
+    cosine = np.einsum("ij,ij->i", pictures.vectors[left], pictures.vectors[right])
+    same = (pictures.contents[left] == pictures.contents[right]).all(axis=1)
+    return Measured(bits, sharp_bits, np.asarray(cosine, np.float32), colour, same)
 
 
-def cosines(pictures: Pictures, left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float32]:
-    """Cosine [p] of the rows ``left`` [p] and ``right`` [p]; the same whatever other pairs are asked for."""
-    return np.asarray(np.einsum("ij,ij->i", pictures.vectors[left], pictures.vectors[right]), np.float32)
+def _count_bits(
+    left: NDArray[np.uint64], right: NDArray[np.uint64], sharp: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """``bits`` and ``sharp_bits`` of hashes [p, 2, 4]; ``sharp`` [p, 2]."""
+    differing = np.bitwise_count(left ^ right).sum(axis=2, dtype=np.int32)
+    sharp_bits = np.where(sharp, differing, HASH_BITS + 1).min(axis=1)
+    return np.minimum(differing[:, 0], sharp_bits), sharp_bits  # what is left of a flat picture is no witness
 
 
-def same_bytes(pictures: Pictures, left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether the bytes are equal [p]."""
-    return np.asarray((pictures.contents[left] == pictures.contents[right]).all(axis=1))
+def _worst_cell(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.int32]:
+    worst = np.maximum(left, right) - np.minimum(left, right)
+    return np.asarray(worst.reshape(len(worst), COLOURS).max(axis=1), np.int32)
 
 
-def are_sharp(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config: DedupConfig) -> NDArray[np.bool_]:
-    """Whether both hashes say enough [p]."""
-    return np.asarray(np.minimum(pictures.quality[left], pictures.quality[right]) >= config.min_quality)
-
-
-def look_alike(
-    bits: NDArray[np.int32], cosine: NDArray[np.float32], sharp: NDArray[np.bool_], config: DedupConfig
-) -> NDArray[np.bool_]:
+def look_alike(pairs: Measured, config: DedupConfig) -> NDArray[np.bool_]:
     """The rule for pictures whose bytes differ [p]."""
-    near = sharp & (bits <= config.max_bits) & (cosine >= config.min_cosine)
-    sure = (bits <= config.sure_max_bits) & (cosine >= config.sure_cosine)
-    return near | sure
+    near = (pairs.sharp_bits <= config.max_bits) & (pairs.cosine >= config.min_cosine)
+    sure = (pairs.bits <= config.sure_max_bits) & (pairs.cosine >= config.sure_cosine)
+    alike = (pairs.sharp_bits <= config.colour_bits) & (pairs.colour <= config.max_colour)
+    return near | sure | alike
 
 
-def rule_margin(
-    bits: NDArray[np.int32], cosine: NDArray[np.float32], sharp: NDArray[np.bool_], config: DedupConfig
-) -> NDArray[np.float64]:
+def rule_margin(pairs: Measured, config: DedupConfig) -> NDArray[np.float64]:
     """How far inside the rule a pair lies [p]: not negative exactly where :func:`look_alike` holds.
 
-    The larger of the two conditions' smaller slack, bits in units of 256 and cosines as they are, so that moving the
-    threshold tightens or loosens hash and embedding together.
+    The largest of the three conditions' smaller slack, bits and levels in units of 256 and cosines as they are, so that
+    moving the threshold tightens or loosens hash, embedding and colours together.
     """
-    near = np.minimum((config.max_bits - bits) / HASH_BITS, cosine - np.float32(config.min_cosine))
-    sure = np.minimum((config.sure_max_bits - bits) / HASH_BITS, cosine - np.float32(config.sure_cosine))
-    return np.asarray(np.maximum(np.where(sharp, near, -np.inf), sure), np.float64)
+    near = np.minimum((config.max_bits - pairs.sharp_bits) / HASH_BITS, pairs.cosine - np.float32(config.min_cosine))
+    sure = np.minimum((config.sure_max_bits - pairs.bits) / HASH_BITS, pairs.cosine - np.float32(config.sure_cosine))
+    alike = np.minimum(config.colour_bits - pairs.sharp_bits, config.max_colour - pairs.colour) / HASH_BITS
+    return np.asarray(np.maximum(np.maximum(near, sure), alike), np.float64)
 
 
 def recall_at_precision(duplicate: NDArray[np.bool_], score: NDArray[np.float64], least: float) -> float:
@@ -140,10 +176,9 @@ def judge_pairs(
     pictures: Pictures, left: NDArray[Any], right: NDArray[Any], duplicate: NDArray[np.bool_], config: DedupConfig
 ) -> dict[str, float]:
     """Precision and recall of the rule and recall at 95% precision on labelled pairs [p] of rows of ``pictures``."""
-    bits, cosine = differing_bits(pictures, left, right), cosines(pictures, left, right)
-    sharp, same = are_sharp(pictures, left, right, config), same_bytes(pictures, left, right)
-    found = same | look_alike(bits, cosine, sharp, config)
-    score = np.where(same, 1.0 + HASH_BITS, rule_margin(bits, cosine, sharp, config))
+    pairs = measure(pictures, left, right, config)
+    found = pairs.same | look_alike(pairs, config)
+    score = np.where(pairs.same, 1.0 + HASH_BITS, rule_margin(pairs, config))
     hits = int((found & duplicate).sum())
     return {"pairs": len(duplicate), "duplicates": int(duplicate.sum()),
             "precision": round(hits / max(int(found.sum()), 1), 4),

@@ -12,9 +12,14 @@ from lookalike.data.copies import DUPLICATES
 from lookalike.data.dedup import borrow, find_duplicates, keep_training, lent_rows, split_parts
 from lookalike.data.features import unit_rows
 from lookalike.data.signatures import row_numbers, signature_schema
-from lookalike.data.twins import DedupConfig
+from lookalike.data.twins import COLOURS, DedupConfig
 
 Row = tuple[str, str | None, str, int]
+
+
+def colours_of(content: str) -> bytes:
+    """Colours that no other content has."""
+    return np.random.default_rng(list(content.encode())).integers(0, 256, COLOURS).astype(np.uint8).tobytes()
 
 
 def signatures(rows: list[Row], vectors: Any = None, parts: tuple[int, ...] = ()) -> pa.Table:
@@ -26,6 +31,7 @@ def signatures(rows: list[Row], vectors: Any = None, parts: tuple[int, ...] = ()
         [f"i{n}" for n in range(len(rows))], numbers, [content.ljust(16).encode() for content, _, _, _ in rows],
         [np.packbits(np.arange(256) < bits).tobytes() for _, _, _, bits in rows], [None] * len(rows),
         [100] * len(rows), [group for _, group, _, _ in rows], [split for _, _, split, _ in rows], ["d"] * len(rows),
+        [bytes(32)] * len(rows), [None] * len(rows), [0] * len(rows), [colours_of(row[0]) for row in rows],
     ]  # fmt: skip
     schema = signature_schema(same.shape[1])
     arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)]

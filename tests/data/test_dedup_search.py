@@ -1,6 +1,7 @@
 """Cells, the search inside one, and what a part and a shuffle must agree on."""
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -25,23 +26,28 @@ from lookalike.data.components import (
 )
 from lookalike.data.features import unit_rows
 from lookalike.data.signatures import match_vectors, running_spans, signature_schema
-from lookalike.data.twins import DedupConfig
+from lookalike.data.twins import COLOURS, DedupConfig
 
 
 def noisy(count: int, seed: int) -> pa.Table:
     """Pictures of which every third is an earlier one with some bits flipped and its vector turned a little."""
     rng = np.random.default_rng(seed)
     bits, vectors = rng.random((count, 256)) < 0.5, rng.normal(size=(count, 24))
+    trimmed, colours = rng.random((count, 256)) < 0.5, rng.integers(0, 100, (count, COLOURS)).astype(np.uint8)
     for row in range(2, count, 3):
         near = int(rng.integers(0, row))
         bits[row] = bits[near] ^ (rng.random(256) < rng.random() * 0.2)
-        vectors[row] = vectors[near] + rng.normal(0, 0.1, 24)
+        vectors[row] = vectors[near] + rng.normal(0, 0.1 if row % 2 else 0.4, 24)
+        trimmed[row] = trimmed[near] ^ (rng.random(256) < rng.random() * 0.1)
+        colours[row] = colours[near] + rng.integers(0, 16)
     contents = [f"{int(rng.integers(0, 2 * count)):016d}".encode() for _ in range(count)]
     flat = pa.array(unit_rows(vectors).astype(np.float16).reshape(-1))
     columns: list[Any] = [
         [f"i{n}" for n in range(count)], np.arange(count), contents, [h.tobytes() for h in np.packbits(bits, axis=1)],
         [None] * count, rng.integers(30, 100, count), [None if n % 2 else "g" for n in range(count)],
         ["test" if n % 5 == 4 else "train" for n in range(count)], ["d"] * count,
+        [h.tobytes() for h in np.packbits(trimmed, axis=1)], [None] * count, rng.integers(30, 100, count),
+        [c.tobytes() for c in colours],
     ]  # fmt: skip
     schema = signature_schema(24)
     arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)]
@@ -52,24 +58,31 @@ def pairs_by_loops(table: pa.Table, config: DedupConfig) -> tuple[set[tuple[int,
     """(all pairs of training rows, closest held-out twin of each training row)."""
     rows = table.to_pylist()
     vectors = unit_rows(np.array([row["vector"] for row in rows], np.float32))
-    inside, across = set(), {}
+    inside, across, kinds = set(), {}, Counter[str]()
     for i, row in enumerate(rows):
         close = []
         for j, other in enumerate(rows):
             if row["split"] != "train" or i == j:
                 continue
-            bits = bin(int.from_bytes(row["pdq"]) ^ int.from_bytes(other["pdq"])).count("1")
+            whole, trimmed = (bin(int.from_bytes(row[name]) ^ int.from_bytes(other[name])).count("1")
+                              for name in ("pdq", "trimmed"))  # fmt: skip
             cosine = float(np.einsum("i,i", vectors[i], vectors[j]))
-            sharp = min(row["quality"], other["quality"]) >= config.min_quality
+            sharp = [bits for bits, name in ((whole, "quality"), (trimmed, "trimmed_quality"))
+                     if min(row[name], other[name]) >= config.min_quality]  # fmt: skip
+            bits, closest = min([whole, *sharp]), min([257, *sharp])
+            colour = max(abs(a - b) for a, b in zip(row["colours"], other["colours"], strict=True))
             same = row["content"] == other["content"]
-            near = (sharp and bits <= config.max_bits and cosine >= config.min_cosine) or (
-                bits <= config.sure_max_bits and cosine >= config.sure_cosine)  # fmt: skip
+            near = ((closest <= config.max_bits and cosine >= config.min_cosine)
+                    or (bits <= config.sure_max_bits and cosine >= config.sure_cosine)
+                    or (closest <= config.colour_bits and colour <= config.max_colour))  # fmt: skip
+            kinds["colour"] += near and cosine < config.min_cosine
             if other["split"] != "train" and near:
                 close.append((bits, -cosine, j))
             elif other["split"] == "train" and j < i and near and (same or not (row["group"] and other["group"])):
                 inside.add((i, j))
         if close:
             across[i] = min(close)[2]
+    assert kinds["colour"] > 5
     return inside, across
 
 

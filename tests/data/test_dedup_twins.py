@@ -12,10 +12,11 @@ from sklearn.metrics import precision_recall_curve, precision_score, recall_scor
 from lookalike.data.signatures import sign_images
 from lookalike.data.twins import (
     DedupConfig,
+    Measured,
     Pictures,
-    differing_bits,
     judge_pairs,
     look_alike,
+    measure,
     pictures_of,
     recall_at_precision,
     rule_margin,
@@ -44,7 +45,9 @@ def test_the_margin_is_not_negative_exactly_where_the_rule_holds(seed: int) -> N
     config = DedupConfig(min_cosine=0.5, sure_cosine=0.75)
     bits, sharp = rng.integers(0, 100, 200).astype(np.int32), rng.random(200) < 0.5
     cosine = (rng.integers(0, 9, 200) / 8).astype(np.float32)  # bounds are hit exactly
-    assert ((rule_margin(bits, cosine, sharp, config) >= 0) == look_alike(bits, cosine, sharp, config)).all()
+    colour, same = rng.integers(0, 25, 200).astype(np.int32), np.zeros(200, bool)
+    pairs = Measured(bits, np.where(sharp, bits, 257), cosine, colour, same)
+    assert ((rule_margin(pairs, config) >= 0) == look_alike(pairs, config)).all()
 
 
 def pictures(seed: int, count: int) -> Pictures:
@@ -55,13 +58,16 @@ def pictures(seed: int, count: int) -> Pictures:
     angle = rng.uniform(0, 0.6, count) * (np.arange(count) % 2)
     hashes = np.packbits(bits, axis=1).view("<u8").copy()
     vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-    return Pictures(hashes, hashes[:0], np.full(count, 100, np.int32), vectors, np.arange(2 * count).reshape(-1, 2))
+    hashes = np.stack([hashes, np.zeros_like(hashes)], axis=1)
+    colours = rng.integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+    contents = np.arange(2 * count, dtype=np.uint64).reshape(-1, 2)
+    return Pictures(hashes, hashes[:0], np.full((count, 2), (100, 0), np.int32), colours, vectors, contents)
 
 
 def test_labelled_pairs_are_judged_as_scikit_learn_does() -> None:
     found, config = pictures(3, 400), DedupConfig(max_bits=25, min_cosine=0.9)
     left, right = np.arange(0, 400, 2), np.arange(1, 400, 2)
-    bits = np.unpackbits((found.hashes[left] ^ found.hashes[right]).view(np.uint8), axis=1).sum(axis=1)
+    bits = np.unpackbits((found.hashes[left, 0] ^ found.hashes[right, 0]).view(np.uint8), axis=1).sum(axis=1)
     cosine = (found.vectors[left] * found.vectors[right]).sum(axis=1)
     truth = bits + 40 * (1 - cosine) + np.random.default_rng(0).normal(0, 8, 200) < 28
     rule = ((bits <= 25) & (cosine >= 0.9)) | ((bits <= 80) & (cosine >= 0.985))
@@ -93,8 +99,12 @@ def test_a_recompressed_copy_is_close_and_a_mirror_image_only_when_asked_for() -
     turned = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     signed = sign([encode(image, "PNG"), encode(image, "JPEG", quality=40), encode(turned, "PNG")], mirrored=True)
     left, right = np.array([0, 0, 2]), np.array([1, 2, 0])
-    assert (differing_bits(pictures_of(signed, False), left, right) <= 31).tolist() == [True, False, False]
-    assert (differing_bits(pictures_of(signed, True), left, right) <= 31).all()
+    config = DedupConfig()
+    straight, either = (measure(pictures_of(signed, mirrored), left, right, config) for mirrored in (False, True))
+    assert (straight.sharp_bits <= 31).tolist() == [True, False, False]
+    assert (either.sharp_bits <= 31).all()
+    assert (either.colour <= 12).all()
+    assert straight.colour[1] > 50
     assert signed["row"].to_pylist() == [(1 << 32) + n for n in range(3)]
     plain = sign([encode(image, "PNG")], mirrored=False)
     assert plain["mirror"].null_count == 1
