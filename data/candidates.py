@@ -1,8 +1,9 @@
 """The near-duplicate search: cells of similar pictures, and all twins inside a cell.
 
-A cell is a centroid of spherical k-means over a sample of the embeddings; a picture is compared in its ``probes``
-nearest cells. Inside a cell the search is exact: tiles of cosines and of hashes, of which the pairs that could pass the
-rule are verified. Memory is bounded by the tile and by ``neighbours`` twins a row, whatever a family of pictures holds.
+A cell is a centroid of spherical k-means over a sample of the embeddings, or a bucket of equal pieces of hashes; a
+picture is compared in its ``probes`` nearest cells and in ``hash_bands`` buckets. Inside a cell the search is exact:
+tiles of cosines and of hashes, of which the pairs that could pass the rule are verified. Memory is bounded by the tile
+and by ``neighbours`` twins a row, whatever a family of pictures holds.
 """
 
 from collections.abc import Iterator
@@ -132,6 +133,18 @@ def cell_keys(
         mixed = mix_keys(mixed, 0, "cut") ^ word
     part = (mix_keys(mixed, 0, "cut") >> np.uint64(1)).astype(np.int64)[:, None] % cuts[cells]
     return np.asarray(first[cells] + part, np.int64)
+
+
+def band_keys(
+    hashes: NDArray[np.uint64], sharp: NDArray[np.bool_], first: int, buckets: int, bands: int
+) -> NDArray[np.int64]:
+    """Keys [n, bands] from ``first`` on, ``buckets`` of them a band, of the first 16-bit pieces of ``hashes`` [n, 4].
+
+    A picture whose hash is not sharp has the key -1: no hash pair is made of it.
+    """
+    pieces = np.ascontiguousarray(hashes).view(np.uint16)[:, :bands].astype(np.uint64)
+    keys = (mix_keys(pieces, 0, "band") % np.uint64(buckets)).astype(np.int64) + first + buckets * np.arange(bands)
+    return np.where(sharp[:, None], keys, -1)
 
 
 def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:

@@ -56,6 +56,9 @@ class DedupConfig(Config):
     """Nearest cells in which an image is compared: more find more pairs and cost as much more."""
     within_train: bool = True
     """Drop copies among the training rows. False keeps them (an ablation); the leak firewall stands all the same."""
+    hash_bands: int = Field(2, ge=0, le=16)
+    """16-bit pieces of the hash without margins; pictures with an equal piece are compared too, which finds copies
+    whose embeddings are apart. Each costs as much as a probe."""
     labelled_pairs: str | None = None
     """Parquet or CSV with columns ``left``, ``right`` (image ids) and ``duplicate`` (0 or 1): the result then states
     precision and recall of the rule, and recall at 95% precision, on these pairs."""

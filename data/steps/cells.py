@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lookalike.data.candidates import (
     Cells,
+    band_keys,
     cell_keys,
     count_cells,
     cut_cells,
@@ -111,7 +112,9 @@ def _read_cells(uri: str, probes: int) -> tuple[Cells, NDArray[np.int64], NDArra
 
 
 def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
-    """``pairs/part-K`` of every cell, or cut of a cell, K. The one shuffle of signatures: ``probes`` times each."""
+    """``pairs/part-K`` of every cell, or cut of a cell, K. The one shuffle of signatures: each goes to
+    ``probes`` cells and ``hash_bands`` buckets of equal pieces of hashes.
+    """  # fmt: skip
     config = job.config.dedup
     searched, centroids = _Searched(job), job.out.work(_CELLS)
 
@@ -119,12 +122,17 @@ def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
         table = searched(item).drop_columns(["dataset"])
         cells, first, cuts = _read_cells(centroids, config.probes)
         keys = cell_keys(cells.nearest(unit_rows(vectors_of(table))), first, cuts, words_of(table["pdq"]))
+        sharp = table["trimmed_quality"].to_numpy() >= config.min_quality
+        bands = band_keys(words_of(table["trimmed"]), sharp, int(cuts.sum()), len(cuts), config.hash_bands)
+        keys = np.concatenate([keys, bands], axis=1)
         places = np.repeat(np.arange(table.num_rows), keys.shape[1])
         once = np.unique(np.stack([places, keys.reshape(-1)], axis=1), axis=0)
+        once = once[once[:, 1] >= 0]
         return with_key(table.take(pa.array(once[:, 0])), once[:, 1])
 
     items = work_items(job, "signatures")
-    exchange(job, items, spread, lambda _, cell: search_cell(cell, config), kind="pairs", rows=rows * config.probes)
+    exchange(job, items, spread, lambda _, cell: search_cell(cell, config), kind="pairs",
+             rows=rows * (config.probes + config.hash_bands))  # fmt: skip
 
     def count(item: Item) -> list[int]:
         split = read_table(item["uri"], ["split"])["split"]

@@ -13,7 +13,16 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from lookalike.data import candidates
-from lookalike.data.candidates import Cells, cell_keys, count_cells, cut_cells, merge_pairs, search_cell, train_cells
+from lookalike.data.candidates import (
+    Cells,
+    band_keys,
+    cell_keys,
+    count_cells,
+    cut_cells,
+    merge_pairs,
+    search_cell,
+    train_cells,
+)
 from lookalike.data.components import (
     both_ways,
     connected,
@@ -150,6 +159,18 @@ def test_cells_grow_with_the_corpus_and_large_ones_are_cut_by_hash(monkeypatch: 
     assert np.array_equal(keys[:45], keys[45:])
     assert ((keys >= first[cells]) & (keys < first[cells] + cuts[cells])).all()
     assert set(keys[cells == 1].tolist()) == {1, 2, 3}
+
+
+def test_sharp_pictures_meet_where_a_piece_of_the_hash_is_equal() -> None:
+    rng = np.random.default_rng(3)
+    hashes = rng.integers(0, 1 << 63, (60, 4)).astype(np.uint64)
+    hashes[30:] = hashes[:30] ^ np.array([1, 0, 0, 0], np.uint64)  # the second of four pieces is the first to agree
+    sharp = np.arange(60) != 40
+    keys = band_keys(hashes, sharp, 100, 5000, 3)
+    assert (keys[:30] == keys[30:])[sharp[30:]].tolist() == [[False, True, True]] * 29
+    assert (keys[40] == -1).all()
+    assert ((keys[sharp] - 100) // 5000 == [0, 1, 2]).all()
+    assert band_keys(hashes, sharp, 100, 5000, 0).shape == (60, 0)
 
 
 @settings(max_examples=60, deadline=None)
