@@ -232,23 +232,21 @@ def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], conf
 def _verify(pictures: Pictures, row: NDArray[Any], twin: NDArray[Any], config: DedupConfig) -> Found:
     pairs = measure(pictures, row, twin, config)
     good = (row != twin) & (pairs.same | look_alike(pairs, config))
-    return Found(row, twin, pairs.same, pairs.bits, pairs.cosine).take(good)
+    return Found(row, twin, pairs.same, np.minimum(pairs.bits, pairs.trimmed_bits), pairs.cosine).take(good)
 
 
 def _candidates(
     pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig
 ) -> NDArray[np.int64]:
-    """Places in a tile, query by query, of all pairs that could pass the rule: by cosine, or by a closer hash."""
+    """Places in a tile, query by query, of the pairs that could pass the rule, by cosine or hash without margins."""
     floor = np.float32(min(config.min_cosine, config.sure_cosine) - ROUNDING)
     product = pictures.vectors[queries] @ pictures.vectors[base].T
     places = [np.flatnonzero(product.ravel() >= floor)]
-    sharp = pictures.quality >= config.min_quality
-    for look in range(sharp.shape[1]):
-        rows, columns = np.flatnonzero(sharp[queries, look]), np.flatnonzero(sharp[base, look])
-        wanted = pictures.hashes[queries[rows], look]
-        for hashes in (pictures.hashes, pictures.mirrors)[: 1 + bool(len(pictures.mirrors))]:
-            row, column = _near_hashes(wanted, hashes[base[columns], look], config.colour_bits)
-            places.append(rows[row] * len(base) + columns[column])
+    sharp = pictures.quality[:, 1] >= config.min_quality
+    rows, columns = np.flatnonzero(sharp[queries]), np.flatnonzero(sharp[base])
+    for hashes in (pictures.hashes, pictures.mirrors)[: 1 + bool(len(pictures.mirrors))]:
+        row, column = _near_hashes(pictures.hashes[queries[rows], 1], hashes[base[columns], 1], config.trimmed_bits)
+        places.append(rows[row] * len(base) + columns[column])
     return np.unique(np.concatenate(places))
 
 

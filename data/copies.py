@@ -40,7 +40,8 @@ DUPLICATES = pa.schema([
 
 ``keeper_id``: its twin that stays or is held out; ``component``: the first image, in corpus order, of its connected
 component; ``reason``: ``duplicate`` (equal bytes), ``near_duplicate``, ``overlaps_test`` (a twin of a row of the
-held-out ``split``), ``group_in_test``; ``bits`` and ``cosine``: how close the twin is.
+held-out ``split``), ``group_in_test``; how close the twin is: ``bits``, of the whole pictures or without margins, the
+fewer, and ``cosine``.
 """
 DROPPED = pa.schema([*DUPLICATES, pa.field("row", pa.int64()), pa.field("keeper", pa.int64())])
 

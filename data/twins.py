@@ -1,9 +1,9 @@
 """When two pictures are the same: the settings, the rule, and how well the rule does on labelled pairs.
 
 Two pictures are twins when their bytes are equal, when PDQ hash and embedding agree, when the embedding is nearly
-certain and the hash does not contradict it, or when hash and colours are nearly equal whatever the embedding says: it
-moves with a border, which the hash of the picture without its margins does not see. PDQ sees no colour, hence the
-second witness. Every rule asks for a cosine or a closer hash, so searches by these two find all candidates.
+certain and the hash does not contradict it, or when hash and colours without the margins are nearly equal whatever the
+embedding says: a border moves it. PDQ sees no colour, hence the second witness. Every rule asks for a cosine or for a
+close hash without margins, so searches by these two find all candidates.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +24,7 @@ class DedupConfig(Config):
     """When two pictures are the same, and how they are searched."""
 
     max_bits: int = Field(31, ge=0, le=256)
-    """Differing PDQ bits of 256 of a hash pair, of the whole pictures or of both without their margins: the bound
-    PDQ's authors recommend."""
+    """Differing PDQ bits of 256 of a hash pair: the bound PDQ's authors recommend."""
     min_quality: int = Field(50, ge=0, le=100)
     """PDQ quality below which a hash says too little and only embeddings and bytes count."""
     min_cosine: float = Field(0.9, ge=0, le=1)
@@ -34,8 +33,8 @@ class DedupConfig(Config):
     """Embedding cosine that makes a pair by itself ..."""
     sure_max_bits: int = Field(80, ge=0, le=256)
     """... when the hashes differ by no more than this."""
-    colour_bits: int = Field(16, ge=0, le=256)
-    """Differing PDQ bits of a pair that its colours confirm ..."""
+    trimmed_bits: int = Field(16, ge=0, le=256)
+    """Differing PDQ bits without margins of a pair that its colours confirm ..."""
     max_colour: int = Field(12, ge=0, le=255)
     """... when no cell of an 8 x 8 grid differs by more, in levels of 255: a mean over the grid would not see the sign
     in the middle of an icon."""
@@ -85,18 +84,16 @@ class Measured(NamedTuple):
     """How close pairs [p] are."""
 
     bits: NDArray[np.int32]
-    """Differing PDQ bits, with or without margins, the fewer."""
-    sharp_bits: NDArray[np.int32]
-    """The same of hashes that say enough; more than there are bits where none does."""
+    """Differing PDQ bits of the whole pictures."""
+    sharp: NDArray[np.bool_]
+    """Whether both hashes say enough."""
     cosine: NDArray[np.float32]
+    trimmed_bits: NDArray[np.int32]
+    """Differing PDQ bits without margins; more than there are where one of both hashes says too little."""
     colour: NDArray[np.int32]
     """Most by which a cell's colour differs, in levels of 255."""
     same: NDArray[np.bool_]
     """Whether the bytes are equal."""
-
-    def take(self, chosen: NDArray[Any]) -> "Measured":
-        """Some of the pairs."""
-        return Measured(*(values[chosen] for values in self))
 
 
 def pictures_of(signatures: pa.Table, mirrored: bool) -> Pictures:
@@ -120,25 +117,21 @@ def words_of(column: pa.ChunkedArray) -> NDArray[np.uint64]:
 def measure(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config: DedupConfig) -> Measured:
     """How close the rows ``left`` [p] and ``right`` [p] are; the same whatever other pairs are asked for."""
     sharp = np.minimum(pictures.quality[left], pictures.quality[right]) >= config.min_quality
-    bits, sharp_bits = _count_bits(pictures.hashes[left], pictures.hashes[right], sharp)
+    bits = _count_bits(pictures.hashes[left], pictures.hashes[right])
     colour = _worst_cell(pictures.colours[left], pictures.colours[right])
     if len(pictures.mirrors):
-        turned, sharp_turned = _count_bits(pictures.hashes[left], pictures.mirrors[right], sharp)
+        turned = _count_bits(pictures.hashes[left], pictures.mirrors[right])
         mirror = _worst_cell(pictures.colours[left], pictures.colours[right][:, :, ::-1])
-        colour = np.where(sharp_turned < sharp_bits, mirror, colour)
-        bits, sharp_bits = np.minimum(bits, turned), np.minimum(sharp_bits, sharp_turned)
+        colour = np.where(turned[:, 1] < bits[:, 1], mirror, colour)
+        bits = np.minimum(bits, turned)
     cosine = np.einsum("ij,ij->i", pictures.vectors[left], pictures.vectors[right])
     same = (pictures.contents[left] == pictures.contents[right]).all(axis=1)
-    return Measured(bits, sharp_bits, np.asarray(cosine, np.float32), colour, same)
+    trimmed_bits = np.where(sharp[:, 1], bits[:, 1], HASH_BITS + 1)
+    return Measured(bits[:, 0], sharp[:, 0], np.asarray(cosine, np.float32), trimmed_bits, colour, same)
 
 
-def _count_bits(
-    left: NDArray[np.uint64], right: NDArray[np.uint64], sharp: NDArray[np.bool_]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """``bits`` and ``sharp_bits`` of hashes [p, 2, 4]; ``sharp`` [p, 2]."""
-    differing = np.bitwise_count(left ^ right).sum(axis=2, dtype=np.int32)
-    sharp_bits = np.where(sharp, differing, HASH_BITS + 1).min(axis=1)
-    return np.minimum(differing[:, 0], sharp_bits), sharp_bits  # what is left of a flat picture is no witness
+def _count_bits(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.int32]:
+    return np.asarray(np.bitwise_count(left ^ right).sum(axis=2, dtype=np.int32))
 
 
 def _worst_cell(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.int32]:
@@ -148,10 +141,10 @@ def _worst_cell(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np
 
 def look_alike(pairs: Measured, config: DedupConfig) -> NDArray[np.bool_]:
     """The rule for pictures whose bytes differ [p]."""
-    near = (pairs.sharp_bits <= config.max_bits) & (pairs.cosine >= config.min_cosine)
+    near = pairs.sharp & (pairs.bits <= config.max_bits) & (pairs.cosine >= config.min_cosine)
     sure = (pairs.bits <= config.sure_max_bits) & (pairs.cosine >= config.sure_cosine)
-    alike = (pairs.sharp_bits <= config.colour_bits) & (pairs.colour <= config.max_colour)
-    return near | sure | alike
+    framed = (pairs.trimmed_bits <= config.trimmed_bits) & (pairs.colour <= config.max_colour)
+    return near | sure | framed
 
 
 def rule_margin(pairs: Measured, config: DedupConfig) -> NDArray[np.float64]:
@@ -160,10 +153,11 @@ def rule_margin(pairs: Measured, config: DedupConfig) -> NDArray[np.float64]:
     The largest of the three conditions' smaller slack, bits and levels in units of 256 and cosines as they are, so that
     moving the threshold tightens or loosens hash, embedding and colours together.
     """
-    near = np.minimum((config.max_bits - pairs.sharp_bits) / HASH_BITS, pairs.cosine - np.float32(config.min_cosine))
+    near = np.minimum((config.max_bits - pairs.bits) / HASH_BITS, pairs.cosine - np.float32(config.min_cosine))
     sure = np.minimum((config.sure_max_bits - pairs.bits) / HASH_BITS, pairs.cosine - np.float32(config.sure_cosine))
-    alike = np.minimum(config.colour_bits - pairs.sharp_bits, config.max_colour - pairs.colour) / HASH_BITS
-    return np.asarray(np.maximum(np.maximum(near, sure), alike), np.float64)
+    framed = np.minimum(config.trimmed_bits - pairs.trimmed_bits, config.max_colour - pairs.colour) / HASH_BITS
+    near = np.where(pairs.sharp, near, -np.inf)
+    return np.asarray(np.maximum(np.maximum(near, sure), framed), np.float64)
 
 
 def recall_at_precision(duplicate: NDArray[np.bool_], score: NDArray[np.float64], least: float) -> float:

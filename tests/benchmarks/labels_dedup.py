@@ -5,9 +5,11 @@
 One JSON object a line; the last one has the ratios. On a busy machine ``cpu_seconds`` is the time to trust.
 
 Negatives are collages of four pictures of the sample corpora, cut, scaled, turned and recoloured at random: no two are
-the same picture, but every tenth shares its upper half with another. Planted copies are changed in one way each. The
-embedding is cheap and fixed, not a network: 16 x 16 grey levels and a colour histogram, averaged with the mirror
-image's (as networks trained on flipped pictures nearly do) and projected to 128 dimensions by the pipeline's own code.
+the same picture, but every tenth shares its upper half with another. Planted copies are changed in one way each.
+Collages have no margins; so the rule, not the search, is also tried on changed copies of pictures of the sample
+corpora. The embedding is cheap and fixed, not a network: 16 x 16 grey levels and a colour histogram, averaged with the
+mirror image's (as networks trained on flipped pictures nearly do) and projected to 128 dimensions by the pipeline's own
+code.
 """
 
 import argparse
@@ -31,11 +33,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from lookalike.data.candidates import Cells, cell_keys, cut_cells, merge_pairs, search_cell, train_cells
+from lookalike.data.candidates import Cells, band_keys, cell_keys, cut_cells, merge_pairs, search_cell, train_cells
 from lookalike.data.dedup import decide_fates
 from lookalike.data.features import project
-from lookalike.data.signatures import hash_pixels, signature_schema
-from lookalike.data.twins import DedupConfig, judge_pairs, pictures_of, words_of
+from lookalike.data.signatures import sign_image, signature_schema
+from lookalike.data.twins import DedupConfig, judge_pairs, look_alike, measure, pictures_of, words_of
 from lookalike.progress import track
 from lookalike.retrieval.machine import machine_facts
 
@@ -76,18 +78,19 @@ def compose(seed: int, picture: int) -> Image.Image:
 
 def change(image: Image.Image, kind: str, rng: np.random.Generator) -> Image.Image:
     """A copy of ``image`` as the web makes them."""
+    width, height = image.size
     if kind == "resize":
-        side = int(rng.integers(SIDE // 2, SIDE - 8))
-        return image.resize((side, side), Image.Resampling.BILINEAR)
+        scale = rng.uniform(0.5, 0.92)
+        return image.resize((int(scale * width), int(scale * height)), Image.Resampling.BILINEAR)
     if kind == "jpeg":
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=int(rng.integers(30, 91)))
         return Image.open(buffer).convert("RGB")
     if kind == "crop":
-        cut = rng.dirichlet(np.ones(2), 2) * SIDE * rng.uniform(0.05, 0.10)
-        return image.crop((int(cut[0, 0]), int(cut[1, 0]), SIDE - int(cut[0, 1]), SIDE - int(cut[1, 1])))
+        cut = rng.dirichlet(np.ones(2), 2) * [[width], [height]] * rng.uniform(0.05, 0.10)
+        return image.crop((int(cut[0, 0]), int(cut[1, 0]), width - int(cut[0, 1]), height - int(cut[1, 1])))
     if kind == "border":
-        return ImageOps.expand(image, int(SIDE * rng.uniform(0.02, 0.05)), tuple(rng.integers(0, 256, 3).tolist()))
+        return ImageOps.expand(image, 1 + int(width * rng.uniform(0.02, 0.05)), tuple(rng.integers(0, 256, 3).tolist()))
     if kind == "colour":
         for tool in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = tool(image).enhance(rng.uniform(0.75, 1.3))
@@ -109,17 +112,26 @@ def embed(image: Image.Image) -> NDArray[np.float32]:
 def sign_chunk(task: tuple[int, list[tuple[int, str]]]) -> dict[str, list[Any]]:
     """Signatures of pictures given as (picture, kind of change or "")."""
     seed, wanted = task
-    signed: dict[str, list[Any]] = {"pdq": [], "mirror": [], "quality": [], "vector": []}
+    rows = []
     for picture, kind in wanted:
         image = compose(seed, picture)
         if kind:
             image = change(image, kind, np.random.default_rng([seed, picture, KINDS.index(kind)]))
-        pixels = np.asarray(image)
-        pdq, quality = hash_pixels(pixels)
-        mirror, _ = hash_pixels(np.ascontiguousarray(pixels[:, ::-1]))
-        for name, value in (("pdq", pdq), ("mirror", mirror), ("quality", quality), ("vector", embed(image))):
-            signed[name].append(value)
-    return signed
+        rows.append(sign_image(image, True) | {"vector": embed(image)})
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def as_table(signed: dict[str, list[Any]], seed: int) -> pa.Table:
+    """Signatures of training rows without groups and of no equal bytes."""
+    num = len(signed["pdq"])
+    small = project(np.stack(signed["vector"]), DIM, seed).astype(np.float16)
+    given = signed | {"image_id": [f"{n:07d}" for n in range(num)], "row": np.arange(num), "group": [None] * num,
+                      "content": [n.to_bytes(16) for n in range(num)], "split": ["train"] * num,
+                      "dataset": ["bench"] * num}  # fmt: skip
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(small.reshape(-1)), DIM)
+    schema = signature_schema(DIM)
+    arrays = [flat if field.name == "vector" else pa.array(given[field.name], field.type) for field in schema]
+    return pa.table(arrays, schema=schema)
 
 
 def make_corpus(num: int, seed: int) -> tuple[pa.Table, pl.DataFrame]:
@@ -134,14 +146,30 @@ def make_corpus(num: int, seed: int) -> tuple[pa.Table, pl.DataFrame]:
     with multiprocessing.get_context("fork").Pool(2) as pool:
         chunks = list(track(pool.imap(sign_chunk, tasks), "compose", len(tasks), unit="chunk"))
     signed = {name: [value for chunk in chunks for value in chunk[name]] for name in chunks[0]}
-    small = project(np.stack(signed["vector"]), DIM, seed).astype(np.float16)
-    columns = [[f"{n:07d}" for n in range(num)], np.arange(num), [n.to_bytes(16) for n in range(num)], signed["pdq"],
-               signed["mirror"], signed["quality"], [None] * num, ["train"] * num, ["bench"] * num]  # fmt: skip
-    schema = signature_schema(DIM)
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)]
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(small.reshape(-1)), DIM)
     facts = pl.DataFrame({"picture": [p for p, _ in wanted], "kind": [k for _, k in wanted], "row": np.arange(num)})
-    return pa.table([*arrays, flat], schema=schema), facts
+    return as_table(signed, seed), facts
+
+
+def try_samples(count: int, seed: int) -> dict[str, Any]:
+    """Recall of the rule on changed copies of ``count`` pictures of the sample corpora, with their own margins.
+
+    By kind: in all, and by hash and colours without margins alone.
+    """
+    files = sorted(glob.glob(str(SAMPLES / "*" / "part-*.parquet")))
+    data = [value for file in files for value in pq.read_table(file, columns=["image"])["image"].to_pylist()]
+    images = [Image.open(io.BytesIO(value)).convert("RGB") for value in data[:: len(data) // count]]
+    config, result = DedupConfig(), {}
+    for number, kind in enumerate((*KINDS, "crop, jpeg", "border, jpeg", "border, resize, jpeg")):
+        rng, copies = np.random.default_rng([seed, number]), images
+        for step in kind.split(", "):
+            copies = [change(image, step, rng) for image in copies]
+        rows = [sign_image(image, True) | {"vector": embed(image)} for image in images + copies]
+        signed = as_table({name: [row[name] for row in rows] for name in rows[0]}, seed)
+        place = np.arange(len(images))
+        pairs = measure(pictures_of(signed, False), place, place + len(images), config)
+        alone = pairs._replace(cosine=np.zeros_like(pairs.cosine))
+        result[kind] = [round(float(look_alike(found, config).mean()), 3) for found in (pairs, alone)]
+    return {"pictures": len(images), "recall_and_without_embedding": result}
 
 
 def search(signatures: pa.Table, cells: int, config: DedupConfig, seed: int) -> pl.DataFrame:
@@ -151,9 +179,12 @@ def search(signatures: pa.Table, cells: int, config: DedupConfig, seed: int) -> 
     vectors = np.stack(signatures["vector"].to_numpy()).astype(np.float32)
     centroids = train_cells(vectors[:: max(1, len(vectors) // (64 * cells))], cells, seed)
     placed = Cells(centroids, config.probes).nearest(vectors)
-    keys = cell_keys(placed, *cut_cells(np.bincount(placed.ravel(), minlength=cells)), words_of(signatures["pdq"]))
+    first, cuts = cut_cells(np.bincount(placed.ravel(), minlength=cells))
+    sharp = signatures["trimmed_quality"].to_numpy() >= config.min_quality
+    bands = band_keys(words_of(signatures["trimmed"]), sharp, int(cuts.sum()), len(cuts), config.hash_bands)
+    keys = np.concatenate([cell_keys(placed, first, cuts, words_of(signatures["pdq"])), bands], axis=1)
     found = [search_cell(signatures.take(pa.array(np.nonzero((keys == key).any(axis=1))[0])), config)
-             for key in np.unique(keys).tolist()]  # fmt: skip
+             for key in np.unique(keys[keys >= 0]).tolist()]  # fmt: skip
     return merge_pairs(pa.concat_tables(found))
 
 
@@ -216,6 +247,7 @@ def rows(quick: bool, num: int | None = None, seed: int = 17) -> Iterator[dict[s
     common = {"bench": "labels_dedup", "images": num, "dim": DIM, "seed": seed, "threads": 1,
               "machine": machine_facts()}  # fmt: skip
     yield common | {"case": "compose and sign", "seconds": round(time.perf_counter() - start, 1)}
+    yield common | {"case": "sample pictures", **try_samples(600, seed)}
     for mirrored in (False, True):
         yield common | {"case": "labelled pairs" + ", mirrored" * mirrored,
                         **judge(signatures, facts, DedupConfig(mirrored=mirrored))}  # fmt: skip
@@ -224,6 +256,8 @@ def rows(quick: bool, num: int | None = None, seed: int = 17) -> Iterator[dict[s
     for count in (cells, num // 100):
         for probes in (1, 2, 3):
             cases[f"{count} cells, {probes} probes"] = (count, DedupConfig(probes=probes))
+    for bands in (0, 4):
+        cases[f"{cells} cells, 2 probes, {bands} bands"] = (cells, DedupConfig(hash_bands=bands))
     cases[f"{cells} cells, 2 probes, mirrored"] = (cells, DedupConfig(mirrored=True))
     ratios: dict[str, Any] = {}
     exact: pl.DataFrame | None = None

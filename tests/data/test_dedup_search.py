@@ -47,8 +47,8 @@ def noisy(count: int, seed: int) -> pa.Table:
         near = int(rng.integers(0, row))
         bits[row] = bits[near] ^ (rng.random(256) < rng.random() * 0.2)
         vectors[row] = vectors[near] + rng.normal(0, 0.1 if row % 2 else 0.4, 24)
-        trimmed[row] = trimmed[near] ^ (rng.random(256) < rng.random() * 0.1)
-        colours[row] = colours[near] + rng.integers(0, 16)
+        trimmed[row] = trimmed[near] ^ (rng.random(256) < rng.random() * 0.08)
+        colours[row] = colours[near] + rng.integers(0, 14)
     contents = [f"{int(rng.integers(0, 2 * count)):016d}".encode() for _ in range(count)]
     flat = pa.array(unit_rows(vectors).astype(np.float16).reshape(-1))
     columns: list[Any] = [
@@ -76,14 +76,13 @@ def pairs_by_loops(table: pa.Table, config: DedupConfig) -> tuple[set[tuple[int,
             whole, trimmed = (bin(int.from_bytes(row[name]) ^ int.from_bytes(other[name])).count("1")
                               for name in ("pdq", "trimmed"))  # fmt: skip
             cosine = float(np.einsum("i,i", vectors[i], vectors[j]))
-            sharp = [bits for bits, name in ((whole, "quality"), (trimmed, "trimmed_quality"))
-                     if min(row[name], other[name]) >= config.min_quality]  # fmt: skip
-            bits, closest = min([whole, *sharp]), min([257, *sharp])
+            sharp, told = (min(row[name], other[name]) >= config.min_quality for name in ("quality", "trimmed_quality"))
             colour = max(abs(a - b) for a, b in zip(row["colours"], other["colours"], strict=True))
             same = row["content"] == other["content"]
-            near = ((closest <= config.max_bits and cosine >= config.min_cosine)
-                    or (bits <= config.sure_max_bits and cosine >= config.sure_cosine)
-                    or (closest <= config.colour_bits and colour <= config.max_colour))  # fmt: skip
+            near = ((sharp and whole <= config.max_bits and cosine >= config.min_cosine)
+                    or (whole <= config.sure_max_bits and cosine >= config.sure_cosine)
+                    or (told and trimmed <= config.trimmed_bits and colour <= config.max_colour))  # fmt: skip
+            bits = min(whole, trimmed) if told else whole
             kinds["colour"] += near and cosine < config.min_cosine
             if other["split"] != "train" and near:
                 close.append((bits, -cosine, j))

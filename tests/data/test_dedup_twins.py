@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.metrics import precision_recall_curve, precision_score, recall_score
 
 from lookalike.data.signatures import sign_images
@@ -46,7 +46,8 @@ def test_the_margin_is_not_negative_exactly_where_the_rule_holds(seed: int) -> N
     bits, sharp = rng.integers(0, 100, 200).astype(np.int32), rng.random(200) < 0.5
     cosine = (rng.integers(0, 9, 200) / 8).astype(np.float32)  # bounds are hit exactly
     colour, same = rng.integers(0, 25, 200).astype(np.int32), np.zeros(200, bool)
-    pairs = Measured(bits, np.where(sharp, bits, 257), cosine, colour, same)
+    trimmed = np.where(rng.random(200) < 0.5, rng.integers(0, 40, 200), 257).astype(np.int32)
+    pairs = Measured(bits, sharp, cosine, trimmed, colour, same)
     assert ((rule_margin(pairs, config) >= 0) == look_alike(pairs, config)).all()
 
 
@@ -101,14 +102,30 @@ def test_a_recompressed_copy_is_close_and_a_mirror_image_only_when_asked_for() -
     left, right = np.array([0, 0, 2]), np.array([1, 2, 0])
     config = DedupConfig()
     straight, either = (measure(pictures_of(signed, mirrored), left, right, config) for mirrored in (False, True))
-    assert (straight.sharp_bits <= 31).tolist() == [True, False, False]
-    assert (either.sharp_bits <= 31).all()
+    for name in ("bits", "trimmed_bits"):
+        assert (getattr(straight, name) <= 31).tolist() == [True, False, False]
+        assert (getattr(either, name) <= 31).all()
     assert (either.colour <= 12).all()
     assert straight.colour[1] > 50
     assert signed["row"].to_pylist() == [(1 << 32) + n for n in range(3)]
     plain = sign([encode(image, "PNG")], mirrored=False)
     assert plain["mirror"].null_count == 1
     assert plain["pdq"][0] == signed["pdq"][0]
+
+
+def test_a_bordered_copy_has_its_hash_and_colours_without_the_border() -> None:
+    rng = np.random.default_rng(4)
+    small = Image.fromarray(rng.integers(0, 200, (8, 10, 3)).astype(np.uint8))
+    image = ImageOps.expand(small.resize((100, 80), Image.Resampling.BICUBIC), 20, "white")
+    others = [ImageOps.expand(image, 9, "navy"), image.crop((12, 8, 130, 112)), image.rotate(90)]
+    signed = sign([encode(other, "PNG") for other in (image, *others)], mirrored=False)
+    pairs = measure(pictures_of(signed, False), np.zeros(3, int), np.arange(1, 4), DedupConfig())
+    assert (pairs.bits > 60).all()
+    assert (pairs.trimmed_bits <= 16).tolist() == [True, True, False]
+    assert (pairs.colour <= 12).tolist() == [True, True, False]
+    unlike = pairs._replace(cosine=np.zeros(3, np.float32))
+    assert look_alike(unlike, DedupConfig()).tolist() == [True, True, False]
+    assert not look_alike(unlike._replace(colour=unlike.colour + 13), DedupConfig()).any()
 
 
 def test_equal_bytes_have_equal_digests() -> None:
