@@ -153,12 +153,13 @@ def make_corpus(num: int, seed: int) -> tuple[pa.Table, pl.DataFrame]:
 def try_samples(count: int, seed: int) -> dict[str, Any]:
     """Recall of the rule on changed copies of ``count`` pictures of the sample corpora, with their own margins.
 
-    By kind: in all, and by hash and colours without margins alone.
+    By kind: in all, and by hash and colours without margins alone. ``met``: of the latter, those that ``hash_bands``
+    bring together.
     """
     files = sorted(glob.glob(str(SAMPLES / "*" / "part-*.parquet")))
     data = [value for file in files for value in pq.read_table(file, columns=["image"])["image"].to_pylist()]
     images = [Image.open(io.BytesIO(value)).convert("RGB") for value in data[:: len(data) // count]]
-    config, result = DedupConfig(), {}
+    config, result, met = DedupConfig(), {}, []
     for number, kind in enumerate((*KINDS, "crop, jpeg", "border, jpeg", "border, resize, jpeg")):
         rng, copies = np.random.default_rng([seed, number]), images
         for step in kind.split(", "):
@@ -168,8 +169,12 @@ def try_samples(count: int, seed: int) -> dict[str, Any]:
         place = np.arange(len(images))
         pairs = measure(pictures_of(signed, False), place, place + len(images), config)
         alone = pairs._replace(cosine=np.zeros_like(pairs.cosine))
+        words = words_of(signed["trimmed"]).view(np.uint16)
+        met.append((words[: len(images)] == words[len(images) :])[look_alike(alone, config)])
         result[kind] = [round(float(look_alike(found, config).mean()), 3) for found in (pairs, alone)]
-    return {"pictures": len(images), "recall_and_without_embedding": result}
+    equal = np.concatenate(met)
+    bands = {count: round(float(equal[:, :count].any(axis=1).mean()), 3) for count in (1, 2, 3, 4, 6, 8)}
+    return {"pictures": len(images), "recall_and_without_embedding": result, "met": bands}
 
 
 def search(signatures: pa.Table, cells: int, config: DedupConfig, seed: int) -> pl.DataFrame:
