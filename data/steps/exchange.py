@@ -15,7 +15,7 @@ from lookalike.progress import track
 from lookalike.sampling import mix_keys
 
 LOCAL_ROWS = 100_000  # up to here one task does it all: a shuffle's start costs more than the work
-ROWS_PER_PARTITION = 500_000  # rows that a task of a shuffle holds, 400 bytes at the most each
+ROWS_PER_PARTITION = 500_000  # rows that a task of a shuffle holds, 660 bytes at the most each
 _WRITTEN = pa.schema([("key", pa.int64()), ("rows", pa.int64())])
 
 Reduce = Callable[[int, pa.Table], pa.Table]
