@@ -259,7 +259,8 @@ def _near_hashes(
     index = faiss.IndexBinaryFlat(HASH_BITS)
     index.add(np.ascontiguousarray(hashes).view(np.uint8))
     limits, _, found = index.range_search(np.ascontiguousarray(wanted).view(np.uint8), bits + 1)
-    counts: NDArray[np.int64] = np.diff(limits.astype(np.int64))
+    edges = limits.astype(np.int64)
+    counts: NDArray[np.int64] = edges[1:] - edges[:-1]
     return np.repeat(np.arange(len(wanted)), counts), np.asarray(found, np.int64)
 
 
