@@ -84,7 +84,7 @@ def _part_files(out: Draft) -> list[dict[str, Any]]:
 def label_sheets(by_rank: list[dict[str, Any]], count: int) -> list[Sheet]:
     """Sheets of ``count`` labels, spread evenly over ``by_rank``."""
     chosen = [by_rank[i * len(by_rank) // count] for i in range(count)] if by_rank else []
-    return [Sheet(label_key(label), f"{entry['name']} - {entry['images']} images")
+    return [Sheet(label_key(label), f"{entry['name']} - {_images(entry['images'])}")
             for label, entry in {entry["label"]: entry for entry in chosen}.items()]  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def sense_sheets(polysemy: pa.Table, config: ReportConfig) -> list[Sheet]:
     """A sheet for every sense of the terms told apart."""
     terms = list(separated(polysemy, config.min_images_per_sense).items())[: config.polysemous_terms]
     alone = {(row["term"], row["interest"]): row["alone"] for row in polysemy.to_pylist()}
-    return [Sheet(sense_key(term, interest), f"{term}, as {interest} - {alone[term, interest]} images")
+    return [Sheet(sense_key(term, interest), f"{term}, as {interest} - {_images(alone[term, interest])}")
             for term, interests in terms for interest in interests]  # fmt: skip
 
 
@@ -113,7 +113,11 @@ def ranked_terms(dictionary: pa.Table, count: int) -> tuple[list[dict[str, Any]]
 def explain_term(row: Mapping[str, Any]) -> str:
     """A scored term in words."""
     return (f"{row['term']} - held-out accuracy {row['concreteness']:.2f} ({row['low']:.2f} to {row['high']:.2f}), "
-            f"{row['images']} images")  # fmt: skip
+            f"{_images(row['images'])}")  # fmt: skip
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def flow_of(stats: Mapping[str, Any]) -> list[tuple[str, int]]:
