@@ -27,7 +27,7 @@ from lookalike.seeds import derive_seed
 PAD = 32  # samples of a term are padded to a multiple of this
 LANES = 16  # floats of a cache line: a term's rows of every tensor fill whole ones, or its rounding would depend on
 # where in a batch it stands (what is left over by vector instructions is computed without fused multiply-add)
-CPU_FLOATS, CUDA_FLOATS = 1 << 19, 1 << 28  # samples x D of one batch: a share of a cache; 1 GiB of a GPU
+CPU_FLOATS, CUDA_FLOATS = 1 << 20, 1 << 28  # samples x D of one batch: a share of a cache; 1 GiB of a GPU
 BETAS = (0.9, 0.999)
 
 

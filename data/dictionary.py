@@ -45,7 +45,7 @@ class ProbeConfig(Config):
     """Hidden units."""
     folds: int = Field(3, ge=2, le=20)
     """Cross-validation folds."""
-    steps: int = Field(12, ge=1, le=10_000)
+    steps: int = Field(10, ge=1, le=10_000)
     """Full-batch AdamW steps. Few: more of them fit the samples and not the term."""
     learning_rate: float = Field(0.02, gt=0, le=1)
     """Of AdamW."""
