@@ -39,8 +39,10 @@ def cluster(job: LabelJob) -> dict[str, Any]:
         dictionary = dictionary.filter(pc.equal(dictionary["status"], "kept"))
     kept = dictionary["term"].to_pylist()
     if not kept:
-        raise UsageError(f"no term of {len(job.vocabulary())} is concrete at dictionary.boundary="
-                         f"{job.config.dictionary.boundary}; lower it, or give more images or better embeddings")
+        asked = job.config.dictionary
+        at = f"dictionary.boundary={asked.boundary}" if asked.boundary_from is None else "the boundary that was chosen"
+        raise UsageError(f"no term of {len(job.vocabulary())} is concrete at {at}; set a lower dictionary.boundary, or "
+                         "give more images or better embeddings")  # fmt: skip
     classifier = InterestClassifier(read_taxonomy(config.interests.taxonomy), config.interests.embedder)
     terms = sorted(job.vocabulary())
     vectors = embed_terms(config.interests.embedder, terms)
@@ -95,15 +97,18 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
 def _assign_parts(job: LabelJob, interests: list[str]) -> pa.Table:
     shared, dropped = broadcast(_tables(job, interests)), job.out.path("duplicates.parquet")
     text, work, borrowed = job.out.path("annotations.parquet"), job.out.work("assigned"), job.out.work("borrowed")
-    columns = ["image_id", "group", "dataset", "split", "interactions"]
+    counted, columns = job.out.work("counted"), ["image_id", "group", "dataset", "split", "interactions"]
 
     def task(item: Item) -> pa.Table:
         name = part_name(item["number"])
+        if storage.exists(storage.join(counted, name)):  # written last: an earlier attempt finished this part
+            return read_table(storage.join(counted, name))
         rows = keep_training(read_table(item["uri"], columns), read_table(storage.join(dropped, name)))
         annotations = read_table(storage.join(text, name))
         lent = read_part(borrowed, item["number"], ANNOTATIONS)
         assigned, counts = assignment.assign_part(pa.concat_tables([annotations, lent]), rows, shared())
         write_table(storage.join(work, name), assigned)
+        write_table(storage.join(counted, name), counts)
         return counts
 
     return add_up(blocks_of(job.map(job.parts, task)), ["variant", "cluster"], assignment.LABEL_COUNTS)
@@ -113,9 +118,13 @@ def _number_parts(job: LabelJob, columns: dict[int, int]) -> tuple[NDArray[np.in
     work, labels = job.out.work("assigned"), job.out.path("image_labels.parquet")
 
     def task(item: Item) -> pa.Table:
-        assigned = read_table(storage.join(work, part_name(item["number"])))
-        numbered = assignment.number_part(assigned, columns)
-        write_table(storage.join(labels, part_name(item["number"])), numbered)
+        target = storage.join(labels, part_name(item["number"]))
+        if storage.exists(target):
+            numbered = read_table(target)
+        else:
+            assigned = read_table(storage.join(work, part_name(item["number"])))
+            numbered = assignment.number_part(assigned, columns)
+            write_table(target, numbered)
         counts = assignment.count_labels(numbered, len(columns)).tolist()
         return pa.table({"counts": [counts], "interests": [assignment.count_interests(numbered)]})
 

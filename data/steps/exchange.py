@@ -1,4 +1,4 @@
-"""The shuffle of the duplicate search: rows go to the file of their key, each key's rows through one function."""
+"""The shuffle of the steps: rows go to the file of their key, each key's rows through one function."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
