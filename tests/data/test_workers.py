@@ -1,10 +1,14 @@
-"""The labels of a corpus are the same bytes whatever the number of workers."""
+"""The labels of a corpus are the same bytes whatever the number of workers and whatever is killed on the way."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -29,23 +33,66 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
-def run_with(workers: int, recipe: Path, folder: Path) -> dict[str, Artifact]:
-    root = folder / f"workers-{workers}"
-    overrides = [f"root={root}", f"cluster.num_cpus={workers}", "cluster.object_store_mb=100"]
+def overrides(workers: int, root: Path) -> list[str]:
+    return [f"root={root}", f"cluster.num_cpus={workers}", "cluster.object_store_mb=100"]
+
+
+def start(workers: int, recipe: Path, root: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "lookalike.cli", "run", str(recipe), *overrides(workers, root)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    done = subprocess.run([sys.executable, "-m", "lookalike.cli", "run", str(recipe), *overrides], env=environment,
-                          capture_output=True, text=True, check=False, cwd=ROOT)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    loaded = Recipe.load(str(recipe), overrides)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)  # fmt: skip
+
+
+def run_with(workers: int, recipe: Path, root: Path) -> dict[str, Artifact]:
+    with start(workers, recipe, root) as done:
+        _, said = done.communicate()
+    assert done.returncode == 0, said[-2000:]
+    loaded = Recipe.load(str(recipe), overrides(workers, root))
     found = {name: loaded.published(name) for name in loaded.steps}
     return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def kill_a_worker(driver: int, until: str, root: Path) -> bool:
+    """Kill a worker process once a file like ``until`` is there; whether one could be killed."""
+    while not list(root.glob(until)):
+        time.sleep(0.01)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for child in psutil.Process(driver).children(recursive=True):
+            with suppress(psutil.Error):  # it may have ended meanwhile
+                if child.cmdline()[:1] == ["ray::MapBatches(each)"]:
+                    child.kill()
+                    return True
+    return False
 
 
 @pytest.mark.soak
 def test_one_two_and_four_workers_give_the_same_digest(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    runs = [run_with(workers, recipe, tmp_path) for workers in (1, 2, 4)]
+    runs = [run_with(workers, recipe, tmp_path / f"workers-{workers}") for workers in (1, 2, 4)]
     assert set(runs[0]) == {"labels", "shards"}
     for name in runs[0]:
         assert len({made[name].digest for made in runs}) == 1, name
         assert all(made[name].stats == runs[0][name].stats for made in runs)
+
+
+@pytest.mark.soak
+def test_a_killed_worker_and_a_killed_driver_change_nothing(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    calm, root = run_with(2, recipe, tmp_path / "calm"), tmp_path / "killed"
+    with start(2, recipe, root) as run:
+        assert run.stderr is not None
+        assert kill_a_worker(run.pid, "labels/labels/*/_work/signatures/*.parquet", root)
+        while not list(root.glob("labels/labels/*/annotations.parquet/*.parquet")):
+            assert run.poll() is None
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.stderr.close()
+    time.sleep(3)  # its Ray processes notice that the driver is gone
+    (draft,) = (root / "labels/labels").iterdir()
+    assert not (draft / "manifest.json").exists()
+    assert list(draft.glob("_work/*.json"))  # markers of finished steps
+    again = run_with(2, recipe, root)
+    assert {name: (made.digest, made.stats) for name, made in again.items()} == {
+        name: (made.digest, made.stats) for name, made in calm.items()}  # fmt: skip
