@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 
 
@@ -56,14 +55,3 @@ def project_part(table: pa.Table, out: int, seed: int) -> pa.Table:
     flat = pa.array(small.astype(np.float16).reshape(-1), pa.float16())
     vectors = pa.FixedSizeListArray.from_arrays(flat, small.shape[1])
     return pa.table([table["image_id"].combine_chunks(), vectors], schema=feature_schema(small.shape[1]))
-
-
-def align(features: pa.Table, ids: list[str]) -> NDArray[np.float32]:
-    """Unit vectors [len(ids), d] in the order of ``ids``; raises ``UsageError`` when some have none."""
-    place = {image_id: row for row, image_id in enumerate(features["image_id"].to_pylist())}
-    missing = [image_id for image_id in ids if image_id not in place]
-    if missing:
-        raise UsageError(f"{len(missing)} images of the corpus have no embedding, {missing[0]!r} for one; embed the "
-                         "same corpus artifact that is given to the labels stage")  # fmt: skip
-    rows = np.fromiter((place[image_id] for image_id in ids), np.int64, len(ids))
-    return unit_rows(vectors_of(features)[rows]) if len(ids) else np.zeros((0, 1), np.float32)
