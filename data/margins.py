@@ -4,6 +4,8 @@ A crop mostly takes of the margin and a border adds one, so that two such copies
 found in fractions of a pixel: rounded ones move when a picture is scaled or compressed, and the hash with them.
 """
 
+from math import ceil, floor
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,7 +25,11 @@ LEAST_SIDE = 8
 def trim_margin(image: Image.Image) -> NDArray[np.uint8]:
     """The content of an RGB ``image`` as [SIDE, SIDE, 3]: without margins, whatever its size and shape."""
     small = image.reduce(max(1, -(-max(image.size) // LARGEST)))
-    return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BILINEAR, find_content(np.asarray(small))))
+    left, top, right, bottom = (round(edge, 3) for edge in find_content(np.asarray(small)))
+    x, y = floor(left), floor(top)  # cut first: the same content gives the same sums wherever in its picture it stands
+    content = small.crop((x, y, ceil(right), ceil(bottom)))
+    box = (round(left - x, 3), round(top - y, 3), round(right - x, 3), round(bottom - y, 3))
+    return np.asarray(content.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
 
 
 def shrink(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
