@@ -1,7 +1,7 @@
 """``lookalike finetune``: the multi-task Matryoshka embedding (Pinterest's unified embedding, nested as in MRL)."""
 
 from lookalike.stages import Stage
-from lookalike.train.loop import TrainConfig
+from lookalike.train.settings import TrainConfig
 from lookalike.train.trainer import INPUTS, run_training
 
 STAGE = Stage(name="finetune", kind="encoder", config=TrainConfig, run=run_training, inputs=INPUTS, resumable=True)

@@ -11,126 +11,29 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray.train
 import torch
-from pydantic import Field, model_validator
 from ray.train import Checkpoint
 from ray.train.torch import get_device, prepare_model
 from torch import nn
 
 from lookalike.artifacts import Artifact
-from lookalike.config import Config, runtime
-from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
-from lookalike.stages import StageConfig
 from lookalike.telemetry import fields, get_logger, setup_logging
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
 from lookalike.train.loader import BatchDataset, build_loader, build_streams, list_units, split_batch
 from lookalike.train.matryoshka import NestedCosine
-from lookalike.train.tasks import MultiTaskModel, Task, TaskConfig, build_tasks
-from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, check_dims, read_encoder
-from lookalike.vision.transforms import AugmentConfig, build_eval_transform, build_train_transform
+from lookalike.train.optimizer import build_optimizer, freeze
+from lookalike.train.settings import LoopConfig, TrainConfig
+from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
+from lookalike.vision.encoder import EmbeddingModel, read_encoder
+from lookalike.vision.transforms import build_eval_transform, build_train_transform
 
 log = get_logger(__name__)
 CHECKPOINT_FILE = "state.pt"
 TICK_STEPS = 5
-
-
-class TrainConfig(StageConfig):
-    """Settings shared by pretraining and fine-tuning."""
-
-    tasks: dict[str, TaskConfig] = Field(min_length=1)
-    """Name -> task; losses are weighted and summed."""
-    mix: dict[str, float] = Field(min_length=1)
-    """Dataset of the shards -> its share of every batch."""
-    embedding_dim: int | None = Field(None, ge=1)
-    """Size of the embedding, through a bias-free projection; None takes the backbone's features as they are."""
-    dims: tuple[int, ...] | None = None
-    """Nested dims, smallest first, the last one the embedding's size; None trains that one alone."""
-    nested_weights: tuple[float, ...] | None = None
-    """Weight c_m of each nested dim; None means all ones."""
-    initialise: Literal["data", "random"] = "data"
-    """``data``: a PCA projection and class-mean proxies from a sample of training images (see ``initialise``)."""
-    initialise_images: int = Field(4096, ge=1)
-    """Size of that sample; it must span the embedding, so take a few times ``embedding_dim``."""
-    projection_whitening: float = Field(0.5, ge=0.0, le=1.0)
-    """Power by which PCA directions are divided by their singular values: 0 keeps PCA, 1 whitens."""
-    epochs: float = Field(1.0, gt=0.0)
-    """Passes over the dataset named first in ``mix``, resampled."""
-    batch_size: int = Field(64, ge=2)
-    """Rows of a global batch, shared out among workers."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(3e-4, gt=0.0)
-    """Peak learning rate of the backbone, at the global batch size given."""
-    head_lr: float = Field(1e-2, gt=0.0)
-    """Peak learning rate of classifiers and proxies."""
-    projection_lr: float = Field(1e-3, gt=0.0)
-    """Peak learning rate of the projection."""
-    weight_decay: float = Field(1e-4, ge=0.0)
-    """Weight decay of matrices; vectors (biases, norms) and heads have none."""
-    warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
-    """Share of the steps in which the learning rate rises linearly; a cosine to zero follows."""
-    clip_norm: float = Field(5.0, gt=0.0)
-    """Largest norm of the whole gradient."""
-    freeze_batch_norm: bool = True
-    """Keep batch-norm statistics of the starting backbone (small batches)."""
-    frozen_stages: int = Field(0, ge=0)
-    """Leading blocks of the backbone (the stem with the first) that stay as they are."""
-    resample: bool = True
-    """Repeat rare labels' images by their repeat factor."""
-    augment: AugmentConfig = AugmentConfig()
-    num_workers: int = Field(2, ge=1)
-    """Ray Train workers (DDP processes); it shapes batches, so it belongs to the result."""
-    use_gpu: bool = runtime(False)
-    cpus_per_worker: int = runtime(1, ge=1)
-    """CPUs and torch threads of a worker."""
-    loader_processes: int = runtime(0, ge=0)
-    """Processes a worker decodes images in besides its own."""
-    checkpoint_every: int = runtime(50, ge=1)
-    """Steps between checkpoints."""
-    max_failures: int = runtime(3, ge=0)
-    """Restarts of the worker group after a worker dies."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "TrainConfig":
-        if self.embedding_dim is not None:
-            self.resolve_dims(self.embedding_dim)  # dims that cannot be are refused before anything runs
-        if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
-            raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; "
-                             "give one each")  # fmt: skip
-        if self.batch_size % self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
-        return self
-
-    def resolve_dims(self, num_features: int) -> tuple[int, ...]:
-        """The nested dims for a backbone of that width; raises ``UsageError`` for dims above the embedding."""
-        dim = self.embedding_dim or num_features
-        dims = self.dims or (dim,)
-        check_dims(dims, dim)
-        return dims
-
-
-class LoopConfig(Config):
-    """What a worker is told besides the training settings."""
-
-    train: TrainConfig
-    encoder: EncoderConfig
-    source_encoder: str
-    """URI of the encoder whose backbone training starts from."""
-    files: dict[str, list[str]]
-    """Dataset -> URIs of its shard files."""
-    num_classes: dict[str, int]
-    rows_per_epoch: int
-    """Expected rows of one pass over the first dataset of the mix."""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        first = next(iter(self.train.mix))
-        share = split_batch(self.train.batch_size, self.train.mix)[first]
-        return max(1, round(self.train.epochs * self.rows_per_epoch / share))
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -207,53 +110,6 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
     for task in cosine:
         assert isinstance(task.head, NestedCosine)
         imprint_proxies(task.head, embedding, labels[task.config.field])
-
-
-def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
-    """Stop gradients of the leading backbone stages, by timm's names for them; a backbone without raises
-    ``UsageError``."""
-    if not config.frozen_stages:
-        return
-    backbone = model.encoder.backbone
-    assert isinstance(backbone, nn.Module)
-    prefixes = ["conv_stem", "bn1", "patch_embed", "stem", "cls_token", "pos_embed", "conv1"]
-    prefixes += [f"{name}.{i}" for name in ("blocks", "stages") for i in range(config.frozen_stages)]
-    prefixes += [f"layer{i + 1}" for i in range(config.frozen_stages)]
-    frozen = [parameter for name, parameter in backbone.named_parameters()
-              if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)]  # fmt: skip
-    if not frozen:
-        raise UsageError(f"frozen_stages {config.frozen_stages}: a {type(backbone).__name__} has no stages that are "
-                         "known; set frozen_stages=0")  # fmt: skip
-    for parameter in frozen:
-        parameter.requires_grad = False
-
-
-def build_optimizer(
-    model: MultiTaskModel, config: TrainConfig, total_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Groups: backbone matrices, backbone vectors (no decay), projection, heads (no decay); warm-up, then cosine."""
-    encoder = model.encoder
-    assert isinstance(encoder, EmbeddingModel)
-    backbone = [p for p in encoder.backbone.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in backbone if p.ndim > 1], "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": [p for p in backbone if p.ndim <= 1], "lr": config.lr, "weight_decay": 0.0},
-        {"params": list(encoder.projection.parameters()), "lr": config.projection_lr,
-         "weight_decay": config.weight_decay},
-        {"params": list(model.tasks.parameters()), "lr": config.head_lr, "weight_decay": 0.0},
-    ]  # fmt: skip
-    groups = [group for group in groups if group["params"]]
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    warmup = min(round(config.warmup_fraction * total_steps), total_steps - 1)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup))
-    if warmup == 0:
-        return optimizer, cosine
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0 / (warmup + 1), total_iters=warmup)
-    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
 
 
 def run_steps(  # noqa: PLR0917  (the loop's own state, called once)

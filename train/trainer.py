@@ -21,7 +21,8 @@ from lookalike.registry import nearest
 from lookalike.stages import Input, StageRun
 from lookalike.telemetry import get_logger
 from lookalike.train.loader import list_units, require_units
-from lookalike.train.loop import LoopConfig, TrainConfig, build_multitask_model, read_state, train_worker
+from lookalike.train.loop import build_multitask_model, read_state, train_worker
+from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, read_config, save_encoder
 
 log = get_logger(__name__)

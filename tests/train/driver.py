@@ -14,7 +14,7 @@ import ray
 from lookalike.artifacts import Artifact
 from lookalike.stages import execute
 from lookalike.train.finetune import STAGE
-from lookalike.train.loop import TrainConfig
+from lookalike.train.settings import TrainConfig
 
 CONFIG = {
     "tasks": {"weak": {"kind": "multilabel_softmax", "field": "labels"},

@@ -8,7 +8,9 @@ from torch import nn
 
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
-from lookalike.train.loop import TrainConfig, build_optimizer, freeze, set_train_mode
+from lookalike.train.loop import set_train_mode
+from lookalike.train.optimizer import build_optimizer, freeze
+from lookalike.train.settings import TrainConfig
 from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.encoder import EmbeddingModel
