@@ -155,6 +155,12 @@ def choose(
     """(place of the plan, its mAP check): the cheapest good candidate whose mAP is that of the exact answer."""
     good = planner.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by,
                              exact=config.allow_single_stage)  # fmt: skip
+    if good == [0] and not config.allow_single_stage:
+        best = max(measured[1:], key=lambda one: one.recall_low, default=measured[0])
+        log.warning("no two-stage plan %s", fields(
+            target=config.target, decide_by=config.decide_by, best=best.plan.describe(), recall=best.recall,
+            recall_low=best.recall_low, chosen="exact scan", remedy="lower target, or try scan_dims or larger "
+            "shortlist_ks"))  # fmt: skip
     for place in good:
         if config.label is None:
             return place, None

@@ -20,7 +20,7 @@ from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.index import STAGE as INDEX
 from lookalike.serve.index import IndexConfig, build_shard, collect_rows, place_shard, read_source
 from lookalike.serve.plan import STAGE as PLAN
-from lookalike.serve.plan import PlanConfig, sample_queries
+from lookalike.serve.plan import PlanConfig, choose, measure_plans, sample_queries
 from lookalike.stages import execute
 
 DIMS = [4, 8, 16, 32]
@@ -103,6 +103,19 @@ def test_the_plan_keeps_recall_and_map_and_is_among_the_candidates(served):
     truth = np.mean((relevant * np.cumsum(relevant, axis=1) / np.arange(1, 11)).sum(axis=1) / 10)
     assert check["exact_map_at_10_by_k"] == pytest.approx(truth)
     assert storage.read_bytes(served[2].path("plan.png")).startswith(b"\x89PNG")
+
+
+@pytest.mark.ray
+def test_a_target_that_no_two_stage_plan_reaches_is_said_and_answered_exactly(served, caplog):
+    searcher = Searcher.open(served[1].uri)
+    config = PlanConfig(target=1.0, shortlist_ks=(1,), k=1, funnels=False, label=None, allow_single_stage=False)
+    own = np.full(QUERIES, -1)
+    measured = measure_plans(searcher, DATA[NUM:], own, config)
+    assert max(one.recall_low for one in measured[1:]) < 1.0
+    place, checked = choose(searcher, DATA[NUM:], [], measured, config)
+    assert (place, checked) == (0, None)
+    assert "no two-stage plan" in caplog.text
+    assert "scan_dims" in caplog.text
 
 
 @pytest.mark.ray
