@@ -1,7 +1,8 @@
 """A recipe: one YAML that names the steps of a run, what each one reads, and its settings.
 
 A step is a stage with a name; its inputs are other steps' names, or URIs of artifacts published elsewhere. The same
-file drives a laptop and a cluster; ``key.sub=value`` overrides on the command line change single settings.
+file drives a laptop and a cluster; ``key.sub=value`` overrides on the command line change single settings. A recipe
+that differs from another in a few settings says ``extends: other.yaml`` and those settings, as a smoke twin does.
 """
 
 import sys
@@ -18,6 +19,9 @@ from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import nearest
 from lookalike.stages import Stage, StageConfig, check_inputs, execute, fingerprint, get_stage
+
+DEEPEST = 8
+"""Recipes that may extend each other in a row."""
 
 
 class Step(Config):
@@ -51,14 +55,7 @@ class Recipe(Config):
     def load(cls, path: str, overrides: list[str] | None = None) -> "Recipe":
         """Read ``path``, apply dotted overrides (``seed=3``, ``steps.pretrain.settings.epochs=2`` or, shorter,
         ``pretrain.epochs=2``) and check every step against its stage."""
-        try:
-            values = yaml.safe_load(storage.read_bytes(path))
-        except FileNotFoundError:
-            raise UsageError(f"no recipe at {path}; deploy/recipes/ has some to start from") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is no YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{path} must hold a mapping with name, root and steps; it holds {type(values).__name__}")
+        values = read_values(path)
         full = [_expand(override, values.get("steps") or {}) for override in overrides or []]
         recipe = parse_config(cls, apply_overrides(values, full), path)
         recipe = recipe.model_copy(update={"root": storage.absolute(recipe.root)})
@@ -122,6 +119,40 @@ class Recipe(Config):
         """Run one step whose inputs are published, or return what it published before."""
         self._found[name] = execute(self.stage(name), self.config(name), self.inputs(name), self.root, name)
         return self._found[name]
+
+
+def read_values(path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The plain values of the recipe at ``path``, laid over those of the recipe it ``extends``, if any.
+
+    That one is named relative to ``path``. Mappings are merged key by key; any other value, a list too, takes the place
+    of the one below it. What cannot be read, and recipes that extend each other, raise ``UsageError``.
+    """
+    try:
+        values = yaml.safe_load(storage.read_bytes(path))
+    except FileNotFoundError:
+        by = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise UsageError(f"no recipe at {path}{by}; deploy/recipes/ has some to start from") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a mapping with name, root and steps; it holds {type(values).__name__}")
+    below = values.pop("extends", None)
+    if below is None:
+        return values
+    if not isinstance(below, str):
+        raise UsageError(f"{path}: 'extends' is {below!r}; give the path of one recipe, relative to this one")
+    if path in extended_by or len(extended_by) == DEEPEST:
+        raise UsageError(f"recipes extend each other: {' -> '.join([*extended_by, path])}; one must stand alone")
+    folder, slash, _ = path.rpartition("/")
+    return _overlay(read_values(folder + slash + below, (*extended_by, path)), values)
+
+
+def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:

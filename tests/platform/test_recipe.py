@@ -117,3 +117,24 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, words: str) -> None
 def test_a_missing_recipe_is_explained() -> None:
     with pytest.raises(UsageError, match=r"no recipe at /no/such.yaml"):
         Recipe.load("/no/such.yaml")
+
+
+def test_a_recipe_may_extend_another_and_say_only_what_differs(tmp_path: Path, root: str) -> None:
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump(plain(root), sort_keys=False))
+    twin = {"extends": "full.yaml", "name": "twin", "steps": {"two": {"settings": {"value": 8}}}}
+    recipe = load(tmp_path, twin, ["one.value=7"])
+    assert (recipe.name, recipe.seed, list(recipe.steps)) == ("twin", 5, ["one", "two", "sum"])
+    configs = [recipe.config(name).model_dump() for name in ("one", "two")]
+    assert [(config["seed"], config["value"]) for config in configs] == [(5, 7), (9, 8)]
+    twin["steps"] = {"sum": {"inputs": {"numbers": ["two"]}}}
+    assert load(tmp_path, twin).steps["sum"].inputs == {"numbers": ["two"]}  # a list is taken whole
+
+
+def test_recipes_that_extend_nothing_or_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no recipe at .*absent.yaml, which .*recipe.yaml extends"):
+        load(tmp_path, {"extends": "absent.yaml"})
+    with pytest.raises(UsageError, match=r"'extends' is \['a'\]; give the path of one recipe"):
+        load(tmp_path, {"extends": ["a"]})
+    for below in ("recipe.yaml", f"../{tmp_path.name}/recipe.yaml"):
+        with pytest.raises(UsageError, match="recipes extend each other"):
+            load(tmp_path, {"extends": below})
