@@ -29,13 +29,15 @@ STAGE_HELP = {
 COMMANDS = {
     "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
     "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
+    "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.export:export"),
     "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
     "run": ("run every step of a recipe", "lookalike.run:run"),
     "variants": ("run a recipe of variants: label counts beside retrieval (Table 2)", "lookalike.variants:variants"),
     "quickstart": ("run a whole recipe, serve it, query it, write a report", "lookalike.serve.quickstart:quickstart"),
 }
 DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
-EXTRAS = {"wordllama": "labels", "py3langid": "labels", "pdqhash": "labels", "sklearn": "labels"}
+EXTRAS = {**dict.fromkeys(("wordllama", "py3langid", "pdqhash", "sklearn"), "labels"),
+          **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx")}  # fmt: skip
 """Top-level module -> the extra that brings it; cpu (or gpu) brings the others."""
 
 

@@ -79,7 +79,7 @@ _BUILT_IN = {
     "corpus": "lookalike.data.corpus:STAGE",
     "labels": "lookalike.data.labels:STAGE",
     "shards": "lookalike.data.shards:STAGE",
-    "encoder": "lookalike.train.export:STAGE",
+    "encoder": "lookalike.train.publish:STAGE",
     "pretrain": "lookalike.train.pretrain:STAGE",
     "finetune": "lookalike.train.finetune:STAGE",
     "embed": "lookalike.train.embed:STAGE",

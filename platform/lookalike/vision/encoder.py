@@ -1,12 +1,13 @@
 """The encoder: backbone, optional projection, evaluation transform and nested dims, stored and loaded as one.
 
-An encoder artifact holds ``model.safetensors``, ``config.json`` and a model card. Vectors come out unnormalised: every
-use normalises the prefix it reads, after truncation.
+An encoder artifact holds ``model.safetensors``, ``config.json`` and a model card; a folder or a hub repository that
+``lookalike export`` wrote is such an artifact too, standing by itself. Vectors come out unnormalised: every use
+normalises the prefix it reads, after truncation.
 """
 
 import io
-import json
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +18,20 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from lookalike import storage
+from lookalike import hub, storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import Config, parse_config
 from lookalike.errors import UsageError
-from lookalike.vision.backbones import create_backbone
+from lookalike.vision.backbones import Pooling, create_backbone
 from lookalike.vision.images import MAX_PIXELS, decode
-from lookalike.vision.transforms import TransformConfig, build_eval_transform
+from lookalike.vision.resolution import resize_input
+from lookalike.vision.transforms import TransformConfig, normalise_pixels, to_pixels
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+Precision = Literal["float32", "bfloat16", "float16"]
+"""Of an encoder's matrix products; weights and vectors stay float32."""
 
 
 class EncoderConfig(Config):
@@ -40,6 +45,8 @@ class EncoderConfig(Config):
     """Nested embedding sizes, smallest first; the last one is the whole embedding."""
     projection: bool = False
     """A bias-free linear layer maps the features to ``dims[-1]``; without one the features are the embedding."""
+    pooling: Pooling = "native"
+    """How the backbone pools its feature map."""
     transform: TransformConfig = TransformConfig()
 
     @model_validator(mode="after")
@@ -81,9 +88,10 @@ class EmbeddingModel(nn.Module):
         return embedding
 
 
-def build_model(config: EncoderConfig, weights: str = "random") -> EmbeddingModel:
+def build_model(config: EncoderConfig, weights: str = "random", *, drop_path: float = 0.0) -> EmbeddingModel:
     """The untrained module of ``config`` around a backbone with ``weights`` (see ``create_backbone``)."""
-    backbone = create_backbone(config.backbone, weights)
+    backbone = create_backbone(config.backbone, weights, size=config.transform.size, pooling=config.pooling,
+                               drop_path=drop_path)  # fmt: skip
     return EmbeddingModel(backbone, config.num_features, config.dim if config.projection else None)
 
 
@@ -92,33 +100,56 @@ def save_encoder(draft: Draft, model: EmbeddingModel, config: EncoderConfig, car
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     storage.write_atomic(draft.path(MODEL_FILE), save_tensors(state))
     draft.write_json(CONFIG_FILE, config.model_dump(mode="json"))
-    storage.write_atomic(draft.path("README.md"), card.encode())
+    storage.write_atomic(draft.path(CARD_FILE), card.encode())
 
 
-def read_encoder(artifact: Artifact) -> tuple[EncoderConfig, EmbeddingModel]:
-    """Configuration and module, weights filled, of an ``encoder`` artifact."""
-    config = parse_config(EncoderConfig, artifact.read_json(CONFIG_FILE), artifact.path(CONFIG_FILE))
-    model = build_model(config)
+def read_encoder(
+    artifact: Artifact, *, size: int | None = None, drop_path: float = 0.0
+) -> tuple[EncoderConfig, EmbeddingModel]:
+    """Configuration and module, weights filled, of an ``encoder`` artifact.
+
+    ``size``: another side of the images in pixels to go on with (position embeddings are interpolated);
+    ``drop_path``: rate of stochastic depth while training.
+    """
+    config = read_config(artifact)
+    model = build_model(config, drop_path=drop_path)
     model.load_state_dict(load_tensors(storage.read_bytes(artifact.path(MODEL_FILE))))
+    if size is not None:
+        resize_input(model.backbone, size)
+        config = config.model_copy(update={"transform": config.transform.model_copy(update={"size": size})})
     return config, model
 
 
 class Encoder:
-    """An encoder ready to answer: image bytes in, vectors out, on CPU or the first GPU."""
+    """An encoder ready to answer: image bytes in, vectors out, on CPU or the first GPU.
 
-    def __init__(self, config: EncoderConfig, model: EmbeddingModel, fingerprint: str) -> None:
-        self.config, self.fingerprint = config, fingerprint
+    Args:
+        config: what to build around the weights.
+        model: the module, weights filled.
+        fingerprint: of the artifact it came from; it marks the vectors.
+        precision: of matrix products and convolutions; half precision moves vectors by about 1% and is refused where
+            the machine has none.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, model: EmbeddingModel, fingerprint: str, *, precision: Precision = "float32"
+    ) -> None:
+        self.config, self.fingerprint, self.precision = config, fingerprint, precision
         self.dims, self.dim = config.dims, config.dim
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if precision == "float16" and self._device.type == "cpu":
+            raise UsageError("precision 'float16' needs a GPU; on a CPU set precision=bfloat16 or float32")
         self._model = model.eval().to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._transform = build_eval_transform(config.transform)
 
     @classmethod
-    def load(cls, source: "Artifact | str") -> "Encoder":
-        """Load from an opened artifact or its URI; raises ``ArtifactError`` when there is none."""
-        artifact = Artifact.open(source, "encoder") if isinstance(source, str) else source
+    def load(cls, source: "Artifact | str", *, precision: Precision = "float32") -> "Encoder":
+        """Load from an opened artifact or a URI: of an artifact, an exported folder, or ``hf://owner/name[@revision]``.
+
+        Raises ``ArtifactError`` when there is none or it is damaged.
+        """
+        artifact = Artifact.open(hub.fetch(source), "encoder") if isinstance(source, str) else source
         config, model = read_encoder(artifact)
-        return cls(config, model, artifact.manifest.fingerprint)
+        return cls(config, model, artifact.manifest.fingerprint, precision=precision)
 
     def encode(
         self, images: Sequence[bytes | Image.Image], *, batch_size: int = 32, max_pixels: int = MAX_PIXELS
@@ -126,17 +157,30 @@ class Encoder:
         """Vectors float32 [n, dim], not normalised; bad bytes raise ``ImageError`` with the reason."""
         if not images:
             return np.empty((0, self.dim), np.float32)
-        parts = [self._encode_batch(images[i : i + batch_size], max_pixels) for i in range(0, len(images), batch_size)]
-        return np.concatenate(parts)
+        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        return np.concatenate([self.encode_pixels(read_pixels(batch, self.config.transform, max_pixels=max_pixels))
+                               for batch in batches])  # fmt: skip
 
-    def _encode_batch(self, images: Sequence[bytes | Image.Image], max_pixels: int) -> npt.NDArray[np.float32]:
-        pictures = [decode(image, max_pixels=max_pixels) if isinstance(image, bytes) else image.convert("RGB")
-                    for image in images]  # fmt: skip
-        batch = torch.stack([self._transform(picture) for picture in pictures]).to(self._device)
-        with torch.inference_mode():
+    def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Vectors float32 [n, dim] of one batch of pixels, uint8 [n, 3, size, size]."""
+        batch = normalise_pixels(torch.from_numpy(pixels).to(self._device), self.config.transform)
+        half = self.precision != "float32"
+        with torch.inference_mode(), torch.autocast(self._device.type, getattr(torch, self.precision), enabled=half):
             vectors = self._model(batch.contiguous(memory_format=torch.channels_last))
         result: npt.NDArray[np.float32] = vectors.float().cpu().numpy()
         return result
+
+
+def read_pixels(
+    images: Sequence[bytes | Image.Image], transform: TransformConfig, *, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
+    """Images decoded and brought to the transform's size, uint8 [n, 3, size, size]; the part that needs no model.
+
+    Bad bytes raise ``ImageError``.
+    """
+    pictures = (decode(image, max_pixels=max_pixels) if isinstance(image, bytes) else image.convert("RGB")
+                for image in images)  # fmt: skip
+    return np.stack([to_pixels(picture, transform) for picture in pictures])
 
 
 def to_bytes(image: Image.Image, image_format: str = "PNG") -> bytes:
@@ -148,4 +192,4 @@ def to_bytes(image: Image.Image, image_format: str = "PNG") -> bytes:
 
 def read_config(artifact: Artifact) -> EncoderConfig:
     """The configuration of an encoder artifact alone."""
-    return parse_config(EncoderConfig, json.loads(storage.read_bytes(artifact.path(CONFIG_FILE))), artifact.uri)
+    return parse_config(EncoderConfig, artifact.read_json(CONFIG_FILE), artifact.path(CONFIG_FILE))

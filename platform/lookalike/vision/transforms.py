@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from pydantic import Field
@@ -42,18 +44,37 @@ class AugmentConfig(Config):
     """Largest rotation either way in degrees; corners are filled white."""
     grayscale: float = Field(0.0, ge=0.0, le=1.0)
     """Share of images turned grey."""
+    rand_augment: int = Field(0, ge=0, le=8)
+    """Changes that RandAugment picks at random for each image (Cubuk et al. 2020: 2); 0 leaves it out."""
+    rand_augment_magnitude: int = Field(9, ge=0, le=30)
+    """Strength of each of them, of 30."""
 
 
 def build_eval_transform(config: TransformConfig) -> Transform:
     """RGB image -> float32 tensor [3, size, size], normalised; deterministic."""
-    from torchvision.transforms import v2
+    return partial(_to_input, config=config)
 
+
+def _to_input(image: Image.Image, config: TransformConfig) -> torch.Tensor:
+    return normalise_pixels(torch.from_numpy(to_pixels(image, config)), config)
+
+
+def to_pixels(image: Image.Image, config: TransformConfig) -> npt.NDArray[np.uint8]:
+    """RGB image -> uint8 [3, size, size]: the part of the evaluation transform that works on pictures."""
     if config.fit == "pad":
-        resize: list[object] = [partial(pad_to_square, size=config.size)]
+        square = pad_to_square(image, config.size)
     else:
-        resize = [v2.Resize(round(config.size / config.crop_fraction), antialias=True), v2.CenterCrop(config.size)]
-    transform: Transform = v2.Compose([*resize, *_to_tensor(config)])
-    return transform
+        square = crop_to_square(image, config.size, config.crop_fraction)
+    return np.asarray(square).transpose(2, 0, 1).copy()
+
+
+def normalise_pixels(pixels: torch.Tensor, config: TransformConfig) -> torch.Tensor:
+    """uint8 [..., 3, size, size] -> float32 of the same shape: scaled to [0, 1], less the mean, over the deviation."""
+    from torchvision.transforms.v2 import functional
+
+    scaled = functional.to_dtype(pixels, torch.float32, scale=True)
+    normalised: torch.Tensor = functional.normalize(scaled, list(config.mean), list(config.std))
+    return normalised
 
 
 def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Transform:
@@ -65,6 +86,8 @@ def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Tr
         steps.insert(0, partial(pad_to_square, size=round(config.size * 1.15)))
     if augment.flip:
         steps.append(v2.RandomHorizontalFlip())
+    if augment.rand_augment:
+        steps.append(v2.RandAugment(augment.rand_augment, augment.rand_augment_magnitude, fill=255))
     if augment.rotation_deg:
         steps.append(v2.RandomRotation(augment.rotation_deg, fill=255))
     if augment.color_jitter:
@@ -82,6 +105,18 @@ def pad_to_square(image: Image.Image, size: int) -> Image.Image:
     canvas = Image.new("RGB", (size, size), (255, 255, 255))
     canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2))
     return canvas
+
+
+def crop_to_square(image: Image.Image, size: int, fraction: float) -> Image.Image:
+    """The centre square whose side is ``fraction`` of the short side, scaled to ``size`` pixels.
+
+    The same picture as resizing the short side to size / fraction and cutting the centre, but what is cut away is never
+    resized: a strip of 50,000 x 2 pixels would become a thousand times larger on the way.
+    """
+    width, height = image.size
+    side = min(width, height) * fraction
+    left, top = (width - side) / 2, (height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
 def _to_tensor(config: TransformConfig) -> list[object]:

@@ -1,0 +1,90 @@
+"""Changing the input size of a backbone after it was built: what depends on the number of patches is interpolated.
+
+Convolutional networks and MobileViT take any size. ViT, DeiT and their relatives hold an embedding a position (timm
+resizes it); EfficientFormer holds an attention bias for every distance between two positions of its last stage.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lookalike.errors import UsageError
+from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
+
+from timm.models.efficientformer import Attention  # isort: skip
+
+EFFICIENTFORMER_STRIDE = 32
+
+
+def resize_input(backbone: nn.Module, size: int) -> None:
+    """Make ``backbone`` read images [n, 3, size, size], in place; one that reads them already is left as it is.
+
+    New positions are interpolated between the old ones (Dosovitskiy et al. 2021, section 3.2). Raises ``UsageError``
+    where the size is no multiple of the patch, or the architecture is bound to its own size.
+    """
+    model: Any = backbone
+    if biased := _biased_attention(backbone):
+        for module in biased:
+            _resize_biases(module, -(-size // EFFICIENTFORMER_STRIDE))
+    elif hasattr(model, "set_input_size"):
+        _set_input_size(model, size)
+    elif _is_fixed(model) and size != _native_size(model):
+        raise UsageError(f"a {type(backbone).__name__} reads {_native_size(model)} px only, not {size}; set "
+                         f"transform.size={_native_size(model)} or take another backbone")  # fmt: skip
+
+
+def size_of_weights(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
+    """The input size in pixels that weights were trained at, as far as their shapes say; None when they say nothing."""
+    model: Any = backbone
+    for name, module in backbone.named_modules():
+        if isinstance(module, Attention) and (biases := state.get(f"{name}.attention_biases")) is not None:
+            return EFFICIENTFORMER_STRIDE * int(biases.shape[1] ** 0.5)
+    positions, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if positions is None or own is None or positions.ndim != 3 or not hasattr(model, "set_input_size"):
+        return None
+    others = own.shape[1] - model.patch_embed.num_patches  # class and register tokens
+    return int(model.patch_embed.patch_size[0] * round((positions.shape[1] - others) ** 0.5))
+
+
+def _biased_attention(backbone: nn.Module) -> list[Any]:
+    return [module for module in backbone.modules() if isinstance(module, Attention)]
+
+
+def _native_size(model: Any) -> int:
+    return int(model.pretrained_cfg["input_size"][-1])
+
+
+def _is_fixed(model: Any) -> bool:
+    return bool(getattr(model, "pretrained_cfg", {}).get("fixed_input_size"))
+
+
+def _set_input_size(model: Any, size: int) -> None:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    if size % patch:
+        below = size // patch * patch
+        raise UsageError(f"transform.size {size} is no multiple of the backbone's patches of {patch} px; set "
+                         f"{below or patch} or {below + patch}")  # fmt: skip
+    if getattr(getattr(model, "patch_embed", None), "img_size", None) != (size, size):
+        model.set_input_size(img_size=(size, size))
+
+
+def _resize_biases(attention: Any, grid: int) -> None:
+    """Give EfficientFormer's attention biases for a ``grid`` x ``grid`` map; one belongs to a (row, column) distance.
+
+    Distance zero keeps its bias, and the largest distance that of the largest.
+    """
+    heads, positions = attention.attention_biases.shape
+    old = int(positions**0.5)
+    if old == grid:
+        return
+    table = attention.attention_biases.detach().reshape(1, heads, old, old)
+    resized = functional.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=True)
+    attention.attention_biases = nn.Parameter(resized.reshape(heads, grid * grid).contiguous())
+    place = torch.arange(grid, device=table.device)
+    rows, columns = (axis.reshape(-1) for axis in torch.meshgrid(place, place, indexing="ij"))
+    distance = [(axis[:, None] - axis[None, :]).abs() for axis in (rows, columns)]
+    attention.attention_bias_idxs = distance[0] * grid + distance[1]
+    attention.attention_bias_cache = {}
