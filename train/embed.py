@@ -85,7 +85,8 @@ class EmbedFile:
         if storage.exists(target):
             return
         pixels = task.get("pixels")
-        table = select_rows(read_group(task["uri"], group, None if pixels is None else WITHOUT_IMAGE), self.config.where)
+        columns = None if pixels is None else WITHOUT_IMAGE
+        table = select_rows(read_group(task["uri"], group, columns), self.config.where)
         vectors = self._vectors(table, f"row group {group} of {task['uri']}", pixels)
         write_part(target, embedding_table(table, vectors, self.config.dtype))
 

@@ -12,7 +12,10 @@ from lookalike.vision.transforms import (
     TransformConfig,
     build_eval_transform,
     build_train_transform,
+    crop_to_square,
+    normalise_pixels,
     pad_to_square,
+    to_pixels,
 )
 
 
@@ -38,6 +41,40 @@ def test_values_are_normalised_by_mean_and_deviation() -> None:
     assert torch.allclose(pixels[:, 16, 16], torch.tensor([1.0, -1.0, 0.2]))
 
 
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_pixels_normalised_as_a_batch_are_what_torchvision_makes_of_each_picture(fit: str) -> None:
+    from torchvision.transforms import v2
+
+    config = TransformConfig(size=32, fit=fit, mean=(0.48, 0.45, 0.4), std=(0.22, 0.23, 0.24))  # type: ignore[arg-type]
+    images = [picture(50, 40), picture(20, 90)]
+    batch = normalise_pixels(torch.from_numpy(np.stack([to_pixels(image, config) for image in images])), config)
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]
+    for image, normalised in zip(images, batch, strict=True):
+        square = pad_to_square(image, 32) if fit == "pad" else crop_to_square(image, 32, config.crop_fraction)
+        assert torch.equal(normalised, v2.Compose(steps)(square))
+        assert torch.equal(normalised, build_eval_transform(config)(image))
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    return picture(max(2, width // 12), max(2, height // 12)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256), (640, 150)])
+def test_the_centre_is_cut_as_by_resizing_and_then_cropping(size: tuple[int, int]) -> None:
+    """The usual evaluation protocol, 224 of 256 pixels, up to the rounding of where the crop begins."""
+    from torchvision.transforms import v2
+
+    image = smooth(*size)
+    usual = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(image)
+    ours = crop_to_square(image, 224, 0.875)
+    assert np.abs(np.asarray(ours, np.int64) - np.asarray(usual, np.int64)).mean() < 2.0
+
+
+def test_a_strip_is_cut_without_being_blown_up() -> None:
+    strip = Image.new("RGB", (200_000, 2), (10, 20, 30))  # resized whole to 256 rows it would take 20 GB
+    assert np.unique(np.asarray(crop_to_square(strip, 224, 0.875)).reshape(-1, 3), axis=0).tolist() == [[10, 20, 30]]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_padding_keeps_the_aspect_ratio(width: int, height: int) -> None:
@@ -54,7 +91,7 @@ def test_padding_keeps_the_aspect_ratio(width: int, height: int) -> None:
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 def test_training_depends_on_the_seed_alone(fit: str) -> None:
-    augment = AugmentConfig(rotation_deg=10.0, grayscale=0.5)
+    augment = AugmentConfig(rotation_deg=10.0, grayscale=0.5, rand_augment=2)
     transform = build_train_transform(TransformConfig(size=40, fit=fit), augment)  # type: ignore[arg-type]
     views = []
     for seed in (1, 1, 2):
@@ -72,3 +109,27 @@ def test_without_augmentation_every_view_is_the_same() -> None:
     views = [transform(image) for _ in range(8)]
     middles = torch.stack([view[:, 10:30, 10:30].mean() for view in views])
     assert middles.std() < 0.05
+
+
+def test_the_inception_crop_keeps_down_to_a_twelfth_of_the_area() -> None:
+    """min_scale 0.08: the share of a gradient that a crop spans is the share of the side it kept."""
+    gradient = Image.fromarray(np.tile(np.arange(240, dtype=np.uint8)[None, :, None], (240, 1, 3)))
+    config = TransformConfig(size=48, fit="crop", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    transform = build_train_transform(config, AugmentConfig(min_scale=0.08, flip=False, color_jitter=0.0))
+    torch.manual_seed(3)
+    spans = [float(view.max() - view.min()) * 255 / 239 for view in (transform(gradient) for _ in range(200))]
+    assert 0.2 < min(spans) < 0.35  # sqrt(0.08) = 0.28, times the aspect ratio's root
+    assert max(spans) > 0.9
+
+
+def test_rand_augment_changes_pictures_more_the_stronger_it_is() -> None:
+    image = smooth(64, 64)
+    changes = []
+    for operations, magnitude in ((0, 9), (2, 3), (2, 20)):
+        augment = AugmentConfig(min_scale=1.0, flip=False, color_jitter=0.0, rand_augment=operations,
+                                rand_augment_magnitude=magnitude)  # fmt: skip
+        transform = build_train_transform(TransformConfig(size=64, fit="crop"), augment)
+        torch.manual_seed(0)
+        views = torch.stack([transform(image) for _ in range(40)])
+        changes.append(float((views - views.median(dim=0).values).abs().mean()))
+    assert changes[0] < changes[1] < changes[2]
