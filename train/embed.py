@@ -7,9 +7,8 @@ group travel as bytes, as many at a time as Ray Data's share of the object store
 thousand images each, never images.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -26,16 +25,28 @@ from lookalike.errors import ArtifactError, LookalikeError, UsageError
 from lookalike.progress import progress_bar
 from lookalike.registry import nearest
 from lookalike.stages import Input, Stage, StageConfig, StageRun
-from lookalike.train.loader import Unit, list_units, read_unit
-from lookalike.vision.encoder import Encoder, Precision, read_config, read_pixels
-from lookalike.vision.images import ImageError
+from lookalike.telemetry import fields, get_logger
+from lookalike.train.embed_files import (
+    decode_rows,
+    embedding_table,
+    group_folder,
+    join_groups,
+    part_name,
+    read_group,
+    require_finite,
+    row_group_sizes,
+    unpack_pixels,
+    write_part,
+)
+from lookalike.vision.encoder import Encoder, Precision, read_config
 from lookalike.vision.transforms import TransformConfig
 
+log = get_logger(__name__)
 WITHOUT_IMAGE = [name for name in schemas.CORPUS.names if name != "image"]
-CARRIED = ("group", "view", "split", "dataset", "category", "title")
 MAX_BLOCKS = 4096  # the driver keeps a reference a block; more files than this share blocks
+DECODER_MEMORY = 512 << 20  # bytes that Ray sets aside for a decoding task: the images and pixels of a row group
 Task = dict[str, Any]
-"""A file of the corpus: its ``uri`` and ``number``; with ``row_group`` and its ``pixels`` when a decoder made them."""
+"""A file of the corpus: ``uri``, ``number``; ``row_group`` and its ``pixels`` where a decoder made them, or None."""
 
 
 class EmbedConfig(StageConfig):
@@ -69,22 +80,29 @@ class EmbedFile:
         self.encoder = Encoder.load(encoder_uri, precision=config.precision)
         self.folder, self.work, self.config = folder, work, config
 
-    def __call__(self, task: Task) -> dict[str, int]:
-        """Embed a whole file, or the row group whose pixels came along; returns the rows looked at."""
+    def __call__(self, task: Task) -> dict[str, Any]:
+        """Embed a whole file or one row group; returns how many ``rows`` were looked at, or the ``error`` of ours."""
+        try:
+            return {"rows": self.embed(task), "error": "", "code": 0}
+        except LookalikeError as error:  # a value, because Ray Data hides what is raised in errors of its own
+            return {"rows": 0, "error": str(error), "code": error.exit_code}
+
+    def embed(self, task: Task) -> int:
+        """Write what the task is about, and the part when that was the last of its file."""
         sizes = row_group_sizes(task["uri"])
-        groups = [task["row_group"]] if "pixels" in task else range(len(sizes))
+        groups = range(len(sizes)) if task["row_group"] is None else [task["row_group"]]
         for group in groups:
             self._embed(task, group)
         done = storage.list_files(group_folder(self.work, task["number"]))
-        if len(done) == len(sizes):  # whoever finishes the last one; two at once write the same bytes
+        if len(done) == len(sizes):  # two actors at once write the same bytes
             join_groups(storage.join(self.folder, part_name(task["number"])), self.work, task["number"], done)
-        return {"rows": sum(sizes[group] for group in groups)}
+        return sum(sizes[group] for group in groups)
 
     def _embed(self, task: Task, group: int) -> None:
         target = storage.join(group_folder(self.work, task["number"]), f"{group:05d}.parquet")
         if storage.exists(target):
             return
-        pixels = task.get("pixels")
+        pixels = task["pixels"]
         columns = None if pixels is None else WITHOUT_IMAGE
         table = select_rows(read_group(task["uri"], group, columns), self.config.where)
         vectors = self._vectors(table, f"row group {group} of {task['uri']}", pixels)
@@ -107,89 +125,22 @@ class DecodeFile:
         self.transform, self.work, self.where = transform, work, where
 
     def groups(self, task: Task) -> Iterator[Task]:
-        """A task a row group; one that is embedded already comes without pixels in it."""
+        """A task a row group; what is embedded already has no pixels, nor has what is damaged: the actor tells why."""
         done = set(storage.list_files(group_folder(self.work, task["number"])))
-        columns = list(dict.fromkeys(["image_id", "image", *self.where]))
-        for group in range(len(row_group_sizes(task["uri"]))):
-            pixels = b""
-            if f"{group:05d}.parquet" not in done:
-                table = select_rows(read_group(task["uri"], group, columns), self.where)
-                pixels = decode_rows(table, self.transform, f"row group {group} of {task['uri']}").tobytes()
-            yield {**task, "row_group": group, "pixels": pixels}
-
-
-def part_name(number: int) -> str:
-    """The part that file ``number`` of the corpus becomes."""
-    return f"part-{number:05d}.parquet"
-
-
-def group_folder(work: str, number: int) -> str:
-    """Where the row groups of a file wait until all are there."""
-    return storage.join(work, f"{number:05d}")
-
-
-def join_groups(target: str, work: str, number: int, names: Sequence[str]) -> None:
-    """Write the part ``target`` from the row groups ``names`` of file ``number``, one in memory at a time."""
-    tables = (read_group(storage.join(group_folder(work, number), name), 0) for name in sorted(names))
-    first = next(tables)
-    with storage.open_atomic(target) as file, pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
-        for table in itertools.chain([first], tables):
-            writer.write_table(table)
-
-
-def row_group_sizes(uri: str) -> list[int]:
-    """Rows of each row group of a parquet file; a damaged file raises ``ArtifactError``."""
-    with _damage_named(uri):
-        return [unit.num_rows for unit in list_units([uri])]
-
-
-def read_group(uri: str, group: int, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a row group; one that cannot be read raises ``ArtifactError``."""
-    with _damage_named(f"row group {group} of {uri}"):
-        return read_unit(Unit(uri, group, 0), columns)
-
-
-@contextmanager
-def _damage_named(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{what} cannot be read ({told}); restore the file from a copy, or run again if its store "
-                            "was out of reach: what is finished is kept") from None  # fmt: skip
-
-
-def decode_rows(table: pa.Table, transform: TransformConfig, where: str) -> npt.NDArray[np.uint8]:
-    """Pixels uint8 [n, 3, size, size] of corpus rows.
-
-    The corpus decoded every image once; one that cannot be decoded now is damage, and raises ``ArtifactError`` with its
-    id and ``where``, the name of its row group.
-    """
-    pixels = np.empty((table.num_rows, 3, transform.size, transform.size), np.uint8)
-    for i, (image_id, image) in enumerate(zip(table["image_id"], table["image"], strict=True)):
         try:
-            pixels[i] = read_pixels([image.as_py() or b""], transform)[0]
-        except ImageError as error:
-            raise ArtifactError(f"image {image_id.as_py()!r} in {where}: {error}. The corpus accepted it, so the file "
-                                "was damaged since; restore it, or make the corpus again") from None  # fmt: skip
-    return pixels
+            names = [f"{group:05d}.parquet" for group in range(len(row_group_sizes(task["uri"])))]
+        except ArtifactError:
+            names = []
+            yield task
+        for group, name in enumerate(names):
+            yield {**task, "row_group": group, "pixels": None if name in done else self._pixels(task["uri"], group)}
 
-
-def unpack_pixels(pixels: bytes, transform: TransformConfig) -> npt.NDArray[np.uint8]:
-    """The array uint8 [n, 3, size, size] whose bytes a decoder sent; writable."""
-    return np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, 3, transform.size, transform.size)
-
-
-def require_finite(
-    vectors: npt.NDArray[np.float32], table: pa.Table, dtype: str, where: str
-) -> npt.NDArray[np.float32]:
-    """``vectors`` [n, dim] as they are; one that is not finite in ``dtype`` raises ``UsageError`` with the image id."""
-    with np.errstate(over="ignore"):
-        bad = np.flatnonzero(~np.isfinite(vectors.astype(dtype)).all(axis=1))
-    if len(bad):
-        raise UsageError(f"the vector of image {table['image_id'][int(bad[0])].as_py()!r} in {where} is not finite in "
-                         f"{dtype}; set dtype=float32 and precision=float32, or take another checkpoint")  # fmt: skip
-    return vectors
+    def _pixels(self, uri: str, group: int) -> bytes | None:
+        columns = list(dict.fromkeys(["image_id", "image", *self.where]))
+        with suppress(ArtifactError):
+            table = select_rows(read_group(uri, group, columns), self.where)
+            return decode_rows(table, self.transform, f"row group {group} of {uri}").tobytes()
+        return None
 
 
 def require_where(columns: Sequence[str], where: Mapping[str, list[str]]) -> None:
@@ -208,31 +159,16 @@ def select_rows(table: pa.Table, where: Mapping[str, list[str]]) -> pa.Table:
     return table
 
 
-def embedding_table(table: pa.Table, vectors: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> pa.Table:
-    """Corpus rows [n] and vectors float32 [n, dim] as a table of ``schemas.embeddings``."""
-    dim = vectors.shape[1]
-    schema = schemas.embeddings(dim, float16=dtype == "float16")
-    flat = pa.array(np.ascontiguousarray(vectors.astype(dtype)).reshape(-1))
-    columns = {"image_id": table["image_id"], "vector": pa.FixedSizeListArray.from_arrays(flat, dim),
-               **{name: table[name] for name in CARRIED}}  # fmt: skip
-    return pa.table(columns).cast(schema)
-
-
-def write_part(uri: str, table: pa.Table) -> None:
-    """Write a parquet file that is either whole or absent."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    storage.write_atomic(uri, sink.getvalue().to_pybytes())
-
-
 def embed(run: StageRun[EmbedConfig]) -> None:
     """Embed every file that has no part yet, then describe the whole."""
     corpus, encoder = run.one("corpus"), run.one("encoder")
     require_where(schemas.CORPUS.names, run.config.where)
     there = set(storage.list_files(run.out.uri))
     rows = {corpus.path(entry.path): entry.rows or 0 for entry in corpus.manifest.files}
-    pending = [{"uri": uri, "number": number} for number, uri in enumerate(corpus.files("part-", ".parquet"))
-               if part_name(number) not in there]  # fmt: skip
+    pending = [
+        {"uri": uri, "number": number, "row_group": None, "pixels": None}
+        for number, uri in enumerate(corpus.files("part-", ".parquet")) if part_name(number) not in there
+    ]  # fmt: skip
     if pending:
         total = sum(rows[str(task["uri"])] for task in pending)
         with progress_bar(f"embed {run.out.name}", total, unit="image") as bar:
@@ -244,34 +180,44 @@ def embed(run: StageRun[EmbedConfig]) -> None:
 def run_tasks(tasks: Sequence[Task], encoder: Artifact, out: Draft, config: EmbedConfig) -> Iterator[int]:
     """Write the parts of ``tasks``; yields how many images are done each time some are.
 
-    A worker that dies has its task done again by another. An error of ours in a worker is raised as it was there.
+    A worker that dies has its task done again by another. The first error of ours in a worker is raised here.
     """
     import ray
-    from ray.exceptions import RayTaskError
 
     dataset: Any = ray.data.from_items(list(tasks), override_num_blocks=min(len(tasks), MAX_BLOCKS))
     actors = min(config.num_actors, len(tasks))
     if config.decoders or (config.decoders is None and config.gpus_per_actor):
         actors = config.num_actors  # row groups of one file keep several busy
+        _warn_without_cpus(actors * config.cpus_per_actor)
         decode = DecodeFile(read_config(encoder).transform, out.work("groups"), config.where)
 
         def decoded(task: Task) -> Iterator[Task]:
             return decode.groups(task)
 
-        dataset = dataset.flat_map(decoded, num_cpus=1, concurrency=config.decoders)
+        # with a need of its own it stays a task apart: Ray Data would otherwise run it within the actors
+        dataset = dataset.flat_map(decoded, num_cpus=1, memory=DECODER_MEMORY, concurrency=config.decoders)
     dataset = dataset.map(
         EmbedFile,
         fn_constructor_args=(encoder.uri, out.uri, out.work("groups"), config),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor or None,
     )  # fmt: skip
-    try:
-        for row in dataset.iter_rows():
-            yield int(row["rows"])
-    except RayTaskError as error:
-        if isinstance(error.cause, LookalikeError):
-            raise error.cause from None  # without the worker's traceback in its message
-        raise
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise _ERRORS.get(row["code"], LookalikeError)(row["error"])
+        yield int(row["rows"])
+
+
+_ERRORS = {error.exit_code: error for error in (UsageError, ArtifactError)}
+
+
+def _warn_without_cpus(needed: int) -> None:
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+    if cpus <= needed:
+        log.warning("decoders wait %s", fields(cpus=cpus, actors_take=needed,
+                                               remedy="lower num_actors or cpus_per_actor, or add nodes"))  # fmt: skip
 
 
 def _describe(run: StageRun[EmbedConfig], encoder: Artifact) -> None:

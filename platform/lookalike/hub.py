@@ -61,7 +61,7 @@ def _explained(what: str, repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises its own errors, its HTTP library's, and the system's
-        said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
+        said = " ".join(str(error).split())[:200] or "no message"
         raise LookalikeError(
             f"nothing was {what} {repository} on the hub: {type(error).__name__}: {said}; check the name, the network "
             "(HF_ENDPOINT for a hub of your own) and the token (HF_TOKEN, or `hf auth login`), or use a folder instead"

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.encoders [--quick] [--backbones NAME ...] [--size 224] [--precision float32] [--rounds 5]
 
 Ours and the bare loop take turns in one process on the same synthetic pictures, so that their ratio holds on a busy
-machine. ``train``: forward, loss over 1,000 classes, backward, AdamW. ``inference`` is measured at each batch size, from
-uint8 pixels to vectors in host memory (ours) and from float tensors on the device to features on it (bare); the best
+machine. ``train``: forward, loss over 1,000 classes, backward, AdamW. ``inference``, at each batch size: from uint8
+pixels to vectors in host memory (ours), and from float tensors on the device to features on it (bare); the best batch
 counts. ``decode``: JPEG bytes to training tensors on one core, beside the same torchvision transforms on Pillow's own
 decoding. One JSON object a line, the summary of ratios last.
 """
@@ -37,14 +37,14 @@ SAMPLE = "data/samples/furniture/part-000.parquet"
 Step = Callable[[], object]
 
 
-def build_encoder(backbone: str, size: int, precision: str) -> Encoder:
-    """A random encoder with a projection to 256 nested dims."""
+def build(backbone: str, size: int) -> tuple[EncoderConfig, EmbeddingModel]:
+    """A random model with a projection to 256 nested dims."""
     model = create_backbone(backbone, size=size)
     width = int(model.num_features)  # type: ignore[arg-type]
     dims = (32, 64, 128, 256)
     config = EncoderConfig(backbone=backbone, num_features=width, dims=dims, projection=True,
                            transform=TransformConfig(size=size))  # fmt: skip
-    return Encoder(config, EmbeddingModel(model, width, dims[-1]), "bench", precision=precision)  # type: ignore[arg-type]
+    return config, EmbeddingModel(model, width, dims[-1])
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
@@ -89,13 +89,12 @@ def train_step(model: nn.Module, head: nn.Module, batch: torch.Tensor, precision
     return step
 
 
-def measure_train(encoder: Encoder, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure_train(backbone: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Training images/s of our embedding model and of the bare timm classifier."""
     batch = torch.randn(options.train_batch, 3, options.size, options.size, device=device)
     batch = batch.contiguous(memory_format=torch.channels_last)
-    bare = create_backbone(encoder.config.backbone, size=options.size)
-    ours = build_encoder(encoder.config.backbone, options.size, "float32")._model
-    heads = [place(nn.Linear(width, CLASSES), device) for width in (encoder.dim, encoder.config.num_features)]
+    bare, (config, ours) = create_backbone(backbone, size=options.size), build(backbone, options.size)
+    heads = [place(nn.Linear(width, CLASSES), device) for width in (config.dim, config.num_features)]
     steps = {"ours": train_step(place(ours, device), heads[0], batch, options.precision),
              "bare": train_step(place(bare, device), heads[1], batch, options.precision)}  # fmt: skip
     seconds = timed(steps, options.rounds, 1, device)
@@ -183,13 +182,10 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for row in measure_decode(options):
         yield {"backbone": None, **row}
     for backbone in options.backbones:
-        encoder = build_encoder(backbone, options.size, options.precision)
-        facts = {"backbone": backbone, "parameters": sum(p.numel() for p in encoder._model.parameters())}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        yield {**facts, **measure_train(encoder, options, device)}
-        if device.type == "cuda":
-            facts["train_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        config, model = build(backbone, options.size)
+        encoder = Encoder(config, model, "bench", precision=options.precision)
+        facts = {"backbone": backbone, "parameters": sum(p.numel() for p in model.parameters())}
+        yield {**facts, **measure_train(backbone, options, device)}
         for row in measure_inference(encoder, options, device):
             yield {**facts, **row}
 

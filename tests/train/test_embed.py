@@ -16,7 +16,8 @@ from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.stages import StageRun, execute
 from lookalike.train import embed as module
-from lookalike.train.embed import STAGE, DecodeFile, EmbedConfig, EmbedFile, embed, part_name, require_finite
+from lookalike.train.embed import STAGE, DecodeFile, EmbedConfig, EmbedFile, embed
+from lookalike.train.embed_files import part_name, require_finite
 from lookalike.vision.encoder import Encoder, read_config
 
 from .encoders import publish_corpus, publish_encoder
@@ -40,9 +41,9 @@ def run_here(inputs: Mapping[str, list[Artifact]], out: Draft, decode: bool = Fa
     actor = EmbedFile(encoder.uri, out.uri, out.work("groups"), config)
     decoder = DecodeFile(read_config(encoder).transform, out.work("groups"), config.where)
     for number, uri in enumerate(inputs["corpus"][0].files("part-", ".parquet")):
-        task = {"uri": uri, "number": number}
+        task = {"uri": uri, "number": number, "row_group": None, "pixels": None}
         for each in decoder.groups(task) if decode else [task]:
-            actor(each)
+            actor.embed(each)
 
 
 def draft(tmp_path: Path, name: str = "vectors") -> Draft:
@@ -160,11 +161,12 @@ def test_a_damaged_row_group_is_named(inputs: dict[str, list[Artifact]], tmp_pat
         run_here(inputs, draft(tmp_path), decode)
 
 
-def test_a_file_that_is_cut_off_is_named(inputs: dict[str, list[Artifact]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_file_that_is_cut_off_is_named(inputs: dict[str, list[Artifact]], tmp_path: Path, decode: bool) -> None:
     path = Path(storage.local_path(inputs["corpus"][0].files("part-")[0]))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=rf"{path} cannot be read"):
-        run_here(inputs, draft(tmp_path))
+        run_here(inputs, draft(tmp_path), decode)
 
 
 def test_vectors_that_are_not_finite_are_refused_by_image(inputs: dict[str, list[Artifact]]) -> None:

@@ -79,7 +79,7 @@ def test_the_card_carries_figures_of_this_encoder_alone(encoder: Artifact, tmp_p
     assert main(args) == 0
     card = (folder / "README.md").read_text()
     assert front_matter(card)["license"] == "apache-2.0"
-    assert "| 4 | 0.5400 | 0.2500 |\n| 16 | 0.6600 | 0.2500 |" in card
+    assert "| 4 | 0.2500 | 0.5400 |\n| 16 | 0.2500 | 0.6600 |" in card
     assert card.count("0.6600") == 2  # one a task; the other encoder's .86 nowhere
     assert "0.86" not in card
     for words in ("Trained on nothing at all.", "## Lineage", "corpus `corpus`", "nested dims | 4, 16", "apache-2.0"):

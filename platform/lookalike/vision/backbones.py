@@ -69,7 +69,7 @@ def _create_pretrained(architecture: str, tag: str, options: dict[str, Any]) -> 
     except TypeError:
         raise
     except Exception as error:  # what a download raises depends on where it fails
-        said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
+        said = " ".join(str(error).split())[:200] or "no message"
         raise LookalikeError(f"timm's weights of {name!r} could not be fetched: {type(error).__name__}: {said}; "
                              "without a network, save their state dict elsewhere and set weights=/path/x.safetensors, "
                              f"or take packaged ones: {', '.join(WEIGHTS)}") from error  # fmt: skip

@@ -1,5 +1,6 @@
 """Pretrained weights for backbones: from a package, a file, or another encoder's file; keys are matched by name."""
 
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -92,8 +93,9 @@ def read_state(uri: str) -> dict[str, torch.Tensor]:
     try:
         values = load_tensors(content) if uri.endswith(".safetensors") else _load_pickle(content)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise UsageError(f"{uri} is no file of weights: {str(error).splitlines()[0][:200]}; save a plain state dict of "
-                         "tensors, as .safetensors or with torch.save") from None  # fmt: skip
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{uri} is no file of weights ({told}); save a plain state dict of tensors, as .safetensors "
+                         "or with torch.save") from None  # fmt: skip
     while isinstance(values, Mapping) and not _tensors(values):
         holder = next((name for name in HOLDERS if isinstance(values.get(name), Mapping)), None)
         if holder is None:
@@ -110,8 +112,6 @@ def _tensors(values: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
 
 
 def _load_pickle(content: bytes) -> Any:
-    import io
-
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
