@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.encoders [--quick] [--backbones NAME ...] [--size 224] [--precision float32] [--rounds 5]
 
-Ours and the bare loop take turns in one process on the same synthetic pictures, so that their ratio holds on a busy
-machine. ``train``: forward, loss over 1,000 classes, backward, AdamW. ``inference``, at each batch size: from uint8
-pixels to vectors in host memory (ours), and from float tensors on the device to features on it (bare); the best batch
-counts. ``decode``: JPEG bytes to training tensors on one core, beside the same torchvision transforms on Pillow's own
-decoding. One JSON object a line, the summary of ratios last.
+Ours and the bare loop take turns in one process on the same synthetic pictures; without a GPU, on one thread, times
+are processor times: so the ratios hold on a busy machine. ``train``: forward, loss over 1,000 classes, backward, AdamW.
+``inference``, at each batch size: from uint8 pixels to vectors in host memory (ours), and from float tensors on the
+device to features on it (bare); the best batch counts. ``decode``: JPEG bytes to training tensors on one core, beside
+the same torchvision transforms on Pillow's own decoding. One JSON object a line, the summary of ratios last.
 """
 
 import argparse
@@ -55,15 +55,16 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
 def timed(steps: dict[str, Step], rounds: int, num: int, device: torch.device) -> dict[str, float]:
     """Seconds of each step, the median over rounds in which all take turns; ``num`` repetitions a round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for turn in range(rounds + 1):  # the first one warms up
         for name, step in steps.items():
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(num):
                 step()
             _wait(device)
             if turn:
-                seconds[name].append((time.perf_counter() - start) / num)
+                seconds[name].append((clock() - start) / num)
     return {name: median(values) for name, values in seconds.items()}
 
 
@@ -222,7 +223,7 @@ def main() -> int:
     """Measure and print."""
     options = parse()
     torch.set_num_threads(1)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, one thread"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, one thread, processor time"
     facts = {"bench": "encoders", "size": options.size, "precision": options.precision, "device": device,
              "torch": torch.__version__, "timm": timm.__version__, "machine": machine_facts()}  # fmt: skip
     rows = []

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 STAGE_FLAGS = {"--help", "--step", "--dry-run", "--describe"}
 FLAGS = {
     **dict.fromkeys(STAGE_HELP, STAGE_FLAGS),
+    "export": {"--help", "--to", "--onnx", "--images", "--report", "--licence", "--public"},
     "show": {"--help", "--json", "--verify"},
     "quickstart": {"--help", "--dry-run"},
     "serve": {"--help", "--index", "--dry-run", "--emit-config"},

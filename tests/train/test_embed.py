@@ -200,7 +200,7 @@ class DyingEmbedFile(EmbedFile):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("decoders", [0, 1])
+@pytest.mark.parametrize("decoders", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_killed_actor_s_work_is_done_again_with_the_same_bytes(
     inputs: dict[str, list[Artifact]], tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, decoders: int
 ) -> None:

@@ -14,7 +14,7 @@ from lookalike.vision.resolution import resize_input
 FEATURES = {
     "vit_base_patch16_224": 768, "vit_base_patch32_224": 768, "deit_small_patch16_224": 384,
     "deit_small_distilled_patch16_224": 384, "efficientnet_b0": 1280, "mobilevit_s": 640, "efficientformer_l1": 448,
-    "efficientformer_l3": 512, "efficientformerv2_s0": 176, "resnet50": 2048, "resnetblur50": 2048,
+    "efficientformer_l3": 512, "resnet50": 2048, "resnetblur50": 2048,
     "resnext101_32x8d": 2048, "tf_efficientnet_lite0": 1280, "mobilenetv3_small_100": 1024, "convnext_atto": 320,
     "swin_tiny_patch4_window7_224": 768,
 }  # fmt: skip

@@ -10,7 +10,15 @@ from PIL import Image
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.vision.encoder import Encoder, EncoderConfig, build_model, check_dims, save_encoder, to_bytes
+from lookalike.vision.encoder import (
+    Encoder,
+    EncoderConfig,
+    build_model,
+    check_dims,
+    read_encoder,
+    save_encoder,
+    to_bytes,
+)
 from lookalike.vision.images import ImageError
 from lookalike.vision.transforms import TransformConfig
 
@@ -57,6 +65,20 @@ def test_vectors_depend_neither_on_the_batch_nor_on_bytes_or_picture(tmp_path: P
 
     assert np.array_equal(encoder.encode([Image.open(io.BytesIO(image)) for image in images]), whole)
     assert encoder.encode([]).shape == (0, 256)
+
+
+def test_an_encoder_goes_on_at_another_resolution(tmp_path: Path) -> None:
+    """Pinterest's 224 -> 384: the same weights, positions interpolated, and the configuration says so."""
+    config = EncoderConfig(backbone="vit_tiny_patch16_224", num_features=192, dims=(192,),
+                           transform=TransformConfig(size=64))  # fmt: skip
+    artifact, original = publish(str(tmp_path), config)
+    larger, model = read_encoder(artifact, size=96)
+    assert (larger.transform.size, larger.dims, config.transform.size) == (96, (192,), 64)
+    vectors = Encoder(larger, model, "larger").encode(pictures(3))
+    assert vectors.shape == (3, 192)
+    same, model = read_encoder(artifact, size=64)
+    assert same == config
+    assert np.array_equal(Encoder(same, model, "same").encode(pictures(3)), original.encode(pictures(3)))
 
 
 def test_bad_bytes_are_refused(tmp_path: Path) -> None:
