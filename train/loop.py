@@ -1,10 +1,10 @@
 """The training loop that runs on every Ray Train worker: DDP, accumulation, mixed precision, checkpoints, metrics.
 
 Pretraining and fine-tuning differ in configuration alone. The data comes in ``num_workers`` streams, however many
-workers are left: a worker takes the streams ``rank``, ``rank + world``, ... one after the other and adds their gradients
-up. So a run that shrinks reads the same batches, with the same augmentation and dropout, and differs from one that did
-not in the order of floating-point sums alone (and in batch-norm statistics where they are not frozen). With the same
-number of workers a run that was killed ends with the weights of one that was not, bit by bit on a CPU.
+workers are left: a worker takes the streams ``rank``, ``rank + world``, ... one after the other and adds up their
+gradients. So a run that shrinks reads the same batches, with the same augmentation and dropout, and differs from one
+that did not in the order of floating-point sums alone (and in batch-norm statistics where they are not frozen). With
+the same number of workers a run that was killed ends with the weights of one that was not, bit by bit on a CPU.
 """
 
 import logging

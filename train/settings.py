@@ -74,8 +74,8 @@ class TrainConfig(StageConfig):
 
     # schedule of the learning rate, step by step
     schedule: Literal["cosine", "linear", "polynomial", "step", "constant", "cyclic"] = "cosine"
-    """What follows the warm-up: down to zero as a cosine, a line or a power; in steps; not at all. ``cyclic`` is a line up
-    to ``peak_epoch`` and one down to zero (Kusupati et al. 2022, appendix C), its own warm-up."""
+    """What follows the warm-up: down to zero as a cosine, a line or a power; in steps; not at all. ``cyclic`` is a line
+    up to ``peak_epoch`` and one down to zero (Kusupati et al. 2022, appendix C), its own warm-up."""
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the steps in which the learning rate rises linearly."""
     warmup_steps: int | None = Field(None, ge=0)
