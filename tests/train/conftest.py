@@ -69,6 +69,7 @@ def publish_encoder(root: str, backbone: str = "test_efficientnet", size: int = 
     return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
 
 
+INPUTS = ("shards", "encoder")
 WIDTHS = {"test_efficientnet": 256, "test_vit": 64, "test_resnet": 256}
 TASKS = {
     "weak": {"kind": "multilabel_softmax", "field": "labels"},
@@ -88,9 +89,13 @@ class Bench:
         values = {"tasks": TASKS, "mix": {"catalogue": 3, "clipart": 1}, "embedding_dim": 8, "dims": [2, 4, 8],
                   "epochs": 1.8, "batch_size": 8, "num_workers": 1, "initialise": "random", "checkpoint_every": 4,
                   **settings}  # fmt: skip
-        inputs = {kind: [Artifact.open(f"{self.root}/{kind}/{kind}/{'5' * 20}", kind)] for kind in ("shards", "encoder")}
-        train = TrainConfig.model_validate(values)
-        return resolve(StageRun(train, inputs, Draft(self.root, "encoder", "tiny", "6" * 20)))
+        return resolve(self.run(TrainConfig.model_validate(values)))
+
+    def run(self, train: TrainConfig, **more: Artifact) -> StageRun[TrainConfig]:
+        """What a stage's function gets; ``more`` are inputs besides the two."""
+        inputs = {kind: [Artifact.open(f"{self.root}/{kind}/{kind}/{'5' * 20}", kind)] for kind in INPUTS}
+        inputs.update({name: [artifact] for name, artifact in more.items()})
+        return StageRun(train, inputs, Draft(self.root, "encoder", "tiny", "6" * 20))
 
     def begin(self, config: LoopConfig) -> Training:
         """A model before its first step."""

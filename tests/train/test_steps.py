@@ -98,7 +98,8 @@ def test_accumulated_parts_give_the_gradient_of_their_mean(bench: Bench, tmp_pat
         assert parameter.grad is not None
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
     assert float(shares["loss"]) == pytest.approx(float(sum(totals) / 2), rel=1e-6)
-    assert float(norm) == pytest.approx(float(torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()), rel=1e-4)
+    whole = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
+    assert float(norm) == pytest.approx(float(whole), rel=1e-4)
     assert float(shares["loss"]) == pytest.approx(sum(float(v) for k, v in shares.items() if k != "loss"), rel=1e-5)
 
 
