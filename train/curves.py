@@ -1,6 +1,7 @@
 """What a training run says of itself: losses of a step over all workers, the loss curve, gauges of Ray, trackers; and
 the stop at a loss that is no number."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +29,12 @@ class StepValues:
     step: int
     values: dict[str, float]
     """``loss`` (the sum that is trained on), ``loss_<task>``, ``grad_norm``, ``lr``."""
-    ids: Sequence[str]
+    ids: Sequence[str] = ()
     """Image ids of this worker's rows, where the loader gives them."""
-    bad_here: bool
-    bad_workers: int
+    bad: bool = False
+    """Some worker's loss, or the gradient of all, is not finite."""
+    bad_here: bool = False
+    """This worker's loss is not finite."""
 
 
 @dataclass
@@ -40,6 +43,7 @@ class _Pending:
     names: list[str]
     numbers: torch.Tensor
     """This worker's loss is bad (0 or 1), workers whose loss is, the gradient's norm, the losses; float64."""
+    norm_counts: bool
     lr: float
     ids: Sequence[str]
     copied: "torch.cuda.Event | None"
@@ -61,7 +65,7 @@ class StepReader:
     ) -> None:  # fmt: skip
         """``losses``: this worker's share of each mean, scalars; the same names in the same order on every worker."""
         own = torch.stack([loss.detach().double() for loss in losses.values()])
-        bad = ~own.isfinite().all() | (~norm.isfinite() if not norm_may_overflow else False)
+        bad = ~own.isfinite().all()
         shared = torch.cat([bad.double()[None], own])
         if dist.is_initialized():
             dist.all_reduce(shared)
@@ -72,7 +76,7 @@ class StepReader:
             host.copy_(numbers, non_blocking=True)
             numbers, copied = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        self._pending = _Pending(step, list(losses), numbers, lr, ids, copied)
+        self._pending = _Pending(step, list(losses), numbers, not norm_may_overflow, lr, ids, copied)
 
     def take(self) -> StepValues | None:
         """The step that was put last, once; None when it has been taken."""
@@ -83,22 +87,25 @@ class StepReader:
             pending.copied.synchronize()
         bad_here, bad_workers, norm, *losses = pending.numbers.tolist()
         values = {**dict(zip(pending.names, losses, strict=True)), "grad_norm": norm, "lr": pending.lr}
-        return StepValues(pending.step, values, pending.ids, bool(bad_here), round(bad_workers))
+        bad = bad_workers > 0 or (pending.norm_counts and not math.isfinite(norm))
+        return StepValues(pending.step, values, pending.ids, bad, bool(bad_here))
 
 
 def stop_if_bad(taken: StepValues, rank: int, last_good: str) -> None:
-    """Raise ``NonFiniteLossError``, the same on every worker, when the loss of one was bad; ``last_good`` says which
-    checkpoint there is."""
-    if not taken.bad_workers:
+    """Raise ``NonFiniteLossError``, the same on every worker, when the loss of one or the gradient was bad;
+    ``last_good`` says which checkpoint there is."""
+    if not taken.bad:
         return
     found: list[Any] = [(rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here)]
     if dist.is_initialized():
         found = found * dist.get_world_size()
         dist.all_gather_object(found, (rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here))
+    guilty = [entry for entry in found if entry[2]]
+    what = "loss" if guilty else "gradient"
     where = "; ".join(f"rank {number}, images {', '.join(ids) or 'not named by the loader'}"
-                      for number, ids, bad in found if bad)  # fmt: skip
+                      for number, ids, _ in guilty or found)  # fmt: skip
     raise NonFiniteLossError(
-        f"the loss or its gradient is not finite at step {taken.step} on {where}; {last_good}. Run again with a lower "
+        f"the {what} is not finite at step {taken.step} on {where}; {last_good}. Run again with a lower "
         "lr, a smaller clip_norm or a longer warm-up, with precision=float32 if it was lower, or look at these images"
     )
 

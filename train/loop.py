@@ -151,29 +151,30 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
 class Feed:
     """A worker's micro-batches on its device, with the teacher's embeddings where a task distils."""
 
-    def __init__(self, place: Place, step: int, pace: Pace) -> None:
+    def __init__(self, place: Place, done: int, pace: Pace) -> None:
         config = place.config
-        self._device, self._pace, self._seed = place.device, pace, config.train.seed
-        self._position = step * config.train.accumulation
-        loaders = {stream: iter(build_loader(worker_batches(config, stream, self._position),
-                                             config.train.loader_processes)) for stream in place.streams}  # fmt: skip
-        self._rounds = [(stream, part) for stream in loaders for part in range(config.train.accumulation)]
-        self._loaders: Mapping[int, Iterator[Batch]] = loaders
-        self._accumulation = config.train.accumulation
-        self._teacher = Teacher(config.teacher, config.encoder.transform).to(self._device) if config.teacher else None
+        self.place, self.done, self._pace = place, done, pace
+        start = done * config.train.accumulation
+        self._loaders: Mapping[int, Iterator[Batch]] = {
+            stream: iter(build_loader(worker_batches(config, stream, start), config.train.loader_processes))
+            for stream in place.streams
+        }
+        self._teacher = Teacher(config.teacher, config.encoder.transform).to(place.device) if config.teacher else None
 
     def step(self) -> Iterator[tuple[Batch, bool]]:
         """The batches of the next step, and whether each is the worker's last."""
-        for number, (stream, part) in enumerate(self._rounds, 1):
+        train = self.place.config.train
+        rounds = [(stream, part) for stream in self._loaders for part in range(train.accumulation)]
+        for number, (stream, part) in enumerate(rounds, 1):
             asked = time.monotonic()
-            batch = move(next(self._loaders[stream]), self._device)
+            batch = move(next(self._loaders[stream]), self.place.device)
             self._pace.waited(time.monotonic() - asked)
             # dropout and the like depend on the place in the data, not on how many processes load or train
-            torch.manual_seed(derive_seed(self._seed, "forward", stream, self._position + part))
+            torch.manual_seed(derive_seed(train.seed, "forward", stream, self.done * train.accumulation + part))
             if self._teacher is not None:
                 batch["teacher"] = self._teacher(batch["images"])
-            yield batch, number == len(self._rounds)
-        self._position += self._accumulation
+            yield batch, number == len(rounds)
+        self.done += 1
 
 
 def run_steps(training: Training, wrapped: nn.Module, place: Place) -> None:
@@ -251,7 +252,7 @@ class Report:
         """Check a step's losses, add them to the curve, and publish them when it is time."""
         if taken is None:
             return
-        if taken.bad_workers:
+        if taken.bad:
             writer.wait()
             found = last_checkpoint(self._place.folder)
             good = f"the last good checkpoint is {found.uri}" if found else "there is no checkpoint yet"

@@ -58,8 +58,8 @@ class TrainConfig(StageConfig):
     proxy_weight_decay: float = Field(0.0, ge=0.0)
     """Weight decay of proxies."""
     layer_decay: float | None = Field(None, gt=0.0, le=1.0)
-    """Factor of the learning rate from each layer of the backbone to the one below it, the top one at ``lr``; None gives
-    all the same."""
+    """Factor of the learning rate from each layer of the backbone to the one below it, the top one at ``lr``; None
+    gives all the same."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     """Momentum of SGD and LARS."""
     proxy_momentum: float | None = Field(None, ge=0.0, lt=1.0)

@@ -40,6 +40,8 @@ class Tracker(Protocol):
         """Write what is still held back."""
 
 
+FLUSH_S = 2
+"""Seconds until a point of TensorBoard's can be watched."""
 TRACKERS: Registry[Callable[[TrackedRun], Tracker]] = Registry("tracker")
 
 
@@ -68,13 +70,13 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         folder = storage.join(run.root, "tensorboard", f"{run.name}-{run.fingerprint}")
-        self._writer = SummaryWriter(storage.local_path(folder), purge_step=run.start + 1 if run.start else None)
+        self._writer = SummaryWriter(storage.local_path(folder), purge_step=run.start + 1 if run.start else None,
+                                     flush_secs=FLUSH_S)  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See ``Tracker``."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # so that the curves can be watched
 
     def close(self) -> None:
         """See ``Tracker``."""

@@ -30,7 +30,7 @@ def settings(**values: Any) -> TrainConfig:
 def publish_teacher(root: str, size: int = 48, mean: float = 0.5) -> Artifact:
     torch.manual_seed(5)
     config = EncoderConfig(backbone="test_efficientnet", num_features=256, dims=(6,), projection=True,
-                           transform=TransformConfig(size=size, mean=(mean, 0.5, 0.5), std=(0.5, 0.25, 0.5)))  # fmt: skip
+                           transform=TransformConfig(size=size, mean=(mean, 0.5, 0.5), std=(0.5, 0.25, 0.5)))
     draft = Draft(root, "encoder", "teacher", "7" * 20)
     save_encoder(draft, build_model(config), config, "# teacher\n")
     return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
@@ -48,7 +48,7 @@ def test_a_teacher_is_wanted_by_tasks_that_distil_and_by_no_others(bench: Bench,
     config = resolve(bench.run(settings(tasks=distill), teacher=teacher))
     assert config.teacher == teacher.uri
     assert config.num_classes["teacher"] == 6
-    with pytest.raises(UsageError, match=r"task 'learn' distils and there is no teacher; give the step an input teacher"):
+    with pytest.raises(UsageError, match=r"task 'learn' distils and there is no teacher; give the step an input"):
         resolve(bench.run(settings(tasks=distill)))
     with pytest.raises(UsageError, match=r"no task distils; add a task of kind 'distill', or drop the input"):
         resolve(bench.run(settings(), teacher=teacher))
