@@ -1,7 +1,7 @@
 """``lookalike finetune``: the multi-task Matryoshka embedding (Pinterest's unified embedding, nested as in MRL)."""
 
 from lookalike.stages import Input, Stage
-from lookalike.train.memory import preview
+from lookalike.train.footprint import preview
 from lookalike.train.settings import TrainConfig
 from lookalike.train.trainer import INPUTS, run_training
 

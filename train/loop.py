@@ -76,6 +76,8 @@ def train_worker(values: dict[str, Any]) -> None:
     place = Place(LoopConfig.model_validate(values["loop"]), context.get_world_rank(), context.get_world_size(),
                   get_device(), values["folder"], values["progress"])  # fmt: skip
     train = place.config.train
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)  # workers of a node see all its GPUs, and nccl takes the current one
     torch.set_num_threads(train.cpus_per_worker)
     torch.manual_seed(derive_seed(train.seed, "model"))
     found = agree(last_checkpoint(place.folder))

@@ -12,8 +12,8 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,49 +55,47 @@ def watch_steps(log: str) -> Any:
     return hook
 
 
-def wait_for(log: str, step: int, node: str) -> int:
+def wait_for(log: str, step: int, node: str, training: "Future[str]") -> int:
     """The process that trains on ``node``, once it has begun ``step``."""
-    while True:
+    while not training.done():
         time.sleep(0.05)
         lines = [line.split() for line in Path(log).read_text().splitlines()] if os.path.exists(log) else []
         for _, at, pid, where in (line for line in lines if len(line) == 4):
             if int(at) >= step and where == node:
                 return int(pid)
+    raise AssertionError(f"the run ended before step {step}: {training.result()}")
 
 
-def run(root: str, log: str, **settings: Any) -> str:
+def run(root: str, **settings: Any) -> str:
     """Fine-tune under ``root``."""
-    if os.path.exists(log):
-        os.unlink(log)
     inputs = {kind: [Artifact.open(f"{root}/{kind}/{kind}/{'5' * 20}", kind)] for kind in ("shards", "encoder")}
     return execute(STAGE, TrainConfig.model_validate({**CONFIG, **settings}), inputs, root, "tiny").uri
 
 
 def main(root: str, log: str, seed: int) -> None:
-    """Train calmly, then with a killed worker, a killed node that is replaced, and one that is not."""
+    """Train calmly, then with a killed node that is replaced, one that is not, and a killed worker."""
     steps = random.Random(seed)
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     second = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": watch_steps(log)})
     done = {}
-
-    def accident(kind: str, step: int) -> None:
-        nonlocal second
-        pid = wait_for(log, step, second.node_id)
-        if kind == "worker":
-            os.kill(pid, signal.SIGKILL)
-            return
-        cluster.remove_node(second, allow_graceful=False)
-        if kind == "node":
+    for kind in ("calm", "node", "shrink", "worker"):
+        folder, begun = shutil.copytree(root, f"{root}-{kind}"), time.monotonic()
+        if os.path.exists(log):
+            os.unlink(log)
+        with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread alone
+            training = pool.submit(run, folder, **({"min_workers": 1} if kind == "shrink" else {}))
+            if kind != "calm":
+                pid = wait_for(log, steps.randint(5, STEPS - 2), second.node_id, training)
+            if kind == "worker":
+                os.kill(pid, signal.SIGKILL)
+            if kind in ("node", "shrink"):
+                cluster.remove_node(second, allow_graceful=False)
+            if kind == "node":
+                second = cluster.add_node(**NODE)
+            done[kind] = training.result()
+        if kind == "shrink":
             second = cluster.add_node(**NODE)
-
-    for kind in ("calm", "worker", "node", "shrink"):
-        folder = shutil.copytree(root, f"{root}-{kind}")
-        thread = threading.Thread(target=accident, args=(kind, steps.randint(5, STEPS - 2)), daemon=True)
-        if kind != "calm":
-            thread.start()
-        begun = time.monotonic()
-        done[kind] = run(folder, log, **({"min_workers": 1} if kind == "shrink" else {}))
         print(kind, round(time.monotonic() - begun), "s", file=sys.stderr, flush=True)
     print(json.dumps(done))
     ray.shutdown()

@@ -25,7 +25,7 @@ def test_what_is_killed_at_a_random_step_ends_as_if_nothing_had_happened(tmp_pat
     publish_encoder(root)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "platform"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPOSITORY / "tests/train/accidents.py"), root, str(tmp_path / "log"), str(seed)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=1500, check=False)
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=2400, check=False)
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-4000:]}"
     made = {kind: Artifact.open(uri) for kind, uri in json.loads(done.stdout.splitlines()[-1]).items()}
     calm = made["calm"]

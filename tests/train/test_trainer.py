@@ -1,5 +1,6 @@
 """The driver of training: what it refuses before a run, the teacher, whose errors end a run, and the dry run."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from lookalike.artifacts import Artifact, Draft
 from lookalike.errors import LookalikeError, UsageError
+from lookalike.stages import execute
 from lookalike.train import trainer
 from lookalike.train.curves import NonFiniteLossError
 from lookalike.train.finetune import STAGE
@@ -20,7 +22,7 @@ from lookalike.train.teacher import Teacher
 from lookalike.train.trainer import StopAtOwnErrors, check_resources, own_error, resolve
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
 from lookalike.vision.transforms import TransformConfig
-from tests.train.conftest import TASKS, Bench
+from tests.train.conftest import NUM_CLASSES, TASKS, Bench, publish_encoder, shard_rows, write_shard
 
 
 def settings(**values: Any) -> TrainConfig:
@@ -122,6 +124,24 @@ def test_an_error_of_ours_ends_the_run_and_others_are_tried_again() -> None:
     assert own_error(ControllerFailed()) is bad
     assert own_error(RuntimeError("x")) is None
     assert own_error(bad) is bad
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_damaged_image_ends_the_run_at_the_first_attempt(tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    publish_encoder(root)
+    rows = [{**row, "image": b"no picture"} for row in shard_rows("catalogue", 16, seed=0)]
+    draft = Draft(root, "shards", "shards", "5" * 20)
+    write_shard(f"{draft.uri}/catalogue/part-00000.parquet", rows, 8)
+    draft.write_json("classes.json", {name: [str(i) for i in range(n)] for name, n in NUM_CLASSES.items()})
+    draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
+    run = Bench(root).run(settings(num_workers=1, initialise="random", max_failures=3))
+    with pytest.raises(LookalikeError, match="image"):
+        execute(STAGE, run.config, run.inputs, root, "tiny")
+    (curves,) = (tmp_path / "root" / "tensorboard").iterdir()
+    assert len(list(curves.iterdir())) == 1  # each attempt begins a file
 
 
 def test_a_run_that_ends_early_publishes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lookalike.train.memory import StepMemory, count_saved, describe, measure, preview
+from lookalike.train.footprint import StepMemory, count_saved, describe, measure, preview
 from lookalike.train.optimizer import build_optimizer, freeze, set_train_mode
 from lookalike.train.settings import TrainConfig
 from lookalike.train.tasks import MultiTaskModel, build_tasks
