@@ -201,6 +201,54 @@ def test_a_loss_that_is_no_number_stops_with_step_images_and_checkpoint(
     assert all(value.isfinite().all() for value in found.read()["model"].values())
 
 
+def test_dropout_follows_the_place_in_the_data(bench: Bench, tmp_path: Path) -> None:
+    """What a forward pass draws is the same whoever comes to a micro-batch, whatever was drawn before."""
+    config = bench.config(num_workers=2, accumulation=2, batch_size=16)
+
+    def draws(rank: int, world: int, done: int) -> dict[tuple[int, int, int], float]:
+        place = Place(config, rank, world, torch.device("cpu"), str(tmp_path))
+        feed, found = loop.Feed(place, done, loop.Pace(16)), {}
+        for step in range(done, 3):
+            keys = [(step, stream, part) for stream in place.streams for part in (0, 1)]
+            for key, _ in zip(keys, feed.step(), strict=True):
+                found[key] = float(torch.rand(1))
+                torch.rand(len(found))
+        return found
+
+    alone = draws(0, 1, 0)
+    assert len(set(alone.values())) == 12
+    assert {**draws(0, 2, 0), **draws(1, 2, 0)} == alone
+    assert draws(0, 1, 2) == {key: value for key, value in alone.items() if key[0] == 2}
+
+
+def test_a_scaled_loss_changes_nothing_and_an_overflow_skips_the_step(bench: Bench, tmp_path: Path) -> None:
+    """The path of float16, on a CPU: a power of two scales exactly, and infinite gradients are no reason to stop."""
+    plain = bench.train(bench.config(clip_norm=None), tmp_path / "plain")
+    training = bench.begin(bench.config(clip_norm=None))
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)  # type: ignore[attr-defined]
+    bench.train(bench.config(clip_norm=None), tmp_path / "scaled", training)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(training.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    wild = bench.begin(bench.config())
+    wild.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # type: ignore[attr-defined]
+    before = weights(wild.model)
+    place = Place(bench.config(), 0, 1, torch.device("cpu"), str(tmp_path))
+    feed = loop.Feed(place, 0, loop.Pace(8))
+    _, norm, _ = loop.forward_backward(wild, wild.model, feed.step(), place)
+    assert not norm.isfinite()
+    wild.update(1)
+    trained = {name for name, _ in wild.model.named_parameters()}
+    assert all(torch.equal(before[name], value) for name, value in wild.model.state_dict().items() if name in trained)
+    assert wild.scaler.get_scale() == pytest.approx(5e37)
+    bench.train(bench.config(), tmp_path / "wild", wild)  # the scale comes down and training goes on
+    found = last_checkpoint(str(tmp_path / "wild"))
+    assert found is not None
+    again = bench.begin(bench.config())
+    again.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
+    again.resume(found, 0, 1)
+    assert again.scaler.get_scale() == wild.scaler.get_scale() < 1e37
+
+
 def test_a_curve_has_a_bounded_number_of_points() -> None:
     total = 12 * CURVE_POINTS + 7
     curve, twin = Curve(total), Curve(total)
