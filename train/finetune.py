@@ -1,7 +1,9 @@
 """``lookalike finetune``: the multi-task Matryoshka embedding (Pinterest's unified embedding, nested as in MRL)."""
 
-from lookalike.stages import Stage
+from lookalike.stages import Input, Stage
+from lookalike.train.footprint import preview
 from lookalike.train.settings import TrainConfig
 from lookalike.train.trainer import INPUTS, run_training
 
-STAGE = Stage(name="finetune", kind="encoder", config=TrainConfig, run=run_training, inputs=INPUTS, resumable=True)
+STAGE = Stage(name="finetune", kind="encoder", config=TrainConfig, run=run_training, resumable=True, preview=preview,
+              inputs={**INPUTS, "teacher": Input("encoder", optional=True)})  # fmt: skip

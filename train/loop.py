@@ -1,82 +1,117 @@
-"""The training loop that runs on every Ray Train worker: DDP, checkpoints, resumption, metrics.
+"""The training loop that runs on every Ray Train worker: DDP, accumulation, mixed precision, checkpoints, metrics.
 
-Pretraining and fine-tuning differ in configuration alone. A checkpoint holds model, optimizer, schedule and step; the
-data position and the random state of augmentation follow from the step (see ``loader``), so a run that was killed ends
-with the weights of one that was not (bitwise on CPU with the same number of workers).
+Pretraining and fine-tuning differ in configuration alone. The data comes in ``num_workers`` streams, however many
+workers are left: a worker takes the streams ``rank``, ``rank + world``, ... one after the other and adds up their
+gradients. So a run that shrinks reads the same batches, with the same augmentation and dropout, and differs from one
+that did not in the order of floating-point sums alone (and in batch-norm statistics where they are not frozen). With
+the same number of workers a run that was killed ends with the weights of one that was not, bit by bit on a CPU.
 """
 
 import logging
-import os
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint
+import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
 from torch import nn
 
 from lookalike.artifacts import Artifact
 from lookalike.seeds import derive_seed
 from lookalike.telemetry import fields, get_logger, setup_logging
+from lookalike.train.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint
+from lookalike.train.curves import Gauges, Pace, StepReader, StepValues, publish, stop_if_bad
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
 from lookalike.train.loader import BatchDataset, build_loader, build_streams, list_units, split_batch
 from lookalike.train.matryoshka import NestedCosine
-from lookalike.train.optimizer import build_optimizer, freeze
-from lookalike.train.settings import LoopConfig, TrainConfig
+from lookalike.train.optimizer import set_train_mode
+from lookalike.train.settings import LoopConfig
+from lookalike.train.state import Training
 from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
+from lookalike.train.teacher import Teacher
+from lookalike.train.trackers import TrackedRun, Tracker, start_trackers
 from lookalike.vision.encoder import EmbeddingModel, read_encoder
 from lookalike.vision.transforms import build_eval_transform, build_train_transform
+from lookalike.vision.tuning import is_convolutional, recompute_activations
 
 log = get_logger(__name__)
-CHECKPOINT_FILE = "state.pt"
 TICK_STEPS = 5
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the workers, and what it was told."""
+
+    config: LoopConfig
+    rank: int
+    world: int
+    device: torch.device
+    folder: str
+    """Where the run's checkpoints are."""
+    progress: Any = None
+    """Actor that shows the run's progress, or None."""
+
+    @property
+    def streams(self) -> range:
+        """The data streams that this worker reads."""
+        return range(self.rank, self.config.train.num_workers, self.world)
+
+    @property
+    def parts(self) -> int:
+        """Forward passes of all workers in one step."""
+        return self.config.train.num_workers * self.config.train.accumulation
 
 
 def train_worker(values: dict[str, Any]) -> None:
-    """Ray Train's entry on each worker; ``values``: ``loop``, a dumped ``LoopConfig``, and ``progress``, an actor."""
+    """Ray Train's entry on each worker; ``values``: ``loop``, a dumped ``LoopConfig``, ``folder`` and ``progress``."""
     setup_logging()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    config = LoopConfig.model_validate(values["loop"])
-    train = config.train
+    context = ray.train.get_context()
+    place = Place(LoopConfig.model_validate(values["loop"]), context.get_world_rank(), context.get_world_size(),
+                  get_device(), values["folder"], values["progress"])  # fmt: skip
+    train = place.config.train
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)  # workers of a node see all its GPUs, and nccl takes the current one
     torch.set_num_threads(train.cpus_per_worker)
     torch.manual_seed(derive_seed(train.seed, "model"))
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    state = load_checkpoint()
-    model = build_multitask_model(config, initialise=state is None)
-    freeze(model, train)
-    optimizer, schedule = build_optimizer(model, train, config.total_steps)
-    start = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
-    wrapped = prepare_model(model, parallel_strategy="ddp" if world > 1 else None)
-    loader = build_loader(worker_batches(config, rank, world, start), train.loader_processes)
-
-    def save(step: int, metrics: dict[str, float]) -> None:
-        report(step, metrics, model, optimizer, schedule, rank)
-
-    def tick(step: int, loss: float) -> None:
-        if rank == 0:
-            values["progress"].update.remote(step, fields(loss=loss))
-
-    run_steps(wrapped, model, loader, optimizer, schedule, train, start, config.total_steps, save, tick)
+    found = agree(last_checkpoint(place.folder))
+    model = build_multitask_model(place.config, initialise=found is None)
+    if train.activation_checkpointing:
+        recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
+    training = Training.begin(model.to(place.device), train, place.config.total_steps)
+    if found is not None:
+        training.resume(found, place.rank, place.world)
+    training.join(place.world)
+    if train.compile:
+        model.encoder.compile()
+    wrapped = prepare_model(model, parallel_strategy="ddp" if place.world > 1 else None)
+    run_steps(training, wrapped, place)
 
 
-def worker_batches(config: LoopConfig, rank: int, world: int, start: int) -> BatchDataset:
-    """This worker's share of every batch from ``start`` on."""
+def agree(found: Checkpoint | None) -> Checkpoint | None:
+    """The first worker's finding: a file that a dying worker still writes must not be seen by some alone."""
+    if not dist.is_initialized():
+        return found
+    shared: list[Checkpoint | None] = [found]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
+    """Micro-batches ``start`` on of one of the ``num_workers`` data streams."""
     train = config.train
     files = {name: config.files[name] for name in train.mix}
-    streams = build_streams(files, seed=train.seed, rank=rank, world=world, resample=train.resample)
-    counts = split_batch(train.batch_size // world, train.mix)
+    streams = build_streams(files, seed=train.seed, rank=stream, world=train.num_workers, resample=train.resample)
+    counts = split_batch(train.micro_batch, train.mix)
     transform = build_train_transform(config.encoder.transform, train.augment)
-    return BatchDataset(streams, counts, transform, seed=train.seed, start=start, stop=config.total_steps)
+    stop = config.total_steps * train.accumulation
+    return BatchDataset(streams, counts, transform, seed=train.seed, start=start, stop=stop)
 
 
 def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
@@ -89,7 +124,10 @@ def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskM
     tasks = build_tasks(train.tasks, dims, config.num_classes, train.nested_weights or (1.0,) * len(dims))
     if initialise and train.initialise == "data":
         initialise_from_data(config, encoder, tasks)
-    return MultiTaskModel(encoder, tasks).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    model = MultiTaskModel(encoder, tasks)
+    if is_convolutional(encoder.backbone):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Mapping[str, Task]) -> None:
@@ -112,81 +150,133 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
         imprint_proxies(task.head, embedding, labels[task.config.field])
 
 
-def run_steps(  # noqa: PLR0917  (the loop's own state, called once)
-    wrapped: nn.Module, model: MultiTaskModel, batches: Any, optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler, config: TrainConfig, start: int, stop: int,
-    save: Callable[[int, dict[str, float]], None], tick: Callable[[int, float], None],
-) -> None:  # fmt: skip
-    """Train from step ``start`` to ``stop``.
+class Feed:
+    """A worker's micro-batches on its device, with the teacher's embeddings where a task distils."""
 
-    ``save(step, metrics)`` is called by every worker at the same steps; ``tick(step, loss)`` every few, for progress.
-    """
-    clock, waited = time.monotonic(), 0.0
-    iterator = iter(batches)
-    since = start
-    for step in range(start + 1, stop + 1):
-        asked = time.monotonic()
-        batch = move(next(iterator), get_device())
-        waited += time.monotonic() - asked
-        set_train_mode(model, config)
-        total, losses = wrapped(batch)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        schedule.step()
-        if step % TICK_STEPS == 0:
-            tick(step, float(total))
-        if step % config.checkpoint_every and step != stop:
-            continue
-        seconds = time.monotonic() - clock
-        metrics = {"step": float(step), "loss": float(total), "grad_norm": float(norm),
-                   "images_per_s": (step - since) * config.batch_size / seconds, "data_wait": waited / seconds,
-                   **{f"loss_{name}": float(loss) for name, loss in losses.items()}}  # fmt: skip
-        log.info("train %s", fields(of=stop, **metrics))
-        save(step, metrics)
-        clock, waited, since = time.monotonic(), 0.0, step
+    def __init__(self, place: Place, done: int, pace: Pace) -> None:
+        config = place.config
+        self.place, self.done, self._pace = place, done, pace
+        start = done * config.train.accumulation
+        self._loaders: Mapping[int, Iterator[Batch]] = {
+            stream: iter(build_loader(worker_batches(config, stream, start), config.train.loader_processes))
+            for stream in place.streams
+        }
+        self._teacher = Teacher(config.teacher, config.encoder.transform).to(place.device) if config.teacher else None
+
+    def step(self) -> Iterator[tuple[Batch, bool]]:
+        """The batches of the next step, and whether each is the worker's last."""
+        train = self.place.config.train
+        rounds = [(stream, part) for stream in self._loaders for part in range(train.accumulation)]
+        for number, (stream, part) in enumerate(rounds, 1):
+            asked = time.monotonic()
+            batch = move(next(self._loaders[stream]), self.place.device)
+            self._pace.waited(time.monotonic() - asked)
+            # dropout and the like depend on the place in the data, not on how many processes load or train
+            torch.manual_seed(derive_seed(train.seed, "forward", stream, self.done * train.accumulation + part))
+            if self._teacher is not None:
+                batch["teacher"] = self._teacher(batch["images"])
+            yield batch, number == len(rounds)
+        self.done += 1
 
 
-def set_train_mode(model: nn.Module, config: TrainConfig) -> None:
-    """Training mode, with batch-norm layers left in evaluation mode when their statistics are frozen."""
-    model.train()
-    if config.freeze_batch_norm:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+def run_steps(training: Training, wrapped: nn.Module, place: Place) -> None:
+    """Train from where ``training`` stands to the last step, with checkpoints and metrics on the way."""
+    train, stop = place.config.train, place.config.total_steps
+    pace = Pace(train.batch_size)
+    feed = Feed(place, training.step, pace)
+    writer = CheckpointWriter(place.folder, place.rank, place.world)
+    reader = StepReader(place.device)
+    said = Report(training, place, pace)
+    try:
+        for step in range(training.step + 1, stop + 1):
+            losses, norm, ids = forward_backward(training, wrapped, feed.step(), place)
+            saves = step % train.checkpoint_every == 0 or step == stop
+            looks = not reader.lags or saves or step % train.log_every == 0
+            if reader.lags:
+                said.take(reader.take(), writer)
+            reader.put(step, losses, norm, lr=training.lr, ids=ids, norm_may_overflow=training.scaler.is_enabled())
+            if looks:
+                said.take(reader.take(), writer)
+            training.update(step)
+            pace.step()
+            if saves:
+                writer.save(step, training.state(place.rank, pace.whole()))
+        writer.wait()
+    finally:
+        said.close()
+        writer.close()
 
 
-def move(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on ``device``."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def forward_backward(
+    training: Training, wrapped: nn.Module, batches: Iterator[tuple[Batch, bool]], place: Place
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[str]]:
+    """Gradients of one step, clipped: this worker's shares of the mean losses, the gradient's norm, the image ids."""
+    train = place.config.train
+    set_train_mode(training.model, train)
+    training.optimizer.zero_grad(set_to_none=True)
+    shares: dict[str, torch.Tensor] = {}
+    ids: list[str] = []
+    for batch, last in batches:
+        ids += batch.get("ids") or []
+        with nullcontext() if last or place.world == 1 else wrapped.no_sync():  # type: ignore[operator]
+            with autocast(place):
+                total, losses = wrapped(batch)
+            # DDP averages over workers; the step wants the mean over parts
+            training.scaler.scale(total * (place.world / place.parts)).backward()
+        for name, loss in {"loss": total, **{f"loss_{task}": value for task, value in losses.items()}}.items():
+            share = loss.detach() / place.parts
+            shares[name] = shares[name] + share if name in shares else share
+    training.scaler.unscale_(training.optimizer)
+    norm = nn.utils.clip_grad_norm_(training.model.parameters(), train.clip_norm or float("inf"))
+    return shares, norm, ids
 
 
-def load_checkpoint() -> dict[str, Any] | None:
-    """The state of Ray Train's latest checkpoint of this run, or None at its beginning."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return read_state(folder)
+def autocast(place: Place) -> AbstractContextManager[Any]:
+    """The forward pass's number format."""
+    dtype = DTYPES.get(place.config.train.precision)
+    return nullcontext() if dtype is None else torch.autocast(place.device.type, dtype=dtype)
 
 
-def read_state(folder: str) -> dict[str, Any]:
-    """The state saved in a checkpoint folder (tensors and plain values only)."""
-    state: dict[str, Any] = torch.load(Path(folder) / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
-    return state
+class Report:
+    """What the first worker tells the world; every worker stops here when a loss is no number."""
+
+    def __init__(self, training: Training, place: Place, pace: Pace) -> None:
+        self._training, self._place, self._pace = training, place, pace
+        self._trackers: Sequence[Tracker] = ()
+        if place.rank == 0:
+            config = place.config
+            run = TrackedRun(config.name, config.fingerprint, config.root, training.step,
+                             config.train.model_dump(mode="json"))  # fmt: skip
+            self._trackers = start_trackers(config.train.trackers, run)
+            self._gauges = Gauges(config.name)
+
+    def take(self, taken: StepValues | None, writer: CheckpointWriter) -> None:
+        """Check a step's losses, add them to the curve, and publish them when it is time."""
+        if taken is None:
+            return
+        if taken.bad:
+            writer.wait()
+            found = last_checkpoint(self._place.folder)
+            good = f"the last good checkpoint is {found.uri}" if found else "there is no checkpoint yet"
+            stop_if_bad(taken, self._place.rank, good)
+        self._training.curve.add(taken)
+        if self._place.rank:
+            return
+        step, values, train = taken.step, taken.values, self._place.config.train
+        if step % TICK_STEPS == 0 and self._place.progress is not None:
+            self._place.progress.update.remote(step, fields(loss=values["loss"], **self._pace.whole()))
+        if step % train.log_every == 0 or step == self._place.config.total_steps:
+            values = {**values, **self._pace.read()}
+            log.info("train %s", fields(step=step, of=self._place.config.total_steps, **values))
+            publish(step, values, self._gauges, self._trackers)
+
+    def close(self) -> None:
+        """End the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
-def report(  # noqa: PLR0917
-    step: int, metrics: dict[str, float], model: nn.Module, optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler, rank: int,
-) -> None:  # fmt: skip
-    """Report metrics from every worker, with a checkpoint from the first one."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "schedule": schedule.state_dict(), "step": step}  # fmt: skip
-            torch.save(state, os.path.join(folder, CHECKPOINT_FILE))
-            checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+def move(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``; what is no tensor (the images' ids) stays."""
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()}  # fmt: skip

@@ -1,58 +1,155 @@
-"""Which parameters train, in which groups, by which optimizer and schedule."""
+"""Which parameters train, in which groups, by which optimizer, and how the learning rate moves."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 from lookalike.errors import UsageError
 from lookalike.train.settings import TrainConfig
 from lookalike.train.tasks import MultiTaskModel
 from lookalike.vision.encoder import EmbeddingModel
+from lookalike.vision.tuning import lars, layer_groups, undecayed
+
+CYCLIC_START = 1e-4
+"""Share of the peak learning rate that ``cyclic`` begins with."""
 
 
 def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
-    """Stop gradients of the leading backbone stages, by timm's names for them; a backbone without raises
-    ``UsageError``."""
-    if not config.frozen_stages:
-        return
+    """Stop gradients of the leading backbone stages, by timm's names for them, or of all the backbone for a probe.
+
+    Raises ``UsageError`` for a backbone without stages, and when nothing is left that trains.
+    """
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
+    if config.trainable == "probe":
+        backbone.requires_grad_(False)
+    elif config.frozen_stages:
+        _freeze_stages(backbone, config.frozen_stages)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("nothing trains: the backbone is frozen, there is no projection, and no task has weights; set "
+                         "embedding_dim for a projection, or trainable=full")  # fmt: skip
+
+
+def _freeze_stages(backbone: nn.Module, stages: int) -> None:
     prefixes = ["conv_stem", "bn1", "patch_embed", "stem", "cls_token", "pos_embed", "conv1"]
-    prefixes += [f"{name}.{i}" for name in ("blocks", "stages") for i in range(config.frozen_stages)]
-    prefixes += [f"layer{i + 1}" for i in range(config.frozen_stages)]
+    prefixes += [f"{name}.{i}" for name in ("blocks", "stages") for i in range(stages)]
+    prefixes += [f"layer{i + 1}" for i in range(stages)]
     frozen = [parameter for name, parameter in backbone.named_parameters()
               if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)]  # fmt: skip
     if not frozen:
-        raise UsageError(f"frozen_stages {config.frozen_stages}: a {type(backbone).__name__} has no stages that are "
-                         "known; set frozen_stages=0")  # fmt: skip
+        raise UsageError(f"frozen_stages {stages}: a {type(backbone).__name__} has no stages that are known; set "
+                         "frozen_stages=0")  # fmt: skip
     for parameter in frozen:
         parameter.requires_grad = False
 
 
-def build_optimizer(
-    model: MultiTaskModel, config: TrainConfig, total_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Groups: backbone matrices, backbone vectors (no decay), projection, heads (no decay); warm-up, then cosine."""
+def set_train_mode(model: MultiTaskModel, config: TrainConfig) -> None:
+    """Training mode, but for a probe's backbone, and for batch-norm layers whose statistics are to stay."""
+    model.train()
+    backbone = model.encoder.backbone
+    assert isinstance(backbone, nn.Module)
+    if config.trainable == "probe":
+        backbone.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            frozen = module.weight is not None and not module.weight.requires_grad
+            if config.freeze_batch_norm or frozen:
+                module.eval()
+
+
+def parameter_groups(model: MultiTaskModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Backbone (matrices and vectors, or a pair for each layer), projection, heads, proxies: every parameter that
+    trains, once. ``name`` says which; groups without parameters are left out."""
     encoder = model.encoder
     assert isinstance(encoder, EmbeddingModel)
-    backbone = [p for p in encoder.backbone.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in backbone if p.ndim > 1], "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": [p for p in backbone if p.ndim <= 1], "lr": config.lr, "weight_decay": 0.0},
-        {"params": list(encoder.projection.parameters()), "lr": config.projection_lr,
-         "weight_decay": config.weight_decay},
-        {"params": list(model.tasks.parameters()), "lr": config.head_lr, "weight_decay": 0.0},
+    heads = [(name, p) for name, p in model.tasks.named_parameters() if p.requires_grad]
+    plain = [p for name, p in heads if not is_proxy(name)]
+    proxy_momentum = config.momentum if config.proxy_momentum is None else config.proxy_momentum
+    groups = [
+        *_backbone_groups(encoder.backbone, config),
+        {"name": "projection", "params": [p for p in encoder.projection.parameters() if p.requires_grad],
+         "lr": config.projection_lr, "weight_decay": config.weight_decay},
+        *_by_decay("heads", plain, config.head_lr, config.head_weight_decay),
+        {"name": "proxies", "params": [p for name, p in heads if is_proxy(name)],
+         "lr": config.proxy_lr or config.head_lr, "weight_decay": config.proxy_weight_decay,
+         **({} if config.optimizer == "adamw" else {"momentum": proxy_momentum})},
     ]  # fmt: skip
-    groups = [group for group in groups if group["params"]]
-    optimizer: torch.optim.Optimizer
+    return [group for group in groups if group["params"]]
+
+
+def is_proxy(name: str) -> bool:
+    """Whether a parameter of this dotted name is a class proxy."""
+    return "proxies" in name.split(".")
+
+
+def _backbone_groups(backbone: nn.Module, config: TrainConfig) -> Iterator[dict[str, Any]]:
+    if config.layer_decay is not None:
+        for group in layer_groups(backbone, config.weight_decay, config.layer_decay):
+            yield {"name": "backbone", **group, "lr": config.lr * group["lr_scale"]}
+        return
+    excluded = undecayed(backbone)
+    trained = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
+    vectors = {name for name, p in trained if p.ndim <= 1 or name in excluded}
+    yield {"name": "backbone", "params": [p for name, p in trained if name not in vectors], "lr": config.lr,
+           "weight_decay": config.weight_decay}  # fmt: skip
+    yield {"name": "backbone", "params": [p for name, p in trained if name in vectors], "lr": config.lr,
+           "weight_decay": 0.0}  # fmt: skip
+
+
+def _by_decay(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    if weight_decay == 0.0:
+        return [{"name": name, "params": parameters, "lr": lr, "weight_decay": 0.0}]
+    return [{"name": name, "params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+            {"name": name, "params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0}]
+
+
+def build_optimizer(
+    model: MultiTaskModel, config: TrainConfig, total_steps: int
+) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
+    """The optimizer over ``parameter_groups`` and the schedule of its learning rates, one step of it a step."""
+    groups = parameter_groups(model, config)
     if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    elif config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     else:
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    warmup = min(round(config.warmup_fraction * total_steps), total_steps - 1)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup))
+        optimizer = lars(groups, config.lr, momentum=config.momentum, nesterov=config.nesterov,
+                         trust_coeff=config.trust_coefficient)  # fmt: skip
+    return optimizer, build_schedule(optimizer, config, total_steps)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+) -> lr_scheduler.LRScheduler:  # fmt: skip
+    """The learning rates of ``total_steps`` steps: a linear rise, then the schedule of the settings."""
+    per_epoch = total_steps / config.epochs
+    if config.schedule == "cyclic":
+        warmup = min(max(1, round(config.peak_epoch * per_epoch)), total_steps - 1)
+        first = CYCLIC_START
+    else:
+        asked = config.warmup_fraction * total_steps if config.warmup_steps is None else config.warmup_steps
+        warmup = min(round(asked), total_steps - 1)
+        first = 1.0 / (warmup + 1)
+    rest = max(1, total_steps - warmup)
+    after: lr_scheduler.LRScheduler
+    if config.schedule == "cosine":
+        after = lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest)
+    elif config.schedule in ("linear", "cyclic"):
+        after = lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=rest)
+    elif config.schedule == "polynomial":
+        after = lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=config.schedule_power)
+    elif config.schedule == "step":
+        falls = [round(epoch * per_epoch) - warmup for epoch in config.schedule_epochs]
+        if falls[0] < 0:
+            raise UsageError(f"schedule_epochs {list(config.schedule_epochs)} begin within the warm-up of {warmup} of "
+                             f"{total_steps} steps; warm up shorter (warmup_steps, warmup_fraction)")  # fmt: skip
+        after = lr_scheduler.MultiStepLR(optimizer, milestones=falls, gamma=config.schedule_factor)
+    else:
+        after = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
     if warmup == 0:
-        return optimizer, cosine
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0 / (warmup + 1), total_iters=warmup)
-    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+        return after
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=first, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, after], milestones=[warmup])

@@ -1,6 +1,7 @@
 """``lookalike pretrain``: a backbone on weak labels by multi-label softmax (Beal et al. 2021, section 3.4)."""
 
 from lookalike.stages import Stage
+from lookalike.train.footprint import preview
 from lookalike.train.settings import TrainConfig
 from lookalike.train.tasks import TaskConfig
 from lookalike.train.trainer import INPUTS, run_training
@@ -14,4 +15,4 @@ class PretrainConfig(TrainConfig):
 
 
 STAGE: Stage[TrainConfig] = Stage(name="pretrain", kind="encoder", config=PretrainConfig, run=run_training,
-                                  inputs=INPUTS, resumable=True)  # fmt: skip
+                                  inputs=INPUTS, resumable=True, preview=preview)  # fmt: skip

@@ -3,7 +3,8 @@
 Legend: a *task* is a head with its loss; the *mix* says which datasets of the shards fill a batch.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,7 @@ from lookalike.config import Config, runtime
 from lookalike.stages import StageConfig
 from lookalike.train.loader import split_batch
 from lookalike.train.tasks import TaskConfig
+from lookalike.train.trackers import TRACKERS
 from lookalike.vision.encoder import EncoderConfig, check_dims
 from lookalike.vision.transforms import AugmentConfig
 
@@ -38,37 +40,108 @@ class TrainConfig(StageConfig):
     """Passes over the dataset named first in ``mix``, resampled."""
     batch_size: int = Field(64, ge=2)
     """Rows of a global batch, shared out among workers."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+    # optimizer: a group each for the backbone's matrices, its vectors, the projection, heads, and proxies
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = Field(3e-4, gt=0.0)
     """Peak learning rate of the backbone, at the global batch size given."""
     head_lr: float = Field(1e-2, gt=0.0)
-    """Peak learning rate of classifiers and proxies."""
+    """Peak learning rate of classifiers, and of proxies unless they have their own."""
     projection_lr: float = Field(1e-3, gt=0.0)
     """Peak learning rate of the projection."""
+    proxy_lr: float | None = Field(None, gt=0.0)
+    """Peak learning rate of class proxies; None takes ``head_lr``."""
     weight_decay: float = Field(1e-4, ge=0.0)
-    """Weight decay of matrices; vectors (biases, norms) and heads have none."""
+    """Weight decay of matrices; vectors (biases, norms) have none, nor have position embeddings and class tokens."""
+    head_weight_decay: float = Field(0.0, ge=0.0)
+    """Weight decay of classifiers' matrices."""
+    proxy_weight_decay: float = Field(0.0, ge=0.0)
+    """Weight decay of proxies."""
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    """Factor of the learning rate from each layer of the backbone to the one below it, the top one at ``lr``; None
+    gives all the same."""
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    """Momentum of SGD and LARS."""
+    proxy_momentum: float | None = Field(None, ge=0.0, lt=1.0)
+    """Momentum of proxies under SGD and LARS; None takes ``momentum``."""
+    nesterov: bool = False
+    """Nesterov's momentum for SGD and LARS."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and the second moment."""
+    trust_coefficient: float = Field(0.001, gt=0.0)
+    """LARS: share of a matrix's norm that one step at learning rate 1 may change."""
+    clip_norm: float | None = Field(5.0, gt=0.0)
+    """Largest norm of the whole gradient; None leaves it as it is."""
+
+    # schedule of the learning rate, step by step
+    schedule: Literal["cosine", "linear", "polynomial", "step", "constant", "cyclic"] = "cosine"
+    """What follows the warm-up: down to zero as a cosine, a line or a power; in steps; not at all. ``cyclic`` is a line
+    up to ``peak_epoch`` and one down to zero (Kusupati et al. 2022, appendix C), its own warm-up."""
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
-    """Share of the steps in which the learning rate rises linearly; a cosine to zero follows."""
-    clip_norm: float = Field(5.0, gt=0.0)
-    """Largest norm of the whole gradient."""
-    freeze_batch_norm: bool = True
-    """Keep batch-norm statistics of the starting backbone (small batches)."""
+    """Share of the steps in which the learning rate rises linearly."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps; it goes before ``warmup_fraction``."""
+    schedule_power: float = Field(2.0, gt=0.0)
+    """Exponent of ``polynomial``."""
+    schedule_epochs: tuple[float, ...] = ()
+    """Epochs at whose end ``step`` multiplies the learning rate by ``schedule_factor``."""
+    schedule_factor: float = Field(0.1, gt=0.0, lt=1.0)
+    """See ``schedule_epochs``."""
+    peak_epoch: float = Field(2.0, gt=0.0)
+    """Epoch at whose end ``cyclic`` stands at its peak."""
+
+    # what trains
+    trainable: Literal["full", "partial", "probe"] | None = None
+    """``full``: everything; ``partial``: all but ``frozen_stages``; ``probe``: projection and heads, on a frozen
+    backbone. None: partial when ``frozen_stages`` is set, else full."""
     frozen_stages: int = Field(0, ge=0)
     """Leading blocks of the backbone (the stem with the first) that stay as they are."""
+    freeze_batch_norm: bool = True
+    """Keep batch-norm statistics of the starting backbone (small batches); those of frozen layers are kept anyway."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Decay of a moving average of the weights, warmed up; the average is then what the encoder holds. None: none."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the forward pass (autocast); ``float16`` needs a GPU and scales the loss."""
+    accumulation: int = Field(1, ge=1)
+    """Parts that a worker's share of a batch is cut into, one in memory at a time. Losses that compare rows with each
+    other, and batch-norm, see one part."""
     resample: bool = True
     """Repeat rare labels' images by their repeat factor."""
     augment: AugmentConfig = AugmentConfig()
     num_workers: int = Field(2, ge=1)
-    """Ray Train workers (DDP processes); it shapes batches, so it belongs to the result."""
+    """Ray Train workers (DDP processes), each with a data stream of its own; it shapes batches, so it belongs to the
+    result. A pair ``[min, max]`` sets ``min_workers`` too."""
+    min_workers: int | None = runtime(None, ge=1)
+    """Carry on with as few workers when nodes are lost, the streams shared out among those left: the same batches,
+    summed in another order. None waits for all ``num_workers``."""
     use_gpu: bool = runtime(False)
     cpus_per_worker: int = runtime(1, ge=1)
     """CPUs and torch threads of a worker."""
     loader_processes: int = runtime(0, ge=0)
     """Processes a worker decodes images in besides its own."""
+    activation_checkpointing: bool = runtime(False)
+    """Compute the backbone's activations a second time in the backward pass instead of keeping them."""
+    compile: bool = runtime(False)
+    """Compile the encoder with torch.compile; its kernels round differently."""
     checkpoint_every: int = runtime(50, ge=1)
     """Steps between checkpoints."""
+    log_every: int = runtime(10, ge=1)
+    """Steps between log lines, metrics and points of the trackers' curves."""
+    trackers: tuple[str, ...] = runtime(())
+    """Where curves go: ``mlflow``, ``wandb``, ``tensorboard`` or one added to the registry ``tracker``. TensorBoard
+    files are written without being named where the extra ``tracking`` is installed and the root is a local disk."""
     max_failures: int = runtime(3, ge=0)
     """Restarts of the worker group after a worker dies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_pair(cls, values: Any) -> Any:
+        pair = values.get("num_workers") if isinstance(values, Mapping) else None
+        if not isinstance(pair, (list, tuple)):
+            return values
+        if len(pair) != 2 or not all(isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1]:
+            raise ValueError(f"num_workers {list(pair)} is no range; give a number, or [min, max] with 1 <= min <= max")
+        return {**values, "min_workers": pair[0], "num_workers": pair[1]}
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -77,9 +150,46 @@ class TrainConfig(StageConfig):
         if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
             raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; "
                              "give one each")  # fmt: skip
+        self._check_workers()
+        self._check_optimizer()
+        for name in self.trackers:
+            TRACKERS.get(name)  # an unknown name lists the valid ones
+        return self
+
+    def _check_workers(self) -> None:
         if self.batch_size % self.num_workers:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
-        return self
+        share = self.batch_size // self.num_workers
+        if share % self.accumulation:
+            raise ValueError(f"accumulation {self.accumulation} does not divide a worker's {share} rows (batch_size "
+                             f"{self.batch_size} over num_workers {self.num_workers})")  # fmt: skip
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}; lower it")
+        if self.precision == "float16" and not self.use_gpu:
+            raise ValueError("precision float16 needs a GPU; set use_gpu=true, or precision=bfloat16")
+
+    def _check_optimizer(self) -> None:
+        if self.frozen_stages and self.trainable in ("full", "probe"):
+            raise ValueError(f"trainable {self.trainable} and frozen_stages {self.frozen_stages} exclude each other; "
+                             "set trainable=partial, or frozen_stages=0")  # fmt: skip
+        if self.trainable == "partial" and not self.frozen_stages:
+            raise ValueError("trainable partial needs frozen_stages of 1 or more")
+        if self.nesterov and min(self.momentum, self.momentum if self.proxy_momentum is None
+                                 else self.proxy_momentum) == 0.0:  # fmt: skip
+            raise ValueError("nesterov needs a momentum above 0, for proxies too")
+        if (self.schedule == "step") != bool(self.schedule_epochs):
+            raise ValueError(f"schedule {self.schedule} with schedule_epochs {list(self.schedule_epochs)}: step needs "
+                             "epochs at which to fall, the others take none")  # fmt: skip
+        epochs = list(self.schedule_epochs)
+        if epochs and (epochs[0] <= 0 or epochs != sorted(set(epochs))):
+            raise ValueError(f"schedule_epochs {list(self.schedule_epochs)} must be positive and increasing")
+        if self.schedule == "cyclic" and self.peak_epoch >= self.epochs:
+            raise ValueError(f"peak_epoch {self.peak_epoch} is not before the end, epochs {self.epochs}; lower it")
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one forward pass."""
+        return self.batch_size // (self.num_workers * self.accumulation)
 
     def resolve_dims(self, num_features: int) -> tuple[int, ...]:
         """The nested dims for a backbone of that width; raises ``UsageError`` for dims above the embedding."""
@@ -92,10 +202,17 @@ class TrainConfig(StageConfig):
 class LoopConfig(Config):
     """What a worker is told besides the training settings."""
 
+    name: str
+    """The artifact's name."""
+    fingerprint: str
+    root: str
+    """The root under which it will be published."""
     train: TrainConfig
     encoder: EncoderConfig
     source_encoder: str
     """URI of the encoder whose backbone training starts from."""
+    teacher: str | None = None
+    """URI of the encoder that tasks of kind ``distill`` learn from."""
     files: dict[str, list[str]]
     """Dataset -> URIs of its shard files."""
     num_classes: dict[str, int]

@@ -1,16 +1,16 @@
 """The driver of a training stage: resolve the model, run Ray Train over the workers, publish an encoder.
 
-Ray Train's run folder lies in the draft, so a stage that is run again after a crash of the driver continues from the
-last checkpoint; worker crashes are retried within the run.
+The run's checkpoints lie in the draft, so a stage that is run again after a crash of the driver continues from the last
+one; workers that die are started again within the run, and an error that another attempt would meet as well ends it.
 """
 
-import importlib.util
 import os
 from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lookalike import storage
@@ -19,41 +19,45 @@ from lookalike.errors import LookalikeError, UsageError
 from lookalike.progress import follow_remote
 from lookalike.registry import nearest
 from lookalike.stages import Input, StageRun
-from lookalike.telemetry import get_logger
-from lookalike.train.loader import list_units, require_units
-from lookalike.train.loop import build_multitask_model, read_state, train_worker
+from lookalike.telemetry import fields, get_logger
+from lookalike.train.checkpoints import last_checkpoint
+from lookalike.train.loader import list_units, require_units, split_batch
+from lookalike.train.loop import train_worker
 from lookalike.train.settings import LoopConfig, TrainConfig
-from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, read_config, save_encoder
+from lookalike.train.state import export_weights
+from lookalike.vision.encoder import EncoderConfig, build_model, read_config, save_encoder
 
 log = get_logger(__name__)
 INPUTS = {"shards": Input("shards"), "encoder": Input("encoder")}
 LABEL_FIELDS = ("labels", "category", "group")
+DISTILL = "distill"
+"""Kind of the tasks that learn from the teacher."""
 
 
 def run_training(run: StageRun[TrainConfig]) -> None:
     """Train as configured and fill the draft with the encoder."""
-    shards, source = run.one("shards"), run.one("encoder")
-    config = resolve(run.config, shards, source)
+    config = resolve(run)
+    folder = run.out.work("train")
     with follow_remote(run.out.name, config.total_steps, unit="step") as progress:
-        result = fit(config, run.out.work("train"), progress)
-    if result.checkpoint is None:
-        raise LookalikeError(f"training {run.out.name!r} ended without a checkpoint: {result.error}")
-    with result.checkpoint.as_directory() as folder:
-        state = read_state(folder)
-    model = build_multitask_model(config, initialise=False)
-    model.load_state_dict(state["model"])
-    assert isinstance(model.encoder, EmbeddingModel)
-    history = _history(result)
-    write_curves(storage.join(run.out.root, "tensorboard", f"{run.out.name}-{run.out.fingerprint}"), history)
-    run.out.write_json("history.json", history)
+        fit(config, folder, progress)
+    found = last_checkpoint(folder)
+    if found is None or found.step != config.total_steps:
+        raise LookalikeError(f"training {run.out.name!r} ended at {found.uri if found else 'no checkpoint'}, before "
+                             f"step {config.total_steps}; run it again to go on")  # fmt: skip
+    state = found.read()
+    encoder = build_model(config.encoder)
+    export_weights(state, encoder)
+    points = state["curve"]["points"]
+    run.out.write_json("history.json", points)
     run.out.stats.update(steps=config.total_steps, images=config.total_steps * run.config.batch_size,
-                         dims=list(config.encoder.dims), **_last(history))  # fmt: skip
-    save_encoder(run.out, model.encoder, config.encoder, model_card(run.out.name, config, history))
+                         dims=list(config.encoder.dims), workers=state["worlds"], **_rounded(points[-1]),
+                         **_rounded(state["pace"]))  # fmt: skip
+    save_encoder(run.out, encoder, config.encoder, model_card(run.out.name, config, points[-1]))
 
 
-def resolve(train: TrainConfig, shards: Artifact, source: Artifact) -> LoopConfig:
+def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
     """Everything a worker needs, checked: datasets, classes, nested dims; wrong names raise ``UsageError``."""
-    classes = shards.read_json("classes.json")
+    train, shards, source = run.config, run.one("shards"), run.one("encoder")
     files: dict[str, list[str]] = {}
     for name in train.mix:
         files[name] = shards.files(f"{name}/", ".parquet")
@@ -62,18 +66,45 @@ def resolve(train: TrainConfig, shards: Artifact, source: Artifact) -> LoopConfi
         else:
             valid = sorted({uri.rsplit("/", 2)[-2] for uri in shards.files(suffix=".parquet")})
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
-    num_classes = {field: len(classes[field]) for field in LABEL_FIELDS}
-    for name, task in train.tasks.items():
-        if num_classes[task.field] < 2:
-            raise UsageError(f"task {name!r} reads {task.field!r}, of which the shards have {num_classes[task.field]} "
-                             "classes; two are needed")  # fmt: skip
-    base = read_config(source)
-    dims = train.resolve_dims(base.num_features)
-    encoder = EncoderConfig(backbone=base.backbone, num_features=base.num_features, dims=dims,
-                            projection=train.embedding_dim is not None, transform=base.transform)  # fmt: skip
+    split_batch(train.micro_batch, train.mix)
+    teacher = find_teacher(train, run.many("teacher"))
     first = next(iter(train.mix))
-    return LoopConfig(train=train, encoder=encoder, source_encoder=source.uri, files=files, num_classes=num_classes,
-                      rows_per_epoch=expected_rows(files[first], train.resample))  # fmt: skip
+    return LoopConfig(
+        name=run.out.name, fingerprint=run.out.fingerprint, root=run.out.root, train=train,
+        encoder=resolve_encoder(train, read_config(source)), source_encoder=source.uri, files=files,
+        teacher=teacher.uri if teacher else None, num_classes=count_classes(train, shards, teacher),
+        rows_per_epoch=expected_rows(files[first], train.resample),
+    )  # fmt: skip
+
+
+def resolve_encoder(train: TrainConfig, base: EncoderConfig) -> EncoderConfig:
+    """The configuration of the encoder that training from ``base`` makes."""
+    return EncoderConfig(backbone=base.backbone, num_features=base.num_features,
+                         dims=train.resolve_dims(base.num_features), projection=train.embedding_dim is not None,
+                         transform=base.transform)  # fmt: skip
+
+
+def count_classes(train: TrainConfig, shards: Artifact, teacher: Artifact | None) -> dict[str, int]:
+    """Field -> its number of classes; ``teacher`` -> the size of its embedding."""
+    classes = shards.read_json("classes.json")
+    counts = {field: len(classes[field]) for field in LABEL_FIELDS}
+    for name, task in train.tasks.items():
+        if task.kind != DISTILL and counts[task.field] < 2:
+            raise UsageError(f"task {name!r} reads {task.field!r}, of which the shards have {counts[task.field]} "
+                             "classes; two are needed")  # fmt: skip
+    return counts if teacher is None else {**counts, "teacher": read_config(teacher).dim}
+
+
+def find_teacher(train: TrainConfig, given: list[Artifact]) -> Artifact | None:
+    """The teacher's artifact when a task distils; one that is missing, or that no task uses, raises ``UsageError``."""
+    tasks = [name for name, task in train.tasks.items() if task.kind == DISTILL]
+    if tasks and not given:
+        raise UsageError(f"task {tasks[0]!r} distils and there is no teacher; give the step an input teacher, the "
+                         "encoder to learn from")  # fmt: skip
+    if given and not tasks:
+        raise UsageError(f"input teacher is {given[0].uri} and no task distils; add a task of kind {DISTILL!r}, or "
+                         "drop the input")  # fmt: skip
+    return given[0] if given else None
 
 
 def expected_rows(uris: list[str], resample: bool) -> int:
@@ -88,73 +119,82 @@ def expected_rows(uris: list[str], resample: bool) -> int:
     return max(1, round(total))
 
 
-def fit(config: LoopConfig, folder: str, progress: Any) -> Result:
+def fit(config: LoopConfig, folder: str, progress: Any) -> None:
     """Run the worker group to the end; a run found in ``folder`` continues from its last checkpoint."""
     train = config.train
+    check_resources(train)
     storage.make_directory(folder)
+    storage.remove_temporaries(folder)
     filesystem, path = storage.arrow_filesystem(folder)
+    workers = train.num_workers if train.min_workers is None else (train.min_workers, train.num_workers)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"loop": config.model_dump(mode="json"), "progress": progress},
+        train_loop_config={"loop": config.model_dump(mode="json"), "folder": folder, "progress": progress},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=train.num_workers, use_gpu=train.use_gpu,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=train.use_gpu,  # type: ignore[arg-type]
                                      resources_per_worker={"CPU": train.cpus_per_worker,
                                                            **({"GPU": 1} if train.use_gpu else {})}),
-        run_config=RunConfig(name="run", storage_path=os.path.abspath(path) if storage.is_local(folder) else path,
-                             storage_filesystem=filesystem,
-                             failure_config=FailureConfig(max_failures=train.max_failures),
-                             checkpoint_config=CheckpointConfig(num_to_keep=2)),
+        run_config=RunConfig(name="ray", storage_path=os.path.abspath(path) if storage.is_local(folder) else path,
+                             storage_filesystem=filesystem, callbacks=[StopAtOwnErrors()],  # type: ignore[list-item]
+                             failure_config=FailureConfig(max_failures=train.max_failures)),
     )  # fmt: skip
     try:
-        return trainer.fit()
+        trainer.fit()
     except Exception as error:  # Ray wraps the workers' errors in types of its own
         raise own_error(error) or LookalikeError(f"training failed: {error}") from error
 
 
+def check_resources(train: TrainConfig) -> None:
+    """Raise ``UsageError`` when this Ray has too few CPUs or GPUs: on one machine the run would wait for ever. A
+    cluster that was joined may grow, so there it is a warning."""
+    workers = train.min_workers or train.num_workers
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, each in (("CPU", train.cpus_per_worker), ("GPU", int(train.use_gpu))):
+        if workers * each <= there.get(name, 0.0):
+            continue
+        setting = "use_gpu=false or a machine with GPUs" if name == "GPU" else "cluster.num_cpus, or fewer num_workers"
+        message = (f"{workers} workers need {workers * each} {name}s and Ray has {there.get(name, 0.0):g}; set "
+                   f"{setting}, or min_workers")  # fmt: skip
+        if not os.environ.get("RAY_ADDRESS"):
+            raise UsageError(message)
+        log.warning("waiting %s", fields(reason=message))
+
+
+class StopAtOwnErrors(UserCallback):  # type: ignore[misc]
+    """Ends the run at an error of ours (wrong input, a loss that is no number): another attempt would end alike."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller when workers failed."""
+        for failure in worker_exceptions.values():
+            if (error := _own(failure)) is not None:
+                raise error
+
+
 def own_error(error: BaseException) -> LookalikeError | None:
-    """The error of ours that made a worker fail, or None when it was something else."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        for candidate in (failure, getattr(failure, "cause", None), failure.__cause__):
-            if isinstance(candidate, LookalikeError):
-                return candidate
+    """The error of ours that ended a run, or None when it was something else."""
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
+    return next((own for failure in failures if failure is not None and (own := _own(failure)) is not None), None)
+
+
+def _own(failure: BaseException) -> LookalikeError | None:
+    for name in ("", "_base_exc", "cause", "__cause__"):
+        candidate = getattr(failure, name, None) if name else failure
+        if isinstance(candidate, LookalikeError):
+            return candidate
     return None
 
 
-def _history(result: Result) -> list[dict[str, float]]:
-    frame = result.metrics_dataframe
-    if frame is not None:
-        keep = [c for c in frame.columns if c in ("step", "loss", "grad_norm", "images_per_s", "data_wait")
-                or c.startswith("loss_")]  # fmt: skip
-        return [{str(k): float(v) for k, v in row.items()} for row in frame[keep].to_dict("records")]
-    kept = result.best_checkpoints or []
-    return [{k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))} for _, metrics in kept]
+def _rounded(point: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in point.items() if key != "step"}
 
 
-def write_curves(folder: str, history: list[dict[str, float]]) -> None:
-    """Write the history for TensorBoard, outside the artifact (event files hold times), where the extra ``tracking``
-    is installed and the root is a local disk."""
-    if importlib.util.find_spec("tensorboardX") is None or not storage.is_local(folder):
-        return
-    from tensorboardX import SummaryWriter
-
-    with SummaryWriter(storage.local_path(folder)) as writer:
-        for row in history:
-            for name, value in row.items():
-                if name != "step":
-                    writer.add_scalar(name, value, int(row["step"]))
-
-
-def _last(history: list[dict[str, float]]) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in (history[-1] if history else {}).items() if key != "step"}
-
-
-def model_card(name: str, config: LoopConfig, history: list[dict[str, float]]) -> str:
-    """A short model card in Markdown."""
+def model_card(name: str, config: LoopConfig, last: dict[str, float]) -> str:
+    """A short model card in Markdown; ``last``: the last point of the loss curve."""
     train, encoder = config.train, config.encoder
     tasks = "\n".join(f"- `{task}`: {settings.kind} over {config.num_classes[settings.field]} classes of "
                       f"`{settings.field}`, {settings.nesting}, weight {settings.weight}"
                       for task, settings in train.tasks.items())  # fmt: skip
-    losses = ", ".join(f"{key} {value:.3f}" for key, value in _last(history).items() if key.startswith("loss"))
+    losses = ", ".join(f"{key} {value:.3f}" for key, value in last.items() if key.startswith("loss"))
     return f"""# {name}
 
 Image encoder: `{encoder.backbone}` at {encoder.transform.size} px, embedding of {encoder.dim} dimensions, nested at

@@ -143,7 +143,8 @@ def describe_step(recipe: Any, name: str) -> dict[str, Any]:
     except ArtifactError as error:
         state, uri = f"waits: {error}", None
     step = recipe.steps[name]
-    return {"step": name, "stage": step.stage, "inputs": step.inputs, "state": state, "uri": uri,
+    preview = {"preview": recipe.preview(name)} if state == "would run" else {}
+    return {"step": name, "stage": step.stage, "inputs": step.inputs, "state": state, "uri": uri, **preview,
             "settings": recipe.config(name).model_dump(mode="json")}  # fmt: skip
 
 

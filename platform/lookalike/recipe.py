@@ -13,12 +13,12 @@ import yaml
 from pydantic import Field, PrivateAttr
 
 from lookalike import storage
-from lookalike.artifacts import Artifact, find
+from lookalike.artifacts import Artifact, Draft, find
 from lookalike.cluster import ClusterConfig
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import nearest
-from lookalike.stages import Stage, StageConfig, check_inputs, execute, fingerprint, get_stage
+from lookalike.stages import Stage, StageConfig, StageRun, check_inputs, execute, fingerprint, get_stage
 
 DEEPEST = 8
 """Recipes that may extend each other in a row."""
@@ -114,6 +114,12 @@ class Recipe(Config):
         check_inputs(stage, inputs)
         artifact = find(self.root, stage.kind, name, fingerprint(stage, config, inputs))
         return artifact if artifact is None else self._found.setdefault(name, artifact)
+
+    def preview(self, name: str) -> list[str]:
+        """What the stage says of a step whose inputs are published, before it runs; nothing for most stages."""
+        stage, config, inputs = self.stage(name), self.config(name), self.inputs(name)
+        draft = Draft(self.root, stage.kind, name, fingerprint(stage, config, inputs))
+        return [] if stage.preview is None else stage.preview(StageRun(config, inputs, draft))
 
     def run_step(self, name: str) -> Artifact:
         """Run one step whose inputs are published, or return what it published before."""

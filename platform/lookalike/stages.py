@@ -70,6 +70,8 @@ class Stage(Generic[C]):
     """URIs of raw data outside any artifact; their content enters the fingerprint."""
     resumable: bool = False
     """The stage continues from what an earlier attempt left in the draft; others start from an empty one."""
+    preview: Callable[[StageRun[C]], list[str]] | None = None
+    """What a dry run says of a step before it runs (what it will need), a line each; it writes nothing."""
     version: int = 1
     """Raised when the stage computes something else from the same configuration."""
 

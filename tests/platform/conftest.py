@@ -41,7 +41,11 @@ def _sources(config: NumberConfig) -> list[str]:
     return [config.source] if config.source else []
 
 
-NUMBER = Stage("toy-number", "number", NumberConfig, write_number, sources=_sources)
+def _preview(run: StageRun[NumberConfig]) -> list[str]:
+    return [f"{run.out.name} will be {run.config.value}"]
+
+
+NUMBER = Stage("toy-number", "number", NumberConfig, write_number, sources=_sources, preview=_preview)
 SUM = Stage("toy-sum", "sum", SumConfig, write_sum, inputs={"numbers": Input("number", many=True)})
 
 

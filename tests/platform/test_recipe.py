@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lookalike.cli import describe_step
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.recipe import Recipe
 
@@ -38,6 +39,17 @@ def test_steps_run_in_order_and_are_skipped_when_done(tmp_path: Path, root: str)
     assert made[-1].read_json("sum.json") == 3
     fresh = load(tmp_path, plain(root))
     assert [fresh.run_step(name).manifest for name in fresh.steps] == [artifact.manifest for artifact in made]
+
+
+def test_a_dry_run_tells_what_a_stage_says_before_it_runs(tmp_path: Path, root: str) -> None:
+    recipe = load(tmp_path, plain(root))
+    described = describe_step(recipe, "two")
+    assert (described["state"], described["preview"]) == ("would run", ["two will be 2"])
+    assert "preview" not in describe_step(recipe, "sum")  # its inputs are not there yet
+    recipe.run_step("one")
+    recipe.run_step("two")
+    assert "preview" not in describe_step(recipe, "two")
+    assert describe_step(recipe, "sum")["preview"] == []  # a stage that has nothing to say
 
 
 def test_a_changed_setting_changes_its_step_and_those_after(tmp_path: Path, root: str) -> None:

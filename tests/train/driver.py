@@ -29,20 +29,18 @@ def main(roots: list[str], log: str, stall_at: int) -> None:
     """Fine-tune under each root in turn and print the artifact's URI."""
 
     def watch_batches() -> None:  # runs once in every worker process, before the stage's own code
-        from lookalike.train import loader
+        from lookalike.train import loop
 
-        original = loader.BatchDataset.__iter__
+        original = loop.Feed.step
 
-        def watched(self: loader.BatchDataset):  # type: ignore[no-untyped-def]
-            rank = next(iter(self.streams.values())).rank
-            for step, batch in enumerate(original(self), self.start + 1):
-                with open(log, "a") as file:
-                    file.write(f"{rank} {step}\n")
-                if step == stall_at:
-                    time.sleep(600)
-                yield batch
+        def watched(self: loop.Feed):  # type: ignore[no-untyped-def]
+            with open(log, "a") as file:
+                file.write(f"{self.place.rank} {self.done + 1}\n")
+            if self.done + 1 == stall_at:
+                time.sleep(600)
+            yield from original(self)
 
-        loader.BatchDataset.__iter__ = watched  # type: ignore[method-assign]
+        loop.Feed.step = watched  # type: ignore[method-assign]
 
     ray.init(address="local", num_cpus=2, object_store_memory=150 << 20, include_dashboard=False, log_to_driver=False,
              runtime_env={"worker_process_setup_hook": watch_batches})  # fmt: skip

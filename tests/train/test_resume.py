@@ -9,13 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from lookalike.artifacts import Artifact, Draft
+from lookalike.artifacts import Artifact
 from lookalike.errors import ArtifactError
-from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
-from lookalike.vision.transforms import TransformConfig
-from tests.train.conftest import publish_shards
+from tests.train.conftest import publish_encoder, publish_shards
 
 REPOSITORY = Path(__file__).parents[2]
 STALL_AT, CHECKPOINT, STEPS = 8, 5, 16
@@ -24,12 +21,7 @@ STALL_AT, CHECKPOINT, STEPS = 8, 5, 16
 def make_root(root: str) -> None:
     """Shards and a tiny encoder."""
     publish_shards(root)
-    config = EncoderConfig(backbone="test_efficientnet", num_features=256, dims=(256,),
-                           transform=TransformConfig(size=32))  # fmt: skip
-    torch.manual_seed(0)
-    draft = Draft(root, "encoder", "encoder", "5" * 20)
-    save_encoder(draft, build_model(config), config, "# tiny\n")
-    draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
+    publish_encoder(root)
 
 
 def start(*args: str) -> "subprocess.Popen[str]":
@@ -71,8 +63,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: 
     assert resumed.uri == str(draft)
     steps = [step for rank, step in read_log(log) if rank == 0]
     assert steps == [*range(CHECKPOINT + 1, STEPS + 1), *range(1, STEPS + 1)]  # resumed, then undisturbed
+    assert resumed.digest == undisturbed.digest  # weights, and the loss curve
     weights = [{f.path: f.sha256 for f in a.manifest.files}["model.safetensors"] for a in (resumed, undisturbed)]
     assert weights[0] == weights[1]
+    assert [point["step"] for point in resumed.read_json("history.json")] == [float(s) for s in range(1, STEPS + 1)]
+    assert resumed.stats["workers"] == [[0, 2]]
     assert not (draft / "_work").exists()
     source = {f.path: f.sha256 for f in Artifact.open(f"{calm}/encoder/encoder/{'5' * 20}").manifest.files}
     assert weights[0] != source["model.safetensors"]

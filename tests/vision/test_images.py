@@ -1,6 +1,7 @@
 """Decoding of untrusted bytes: every bad image has a reason, every good one comes out upright, RGB and on white."""
 
 import io
+import pickle
 import struct
 import zlib
 
@@ -89,6 +90,13 @@ def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
         with pytest.raises(ImageError, match=r"the limit is 50000000") as caught:
             read(data)
         assert caught.value.reason == "too_large"
+
+
+def test_an_error_travels_between_processes_whole() -> None:
+    with pytest.raises(ImageError) as caught:
+        decode(b"no picture")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), again.reason, str(again)) == (ImageError, caught.value.reason, str(caught.value))
 
 
 def test_the_bound_is_exact() -> None:

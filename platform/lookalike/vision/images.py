@@ -19,6 +19,9 @@ class ImageError(UsageError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        return type(self), (self.reason, str(self))  # an exception is otherwise rebuilt from its message alone
+
 
 def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels from the header alone; raises ``ImageError`` as :func:`decode` does."""
