@@ -68,12 +68,15 @@ class NestedLinear(NestedHead):
         shard: Shard | None = None,
     ) -> None:  # fmt: skip
         super().__init__(dims, num_classes, nesting, shard=shard)
-        self.layers = nn.ModuleList(nn.Linear(m, len(self.shard), bias=bias) for m in self.sizes)
-        if len(self.shard) < num_classes:
-            for layer in self._layers():
-                bound = layer.in_features**-0.5  # as torch starts a whole layer, drawn for all classes
-                for parameter in layer.parameters():
-                    parameter.data = random_rows(self.shard, parameter.shape[1:], torch.rand).mul_(2).sub_(1).mul_(bound)
+        if self.shard.whole:
+            self.layers = nn.ModuleList(nn.Linear(m, num_classes, bias=bias) for m in self.sizes)
+            return
+        self.layers = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, m, len(self.shard), bias=bias) for m in self.sizes)  # type: ignore[no-untyped-call]  # fmt: skip
+        for layer in self._layers():
+            bound = layer.in_features**-0.5  # the start torch gives a whole layer
+            for parameter in layer.parameters():
+                parameter.data = random_rows(self.shard, parameter.shape[1:], torch.rand).mul_(2).sub_(1).mul_(bound)
 
     def _layers(self) -> list[nn.Linear]:
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
@@ -117,8 +120,7 @@ class NestedCosine(NestedHead):
         self, dims: Sequence[int], num_classes: int, nesting: Nesting = "mrl", *, shard: Shard | None = None
     ) -> None:  # fmt: skip
         super().__init__(dims, num_classes, nesting, shard=shard)
-        whole = len(self.shard) == num_classes
-        rows = [torch.randn(num_classes, m) if whole else random_rows(self.shard, (m,), torch.randn)
+        rows = [torch.randn(num_classes, m) if self.shard.whole else random_rows(self.shard, (m,), torch.randn)
                 for m in self.sizes]  # fmt: skip
         self.proxies = nn.ParameterList(nn.Parameter(functional.normalize(row)) for row in rows)
 
@@ -141,8 +143,10 @@ class NestedCosine(NestedHead):
         """See ``NestedHead``."""
         dims = dims or self.dims
         proxies = self._chosen(list(self.proxies), dims, classes)
-        lengths = (prefix_norms(proxies[0], dims) if self.nesting == "mrl-e" else
-                   torch.stack([prefix_norms(proxy, (m,))[0] for m, proxy in zip(dims, proxies, strict=True)]))  # fmt: skip
+        if self.nesting == "mrl":
+            lengths = torch.cat([prefix_norms(proxy, (m,)) for m, proxy in zip(dims, proxies, strict=True)])
+        else:
+            lengths = prefix_norms(proxies[0], dims)
         return Factors(dims, tuple(proxies), (), 1.0 / prefix_norms(embedding, dims), 1.0 / lengths)
 
 
@@ -160,7 +164,7 @@ def accumulate_products(
 def _blocks(values: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """Columns between successive dims, split at once: the gradient is then one concatenation, not a sum of M."""
     sizes = [stop - start for start, stop in pairwise((0, *dims))]
-    return values[:, : dims[-1]].split(sizes, dim=1)
+    return torch.split(values[:, : dims[-1]], sizes, dim=1)
 
 
 def prefix_norms(vectors: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:

@@ -98,8 +98,8 @@ def contrastive_loss(
     vectors: torch.Tensor, values: torch.Tensor, candidates: torch.Tensor, candidate_values: torch.Tensor,
     *, temperature: float, offset: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """InfoNCE with several positives: mean over anchors [n, m] that have one of ``logsumexp(s) - mean(s of positives)``,
-    s the cosines to the other candidates [N, m] over T.
+    """InfoNCE with several positives: mean of ``logsumexp(s) - mean(s of positives)`` over the anchors [n, m] that have
+    any, s the cosines to the other candidates [N, m] over T.
 
     With two views of a picture as equal values it is SimCLR's loss (Chen et al. 2020, equation 1), with classes the
     supervised one (Khosla et al. 2020, equation 2). Row i is candidate ``offset + i``.

@@ -70,7 +70,7 @@ def choose_classes(labels: torch.Tensor, num_classes: int, sample: int, seed: in
     Drawn by seed and step alone on the CPU: workers that pass the same labels get the same classes.
     """
     order = torch.rand(num_classes, generator=torch.Generator().manual_seed(derive_seed(seed, "classes", step)))
-    positives = labels[labels >= 0].unique()
+    positives = torch.unique(labels[labels >= 0])
     order[positives.cpu()] = 2.0
     num = min(num_classes, max(sample, len(positives)))
     return order.topk(num).indices.sort().values.to(labels.device)

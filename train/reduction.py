@@ -143,8 +143,8 @@ class _Reduce(torch.autograd.Function):
                     slope.scatter_add_(1, place, grads[1][i] * inside)
                     if plan.total:
                         slope += grads[2][i][:, None]
-                    slopes[i] = _unscale(i, span, slope, scores, factors, into)
-                _multiply_back(plan, low, found[0], factors, into, slopes, span)
+                    slopes[i] = _unscale(i, slope, scores, span=span, factors=factors, into=into)
+                _multiply_back(plan, slopes, low, found[0], span=span, factors=factors, into=into)
         return None, None, *found
 
 
@@ -194,7 +194,7 @@ def _slope(plan: _Plan, scores: torch.Tensor, over: torch.Tensor, grad: torch.Te
 
 
 def _unscale(
-    i: int, span: slice, slope: torch.Tensor, scores: torch.Tensor, factors: Factors, into: Factors
+    i: int, slope: torch.Tensor, scores: torch.Tensor, *, span: slice, factors: Factors, into: Factors
 ) -> torch.Tensor:  # fmt: skip
     """Pass ``slope`` from the scores of dim i to their raw products, leaving what belongs to bias and scales."""
     if factors.biases:
@@ -208,8 +208,8 @@ def _unscale(
 
 
 def _multiply_back(
-    plan: _Plan, z: torch.Tensor, into_z: torch.Tensor, factors: Factors, into: Factors,
-    slopes: list[torch.Tensor], span: slice,
+    plan: _Plan, slopes: list[torch.Tensor], z: torch.Tensor, into_z: torch.Tensor, *, span: slice, factors: Factors,
+    into: Factors,
 ) -> None:  # fmt: skip
     """Add the products' gradients to those of embedding and weights; a tied block gets the sum over dims holding it."""
     blocks, above = plan.blocks(), None
