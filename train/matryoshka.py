@@ -4,7 +4,6 @@ Legend: n rows, D embedding size, C classes (of this worker, when a head is shar
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from lookalike.seeds import derive_seed
 from lookalike.train.proxies import Shard, random_rows
-from lookalike.train.reduction import Factors
+from lookalike.train.reduction import Factors, prefix_norms, split_prefixes
 
 Nesting = Literal["mrl", "mrl-e"]
 
@@ -45,9 +44,7 @@ class NestedHead(nn.Module):
         """Embeddings [n, D] -> scores [n, C] of each dim."""
         raise AssertionError(f"{type(self).__name__} must define forward")
 
-    def factors(
-        self, embedding: torch.Tensor, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None
-    ) -> Factors:  # fmt: skip
+    def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
         """What the scores are the product of."""
         raise AssertionError(f"{type(self).__name__} must define factors")
 
@@ -92,9 +89,7 @@ class NestedLinear(NestedHead):
                     for i, (m, weight) in enumerate(zip(dims, weights, strict=True))]  # fmt: skip
         return accumulate_products(embedding, weights[0], dims, biases[0] if biases else None)
 
-    def factors(
-        self, embedding: torch.Tensor, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None
-    ) -> Factors:  # fmt: skip
+    def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
         """See ``NestedHead``."""
         dims = dims or self.dims
         weights, biases = self._parameters_of(dims, classes)
@@ -137,17 +132,11 @@ class NestedCosine(NestedHead):
         lengths = zip(prefix_norms(embedding, dims), prefix_norms(proxies[0], dims), strict=True)
         return [product / (row[:, None] * column) for product, (row, column) in zip(products, lengths, strict=True)]
 
-    def factors(
-        self, embedding: torch.Tensor, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None
-    ) -> Factors:  # fmt: skip
+    def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
         """See ``NestedHead``."""
         dims = dims or self.dims
         proxies = self._chosen(list(self.proxies), dims, classes)
-        if self.nesting == "mrl":
-            lengths = torch.cat([prefix_norms(proxy, (m,)) for m, proxy in zip(dims, proxies, strict=True)])
-        else:
-            lengths = prefix_norms(proxies[0], dims)
-        return Factors(dims, tuple(proxies), (), 1.0 / prefix_norms(embedding, dims), 1.0 / lengths)
+        return Factors(dims, tuple(proxies), (), 1.0)
 
 
 def accumulate_products(
@@ -155,22 +144,10 @@ def accumulate_products(
 ) -> list[torch.Tensor]:
     """[z[:, :m] @ W[:, :m].T + bias for m in dims], each adding only its own block to the one before."""
     total, products = bias, []
-    for block, columns in zip(_blocks(embedding, dims), _blocks(weight, dims), strict=True):
+    for block, columns in zip(split_prefixes(embedding, dims), split_prefixes(weight, dims), strict=True):
         total = block @ columns.T if total is None else torch.addmm(total, block, columns.T)
         products.append(total)
     return products
-
-
-def _blocks(values: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """Columns between successive dims, split at once: the gradient is then one concatenation, not a sum of M."""
-    sizes = [stop - start for start, stop in pairwise((0, *dims))]
-    return torch.split(values[:, : dims[-1]], sizes, dim=1)
-
-
-def prefix_norms(vectors: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """Euclidean norms [M, n] of the first m values of each row, at least 1e-12."""
-    squares = torch.stack([block.square().sum(dim=1) for block in _blocks(vectors, dims)])
-    return squares.cumsum(dim=0).clamp_min(1e-24).sqrt()
 
 
 def nested_loss(

@@ -12,7 +12,7 @@ Legend: n rows, D embedding size, C classes, c those of a chunk, m a nested dim,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -25,22 +25,36 @@ Over = Literal["logsumexp", "softplus"]
 
 @dataclass(frozen=True)
 class Factors:
-    """Scores of nested dim i as factors: ``rows[i][:, None] * (z[:, :m] @ W_i[:, :m].T) * columns[i] + bias_i``."""
+    """Scores of nested dim i as factors: ``z[:, :m] @ W_i[:, :m].T + bias_i``, or ``scale`` times their cosine."""
 
     dims: tuple[int, ...]
     weights: tuple[torch.Tensor, ...]
     """One [C, D] for all dims (MRL-E), or one [C, m] for each (MRL)."""
     biases: tuple[torch.Tensor, ...] = ()
     """As many [C], or none."""
-    rows: torch.Tensor | None = None
-    """Scales [M, n] above zero, or None for ones."""
-    columns: torch.Tensor | None = None
-    """Scales [M, C] above zero; given with ``rows``."""
+    scale: float | None = None
+    """None for products; a number for cosines, which have no bias."""
 
-    def scaled(self, scale: float) -> "Factors":
-        """The factors of ``scale`` times the scores; for those without bias."""
-        assert self.rows is not None
-        return Factors(self.dims, self.weights, self.biases, self.rows * scale, self.columns)
+    @property
+    def tied(self) -> bool:
+        """Whether all dims share one matrix."""
+        return len(self.weights) == 1
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Columns of each dim's product: what it adds to the one before when tied, its whole prefix when not."""
+        starts = (0, *self.dims[:-1]) if self.tied else (0,) * len(self.dims)
+        return [slice(start, m) for start, m in zip(starts, self.dims, strict=True)]
+
+    def rows(self, span: slice) -> "Factors":
+        """The factors of some of the classes (views)."""
+        return replace(self, weights=tuple(w[span] for w in self.weights), biases=tuple(b[span] for b in self.biases))
+
+    def lengths(self) -> torch.Tensor:
+        """Norms [M, C] of the classes' prefixes."""
+        if self.tied:
+            return prefix_norms(self.weights[0], self.dims)
+        return torch.cat([prefix_norms(weight, (m,)) for m, weight in zip(self.dims, self.weights, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -55,64 +69,57 @@ class Reduced:
     """Sum over classes [M, n]; zero unless asked for."""
 
 
+def split_prefixes(values: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Columns between successive dims, split at once: the gradient is then one concatenation, not a sum of M."""
+    return torch.split(values[:, : dims[-1]], [stop - start for start, stop in pairwise((0, *dims))], dim=1)
+
+
+def prefix_norms(vectors: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """Euclidean norms [M, n] of the first m values of each row, at least 1e-12."""
+    squares = torch.stack([block.square().sum(dim=1) for block in split_prefixes(vectors, dims)])
+    return squares.cumsum(dim=0).clamp_min(1e-24).sqrt()
+
+
 def reduce_scores(
     embedding: torch.Tensor, factors: Factors, labels: torch.Tensor, *, over: Over, chunk: int, total: bool = False
 ) -> Reduced:
     """Reduce the scores of embeddings [n, D] under ``factors``; labels [n, K] int64, those outside 0 .. C - 1 ignored.
 
-    Gradients reach the embedding and every factor. Holds about M x n x ``chunk`` scores, forward and backward.
+    Gradients reach embedding, weights and biases. Holds about M x n x ``chunk`` scores, forward and backward.
     """
-    plan = _Plan(factors.dims, len(factors.weights), len(factors.biases), factors.rows is not None, over, chunk, total)
-    scales = () if factors.rows is None else (factors.rows, factors.columns)
-    outputs = _Reduce.apply(plan, labels, embedding, *factors.weights, *factors.biases, *scales)  # type: ignore[no-untyped-call]
-    return Reduced(*outputs)
+    plan = _Plan(factors.dims, len(factors.weights), factors.scale, over, chunk, total)
+    return Reduced(*_Reduce.apply(plan, labels, embedding, *factors.weights, *factors.biases))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
 class _Plan:
     dims: tuple[int, ...]
     num_weights: int
-    num_biases: int
-    scaled: bool
+    scale: float | None
     over: Over
     chunk: int
     total: bool
 
-    @property
-    def tied(self) -> bool:
-        return self.num_weights == 1
-
     def factors(self, tensors: Sequence[torch.Tensor]) -> Factors:
-        cut = self.num_weights, self.num_weights + self.num_biases
-        rows, columns = tensors[cut[1] :] if self.scaled else (None, None)
-        return Factors(self.dims, tuple(tensors[: cut[0]]), tuple(tensors[cut[0] : cut[1]]), rows, columns)
+        return Factors(self.dims, tuple(tensors[: self.num_weights]), tuple(tensors[self.num_weights :]), self.scale)
 
     def spans(self, num_classes: int) -> Iterator[slice]:
         for start in range(0, num_classes, self.chunk):
             yield slice(start, min(start + self.chunk, num_classes))
 
-    def blocks(self) -> list[slice]:
-        """Columns of each product: what a dim adds to the one before when tied, its whole prefix when not."""
-        if self.tied:
-            return [slice(start, stop) for start, stop in pairwise((0, *self.dims))]
-        return [slice(0, m) for m in self.dims]
-
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, labels: torch.Tensor, z: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        factors, n = plan.factors(tensors), len(z)
+        factors, shape = plan.factors(tensors), (len(plan.dims), len(z))
         ctx.plan, ctx.dtype = plan, _matmul_dtype(z)
-        wide = torch.promote_types(z.dtype, torch.float32)
-        shape = (len(plan.dims), n)
-        over = z.new_full(shape, -torch.inf if plan.over == "logsumexp" else 0.0, dtype=wide)
-        picked = z.new_zeros((*shape, labels.shape[1]), dtype=wide)
-        total = z.new_zeros(shape, dtype=wide)
+        over = z.new_full(shape, -torch.inf if plan.over == "logsumexp" else 0.0)
+        picked, total = z.new_zeros((*shape, labels.shape[1])), z.new_zeros(shape)
         with torch.autocast(z.device.type, enabled=False):
-            low = z.to(ctx.dtype)
+            lengths = prefix_norms(z, plan.dims)
             for span in plan.spans(len(factors.weights[0])):
                 inside, place = _place(labels, span)
-                for i, scores in enumerate(_scores(plan, low, factors, span, wide)):
+                for i, scores in enumerate(_scores(z, factors.rows(span), lengths, ctx.dtype)):
                     if plan.over == "logsumexp":
                         over[i] = torch.logaddexp(over[i], scores.logsumexp(dim=1))
                     else:
@@ -120,31 +127,37 @@ class _Reduce(torch.autograd.Function):
                     picked[i] += scores.gather(1, place) * inside
                     if plan.total:
                         total[i] += scores.sum(dim=1)
-        ctx.save_for_backward(labels, z, over, *tensors)
+        ctx.save_for_backward(labels, z, over, lengths, *tensors)
         return over, picked, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         plan: _Plan = ctx.plan
-        labels, z, over, *tensors = ctx.saved_tensors
-        factors = plan.factors(tensors)
+        labels, z, over, lengths, *tensors = ctx.saved_tensors
         found = [torch.zeros_like(tensor) for tensor in (z, *tensors)]
-        into = plan.factors(found[1:])
+        factors, into = plan.factors(tensors), plan.factors(found[1:])
         with torch.autocast(z.device.type, enabled=False):
-            low = z.to(ctx.dtype)
             for span in plan.spans(len(factors.weights[0])):
+                part, gradient = factors.rows(span), into.rows(span)
                 inside, place = _place(labels, span)
-                # one slope matrix a dim: the scores are turned into the gradient with respect to the raw products
-                slopes = [scores.clone() if plan.tied and not plan.scaled else scores
-                          for scores in _scores(plan, low, factors, span, over.dtype)]  # fmt: skip
+                # a tied product goes on growing, so that each dim's scores must be kept apart
+                apart = part.tied and part.scale is None
+                slopes = [scores.clone() if apart else scores for scores in _scores(z, part, lengths, ctx.dtype)]
+                shares = []
                 for i, scores in enumerate(slopes):
-                    slope = _slope(plan, scores, over[i], grads[0][i], keep=plan.scaled)
+                    slope = _slope(plan.over, scores, over[i], grads[0][i], keep=plan.scale is not None)
                     slope.scatter_add_(1, place, grads[1][i] * inside)
                     if plan.total:
                         slope += grads[2][i][:, None]
-                    slopes[i] = _unscale(i, slope, scores, span=span, factors=factors, into=into)
-                _multiply_back(plan, slopes, low, found[0], span=span, factors=factors, into=into)
+                    if gradient.biases:
+                        gradient.biases[0 if part.tied else i].add_(slope.sum(dim=0))
+                    slopes[i] = slope
+                    if plan.scale is not None:
+                        shares.append(scores.mul_(slope))
+                if plan.scale is not None:
+                    _back_through_lengths(shares, slopes, z, lengths, into_z=found[0], part=part, gradient=gradient)
+                _back_through_products(slopes, z, ctx.dtype, into_z=found[0], part=part, gradient=gradient)
         return None, None, *found
 
 
@@ -159,66 +172,58 @@ def _place(labels: torch.Tensor, span: slice) -> tuple[torch.Tensor, torch.Tenso
     return inside, (labels - span.start).clamp(0, span.stop - span.start - 1)
 
 
-def _scores(
-    plan: _Plan, z: torch.Tensor, factors: Factors, span: slice, wide: torch.dtype
-) -> Iterator[torch.Tensor]:  # fmt: skip
-    """Scores [n, c] of each dim, smallest first. Tied and unscaled ones are one tensor that grows: use each at once."""
-    product = z.new_zeros((len(z), span.stop - span.start), dtype=wide)
-    for i, block in enumerate(plan.blocks()):
-        if i == 0 or not plan.tied:
-            bias = factors.biases[i][span] if factors.biases else 0.0
-            product = product.new_zeros(product.shape) + bias if i else product + bias
-        weight = factors.weights[0 if plan.tied else i][span, block].to(z.dtype)
-        _add_product(product, z[:, block], weight.T)
-        if factors.rows is None or factors.columns is None:
-            yield product
+def _scores(z: torch.Tensor, part: Factors, lengths: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Scores [n, c] of each dim, smallest first. Tied products are one tensor that grows: use each at once."""
+    scales = None if part.scale is None else (part.scale / lengths, 1.0 / part.lengths())
+    product = z.new_empty(())
+    for i, block in enumerate(part.blocks):
+        weight = part.weights[0 if part.tied else i][:, block]
+        if i and part.tied:
+            _add_product(product, z[:, block], weight.T, dtype)
         else:
-            yield product * factors.rows[i][:, None] * factors.columns[i][span]
+            bias = part.biases[i][None] if part.biases else z.new_zeros((1, len(weight)))
+            product = bias.repeat(len(z), 1)
+            _add_product(product, z[:, block], weight.T, dtype)
+        yield product if scales is None else product * scales[0][i][:, None] * scales[1][i]
 
 
-def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    if left.dtype == into.dtype == right.dtype:
+def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+    if dtype == into.dtype:
         into.addmm_(left, right)
     else:
-        into += left @ right.to(left.dtype)
+        into += left.to(dtype) @ right.to(dtype)
 
 
-def _slope(plan: _Plan, scores: torch.Tensor, over: torch.Tensor, grad: torch.Tensor, *, keep: bool) -> torch.Tensor:
-    """Gradient [n, c] of the reduction with respect to the scores; in place of them unless they are to be kept."""
-    if plan.over == "softplus":
-        slope = scores.sigmoid() if keep else scores.sigmoid_()
-    else:
-        slope = scores - over[:, None] if keep else scores.sub_(over[:, None])
-        slope.exp_()
+def _slope(over: Over, scores: torch.Tensor, reduced: torch.Tensor, grad: torch.Tensor, *, keep: bool) -> torch.Tensor:
+    """Gradient [n, c] of a reduction [n] with respect to the scores; in place of them unless they are to be kept."""
+    slope = scores.clone() if keep else scores
+    slope = slope.sigmoid_() if over == "softplus" else slope.sub_(reduced[:, None]).exp_()
     return slope.mul_(grad[:, None])
 
 
-def _unscale(
-    i: int, slope: torch.Tensor, scores: torch.Tensor, *, span: slice, factors: Factors, into: Factors
-) -> torch.Tensor:  # fmt: skip
-    """Pass ``slope`` from the scores of dim i to their raw products, leaving what belongs to bias and scales."""
-    if factors.biases:
-        into.biases[0 if len(factors.weights) == 1 else i][span] += slope.sum(dim=0)
-    if factors.rows is None or factors.columns is None or into.rows is None or into.columns is None:
-        return slope
-    share = scores.mul_(slope)  # each scale multiplies the whole score: its gradient is the score's share over it
-    into.rows[i] += share.sum(dim=1) / factors.rows[i]
-    into.columns[i][span] += share.sum(dim=0) / factors.columns[i][span]
-    return slope.mul_(factors.rows[i][:, None]).mul_(factors.columns[i][span])
+def _back_through_lengths(
+    shares: list[torch.Tensor], slopes: list[torch.Tensor], z: torch.Tensor, lengths: torch.Tensor, *,
+    into_z: torch.Tensor, part: Factors, gradient: Factors,
+) -> None:  # fmt: skip
+    """Turn slopes of cosines into slopes of products, in place, and add what flows through the norms: with share =
+    slope x score, a vector v of norm |v| gets ``-sum(share) v / |v|^2``."""
+    assert part.scale is not None
+    own = part.lengths()
+    for i, (slope, share, m) in enumerate(zip(slopes, shares, part.dims, strict=True)):
+        into_z[:, :m] -= (share.sum(dim=1) / lengths[i].square())[:, None] * z[:, :m]
+        k = 0 if part.tied else i
+        gradient.weights[k][:, :m] -= (share.sum(dim=0) / own[i].square())[:, None] * part.weights[k][:, :m]
+        slope.mul_(part.scale / lengths[i][:, None]).div_(own[i])
 
 
-def _multiply_back(
-    plan: _Plan, slopes: list[torch.Tensor], z: torch.Tensor, into_z: torch.Tensor, *, span: slice, factors: Factors,
-    into: Factors,
+def _back_through_products(
+    slopes: list[torch.Tensor], z: torch.Tensor, dtype: torch.dtype, *, into_z: torch.Tensor, part: Factors,
+    gradient: Factors,
 ) -> None:  # fmt: skip
     """Add the products' gradients to those of embedding and weights; a tied block gets the sum over dims holding it."""
-    blocks, above = plan.blocks(), None
-    for i in reversed(range(len(blocks))):
-        slope = slopes[i]
-        if plan.tied:
-            above = slope if above is None else above.add_(slope)
-            slope = above
-        weight, gradient = (part.weights[0 if plan.tied else i][span, blocks[i]] for part in (factors, into))
-        slope = slope.to(z.dtype)
-        _add_product(into_z[:, blocks[i]], slope, weight)
-        _add_product(gradient, slope.T, z[:, blocks[i]])
+    above: torch.Tensor | None = None
+    for i, block in reversed(list(enumerate(part.blocks))):
+        above = slopes[i] if above is None or not part.tied else above.add_(slopes[i])
+        k = 0 if part.tied else i
+        _add_product(into_z[:, block], above, part.weights[k][:, block], dtype)
+        _add_product(gradient.weights[k][:, block], above.T, z[:, block], dtype)

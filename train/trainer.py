@@ -64,7 +64,7 @@ def resolve(train: TrainConfig, shards: Artifact, source: Artifact) -> LoopConfi
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
     num_classes = {field: len(classes[field]) for field in LABEL_FIELDS}
     for name, task in train.tasks.items():
-        if num_classes[task.field] < 2:
+        if num_classes.get(task.field, 2) < 2:  # fields that are no classes have no count
             raise UsageError(f"task {name!r} reads {task.field!r}, of which the shards have {num_classes[task.field]} "
                              "classes; two are needed")  # fmt: skip
     base = read_config(source)
@@ -148,11 +148,16 @@ def _last(history: list[dict[str, float]]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in (history[-1] if history else {}).items() if key != "step"}
 
 
+def _values(config: LoopConfig, field: str) -> str:
+    count = config.num_classes.get(field)
+    return f"`{field}`" if count is None else f"{count} classes of `{field}`"
+
+
 def model_card(name: str, config: LoopConfig, history: list[dict[str, float]]) -> str:
     """A short model card in Markdown."""
     train, encoder = config.train, config.encoder
-    tasks = "\n".join(f"- `{task}`: {settings.kind} over {config.num_classes[settings.field]} classes of "
-                      f"`{settings.field}`, {settings.nesting}, weight {settings.weight}"
+    tasks = "\n".join(f"- `{task}`: {settings.kind} over {_values(config, settings.field)}, {settings.nesting}, "
+                      f"weight {settings.weight}"
                       for task, settings in train.tasks.items())  # fmt: skip
     losses = ", ".join(f"{key} {value:.3f}" for key, value in _last(history).items() if key.startswith("loss"))
     return f"""# {name}

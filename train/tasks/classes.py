@@ -3,6 +3,7 @@
 Legend: n rows, N those of all workers, C classes, K most labels a row, M nested dims.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -62,10 +63,10 @@ class ClassTask(Task):
         """What the head scores."""
         return embedding
 
-    def factors(self, embedding: torch.Tensor, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
+    def factors(self, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
         """The head's, of the scores as ``combine`` reads them."""
         assert isinstance(self.head, NestedHead)
-        return self.head.factors(embedding, dims, classes)
+        return self.head.factors(dims, classes)
 
     def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
         """See ``Task``."""
@@ -123,7 +124,8 @@ class ClassTask(Task):
         self, vectors: torch.Tensor, labels: torch.Tensor, dims: tuple[int, ...], classes: torch.Tensor | None
     ) -> Reduced:  # fmt: skip
         assert self.over is not None
-        return reduce_scores(vectors, self.factors(vectors, dims, classes), labels, over=self.over,
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return reduce_scores(vectors, self.factors(dims, classes), labels, over=self.over,
                              chunk=self.config.class_chunk, total=self.config.label_smoothing > 0)  # fmt: skip
 
 
@@ -210,9 +212,9 @@ class NormalizedSoftmaxTask(ClassTask):
         """See ``losses.normalized_softmax_loss``."""
         return normalized_softmax_loss(scores, labels, self.config.temperature)
 
-    def factors(self, embedding: torch.Tensor, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
+    def factors(self, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
         """Cosines over T."""
-        return super().factors(embedding, dims, classes).scaled(1.0 / self.config.temperature)
+        return replace(super().factors(dims, classes), scale=1.0 / self.config.temperature)
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
         """The same from reductions."""
