@@ -69,7 +69,8 @@ def require_memory(
     configs: Mapping[str, TaskConfig], dims: tuple[int, ...], num_classes: Mapping[str, int], *, rows: int,
     world: int = 1, slots: int = 2, limit_gib: float | None = None,
 ) -> dict[str, TaskMemory]:  # fmt: skip
-    """Every task's memory on a worker; raises ``UsageError``, with what would help, when their sum is above the limit."""
+    """Every task's memory on a worker; a sum above the limit raises ``UsageError`` with what would help."""
+
     def reckon(config: TaskConfig) -> TaskMemory:
         return task_memory(config, dims, num_classes.get(config.field, 0), rows=rows, world=world, slots=slots)
 
@@ -90,7 +91,7 @@ def require_memory(
         if after < before and set(change) <= set(readable):
             remedies.append(f"{text} ({after / 2**30:.2f} GiB)")
     raise UsageError(
-        f"the tasks need {total:.2f} GiB a worker, more than task_memory_gib {limit_gib:g}; the largest is {name!r} over "
-        f"{num_classes.get(config.field, 0):,} classes with {found[name].describe()}. For it set "
+        f"the tasks need {total:.2f} GiB a worker, more than task_memory_gib {limit_gib:g}; the largest is {name!r} "
+        f"over {num_classes.get(config.field, 0):,} classes with {found[name].describe()}. For it set "
         f"{', or '.join([*remedies, 'a smaller batch_size'])}"
     )

@@ -22,6 +22,7 @@ from lookalike.stages import Input, StageRun
 from lookalike.telemetry import get_logger
 from lookalike.train.loader import list_units, require_units
 from lookalike.train.loop import build_multitask_model, read_state, train_worker
+from lookalike.train.memory import require_memory
 from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, read_config, save_encoder
 
@@ -69,6 +70,9 @@ def resolve(train: TrainConfig, shards: Artifact, source: Artifact) -> LoopConfi
                              "classes; two are needed")  # fmt: skip
     base = read_config(source)
     dims = train.resolve_dims(base.num_features)
+    require_memory(train.tasks, dims, num_classes, rows=train.batch_size // train.num_workers,
+                   world=train.num_workers, slots=2 if train.optimizer == "adamw" else 1,
+                   limit_gib=train.task_memory_gib)  # fmt: skip
     encoder = EncoderConfig(backbone=base.backbone, num_features=base.num_features, dims=dims,
                             projection=train.embedding_dim is not None, transform=base.transform)  # fmt: skip
     first = next(iter(train.mix))
