@@ -52,7 +52,7 @@ def task_memory(
     biases = 0 if cosine else len(dims) if config.nesting == "mrl" else 1
     weights = FLOAT * classes * (width + biases)
     scored = classes if config.sample_classes is None else min(classes, max(1, config.sample_classes // parts))
-    copies = 2 * FLOAT * scored * (width + biases) if scored < classes else 0
+    copies = FLOAT * scored * (width + biases) if scored < classes else 0
     gathered = rows * parts
     if scored > config.class_chunk or parts > 1:
         held = ((2 if cosine else 1) * len(dims) + 3) * min(scored, config.class_chunk)
@@ -60,7 +60,7 @@ def task_memory(
     else:
         held = ((4 if cosine else 2) * len(dims) + 2) * scored
         embeddings = rows * width
-        copies += 3 * FLOAT * scored * width if cosine else 0
+        copies += 2 * FLOAT * scored * width if cosine else 0
     activations = FLOAT * (gathered * held + embeddings) + copies
     return TaskMemory(weights, weights, slots * weights, activations)
 

@@ -140,24 +140,14 @@ class _Reduce(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             for span in plan.spans(len(factors.weights[0])):
                 part, gradient = factors.rows(span), into.rows(span)
-                inside, place = _place(labels, span)
                 # a tied product goes on growing, so that each dim's scores must be kept apart
                 apart = part.tied and part.scale is None
-                slopes = [scores.clone() if apart else scores for scores in _scores(z, part, lengths, ctx.dtype)]
-                shares = []
-                for i, scores in enumerate(slopes):
-                    slope = _slope(plan.over, scores, over[i], grads[0][i], keep=plan.scale is not None)
-                    slope.scatter_add_(1, place, grads[1][i] * inside)
-                    if plan.total:
-                        slope += grads[2][i][:, None]
-                    if gradient.biases:
-                        gradient.biases[0 if part.tied else i].add_(slope.sum(dim=0))
-                    slopes[i] = slope
-                    if plan.scale is not None:
-                        shares.append(scores.mul_(slope))
+                scores = [s.clone() if apart else s for s in _scores(z, part, lengths, ctx.dtype)]
+                slopes = _slopes(plan, scores, over, grads, _place(labels, span))
                 if plan.scale is not None:
-                    _back_through_lengths(shares, slopes, z, lengths, into_z=found[0], part=part, gradient=gradient)
+                    _back_through_lengths(scores, slopes, z, lengths, into_z=found[0], part=part, gradient=gradient)
                 _back_through_products(slopes, z, ctx.dtype, into_z=found[0], part=part, gradient=gradient)
+                scores, slopes = [], []  # freed before the next chunk's are made
         return None, None, *found
 
 
@@ -194,22 +184,30 @@ def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dt
         into += left.to(dtype) @ right.to(dtype)
 
 
-def _slope(over: Over, scores: torch.Tensor, reduced: torch.Tensor, grad: torch.Tensor, *, keep: bool) -> torch.Tensor:
-    """Gradient [n, c] of a reduction [n] with respect to the scores; in place of them unless they are to be kept."""
-    slope = scores.clone() if keep else scores
-    slope = slope.sigmoid_() if over == "softplus" else slope.sub_(reduced[:, None]).exp_()
-    return slope.mul_(grad[:, None])
+def _slopes(
+    plan: _Plan, scores: list[torch.Tensor], over: torch.Tensor, grads: tuple[torch.Tensor, ...],
+    place: tuple[torch.Tensor, torch.Tensor],
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradient [n, c] with respect to each dim's scores; in place of them unless they are needed again (cosines)."""
+    slopes = []
+    for i, score in enumerate(scores):
+        slope = score if plan.scale is None else score.clone()
+        slope = slope.sigmoid_() if plan.over == "softplus" else slope.sub_(over[i][:, None]).exp_()
+        slope.mul_(grads[0][i][:, None]).scatter_add_(1, place[1], grads[1][i] * place[0])
+        slopes.append(slope.add_(grads[2][i][:, None]) if plan.total else slope)
+    return slopes
 
 
 def _back_through_lengths(
-    shares: list[torch.Tensor], slopes: list[torch.Tensor], z: torch.Tensor, lengths: torch.Tensor, *,
+    scores: list[torch.Tensor], slopes: list[torch.Tensor], z: torch.Tensor, lengths: torch.Tensor, *,
     into_z: torch.Tensor, part: Factors, gradient: Factors,
 ) -> None:  # fmt: skip
     """Turn slopes of cosines into slopes of products, in place, and add what flows through the norms: with share =
     slope x score, a vector v of norm |v| gets ``-sum(share) v / |v|^2``."""
     assert part.scale is not None
     own = part.lengths()
-    for i, (slope, share, m) in enumerate(zip(slopes, shares, part.dims, strict=True)):
+    for i, (score, slope, m) in enumerate(zip(scores, slopes, part.dims, strict=True)):
+        share = score.mul_(slope)
         into_z[:, :m] -= (share.sum(dim=1) / lengths[i].square())[:, None] * z[:, :m]
         k = 0 if part.tied else i
         gradient.weights[k][:, :m] -= (share.sum(dim=0) / own[i].square())[:, None] * part.weights[k][:, :m]
@@ -227,3 +225,5 @@ def _back_through_products(
         k = 0 if part.tied else i
         _add_product(into_z[:, block], above, part.weights[k][:, block], dtype)
         _add_product(gradient.weights[k][:, block], above.T, z[:, block], dtype)
+        if gradient.biases and (i == 0 or not part.tied):  # the first block's sum is over all dims, as is the bias
+            gradient.biases[k].add_(above.sum(dim=0))

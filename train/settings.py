@@ -69,7 +69,7 @@ class TrainConfig(StageConfig):
     loader_processes: int = runtime(0, ge=0)
     """Processes a worker decodes images in besides its own."""
     task_memory_gib: float | None = runtime(None, gt=0.0)
-    """Memory of a worker that tasks may take (weights, gradients, optimizer, scores); a run that needs more is refused."""
+    """Memory of a worker tasks may take (weights, gradients, optimizer, scores); a run that needs more is refused."""
     checkpoint_every: int = runtime(50, ge=1)
     """Steps between checkpoints."""
     max_failures: int = runtime(3, ge=0)

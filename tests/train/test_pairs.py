@@ -70,7 +70,8 @@ def test_distance_weighted_margin_loss_against_pytorch_metric_learning(dim: int)
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     z = rows(dim)
     triplets = tuple(torch.tensor(column) for column in zip(*drawn(z, "distance_weighted"), strict=True))
-    ours = triplet_loss(z, VALUES, uniform(), mining="distance_weighted", margin=0.2, beta=1.25)  # exact in the oracle's float32
+    # beta is exact in the oracle's float32
+    ours = triplet_loss(z, VALUES, uniform(), mining="distance_weighted", margin=0.2, beta=1.25)
     assert_same(ours, losses.MarginLoss(margin=0.2, beta=1.25)(z, indices_tuple=triplets), z)
 
 
@@ -143,8 +144,8 @@ def test_negatives_are_drawn_where_there_is_weight(n: int, seed: int) -> None:
 
 def test_draws_follow_the_weights() -> None:
     weights = torch.tensor([[0.1, 0.0, 0.6, 0.3]]).log().repeat(4, 1)
-    draws = torch.cat([draw_negatives(weights, torch.rand(4, 4, generator=torch.Generator().manual_seed(seed))).flatten()
-                       for seed in range(500)])  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([draw_negatives(weights, torch.rand(4, 4, generator=generator)).flatten() for _ in range(500)])
     share = draws.bincount(minlength=4) / len(draws)
     assert torch.allclose(share, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.02)
 

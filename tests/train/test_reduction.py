@@ -52,14 +52,12 @@ def ours(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    dims=st.sets(st.integers(1, 12), min_size=1, max_size=4), num_classes=st.integers(1, 11), chunk=st.integers(1, 12),
-    tied=st.booleans(), form=st.sampled_from(["plain", "bias", "cosine"]), over=st.sampled_from(["logsumexp", "softplus"]),
-    seed=st.integers(0, 1000),
-)  # fmt: skip
-def test_chunks_give_what_whole_logits_give(
-    dims: set[int], num_classes: int, chunk: int, tied: bool, form: str, over: Over, seed: int
-) -> None:
+@given(st.data())
+def test_chunks_give_what_whole_logits_give(data: st.DataObject) -> None:
+    dims = data.draw(st.sets(st.integers(1, 12), min_size=1, max_size=4))
+    num_classes, chunk, seed = (data.draw(st.integers(low, high)) for low, high in ((1, 11), (1, 12), (0, 1000)))
+    form, tied = data.draw(st.sampled_from(["plain", "bias", "cosine"])), data.draw(st.booleans())
+    over: Over = data.draw(st.sampled_from(["logsumexp", "softplus"]))
     ordered, scale = sorted(dims), 7.0 if form == "cosine" else None
     leaves = make(ordered, num_classes, tied=tied, bias=form == "bias", seed=seed)
     labels = torch.randint(-2, num_classes + 2, (9, 3), generator=torch.Generator().manual_seed(seed))
