@@ -54,7 +54,7 @@ def task_memory(
     scored = classes if config.sample_classes is None else min(classes, max(1, config.sample_classes // parts))
     copies = FLOAT * scored * (width + biases) if scored < classes else 0
     gathered = rows * parts
-    if scored > config.class_chunk or parts > 1:
+    if scored > config.class_chunk or parts > 1 or config.nesting == "mrl-e":
         held = ((2 if cosine else 1) * len(dims) + 3) * min(scored, config.class_chunk)
         embeddings = 3 * gathered * dims[-1]
     else:

@@ -1,53 +1,75 @@
 """What nested losses over large label spaces cost: a matrix a dim, weight-tied, accumulated, in chunks of classes.
 
-    python -m tests.benchmarks.training_losses [--quick] [--rows 128] [--dim 256] [--classes 1000,18000,200000]
+    python -m tests.benchmarks.training_losses [--quick] [--rows 128] [--dim 256] [--classes 1000 18000 200000]
 
-Forward and backward pass of nested softmax (dims 8, 16, ... to the embedding's) over the same rows and labels, each case
-in a process of its own, all in one run. ``peak_mb`` counts bytes that live at once above inputs and weights, gradients
-included; ``seconds`` is the median of some repetitions. Cases: ``mrl`` (a matrix a dim), ``mrl-e naive`` (one matrix,
-a sliced matmul a dim, as the paper's own code does), ``mrl-e accumulated`` (block by block, scores kept) and the two
-``chunked`` forms (scores of a chunk of classes at a time, computed again in the backward pass).
+Forward and backward pass of nested softmax (dims 8, 16, ... to the embedding's) over the same rows, labels and weights,
+on one thread, the cases of a label space in turn. ``cpu_s`` is the median over rounds of the process's own time, so that
+a busy machine shifts it little; ``peak_mb`` the bytes that live at once above inputs and weights, gradients included.
+Cases: ``mrl`` (a matrix a dim), ``mrl-e naive`` (one matrix, a sliced matmul a dim, as the paper's own code does),
+``mrl-e accumulated`` (block by block, scores kept for autograd), and ``chunked``, what tasks use (scores of a chunk of
+classes at a time, computed again in the backward pass). Every case must give the loss and the gradient of its naive
+form. At 200,000 classes it needs about 3 GB.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from lookalike.retrieval.machine import machine_facts
-from lookalike.train.tasks import TaskConfig, build_tasks
+from lookalike.train.matryoshka import NestedLinear
+from lookalike.train.reduction import reduce_scores
+from lookalike.train.tasks import TaskConfig
 
-CASES = ("mrl", "mrl chunked", "mrl-e naive", "mrl-e accumulated", "mrl-e chunked")
-
-
-def naive_loss(layer: nn.Linear, z: torch.Tensor, labels: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """Weight-tied nested softmax with a matmul over each whole prefix."""
-    losses = [functional.cross_entropy(functional.linear(z[:, :m], layer.weight[:, :m], layer.bias), labels)
-              for m in dims]  # fmt: skip
-    return torch.stack(losses).sum()
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+CHUNK = TaskConfig.model_fields["class_chunk"].default
 
 
-def build_case(case: str, num_classes: int, dims: tuple[int, ...], chunk: int) -> tuple[nn.Module, Callable[..., Any]]:
-    """(the module with the weights, embeddings and labels -> scalar loss)."""
+def kept(head: NestedLinear) -> Loss:
+    """The sum over dims of cross-entropy of the head's scores."""
+    return lambda z, labels: torch.stack([functional.cross_entropy(scores, labels) for scores in head(z)]).sum()
+
+
+def chunked(head: NestedLinear, chunk: int) -> Loss:
+    """The same by chunks."""
+
+    def loss(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        reduced = reduce_scores(z, head.factors(), labels[:, None], over="logsumexp", chunk=chunk)
+        return (reduced.over - reduced.picked[..., 0]).mean(dim=1).sum()
+
+    return loss
+
+
+def naive(head: NestedLinear) -> Loss:
+    """The same with one matrix and a matmul over each whole prefix."""
+
+    def loss(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        weight, bias = head.layers[0].weight, head.layers[0].bias
+        assert isinstance(weight, torch.Tensor)
+        scores = [z[:, :m] @ weight[:, :m].T + bias for m in head.dims]
+        return torch.stack([functional.cross_entropy(score, labels) for score in scores]).sum()
+
+    return loss
+
+
+def list_cases(num_classes: int, dims: tuple[int, ...], chunk: int) -> Iterator[tuple[str, NestedLinear, Loss]]:
+    """(name, head, loss) of everything compared; forms of one nesting share their weights."""
     torch.manual_seed(0)
-    if case == "mrl-e naive":
-        layer = nn.Linear(dims[-1], num_classes)
-        return layer, lambda z, labels: naive_loss(layer, z, labels, dims)
-    config = TaskConfig(kind="softmax", field="category", nesting="mrl-e" if case.startswith("mrl-e") else "mrl",
-                        class_chunk=chunk if case.endswith("chunked") else num_classes)  # fmt: skip
-    task = build_tasks({"t": config}, dims, {"category": num_classes}, (1.0,) * len(dims))["t"]
-    return task, lambda z, labels: task(z, {"category": labels})
+    separate, tied = NestedLinear(dims, num_classes, "mrl"), NestedLinear(dims, num_classes, "mrl-e")
+    yield "mrl", separate, kept(separate)
+    yield "mrl chunked", separate, chunked(separate, chunk)
+    yield "mrl-e naive", tied, naive(tied)
+    yield "mrl-e accumulated", tied, kept(tied)
+    yield "mrl-e chunked", tied, chunked(tied, chunk)
 
 
-def peak_bytes(step: Callable[[], None]) -> int:
+def peak_bytes(step: Callable[[], Any]) -> int:
     """Most bytes that torch held at once during ``step``, above what it held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
@@ -60,59 +82,51 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return peak
 
 
-def measure(case: str, num_classes: int, dims: tuple[int, ...], *, rows: int, chunk: int, repeats: int) -> dict[str, Any]:
-    """Figures of one case."""
-    torch.set_num_threads(1)
-    module, loss = build_case(case, num_classes, dims, chunk)
+def measure(num_classes: int, dims: tuple[int, ...], *, rows: int, chunk: int, rounds: int) -> list[dict[str, Any]]:
+    """Figures of all cases over one label space."""
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(rows, dims[-1], generator=generator).requires_grad_()
     labels = torch.randint(0, num_classes, (rows,), generator=generator)
-    values: list[float] = []
+    cases = list(list_cases(num_classes, dims, chunk))
 
-    def step() -> None:
-        module.zero_grad(set_to_none=True)
+    def step(head: NestedLinear, loss: Loss) -> dict[str, float]:
         z.grad = None
         total = loss(z, labels)
         total.backward()
-        values.append(float(total.detach()))
+        assert z.grad is not None
+        found = {"loss": round(total.item(), 3), "gradient_norm": round(float(z.grad.norm()), 3)}
+        head.zero_grad(set_to_none=True)
+        return found
 
-    peak, seconds = peak_bytes(step), []  # the first step, which also warms up
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    assert z.grad is not None
-    return {"case": case, "classes": num_classes, "seconds": round(median(seconds), 5), "peak_mb": round(peak / 1e6, 2),
-            "weights_mb": round(sum(p.numel() * 4 for p in module.parameters()) / 1e6, 2),
-            "loss": round(values[-1], 4), "gradient_norm": round(float(z.grad.norm()), 5)}  # fmt: skip
-
-
-def run_case(case: str, num_classes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """``measure`` in a fresh process, so that no case finds the memory of another."""
-    command = [sys.executable, "-m", "tests.benchmarks.training_losses", "--case", case, "--classes", str(num_classes),
-               "--rows", str(options.rows), "--dim", str(options.dim), "--chunk", str(options.chunk),
-               "--repeats", str(options.repeats)]  # fmt: skip
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    row: dict[str, Any] = json.loads(done.stdout)
-    return row
+    found = [{"case": name, "classes": num_classes, **step(head, loss),
+              "peak_mb": round(peak_bytes(lambda head=head, loss=loss: step(head, loss)) / 1e6, 2),
+              "weights_mb": round(sum(p.numel() * 4 for p in head.parameters()) / 1e6, 2)}
+             for name, head, loss in cases]  # fmt: skip
+    for nesting in ("mrl", "mrl-e"):
+        values = {(row["loss"], row["gradient_norm"]) for row in found if row["case"].split()[0] == nesting}
+        spread = [max(column) / min(column) - 1 for column in zip(*values, strict=True)]
+        assert max(spread) < 1e-3, values
+    seconds: list[list[float]] = [[] for _ in cases]
+    for _ in range(rounds):
+        for i, (_, head, loss) in enumerate(cases):
+            start = time.process_time()
+            step(head, loss)
+            seconds[i].append(time.process_time() - start)
+    return [{**row, "cpu_s": round(median(times), 5)} for row, times in zip(found, seconds, strict=True)]
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios by label space: the naive weight-tied form over ours (above 1: ours is faster, smaller)."""
+    """Ratios by label space, above 1 where the second form is faster or smaller than the first."""
     found = {(row["case"], row["classes"]): row for row in rows}
     sizes = sorted({row["classes"] for row in rows})
 
     def ratio(one: str, other: str, figure: str) -> dict[str, float]:
         return {str(size): round(found[one, size][figure] / found[other, size][figure], 2) for size in sizes}
 
-    by_case = {name: {"speedup": ratio(base, name, "seconds"), "memory": ratio(base, name, "peak_mb")}
-               for name, base in (("mrl-e accumulated", "mrl-e naive"), ("mrl-e chunked", "mrl-e naive"),
-                                  ("mrl chunked", "mrl"))}  # fmt: skip
-    default = {size: "mrl-e chunked" if size > TaskConfig.model_fields["class_chunk"].default else "mrl-e accumulated"
-               for size in sizes}  # fmt: skip
-    ratios = {f"mrl_e_{short}": {str(size): by_case[name][short][str(size)] for size, name in default.items()}
-              for short in ("speedup", "memory")}  # fmt: skip
-    return {"by_case": by_case, "default": {str(size): name for size, name in default.items()}, "ratios": ratios}
+    pairs = {"mrl_e": ("mrl-e naive", "mrl-e chunked"), "mrl_e_accumulated": ("mrl-e naive", "mrl-e accumulated"),
+             "mrl_chunked": ("mrl", "mrl chunked"), "mrl_e_over_mrl": ("mrl", "mrl-e chunked")}  # fmt: skip
+    figures = {"speedup": "cpu_s", "memory": "peak_mb"}
+    return {f"{name}_{kind}": ratio(*pair, figure) for name, pair in pairs.items() for kind, figure in figures.items()}
 
 
 def main() -> int:
@@ -121,28 +135,21 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="32 rows of 64 dims, 1,000 and 18,000 classes")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--dim", type=int)
-    parser.add_argument("--classes")
-    parser.add_argument("--chunk", type=int, default=TaskConfig.model_fields["class_chunk"].default)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--classes", type=int, nargs="+")
+    parser.add_argument("--chunk", type=int, default=CHUNK)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    options.rows = options.rows or (32 if options.quick else 128)
-    options.dim = options.dim or (64 if options.quick else 256)
-    sizes = options.classes or ("1000,18000" if options.quick else "1000,18000,200000")
-    classes = [int(size) for size in sizes.split(",")]
-    dims = tuple(m for m in (8, 16, 32, 64, 128, 256, 512, 1024) if m < options.dim) + (options.dim,)
-    if options.case:
-        print(json.dumps(measure(options.case, classes[0], dims, rows=options.rows, chunk=options.chunk,
-                                 repeats=options.repeats)))  # fmt: skip
-        return 0
-    facts = {"bench": "training_losses", "rows": options.rows, "dims": dims, "chunk": options.chunk, "threads": 1,
-             "machine": {**machine_facts(), "torch": torch.__version__}}  # fmt: skip
-    rows = []
-    for size in classes:
-        for case in CASES:
-            rows.append(run_case(case, size, options))
-            print(json.dumps(facts | rows[-1]), flush=True)
-    print(json.dumps(facts | {"summary": True, **summarise(rows)}))
+    torch.set_num_threads(1)
+    rows, dim = options.rows or (32 if options.quick else 128), options.dim or (64 if options.quick else 256)
+    dims = (*(m for m in (8, 16, 32, 64, 128, 256, 512, 1024) if m < dim), dim)
+    facts = {"bench": "training_losses", "rows": rows, "dims": dims, "chunk": options.chunk, "rounds": options.rounds,
+             "threads": 1, "machine": {**machine_facts(), "torch": torch.__version__}}  # fmt: skip
+    found = []
+    for size in options.classes or ((1000, 18_000) if options.quick else (1000, 18_000, 200_000)):
+        for row in measure(size, dims, rows=rows, chunk=options.chunk, rounds=options.rounds):
+            found.append(row)
+            print(json.dumps(facts | row), flush=True)
+    print(json.dumps(facts | {"summary": True, "ratios": summarise(found)}))
     return 0
 
 

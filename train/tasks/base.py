@@ -42,8 +42,9 @@ class TaskConfig(Config):
     """Label smoothing of softmax, inside each nested dim's cross-entropy."""
     averaging: Averaging = "mean"
     """Multi-label sigmoid: ``mean`` or ``sum`` of the binary cross-entropies of all classes."""
-    class_chunk: int = Field(8192, ge=1)
-    """Label spaces above this size are scored in chunks of as many classes, twice, instead of being kept."""
+    class_chunk: int = Field(4096, ge=1)
+    """Label spaces above this size are scored in chunks of as many classes, twice, instead of being kept; weight-tied
+    ones always are, which is faster too."""
     sample_classes: int | None = Field(None, ge=2)
     """Classes scored in a step: those of the batch and random others. None scores all."""
     shard: bool = False

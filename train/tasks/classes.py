@@ -93,7 +93,8 @@ class ClassTask(Task):
         dims, weights = self.active(step)
         labels = _positions(labels, classes)
         num_classes = self.num_classes if classes is None else len(classes)
-        if num_classes <= self.config.class_chunk or self.over is None:
+        few = num_classes <= self.config.class_chunk and self.config.nesting == "mrl"
+        if few or self.over is None:
             scores = self.head(vectors, dims, classes)
             return nested_loss(scores, lambda values: self.row_losses(values, labels), weights)
         columns = labels if labels.ndim == 2 else labels[:, None]
