@@ -3,12 +3,12 @@
     python -m tests.benchmarks.training_losses [--quick] [--rows 128] [--dim 256] [--classes 1000 18000 200000]
 
 Forward and backward pass of nested softmax (dims 8, 16, ... to the embedding's) over the same rows, labels and weights,
-on one thread, the cases of a label space in turn. ``cpu_s`` is the median over rounds of the process's own time, so that
-a busy machine shifts it little; ``peak_mb`` the bytes that live at once above inputs and weights, gradients included.
-Cases: ``mrl`` (a matrix a dim), ``mrl-e naive`` (one matrix, a sliced matmul a dim, as the paper's own code does),
-``mrl-e accumulated`` (block by block, scores kept for autograd), and ``chunked``, what tasks use (scores of a chunk of
-classes at a time, computed again in the backward pass). Every case must give the loss and the gradient of its naive
-form. At 200,000 classes it needs about 3 GB.
+on one thread, the cases of a label space in turn. ``cpu_s`` is the median over rounds of the process's own time, so
+that a busy machine shifts it little; ``peak_mb`` the bytes that live at once above inputs and weights, gradients
+included. Cases: ``mrl`` (a matrix a dim), ``mrl-e naive`` (one matrix, a sliced matmul a dim, as the paper's own code
+does), ``mrl-e accumulated`` (block by block, scores kept for autograd), and ``chunked``, what tasks use (scores of a
+chunk of classes at a time, computed again in the backward pass). Every case must give the loss and the gradient of its
+naive form. At 200,000 classes it needs about 3 GB.
 """
 
 import argparse
