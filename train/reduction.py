@@ -2,8 +2,8 @@
 
 Softmax, multi-label softmax and multi-label sigmoid read three things of the scores [n, C] of a nested dim: a
 reduction over all classes (log-sum-exp, or the sum of softplus), the scores of the row's own labels, and, for label
-smoothing, their sum. Here these are computed for all nested dims over chunks of classes and computed again in the
-backward pass, so that no more than M x n x chunk scores exist at a time, whatever C.
+smoothing, their sum. Here these are computed for all nested dims over chunks of classes and, if there are several,
+computed again in the backward pass, so that no more than M x n x chunk scores exist at a time, whatever C.
 
 Weight-tied (MRL-E): within a chunk the scores of a dim are those of the one before plus one block's product; in the
 backward pass, what reaches a block is the sum over all dims that hold it. Each way costs one full-size matmul.
@@ -105,6 +105,10 @@ class _Plan:
     def factors(self, tensors: Sequence[torch.Tensor]) -> Factors:
         return Factors(self.dims, tuple(tensors[: self.num_weights]), tuple(tensors[self.num_weights :]), self.scale)
 
+    def settle(self, scores: torch.Tensor) -> torch.Tensor:
+        """What ``_scores`` yields, to be kept: a tied product goes on growing, so that it takes a copy."""
+        return scores.clone() if self.num_weights == 1 and self.scale is None else scores
+
     def spans(self, num_classes: int) -> Iterator[slice]:
         for start in range(0, num_classes, self.chunk):
             yield slice(start, min(start + self.chunk, num_classes))
@@ -114,7 +118,7 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, labels: torch.Tensor, z: torch.Tensor, *tensors: torch.Tensor) -> Any:
         factors, shape = plan.factors(tensors), (len(plan.dims), len(z))
-        ctx.plan, ctx.dtype = plan, _matmul_dtype(z)
+        ctx.plan, ctx.dtype, ctx.kept = plan, _matmul_dtype(z), []
         over = z.new_full(shape, -torch.inf if plan.over == "logsumexp" else 0.0)
         picked, total = z.new_zeros((*shape, labels.shape[1])), z.new_zeros(shape)
         with torch.autocast(z.device.type, enabled=False):
@@ -131,6 +135,8 @@ class _Reduce(torch.autograd.Function):
                     picked[i] += scores.gather(1, place) * inside
                     if plan.total:
                         total[i] += scores.sum(dim=1)
+                    if len(factors.weights[0]) <= plan.chunk:  # one chunk is not computed twice
+                        ctx.kept.append(plan.settle(scores))
         ctx.save_for_backward(labels, z, over, lengths, *tensors)
         return over, picked, total
 
@@ -144,9 +150,8 @@ class _Reduce(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             for span in plan.spans(len(factors.weights[0])):
                 part, gradient = factors.rows(span), into.rows(span)
-                # a tied product goes on growing, so that each dim's scores must be kept apart
-                apart = part.tied and part.scale is None
-                scores = [s.clone() if apart else s for s in _scores(z, part, lengths, ctx.dtype)]
+                scores = ctx.kept or [plan.settle(s) for s in _scores(z, part, lengths, ctx.dtype)]
+                ctx.kept = []  # they are overwritten below: another pass computes them again
                 slopes = _slopes(plan, scores, over, grads, _place(labels, span))
                 if plan.scale is not None:
                     _back_through_lengths(scores, slopes, z, lengths, into_z=found[0], part=part, gradient=gradient)

@@ -70,6 +70,18 @@ def test_chunks_give_what_whole_logits_give(data: st.DataObject) -> None:
         assert torch.allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [None, 5.0])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [2, 6])
+def test_a_second_backward_pass_gives_the_same(tied: bool, scale: float | None, chunk: int) -> None:
+    leaves = make((2, 4), 6, tied=tied, bias=False, seed=0)
+    labels = torch.randint(0, 6, (9, 2))
+    total = ours(leaves, (2, 4), labels, tied=tied, scale=scale, over="logsumexp", chunk=chunk).square().sum()
+    first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
+
+
 def test_large_scores_do_not_overflow() -> None:
     leaves = [tensor.detach().mul(1e3).requires_grad_() for tensor in make((2, 4), 6, tied=True, bias=False, seed=0)]
     labels = torch.zeros((9, 1), dtype=torch.int64)
