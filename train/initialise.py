@@ -63,13 +63,13 @@ def pca_projection(features: torch.Tensor, dim: int, whitening: float) -> torch.
 
 def imprint_proxies(head: NestedCosine, embedding: torch.Tensor, labels: torch.Tensor) -> None:
     """Set each class's proxies to the normalised mean of its normalised embeddings [n, D]; labels [n] below 0 are
-    left out, and classes without a row keep their random start."""
-    known = labels >= 0
-    sizes = head.dims if head.nesting == "mrl" else head.dims[-1:]
+    left out, and classes without a row keep their random start. A sharded head takes the classes it holds."""
+    known = (labels >= head.shard.first) & (labels < head.shard.stop)
+    own = labels[known] - head.shard.first
     with torch.no_grad():
-        for m, proxy in zip(sizes, head.proxies, strict=True):
+        for m, proxy in zip(head.sizes, head.proxies, strict=True):
             unit = functional.normalize(embedding[known, :m])
-            total = torch.zeros_like(proxy).index_add_(0, labels[known], unit)
+            total = torch.zeros_like(proxy).index_add_(0, own, unit)
             seen = torch.zeros(len(proxy), dtype=torch.bool)
-            seen[labels[known]] = True
+            seen[own] = True
             proxy[seen] = functional.normalize(total[seen])

@@ -1,10 +1,15 @@
-"""Losses as pure functions: one value per row, so that the caller masks, weights and averages.
+"""Classification losses as pure functions: one value per row, so that the caller masks, weights and averages.
 
-Legend: n rows, C classes, K most labels a row. Labels below zero mean "not known" or padding.
+Legend: n rows, C classes, K most labels a row. Labels below zero mean "not known" or padding; the labels of a row are
+distinct. Losses of pairs of rows are in ``pairs``, those of whole batches in ``regularizers``.
 """
+
+from typing import Literal
 
 import torch
 from torch.nn import functional
+
+Averaging = Literal["mean", "sum"]
 
 
 def softmax_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -22,10 +27,23 @@ def multilabel_softmax_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch
     (Mahajan et al. 2018; Beal et al. 2021, section 3.4.)
     """
     known = labels >= 0
-    count = known.sum(dim=1)
-    picked = logits.gather(1, labels.clamp_min(0)).masked_fill(~known, 0.0)
-    mean = picked.sum(dim=1) / count.clamp_min(1)
-    return (logits.logsumexp(dim=1) - mean) * (count > 0)
+    mean = _sum_of_labels(logits, labels) / known.sum(dim=1).clamp_min(1)
+    return (logits.logsumexp(dim=1) - mean) * known.any(dim=1)
+
+
+def multilabel_sigmoid_loss(logits: torch.Tensor, labels: torch.Tensor, averaging: Averaging = "mean") -> torch.Tensor:
+    """Binary cross-entropy per row [n], over all classes, of logits [n, C]; labels [n, K] padded with -1 are the ones.
+
+    Equals ``sum(softplus(logits)) - sum(logits[labels])``, divided by C for the mean, as torch and timm average;
+    the sum is the negative log-likelihood of independent labels. Rows without labels give zero.
+    """
+    total = functional.softplus(logits).sum(dim=1) - _sum_of_labels(logits, labels)
+    scale = 1.0 if averaging == "sum" else 1.0 / logits.shape[1]
+    return total * scale * (labels >= 0).any(dim=1)
+
+
+def _sum_of_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, labels.clamp_min(0)).masked_fill(labels < 0, 0.0).sum(dim=1)
 
 
 def normalized_softmax_loss(cosines: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -42,3 +60,20 @@ def masked_mean(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     The gradient path matters: every parameter of every task then takes part in every step, as DDP expects.
     """
     return (losses * known).sum() / known.sum().clamp_min(1)
+
+
+class _Binarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(values > 0, 1.0, -1.0).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+def binarize(values: torch.Tensor) -> torch.Tensor:
+    """The codes -1 and +1 (``x > 0``, as binary search packs them), with the gradient passed straight through
+    (Bengio et al. 2013, section 4)."""
+    codes: torch.Tensor = _Binarize.apply(values)  # type: ignore[no-untyped-call]
+    return codes

@@ -30,6 +30,9 @@ class TrainConfig(StageConfig):
     """Nested dims, smallest first, the last one the embedding's size; None trains that one alone."""
     nested_weights: tuple[float, ...] | None = None
     """Weight c_m of each nested dim; None means all ones."""
+    dims_per_step: int | None = Field(None, ge=1)
+    """Nested dims trained in a step, the largest among them and the others at random; None trains all of them. The
+    weights c_m of those drawn stay as they are."""
     initialise: Literal["data", "random"] = "data"
     """``data``: a PCA projection and class-mean proxies from a sample of training images (see ``initialise``)."""
     initialise_images: int = Field(4096, ge=1)
@@ -123,6 +126,8 @@ class TrainConfig(StageConfig):
     """Compute the backbone's activations a second time in the backward pass instead of keeping them."""
     compile: bool = runtime(False)
     """Compile the encoder with torch.compile; its kernels round differently."""
+    task_memory_gib: float | None = runtime(None, gt=0.0)
+    """Memory of a worker tasks may take (weights, gradients, optimizer, scores); a run that needs more is refused."""
     checkpoint_every: int = runtime(50, ge=1)
     """Steps between checkpoints."""
     log_every: int = runtime(10, ge=1)
@@ -196,6 +201,8 @@ class TrainConfig(StageConfig):
         dim = self.embedding_dim or num_features
         dims = self.dims or (dim,)
         check_dims(dims, dim)
+        for name, task in self.tasks.items():
+            task.pick_dims(name, dims)
         return dims
 
 

@@ -23,6 +23,7 @@ from lookalike.telemetry import fields, get_logger
 from lookalike.train.checkpoints import last_checkpoint
 from lookalike.train.loader import list_units, require_units, split_batch
 from lookalike.train.loop import train_worker
+from lookalike.train.memory import require_memory
 from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.state import export_weights
 from lookalike.vision.encoder import EncoderConfig, build_model, read_config, save_encoder
@@ -68,11 +69,14 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
     split_batch(train.micro_batch, train.mix)
     teacher = find_teacher(train, run.many("teacher"))
+    encoder, num_classes = resolve_encoder(train, read_config(source)), count_classes(train, shards, teacher)
+    require_memory(train.tasks, encoder.dims, num_classes, rows=train.micro_batch, world=train.num_workers,
+                   slots=2 if train.optimizer == "adamw" else 1, limit_gib=train.task_memory_gib)  # fmt: skip
     first = next(iter(train.mix))
     return LoopConfig(
         name=run.out.name, fingerprint=run.out.fingerprint, root=run.out.root, train=train,
-        encoder=resolve_encoder(train, read_config(source)), source_encoder=source.uri, files=files,
-        teacher=teacher.uri if teacher else None, num_classes=count_classes(train, shards, teacher),
+        encoder=encoder, source_encoder=source.uri, files=files,
+        teacher=teacher.uri if teacher else None, num_classes=num_classes,
         rows_per_epoch=expected_rows(files[first], train.resample),
     )  # fmt: skip
 
@@ -89,7 +93,7 @@ def count_classes(train: TrainConfig, shards: Artifact, teacher: Artifact | None
     classes = shards.read_json("classes.json")
     counts = {field: len(classes[field]) for field in LABEL_FIELDS}
     for name, task in train.tasks.items():
-        if task.kind != DISTILL and counts[task.field] < 2:
+        if counts.get(task.field, 2) < 2:  # a field that holds no classes has no count
             raise UsageError(f"task {name!r} reads {task.field!r}, of which the shards have {counts[task.field]} "
                              "classes; two are needed")  # fmt: skip
     return counts if teacher is None else {**counts, "teacher": read_config(teacher).dim}
@@ -188,11 +192,16 @@ def _rounded(point: dict[str, float]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in point.items() if key != "step"}
 
 
+def _values(config: LoopConfig, field: str) -> str:
+    count = config.num_classes.get(field)
+    return f"`{field}`" if count is None or field == "teacher" else f"{count} classes of `{field}`"
+
+
 def model_card(name: str, config: LoopConfig, last: dict[str, float]) -> str:
     """A short model card in Markdown; ``last``: the last point of the loss curve."""
     train, encoder = config.train, config.encoder
-    tasks = "\n".join(f"- `{task}`: {settings.kind} over {config.num_classes[settings.field]} classes of "
-                      f"`{settings.field}`, {settings.nesting}, weight {settings.weight}"
+    tasks = "\n".join(f"- `{task}`: {settings.kind} over {_values(config, settings.field)}, {settings.nesting}, "
+                      f"weight {settings.weight}"
                       for task, settings in train.tasks.items())  # fmt: skip
     losses = ", ".join(f"{key} {value:.3f}" for key, value in last.items() if key.startswith("loss"))
     return f"""# {name}

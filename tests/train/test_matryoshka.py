@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lookalike.train.matryoshka import NestedCosine, NestedLinear, Nesting, accumulate_products, nested_loss
+from lookalike.train.matryoshka import (
+    NestedCosine,
+    NestedHead,
+    NestedLinear,
+    Nesting,
+    accumulate_products,
+    choose_dims,
+    nested_loss,
+    nested_pair_loss,
+)
+from lookalike.train.pairs import two_tower_loss
 
 DIMS = (2, 3, 8, 16)
 
@@ -74,6 +84,17 @@ def test_cosines_do_not_depend_on_what_follows_the_prefix() -> None:
     assert torch.allclose(head(z)[1], head(longer)[1])
 
 
+@pytest.mark.parametrize("nesting", ["mrl", "mrl-e"])
+@pytest.mark.parametrize("kind", [NestedLinear, NestedCosine])
+def test_some_dims_and_some_classes_of_a_head(kind: type[NestedHead], nesting: Nesting) -> None:
+    z, _ = inputs()
+    head = kind(DIMS, 6, nesting).double()
+    every, few = head(z), head(z, (3, 16), torch.tensor([0, 4]))
+    assert len(few) == 2
+    for scores, i in zip(few, (1, 3), strict=True):
+        assert torch.allclose(scores, every[i][:, [0, 4]])
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sets(st.integers(1, 24), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_accumulated_products_are_prefix_products(dims: set[int], n: int, num_classes: int, seed: int) -> None:
@@ -91,3 +112,42 @@ def test_one_dim_is_the_plain_task() -> None:
     ours = nested_loss(head(z), lambda s: functional.cross_entropy(s, labels), (1.0,))
     assert torch.allclose(ours, functional.cross_entropy(functional.linear(z, head.layers[0].weight,
                                                                           head.layers[0].bias), labels))  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_two_towers_nest_every_prefix_normalised_by_itself() -> None:
+    """Section 3: the plain sum over dims of weight * loss(normalize(prefix)), for two towers."""
+    (left, _), right = inputs(), torch.randn(10, 16, dtype=torch.float64, requires_grad=True)
+    weights = (1.0, 0.5, 2.0, 0.25)
+    ours = nested_pair_loss(left, right, DIMS, weights, lambda a, b: two_tower_loss(a, b, 0.1))
+    naive = torch.zeros(())
+    for m, c in zip(DIMS, weights, strict=True):
+        logits = functional.normalize(left[:, :m]) @ functional.normalize(right[:, :m]).T / 0.1
+        target = torch.arange(10)
+        naive = naive + c * (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+    assert torch.allclose(ours, naive)
+    for one, other in zip(torch.autograd.grad(ours, (left, right)), torch.autograd.grad(naive, (left, right)),
+                          strict=True):  # fmt: skip
+        assert torch.allclose(one, other, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.integers(1, 99), min_size=1, max_size=8), st.integers(1, 9), st.integers(0, 99), st.integers(0, 99))
+def test_dims_of_a_step_hold_the_whole_embedding_and_depend_on_seed_and_step_alone(
+    dims: set[int], num: int, seed: int, step: int
+) -> None:
+    ordered = tuple(sorted(dims))
+    chosen = choose_dims(ordered, num, seed, step)
+    assert chosen == choose_dims(ordered, num, seed, step)
+    assert len(chosen) == min(num, len(ordered))
+    assert list(chosen) == sorted(set(chosen) & dims)
+    assert chosen[-1] == ordered[-1]
+    assert choose_dims(ordered, None, seed, step) == ordered
+
+
+def test_every_dim_gets_its_turn() -> None:
+    counts = dict.fromkeys(DIMS, 0)
+    for step in range(300):
+        for m in choose_dims(DIMS, 2, 0, step):
+            counts[m] += 1
+    assert counts[16] == 300
+    assert all(70 < counts[m] < 130 for m in DIMS[:-1])

@@ -1,0 +1,54 @@
+"""What the driver checks of a run's tasks before any worker starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lookalike.artifacts import Artifact, Draft
+from lookalike.config import parse_config
+from lookalike.errors import UsageError
+from lookalike.train.settings import LoopConfig, TrainConfig
+from lookalike.train.trainer import model_card, resolve
+from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
+from lookalike.vision.transforms import TransformConfig
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Artifact:
+    config = EncoderConfig(backbone="test_efficientnet", num_features=256, dims=(256,),
+                           transform=TransformConfig(size=32))  # fmt: skip
+    torch.manual_seed(0)
+    draft = Draft(str(tmp_path / "root"), "encoder", "encoder", "5" * 20)
+    save_encoder(draft, build_model(config), config, "# tiny\n")
+    return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
+
+
+def settle(shards: Artifact, encoder: Artifact, tasks: dict[str, Any], **values: Any) -> LoopConfig:
+    config = {"tasks": tasks, "mix": {"catalogue": 1}, "embedding_dim": 8, "dims": [4, 8], "batch_size": 8, **values}
+    return resolve(parse_config(TrainConfig, config, "step 'finetune'"), shards, encoder)
+
+
+def test_tasks_without_classes_are_let_through_and_described(shards: Artifact, encoder: Artifact) -> None:
+    tasks = {"views": {"kind": "contrastive", "field": "row"}, "spread": {"kind": "koleo", "field": "images"},
+             "category": {"kind": "softmax", "field": "category", "dims": [4]}}  # fmt: skip
+    config = settle(shards, encoder, tasks, dims_per_step=1)
+    card = model_card("tiny", config, [])
+    assert "- `views`: contrastive over `row`, mrl, weight 1.0" in card
+    assert f"- `category`: softmax over {config.num_classes['category']} classes of `category`" in card
+    assert LoopConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_task_s_dims_must_be_the_embedding_s(shards: Artifact, encoder: Artifact) -> None:
+    with pytest.raises(UsageError, match=r"task 'c' has dims \[3\], but the embedding is nested at .*; drop 3 or"):
+        settle(shards, encoder, {"c": {"kind": "softmax", "field": "category", "dims": [3]}})
+    with pytest.raises(UsageError, match=r"dims \[8, 4\] must be positive and strictly increasing"):
+        settle(shards, encoder, {"c": {"kind": "softmax", "field": "category", "dims": [8, 4]}})
+
+
+def test_tasks_above_the_memory_given_are_refused(shards: Artifact, encoder: Artifact) -> None:
+    tasks = {"c": {"kind": "normalized_softmax", "field": "group"}}
+    settle(shards, encoder, tasks, task_memory_gib=1.0)
+    with pytest.raises(UsageError, match=r"the tasks need .* GiB a worker, task_memory_gib 1e-06; the largest is 'c'"):
+        settle(shards, encoder, tasks, task_memory_gib=1e-6)

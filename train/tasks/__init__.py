@@ -1,0 +1,13 @@
+"""Tasks: a head and its loss as one module, so that DDP wraps both; several tasks share one embedding.
+
+A batch holds every task's labels for every row; rows whose label a task does not know give it no gradient
+(Zhai et al. 2019: the unified embedding). ``base`` has settings and interface, the other modules the kinds.
+"""
+
+from lookalike.train.tasks.base import TASKS, Batch, Task, TaskConfig
+from lookalike.train.tasks.classes import ClassTask
+from lookalike.train.tasks.model import MultiTaskModel, build_tasks, check_batch
+from lookalike.train.tasks.prefixes import PrefixTask
+
+__all__ = ["TASKS", "Batch", "ClassTask", "MultiTaskModel", "PrefixTask", "Task", "TaskConfig", "build_tasks",
+           "check_batch"]  # fmt: skip

@@ -1,0 +1,130 @@
+"""Settings of a task and what every kind of task shares: its nested dims, its weights c_m, its column of the batch."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+
+from lookalike.config import Config
+from lookalike.errors import UsageError
+from lookalike.registry import Registry
+from lookalike.train.losses import Averaging
+from lookalike.train.matryoshka import Nesting, choose_dims
+from lookalike.train.pairs import Mining
+
+Batch = Mapping[str, torch.Tensor]
+ClassField = Literal["labels", "category", "group"]
+FieldName = Literal["labels", "category", "group", "row", "teacher", "images"]
+CLASS_FIELDS: tuple[str, ...] = get_args(ClassField)
+"""Fields whose values are class ids; the shards say how many."""
+
+
+class TaskConfig(Config):
+    """One task of a multi-task embedding. A setting that the kind does not read is refused."""
+
+    kind: str
+    """Loss and head: a name of the registry ``task`` (see train/README.md)."""
+    field: FieldName
+    """Column of the batch the task reads: class ids (``labels``, several a row; ``category``; ``group``), ``row`` (the
+    same number for the views of one picture), ``teacher`` (its embedding), or ``images`` for tasks without labels."""
+    weight: float = Field(1.0, gt=0.0)
+    """Weight of the task's loss in the sum."""
+    dims: tuple[int, ...] | None = None
+    """Nested dims of this task, smallest first, some of the embedding's; None means all of them. A single one, k, makes
+    a task that reads the first k features alone (the FF-k baseline of Kusupati et al. 2022)."""
+    nesting: Nesting = "mrl"
+    """``mrl``: a classifier per nested dim; ``mrl-e``: one weight-tied classifier."""
+    temperature: float = Field(0.05, gt=0.0, le=1.0)
+    """Temperature of normalised softmax, binary codes, contrastive and distillation losses."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Label smoothing of softmax, inside each nested dim's cross-entropy."""
+    averaging: Averaging = "mean"
+    """Multi-label sigmoid: ``mean`` or ``sum`` of the binary cross-entropies of all classes."""
+    class_chunk: int = Field(4096, ge=1)
+    """Label spaces above this size are scored in chunks of as many classes, twice, instead of being kept; weight-tied
+    ones always are, which is faster too."""
+    sample_classes: int | None = Field(None, ge=2)
+    """Classes scored in a step: those of the batch and random others. None scores all."""
+    shard: bool = False
+    """Share the classes out over the workers: each holds and scores its part (see ``proxies``)."""
+    mining: Mining = "semi_hard"
+    """Negatives of triplets; ``distance_weighted`` uses the margin loss."""
+    margin: float = Field(0.2, ge=0.0, le=2.0)
+    """Margin of triplets, in Euclidean distance; for ``cosine`` the cosine above which negatives are pushed apart."""
+    beta: float = Field(1.2, gt=0.0, lt=2.0)
+    """Boundary between positive and negative distances of the margin loss."""
+    across_workers: bool = False
+    """Contrastive: negatives and positives are the rows of all workers, not of one's own alone."""
+    cosine: float = Field(0.0, ge=0.0)
+    """Distillation: weight of ``1 - cos`` to the teacher's own prefix at dims it has; for nested teachers."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        TASKS.get(kind)  # an unknown name lists the valid ones
+        return kind
+
+    @model_validator(mode="after")
+    def _check(self) -> "TaskConfig":
+        task = TASKS.get(self.kind)
+        if self.field not in task.fields:
+            raise ValueError(f"kind {self.kind!r} cannot read field {self.field!r}; it reads {', '.join(task.fields)}")
+        own = {"kind", "field", "weight", "dims", *task.settings}
+        idle = [name for name, field in type(self).model_fields.items()
+                if name not in own and getattr(self, name) != field.default]  # fmt: skip
+        if idle:
+            raise ValueError(f"kind {self.kind!r} does not read {', '.join(idle)}; drop it")
+        dims = [1] if self.dims is None else list(self.dims)
+        if not dims or dims != sorted(set(dims)) or dims[0] < 1:
+            raise ValueError(f"dims {dims} must be positive and strictly increasing, for example [8, 16, 32]")
+        return self
+
+    def pick_dims(self, name: str, dims: tuple[int, ...]) -> tuple[int, ...]:
+        """The task's nested dims, of an embedding nested at ``dims``; others raise ``UsageError`` naming the task."""
+        strange = [m for m in self.dims or () if m not in dims]
+        if strange:
+            raise UsageError(f"task {name!r} has dims {list(self.dims or ())}, but the embedding is nested at "
+                             f"{list(dims)}; drop {', '.join(map(str, strange))} or add to those of the "
+                             "embedding")  # fmt: skip
+        return self.dims or dims
+
+
+class Task(nn.Module):
+    """Embeddings [n, D], a batch and the number of the step -> scalar loss, summed over nested dims."""
+
+    fields: ClassVar[tuple[str, ...]] = CLASS_FIELDS
+    """Columns the kind can read."""
+    settings: ClassVar[tuple[str, ...]] = tuple(name for name in TaskConfig.model_fields if name != "kind")
+    """Fields of ``TaskConfig`` it reads besides field, weight and dims; all, unless a kind says which."""
+
+    def __init__(
+        self, config: TaskConfig, dims: tuple[int, ...], num_classes: int, weights: tuple[float, ...], *,
+        seed: int = 0, dims_per_step: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.dims, self.weights = dims, dict(zip(dims, weights, strict=True))
+        self.seed, self.dims_per_step = seed, dims_per_step
+        self.head = self.build_head(dims, num_classes)
+
+    def build_head(self, dims: tuple[int, ...], num_classes: int) -> nn.Module:
+        """The task's parameters; most kinds without classes have none."""
+        return nn.Identity()
+
+    def active(self, step: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Nested dims trained in this step, and their weights c_m (as they are, however few the dims)."""
+        dims = choose_dims(self.dims, self.dims_per_step, self.seed, step)
+        return dims, tuple(self.weights[m] for m in dims)
+
+    def touch(self) -> torch.Tensor:
+        """Zero, with a gradient path to every parameter: DDP waits for all, also those of dims left out of a step."""
+        return sum((parameter.reshape(-1)[:1].sum() * 0.0 for parameter in self.parameters()), torch.zeros(()))
+
+    def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
+        """See the class."""
+        raise AssertionError(f"{type(self).__name__} must define forward")
+
+
+TASKS: Registry[type[Task]] = Registry("task")
