@@ -22,14 +22,15 @@ from torch import nn
 from lookalike.artifacts import Artifact
 from lookalike.seeds import derive_seed
 from lookalike.telemetry import fields, get_logger, setup_logging
+from lookalike.train.batches import feed, worker_batches
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
-from lookalike.train.loader import BatchDataset, build_loader, build_streams, list_units, split_batch
+from lookalike.train.loader import list_units
 from lookalike.train.matryoshka import NestedCosine
 from lookalike.train.optimizer import build_optimizer, freeze
 from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
 from lookalike.vision.encoder import EmbeddingModel, read_encoder
-from lookalike.vision.transforms import build_eval_transform, build_train_transform
+from lookalike.vision.transforms import build_eval_transform
 
 log = get_logger(__name__)
 CHECKPOINT_FILE = "state.pt"
@@ -57,7 +58,7 @@ def train_worker(values: dict[str, Any]) -> None:
         schedule.load_state_dict(state["schedule"])
         start = state["step"]
     wrapped = prepare_model(model, parallel_strategy="ddp" if world > 1 else None)
-    loader = build_loader(worker_batches(config, rank, world, start), train.loader_processes)
+    loader = feed(worker_batches(config, rank, world, start), config, get_device())
 
     def save(step: int, metrics: dict[str, float]) -> None:
         report(step, metrics, model, optimizer, schedule, rank)
@@ -67,16 +68,6 @@ def train_worker(values: dict[str, Any]) -> None:
             values["progress"].update.remote(step, fields(loss=loss))
 
     run_steps(wrapped, model, loader, optimizer, schedule, train, start, config.total_steps, save, tick)
-
-
-def worker_batches(config: LoopConfig, rank: int, world: int, start: int) -> BatchDataset:
-    """This worker's share of every batch from ``start`` on."""
-    train = config.train
-    files = {name: config.files[name] for name in train.mix}
-    streams = build_streams(files, seed=train.seed, rank=rank, world=world, resample=train.resample)
-    counts = split_batch(train.batch_size // world, train.mix)
-    transform = build_train_transform(config.encoder.transform, train.augment)
-    return BatchDataset(streams, counts, transform, seed=train.seed, start=start, stop=config.total_steps)
 
 
 def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
@@ -126,7 +117,7 @@ def run_steps(  # noqa: PLR0917  (the loop's own state, called once)
     since = start
     for step in range(start + 1, stop + 1):
         asked = time.monotonic()
-        batch = move(next(iterator), get_device())
+        batch = next(iterator)
         waited += time.monotonic() - asked
         set_train_mode(model, config)
         total, losses = wrapped(batch)
@@ -155,11 +146,6 @@ def set_train_mode(model: nn.Module, config: TrainConfig) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-def move(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on ``device``."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def load_checkpoint() -> dict[str, Any] | None:

@@ -8,8 +8,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lookalike.config import Config, runtime
+from lookalike.errors import UsageError
 from lookalike.stages import StageConfig
-from lookalike.train.loader import split_batch
+from lookalike.train.draws import BalanceConfig
+from lookalike.train.streams import split_batch
 from lookalike.train.tasks import TaskConfig
 from lookalike.vision.encoder import EncoderConfig, check_dims
 from lookalike.vision.transforms import AugmentConfig
@@ -37,7 +39,7 @@ class TrainConfig(StageConfig):
     epochs: float = Field(1.0, gt=0.0)
     """Passes over the dataset named first in ``mix``, resampled."""
     batch_size: int = Field(64, ge=2)
-    """Rows of a global batch, shared out among workers."""
+    """Images of a global batch, shared out among workers; with ``views`` of each picture, it has batch_size / views."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(3e-4, gt=0.0)
     """Peak learning rate of the backbone, at the global batch size given."""
@@ -58,13 +60,24 @@ class TrainConfig(StageConfig):
     resample: bool = True
     """Repeat rare labels' images by their repeat factor."""
     augment: AugmentConfig = AugmentConfig()
+    views: int = Field(1, ge=1, le=2)
+    """Augmented views of each picture in a batch: two for losses that compare them."""
+    balance: dict[str, BalanceConfig] = {}
+    """Dataset of the mix -> how many pictures of a class stand together in its share of a batch. Row groups should hold
+    classes whole then: ``shards.together``. Classes with fewer pictures repeat them, beyond what ``epochs`` counts."""
     num_workers: int = Field(2, ge=1)
     """Ray Train workers (DDP processes); it shapes batches, so it belongs to the result."""
     use_gpu: bool = runtime(False)
     cpus_per_worker: int = runtime(1, ge=1)
     """CPUs and torch threads of a worker."""
     loader_processes: int = runtime(0, ge=0)
-    """Processes a worker decodes images in besides its own."""
+    """Processes a worker decodes images in besides its own, on its node."""
+    decode_actors: int = runtime(0, ge=0)
+    """Ray actors a worker decodes images in, on any node of the cluster; they take the place of loader_processes."""
+    decode_cpus: float = runtime(1.0, gt=0.0)
+    """CPUs of each of these actors."""
+    decode_resource: str | None = runtime(None)
+    """Custom Ray resource that a node must offer to hold these actors; None: any node."""
     checkpoint_every: int = runtime(50, ge=1)
     """Steps between checkpoints."""
     max_failures: int = runtime(3, ge=0)
@@ -79,7 +92,29 @@ class TrainConfig(StageConfig):
                              "give one each")  # fmt: skip
         if self.batch_size % self.num_workers:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
+        if self.batch_size % (self.num_workers * self.views):
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers} times "
+                             f"views {self.views}")  # fmt: skip
+        if self.loader_processes and self.decode_actors:
+            raise ValueError(f"loader_processes {self.loader_processes} and decode_actors {self.decode_actors} exclude "
+                             "each other; set one of them to 0")  # fmt: skip
+        if unknown := [name for name in self.balance if name not in self.mix]:
+            raise ValueError(f"balance names {unknown[0]!r}, which mix does not have; it has {', '.join(self.mix)}")
+        if self.balance:
+            self.pictures(self.num_workers)
         return self
+
+    def pictures(self, world: int) -> dict[str, int]:
+        """Pictures of each dataset in a worker's batch when there are ``world`` workers.
+
+        Raises ``UsageError`` when a balanced dataset's share is no multiple of its ``samples``.
+        """
+        counts = split_batch(self.batch_size // self.views // world, self.mix)
+        for name, balance in self.balance.items():
+            if counts[name] % balance.samples:
+                raise UsageError(f"a worker's batch holds {counts[name]} pictures of dataset {name!r}, no multiple of "
+                                 f"balance.{name}.samples {balance.samples}; change batch_size, mix or samples")
+        return counts
 
     def resolve_dims(self, num_features: int) -> tuple[int, ...]:
         """The nested dims for a backbone of that width; raises ``UsageError`` for dims above the embedding."""
@@ -106,5 +141,5 @@ class LoopConfig(Config):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         first = next(iter(self.train.mix))
-        share = split_batch(self.train.batch_size, self.train.mix)[first]
+        share = split_batch(self.train.batch_size // self.train.views, self.train.mix)[first]
         return max(1, round(self.train.epochs * self.rows_per_epoch / share))

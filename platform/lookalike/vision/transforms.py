@@ -60,6 +60,17 @@ def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Tr
     """RGB image -> float32 tensor [3, size, size], randomly cropped and coloured (torch's global generator)."""
     from torchvision.transforms import v2
 
+    transform: Transform = v2.Compose([build_augmentation(config, augment), *_to_tensor(config)])
+    return transform
+
+
+def build_augmentation(config: TransformConfig, augment: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
+    """RGB image -> RGB image of size x size, randomly cropped and coloured (torch's global generator).
+
+    ``normalize_pixels`` makes of its pixels what ``build_train_transform`` makes of the image.
+    """
+    from torchvision.transforms import v2
+
     steps: list[object] = [v2.RandomResizedCrop(config.size, scale=(augment.min_scale, 1.0), antialias=True)]
     if config.fit == "pad":
         steps.insert(0, partial(pad_to_square, size=round(config.size * 1.15)))
@@ -71,8 +82,18 @@ def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Tr
         steps.append(v2.ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
     if augment.grayscale:
         steps.append(v2.RandomGrayscale(augment.grayscale))
-    transform: Transform = v2.Compose([*steps, *_to_tensor(config)])
-    return transform
+    augmentation: Callable[[Image.Image], Image.Image] = v2.Compose(steps)
+    return augmentation
+
+
+def normalize_pixels(pixels: torch.Tensor, config: TransformConfig) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float32, scaled to [0, 1] and normalised on its device, by the same operations as one
+    image."""
+    from torchvision.transforms.v2 import functional
+
+    scaled = functional.to_dtype(pixels, torch.float32, scale=True)
+    normalized: torch.Tensor = functional.normalize(scaled, list(config.mean), list(config.std), inplace=True)
+    return normalized
 
 
 def pad_to_square(image: Image.Image, size: int) -> Image.Image:
