@@ -78,10 +78,10 @@ class Schedule:
         epoch's rows exactly as often as one undisturbed worker would.
         """
         assert len(marks) == self.world
-        last = max(next(self.share(rank, mark)).epoch for rank, mark in enumerate(marks))
+        last = max(self.epoch - 1, *(next(self.share(rank, mark)).epoch for rank, mark in enumerate(marks)))
         unread = [list(takewhile(lambda piece: piece.epoch <= last, self.share(rank, mark)))
                   for rank, mark in enumerate(marks)]  # fmt: skip
         turns = [piece for turn in zip_longest(*unread) for piece in turn if piece is not None]
         epochs = sorted({piece.epoch for piece in turns})
         rests = tuple(tuple(piece for piece in turns if piece.epoch == epoch) for epoch in epochs)
-        return replace(self, world=world, rests=rests, epoch=max(last + 1, self.epoch))
+        return replace(self, world=world, rests=rests, epoch=last + 1)
