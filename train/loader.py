@@ -63,8 +63,8 @@ class BatchBuilder:
         """The batch of a plan. Damaged shards raise ``ArtifactError`` naming file, row group, image and remedy."""
         tables = [(piece.unit, self._read(piece)) for piece in plan.slices]
         pictures = (picture for unit, table in tables for picture in open_pictures(unit, table))
-        with torch.random.fork_rng(devices=[]):  # the trainer's own random state is not the loader's business
-            torch.manual_seed(derive_seed(self.seed, "augment", self.rank, plan.step))
+        with torch.random.fork_rng(devices=[]):  # the trainer's own random state, its GPU's too, stays as it is
+            torch.default_generator.manual_seed(derive_seed(self.seed, "augment", self.rank, plan.step))
             pixels = [[np.asarray(self.augment(picture)) for _ in range(self.views)] for picture in pictures]
         n = len(pixels)
         columns = {"row": torch.arange(self.rank * n, (self.rank + 1) * n),

@@ -10,8 +10,10 @@ from PIL import Image
 from lookalike.vision.transforms import (
     AugmentConfig,
     TransformConfig,
+    build_augmentation,
     build_eval_transform,
     build_train_transform,
+    normalize_pixels,
     pad_to_square,
 )
 
@@ -72,3 +74,17 @@ def test_without_augmentation_every_view_is_the_same() -> None:
     views = [transform(image) for _ in range(8)]
     middles = torch.stack([view[:, 10:30, 10:30].mean() for view in views])
     assert middles.std() < 0.05
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_pixels_normalised_as_a_batch_are_those_of_one_picture_after_the_other(fit: str) -> None:
+    config = TransformConfig(size=40, fit=fit, mean=(0.1, 0.2, 0.7), std=(0.3, 0.6, 0.2))  # type: ignore[arg-type]
+    augment = AugmentConfig(rotation_deg=20.0, grayscale=0.5)
+    whole, cut = build_train_transform(config, augment), build_augmentation(config, augment)
+    pictures = [picture(90, 70), picture(41, 200), picture(12, 12)]
+    torch.manual_seed(1)
+    expected = torch.stack([whole(image) for image in pictures])
+    torch.manual_seed(1)
+    pixels = torch.from_numpy(np.stack([np.asarray(cut(image)) for image in pictures])).permute(0, 3, 1, 2)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(normalize_pixels(pixels, config), expected)
