@@ -66,8 +66,8 @@ def actor_batches(
         max_restarts=-1, max_task_retries=RETRIES,
         scheduling_strategy="SPREAD",  # and not in the training worker's own placement group
     )  # fmt: skip
-    builder = ray.put(dataset.builder)
-    pool = _Pool([actor.remote(builder) for _ in range(num_actors)])
+    # given by value: what lies in the object store could be gone when an actor is restarted
+    pool = _Pool([actor.remote(dataset.builder) for _ in range(num_actors)])
     plans, waiting = dataset.plans(), deque[tuple[Plan, Any]]()
     try:
         while True:
