@@ -1,17 +1,20 @@
 """Stage ``shards``: training rows with their labels, shuffled once over the whole corpus, ready to stream.
 
 A row is placed by a hash of its image id: the hash says which shard of its data set it is in and where in it, so the
-order is the same whatever the blocks of the job. The shuffle of the image bytes is the stage's cost; the driver holds
-the class lists (labels, categories, groups) and nothing of image size.
+order is the same whatever the blocks of the job. With ``together`` it is the hash of the row's class, and whole classes
+are shuffled. The shuffle of the image bytes is the stage's cost; the driver holds the class lists (labels, categories,
+groups) and nothing of image size.
 """
 
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -27,7 +30,6 @@ from lookalike.data.parts import (
     part_items,
     part_name,
     read_table,
-    write_table,
 )  # fmt: skip
 from lookalike.data.plots import plot_zipf
 from lookalike.errors import ArtifactError
@@ -39,7 +41,8 @@ from lookalike.telemetry import get_logger, timed
 log = get_logger(__name__)
 
 _CENSUS = pa.schema([("kind", pa.string()), ("name", pa.string()), ("images", pa.int64())])
-_PLACED = pa.schema([*SHARD, pa.field("place", pa.string()), pa.field("key", pa.uint64())])
+_PLACED = pa.schema([*SHARD, pa.field("place", pa.string()), pa.field("bundle", pa.uint64()),
+                     pa.field("key", pa.uint64())])  # fmt: skip
 _WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("epoch", pa.float64()),
                       ("label_epoch", pa.list_(pa.float64()))])  # fmt: skip
 
@@ -59,6 +62,9 @@ class ShardsConfig(StageConfig):
     """Rows whose category is a class of the category task: those with a group (a catalogue), all, or none."""
     min_images_per_category: int = Field(5, ge=1)
     """Training images below which a category is no class (-1)."""
+    together: Literal["group", "category"] | None = None
+    """Keep the rows of a class in one row group, for training that balances batches by it; a class larger than a row
+    group is cut. None: rows are shuffled one by one."""
     concurrency: int | None = runtime(None, ge=1)
     """Tasks at a time; None: as many as there are CPUs."""
 
@@ -108,6 +114,9 @@ class Classes:
         self.groups = sorted(name for kind, name in counts if kind == "group")
         self._category = {name: number for number, name in enumerate(self.categories)}
         self._group = {name: number for number, name in enumerate(self.groups)}
+        # a large class is dealt out, by its images' hashes, to bundles of about half a row group all over the data set
+        self.cuts = {name: -(-2 * n // config.rows_per_group) for (kind, name), n in counts.items()
+                     if kind == config.together and n > config.rows_per_group}  # fmt: skip
         self.shards = {name: -(-n // config.rows_per_shard) for (kind, name), n in sorted(counts.items())
                        if kind == "dataset"}  # fmt: skip
 
@@ -115,30 +124,67 @@ class Classes:
         """``SHARD`` rows with the file each belongs to and its sort key in it."""
         listed = rows.select(["dataset", "category", "group", "labels"]).to_pylist()
         keys = mix_keys(stable_keys(rows["image_id"].to_pylist()), self.seed, "shuffle")
-        shards = [f"{row['dataset']}/{part_name(int(key % np.uint64(self.shards[row['dataset']])))}"
-                  for row, key in zip(listed, keys, strict=True)]  # fmt: skip
+        bundles = self._bundles(listed, keys)
+        shards = [f"{row['dataset']}/{part_name(int(bundle % np.uint64(self.shards[row['dataset']])))}"
+                  for row, bundle in zip(listed, bundles, strict=True)]  # fmt: skip
         rule = self.config.categories
         columns = [
             rows["image_id"], rows["image"], rows["dataset"], [row["labels"] for row in listed],
             [self._category.get(category_of(row, rule) or "", -1) for row in listed],
             [self._group.get(row["group"], -1) for row in listed],
-            [image_repeat(row["labels"], self.repeats) for row in listed], shards, keys,
+            [image_repeat(row["labels"], self.repeats) for row in listed], shards, bundles, keys,
         ]  # fmt: skip
         arrays = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type)
                   for c, f in zip(columns, _PLACED, strict=True)]  # fmt: skip
         return pa.table(arrays, schema=_PLACED)
 
 
+    def _bundles(self, listed: list[dict[str, Any]], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """One key for the rows that stay together, [n]: the row's own, or that of its class (or of a share of it)."""
+        together = self.config.together
+        if together is None:
+            return keys
+        names = [row["group"] if together == "group" else category_of(row, self.config.categories) for row in listed]
+        if together == "category":
+            names = [name if name in self._category else None for name in names]
+        cuts = np.array([self.cuts.get(name or "", 1) for name in names], np.uint64)
+        texts = [f"{name}/{cut}" for name, cut in zip(names, (keys % cuts).tolist(), strict=True)]
+        shared = mix_keys(stable_keys(texts), self.seed, "shuffle")
+        return np.where([name is None for name in names], keys, shared)
+
+
 def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) -> pa.Table:
     """Write the rows of one ``place`` in the order of their keys; ``_WRITTEN``: with the expected copies an epoch."""
     name = rows["place"][0].as_py()
-    shard = rows.sort_by([("key", "ascending"), ("image_id", "ascending")])
-    write_table(storage.join(out, name), shard.select(SHARD.names).cast(SHARD), row_group_size=rows_per_group,
-                compression="none")  # fmt: skip
+    shard = rows.sort_by([("bundle", "ascending"), ("key", "ascending"), ("image_id", "ascending")])
+    table = shard.select(SHARD.names).cast(SHARD)
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, SHARD, compression="none") as writer:
+        for start, stop in pack_groups(shard["bundle"].to_numpy(), rows_per_group):
+            writer.write_table(table.slice(start, stop - start))
+    storage.write_atomic(storage.join(out, name), sink.getvalue().to_pybytes())
     repeat = shard["repeat"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
     return pa.Table.from_pylist([{"file": name, "rows": shard.num_rows, "epoch": float(repeat.sum()),
                                   "label_epoch": copies_of_labels(shard["labels"], repeat, num_labels).tolist()}],
                                 schema=_WRITTEN)  # fmt: skip
+
+
+def pack_groups(bundles: NDArray[np.uint64], rows_per_group: int) -> list[tuple[int, int]]:
+    """Row groups [start, stop) of at most ``rows_per_group`` of the rows [n], sorted by ``bundles``.
+
+    A bundle is cut only when it is larger than a row group; a row group is closed when the next bundle does not fit.
+    """
+    starts = np.flatnonzero(np.diff(bundles)) + 1
+    groups: list[tuple[int, int]] = []
+    first = 0
+    for start, stop in pairwise([0, *starts.tolist(), len(bundles)]):
+        if stop - first > rows_per_group and start > first:
+            groups.append((first, start))
+            first = start
+        while stop - first > rows_per_group:
+            groups.append((first, first + rows_per_group))
+            first += rows_per_group
+    return [*groups, (first, len(bundles))] if first < len(bundles) else groups
 
 
 def copies_of_labels(labels: pa.ChunkedArray, repeat: NDArray[np.floating], num_labels: int) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from lookalike import storage
 from lookalike.errors import LookalikeError
+from lookalike.train.proxies import load_whole_state
 
 KEEP = 2
 """Checkpoints kept: the last one, and the one before it until the last is complete."""
@@ -109,19 +110,6 @@ def copy_state(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(copy_state(item) for item in value)
     return value
-
-
-def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of module and optimizer; every worker calls it, so that what workers share out can be made whole."""
-    return module.state_dict(), optimizer.state_dict()
-
-
-def load_whole_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], moments: Mapping[str, Any]
-) -> None:
-    """Load what ``whole_state`` gave; the number of workers may have changed."""
-    module.load_state_dict(state)
-    optimizer.load_state_dict(dict(moments))
 
 
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:

@@ -107,7 +107,7 @@ def measure(
     return StepMemory(
         parameters=parameters, gradients=gradients, buckets=gradients if train.num_workers > 1 else 0,
         optimizer=gradients * (2 if train.optimizer == "adamw" else int(train.momentum > 0)),
-        average=parameters if train.ema_decay is not None else 0, teacher=teacher_size, batch=batch["images"].nbytes,
+        average=_bytes(network) if train.ema_decay is not None else 0, teacher=teacher_size, batch=batch["images"].nbytes,
         encoder_activations=body, head_activations=heads, unknown=unknown,
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ def _make_fake(model: nn.Module) -> None:
 
 
 def _fake_batch(rows: int, size: int, teacher_dim: int) -> dict[str, torch.Tensor]:
-    labels = {name: torch.zeros(rows, dtype=torch.int64) for name in ("category", "group")}
+    labels = {name: torch.zeros(rows, dtype=torch.int64) for name in ("category", "group", "row")}
     return {"images": torch.empty(rows, 3, size, size), "teacher": torch.empty(rows, teacher_dim), **labels,
             "labels": torch.zeros(rows, LABELS_PER_ROW, dtype=torch.int64)}  # fmt: skip
 

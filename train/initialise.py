@@ -5,38 +5,43 @@ begin ordered. Class proxies start at the mean of their class's embeddings (weig
 proxies would first tear that order apart, most of all at the smallest nested dims, where there is no room to be wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from lookalike.train.loader import Unit, read_unit
+from lookalike.train.loader import check_labels, open_pictures
 from lookalike.train.matryoshka import NestedCosine
-from lookalike.vision.images import decode
+from lookalike.train.units import Unit, read_unit
 from lookalike.vision.transforms import Transform
 
 BATCH = 64
+MAX_UNITS = 256  # row groups that are looked into, however many there are
 
 
 def sample_features(
-    backbone: nn.Module, units: Sequence[Unit], transform: Transform, fields: Sequence[str], max_images: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    backbone: nn.Module, units: Sequence[Unit], transform: Transform, fields: Sequence[str], max_images: int,
+    *, num_classes: Mapping[str, int] | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """Features [n, F] float32 of up to ``max_images`` images, and the integer columns ``fields``, int64 [n] each.
 
-    The images are spread evenly over the units; workers of a process group share the work and all get the whole.
+    The images are spread evenly over the units, or over ``MAX_UNITS`` of them; workers of a process group share the
+    work and all get the whole. Labels beyond ``num_classes`` (field -> classes) raise ``ArtifactError``.
     """
+    units = units if len(units) <= MAX_UNITS else [units[i * len(units) // MAX_UNITS] for i in range(MAX_UNITS)]
     share = max(1, max_images // max(1, len(units)))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     backbone.eval()
     rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     with torch.no_grad():
         for unit in list(units)[rank::world]:
-            table = read_unit(unit, ["image", *fields]).slice(0, share)
+            table = read_unit(unit, ["image_id", "image", *fields]).slice(0, share)
+            check_labels(unit, table, {field: n for field, n in (num_classes or {}).items() if field in fields})
             for start in range(0, table.num_rows, BATCH):
                 part = table.slice(start, BATCH)
-                images = torch.stack([transform(decode(image.as_py())) for image in part["image"]])
+                images = torch.stack([transform(picture) for picture in open_pictures(unit, part)])
                 features = backbone(images.contiguous(memory_format=torch.channels_last))
                 rows.append((features, {f: torch.tensor(part[f].to_pylist(), dtype=torch.int64) for f in fields}))
     gathered = [rows]

@@ -1,169 +1,210 @@
-"""Batches from training shards: shuffled by epoch, resampled by repeat factor, mixed over datasets, resumable by step.
+"""Batches from training shards: shuffled by epoch, resampled by repeat factor, mixed over datasets, addressed by step.
 
-Every random choice derives from the seed, the dataset, the epoch and the step, so a run that resumes at step s reads
-exactly the batches that the undisturbed run would have read. Encoded bytes travel; pixels are decoded last.
+The trainer plans: a step's plan names the slices of row groups it reads (``streams``), without touching a pixel. Anyone
+builds: a batch is a pure function of its plan, so the trainer's own process, processes beside it, or actors anywhere in
+the cluster (``decoding``) make the same bytes, and a run that resumes reads what the undisturbed run would have read.
+Pixels stay uint8 until they are on the device, where they are normalised (``on_device``).
 
-A shard's row group is the unit that is shuffled, handed to a worker and held in memory; shards were shuffled globally
-when they were written.
+Ray Data's ``streaming_split`` would feed trainers too, but gives a row to whoever asks first and forgets its place when
+the worker group restarts; plans are exact on resume, whatever died. Their price: a row group is read again by every
+builder that makes one of its batches, and a slow worker's row groups are not handed to a fast one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lookalike import storage
-from lookalike.errors import UsageError
-from lookalike.sampling import round_repeats, stable_keys
+from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.seeds import derive_seed
-from lookalike.vision.images import decode
-from lookalike.vision.transforms import Transform
+from lookalike.train.draws import Draw, Light
+from lookalike.train.streams import Slice, Stream, build_streams, require_units, split_batch
+from lookalike.train.units import REMEDY, Unit, list_units, read_unit
+from lookalike.vision.images import ImageError, decode
+from lookalike.vision.transforms import TransformConfig, normalize_pixels
+
+__all__ = ["BatchBuilder", "BatchDataset", "Slice", "Stream", "Unit", "build_loader", "build_streams", "list_units",
+           "on_device", "read_unit", "require_units", "split_batch"]  # fmt: skip
+
+Batch = dict[str, Any]
+"""``images`` uint8 [n, 3, H, W] channels-last (float32 once on the device); ``labels`` int64 [n, K] padded with -1;
+``category``, ``group`` and ``row`` int64 [n], the last one unique over the workers' pictures of a step; ``ids``, a list
+of image ids. With two views of a picture all columns are repeated whole: row n + i is row i's other view."""
+
+Augment = Callable[[Image.Image], Image.Image]
+FIELDS = ("labels", "category", "group")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One row group of one shard file."""
+class Plan(NamedTuple):
+    """What the batch of a step is made from."""
 
-    uri: str
-    row_group: int
-    num_rows: int
+    step: int
+    slices: list[Slice]
 
 
-def list_units(uris: Sequence[str]) -> list[Unit]:
-    """All row groups of parquet files, in file order."""
-    units = []
-    for uri in uris:
-        filesystem, path = storage.arrow_filesystem(uri)
-        meta = pq.read_metadata(path, filesystem=filesystem)
-        units += [Unit(uri, i, meta.row_group(i).num_rows) for i in range(meta.num_row_groups)]
-    return units
-
-
-def read_unit(unit: Unit, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a unit."""
-    filesystem, path = storage.arrow_filesystem(unit.uri)
-    with pq.ParquetFile(path, filesystem=filesystem) as file:
-        return file.read_row_group(unit.row_group, columns=columns)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One dataset's endless stream of rows for one of ``world`` workers."""
-
-    name: str
-    units: tuple[Unit, ...]
-    seed: int
-    rank: int
-    world: int
-    resample: bool = True
-
-    def rows(self, start: int = 0) -> Iterator[tuple[pa.Table, int]]:
-        """(unit's table, row) pairs from position ``start`` on, epoch after epoch."""
-        epoch, skip = 0, start
-        while True:
-            for unit in self._units_of(epoch):
-                order = self._order(epoch, unit)
-                if skip >= len(order):
-                    skip -= len(order)
-                    continue
-                table = read_unit(unit)
-                for row in order[skip:]:
-                    yield table, int(row)
-                skip = 0
-            epoch += 1
-
-    def _units_of(self, epoch: int) -> list[Unit]:
-        generator = np.random.default_rng(derive_seed(self.seed, self.name, epoch))
-        order = generator.permutation(len(self.units))
-        return [self.units[i] for i in order[self.rank :: self.world]]
-
-    def _order(self, epoch: int, unit: Unit) -> npt.NDArray[np.int64]:
-        light = read_unit(unit, ["image_id", "repeat"])
-        rows: npt.NDArray[np.int64] = np.arange(light.num_rows)
-        if self.resample:
-            keys = stable_keys(light["image_id"].to_pylist())
-            copies = round_repeats(light["repeat"].to_numpy(), keys, seed=self.seed, epoch=epoch)
-            rows = np.repeat(rows, copies)
-        generator = np.random.default_rng(derive_seed(self.seed, unit.uri.rsplit("/", 1)[-1], unit.row_group, epoch))
-        return generator.permutation(rows)
-
-
-def build_streams(
-    files: Mapping[str, Sequence[str]], *, seed: int, rank: int, world: int, resample: bool
-) -> dict[str, Stream]:
-    """A stream per dataset; raises ``UsageError`` when a dataset has fewer row groups than workers."""
-    streams = {}
-    for name, uris in files.items():
-        units = tuple(list_units(uris))
-        require_units(name, units, world)
-        streams[name] = Stream(name, units, seed, rank, world, resample)
-    return streams
-
-
-def require_units(name: str, units: Sequence[Unit], world: int) -> None:
-    """Raise ``UsageError`` when a dataset has fewer row groups than workers."""
-    if len(units) < world:
-        raise UsageError(f"dataset {name!r} has {len(units)} row groups for {world} workers; write shards with "
-                         "smaller shards.rows_per_group, or use fewer workers")  # fmt: skip
-
-
-def split_batch(batch_size: int, mix: Mapping[str, float]) -> dict[str, int]:
-    """Rows of each dataset in every batch: ``batch_size`` shared out by weight, largest remainders rounded up."""
-    total = sum(mix.values())
-    exact = {name: batch_size * weight / total for name, weight in mix.items()}
-    counts = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (counts[name] - exact[name], name))
-    for name in by_remainder[: batch_size - sum(counts.values())]:
-        counts[name] += 1
-    empty = [name for name, count in counts.items() if count == 0]
-    if empty:
-        raise UsageError(f"batch_size {batch_size} leaves no row for {empty}; raise it or the dataset's weight in mix")
-    return counts
-
-
-class BatchDataset(IterableDataset[dict[str, torch.Tensor]]):
-    """Batches ``start`` .. ``stop`` of a mixture of streams; decoding and augmentation happen here."""
+class BatchBuilder:
+    """Makes batches from plans; holds the row group read last of each dataset."""
 
     def __init__(
-        self, streams: Mapping[str, Stream], counts: Mapping[str, int], transform: Transform, *, seed: int,
-        start: int, stop: int,
+        self, draws: Mapping[str, Draw], augment: Augment, *, seed: int, rank: int, views: int = 1,
+        num_classes: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
-        self.streams, self.counts, self.transform = dict(streams), dict(counts), transform
-        self.seed, self.start, self.stop = seed, start, stop
+        self.draws, self.augment = dict(draws), augment
+        self.seed, self.rank, self.views, self.num_classes = seed, rank, views, dict(num_classes or {})
+        self._held: dict[str, tuple[Unit, pa.Table, Light | None]] = {}
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        rows = {name: stream.rows(self.start * self.counts[name]) for name, stream in self.streams.items()}
-        rank = next(iter(self.streams.values())).rank
-        for step in range(self.start, self.stop):
-            picked = [pair for name, count in self.counts.items() for pair in islice(rows[name], count)]
-            if (step - self.start) % workers != worker:
-                continue  # another loader process builds this batch
-            torch.manual_seed(derive_seed(self.seed, "augment", rank, step))
-            yield collate(picked, self.transform)
+    def build(self, plan: Plan) -> Batch:
+        """The batch of a plan. Damaged shards raise ``ArtifactError`` naming file, row group, image and remedy."""
+        tables = [(piece.unit, self._read(piece)) for piece in plan.slices]
+        pictures = (picture for unit, table in tables for picture in open_pictures(unit, table))
+        with torch.random.fork_rng(devices=[]):  # the trainer's own random state, its GPU's too, stays as it is
+            torch.default_generator.manual_seed(derive_seed(self.seed, "augment", self.rank, plan.step))
+            pixels = [[np.asarray(self.augment(picture)) for _ in range(self.views)] for picture in pictures]
+        n = len(pixels)
+        columns = {"row": torch.arange(self.rank * n, (self.rank + 1) * n),
+                   **label_columns([table for _, table in tables])}  # fmt: skip
+        ids = [image_id for _, table in tables for image_id in table["image_id"].to_pylist()]
+        return {
+            "images": torch.from_numpy(np.stack([each[v] for v in range(self.views) for each in pixels])
+                                       ).permute(0, 3, 1, 2),
+            **{name: column.repeat(self.views, *[1] * (column.ndim - 1)) for name, column in columns.items()},
+            "ids": ids * self.views,
+        }  # fmt: skip
+
+    def attempt(self, plan: Plan) -> Batch | LookalikeError:
+        """``build``, with an error of ours as a value: the transports would wrap it in traces of their own."""
+        try:
+            return self.build(plan)
+        except LookalikeError as error:
+            return error
+
+    def _read(self, piece: Slice) -> pa.Table:
+        draw = self.draws[piece.dataset]
+        if piece.dataset not in self._held or self._held[piece.dataset][0] != piece.unit:
+            table = read_unit(piece.unit)
+            check_labels(piece.unit, table, self.num_classes)
+            self._held[piece.dataset] = piece.unit, table, draw.light(table) if draw.columns else None
+        _, table, light = self._held[piece.dataset]
+        rows = draw.order(piece.unit, piece.epoch, light)
+        return table.take(pa.array(rows[piece.start : piece.stop]))
 
 
-def collate(rows: Sequence[tuple[pa.Table, int]], transform: Transform) -> dict[str, torch.Tensor]:
-    """Images [n, 3, H, W] float32, labels [n, K] int64 padded with -1, category [n] and group [n] int64."""
-    images = torch.stack([transform(decode(table["image"][row].as_py())) for table, row in rows])
-    labels = [table["labels"][row].as_py() or [] for table, row in rows]
+def open_pictures(unit: Unit, table: pa.Table) -> Iterator[Image.Image]:
+    """The table's pictures, decoded; one that is damaged raises ``ArtifactError``."""
+    for image_id, data in zip(table["image_id"], table["image"], strict=True):
+        try:
+            yield decode(data.as_py() or b"")
+        except ImageError as error:
+            raise ArtifactError(f"{unit.place}, image {image_id.as_py()!r}: {error.reason}, though the corpus accepted "
+                                f"it; if the file is damaged, {REMEDY}") from error  # fmt: skip
+
+
+def label_columns(tables: Sequence[pa.Table]) -> dict[str, torch.Tensor]:
+    """``labels`` int64 [n, K] padded with -1, ``category`` and ``group`` int64 [n] of all rows."""
+    labels = [known or [] for table in tables for known in table["labels"].to_pylist()]
     width = max(1, *(len(known) for known in labels))
-    return {
-        "images": images.contiguous(memory_format=torch.channels_last),
-        "labels": torch.tensor([known + [-1] * (width - len(known)) for known in labels]),
-        "category": torch.tensor([table["category"][row].as_py() for table, row in rows]),
-        "group": torch.tensor([table["group"][row].as_py() for table, row in rows]),
-    }
+    plain = {name: np.concatenate([pc.fill_null(table[name], -1).to_numpy() for table in tables])
+             for name in ("category", "group")}  # fmt: skip
+    return {"labels": torch.tensor([known + [-1] * (width - len(known)) for known in labels]),
+            **{name: torch.from_numpy(values.astype(np.int64)) for name, values in plain.items()}}  # fmt: skip
 
 
-def build_loader(dataset: BatchDataset, num_workers: int) -> "DataLoader[dict[str, torch.Tensor]]":
-    """A torch loader over ready batches, in step order whatever the number of loader processes."""
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers,
-                      multiprocessing_context="spawn" if num_workers else None)  # fmt: skip
+def check_labels(unit: Unit, table: pa.Table, num_classes: Mapping[str, int]) -> None:
+    """Raise ``ArtifactError`` for a label that is no class of ``classes.json``."""
+    for field, classes in num_classes.items():
+        lists = pa.types.is_list(table[field].type)
+        values = pc.list_flatten(table[field]) if lists else table[field]
+        wrong = values.filter(pc.or_(pc.greater_equal(values, classes), pc.less(values, 0 if lists else -1)))
+        if len(wrong):
+            raise ArtifactError(f"{unit.place}: column {field!r} holds {wrong[0].as_py()}, but classes.json has "
+                                f"{classes} classes (0 to {classes - 1}); {REMEDY}")  # fmt: skip
+
+
+class BatchDataset(IterableDataset[Batch]):
+    """Batches ``start`` .. ``stop`` of a mixture of streams, made in this process.
+
+    ``counts``: the pictures of each dataset in a batch.
+    """
+
+    def __init__(
+        self, streams: Mapping[str, Stream], counts: Mapping[str, int], augment: Augment, *, seed: int, start: int,
+        stop: int, views: int = 1, num_classes: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.streams, self.counts = dict(streams), dict(counts)
+        self.start, self.stop = start, stop
+        draws = {name: stream.draw for name, stream in streams.items()}
+        self.builder = BatchBuilder(draws, augment, seed=seed, rank=next(iter(streams.values())).rank, views=views,
+                                    num_classes=num_classes)  # fmt: skip
+
+    def plan(self, step: int) -> Plan:
+        """What the batch of ``step`` is made from."""
+        return Plan(step, [piece for name, count in self.counts.items()
+                           for piece in self.streams[name].slices(step * count, count)])  # fmt: skip
+
+    def plans(self) -> Iterator[Plan]:
+        """The plans of all steps."""
+        return (self.plan(step) for step in range(self.start, self.stop))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.builder.build(plan) for plan in self.plans())
+
+
+class PlannedBatches(Dataset[Batch | LookalikeError]):
+    """The builder as torch's loader processes want it: an item is the batch of a plan."""
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self.builder = builder
+
+    def __getitem__(self, plan: Plan) -> Batch | LookalikeError:
+        """See ``BatchBuilder.attempt``."""
+        return self.builder.attempt(plan)
+
+
+class Plans:
+    """The plans of a dataset as torch's sampler: made as they are asked for, in the trainer's process."""
+
+    def __init__(self, dataset: BatchDataset) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Plan]:
+        return self.dataset.plans()
+
+
+def build_loader(dataset: BatchDataset, num_workers: int) -> Iterable[Batch]:
+    """Batches in step order, built in ``num_workers`` processes beside this one, or in this one when there are none."""
+    if num_workers == 0:
+        return dataset
+    loader = DataLoader(PlannedBatches(dataset.builder), batch_size=None, sampler=Plans(dataset),
+                        num_workers=num_workers, multiprocessing_context="spawn", collate_fn=as_it_is)  # fmt: skip
+    return raised(loader)
+
+
+def as_it_is(batch: Any) -> Any:
+    """The batch untouched; torch's own conversion would walk through its ids."""
+    return batch
+
+
+def raised(batches: Iterable[Batch | LookalikeError]) -> Iterator[Batch]:
+    """The batches; an error among them is raised."""
+    for batch in batches:
+        if isinstance(batch, LookalikeError):
+            raise batch
+        yield batch
+
+
+def on_device(batches: Iterable[Batch], device: torch.device, transform: TransformConfig) -> Iterator[Batch]:
+    """Batches with their tensors on ``device`` and their images normalised there: uint8 travels, float32 does not."""
+    for batch in batches:
+        moved = {name: move(value, device) if isinstance(value, torch.Tensor) else value
+                 for name, value in batch.items()}  # fmt: skip
+        yield {**moved, "images": normalize_pixels(moved["images"], transform)}
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on ``device``; to a GPU it goes through pinned memory, while the GPU computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

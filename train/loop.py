@@ -21,21 +21,24 @@ from ray.train.torch import get_device, prepare_model
 from torch import nn
 
 from lookalike.artifacts import Artifact
+from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 from lookalike.telemetry import fields, get_logger, setup_logging
+from lookalike.train.batches import feed, worker_batches
 from lookalike.train.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint
 from lookalike.train.curves import Gauges, Pace, StepReader, StepValues, publish, stop_if_bad
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
-from lookalike.train.loader import BatchDataset, build_loader, build_streams, list_units, split_batch
+from lookalike.train.loader import list_units
 from lookalike.train.matryoshka import NestedCosine
 from lookalike.train.optimizer import set_train_mode
-from lookalike.train.settings import LoopConfig
+from lookalike.train.proxies import clip_gradients, ignore_in_ddp
+from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.state import Training
 from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
 from lookalike.train.teacher import Teacher
 from lookalike.train.trackers import TrackedRun, Tracker, start_trackers
 from lookalike.vision.encoder import EmbeddingModel, read_encoder
-from lookalike.vision.transforms import build_eval_transform, build_train_transform
+from lookalike.vision.transforms import build_eval_transform
 from lookalike.vision.tuning import is_convolutional, recompute_activations
 
 log = get_logger(__name__)
@@ -78,6 +81,7 @@ def train_worker(values: dict[str, Any]) -> None:
     train = place.config.train
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)  # workers of a node see all its GPUs, and nccl takes the current one
+    require_even_rounds(train, place.world)
     torch.set_num_threads(train.cpus_per_worker)
     torch.manual_seed(derive_seed(train.seed, "model"))
     found = agree(last_checkpoint(place.folder))
@@ -90,8 +94,18 @@ def train_worker(values: dict[str, Any]) -> None:
     training.join(place.world)
     if train.compile:
         model.encoder.compile()
+    ignore_in_ddp(model)
     wrapped = prepare_model(model, parallel_strategy="ddp" if place.world > 1 else None)
     run_steps(training, wrapped, place)
+
+
+def require_even_rounds(train: TrainConfig, world: int) -> None:
+    """Raise ``UsageError`` when tasks in which all workers take part at once would find some of them without a batch."""
+    together = [name for name, task in train.tasks.items() if task.shard or task.across_workers]
+    if together and train.num_workers % world:
+        raise UsageError(f"task {together[0]!r} needs all workers at once, but {world} workers cannot share the "
+                         f"{train.num_workers} data streams evenly; give back nodes for a divisor of {train.num_workers}, "
+                         "or wait for all with min_workers=null")  # fmt: skip
 
 
 def agree(found: Checkpoint | None) -> Checkpoint | None:
@@ -103,17 +117,6 @@ def agree(found: Checkpoint | None) -> Checkpoint | None:
     return shared[0]
 
 
-def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
-    """Micro-batches ``start`` on of one of the ``num_workers`` data streams."""
-    train = config.train
-    files = {name: config.files[name] for name in train.mix}
-    streams = build_streams(files, seed=train.seed, rank=stream, world=train.num_workers, resample=train.resample)
-    counts = split_batch(train.micro_batch, train.mix)
-    transform = build_train_transform(config.encoder.transform, train.augment)
-    stop = config.total_steps * train.accumulation
-    return BatchDataset(streams, counts, transform, seed=train.seed, start=start, stop=stop)
-
-
 def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
     """Backbone of the source encoder, projection and heads; ``initialise`` starts the last two from training images."""
     train = config.train
@@ -121,7 +124,8 @@ def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskM
     encoder = EmbeddingModel(source.backbone, config.encoder.num_features,
                              config.encoder.dim if config.encoder.projection else None)  # fmt: skip
     dims = config.encoder.dims
-    tasks = build_tasks(train.tasks, dims, config.num_classes, train.nested_weights or (1.0,) * len(dims))
+    tasks = build_tasks(train.tasks, dims, config.class_fields, train.nested_weights or (1.0,) * len(dims),
+                        seed=train.seed, dims_per_step=train.dims_per_step)  # fmt: skip
     if initialise and train.initialise == "data":
         initialise_from_data(config, encoder, tasks)
     model = MultiTaskModel(encoder, tasks)
@@ -139,6 +143,7 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
     features, labels = sample_features(
         encoder.backbone, units, build_eval_transform(config.encoder.transform),
         sorted({task.config.field for task in cosine}), config.train.initialise_images,
+        num_classes=config.num_classes,
     )  # fmt: skip
     if isinstance(encoder.projection, nn.Linear):
         weight = pca_projection(features, config.encoder.dim, config.train.projection_whitening)
@@ -158,7 +163,7 @@ class Feed:
         self.place, self.done, self._pace = place, done, pace
         start = done * config.train.accumulation
         self._loaders: Mapping[int, Iterator[Batch]] = {
-            stream: iter(build_loader(worker_batches(config, stream, start), config.train.loader_processes))
+            stream: feed(worker_batches(config, stream, start), config, place.device)
             for stream in place.streams
         }
         self._teacher = Teacher(config.teacher, config.encoder.transform).to(place.device) if config.teacher else None
@@ -169,7 +174,7 @@ class Feed:
         rounds = [(stream, part) for stream in self._loaders for part in range(train.accumulation)]
         for number, (stream, part) in enumerate(rounds, 1):
             asked = time.monotonic()
-            batch = move(next(self._loaders[stream]), self.place.device)
+            batch = next(self._loaders[stream])
             self._pace.waited(time.monotonic() - asked)
             # dropout and the like depend on the place in the data, not on how many processes load or train
             torch.manual_seed(derive_seed(train.seed, "forward", stream, self.done * train.accumulation + part))
@@ -220,14 +225,14 @@ def forward_backward(
         ids += batch.get("ids") or []
         with nullcontext() if last or place.world == 1 else wrapped.no_sync():  # type: ignore[operator]
             with autocast(place):
-                total, losses = wrapped(batch)
+                total, losses = wrapped(batch, training.step)
             # DDP averages over workers; the step wants the mean over parts
             training.scaler.scale(total * (place.world / place.parts)).backward()
         for name, loss in {"loss": total, **{f"loss_{task}": value for task, value in losses.items()}}.items():
             share = loss.detach() / place.parts
             shares[name] = shares[name] + share if name in shares else share
     training.scaler.unscale_(training.optimizer)
-    norm = nn.utils.clip_grad_norm_(training.model.parameters(), train.clip_norm or float("inf"))
+    norm = clip_gradients(training.model, train.clip_norm or float("inf"))
     return shares, norm, ids
 
 
@@ -274,9 +279,3 @@ class Report:
         """End the trackers."""
         for tracker in self._trackers:
             tracker.close()
-
-
-def move(batch: Mapping[str, Any], device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``; what is no tensor (the images' ids) stays."""
-    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()}  # fmt: skip

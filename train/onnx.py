@@ -10,7 +10,7 @@ import torch
 
 from lookalike.errors import LookalikeError
 from lookalike.vision.encoder import EmbeddingModel, EncoderConfig
-from lookalike.vision.transforms import normalise_pixels
+from lookalike.vision.transforms import normalize_pixels
 
 INPUT, OUTPUT = "images", "embedding"
 MAX_COSINE_LOSS = 1e-4
@@ -42,7 +42,7 @@ def check_parity(
     Raises ``LookalikeError`` with these figures when they are out of tolerance.
     """
     session = import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-    images = normalise_pixels(torch.from_numpy(pixels), config.transform)
+    images = normalize_pixels(torch.from_numpy(pixels), config.transform)
     with torch.inference_mode():
         expected = copy.deepcopy(model).cpu().float().eval()(images).numpy()
     single = [session.run([OUTPUT], {INPUT: image[None].numpy()})[0] for image in images]

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lookalike.config import Config, runtime
+from lookalike.errors import UsageError
 from lookalike.stages import StageConfig
-from lookalike.train.loader import split_batch
-from lookalike.train.tasks import TaskConfig
+from lookalike.train.draws import BalanceConfig
+from lookalike.train.streams import split_batch
+from lookalike.train.tasks import CLASS_FIELDS, TaskConfig
 from lookalike.train.trackers import TRACKERS
 from lookalike.vision.encoder import EncoderConfig, check_dims
 from lookalike.vision.transforms import AugmentConfig
@@ -42,7 +44,7 @@ class TrainConfig(StageConfig):
     epochs: float = Field(1.0, gt=0.0)
     """Passes over the dataset named first in ``mix``, resampled."""
     batch_size: int = Field(64, ge=2)
-    """Rows of a global batch, shared out among workers."""
+    """Images of a global batch, shared out among workers; with ``views`` of each picture, it has batch_size / views."""
 
     # optimizer: a group each for the backbone's matrices, its vectors, the projection, heads, and proxies
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
@@ -111,6 +113,11 @@ class TrainConfig(StageConfig):
     resample: bool = True
     """Repeat rare labels' images by their repeat factor."""
     augment: AugmentConfig = AugmentConfig()
+    views: int = Field(1, ge=1, le=2)
+    """Augmented views of each picture in a batch: two for losses that compare them."""
+    balance: dict[str, BalanceConfig] = {}
+    """Dataset of the mix -> how many pictures of a class stand together in its share of a batch. Row groups should hold
+    classes whole then: ``shards.together``. Classes with fewer pictures repeat them, beyond what ``epochs`` counts."""
     num_workers: int = Field(2, ge=1)
     """Ray Train workers (DDP processes), each with a data stream of its own; it shapes batches, so it belongs to the
     result. A pair ``[min, max]`` sets ``min_workers`` too."""
@@ -121,7 +128,13 @@ class TrainConfig(StageConfig):
     cpus_per_worker: int = runtime(1, ge=1)
     """CPUs and torch threads of a worker."""
     loader_processes: int = runtime(0, ge=0)
-    """Processes a worker decodes images in besides its own."""
+    """Processes a worker decodes images in besides its own, on its node."""
+    decode_actors: int = runtime(0, ge=0)
+    """Ray actors a worker decodes images in, on any node of the cluster; they take the place of loader_processes."""
+    decode_cpus: float = runtime(1.0, gt=0.0)
+    """CPUs of each of these actors."""
+    decode_resource: str | None = runtime(None)
+    """Custom Ray resource that a node must offer to hold these actors; None: any node."""
     activation_checkpointing: bool = runtime(False)
     """Compute the backbone's activations a second time in the backward pass instead of keeping them."""
     compile: bool = runtime(False)
@@ -155,8 +168,13 @@ class TrainConfig(StageConfig):
         if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
             raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; "
                              "give one each")  # fmt: skip
+        if unknown := [name for name in self.balance if name not in self.mix]:
+            raise ValueError(f"balance names {unknown[0]!r}, which mix does not have; it has {', '.join(self.mix)}")
+        if pairs := [name for name, task in self.tasks.items() if task.field == "row" and self.views == 1]:
+            raise ValueError(f"task {pairs[0]!r} compares the views of a picture; set views=2")
         self._check_workers()
         self._check_optimizer()
+        self.pictures()
         for name in self.trackers:
             TRACKERS.get(name)  # an unknown name lists the valid ones
         return self
@@ -170,6 +188,11 @@ class TrainConfig(StageConfig):
                              f"{self.batch_size} over num_workers {self.num_workers})")  # fmt: skip
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}; lower it")
+        if self.micro_batch % self.views:
+            raise ValueError(f"a worker's part of a batch has {self.micro_batch} images, no multiple of views {self.views}")
+        if self.loader_processes and self.decode_actors:
+            raise ValueError(f"loader_processes {self.loader_processes} and decode_actors {self.decode_actors} exclude "
+                             "each other; set one of them to 0")  # fmt: skip
         if self.precision == "float16" and not self.use_gpu:
             raise ValueError("precision float16 needs a GPU; set use_gpu=true, or precision=bfloat16")
 
@@ -195,6 +218,18 @@ class TrainConfig(StageConfig):
     def micro_batch(self) -> int:
         """Rows of one forward pass."""
         return self.batch_size // (self.num_workers * self.accumulation)
+
+    def pictures(self) -> dict[str, int]:
+        """Pictures of each dataset in a forward pass of a worker.
+
+        Raises ``UsageError`` when a dataset gets none, or a balanced one's share is no multiple of its ``samples``.
+        """
+        counts = split_batch(self.micro_batch // self.views, self.mix)
+        for name, balance in self.balance.items():
+            if counts[name] % balance.samples:
+                raise UsageError(f"a worker's batch holds {counts[name]} pictures of dataset {name!r}, no multiple of "
+                                 f"balance.{name}.samples {balance.samples}; change batch_size, mix or samples")
+        return counts
 
     def resolve_dims(self, num_features: int) -> tuple[int, ...]:
         """The nested dims for a backbone of that width; raises ``UsageError`` for dims above the embedding."""
@@ -223,12 +258,18 @@ class LoopConfig(Config):
     files: dict[str, list[str]]
     """Dataset -> URIs of its shard files."""
     num_classes: dict[str, int]
+    """Field of classes -> how many; ``teacher`` -> the size of its embedding."""
     rows_per_epoch: int
     """Expected rows of one pass over the first dataset of the mix."""
 
     @property
+    def class_fields(self) -> dict[str, int]:
+        """Columns of the shards that hold class ids -> how many classes there are."""
+        return {name: count for name, count in self.num_classes.items() if name in CLASS_FIELDS}
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        first = next(iter(self.train.mix))
-        share = split_batch(self.train.batch_size, self.train.mix)[first]
-        return max(1, round(self.train.epochs * self.rows_per_epoch / share))
+        train = self.train
+        share = train.pictures()[next(iter(train.mix))] * train.num_workers * train.accumulation
+        return max(1, round(train.epochs * self.rows_per_epoch / share))

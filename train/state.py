@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lookalike.train.checkpoints import Checkpoint, random_state, restore, restore_random_state, whole_state
+from lookalike.train.checkpoints import Checkpoint, random_state, restore, restore_random_state
 from lookalike.train.curves import Curve
 from lookalike.train.optimizer import build_optimizer, freeze
+from lookalike.train.proxies import whole_state
 from lookalike.train.settings import TrainConfig
 from lookalike.train.tasks import MultiTaskModel
 from lookalike.vision.tuning import averaged
@@ -27,7 +28,7 @@ class Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     average: Any
-    """timm's moving average of the model, or None."""
+    """timm's moving average of the encoder, or None."""
     curve: Curve
     step: int = 0
     worlds: list[list[int]] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Training:
         freeze(model, config)
         optimizer, schedule = build_optimizer(model, config, total_steps)
         scaler = torch.amp.GradScaler(enabled=config.precision == "float16")  # type: ignore[attr-defined]
-        average = None if config.ema_decay is None else averaged(model, config.ema_decay)
+        average = None if config.ema_decay is None else averaged(model.encoder, config.ema_decay)
         return cls(model, optimizer, schedule, scaler, average, Curve(total_steps))
 
     @property
@@ -53,7 +54,7 @@ class Training:
         self.scaler.update()
         self.schedule.step()
         if self.average is not None:
-            self.average.update(self.model, step)
+            self.average.update(self.model.encoder, step)
         self.step = step
 
     def join(self, world: int) -> None:
@@ -88,6 +89,6 @@ class Training:
 
 def export_weights(state: dict[str, Any], encoder: nn.Module) -> None:
     """Fill an encoder from a finished run's state: with the averaged weights where there are any."""
-    whole = state["average"] or state["model"]
-    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in whole.items()
-                             if name.startswith("encoder.")})  # fmt: skip
+    own = {name.removeprefix("encoder."): value for name, value in state["model"].items()
+           if name.startswith("encoder.")}  # fmt: skip
+    encoder.load_state_dict(state["average"] or own)

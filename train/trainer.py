@@ -21,7 +21,7 @@ from lookalike.registry import nearest
 from lookalike.stages import Input, StageRun
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.checkpoints import last_checkpoint
-from lookalike.train.loader import list_units, require_units, split_batch
+from lookalike.train.loader import list_units, require_units
 from lookalike.train.loop import train_worker
 from lookalike.train.memory import require_memory
 from lookalike.train.settings import LoopConfig, TrainConfig
@@ -67,7 +67,6 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
         else:
             valid = sorted({uri.rsplit("/", 2)[-2] for uri in shards.files(suffix=".parquet")})
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
-    split_batch(train.micro_batch, train.mix)
     teacher = find_teacher(train, run.many("teacher"))
     encoder, num_classes = resolve_encoder(train, read_config(source)), count_classes(train, shards, teacher)
     require_memory(train.tasks, encoder.dims, num_classes, rows=train.micro_batch, world=train.num_workers,

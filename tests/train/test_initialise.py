@@ -8,6 +8,8 @@ import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
+from lookalike.errors import ArtifactError
+from lookalike.train import initialise
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
 from lookalike.train.loader import list_units, read_unit
 from lookalike.train.matryoshka import NestedCosine, Nesting
@@ -62,3 +64,20 @@ def test_sampled_features_are_the_backbone_s_of_the_images_named(tmp_path: Path)
     images = torch.stack([transform(decode(value.as_py())) for table in tables for value in table["image"]])
     with torch.no_grad():
         assert torch.allclose(found, backbone.eval()(images), atol=1e-5)
+
+
+def test_a_large_dataset_is_looked_into_at_a_few_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initialise, "MAX_UNITS", 3)
+    rows = shard_rows("catalogue", 20, 0)
+    units = list_units([write_shard(str(tmp_path / "part-0.parquet"), rows, 2)])
+    transform = build_eval_transform(TransformConfig(size=32))
+    _, labels = sample_features(create_backbone("test_efficientnet"), units, transform, ["group"], 6)
+    assert labels["group"].tolist() == [rows[i]["group"] for i in (0, 1, 6, 7, 12, 13)]
+
+
+def test_a_label_beyond_the_classes_is_named_before_proxies_are_made(tmp_path: Path) -> None:
+    units = list_units([write_shard(str(tmp_path / "part-0.parquet"), shard_rows("catalogue", 12, 0), 4)])
+    transform = build_eval_transform(TransformConfig(size=32))
+    with pytest.raises(ArtifactError, match=r"row group 0: column 'group' holds 2, but classes\.json has 2 classes"):
+        sample_features(create_backbone("test_efficientnet"), units, transform, ["group"], 12,
+                        num_classes={"group": 2, "labels": 1})  # fmt: skip

@@ -12,7 +12,7 @@ from lookalike.errors import UsageError
 from lookalike.train.losses import binarize
 from lookalike.train.pairs import contrastive_loss, cosine_loss
 from lookalike.train.regularizers import koleo_loss, relational_loss, teacher_cosine_loss
-from lookalike.train.tasks import TASKS, MultiTaskModel, TaskConfig, build_tasks, check_batch
+from lookalike.train.tasks import TASKS, MultiTaskModel, TaskConfig, build_tasks
 
 DIMS, CLASSES = (4, 8), {"labels": 5, "category": 3, "group": 4}
 CONFIGS = {
@@ -280,23 +280,3 @@ def test_dims_that_the_embedding_lacks_are_refused() -> None:
     config = TaskConfig(kind="softmax", field="category", dims=(3, 4))
     with pytest.raises(UsageError, match=r"task 'x' has dims \[3, 4\], but .* nested at \[4, 8\]; drop 3"):
         build_tasks({"x": config}, (4, 8), CLASSES, (1.0, 1.0))
-
-
-def test_a_class_that_does_not_exist_is_named() -> None:
-    batch = make_batch()
-    check_batch(CONFIGS, CLASSES, batch)
-    batch["labels"] = torch.tensor([[0, 2], [1, -1], [-1, -1], [4, 5]])
-    with pytest.raises(UsageError, match="task 'weak': field 'labels' holds 5, but class ids go from 0 to 4, and -1"):
-        check_batch(CONFIGS, CLASSES, batch)
-    batch = {**make_batch(), "group": torch.tensor([3, -2, -1, 0])}
-    with pytest.raises(UsageError, match="task 'identity': field 'group' holds -2, but class ids go from 0 to 3"):
-        check_batch(CONFIGS, CLASSES, batch)
-
-
-def test_columns_that_are_no_classes_are_only_looked_for() -> None:
-    views = {"views": TaskConfig(kind="contrastive", field="row")}
-    check_batch(views, CLASSES, {**make_batch(), "row": torch.tensor([10**12, 5, 10**12, 5])})
-    with pytest.raises(UsageError, match=r"task 'views' reads 'row', which the batches lack; .*\(views: 2\)"):
-        check_batch(views, CLASSES, make_batch())
-    with pytest.raises(UsageError, match="task 'd' reads 'teacher', which the batches lack; name a teacher"):
-        check_batch({"d": TaskConfig(kind="distill", field="teacher")}, CLASSES, make_batch())

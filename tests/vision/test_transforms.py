@@ -10,10 +10,11 @@ from PIL import Image
 from lookalike.vision.transforms import (
     AugmentConfig,
     TransformConfig,
+    build_augmentation,
     build_eval_transform,
     build_train_transform,
     crop_to_square,
-    normalise_pixels,
+    normalize_pixels,
     pad_to_square,
     to_pixels,
 )
@@ -47,7 +48,7 @@ def test_pixels_normalised_as_a_batch_are_what_torchvision_makes_of_each_picture
 
     config = TransformConfig(size=32, fit=fit, mean=(0.48, 0.45, 0.4), std=(0.22, 0.23, 0.24))  # type: ignore[arg-type]
     images = [picture(50, 40), picture(20, 90)]
-    batch = normalise_pixels(torch.from_numpy(np.stack([to_pixels(image, config) for image in images])), config)
+    batch = normalize_pixels(torch.from_numpy(np.stack([to_pixels(image, config) for image in images])), config)
     steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]
     for image, normalised in zip(images, batch, strict=True):
         square = pad_to_square(image, 32) if fit == "pad" else crop_to_square(image, 32, config.crop_fraction)
@@ -133,3 +134,17 @@ def test_rand_augment_changes_pictures_more_the_stronger_it_is() -> None:
         views = torch.stack([transform(image) for _ in range(40)])
         changes.append(float((views - views.median(dim=0).values).abs().mean()))
     assert changes[0] < changes[1] < changes[2]
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_pixels_normalised_as_a_batch_are_those_of_one_picture_after_the_other(fit: str) -> None:
+    config = TransformConfig(size=40, fit=fit, mean=(0.1, 0.2, 0.7), std=(0.3, 0.6, 0.2))  # type: ignore[arg-type]
+    augment = AugmentConfig(rotation_deg=20.0, grayscale=0.5)
+    whole, cut = build_train_transform(config, augment), build_augmentation(config, augment)
+    pictures = [picture(90, 70), picture(41, 200), picture(12, 12)]
+    torch.manual_seed(1)
+    expected = torch.stack([whole(image) for image in pictures])
+    torch.manual_seed(1)
+    pixels = torch.from_numpy(np.stack([np.asarray(cut(image)) for image in pictures])).permute(0, 3, 1, 2)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(normalize_pixels(pixels, config), expected)

@@ -1,15 +1,12 @@
-"""Encoder and tasks as one module, and the check of a batch before it is used."""
+"""Encoder and tasks as one module."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
-from lookalike.train.tasks.base import CLASS_FIELDS, TASKS, Batch, Task, TaskConfig
-
-REMEDIES = {"row": "train on two views of every picture (views: 2)", "teacher": "name a teacher to distil from"}
+from lookalike.train.tasks.base import TASKS, Batch, Task, TaskConfig
 
 
 class MultiTaskModel(nn.Module):
@@ -49,23 +46,3 @@ def build_tasks(
             seed=derive_seed(seed, "task", name), dims_per_step=dims_per_step,
         )  # fmt: skip
     return tasks
-
-
-def check_batch(configs: Mapping[str, TaskConfig], num_classes: Mapping[str, int], batch: Batch) -> None:
-    """Raise ``UsageError`` when a column that a task reads is missing, or holds a class id that does not exist.
-
-    One smallest and one largest value a column: call it while the batch is still on the CPU.
-    """
-    for name, config in configs.items():
-        if config.field not in batch:
-            raise UsageError(f"task {name!r} reads {config.field!r}, which the batches lack; "
-                             f"{REMEDIES.get(config.field, 'write the shards again')}")  # fmt: skip
-        values = batch[config.field]
-        if config.field not in CLASS_FIELDS or not values.numel():
-            continue
-        low, high = (int(value) for value in values.aminmax())
-        limit = num_classes[config.field] - 1
-        if low < -1 or high > limit:
-            raise UsageError(f"task {name!r}: field {config.field!r} holds {low if low < -1 else high}, but class ids "
-                             f"go from 0 to {limit}, and -1 means unknown; the shards do not match their "
-                             "classes.json: write them again")  # fmt: skip

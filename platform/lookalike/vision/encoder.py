@@ -25,7 +25,7 @@ from lookalike.errors import UsageError
 from lookalike.vision.backbones import Pooling, create_backbone
 from lookalike.vision.images import MAX_PIXELS, decode
 from lookalike.vision.resolution import resize_input
-from lookalike.vision.transforms import TransformConfig, normalise_pixels, to_pixels
+from lookalike.vision.transforms import TransformConfig, normalize_pixels, to_pixels
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -163,7 +163,7 @@ class Encoder:
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Vectors float32 [n, dim] of one batch of pixels, uint8 [n, 3, size, size]."""
-        batch = normalise_pixels(torch.from_numpy(pixels).to(self._device), self.config.transform)
+        batch = normalize_pixels(torch.from_numpy(pixels).to(self._device), self.config.transform)
         half = self.precision != "float32"
         with torch.inference_mode(), torch.autocast(self._device.type, getattr(torch, self.precision), enabled=half):
             vectors = self._model(batch.contiguous(memory_format=torch.channels_last))

@@ -56,7 +56,7 @@ def build_eval_transform(config: TransformConfig) -> Transform:
 
 
 def _to_input(image: Image.Image, config: TransformConfig) -> torch.Tensor:
-    return normalise_pixels(torch.from_numpy(to_pixels(image, config)), config)
+    return normalize_pixels(torch.from_numpy(to_pixels(image, config)), config)
 
 
 def to_pixels(image: Image.Image, config: TransformConfig) -> npt.NDArray[np.uint8]:
@@ -68,17 +68,19 @@ def to_pixels(image: Image.Image, config: TransformConfig) -> npt.NDArray[np.uin
     return np.asarray(square).transpose(2, 0, 1).copy()
 
 
-def normalise_pixels(pixels: torch.Tensor, config: TransformConfig) -> torch.Tensor:
-    """uint8 [..., 3, size, size] -> float32 of the same shape: scaled to [0, 1], less the mean, over the deviation."""
-    from torchvision.transforms.v2 import functional
-
-    scaled = functional.to_dtype(pixels, torch.float32, scale=True)
-    normalised: torch.Tensor = functional.normalize(scaled, list(config.mean), list(config.std))
-    return normalised
-
-
 def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Transform:
     """RGB image -> float32 tensor [3, size, size], randomly cropped and coloured (torch's global generator)."""
+    from torchvision.transforms import v2
+
+    transform: Transform = v2.Compose([build_augmentation(config, augment), *_to_tensor(config)])
+    return transform
+
+
+def build_augmentation(config: TransformConfig, augment: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
+    """RGB image -> RGB image of size x size, randomly cropped and coloured (torch's global generator).
+
+    ``normalize_pixels`` makes of its pixels what ``build_train_transform`` makes of the image.
+    """
     from torchvision.transforms import v2
 
     steps: list[object] = [v2.RandomResizedCrop(config.size, scale=(augment.min_scale, 1.0), antialias=True)]
@@ -94,8 +96,18 @@ def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Tr
         steps.append(v2.ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
     if augment.grayscale:
         steps.append(v2.RandomGrayscale(augment.grayscale))
-    transform: Transform = v2.Compose([*steps, *_to_tensor(config)])
-    return transform
+    augmentation: Callable[[Image.Image], Image.Image] = v2.Compose(steps)
+    return augmentation
+
+
+def normalize_pixels(pixels: torch.Tensor, config: TransformConfig) -> torch.Tensor:
+    """uint8 [..., 3, size, size] -> float32 of the same shape on its device: scaled to [0, 1], less the mean, over the
+    deviation; a batch gives what its images give one by one."""
+    from torchvision.transforms.v2 import functional
+
+    scaled = functional.to_dtype(pixels, torch.float32, scale=True)
+    normalized: torch.Tensor = functional.normalize(scaled, list(config.mean), list(config.std), inplace=True)
+    return normalized
 
 
 def pad_to_square(image: Image.Image, size: int) -> Image.Image:
