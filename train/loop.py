@@ -104,8 +104,8 @@ def require_even_rounds(train: TrainConfig, world: int) -> None:
     together = [name for name, task in train.tasks.items() if task.shard or task.across_workers]
     if together and train.num_workers % world:
         raise UsageError(f"task {together[0]!r} needs all workers at once, but {world} workers cannot share the "
-                         f"{train.num_workers} data streams evenly; give back nodes for a divisor of {train.num_workers}, "
-                         "or wait for all with min_workers=null")  # fmt: skip
+                         f"{train.num_workers} data streams evenly; give it a divisor of them, or wait "
+                         "for all with min_workers=null")  # fmt: skip
 
 
 def agree(found: Checkpoint | None) -> Checkpoint | None:

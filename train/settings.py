@@ -189,7 +189,8 @@ class TrainConfig(StageConfig):
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}; lower it")
         if self.micro_batch % self.views:
-            raise ValueError(f"a worker's part of a batch has {self.micro_batch} images, no multiple of views {self.views}")
+            raise ValueError(f"a worker's part of a batch, {self.micro_batch} images, is no multiple of views "
+                             f"{self.views}")  # fmt: skip
         if self.loader_processes and self.decode_actors:
             raise ValueError(f"loader_processes {self.loader_processes} and decode_actors {self.decode_actors} exclude "
                              "each other; set one of them to 0")  # fmt: skip
