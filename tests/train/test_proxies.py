@@ -59,6 +59,7 @@ def alone() -> dict[str, Any]:
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses, "norms": norms}
 
 
+@pytest.mark.slow
 def test_losses_of_each_worker(trained: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for step in range(STEPS):
         for rank in range(WORLD):
@@ -68,12 +69,14 @@ def test_losses_of_each_worker(trained: list[dict[str, Any]], alone: dict[str, A
                 assert expected > 0
 
 
+@pytest.mark.slow
 def test_gradient_norms_count_every_shard_once(trained: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for rank in range(WORLD):
         assert torch.allclose(torch.stack(trained[rank]["norms"]), torch.stack(alone["norms"]), rtol=1e-9)
     assert min(alone["norms"]) > 1.0  # clipping did something
 
 
+@pytest.mark.slow
 def test_weights_and_moments_after_some_steps(trained: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for state in trained:
         assert state["model"].keys() == alone["model"].keys()
@@ -86,6 +89,7 @@ def test_weights_and_moments_after_some_steps(trained: list[dict[str, Any]], alo
                 assert torch.allclose(found, value, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_each_worker_holds_its_part_and_takes_it_from_a_checkpoint(trained: list[dict[str, Any]]) -> None:
     held = [set(state["rows"].values()) for state in trained]
     assert held == [{3}, {4}]
@@ -94,6 +98,7 @@ def test_each_worker_holds_its_part_and_takes_it_from_a_checkpoint(trained: list
     assert all(state["same"] for state in trained)
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_goes_on_with_another_number_of_workers(trained: list[dict[str, Any]]) -> None:
     model = make_model(shard=True, seed=3)  # one process: heads are whole
     optimizer = make_optimizer(model)
@@ -106,6 +111,7 @@ def test_a_whole_checkpoint_goes_on_with_another_number_of_workers(trained: list
     assert moments["state"][0]["step"] == STEPS + 1
 
 
+@pytest.mark.slow
 def test_the_random_start_does_not_depend_on_the_workers(trained: list[dict[str, Any]]) -> None:
     for name, value in trained[0]["drawn"].items():
         assert torch.equal(value, trained[1]["drawn"][name])
@@ -113,6 +119,7 @@ def test_the_random_start_does_not_depend_on_the_workers(trained: list[dict[str,
             assert torch.allclose(value.norm(dim=1), torch.ones(CLASSES, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_a_worker_without_classes_adds_nothing(trained: list[dict[str, Any]]) -> None:
     expected = torch.tensor([1.0, 2.0 + math.log(2.0)])
     assert all(torch.allclose(state["logsumexp"], expected) for state in trained)

@@ -50,5 +50,5 @@ def test_a_task_s_dims_must_be_the_embedding_s(shards: Artifact, encoder: Artifa
 def test_tasks_above_the_memory_given_are_refused(shards: Artifact, encoder: Artifact) -> None:
     tasks = {"c": {"kind": "normalized_softmax", "field": "group"}}
     settle(shards, encoder, tasks, task_memory_gib=1.0)
-    with pytest.raises(UsageError, match=r"the tasks need .* GiB a worker, task_memory_gib 1e-06; the largest is 'c'"):
+    with pytest.raises(UsageError, match=r"need .* GiB a worker, more than task_memory_gib 1e-06; the largest is 'c'"):
         settle(shards, encoder, tasks, task_memory_gib=1e-6)
