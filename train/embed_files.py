@@ -4,8 +4,7 @@ A file of the corpus becomes a part; its row groups wait in a folder of their ow
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 
 from lookalike import schemas, storage
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.train.loader import Unit, list_units, read_unit
+from lookalike.train.units import Unit, list_units, read_unit
 from lookalike.vision.encoder import read_pixels
 from lookalike.vision.images import ImageError
 from lookalike.vision.transforms import TransformConfig
@@ -44,24 +43,12 @@ def join_groups(target: str, work: str, number: int, names: Sequence[str]) -> No
 
 def row_group_sizes(uri: str) -> list[int]:
     """Rows of each row group of a parquet file; a damaged file raises ``ArtifactError``."""
-    with _damage_named(uri):
-        return [unit.num_rows for unit in list_units([uri])]
+    return [unit.num_rows for unit in list_units([uri])]
 
 
 def read_group(uri: str, group: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a row group; one that cannot be read raises ``ArtifactError``."""
-    with _damage_named(f"row group {group} of {uri}"):
-        return read_unit(Unit(uri, group, 0), columns)
-
-
-@contextmanager
-def _damage_named(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{what} cannot be read ({told}); restore the file from a copy, or run again if its store "
-                            "was out of reach: what is finished is kept") from None  # fmt: skip
+    return read_unit(Unit(uri, group, 0), columns)
 
 
 def decode_rows(table: pa.Table, transform: TransformConfig, where: str) -> npt.NDArray[np.uint8]:

@@ -20,8 +20,8 @@ from lookalike.artifacts import MANIFEST, Artifact, FileEntry, lineage
 from lookalike.errors import UsageError
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.cards import describe_lineage, model_card, report_figures
-from lookalike.train.loader import list_units, read_unit
 from lookalike.train.onnx import check_parity, write_onnx
+from lookalike.train.units import list_units, read_unit
 from lookalike.vision.encoder import CARD_FILE, CONFIG_FILE, MODEL_FILE, read_config, read_encoder, read_pixels
 
 log = get_logger(__name__)

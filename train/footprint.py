@@ -107,8 +107,8 @@ def measure(
     return StepMemory(
         parameters=parameters, gradients=gradients, buckets=gradients if train.num_workers > 1 else 0,
         optimizer=gradients * (2 if train.optimizer == "adamw" else int(train.momentum > 0)),
-        average=_bytes(network) if train.ema_decay is not None else 0, teacher=teacher_size, batch=batch["images"].nbytes,
-        encoder_activations=body, head_activations=heads, unknown=unknown,
+        average=_bytes(network) if train.ema_decay is not None else 0, teacher=teacher_size,
+        batch=batch["images"].nbytes, encoder_activations=body, head_activations=heads, unknown=unknown,
     )  # fmt: skip
 
 

@@ -23,13 +23,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.seeds import derive_seed
 from lookalike.train.draws import Draw, Light
-from lookalike.train.streams import Slice, Stream, build_streams, require_units, split_batch
-from lookalike.train.units import REMEDY, Unit, list_units, read_unit
+from lookalike.train.streams import Slice, Stream
+from lookalike.train.units import REMEDY, Unit, read_unit
 from lookalike.vision.images import ImageError, decode
 from lookalike.vision.transforms import TransformConfig, normalize_pixels
-
-__all__ = ["BatchBuilder", "BatchDataset", "Slice", "Stream", "Unit", "build_loader", "build_streams", "list_units",
-           "on_device", "read_unit", "require_units", "split_batch"]  # fmt: skip
 
 Batch = dict[str, Any]
 """``images`` uint8 [n, 3, H, W] channels-last (float32 once on the device); ``labels`` int64 [n, K] padded with -1;

@@ -28,7 +28,6 @@ from lookalike.train.batches import feed, worker_batches
 from lookalike.train.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint
 from lookalike.train.curves import Gauges, Pace, StepReader, StepValues, publish, stop_if_bad
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
-from lookalike.train.loader import list_units
 from lookalike.train.matryoshka import NestedCosine
 from lookalike.train.optimizer import set_train_mode
 from lookalike.train.proxies import clip_gradients, ignore_in_ddp
@@ -37,6 +36,7 @@ from lookalike.train.state import Training
 from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
 from lookalike.train.teacher import Teacher
 from lookalike.train.trackers import TrackedRun, Tracker, start_trackers
+from lookalike.train.units import list_units
 from lookalike.vision.encoder import EmbeddingModel, read_encoder
 from lookalike.vision.transforms import build_eval_transform
 from lookalike.vision.tuning import is_convolutional, recompute_activations
@@ -100,12 +100,12 @@ def train_worker(values: dict[str, Any]) -> None:
 
 
 def require_even_rounds(train: TrainConfig, world: int) -> None:
-    """Raise ``UsageError`` when tasks in which all workers take part at once would find some of them without a batch."""
+    """Raise ``UsageError`` when tasks that all workers compute together would find some without a batch."""
     together = [name for name, task in train.tasks.items() if task.shard or task.across_workers]
     if together and train.num_workers % world:
-        raise UsageError(f"task {together[0]!r} needs all workers at once, but {world} workers cannot share the "
-                         f"{train.num_workers} data streams evenly; give it a divisor of them, or wait "
-                         "for all with min_workers=null")  # fmt: skip
+        raise UsageError(f"task {together[0]!r} needs all workers at once, but {world} of them cannot share "
+                         f"{train.num_workers} data streams evenly; wait for all (min_workers=null), or for a number "
+                         f"that divides {train.num_workers}")  # fmt: skip
 
 
 def agree(found: Checkpoint | None) -> Checkpoint | None:
@@ -120,7 +120,8 @@ def agree(found: Checkpoint | None) -> Checkpoint | None:
 def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
     """Backbone of the source encoder, projection and heads; ``initialise`` starts the last two from training images."""
     train = config.train
-    _, source = read_encoder(Artifact.open(config.source_encoder, "encoder"))
+    _, source = read_encoder(Artifact.open(config.source_encoder, "encoder"), size=config.encoder.transform.size,
+                             drop_path=train.drop_path)  # fmt: skip
     encoder = EmbeddingModel(source.backbone, config.encoder.num_features,
                              config.encoder.dim if config.encoder.projection else None)  # fmt: skip
     dims = config.encoder.dims
@@ -143,7 +144,7 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
     features, labels = sample_features(
         encoder.backbone, units, build_eval_transform(config.encoder.transform),
         sorted({task.config.field for task in cosine}), config.train.initialise_images,
-        num_classes=config.num_classes,
+        num_classes=config.class_fields,
     )  # fmt: skip
     if isinstance(encoder.projection, nn.Linear):
         weight = pca_projection(features, config.encoder.dim, config.train.projection_whitening)

@@ -35,6 +35,10 @@ class TrainConfig(StageConfig):
     dims_per_step: int | None = Field(None, ge=1)
     """Nested dims trained in a step, the largest among them and the others at random; None trains all of them. The
     weights c_m of those drawn stay as they are."""
+    image_size: int | None = Field(None, ge=32, le=1024)
+    """Side of the images in pixels, where it differs from the starting encoder's: position embeddings are resized."""
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0)
+    """Stochastic depth: share of residual branches left out at the backbone's end, fewer before it."""
     initialise: Literal["data", "random"] = "data"
     """``data``: a PCA projection and class-mean proxies from a sample of training images (see ``initialise``)."""
     initialise_images: int = Field(4096, ge=1)

@@ -21,11 +21,12 @@ from lookalike.registry import nearest
 from lookalike.stages import Input, StageRun
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.checkpoints import last_checkpoint
-from lookalike.train.loader import list_units, require_units
 from lookalike.train.loop import train_worker
 from lookalike.train.memory import require_memory
 from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.state import export_weights
+from lookalike.train.streams import require_units
+from lookalike.train.units import list_units
 from lookalike.vision.encoder import EncoderConfig, build_model, read_config, save_encoder
 
 log = get_logger(__name__)
@@ -82,9 +83,10 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
 
 def resolve_encoder(train: TrainConfig, base: EncoderConfig) -> EncoderConfig:
     """The configuration of the encoder that training from ``base`` makes."""
+    size = {} if train.image_size is None else {"size": train.image_size}
     return EncoderConfig(backbone=base.backbone, num_features=base.num_features,
                          dims=train.resolve_dims(base.num_features), projection=train.embedding_dim is not None,
-                         transform=base.transform)  # fmt: skip
+                         pooling=base.pooling, transform=base.transform.model_copy(update=size))  # fmt: skip
 
 
 def count_classes(train: TrainConfig, shards: Artifact, teacher: Artifact | None) -> dict[str, int]:

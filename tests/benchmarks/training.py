@@ -186,7 +186,7 @@ def measure_decoding(dataset: BatchDataset, num: int) -> dict[str, float]:
 
 
 def _images(unit: Any) -> list[bytes]:
-    from lookalike.train.loader import read_unit
+    from lookalike.train.units import read_unit
 
     return list(read_unit(unit, ["image"])["image"].to_pylist())
 

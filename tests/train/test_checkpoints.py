@@ -20,8 +20,8 @@ from lookalike.train.checkpoints import (
     random_state,
     restore,
     restore_random_state,
-    whole_state,
 )
+from lookalike.train.proxies import whole_state
 
 
 def write(folder: Path, step: int, world: int, ranks: list[int] | None = None) -> None:

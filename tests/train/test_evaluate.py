@@ -17,7 +17,7 @@ from lookalike.errors import UsageError
 from lookalike.stages import execute
 from lookalike.train.embed import embedding_table, select_rows, write_part
 from lookalike.train.evaluate import STAGE, EvaluateConfig, RetrievalTask, load, measure_task, nearest_rows, row_indices
-from lookalike.train.loader import list_units
+from lookalike.train.units import list_units
 
 UNKNOWN = range(10)
 TASK = RetrievalTask(queries={"view": ["front"]}, database={"dataset": ["furniture"]}, label="group")

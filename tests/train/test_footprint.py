@@ -53,10 +53,11 @@ def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, va
     moments = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if getattr(v, "ndim", 0))
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     whole = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    body = sum(t.nbytes for t in (*model.encoder.parameters(), *model.encoder.buffers()))
     assert told.encoder_activations + told.head_activations == pytest.approx(kept, rel=0.01)
     assert (told.parameters, told.gradients, told.batch) == (whole, gradients, batch["images"].nbytes)
     assert told.optimizer == pytest.approx(moments, abs=4 * len(optimizer.state))  # step counters besides
-    assert told.average == (whole if train.ema_decay else 0)
+    assert told.average == (body if train.ema_decay else 0)
     assert told.buckets == (gradients if train.num_workers > 1 else 0)
     assert told.unknown == ()
     parts = {name: value for name, value in vars(told).items() if name != "unknown"}

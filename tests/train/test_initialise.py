@@ -11,8 +11,8 @@ from sklearn.preprocessing import normalize
 from lookalike.errors import ArtifactError
 from lookalike.train import initialise
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
-from lookalike.train.loader import list_units, read_unit
 from lookalike.train.matryoshka import NestedCosine, Nesting
+from lookalike.train.units import list_units, read_unit
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.images import decode
 from lookalike.vision.transforms import TransformConfig, build_eval_transform

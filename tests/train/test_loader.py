@@ -17,8 +17,9 @@ from lookalike.errors import ArtifactError, UsageError
 from lookalike.sampling import round_repeats, stable_keys
 from lookalike.seeds import derive_seed
 from lookalike.train.draws import BalanceConfig
-from lookalike.train.loader import BatchDataset, Stream, build_loader, build_streams, list_units, on_device, split_batch
-from lookalike.train.units import read_unit
+from lookalike.train.loader import BatchDataset, build_loader, on_device
+from lookalike.train.streams import Stream, build_streams, split_batch
+from lookalike.train.units import list_units, read_unit
 from lookalike.vision.images import decode
 from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation, build_train_transform
 from tests.train.conftest import NUM_CLASSES, shard_rows, write_shard

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.train.draws import BalanceConfig, arrange_runs, repeated_rows
-from lookalike.train.loader import BatchDataset, build_streams
+from lookalike.train.loader import BatchDataset
 from lookalike.train.settings import TrainConfig
+from lookalike.train.streams import build_streams
 from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation
 from tests.train.conftest import shard_rows, write_shard
 
@@ -100,7 +101,7 @@ def test_rows_left_out_and_repeated_are_counted(tmp_path: Path, caplog: pytest.L
     [({"balance": {"furnitur": {}}}, "balance names 'furnitur', which mix does not have; it has furniture"),
      ({"balance": {"furniture": {"samples": 5}}}, "holds 8 pictures of dataset 'furniture', no multiple of balance."),
      ({"balance": {"furniture": {"samples": 1}}}, "'balance.furniture.samples' is 1"),
-     ({"views": 2, "batch_size": 18}, "batch_size 18 is no multiple of num_workers 2 times views 2"),
+     ({"views": 2, "batch_size": 18}, "a worker's part of a batch, 9 images, is no multiple of views 2"),
      ({"loader_processes": 1, "decode_actors": 1}, "loader_processes 1 and decode_actors 1 exclude each other")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_explained(values: dict[str, Any], words: str) -> None:
@@ -110,5 +111,5 @@ def test_settings_that_cannot_be_are_explained(values: dict[str, Any], words: st
 
 def test_batch_size_counts_images_of_all_views() -> None:
     config = parse_config(TrainConfig, {"tasks": TASKS, "mix": {"a": 3, "b": 1}, "batch_size": 32, "views": 2}, "x")
-    assert config.pictures(2) == {"a": 6, "b": 2}
-    assert config.pictures(1) == {"a": 12, "b": 4}
+    assert config.pictures() == {"a": 6, "b": 2}
+    assert config.model_copy(update={"accumulation": 2}).pictures() == {"a": 3, "b": 1}

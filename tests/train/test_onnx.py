@@ -11,7 +11,7 @@ from lookalike.cli import main
 from lookalike.errors import LookalikeError
 from lookalike.train.onnx import check_parity, write_onnx
 from lookalike.vision.encoder import Encoder, read_encoder, read_pixels
-from lookalike.vision.transforms import normalise_pixels
+from lookalike.vision.transforms import normalize_pixels
 
 from .encoders import draw, publish_corpus, publish_encoder
 
@@ -40,7 +40,7 @@ def test_an_exported_file_gives_the_encoder_s_vectors_for_any_batch(backbone: st
     ours = Encoder.load(encoder)
     for num in (1, 2, 7):
         images = [draw(100 + n) for n in range(num)]
-        batch = normalise_pixels(torch.from_numpy(read_pixels(images, ours.config.transform)), ours.config.transform)
+        batch = normalize_pixels(torch.from_numpy(read_pixels(images, ours.config.transform)), ours.config.transform)
         (vectors,) = session.run(["embedding"], {"images": batch.numpy()})
         assert np.allclose(vectors, ours.encode(images), atol=1e-4 * np.abs(vectors).max())
     card = (tmp_path / "out/README.md").read_text()

@@ -9,6 +9,7 @@ import torch
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
+from lookalike.stages import StageRun
 from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.trainer import model_card, resolve
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
@@ -27,14 +28,16 @@ def encoder(tmp_path: Path) -> Artifact:
 
 def settle(shards: Artifact, encoder: Artifact, tasks: dict[str, Any], **values: Any) -> LoopConfig:
     config = {"tasks": tasks, "mix": {"catalogue": 1}, "embedding_dim": 8, "dims": [4, 8], "batch_size": 8, **values}
-    return resolve(parse_config(TrainConfig, config, "step 'finetune'"), shards, encoder)
+    train = parse_config(TrainConfig, config, "step 'finetune'")
+    out = Draft(encoder.uri, "encoder", "tiny", "6" * 20)
+    return resolve(StageRun(train, {"shards": [shards], "encoder": [encoder]}, out))
 
 
 def test_tasks_without_classes_are_let_through_and_described(shards: Artifact, encoder: Artifact) -> None:
     tasks = {"views": {"kind": "contrastive", "field": "row"}, "spread": {"kind": "koleo", "field": "images"},
              "category": {"kind": "softmax", "field": "category", "dims": [4]}}  # fmt: skip
-    config = settle(shards, encoder, tasks, dims_per_step=1)
-    card = model_card("tiny", config, [])
+    config = settle(shards, encoder, tasks, dims_per_step=1, views=2)
+    card = model_card("tiny", config, {})
     assert "- `views`: contrastive over `row`, mrl, weight 1.0" in card
     assert f"- `category`: softmax over {config.num_classes['category']} classes of `category`" in card
     assert LoopConfig.model_validate(config.model_dump(mode="json")) == config

@@ -10,14 +10,13 @@ import torch
 from torch.nn import functional
 
 from lookalike.artifacts import Artifact, Draft
+from lookalike.config import parse_config
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.stages import execute
 from lookalike.train import trainer
 from lookalike.train.curves import NonFiniteLossError
 from lookalike.train.finetune import STAGE
 from lookalike.train.settings import TrainConfig
-from lookalike.train.tasks import TASKS as TASK_REGISTRY
-from lookalike.train.tasks import SoftmaxTask
 from lookalike.train.teacher import Teacher
 from lookalike.train.trainer import StopAtOwnErrors, check_resources, own_error, resolve
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
@@ -39,10 +38,8 @@ def publish_teacher(root: str, size: int = 48, mean: float = 0.5) -> Artifact:
 
 
 @pytest.fixture
-def distill(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A stand-in for the task kind, which has tests of its own."""
-    monkeypatch.setitem(TASK_REGISTRY._items, "distill", SoftmaxTask)
-    return {**TASKS, "learn": {"kind": "distill", "field": "group"}}
+def distill() -> dict[str, Any]:
+    return {**TASKS, "learn": {"kind": "distill", "field": "teacher"}}
 
 
 def test_a_teacher_is_wanted_by_tasks_that_distil_and_by_no_others(bench: Bench, distill: dict[str, Any]) -> None:
@@ -88,9 +85,9 @@ def test_a_worker_puts_the_teachers_embeddings_into_the_batch(
     assert torch.equal(batch["teacher"], expected)
 
 
-def test_shares_that_leave_a_dataset_without_rows_are_refused_before_the_run(bench: Bench) -> None:
+def test_shares_that_leave_a_dataset_without_rows_are_refused_before_the_run() -> None:
     with pytest.raises(UsageError, match=r"batch_size 4 leaves no row for \['clipart'\]"):
-        resolve(bench.run(settings(mix={"catalogue": 20, "clipart": 1}, num_workers=2)))
+        parse_config(TrainConfig, settings().model_dump() | {"mix": {"catalogue": 20, "clipart": 1}}, "step 'finetune'")
 
 
 def test_too_few_cpus_or_no_gpu_are_explained_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
