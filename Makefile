@@ -15,7 +15,7 @@ help:
 	@echo "make test-fast    the tests that need neither Ray nor minutes"
 	@echo "make test-soak    accidents and repetitions: workers and drivers killed, full disks, 1, 2 and 4 workers"
 	@echo "make lint         ruff, mypy, import-linter, buf"
-	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning, labels"
+	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning, labels, training ..."
 	@echo "make proto        regenerate the gRPC stubs"
 
 $(VENV)/.run: pyproject.toml constraints.txt
