@@ -210,6 +210,19 @@ def test_triplets_are_mined_anew_at_every_step_and_alike_when_a_step_is_repeated
     assert not list(task.parameters())
 
 
+def test_class_losses_are_float32_under_autocast() -> None:
+    """Scores come in bfloat16; a softmax taken in it would round losses to 1/256 of their size."""
+    torch.manual_seed(0)
+    task = build_tasks({"c": TaskConfig(kind="softmax", field="category")}, (4, 8), CLASSES, (1.0, 1.0))["c"]
+    embedding, labels = torch.randn(16, 8), torch.arange(16) % CLASSES["category"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, scores = task(embedding, {"category": labels}), task.head(embedding)
+    assert {score.dtype for score in scores} == {torch.bfloat16}
+    expected = sum(torch.nn.functional.cross_entropy(score.float(), labels) for score in scores)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_prefix_tasks_stay_exact_under_autocast() -> None:
     z, batch = rows()
     task = make_task(kind="contrastive", field="group")

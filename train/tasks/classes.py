@@ -96,6 +96,7 @@ class ClassTask(Task):
         few = num_classes <= self.config.class_chunk and self.config.nesting == "mrl"
         if few or self.over is None:
             scores = self.head(vectors, dims, classes)
+            scores = [values.to(torch.promote_types(values.dtype, torch.float32)) for values in scores]  # of autocast
             return nested_loss(scores, lambda values: self.row_losses(values, labels), weights)
         columns = labels if labels.ndim == 2 else labels[:, None]
         reduced = self._reduce(vectors, columns, dims, classes)
