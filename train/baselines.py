@@ -1,7 +1,15 @@
-"""What Matryoshka prefixes are compared with: other ways to make an embedding smaller after training."""
+"""What Matryoshka prefixes are compared with: other ways to make an embedding smaller after training.
+
+Each way turns vectors [n, D] into coordinates whose first m columns are the reduction to m dims, whatever m is, so that
+all are measured as prefixes are: truncated, then normalised.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+
+from lookalike.seeds import derive_seed
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,3 +36,34 @@ def project(vectors: Floats, directions: Floats) -> Floats:
     """Coordinates [n, r] of the normalised rows along ``directions`` [r, D]; prefixes of these are the SVD baseline."""
     result: Floats = normalize_prefix(vectors, vectors.shape[1]) @ directions.T
     return result
+
+
+def reduce_svd(vectors: Floats, fit: Floats, seed: int) -> Floats:
+    """Coordinates along the singular directions of the rows ``fit`` [f, D]; no more columns than rows to fit."""
+    return project(vectors, svd_directions(fit))
+
+
+def pick_random(vectors: Floats, fit: Floats, seed: int) -> Floats:
+    """The features in a random order, the same for all rows: the first m are m of the D drawn without replacement.
+
+    The random feature selection of Kusupati et al. 2022 (their "Rand. FS") takes the *first* m of a network that was
+    not nested, which is what truncation measures here; where a projection started from principal directions those are
+    no random choice, so this one draws.
+    """
+    order = np.random.default_rng(derive_seed(seed, "random features")).permutation(vectors.shape[1])
+    result: Floats = vectors[:, order]
+    return result
+
+
+def project_randomly(vectors: Floats, fit: Floats, seed: int) -> Floats:
+    """Gaussian random projection [n, D] (Johnson and Lindenstrauss): the first m columns are one to m dims, up to a
+    scale that normalising takes away."""
+    dim = vectors.shape[1]
+    directions = np.random.default_rng(derive_seed(seed, "random projection")).standard_normal((dim, dim), np.float32)
+    return project(vectors, directions)
+
+
+REDUCTIONS: dict[str, Callable[[Floats, Floats, int], Floats]] = {
+    "svd": reduce_svd, "random": pick_random, "jl": project_randomly,
+}  # fmt: skip
+"""Method -> function of vectors [n, D], the rows [f, D] it may be fitted on, and a seed."""

@@ -1,7 +1,8 @@
 """``lookalike evaluate``: exact retrieval per dimension, the embedding beside its baselines, one report.
 
 The first embeddings artifact is the subject, the others are what it is compared with. Each is measured at its prefixes
-(the subject's nested dims; plain truncation for one that was not trained nested) and, where asked, at its SVD.
+(the subject's nested dims; plain truncation for one that was not trained nested) and, where asked, reduced by SVD, by
+random choice of features and by random projection.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from lookalike.progress import track
 from lookalike.registry import nearest
 from lookalike.retrieval import metrics
 from lookalike.stages import Input, Stage, StageConfig, StageRun
-from lookalike.train.baselines import Floats, normalize_prefix, project, svd_directions
+from lookalike.train.baselines import REDUCTIONS, Floats, normalize_prefix
 from lookalike.train.embed import select_rows
 from lookalike.train.plots import plot_by_dim
 
@@ -52,6 +53,15 @@ class EvaluateConfig(StageConfig):
     """Names of embeddings artifacts (steps) to measure by SVD too."""
     svd_fit: dict[str, list[str]] = {"split": ["train"]}
     """Rows on which the SVD is fitted."""
+    random_of: list[str] = []
+    """Names of those to measure by a random choice of m of their features too, drawn by the stage's seed."""
+    jl_of: list[str] = []
+    """Names of those to measure by a Gaussian (Johnson-Lindenstrauss) projection too, drawn by the stage's seed."""
+
+    @property
+    def reduced(self) -> dict[str, list[str]]:
+        """Method of ``REDUCTIONS`` -> names of the embeddings to measure by it."""
+        return {"svd": self.svd_of, "random": self.random_of, "jl": self.jl_of}
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,12 @@ def measure(embedded: Embedded, config: EvaluateConfig) -> list[dict[str, Any]]:
     full = embedded.vectors.shape[1]
     dims = sorted({*(dim for dim in config.dims if dim <= full), full})
     forms = {"prefix": embedded.vectors}
+    fit = embedded.vectors[:0]
     if embedded.name in config.svd_of:
-        fit = row_indices(embedded.table, config.svd_fit, "svd_fit")
-        forms["svd"] = project(embedded.vectors, svd_directions(embedded.vectors[fit]))
+        fit = embedded.vectors[row_indices(embedded.table, config.svd_fit, "svd_fit")]
+    for method, names in config.reduced.items():
+        if embedded.name in names:
+            forms[method] = REDUCTIONS[method](embedded.vectors, fit, config.seed)
     rows = []
     for method, vectors in forms.items():
         usable = [dim for dim in dims if dim <= vectors.shape[1]]
@@ -159,9 +172,9 @@ def measure(embedded: Embedded, config: EvaluateConfig) -> list[dict[str, Any]]:
 def evaluate(run: StageRun[EvaluateConfig]) -> None:
     """Measure every embedding and write ``report.json`` and a plot per task."""
     config, artifacts = run.config, run.many("embeddings")
-    unknown = sorted(set(config.svd_of) - {artifact.manifest.name for artifact in artifacts})
-    if unknown:
-        raise UsageError(f"svd_of names {unknown}; the embeddings are {[a.manifest.name for a in artifacts]}")
+    for method, names in config.reduced.items():
+        if unknown := sorted(set(names) - {artifact.manifest.name for artifact in artifacts}):
+            raise UsageError(f"{method}_of names {unknown}; the embeddings are {[a.manifest.name for a in artifacts]}")
     rows: list[dict[str, Any]] = []
     for artifact in track(artifacts, "evaluate", len(artifacts), unit="embedding"):
         rows += measure(load(artifact), config)

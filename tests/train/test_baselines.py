@@ -1,12 +1,13 @@
-"""What prefixes are compared with: SVD against scikit-learn, and the order of truncation and normalisation."""
+"""What prefixes are compared with: SVD against scikit-learn, random choice and projection by what defines them."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
-from lookalike.train.baselines import normalize_prefix, project, svd_directions
+from lookalike.train.baselines import REDUCTIONS, normalize_prefix, project, svd_directions
 
 
 def vectors(n: int, dim: int) -> np.ndarray:
@@ -38,3 +39,34 @@ def test_a_zero_prefix_stays_zero() -> None:
     data = vectors(3, 6)
     data[1, :2] = 0.0
     assert normalize_prefix(data, 2)[1].tolist() == [0.0, 0.0]
+
+
+def test_a_random_choice_takes_different_features_each_as_often() -> None:
+    data = vectors(4, 20)
+    first = []
+    for seed in range(300):
+        chosen = REDUCTIONS["random"](data, data[:0], seed)
+        places = [int(np.flatnonzero((data == column[:, None]).all(axis=0))[0]) for column in chosen.T]
+        assert sorted(places) == list(range(20))  # columns of the input, none twice
+        first += places[:5]
+    assert stats.chisquare(np.bincount(first, minlength=20)).pvalue > 1e-3  # m = 5: not biased to the first features
+    again = REDUCTIONS["random"](data, data[:0], 3)
+    assert np.array_equal(again, REDUCTIONS["random"](data, data[:0], 3))
+    assert not np.array_equal(again, REDUCTIONS["random"](data, data[:0], 4))
+
+
+def test_a_random_projection_is_linear_gaussian_and_keeps_cosines_on_average() -> None:
+    data = vectors(200, 30)
+    unit = normalize(data.astype(np.float64))
+    projected = REDUCTIONS["jl"](data, data[:0], 7)
+    matrix, residuals, rank, _ = np.linalg.lstsq(unit, projected.astype(np.float64), rcond=None)
+    assert rank == 30
+    assert residuals.max() < 1e-6  # the same matrix for every row
+    assert stats.kstest(matrix.reshape(-1), "norm").pvalue > 1e-3
+    cosine = float(unit[0] @ unit[1])
+    estimates = []
+    for seed in range(200):
+        pair = normalize_prefix(REDUCTIONS["jl"](data[:2], data[:0], seed), 15)
+        estimates.append(float(pair[0] @ pair[1]))
+    assert abs(np.mean(estimates) - cosine) < 4 * np.std(estimates) / np.sqrt(200) + 0.02  # normalising biases a little
+    assert np.std(estimates) > 0.01

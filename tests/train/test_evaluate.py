@@ -15,6 +15,7 @@ from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.errors import UsageError
 from lookalike.stages import execute
+from lookalike.train.baselines import REDUCTIONS
 from lookalike.train.embed import embedding_table, select_rows, write_part
 from lookalike.train.evaluate import STAGE, EvaluateConfig, RetrievalTask, load, measure_task, nearest_rows, row_indices
 from lookalike.train.units import list_units
@@ -134,10 +135,26 @@ def test_the_report_holds_every_embedding_method_and_dim(tmp_path: Path) -> None
     json.dumps(artifact.stats)
 
 
+def test_reductions_are_measured_as_brute_force_measures_them(tmp_path: Path) -> None:
+    subject, other = publish(str(tmp_path), "vectors", vectors()), publish(str(tmp_path), "other", vectors(dim=6))
+    run_ = run(str(tmp_path), [subject, other], dims=[3], random_of=["vectors"], jl_of=["vectors"], seed=5)
+    rows = [r for r in run_.read_json("report.json")["rows"] if r["task"] == "product"]
+    assert {(r["embedding"], r["method"], r["dim"]) for r in rows} == {
+        *(("vectors", method, dim) for method in ("prefix", "random", "jl") for dim in (3, 12)),
+        *(("other", "prefix", dim) for dim in (3, 6))}  # fmt: skip
+    for row in rows:
+        if row["method"] != "prefix":
+            reduced = REDUCTIONS[row["method"]](vectors(), vectors(), 5)
+            assert row["p_at_1"] == pytest.approx(brute_force(corpus(), reduced, row["dim"])["p_at_1"])
+    full = {r["method"]: r["recall_at_10"] for r in rows if r["dim"] == 12}
+    assert full["random"] == full["prefix"]  # all features in another order
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"svd_of": ["twn"]}, r"svd_of names \['twn'\]; the embeddings are \['vectors'\]"),
+        ({"jl_of": ["twn"]}, r"jl_of names \['twn'\]; the embeddings are \['vectors'\]"),
         ({"tasks": {"t": TASK.model_copy(update={"label": "grup"})}}, r"task label 'grup' .*did you mean 'group'"),
         ({"tasks": {"t": TASK.model_copy(update={"queries": {"vew": ["front"]}})}}, r"names column 'vew'.*view"),
         ({"tasks": {"t": TASK.model_copy(update={"queries": {"view": ["back"]}})}}, r"queries .*back.* select no row"),
