@@ -1,22 +1,35 @@
-"""The learning benchmark's arithmetic and its reading of a recipe."""
+"""The learning benchmark: its arithmetic on made-up rows, its reading of recipes, and one run of the smoke twin."""
 
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lookalike.recipe import Recipe
-from tests.benchmarks.learning import find_roles, seed_overrides, spread, steps_up_to, summarise
+from tests.benchmarks.learning import find_variants, needed_steps, seed_overrides
+from tests.benchmarks.learning_tables import name_of, render_markdown, spread, summarise
 
-RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "deploy" / "recipes"
+ROLES = {"mrl": "nested", "twin": "single", "mrl-e": "tied", "base": "base", "random": "random", "one-task": "trained",
+         "ff-8": "fixed", "ff-64": "fixed"}  # fmt: skip
+NESTED = {"mrl": (8, 64), "mrl-e": (8, 64), "one-task": (8, 64), "twin": (64,), "ff-8": (8,), "ff-64": (64,)}
 
 
-def row(seed: int, role: str, dim: int, p_at_1: float, method: str = "prefix") -> dict[str, Any]:
-    return {"seed": seed, "role": role, "method": method, "dim": dim, "p_at_1": p_at_1, "map_at_10_by_k": p_at_1 / 2}
+def row(seed: int, variant: str, dim: int, p_at_1: float, method: str = "prefix") -> dict[str, Any]:
+    return {"seed": seed, "variant": variant, "role": ROLES[variant], "method": method, "dim": dim, "p_at_1": p_at_1,
+            "nested": dim in NESTED.get(variant, ()), "map_at_10_by_k": p_at_1 / 2,
+            "p_at_1_standard_error": 0.01}  # fmt: skip
 
 
 ROWS = [
-    row(1, "nested", 8, 0.6), row(2, "nested", 8, 0.5), row(1, "nested", 64, 0.8), row(2, "nested", 64, 0.7),
+    row(1, "mrl", 8, 0.6), row(2, "mrl", 8, 0.5), row(1, "mrl", 64, 0.8), row(2, "mrl", 64, 0.7),
     row(1, "twin", 8, 0.3), row(2, "twin", 8, 0.4), row(1, "twin", 64, 0.8), row(2, "twin", 64, 0.75),
     row(1, "twin", 8, 0.55, "svd"), row(2, "twin", 8, 0.35, "svd"),
     row(1, "base", 8, 0.2), row(2, "base", 8, 0.2), row(1, "base", 1280, 0.5), row(2, "base", 1280, 0.5),
@@ -26,36 +39,118 @@ ROWS = [
 
 def test_summary_pairs_seeds_and_takes_the_full_size_of_each() -> None:
     summary = summarise(ROWS)
-    assert summary["seeds"] == [1, 2]
-    assert summary["full_dim_p_at_1"]["base"] == {"mean": 0.5, "min": 0.5, "max": 0.5, "spread": 0.0}
-    assert summary["nested_minus_base"] == {"mean": 0.25, "min": 0.2, "max": 0.3, "spread": 0.1, "above_spread": True}
-    truncated = summary["nested_minus_truncated"]["p_at_1"]
+    assert (summary["seeds"], summary["subject"]) == ([1, 2], "mrl")
+    assert summary["levels"]["p_at_1"]["base"]["1280"] == {"mean": 0.5, "min": 0.5, "max": 0.5, "spread": 0.0}
+    full = summary["subject_minus_at_full_size"]
+    assert full["base"] == {"mean": 0.25, "min": 0.2, "max": 0.3, "spread": 0.1, "above_spread": True}
+    assert full["twin truncated"]["mean"] == -0.025
+    truncated = summary["subject_minus"]["p_at_1"]["twin truncated"]
     assert truncated["8"] == {"mean": 0.2, "min": 0.1, "max": 0.3, "spread": 0.2}
     assert truncated["64"] == {"mean": -0.025, "min": -0.05, "max": 0.0, "spread": 0.05}
-    assert summary["nested_minus_svd"]["map_at_10_by_k"] == {"8": {"mean": 0.05, "min": 0.025, "max": 0.075,
-                                                                   "spread": 0.05}}  # fmt: skip
-    assert summary["ratios"] == {"nested_over_twin_p_at_1": 0.968, "nested_over_base_p_at_1": 1.5,
-                                 "nested_over_random_p_at_1": 75.0}  # fmt: skip
+    assert summary["subject_minus"]["map_at_10_by_k"]["twin svd"] == {"8": {"mean": 0.05, "min": 0.025, "max": 0.075,
+                                                                            "spread": 0.05}}  # fmt: skip
+    assert "random" not in summary["subject_minus"]["p_at_1"]  # no dim in common
+    assert {name: (r["holds"], r["mean"]) for name, r in summary["relations"].items()} == {
+        "above_truncated": (True, 0.2), "above_svd": (True, 0.1)}  # fmt: skip
+    json.dumps(summary)
 
 
 def test_a_margin_within_the_spread_is_told() -> None:
-    close = [row(s, role, 8, p) for role, values in (("nested", (0.5, 0.7)), ("base", (0.5, 0.5)))
+    close = [row(s, name, 8, p) for name, values in (("mrl", (0.5, 0.7)), ("base", (0.5, 0.5)))
              for s, p in enumerate(values)]  # fmt: skip
-    assert summarise(close)["nested_minus_base"]["above_spread"] is False
+    assert summarise(close)["subject_minus_at_full_size"]["base"]["above_spread"] is False
     assert spread([1.0]) == {"mean": 1.0, "min": 1.0, "max": 1.0, "spread": 0.0}
+
+
+def test_fixed_feature_networks_make_one_line_of_their_own_dims() -> None:
+    rows = [*ROWS, row(1, "ff-8", 8, 0.7), row(1, "ff-8", 64, 0.1), row(1, "ff-64", 8, 0.1), row(1, "ff-64", 64, 0.75)]
+    assert [name_of(r) for r in rows[-4:]] == ["fixed", None, None, "fixed"]
+    fixed = summarise(rows)["subject_minus"]["p_at_1"]["fixed"]
+    assert {dim: margin["mean"] for dim, margin in fixed.items()} == {"8": -0.1, "64": 0.05}  # of seed 1, in both
+
+
+@pytest.mark.parametrize(("value", "outside", "holds"), [(0.7, 0.0, True), (0.592, 0.008, True), (0.83, 0.03, False)])
+def test_interpolated_dims_are_held_against_their_neighbours(value: float, outside: float, holds: bool) -> None:
+    rows = [row(1, "mrl", 8, 0.6), row(1, "mrl", 16, value), row(1, "mrl", 64, 0.8), row(1, "mrl", 96, 0.9)]
+    summary = summarise(rows)
+    found = summary["interpolated"]["p_at_1"]
+    assert list(found) == ["16"]  # nothing is nested above 96
+    assert found["16"]["between"] == [8, 64]
+    assert found["16"]["outside"]["mean"] == pytest.approx(outside)
+    assert found["16"]["within"] is summary["relations"]["interpolated"]["holds"] is holds
+
+
+@pytest.mark.parametrize(("tied", "holds"), [(0.79, True), (0.77, False)])
+def test_weight_tying_may_cost_the_smallest_dims_only(tied: float, holds: bool) -> None:
+    rows = [row(1, "mrl", 8, 0.6), row(1, "mrl", 64, 0.8), row(1, "mrl-e", 8, 0.2), row(1, "mrl-e", 64, tied)]
+    assert summarise(rows)["relations"]["tied_level"]["holds"] is holds
+
+
+def test_tables_hold_every_line_and_dim() -> None:
+    text = render_markdown(summarise(ROWS))
+    assert "| mrl | 55.0 (50.0 to 60.0) | 75.0 (70.0 to 80.0) |  |" in text
+    assert "| twin truncated | +20.0 (+10.0 to +30.0) | -2.5 (-5.0 to +0.0) |" in text
+    assert "- above_truncated: holds (worst at 8-d: 20.0)" in text
+    for block in text.split("\n\n"):
+        assert len({line.count("|") for line in block.splitlines() if line.startswith("|")}) <= 1
 
 
 @pytest.mark.parametrize("name", ["quickstart", "smoke"])
 def test_recipes_are_understood(name: str) -> None:
     path = str(RECIPES / f"{name}.yaml")
     recipe = Recipe.load(path)
-    roles = find_roles(recipe, "evaluate")
-    assert roles["vectors"] == "nested"
-    assert roles["twin-vectors"] == "twin"
-    assert roles["base-vectors"] == "base"
-    steps = steps_up_to(recipe, "evaluate")
+    roles = {step: variant.role for step, variant in find_variants(recipe, "evaluate").items()}
+    assert roles.pop("random-vectors", "random") == "random"
+    assert roles == {"vectors": "nested", "twin-vectors": "single", "base-vectors": "base"}
+    steps = needed_steps(recipe, "evaluate")
     assert steps[-1] == "evaluate"
     assert "index" not in steps
     seeded = Recipe.load(path, seed_overrides(recipe, 99, "evaluate"))
     assert {step for step in seeded.steps if seeded.config(step).seed == 99} >= {"pretrain", "finetune", "twin"}
     assert {seeded.config(step).seed for step in ("corpus", "labels", "shards", "base", "base-vectors")} == {17}
+    narrow = {"dataset": ["furniture"]} if name == "quickstart" else {}
+    assert seeded.steps["vectors"].settings.get("where", {}) == narrow
+    assert "where" not in seeded.steps["base-vectors"].settings
+
+
+@pytest.mark.parametrize("name", ["learning", "learning-smoke", "learning-grocery"])
+def test_variants_differ_from_the_subject_in_what_they_are_named_for(name: str) -> None:
+    path = str(RECIPES / f"{name}.yaml")
+    recipe = Recipe.load(path)
+    found = {variant.name: variant for variant in find_variants(recipe, "evaluate").values()}
+    assert Counter(variant.role for variant in found.values()) == {
+        "nested": 1, "tied": 1, "single": 1, "fixed": 4, "trained": 5, "base": 1, "random": 1}  # fmt: skip
+    assert (found["mrl"].role, found["mrl-e"].role, found["single"].role) == ("nested", "tied", "single")
+    assert [found[f"ff-{k}"].dims for k in (8, 16, 32, 64)] == [(8,), (16,), (32,), (64,)]
+    subject = recipe.config("mrl").model_dump()
+    differing = {step: {key for key, value in recipe.config(step).model_dump().items() if value != subject[key]}
+                 for step in found if recipe.steps[step].stage == "finetune" and step != "mrl"}  # fmt: skip
+    assert differing == {
+        "mrl-e": {"tasks"}, "single": {"dims"}, "one-task": {"tasks"}, "triplet": {"tasks", "balance"},
+        **{f"ff-{k}": {"dims", "tasks"} for k in (8, 16, 32, 64)}, "probe": {"trainable", "frozen_stages"},
+        "plain": {"resample"}, "scratch": {"frozen_stages", "freeze_batch_norm"},
+    }  # fmt: skip
+    seeded = Recipe.load(path, seed_overrides(recipe, 99, "evaluate"))
+    assert {step for step in recipe.steps if seeded.config(step).seed == 99} == {*found, "evaluate"} - {"base"}
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_the_smoke_twin_runs_to_its_tables(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    environment.pop("RAY_ADDRESS", None)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.learning", "--recipe", "deploy/recipes/learning-smoke.yaml", "--root",
+         str(tmp_path), "--seeds", "1", "--markdown", "--set", "evaluate.dims=[8, 12, 16, 512]"],
+        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=1500, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    *rows, summary = [json.loads(line) for line in run.stdout.splitlines()]
+    cases = Counter((r["variant"], r["method"]) for r in rows)
+    assert {method for variant, method in cases if variant == "single"} == {"prefix", "svd", "random", "jl"}
+    assert len({variant for variant, _ in cases}) == 14
+    assert set(cases.values()) == {4, 5}  # a bare backbone has its full 1280 besides
+    for name, dims in (("fixed", {"8", "16"}), ("triplet", {"8", "12", "16", "512"})):
+        assert set(summary["subject_minus"]["p_at_1"][name]) == dims
+    assert set(summary["relations"]) == {"above_truncated", "above_svd", "tied_level", "interpolated"}
+    assert all(np.isfinite(r["p_at_1"]) for r in rows)
+    assert "| single svd |" in run.stderr
