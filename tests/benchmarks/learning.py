@@ -48,7 +48,7 @@ def needed_steps(recipe: Recipe, last: str) -> list[str]:
     return [name for name in recipe.steps if name in needed]
 
 
-def embeddings_of(recipe: Recipe, evaluation: str) -> list[str]:
+def embed_steps(recipe: Recipe, evaluation: str) -> list[str]:
     """The embed steps that an evaluation reads, in its order, URIs left out."""
     names = recipe.steps[evaluation].inputs["embeddings"]
     return [name for name in ([names] if isinstance(names, str) else names) if name in recipe.steps]
@@ -73,7 +73,7 @@ def describe(recipe: Recipe, encoder: str) -> Variant:
 def find_variants(recipe: Recipe, evaluation: str) -> dict[str, Variant]:
     """Embed step -> variant; the first nested one, tied or not, is the subject."""
     found: dict[str, Variant] = {}
-    for name in embeddings_of(recipe, evaluation):
+    for name in embed_steps(recipe, evaluation):
         encoder = recipe.steps[name].inputs["encoder"]
         assert isinstance(encoder, str)
         variant = describe(recipe, encoder)
@@ -94,7 +94,7 @@ def seed_overrides(recipe: Recipe, seed: int, evaluation: str) -> list[str]:
     random = {name for name in needed if recipe.steps[name].stage == "encoder"
               and describe(recipe, name).role == "random"}  # fmt: skip
     seeded = [name for name in needed if recipe.steps[name].stage in SEEDED or name in {*random, evaluation}]
-    embeds = embeddings_of(recipe, evaluation)
+    embeds = embed_steps(recipe, evaluation)
     wheres = {json.dumps(where) for name in embeds if (where := recipe.steps[name].settings.get("where"))}
     overrides = [f"{name}.seed={seed}" for name in seeded]
     if len(wheres) == 1:

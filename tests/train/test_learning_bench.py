@@ -134,6 +134,14 @@ def test_variants_differ_from_the_subject_in_what_they_are_named_for(name: str) 
     assert {step for step in recipe.steps if seeded.config(step).seed == 99} == {*found, "evaluate"} - {"base"}
 
 
+def test_photographs_are_asked_for_among_those_trained_on_and_in_the_catalogue() -> None:
+    tasks = Recipe.load(str(RECIPES / "learning-grocery.yaml")).config("evaluate").model_dump()["tasks"]
+    natural = {"split": ["test"], "view": ["natural"]}
+    assert tasks["product"] == {"queries": natural, "database": {"split": ["train"], "view": ["natural"]},
+                                "label": "group"}  # fmt: skip
+    assert tasks["catalogue"] == {"queries": natural, "database": {"view": ["iconic"]}, "label": "group"}
+
+
 @pytest.mark.ray
 @pytest.mark.soak
 def test_the_smoke_twin_runs_to_its_tables(tmp_path: Path) -> None:
