@@ -12,6 +12,20 @@ from torch.nn import functional
 Averaging = Literal["mean", "sum"]
 
 
+SHORTEST = 1e-6
+"""Length below which a vector counts as zero."""
+
+
+def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
+    """Rows [n, m] scaled to length 1.
+
+    A row that counts as zero (an image whose features all are) has no direction: it stays zero and gets no gradient,
+    which would otherwise be as large as the inverse of its length.
+    """
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / torch.where(length > SHORTEST, length, torch.inf)
+
+
 def softmax_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy per row [n] of logits [n, C] and labels [n]; rows with label < 0 give zero."""
     safe = labels.clamp_min(0)

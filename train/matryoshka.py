@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lookalike.seeds import derive_seed
+from lookalike.train.losses import unit_rows
 from lookalike.train.proxies import Shard, random_rows
 from lookalike.train.reduction import Factors, prefix_norms, split_prefixes
 
@@ -126,7 +127,7 @@ class NestedCosine(NestedHead):
         dims = dims or self.dims
         proxies = self._chosen(list(self.proxies), dims, classes)
         if self.nesting == "mrl":
-            return [functional.linear(functional.normalize(embedding[:, :m]), functional.normalize(proxy))
+            return [functional.linear(unit_rows(embedding[:, :m]), unit_rows(proxy))
                     for m, proxy in zip(dims, proxies, strict=True)]  # fmt: skip
         products = accumulate_products(embedding, proxies[0], dims)
         lengths = zip(prefix_norms(embedding, dims), prefix_norms(proxies[0], dims), strict=True)

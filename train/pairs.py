@@ -10,9 +10,8 @@ import math
 from typing import Literal
 
 import torch
-from torch.nn import functional
 
-from lookalike.train.losses import masked_mean
+from lookalike.train.losses import masked_mean, unit_rows
 
 Mining = Literal["random", "semi_hard", "distance_weighted"]
 NEAREST, FARTHEST = 0.5, 1.4
@@ -30,7 +29,7 @@ def relate(values: torch.Tensor, candidates: torch.Tensor, offset: int = 0) -> t
 
 def unit_distances(vectors: torch.Tensor) -> torch.Tensor:
     """Euclidean distances [n, n] of the normalised rows [n, m]; the gradient at distance zero is zero."""
-    unit = functional.normalize(vectors)
+    unit = unit_rows(vectors)
     squared = 2.0 - 2.0 * unit @ unit.T
     return squared.clamp_min(1e-12).sqrt()
 
@@ -105,7 +104,7 @@ def contrastive_loss(
     supervised one (Khosla et al. 2020, equation 2). Row i is candidate ``offset + i``.
     """
     positives, negatives = relate(values, candidate_values, offset)
-    cosines = functional.normalize(vectors) @ functional.normalize(candidates).T / temperature
+    cosines = unit_rows(vectors) @ unit_rows(candidates).T / temperature
     others = torch.where(positives | negatives, cosines, -1e30)
     mean = (cosines * positives).sum(dim=1) / positives.sum(dim=1).clamp_min(1)
     return masked_mean(others.logsumexp(dim=1) - mean, positives.any(dim=1))
@@ -115,7 +114,7 @@ def cosine_loss(vectors: torch.Tensor, values: torch.Tensor, margin: float) -> t
     """Mean of ``1 - cos`` over positive pairs plus mean of ``max(0, cos - margin)`` over negative ones
     (torch's cosine embedding loss, the two kinds averaged apart so that the many negatives do not drown the pull)."""
     positives, negatives = relate(values, values)
-    unit = functional.normalize(vectors)
+    unit = unit_rows(vectors)
     cosines = unit @ unit.T
     return masked_mean(1.0 - cosines, positives) + masked_mean((cosines - margin).relu(), negatives)
 
@@ -123,6 +122,6 @@ def cosine_loss(vectors: torch.Tensor, values: torch.Tensor, margin: float) -> t
 def two_tower_loss(left: torch.Tensor, right: torch.Tensor, temperature: float) -> torch.Tensor:
     """Symmetric InfoNCE of two towers' vectors [n, m], row i of one belonging to row i of the other (Radford et al.
     2021, figure 3); nest it with ``matryoshka.nested_pair_loss``."""
-    cosines = functional.normalize(left) @ functional.normalize(right).T / temperature
+    cosines = unit_rows(left) @ unit_rows(right).T / temperature
     diagonal = cosines.diagonal()
     return (cosines.logsumexp(dim=1) - diagonal + cosines.logsumexp(dim=0) - diagonal).mean() / 2

@@ -20,6 +20,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lookalike.train.losses import SHORTEST
+
 Over = Literal["logsumexp", "softplus"]
 NARROW = 16
 """Products of so few columns are computed transposed: BLAS on CPUs takes up to eight times longer the other way."""
@@ -77,9 +79,11 @@ def split_prefixes(values: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Ten
 
 
 def prefix_norms(vectors: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """Euclidean norms [M, n] of the first m values of each row, at least 1e-12."""
-    squares = torch.stack([block.square().sum(dim=1) for block in split_prefixes(vectors, dims)])
-    return squares.cumsum(dim=0).clamp_min(1e-24).sqrt()
+    """Euclidean norms [M, n] of the first m values of each row; infinite for one that counts as zero, whose cosines and
+    gradients are zero then (see ``losses.unit_rows``)."""
+    squares = torch.stack([block.square().sum(dim=1) for block in split_prefixes(vectors, dims)]).cumsum(dim=0)
+    long = squares > SHORTEST**2
+    return torch.where(long, torch.where(long, squares, 1.0).sqrt(), torch.inf)
 
 
 def reduce_scores(

@@ -4,9 +4,8 @@ Legend: n rows, m dims of the prefix, Dt of the teacher.
 """
 
 import torch
-from torch.nn import functional
 
-from lookalike.train.losses import masked_mean
+from lookalike.train.losses import masked_mean, unit_rows
 
 
 def koleo_loss(vectors: torch.Tensor) -> torch.Tensor:
@@ -14,7 +13,7 @@ def koleo_loss(vectors: torch.Tensor) -> torch.Tensor:
     2019, equation 2, the Kozachenko-Leonenko estimate of entropy). One row alone gives zero."""
     if len(vectors) < 2:
         return vectors.sum() * 0.0
-    unit = functional.normalize(vectors)
+    unit = unit_rows(vectors)
     with torch.no_grad():
         cosines = unit @ unit.T
         nearest = cosines.fill_diagonal_(-2.0).argmax(dim=1)
@@ -41,14 +40,14 @@ def relational_loss(vectors: torch.Tensor, teacher: torch.Tensor, temperature: f
 
 
 def _log_likeness(vectors: torch.Tensor, pairs: torch.Tensor, temperature: float) -> torch.Tensor:
-    unit = functional.normalize(vectors)
+    unit = unit_rows(vectors)
     return torch.where(pairs, unit @ unit.T / temperature, -1e30).log_softmax(dim=1)
 
 
 def teacher_cosine_loss(vectors: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean of ``1 - cos`` between vectors [n, m] and the teacher's prefix of the same size, for a nested teacher."""
     prefix = teacher[:, : vectors.shape[1]].nan_to_num().to(vectors.dtype)
-    return masked_mean(1.0 - functional.cosine_similarity(vectors, prefix, dim=1), teacher_known(teacher))
+    return masked_mean(1.0 - (unit_rows(vectors) * unit_rows(prefix)).sum(dim=1), teacher_known(teacher))
 
 
 def teacher_known(teacher: torch.Tensor) -> torch.Tensor:

@@ -293,3 +293,24 @@ def test_dims_that_the_embedding_lacks_are_refused() -> None:
     config = TaskConfig(kind="softmax", field="category", dims=(3, 4))
     with pytest.raises(UsageError, match=r"task 'x' has dims \[3, 4\], but .* nested at \[4, 8\]; drop 3"):
         build_tasks({"x": config}, (4, 8), CLASSES, (1.0, 1.0))
+
+
+@pytest.mark.parametrize("settings", [
+    {"kind": "normalized_softmax", "field": "group"},
+    {"kind": "normalized_softmax", "field": "group", "nesting": "mrl-e"},
+    {"kind": "triplet", "field": "group", "mining": "distance_weighted"}, {"kind": "contrastive", "field": "group"},
+    {"kind": "cosine", "field": "group"}, {"kind": "distill", "field": "teacher", "cosine": 1.0},
+    {"kind": "koleo", "field": "images"},
+])  # fmt: skip
+def test_a_row_of_zeros_has_no_direction_and_gets_no_gradient(settings: dict[str, Any]) -> None:
+    """An image whose features are all zero: its gradient would be the inverse of its length, 1e9 and more."""
+    z, batch = rows()
+    batch = {**batch, "teacher": torch.randn(len(z), 6, dtype=z.dtype), "images": z}
+    start = z.detach().clone()
+    start[1], start[2, :4] = 0.0, 0.0  # the whole embedding, and its first nested dim
+    start.requires_grad_()
+    make_task(**settings)(start, batch).backward()
+    assert start.grad is not None
+    assert start.grad.isfinite().all()
+    assert start.grad[1].abs().max() == 0.0
+    assert 0.0 < start.grad.abs().max() < 1e3
