@@ -1,4 +1,4 @@
-"""Stage ``labels``: noisy text to per-image labels in seven steps (Pinterest section 3.2.1 and DESIGN of this package).
+"""Stage ``labels``: noisy text to per-image labels in seven steps (Pinterest section 3.2.1; see data/README.md).
 
 Each step is a pure function of a module beside this one, run on parts of the corpus by the module of the same concern
 in ``steps/``. Near-duplicates are found first, although the paper lists them last, so that copies of one picture cannot

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lookalike import schemas, storage
 from lookalike.artifacts import Artifact
@@ -62,6 +62,12 @@ class IndexConfig(StageConfig, ShortlistOptions):
     """Keep only rows whose column has one of the values, as in {"view": ["icon"]}; all conditions must hold."""
     batch_rows: int = runtime(16_384, ge=1, le=1 << 24)
     """Vectors read at a time, in rows."""
+
+    @field_validator("shortlist")
+    @classmethod
+    def _known(cls, shortlist: str) -> str:
+        SHORTLISTS.get(shortlist)  # an unknown name lists the valid ones
+        return shortlist
 
 
 @dataclass(frozen=True)

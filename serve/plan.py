@@ -6,7 +6,7 @@ candidate, the Pareto front and the check of mAP; ``plan.png`` shows recall over
 """
 
 import io
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -46,11 +46,11 @@ class PlanConfig(StageConfig):
     no part in the choice and tell what the plan is worth."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Take queries only from rows whose column has one of the values, as in {"split": ["test"]}."""
-    shortlist_ks: tuple[int, ...] = (10, 20, 50, 100, 200, 400)
+    shortlist_ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 50, 100, 200, 400)
     """Sizes K of the shortlist to try, in rows per shard."""
     ef_search: tuple[int | None, ...] = (None, 64, 128)
     """HNSW candidate lists to try; those not above K are the same as K, which None stands for."""
-    scan_dims: tuple[int, ...] = ()
+    scan_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Prefixes to try also as a scan without an index."""
     funnels: bool = True
     """Try each shortlist with a funnel too, which halves the rows at every nested dim."""

@@ -18,7 +18,7 @@ from lookalike.train.loop import DTYPES
 from lookalike.train.optimizer import freeze, set_train_mode
 from lookalike.train.settings import TrainConfig
 from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
-from lookalike.train.trainer import count_classes, find_teacher, resolve_encoder
+from lookalike.train.trainer import count_classes, find_files, find_teacher, require_task_memory, resolve_encoder
 from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, build_model, read_config
 from lookalike.vision.tuning import recompute_activations
 
@@ -57,11 +57,13 @@ class StepMemory:
 
 
 def preview(run: StageRun[TrainConfig]) -> list[str]:
-    """The memory of one step as text, a line each."""
+    """The memory of one step as text, a line each; what would stop the run at its start raises ``UsageError`` here."""
     train = run.config
+    find_files(train, run.one("shards"))
     teacher = find_teacher(train, run.many("teacher"))
     encoder = resolve_encoder(train, read_config(run.one("encoder")))
     classes = count_classes(train, run.one("shards"), teacher)
+    require_task_memory(train, encoder, classes)
     memory = measure(train, encoder, classes, read_config(teacher) if teacher else None)
     return describe(memory, train, encoder)
 

@@ -1,5 +1,6 @@
 """Which parameters train, in which groups, by which optimizer, and how the learning rate moves."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ from lookalike.vision.tuning import lars, layer_groups, undecayed
 
 CYCLIC_START = 1e-4
 """Share of the peak learning rate that ``cyclic`` begins with."""
+_STAGE = re.compile(r"(blocks|stages|layer)\.?(\d+)\.")
 
 
 def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
     """Stop gradients of the leading backbone stages, by timm's names for them, or of all the backbone for a probe.
 
-    Raises ``UsageError`` for a backbone without stages, and when nothing is left that trains.
+    Raises ``UsageError`` for a backbone without so many stages, and when nothing is left that trains.
     """
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
@@ -39,9 +41,13 @@ def _freeze_stages(backbone: nn.Module, stages: int) -> None:
     prefixes += [f"layer{i + 1}" for i in range(stages)]
     frozen = [parameter for name, parameter in backbone.named_parameters()
               if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)]  # fmt: skip
-    if not frozen:
+    there = {match.groups() for name, _ in backbone.named_parameters() if (match := _STAGE.match(name))}
+    if not frozen or not there:
         raise UsageError(f"frozen_stages {stages}: a {type(backbone).__name__} has no stages that are known; set "
                          "frozen_stages=0")  # fmt: skip
+    if stages > len(there):
+        raise UsageError(f"frozen_stages {stages}: this {type(backbone).__name__} has {len(there)} stages; set "
+                         f"frozen_stages to {len(there)} or less, or trainable=probe")  # fmt: skip
     for parameter in frozen:
         parameter.requires_grad = False
 

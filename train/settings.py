@@ -4,7 +4,7 @@ Legend: a *task* is a head with its loss; the *mix* says which datasets of the s
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,13 +24,13 @@ class TrainConfig(StageConfig):
 
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     """Name -> task; losses are weighted and summed."""
-    mix: dict[str, float] = Field(min_length=1)
+    mix: dict[str, Annotated[float, Field(gt=0.0)]] = Field(min_length=1)
     """Dataset of the shards -> its share of every batch."""
     embedding_dim: int | None = Field(None, ge=1)
     """Size of the embedding, through a bias-free projection; None takes the backbone's features as they are."""
     dims: tuple[int, ...] | None = None
     """Nested dims, smallest first, the last one the embedding's size; None trains that one alone."""
-    nested_weights: tuple[float, ...] | None = None
+    nested_weights: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
     """Weight c_m of each nested dim; None means all ones."""
     dims_per_step: int | None = Field(None, ge=1)
     """Nested dims trained in a step, the largest among them and the others at random; None trains all of them. The
@@ -163,6 +163,8 @@ class TrainConfig(StageConfig):
             return values
         if len(pair) != 2 or not all(isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1]:
             raise ValueError(f"num_workers {list(pair)} is no range; give a number, or [min, max] with 1 <= min <= max")
+        if (own := values.get("min_workers")) not in (None, pair[0]):
+            raise ValueError(f"num_workers {list(pair)} sets min_workers, which is {own} besides; drop one of the two")
         return {**values, "min_workers": pair[0], "num_workers": pair[1]}
 
     @model_validator(mode="after")
@@ -172,6 +174,8 @@ class TrainConfig(StageConfig):
         if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
             raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; "
                              "give one each")  # fmt: skip
+        if self.dims is not None and (self.dims_per_step or 1) > len(self.dims):
+            raise ValueError(f"dims_per_step {self.dims_per_step} exceeds the {len(self.dims)} dims; lower or drop it")
         if unknown := [name for name in self.balance if name not in self.mix]:
             raise ValueError(f"balance names {unknown[0]!r}, which mix does not have; it has {', '.join(self.mix)}")
         if pairs := [name for name, task in self.tasks.items() if task.field == "row" and self.views == 1]:
@@ -216,6 +220,9 @@ class TrainConfig(StageConfig):
         epochs = list(self.schedule_epochs)
         if epochs and (epochs[0] <= 0 or epochs != sorted(set(epochs))):
             raise ValueError(f"schedule_epochs {list(self.schedule_epochs)} must be positive and increasing")
+        if epochs and epochs[-1] >= self.epochs:
+            raise ValueError(f"schedule_epochs {list(self.schedule_epochs)} do not all come before the end, epochs "
+                             f"{self.epochs}; drop {epochs[-1]} or train longer")  # fmt: skip
         if self.schedule == "cyclic" and self.peak_epoch >= self.epochs:
             raise ValueError(f"peak_epoch {self.peak_epoch} is not before the end, epochs {self.epochs}; lower it")
 

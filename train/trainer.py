@@ -60,6 +60,22 @@ def run_training(run: StageRun[TrainConfig]) -> None:
 def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
     """Everything a worker needs, checked: datasets, classes, nested dims; wrong names raise ``UsageError``."""
     train, shards, source = run.config, run.one("shards"), run.one("encoder")
+    files = find_files(train, shards)
+    teacher = find_teacher(train, run.many("teacher"))
+    encoder, num_classes = resolve_encoder(train, read_config(source)), count_classes(train, shards, teacher)
+    require_task_memory(train, encoder, num_classes)
+    first = next(iter(train.mix))
+    return LoopConfig(
+        name=run.out.name, fingerprint=run.out.fingerprint, root=run.out.root, train=train,
+        encoder=encoder, source_encoder=source.uri, files=files,
+        teacher=teacher.uri if teacher else None, num_classes=num_classes,
+        rows_per_epoch=expected_rows(files[first], train.resample),
+    )  # fmt: skip
+
+
+def find_files(train: TrainConfig, shards: Artifact) -> dict[str, list[str]]:
+    """Dataset of the mix -> its shard files; names that are not there, and datasets with fewer row groups than data
+    streams, raise ``UsageError``."""
     files: dict[str, list[str]] = {}
     for name in train.mix:
         files[name] = shards.files(f"{name}/", ".parquet")
@@ -68,17 +84,13 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
         else:
             valid = sorted({uri.rsplit("/", 2)[-2] for uri in shards.files(suffix=".parquet")})
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
-    teacher = find_teacher(train, run.many("teacher"))
-    encoder, num_classes = resolve_encoder(train, read_config(source)), count_classes(train, shards, teacher)
+    return files
+
+
+def require_task_memory(train: TrainConfig, encoder: EncoderConfig, num_classes: dict[str, int]) -> None:
+    """Raise ``UsageError`` when the tasks need more than ``task_memory_gib`` on a worker."""
     require_memory(train.tasks, encoder.dims, num_classes, rows=train.micro_batch, world=train.num_workers,
                    slots=2 if train.optimizer == "adamw" else 1, limit_gib=train.task_memory_gib)  # fmt: skip
-    first = next(iter(train.mix))
-    return LoopConfig(
-        name=run.out.name, fingerprint=run.out.fingerprint, root=run.out.root, train=train,
-        encoder=encoder, source_encoder=source.uri, files=files,
-        teacher=teacher.uri if teacher else None, num_classes=num_classes,
-        rows_per_epoch=expected_rows(files[first], train.resample),
-    )  # fmt: skip
 
 
 def resolve_encoder(train: TrainConfig, base: EncoderConfig) -> EncoderConfig:

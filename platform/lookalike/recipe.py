@@ -138,6 +138,8 @@ def read_values(path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         by = f", which {extended_by[-1]} extends" if extended_by else ""
         raise UsageError(f"no recipe at {path}{by}; deploy/recipes/ has some to start from") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a recipe") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
@@ -163,6 +165,8 @@ def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
     """Run all steps in order; (step -> artifact, step -> what it took)."""
+    if not recipe.steps:
+        raise UsageError(f"recipe {recipe.name!r} has no steps; add some under steps")
     artifacts: dict[str, Artifact] = {}
     stages = []
     for number, name in enumerate(recipe.steps, 1):
@@ -186,4 +190,7 @@ def _as_list(sources: str | list[str]) -> list[str]:
 
 def _expand(override: str, steps: Mapping[str, Any]) -> str:
     head, dot, rest = override.partition(".")
+    if dot and head not in steps and head not in Recipe.model_fields and "=" not in head:
+        raise UsageError(f"override {override!r}: no step {head!r}{nearest(head, list(steps))}; steps: "
+                         f"{', '.join(steps)}")  # fmt: skip
     return f"steps.{head}.settings.{rest}" if dot and head in steps else override

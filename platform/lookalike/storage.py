@@ -15,7 +15,7 @@ import fsspec
 import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
-from lookalike.errors import LookalikeError
+from lookalike.errors import LookalikeError, UsageError
 
 CHUNK_BYTES = 8 << 20
 READ_WHOLE_BYTES = 1 << 30  # raw files up to this size are identified by all their content
@@ -23,8 +23,12 @@ TEMPORARY = ".tmp"  # a file being written; no listing shows it
 
 
 def resolve(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of ``uri`` and the path within it."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    """The fsspec file system of ``uri`` and the path within it; ``UsageError`` where there is no such system."""
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:  # a protocol unknown to fsspec, or one whose package is not installed
+        raise UsageError(f"{uri!r} cannot be opened: {error}; give a local path or a URI of fsspec's, such as "
+                         "s3://bucket/folder with s3fs installed") from None  # fmt: skip
     return fs, path
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from lookalike.cli import describe_step
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.recipe import Recipe
+from lookalike.recipe import Recipe, run_steps
 
 pytestmark = pytest.mark.usefixtures("toy_stages")
 
@@ -91,6 +91,8 @@ def test_an_input_may_be_an_artifact_published_elsewhere(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("onee.value=3", r"override 'onee.value=3': no step 'onee' \(did you mean 'one'\?\); steps: one, two, sum"),
+        ("root=zz://runs", r"'zz://runs' cannot be opened: Protocol not known: zz; give a local path"),
         ("sed=3", r"unknown key 'sed' \(did you mean 'seed'\?\)"),
         ("steps.one.setings={}", r"unknown key 'steps.one.setings' \(did you mean 'settings'\?\); valid keys: inputs"),
         ("one.valu=3", r"step 'one': unknown key 'valu' \(did you mean 'value'\?\)"),
@@ -126,7 +128,14 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, words: str) -> None
         Recipe.load(str(tmp_path / "bad.yaml"))
 
 
-def test_a_missing_recipe_is_explained() -> None:
+def test_a_recipe_without_steps_has_nothing_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="recipe 'toy' has no steps; add some"):
+        run_steps(load(tmp_path, {**plain(), "steps": {}}))
+
+
+def test_a_missing_recipe_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\); give the path of a recipe"):
+        Recipe.load(str(tmp_path))
     with pytest.raises(UsageError, match=r"no recipe at /no/such.yaml"):
         Recipe.load("/no/such.yaml")
 

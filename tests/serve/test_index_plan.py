@@ -12,6 +12,7 @@ import pytest
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
+from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval.plan import Plan, load_plan
 from lookalike.retrieval.searcher import Searcher, ShardSearcher, shard_of
@@ -208,8 +209,12 @@ def test_kill_9_in_the_middle_and_run_again_gives_the_same_index(served, tmp_pat
     ({"where": {"view": ["Icon"]}}, "keeps none of the 600"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused_and_publish_nothing(served, tmp_path, settings, message):
+    def build() -> None:
+        config = parse_config(IndexConfig, settings, "index")
+        execute(INDEX, config, {"embeddings": [embeddings(served[0])]}, str(tmp_path), "index")
+
     with pytest.raises(UsageError, match=message):
-        execute(INDEX, IndexConfig(**settings), {"embeddings": [embeddings(served[0])]}, str(tmp_path), "index")
+        build()
     assert not list(tmp_path.rglob("manifest.json"))
 
 

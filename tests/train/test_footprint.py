@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from lookalike.errors import UsageError
 from lookalike.train.footprint import StepMemory, count_saved, describe, measure, preview
 from lookalike.train.optimizer import build_optimizer, freeze, set_train_mode
 from lookalike.train.settings import TrainConfig
@@ -86,5 +87,9 @@ def test_a_dry_run_says_what_a_step_needs(bench: Bench) -> None:
     assert "for each of 2 workers" in total
     told = measure(train, encoder_settings("test_efficientnet", 32), NUM_CLASSES)
     assert f"{told.total / 2**20:.1f} MiB" in total
+    with pytest.raises(UsageError, match=r"mix names dataset 'catalog' \(did you mean 'catalogue'\?\)"):
+        preview(bench.run(train_settings(mix={"catalog": 1}, batch_size=8)))
+    with pytest.raises(UsageError, match="more than task_memory_gib 1e-06"):
+        preview(bench.run(train_settings(mix={"catalogue": 1}, batch_size=8, task_memory_gib=1e-6)))
     unknown = StepMemory(*[1] * 9, unknown=("pairs",))
     assert "left out: activations of pairs" in describe(unknown, train, encoder_settings("test_vit"))[-1]

@@ -68,6 +68,12 @@ def test_a_backbone_without_stages_cannot_be_frozen() -> None:
         freeze(model, settings(frozen_stages=2))
 
 
+def test_more_stages_than_there_are_cannot_be_frozen() -> None:
+    freeze(make_model("test_resnet"), settings(frozen_stages=4))
+    with pytest.raises(UsageError, match=r"frozen_stages 5: this ResNet has 4 stages; set frozen_stages to 4 or less"):
+        freeze(make_model("test_resnet"), settings(frozen_stages=5))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_every_trained_parameter_is_in_one_group_with_its_own_settings(
@@ -253,6 +259,11 @@ def test_batch_norm_statistics_stay_when_frozen() -> None:
         ({"trackers": ["tensorbord"]}, r"unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"),
         ({"tasks": {"a": {"kind": "softmax", "field": "groups"}}}, "'tasks.a.field' is 'groups'"),
         ({"tasks": {"a": {"kind": "softmax", "fild": "group"}}}, r"unknown key 'tasks.a.fild' \(did you mean 'field'"),
+        ({"schedule": "step", "schedule_epochs": [0.5, 1.0]}, r"do not all come before the end, epochs 1.0; drop 1.0"),
+        ({"num_workers": [1, 2], "min_workers": 2}, r"num_workers \[1, 2\] sets min_workers, which is 2 besides"),
+        ({"dims": [4, 8], "dims_per_step": 3}, "dims_per_step 3 exceeds the 2 dims; lower or drop it"),
+        ({"dims": [4, 8], "nested_weights": [1.0, -1.0]}, "'nested_weights.1' is -1.0"),
+        ({"mix": {"a": 0.0}}, "'mix.a' is 0.0"), ({"mix": {"a": -1.0}}, "'mix.a' is -1.0"),
         ({"mix": {}}, "'mix' is {}"), ({"warmup_fraction": 1.0}, "'warmup_fraction' is 1.0"),
     ],
 )  # fmt: skip
