@@ -22,7 +22,7 @@ from lookalike import schemas, storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import runtime
 from lookalike.errors import ArtifactError, LookalikeError, UsageError
-from lookalike.progress import progress_bar
+from lookalike.progress import follow_remote
 from lookalike.registry import nearest
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
@@ -73,30 +73,33 @@ class EmbedConfig(StageConfig):
 class EmbedFile:
     """Actor: embeds files of the corpus and writes their parts; row groups that are done already are left alone."""
 
-    def __init__(self, encoder_uri: str, folder: str, work: str, config: EmbedConfig) -> None:
+    def __init__(self, encoder_uri: str, folder: str, work: str, config: EmbedConfig, progress: Any = None) -> None:
         import torch
 
         torch.set_num_threads(config.cpus_per_actor)
+        self._progress = progress
         self.encoder = Encoder.load(encoder_uri, precision=config.precision)
         self.folder, self.work, self.config = folder, work, config
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        """Embed a whole file or one row group; returns how many ``rows`` were looked at, or the ``error`` of ours."""
+        """Embed a whole file or one row group; returns the ``error`` of ours, if any."""
         try:
-            return {"rows": self.embed(task), "error": "", "code": 0}
+            self.embed(task)
         except LookalikeError as error:  # a value, because Ray Data hides what is raised in errors of its own
-            return {"rows": 0, "error": str(error), "code": error.exit_code}
+            return {"error": str(error), "code": error.exit_code}
+        return {"error": "", "code": 0}
 
-    def embed(self, task: Task) -> int:
+    def embed(self, task: Task) -> None:
         """Write what the task is about, and the part when that was the last of its file."""
         sizes = row_group_sizes(task["uri"])
         groups = range(len(sizes)) if task["row_group"] is None else [task["row_group"]]
         for group in groups:
             self._embed(task, group)
+            if self._progress is not None:
+                self._progress.add.remote(sizes[group])
         done = storage.list_files(group_folder(self.work, task["number"]))
         if len(done) == len(sizes):  # two actors at once write the same bytes
             join_groups(storage.join(self.folder, part_name(task["number"])), self.work, task["number"], done)
-        return sum(sizes[group] for group in groups)
 
     def _embed(self, task: Task, group: int) -> None:
         target = storage.join(group_folder(self.work, task["number"]), f"{group:05d}.parquet")
@@ -171,14 +174,15 @@ def embed(run: StageRun[EmbedConfig]) -> None:
     ]  # fmt: skip
     if pending:
         total = sum(rows[str(task["uri"])] for task in pending)
-        with progress_bar(f"embed {run.out.name}", total, unit="image") as bar:
-            for count in run_tasks(pending, encoder, run.out, run.config):
-                bar.update(count)
+        with follow_remote(f"embed {run.out.name}", total, unit="image") as progress:
+            run_tasks(pending, encoder, run.out, run.config, progress)
     _describe(run, encoder)
 
 
-def run_tasks(tasks: Sequence[Task], encoder: Artifact, out: Draft, config: EmbedConfig) -> Iterator[int]:
-    """Write the parts of ``tasks``; yields how many images are done each time some are.
+def run_tasks(
+    tasks: Sequence[Task], encoder: Artifact, out: Draft, config: EmbedConfig, progress: Any = None
+) -> None:  # fmt: skip
+    """Write the parts of ``tasks``; ``progress``, an actor, is told of every row group that is done.
 
     A worker that dies has its task done again by another. The first error of ours in a worker is raised here.
     """
@@ -198,14 +202,13 @@ def run_tasks(tasks: Sequence[Task], encoder: Artifact, out: Draft, config: Embe
         dataset = dataset.flat_map(decoded, num_cpus=1, memory=DECODER_MEMORY, concurrency=config.decoders)
     dataset = dataset.map(
         EmbedFile,
-        fn_constructor_args=(encoder.uri, out.uri, out.work("groups"), config),
+        fn_constructor_args=(encoder.uri, out.uri, out.work("groups"), config, progress),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor or None,
     )  # fmt: skip
     for row in dataset.iter_rows():
         if row["error"]:
             raise _ERRORS.get(row["code"], LookalikeError)(row["error"])
-        yield int(row["rows"])
 
 
 _ERRORS = {error.exit_code: error for error in (UsageError, ArtifactError)}

@@ -38,6 +38,9 @@ class _Position:
     def update(self, done: int, text: str = "") -> None:
         self._position = (done, text)
 
+    def add(self, count: int) -> None:
+        self._position = (self._position[0] + count, self._position[1])
+
     def read(self) -> tuple[int, str]:
         return self._position
 
@@ -46,8 +49,9 @@ class _Position:
 def follow_remote(description: str, total: int, unit: str = "it") -> Iterator[Any]:
     """Show the progress of work that runs on a cluster.
 
-    Yields an actor handle; workers call ``handle.update.remote(done, text)``. The bar is drawn here, on the driver, and
-    stands still when the actor's node is lost: progress is never a reason for the work to fail.
+    Yields an actor handle; one worker calls ``handle.update.remote(done, text)``, or all ``handle.add.remote(count)``.
+    The bar is drawn here, on the driver, and stands still when the actor's node is lost: progress is never a reason for
+    the work to fail.
     """
     import ray
 
