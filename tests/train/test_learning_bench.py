@@ -146,7 +146,7 @@ def test_photographs_are_asked_for_among_those_trained_on_and_in_the_catalogue()
 def test_the_smoke_twin_runs_to_its_tables(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     environment.pop("RAY_ADDRESS", None)
-    some = ["mrl", "mrl-e", "single", "ff-8", "triplet", "probe", "scratch", "base"]  # each takes a while to start
+    some = ["mrl", "ff-8", "single", "base"]  # each takes a while to start
     overrides = {"steps.evaluate.inputs.embeddings": [f"{name}-vectors" for name in some], "evaluate.dims": [8, 12, 16]}
     run = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.learning", "--recipe", "deploy/recipes/learning-smoke.yaml", "--root",
@@ -159,8 +159,7 @@ def test_the_smoke_twin_runs_to_its_tables(tmp_path: Path) -> None:
     assert {r["method"] for r in rows if r["variant"] == "single"} == {"prefix", "svd", "random", "jl"}
     assert sorted(r["dim"] for r in rows if r["variant"] == "base") == [8, 12, 16, 1280]
     assert set(summary["subject_minus"]["p_at_1"]["fixed"]) == {"8"}
-    assert set(summary["subject_minus"]["p_at_1"]["triplet"]) == {"8", "12", "16", "512"}
-    assert set(summary["relations"]) == {"above_truncated", "above_svd", "tied_level", "interpolated"}
+    assert set(summary["relations"]) == {"above_truncated", "above_svd", "interpolated"}
     assert all(0 <= r["p_at_1"] <= 1 for r in rows)
     base = summary["levels"]["p_at_1"]["base"]["1280"]["mean"]
     assert base > 0.02  # 820 candidates: chance is 0.0012, so pictures and products belong together

@@ -37,7 +37,7 @@ def read_log(log: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
     disturbed, calm, log = tmp_path / "disturbed", tmp_path / "calm", tmp_path / "steps.log"
     make_root(str(disturbed))
