@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lookalike.artifacts import Artifact, Draft
 from lookalike.data.attributes import (
     COUNTS,
     choose_classes,
@@ -18,8 +19,11 @@ from lookalike.data.attributes import (
     count_values,
     frequent_values,
 )
-from lookalike.data.shards import Classes, ShardsConfig, take_census, write_shard
+from lookalike.data.parts import part_name, write_table
+from lookalike.data.shards import STAGE, Classes, ShardsConfig, take_census, write_shard
 from lookalike.schemas import CORPUS, SHARD
+from lookalike.stages import execute
+from tests.data.conftest import make_rows, publish_corpus
 
 Stated = list[list[tuple[str, str]]]
 
@@ -114,3 +118,37 @@ def test_shards_have_a_class_for_every_attribute(tmp_path: Any, together: Any) -
             known = np.array(shard["attributes"].to_pylist()) >= 0
             assert written["attributes"].to_pylist() == [known.sum(axis=0).tolist()]
     assert found[0] == found[1] == dict(zip(rows["image_id"].to_pylist(), columns, strict=True))
+
+
+def publish_labels(root: str, rows: list[dict[str, Any]], parts: int) -> Artifact:
+    """A ``labels`` artifact: every training row has the one label."""
+    draft = Draft(root, "labels", "shapes", f"{parts:020d}")
+    size = -(-len(rows) // parts)
+    for number in range(parts):
+        ids = [row["image_id"] for row in rows[number * size : (number + 1) * size] if row["split"] == "train"]
+        table = pa.table({"image_id": ids, "labels": pa.array([[0]] * len(ids), pa.list_(pa.int32()))})
+        write_table(draft.path("image_labels.parquet", part_name(number)), table)
+    draft.write_json("classes.json", [{"name": "shape"}])
+    return draft.publish(config={}, parents={}, stage_version=1, duration_s=0)
+
+
+@pytest.mark.ray
+def test_the_stage_sums_values_over_parts(ray_session: None, root: str) -> None:
+    rows = make_rows(60)
+    for number, row in enumerate(rows):
+        shape = row["category"].rpartition("/")[2]
+        stated = {("shape", shape), ("serial", str(number))} | ({("third", "abc"[number % 3])} if number % 2 else set())
+        row["attributes"] = [{"name": name, "value": value} for name, value in sorted(stated)]
+    train = [row for row in rows if row["split"] == "train"]
+    classes, columns = oracle([[(e["name"], e["value"]) for e in row["attributes"]] for row in train], 5)
+    config = ShardsConfig(seed=1, rows_per_shard=30)
+    for parts in (1, 3):
+        given = {"corpus": [publish_corpus(root, rows, parts)], "labels": [publish_labels(root, rows, parts)]}
+        made = execute(STAGE, config, given, root, "shards")
+        assert made.read_json("classes.json")["attributes"] == classes
+        tables = [pq.read_table(uri) for uri in made.files("shapes/part-")]
+        found = {row["image_id"]: row["attributes"] for table in tables for row in table.to_pylist()}
+        assert found == {row["image_id"]: column for row, column in zip(train, columns, strict=True)}
+        assert made.stats["attributes"] == {
+            name: {"classes": len(values), "images": sum(column[place] >= 0 for column in columns)}
+            for place, (name, values) in enumerate(classes.items())}  # fmt: skip
