@@ -203,4 +203,4 @@ def _sources(config: CorpusConfig) -> list[str]:
     return [source.uri for source in config.sources]
 
 
-STAGE: Stage[CorpusConfig] = Stage("corpus", "corpus", CorpusConfig, run, sources=_sources, resumable=True, version=2)
+STAGE: Stage[CorpusConfig] = Stage("corpus", "corpus", CorpusConfig, run, sources=_sources, resumable=True, version=3)

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike.data.sources.base import UNREADABLE, Record, Source
-from lookalike.data.sources.columns import SCORED, TEXT
-from lookalike.data.sources.texts import read_scored, read_text, read_words
+from lookalike.data.sources.columns import GATHERED, SCORED, TEXT
+from lookalike.data.sources.texts import read_attributes, read_scored, read_text, read_words
 from lookalike.schemas import CORPUS, QUARANTINE
 from lookalike.seeds import hash_unit
 from lookalike.vision.images import ImageError, decode
@@ -122,6 +122,8 @@ def _fill(record: Record, row: dict[str, Any], origin: Origin, limits: Limits) -
     row["keywords"], found["keywords"] = read_words(record.get("keywords"), most)
     for field, name in SCORED.items():
         row[field], found[field] = read_scored(record.get(field), most, name, 1.0 if name == "score" else None)
+    gathered = {field.removeprefix(GATHERED): value for field, value in record.items() if field.startswith(GATHERED)}
+    row["attributes"], found["attributes"] = read_attributes(record.get("attributes"), most, gathered)
     row["dataset"] = source.dataset
     if row["split"] is None:
         unit = row["group"] or row["image_id"]

@@ -3,7 +3,7 @@
 A row is placed by a hash of its image id: the hash says which shard of its data set it is in and where in it, so the
 order is the same whatever the blocks of the job. With ``together`` it is the hash of the row's class, and whole classes
 are shuffled. The shuffle of the image bytes is the stage's cost; the driver holds the class lists (labels, categories,
-groups) and nothing of image size.
+groups, attributes) and nothing of image size.
 """
 
 from collections import Counter
@@ -21,10 +21,12 @@ from pydantic import Field
 from lookalike import storage
 from lookalike.cluster import ensure_ray
 from lookalike.config import runtime
+from lookalike.data import attributes
 from lookalike.data.parts import (
     Item,
     blocks_of,
     broadcast,
+    collect,
     map_parts,
     num_partitions,
     part_items,
@@ -44,7 +46,9 @@ _CENSUS = pa.schema([("kind", pa.string()), ("name", pa.string()), ("images", pa
 _PLACED = pa.schema([*SHARD, pa.field("place", pa.string()), pa.field("bundle", pa.uint64()),
                      pa.field("key", pa.uint64())])  # fmt: skip
 _WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("epoch", pa.float64()),
-                      ("label_epoch", pa.list_(pa.float64()))])  # fmt: skip
+                      ("label_epoch", pa.list_(pa.float64())), ("attributes", pa.list_(pa.int64()))])  # fmt: skip
+LIGHT = ["image_id", "dataset", "category", "group", "attributes"]
+"""Columns of the corpus that say what a row is a picture of."""
 
 
 class ShardsConfig(StageConfig):
@@ -62,6 +66,9 @@ class ShardsConfig(StageConfig):
     """Rows whose category is a class of the category task: those with a group (a catalogue), all, or none."""
     min_images_per_category: int = Field(5, ge=1)
     """Training images below which a category is no class (-1)."""
+    min_images_per_attribute: int = Field(5, ge=1)
+    """Training images below which a value of an attribute is no class (-1); an attribute with fewer than two classes
+    is left out. A row with several values of one attribute takes the first, by the alphabet, that is a class."""
     together: Literal["group", "category"] | None = None
     """Keep the rows of a class in one row group, for training that balances batches by it; a class larger than a row
     group is cut. None: rows are shuffled one by one."""
@@ -87,7 +94,7 @@ def category_of(row: dict[str, Any], rule: str) -> str | None:
 
 
 def take_census(rows: pa.Table, rule: str) -> pa.Table:
-    """``_CENSUS`` of a part: images of each data set, category, group and label. Parts add up."""
+    """``_CENSUS`` of a part: images of each data set, category, group and label, and with attributes. Parts add up."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows.select(["dataset", "category", "group", "labels"]).to_pylist():
         counts[("dataset", row["dataset"])] += 1
@@ -97,6 +104,8 @@ def take_census(rows: pa.Table, rule: str) -> pa.Table:
             counts[("group", row["group"])] += 1
         if (category := category_of(row, rule)) is not None:
             counts[("category", category)] += 1
+    if stated := sum(bool(pairs) for pairs in attributes.pairs_of(rows)):
+        counts[("attributes", "")] = stated
     keys = sorted(counts)
     return pa.table([[k for k, _ in keys], [n for _, n in keys], [counts[k] for k in keys]], schema=_CENSUS)
 
@@ -104,8 +113,11 @@ def take_census(rows: pa.Table, rule: str) -> pa.Table:
 class Classes:
     """Names of all classes and where rows go: folded from the census, broadcast to the tasks."""
 
-    def __init__(self, counts: dict[tuple[str, str], int], num_labels: int, config: ShardsConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(
+        self, counts: dict[tuple[str, str], int], num_labels: int, config: ShardsConfig, seed: int,
+        stated: attributes.Classes | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.seed, self.attributes = config, seed, dict(stated or {})
         images = np.array([counts.get(("label", str(label)), 0) for label in range(num_labels)], np.int64)
         self.label_frequency = images / max(counts.get(("labelled", ""), 0), 1)
         self.repeats = np.minimum(label_repeats(self.label_frequency, config.threshold), config.max_repeat)
@@ -131,13 +143,12 @@ class Classes:
         columns = [
             rows["image_id"], rows["image"], rows["dataset"], [row["labels"] for row in listed],
             [self._category.get(category_of(row, rule) or "", -1) for row in listed],
-            [self._group.get(row["group"], -1) for row in listed],
+            [self._group.get(row["group"], -1) for row in listed], attributes.classes_of_rows(rows, self.attributes),
             [image_repeat(row["labels"], self.repeats) for row in listed], shards, bundles, keys,
         ]  # fmt: skip
         arrays = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type)
                   for c, f in zip(columns, _PLACED, strict=True)]  # fmt: skip
         return pa.table(arrays, schema=_PLACED)
-
 
     def _bundles(self, listed: list[dict[str, Any]], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """One key for the rows that stay together, [n]: the row's own, or that of its class (or of a share of it)."""
@@ -165,7 +176,8 @@ def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) 
     storage.write_atomic(storage.join(out, name), sink.getvalue().to_pybytes())
     repeat = shard["repeat"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
     return pa.Table.from_pylist([{"file": name, "rows": shard.num_rows, "epoch": float(repeat.sum()),
-                                  "label_epoch": copies_of_labels(shard["labels"], repeat, num_labels).tolist()}],
+                                  "label_epoch": copies_of_labels(shard["labels"], repeat, num_labels).tolist(),
+                                  "attributes": attributes.count_known(shard["attributes"]).tolist()}],
                                 schema=_WRITTEN)  # fmt: skip
 
 
@@ -208,6 +220,21 @@ def _items(run: StageRun[ShardsConfig]) -> list[Item]:
     return [{**item, "labels": uri} for item, uri in zip(items, labels, strict=True)]
 
 
+def count_attributes(items: list[Item], config: ShardsConfig) -> dict[str, list[str]]:
+    """The classes of every attribute. Values are summed by a shuffle: the driver sees those that are classes alone,
+    for there may be as many as images (a serial number)."""
+    from ray.data.aggregate import Sum
+
+    counts = map_parts(items, lambda item: attributes.count_values(_read(item, ["image_id", "attributes"])),
+                       concurrency=config.concurrency)  # fmt: skip
+    total = counts.groupby(["name", "value"], num_partitions(items)).aggregate(Sum("images", alias_name="images"))
+    frequent = total.map_batches(
+        lambda block: attributes.frequent_values(block, config.min_images_per_attribute),
+        batch_format="pyarrow", batch_size=None,
+    )  # fmt: skip
+    return attributes.choose_classes(collect(frequent, attributes.COUNTS))
+
+
 def run(run: StageRun[ShardsConfig]) -> None:
     """Census, then one shuffle into shard files."""
     ensure_ray()
@@ -215,31 +242,36 @@ def run(run: StageRun[ShardsConfig]) -> None:
     names = [entry["name"] for entry in run.one("labels").read_json("classes.json")]
     counts: Counter[tuple[str, str]] = Counter()
     with timed(log, "census"):
-        light = ["image_id", "dataset", "category", "group"]
-        census = map_parts(items, lambda item: take_census(_read(item, light), config.categories),
+        census = map_parts(items, lambda item: take_census(_read(item, LIGHT), config.categories),
                            concurrency=config.concurrency)  # fmt: skip
         for block in blocks_of(census):
             for entry in block.to_pylist():
                 counts[(entry["kind"], entry["name"])] += entry["images"]
-    classes = Classes(dict(counts), len(names), config, config.seed)
+    stated = count_attributes(items, config) if counts[("attributes", "")] else {}
+    classes = Classes(dict(counts), len(names), config, config.seed, stated)
     shared = broadcast(classes)
     with timed(log, "shuffle", shards=sum(classes.shards.values())):
-        heavy = ["image_id", "image", "dataset", "category", "group"]
+        heavy = [*LIGHT, "image"]
         placed = map_parts(items, lambda item: shared().place(_read(item, heavy)), concurrency=config.concurrency)
         partitions = num_partitions(items, sum(classes.shards.values()))
         write = partial(write_shard, out=out, rows_per_group=config.rows_per_group, num_labels=len(names))
         by_shard = placed.groupby("place", num_partitions=partitions)
         written = by_shard.map_groups(write, batch_format="pyarrow", concurrency=config.concurrency)
-        rows, epoch, label_epoch = {}, 0.0, np.zeros(len(names))
+        rows, epoch, label_epoch, known = {}, 0.0, np.zeros(len(names)), np.zeros(len(stated), np.int64)
         for block in blocks_of(written):
             for entry in block.to_pylist():
                 rows[entry["file"]] = entry["rows"]
                 epoch += entry["epoch"]
                 label_epoch += entry["label_epoch"]
+                known += np.array(entry["attributes"], np.int64)
     run.out.write_json("classes.json", {"labels": names, "category": classes.categories, "group": classes.groups,
+                                        "attributes": classes.attributes,
                                         "label_frequency": classes.label_frequency.round(9).tolist()})  # fmt: skip
     assert sum(rows.values()) == sum(n for (kind, _), n in counts.items() if kind == "dataset")
     run.out.stats = _stats(rows, dict(counts), classes, epoch, label_epoch)
+    run.out.stats["attributes"] = {
+        name: {"classes": len(values), "images": int(images)}
+        for (name, values), images in zip(classes.attributes.items(), known, strict=True)}  # fmt: skip
     plain = classes.label_frequency * counts.get(("labelled", ""), 0)
     storage.write_atomic(run.out.path("resampling.png"),
                          plot_zipf({"images": plain.tolist(), "expected copies an epoch": label_epoch.tolist()}))
@@ -265,5 +297,5 @@ def _share(images: NDArray[np.floating]) -> float:
 
 
 STAGE: Stage[ShardsConfig] = Stage(
-    "shards", "shards", ShardsConfig, run, version=2, inputs={"corpus": Input("corpus"), "labels": Input("labels")}
+    "shards", "shards", ShardsConfig, run, version=3, inputs={"corpus": Input("corpus"), "labels": Input("labels")}
 )

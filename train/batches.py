@@ -20,7 +20,7 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
     augment = build_augmentation(config.encoder.transform, train.augment)
     return BatchDataset(streams, train.pictures(), augment, seed=train.seed, start=start,
                         stop=config.total_steps * train.accumulation, views=train.views,
-                        num_classes=config.class_fields)  # fmt: skip
+                        num_classes=config.class_fields, attributes=config.attributes)  # fmt: skip
 
 
 def feed(dataset: BatchDataset, config: LoopConfig, device: torch.device) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ from lookalike.registry import nearest
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.embed_files import (
+    CARRIED,
     decode_rows,
     embedding_table,
     group_folder,
@@ -42,7 +43,6 @@ from lookalike.vision.encoder import Encoder, Precision, read_config
 from lookalike.vision.transforms import TransformConfig
 
 log = get_logger(__name__)
-WITHOUT_IMAGE = [name for name in schemas.CORPUS.names if name != "image"]
 MAX_BLOCKS = 4096  # the driver keeps a reference a block; more files than this share blocks
 DECODER_MEMORY = 512 << 20  # bytes that Ray sets aside for a decoding task: the images and pixels of a row group
 Task = dict[str, Any]
@@ -106,7 +106,7 @@ class EmbedFile:
         if storage.exists(target):
             return
         pixels = task["pixels"]
-        columns = None if pixels is None else WITHOUT_IMAGE
+        columns = None if pixels is None else list(dict.fromkeys(["image_id", *CARRIED, *self.config.where]))
         table = select_rows(read_group(task["uri"], group, columns), self.config.where)
         vectors = self._vectors(table, f"row group {group} of {task['uri']}", pixels)
         write_part(target, embedding_table(table, vectors, self.config.dtype))

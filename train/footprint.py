@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from lookalike.stages import StageRun
+from lookalike.train.loader import attribute_fields
 from lookalike.train.loop import DTYPES
 from lookalike.train.optimizer import freeze, set_train_mode
 from lookalike.train.settings import TrainConfig
@@ -102,7 +103,7 @@ def measure(
     set_train_mode(model, train)
     with FakeTensorMode():
         _make_fake(model)
-        batch = _fake_batch(train.micro_batch, encoder.transform.size, teacher.dim if teacher else 1)
+        batch = _fake_batch(train, encoder.transform.size, teacher.dim if teacher else 1)
         body, heads, unknown = _activations(model, network, batch, train.precision)
     parameters = _bytes(model)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -130,8 +131,9 @@ def _make_fake(model: nn.Module) -> None:
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _fake_batch(rows: int, size: int, teacher_dim: int) -> dict[str, torch.Tensor]:
-    labels = {name: torch.zeros(rows, dtype=torch.int64) for name in ("category", "group", "row")}
+def _fake_batch(train: TrainConfig, size: int, teacher_dim: int) -> dict[str, torch.Tensor]:
+    rows, stated = train.micro_batch, attribute_fields(task.field for task in train.tasks.values())
+    labels = {name: torch.zeros(rows, dtype=torch.int64) for name in ("category", "group", "row", *stated)}
     return {"images": torch.empty(rows, 3, size, size), "teacher": torch.empty(rows, teacher_dim), **labels,
             "labels": torch.zeros(rows, LABELS_PER_ROW, dtype=torch.int64)}  # fmt: skip
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from lookalike.train.loader import check_labels, open_pictures
+from lookalike.train.loader import attribute_fields, check_labels, open_pictures
 from lookalike.train.matryoshka import NestedCosine
-from lookalike.train.units import Unit, read_unit
+from lookalike.train.units import Unit, read_unit, split_attributes
 from lookalike.vision.transforms import Transform
 
 BATCH = 64
@@ -23,21 +23,24 @@ MAX_UNITS = 256  # row groups that are looked into, however many there are
 
 def sample_features(
     backbone: nn.Module, units: Sequence[Unit], transform: Transform, fields: Sequence[str], max_images: int,
-    *, num_classes: Mapping[str, int] | None = None,
+    *, num_classes: Mapping[str, int] | None = None, attributes: Sequence[str] = (),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """Features [n, F] float32 of up to ``max_images`` images, and the integer columns ``fields``, int64 [n] each.
 
     The images are spread evenly over the units, or over ``MAX_UNITS`` of them; workers of a process group share the
     work and all get the whole. Labels beyond ``num_classes`` (field -> classes) raise ``ArtifactError``.
+    ``attributes``: what the shards' column of that name holds, for fields such as ``attribute.colour``.
     """
     units = units if len(units) <= MAX_UNITS else [units[i * len(units) // MAX_UNITS] for i in range(MAX_UNITS)]
     share = max(1, max_images // max(1, len(units)))
+    stated = attribute_fields(fields)
+    columns = ["image_id", "image", *(["attributes"] if stated else []), *(f for f in fields if f not in stated)]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     backbone.eval()
     rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     with torch.no_grad():
         for unit in list(units)[rank::world]:
-            table = read_unit(unit, ["image_id", "image", *fields]).slice(0, share)
+            table = split_attributes(unit, read_unit(unit, columns).slice(0, share), stated, attributes)
             check_labels(unit, table, {field: n for field, n in (num_classes or {}).items() if field in fields})
             for start in range(0, table.num_rows, BATCH):
                 part = table.slice(start, BATCH)

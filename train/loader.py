@@ -24,17 +24,18 @@ from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.seeds import derive_seed
 from lookalike.train.draws import Draw, Light
 from lookalike.train.streams import Slice, Stream
-from lookalike.train.units import REMEDY, Unit, read_unit
+from lookalike.train.tasks import ATTRIBUTE
+from lookalike.train.units import REMEDY, Unit, read_unit, split_attributes
 from lookalike.vision.images import ImageError, decode
 from lookalike.vision.transforms import TransformConfig, normalize_pixels
 
 Batch = dict[str, Any]
 """``images`` uint8 [n, 3, H, W] channels-last (float32 once on the device); ``labels`` int64 [n, K] padded with -1;
-``category``, ``group`` and ``row`` int64 [n], the last one unique over the workers' pictures of a step; ``ids``, a list
-of image ids. With two views of a picture all columns are repeated whole: row n + i is row i's other view."""
+``category``, ``group``, the attributes that tasks read (``attribute.colour``) and ``row``, int64 [n], the last one
+unique over the workers' pictures of a step; ``ids``, a list of image ids. With two views of a picture all columns are
+repeated whole: row n + i is row i's other view."""
 
 Augment = Callable[[Image.Image], Image.Image]
-FIELDS = ("labels", "category", "group")
 
 
 class Plan(NamedTuple):
@@ -49,10 +50,11 @@ class BatchBuilder:
 
     def __init__(
         self, draws: Mapping[str, Draw], augment: Augment, *, seed: int, rank: int, views: int = 1,
-        num_classes: Mapping[str, int] | None = None,
+        num_classes: Mapping[str, int] | None = None, attributes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.draws, self.augment = dict(draws), augment
         self.seed, self.rank, self.views, self.num_classes = seed, rank, views, dict(num_classes or {})
+        self.attributes, self.stated = tuple(attributes), attribute_fields(self.num_classes)
         self._held: dict[str, tuple[Unit, pa.Table, Light | None]] = {}
 
     def build(self, plan: Plan) -> Batch:
@@ -64,7 +66,7 @@ class BatchBuilder:
             pixels = [[np.asarray(self.augment(picture)) for _ in range(self.views)] for picture in pictures]
         n = len(pixels)
         columns = {"row": torch.arange(self.rank * n, (self.rank + 1) * n),
-                   **label_columns([table for _, table in tables])}  # fmt: skip
+                   **label_columns([table for _, table in tables], self.stated)}  # fmt: skip
         ids = [image_id for _, table in tables for image_id in table["image_id"].to_pylist()]
         return {
             "images": torch.from_numpy(np.stack([each[v] for v in range(self.views) for each in pixels])
@@ -83,7 +85,7 @@ class BatchBuilder:
     def _read(self, piece: Slice) -> pa.Table:
         draw = self.draws[piece.dataset]
         if piece.dataset not in self._held or self._held[piece.dataset][0] != piece.unit:
-            table = read_unit(piece.unit)
+            table = split_attributes(piece.unit, read_unit(piece.unit), self.stated, self.attributes)
             check_labels(piece.unit, table, self.num_classes)
             self._held[piece.dataset] = piece.unit, table, draw.light(table) if draw.columns else None
         _, table, light = self._held[piece.dataset]
@@ -101,12 +103,18 @@ def open_pictures(unit: Unit, table: pa.Table) -> Iterator[Image.Image]:
                                 f"it; if the file is damaged, {REMEDY}") from error  # fmt: skip
 
 
-def label_columns(tables: Sequence[pa.Table]) -> dict[str, torch.Tensor]:
-    """``labels`` int64 [n, K] padded with -1, ``category`` and ``group`` int64 [n] of all rows."""
+def attribute_fields(names: Iterable[str]) -> list[str]:
+    """Those of some fields that are attributes."""
+    return [name for name in names if name.startswith(ATTRIBUTE)]
+
+
+def label_columns(tables: Sequence[pa.Table], stated: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """``labels`` int64 [n, K] padded with -1; ``category``, ``group`` and the attributes ``stated`` int64 [n]; of all
+    rows."""
     labels = [known or [] for table in tables for known in table["labels"].to_pylist()]
     width = max(1, *(len(known) for known in labels))
     plain = {name: np.concatenate([pc.fill_null(table[name], -1).to_numpy() for table in tables])
-             for name in ("category", "group")}  # fmt: skip
+             for name in ("category", "group", *stated)}  # fmt: skip
     return {"labels": torch.tensor([known + [-1] * (width - len(known)) for known in labels]),
             **{name: torch.from_numpy(values.astype(np.int64)) for name, values in plain.items()}}  # fmt: skip
 
@@ -118,7 +126,8 @@ def check_labels(unit: Unit, table: pa.Table, num_classes: Mapping[str, int]) ->
         values = pc.list_flatten(table[field]) if lists else table[field]
         wrong = values.filter(pc.or_(pc.greater_equal(values, classes), pc.less(values, 0 if lists else -1)))
         if len(wrong):
-            raise ArtifactError(f"{unit.place}: column {field!r} holds {wrong[0].as_py()}, but classes.json has "
+            column = f"'attributes', {field!r}," if field.startswith(ATTRIBUTE) else repr(field)
+            raise ArtifactError(f"{unit.place}: column {column} holds {wrong[0].as_py()}, but classes.json has "
                                 f"{classes} classes (0 to {classes - 1}); {REMEDY}")  # fmt: skip
 
 
@@ -130,13 +139,13 @@ class BatchDataset(IterableDataset[Batch]):
 
     def __init__(
         self, streams: Mapping[str, Stream], counts: Mapping[str, int], augment: Augment, *, seed: int, start: int,
-        stop: int, views: int = 1, num_classes: Mapping[str, int] | None = None,
+        stop: int, views: int = 1, num_classes: Mapping[str, int] | None = None, attributes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.streams, self.counts = dict(streams), dict(counts)
         self.start, self.stop = start, stop
         draws = {name: stream.draw for name, stream in streams.items()}
         self.builder = BatchBuilder(draws, augment, seed=seed, rank=next(iter(streams.values())).rank, views=views,
-                                    num_classes=num_classes)  # fmt: skip
+                                    num_classes=num_classes, attributes=attributes)  # fmt: skip
 
     def plan(self, step: int) -> Plan:
         """What the batch of ``step`` is made from."""

@@ -144,7 +144,7 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
     features, labels = sample_features(
         encoder.backbone, units, build_eval_transform(config.encoder.transform),
         sorted({task.config.field for task in cosine}), config.train.initialise_images,
-        num_classes=config.class_fields,
+        num_classes=config.class_fields, attributes=config.attributes,
     )  # fmt: skip
     if isinstance(encoder.projection, nn.Linear):
         weight = pca_projection(features, config.encoder.dim, config.train.projection_whitening)

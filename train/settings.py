@@ -13,7 +13,7 @@ from lookalike.errors import UsageError
 from lookalike.stages import StageConfig
 from lookalike.train.draws import BalanceConfig
 from lookalike.train.streams import split_batch
-from lookalike.train.tasks import CLASS_FIELDS, TaskConfig
+from lookalike.train.tasks import CLASS_FIELDS, TaskConfig, form_of
 from lookalike.train.trackers import TRACKERS
 from lookalike.vision.encoder import EncoderConfig, check_dims
 from lookalike.vision.transforms import AugmentConfig
@@ -270,14 +270,16 @@ class LoopConfig(Config):
     files: dict[str, list[str]]
     """Dataset -> URIs of its shard files."""
     num_classes: dict[str, int]
-    """Field of classes -> how many; ``teacher`` -> the size of its embedding."""
+    """Field of classes -> how many; ``teacher`` -> the size of its embedding. Attributes: those that tasks read."""
+    attributes: tuple[str, ...] = ()
+    """What the shards' column ``attributes`` holds, in its order; none when no task reads one."""
     rows_per_epoch: int
     """Expected rows of one pass over the first dataset of the mix."""
 
     @property
     def class_fields(self) -> dict[str, int]:
-        """Columns of the shards that hold class ids -> how many classes there are."""
-        return {name: count for name, count in self.num_classes.items() if name in CLASS_FIELDS}
+        """Fields of a batch that hold class ids -> how many classes there are."""
+        return {name: count for name, count in self.num_classes.items() if form_of(name) in CLASS_FIELDS}
 
     @property
     def total_steps(self) -> int:

@@ -5,6 +5,7 @@ one; workers that die are started again within the run, and an error that anothe
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -26,6 +27,7 @@ from lookalike.train.memory import require_memory
 from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.state import export_weights
 from lookalike.train.streams import require_units
+from lookalike.train.tasks import ATTRIBUTE
 from lookalike.train.units import list_units
 from lookalike.vision.encoder import EncoderConfig, build_model, read_config, save_encoder
 
@@ -69,6 +71,7 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
         name=run.out.name, fingerprint=run.out.fingerprint, root=run.out.root, train=train,
         encoder=encoder, source_encoder=source.uri, files=files,
         teacher=teacher.uri if teacher else None, num_classes=num_classes,
+        attributes=attribute_names(shards) if any(name.startswith(ATTRIBUTE) for name in num_classes) else (),
         rows_per_epoch=expected_rows(files[first], train.resample),
     )  # fmt: skip
 
@@ -102,14 +105,32 @@ def resolve_encoder(train: TrainConfig, base: EncoderConfig) -> EncoderConfig:
 
 
 def count_classes(train: TrainConfig, shards: Artifact, teacher: Artifact | None) -> dict[str, int]:
-    """Field -> its number of classes; ``teacher`` -> the size of its embedding."""
+    """Field -> its number of classes, of attributes those that tasks read; ``teacher`` -> the size of its embedding."""
     classes = shards.read_json("classes.json")
     counts = {field: len(classes[field]) for field in LABEL_FIELDS}
     for name, task in train.tasks.items():
+        if task.field.startswith(ATTRIBUTE):
+            counts[task.field] = _count_values(name, task.field, classes.get("attributes", {}), shards.uri)
         if counts.get(task.field, 2) < 2:  # a field that holds no classes has no count
             raise UsageError(f"task {name!r} reads {task.field!r}, of which the shards have {counts[task.field]} "
                              "classes; two are needed")  # fmt: skip
     return counts if teacher is None else {**counts, "teacher": read_config(teacher).dim}
+
+
+def _count_values(task: str, field: str, attributes: Mapping[str, Sequence[str]], uri: str) -> int:
+    name = field.removeprefix(ATTRIBUTE)
+    if name in attributes:
+        return len(attributes[name])
+    there = (f"have {', '.join(attributes)}" if attributes else
+             "have none; map the source's columns to the corpus field attributes, and run the steps again")
+    raise UsageError(f"task {task!r} reads {field!r}, and the shards have no attribute {name!r}"
+                     f"{nearest(name, list(attributes))}; {uri}: they {there}. An attribute needs two values that "
+                     "shards.min_images_per_attribute training images have")  # fmt: skip
+
+
+def attribute_names(shards: Artifact) -> tuple[str, ...]:
+    """What the column ``attributes`` of the shards holds, in its order; shards of older versions have none."""
+    return tuple(shards.read_json("classes.json").get("attributes", {}))
 
 
 def find_teacher(train: TrainConfig, given: list[Artifact]) -> Artifact | None:

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lookalike import storage
@@ -54,6 +56,30 @@ def read_unit(unit: Unit, columns: list[str] | None = None) -> pa.Table:
     missing = [name for name in columns or () if name not in table.column_names]
     if missing:
         raise ArtifactError(f"{unit.uri} has no column {', '.join(missing)}; it has {', '.join(file.schema.names)}")
+    return table
+
+
+def split_attributes(unit: Unit, table: pa.Table, fields: Sequence[str], names: Sequence[str]) -> pa.Table:
+    """``table`` with a column int32 [n] for each of ``fields`` (``attribute.colour``), -1 unknown.
+
+    ``names`` are all attributes in the order of the column ``attributes``; one that does not hold a value for each
+    raises ``ArtifactError``.
+    """
+    if not fields:
+        return table
+    if "attributes" not in table.column_names:
+        raise ArtifactError(f"{unit.uri} has no column 'attributes', though its classes.json names {', '.join(names)}; "
+                            f"{REMEDY}")  # fmt: skip
+    lists = table["attributes"].combine_chunks()
+    sizes = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
+    if (sizes != len(names)).any():
+        wrong = int(np.flatnonzero(sizes != len(names))[0])
+        raise ArtifactError(f"{unit.place}: column 'attributes' holds {lists[wrong].as_py()} in row {wrong}, but "
+                            f"classes.json names {len(names)}: {', '.join(names)}; {REMEDY}")  # fmt: skip
+    values = pc.list_flatten(lists).to_numpy(zero_copy_only=False).reshape(-1, len(names))
+    for field in fields:
+        column = np.ascontiguousarray(values[:, names.index(field.partition(".")[2])])
+        table = table.append_column(field, pa.array(column, pa.int32()))
     return table
 
 

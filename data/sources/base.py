@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from lookalike import storage
 from lookalike.config import Config
-from lookalike.data.sources.columns import FIELDS, TEXT
+from lookalike.data.sources.columns import FIELDS, GATHERED, TEXT
 from lookalike.errors import CorpusError, UsageError
 from lookalike.registry import Registry, nearest
 
@@ -32,7 +32,8 @@ class Source(Config):
     """What the rows are called downstream."""
     columns: dict[str, str | None] = Field(default={})
     """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields; null:
-    the source's column of that name is not to be read."""
+    the source's column of that name is not to be read. ``attributes: {colour: paint, material: made_of}`` gathers plain
+    columns; ``attributes.colour: paint`` says the same, beside a column that holds attributes by itself."""
     constants: dict[str, str] = Field(default={})
     """Corpus field -> its value wherever a record has none: a licence or a locale that holds for the whole source."""
     base_uri: str | None = None
@@ -48,12 +49,21 @@ class Source(Config):
         SOURCE_FORMATS.get(value)
         return value
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        given = value.get("attributes") if isinstance(value, Mapping) else None
+        if not isinstance(given, Mapping):
+            return value
+        return {**value, "attributes": None, **{f"{GATHERED}{name}": column for name, column in given.items()}}
+
     @field_validator("columns", "constants")
     @classmethod
     def _known_fields(cls, value: dict[str, Any], info: Any) -> dict[str, Any]:
-        allowed = FIELDS if info.field_name == "columns" else TEXT
+        mapped = info.field_name == "columns"
+        allowed = FIELDS if mapped else TEXT
         for field in value:
-            if field not in allowed:
+            if field not in allowed and not (mapped and field.startswith(GATHERED) and field[len(GATHERED) :].strip()):
                 raise UsageError(f"{info.field_name} names {field!r}, which is no corpus field"
                                  f"{nearest(field, list(allowed))}; fields: {', '.join(allowed)}")  # fmt: skip
         return value

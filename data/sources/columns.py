@@ -12,13 +12,17 @@ from lookalike.registry import nearest
 TEXT = ("title", "description", "category", "locale", "group", "view", "split", "creator", "licence")
 SCORED = {"annotations": "score", "interactions": "weight"}
 """Fields that hold terms with a number, and what the number is called."""
-FIELDS = ("image_id", "image", "image_uri", *TEXT, "keywords", *SCORED)
+LISTS = ("keywords", *SCORED, "attributes")
+FIELDS = ("image_id", "image", "image_uri", *TEXT, *LISTS)
+GATHERED = "attributes."
+"""How a field begins that holds the values of one attribute: ``attributes.colour``."""
 REQUIRED = (("image_id",), ("image", "image_uri"))
 """Of each group a record needs one."""
 
 _NOT_UTF8 = b"\xff"  # stands for a nested value that holds a string of invalid UTF-8
 _BYTES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
           pa.types.is_large_binary, pa.types.is_binary_view)  # fmt: skip
+_SCALARS = (*_BYTES, pa.types.is_primitive, pa.types.is_decimal, pa.types.is_null)
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 
 
@@ -127,15 +131,29 @@ def _wanted_type(field: str, kind: pa.DataType) -> str | None:
     if field == "image":
         named = pa.types.is_struct(kind) and {f.name for f in kind} & {"bytes", "path"}
         return None if _is(kind, _BYTES) or named else "binary, or a struct of bytes and path"
-    item = kind.value_type if _is(kind, _LISTS) else kind  # a list that is empty in every row is one of nulls
-    if field == "keywords":
-        return None if _is(item, (*_BYTES, pa.types.is_null)) else "a list of strings"
-    if field in SCORED:
-        fine = _is(item, (*_BYTES, pa.types.is_null)) or pa.types.is_map(kind) or pa.types.is_struct(item)
-        return None if fine else f"a list of structs (term, {SCORED[field]}), a map, or strings"
+    if field in LISTS or field.startswith(GATHERED):
+        return _wanted_list(field, kind)
     if field == "image_uri":
         return None if _is(kind, _BYTES) else "a string"
-    return None if _is(kind, _BYTES) or pa.types.is_primitive(kind) or pa.types.is_decimal(kind) else "a string"
+    return None if _is(kind, _SCALARS) else "a string"
+
+
+def _wanted_list(field: str, kind: pa.DataType) -> str | None:
+    listed = _is(kind, _LISTS)
+    item = kind.value_type if listed else kind  # a list that is empty in every row is one of nulls
+    texts, struct = _is(item, (*_BYTES, pa.types.is_null)), pa.types.is_struct(item)
+    if field == "keywords":
+        fine, wanted = texts, "a list of strings"
+    elif field in SCORED:
+        fine = texts or struct or pa.types.is_map(kind)
+        wanted = f"a list of structs (term, {SCORED[field]}), a map, or strings"
+    elif field == "attributes":
+        named = struct and (not listed or {"name", "value"} <= {part.name for part in item})
+        fine = named or pa.types.is_map(kind) or (pa.types.is_null(item) if listed else texts)
+        wanted = "a list of structs (name, value), a map, a struct, or JSON text"
+    else:
+        fine, wanted = _is(item, _SCALARS), "a string or a list of strings"
+    return None if fine else wanted
 
 
 def _is(kind: pa.DataType, tests: Iterable[Any]) -> bool:

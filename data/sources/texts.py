@@ -1,9 +1,10 @@
-"""Raw text values of any form to clean text, lists of words and lists of scored terms, and what had to be repaired."""
+"""Raw text values of any form to clean text, words, scored terms and attributes, and what had to be repaired."""
 
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -141,3 +142,43 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if 0 <= number <= _LARGEST else None
+
+
+def read_attributes(
+    value: Any, max_chars: int, gathered: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, str]], set[str]]:
+    """Pairs of ``name`` and ``value``, each once, by name and value, from any of the forms in which they come.
+
+    Forms: a map of names to a value or a list of values, structs of ``name`` and ``value``, pairs; as values or as the
+    JSON text of such. ``gathered`` has the values of columns that hold one attribute each. What else there is is
+    ``wrong_type``; pairs that ``max_chars`` in all has no room for are left out whole: ``too_long``.
+    """
+    problems: set[str] = set()
+    pairs: set[tuple[str, str]] = set()
+    for raw_name, raw_values in chain(_attributes(value, max_chars, problems), (gathered or {}).items()):
+        name, found = read_text(raw_name, max_chars)
+        problems |= found
+        for raw in raw_values if isinstance(raw_values, (list, tuple)) else [raw_values]:
+            text, found = read_text(raw, max_chars)
+            problems |= found
+            if name and text:
+                pairs.add((name, text))
+    entries: list[dict[str, str]] = []
+    for name, text in sorted(pairs):
+        if len(name) + len(text) > max_chars:
+            problems.add("too_long")
+            continue
+        max_chars -= len(name) + len(text)
+        entries.append({"name": name, "value": text})
+    return entries, problems
+
+
+def _attributes(value: Any, max_chars: int, problems: set[str]) -> Iterator[tuple[Any, Any]]:
+    for item in _listed(value, problems):
+        if isinstance(item, Mapping) and {"name", "value"} <= item.keys():
+            yield item["name"], item["value"]
+        elif isinstance(item, (list, tuple)) and len(item) == 2:
+            yield item[0], item[1]
+        else:
+            text, found = read_text(item, max_chars)
+            problems |= found or ({"wrong_type"} if text else set())

@@ -14,6 +14,8 @@ CORPUS = pa.schema([
     pa.field("annotations", pa.list_(pa.struct([("term", pa.string()), ("score", pa.float32())]))),
     # What people did with the image (queries, names of boards), weights >= 0; empty when the source brings none.
     pa.field("interactions", pa.list_(pa.struct([("term", pa.string()), ("weight", pa.float32())]))),
+    # What a catalogue states (colour, material), each pair once, by name, then value; empty when there is none.
+    pa.field("attributes", pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))),
     pa.field("category", pa.string()),                  # a path, parts separated by "/"
     pa.field("locale", pa.string()),                    # language hint, for example "en"
     pa.field("group", pa.string()),                     # product or instance; null when unknown
@@ -43,6 +45,7 @@ SHARD = pa.schema([
     pa.field("labels", pa.list_(pa.int32())),  # weak labels: columns of the classifier; empty when none
     pa.field("category", pa.int32()),          # class of the category task; -1 when unknown
     pa.field("group", pa.int32()),             # class of the identity task; -1 when unknown
+    pa.field("attributes", pa.list_(pa.int32())),  # class of each attribute of classes.json, in its order; -1 unknown
     pa.field("repeat", pa.float32()),          # r(I) >= 1: expected copies an epoch
 ])  # fmt: skip
 """One row a training image. ``<dataset>/part-*.parquet``; ``classes.json`` names the classes."""

@@ -14,7 +14,7 @@ from PIL import Image
 from lookalike.data.records import Limits, Origin, check_records, count_reasons
 from lookalike.data.sources import Source
 from lookalike.data.sources.columns import arrow_records, resolve, resolve_schema
-from lookalike.data.sources.texts import read_scored, read_text, read_words
+from lookalike.data.sources.texts import read_attributes, read_scored, read_text, read_words
 from lookalike.errors import CorpusError
 from lookalike.vision.images import ImageError
 
@@ -230,6 +230,89 @@ def test_scores_over_one_are_lowered_and_weights_are_not() -> None:
     assert read_scored(["a:nan", "b:-1", "c:2"], 100, "weight")[0] == [{"term": "c", "weight": 2.0}]
 
 
+STATED = [{"name": "colour", "value": "blue"}, {"name": "colour", "value": "red"}, {"name": "size", "value": "2"}]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [{"size": 2, "colour": ["red", "blue"]}, {"size": "2", "colour": [" blue", "red ", "red", "", None]}, STATED[::-1],
+     [("colour", "blue"), ("size", 2), ("colour", "red")], '{"colour": ["blue", "red"], "size": 2}',
+     b'[{"name": "size", "value": "2"}, {"name": "colour", "value": "red"}, {"name": "colour", "value": "blue"}]'],
+)  # fmt: skip
+def test_attributes_of_every_form(raw: Any) -> None:
+    assert read_attributes(raw, 100) == (STATED, set())
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept", "problems"),
+    [(None, [], set()), ("", [], set()), ({}, [], set()), ([None], [], set()),
+     ({"a": None, "": "b", "c": " "}, [], set()),
+     (7, [], {"wrong_type"}), ("red, blue", [], {"wrong_type"}), ("[not json", [], {"wrong_type"}),
+     ([{"colour": "red"}], [], {"wrong_type"}), ({"a": {"b": 1}, "c": 1}, [("c", "1")], {"wrong_type"}),
+     ({"a": [["b"]]}, [], {"wrong_type"}), (b"\xff", [], {"not_utf8"}), ({"a": b"\xff", "b": b"x"}, [("b", "x")],
+     {"not_utf8"}), ({"co\x00l": "re\x1bd"}, [("col", "red")], {"control_characters"}),
+     ({"a": "x" * 1_000_000, "b": "red"}, [("b", "red")], {"too_long"}), ({"x" * 101: "red"}, [], {"too_long"}),
+     ({"a": float("nan"), "b": True}, [("b", "true")], set())],
+)  # fmt: skip
+def test_attributes_out_of_form(raw: Any, kept: list[tuple[str, str]], problems: set[str]) -> None:
+    assert read_attributes(raw, 100) == ([{"name": n, "value": v} for n, v in kept], problems)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.text("ab", max_size=4), st.text("cd", max_size=6)), max_size=20), st.integers(1, 40))
+def test_attributes_fit_and_do_not_depend_on_their_order(pairs: list[tuple[str, str]], most: int) -> None:
+    entries, problems = read_attributes(pairs, most)
+    assert (entries, problems) == read_attributes(pairs[::-1] + pairs, most)
+    found = [(entry["name"], entry["value"]) for entry in entries]
+    wanted = {(name, value) for name, value in pairs if name and value}
+    assert found == sorted(set(found))
+    assert set(found) <= wanted
+    assert sum(len(name) + len(value) for name, value in found) <= most
+    assert set(found) == wanted or problems == {"too_long"}
+
+
+@pytest.mark.parametrize("kind", [
+    pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())])), pa.map_(pa.string(), pa.list_(pa.string())),
+    pa.struct([("colour", pa.list_(pa.string())), ("size", pa.int8()), ("shape", pa.string())]), pa.string(),
+])  # fmt: skip
+def test_attributes_of_columns_are_a_part_of_the_row(kind: pa.DataType) -> None:
+    raw: Any = {"colour": ["red", "blue"], "size": 2}
+    if pa.types.is_list(kind):
+        raw = STATED
+    elif pa.types.is_map(kind):
+        raw = [("colour", ["red", "blue"]), ("size", ["2"])]
+    elif pa.types.is_string(kind):
+        raw = '{"size": "2", "colour": ["red", "blue"]}'
+    table = pa.table({"image_id": ["a", "b"], "image": [PNG] * 2, "attributes": pa.array([raw, None], kind)})
+    accepted, problems = check(table)
+    assert [row["attributes"] for row in accepted] == [STATED, []]
+    assert problems == []
+    assert check_list([{"image_id": "a", "image": PNG}])[0][0]["attributes"] == []
+
+
+def test_a_bad_attribute_is_a_repair_of_its_record() -> None:
+    accepted, problems = check_list([{"image_id": "a", "image": PNG, "attributes": {"a": "b", "c": {}}}])
+    assert accepted[0]["attributes"] == [{"name": "a", "value": "b"}]
+    assert problems == [(0, "attributes", "repaired: wrong_type")]
+
+
+def test_plain_columns_are_gathered_as_attributes() -> None:
+    table = pa.table({"image_id": ["a", "b"], "image": [PNG] * 2, "paint": ["red", None], "year": [1999, 2000],
+                      "tags": [["x", "y"], []], "attributes": ['{"colour": "blue"}', '{"old": "1"}']})  # fmt: skip
+    mapping = {"attributes": {"colour": "paint", "made in": "year", "tag": "tags"}}
+    source = origin(columns=mapping).source
+    assert Source.model_validate(source.model_dump()) == source  # as a manifest has it
+    records = list(arrow_records(table, resolve_schema(source.columns, table.schema, "source")))
+    made = [[(e["name"], e["value"]) for e in row["attributes"]] for row in check_list(records)[0]]
+    assert made == [[("colour", "red"), ("made in", "1999"), ("tag", "x"), ("tag", "y")], [("made in", "2000")]]
+    beside = Source.model_validate({"uri": "u", "dataset": "d", "columns": {"attributes.colour": "paint"}}).columns
+    records = list(arrow_records(table, resolve_schema(beside, table.schema, "source")))
+    made = [[(e["name"], e["value"]) for e in row["attributes"]] for row in check_list(records)[0]]
+    assert made == [[("colour", "blue"), ("colour", "red")], [("old", "1")]]
+    with pytest.raises(CorpusError, match=r"column 'pint', mapped to 'attributes.colour', is absent .did you"):
+        resolve({"attributes.colour": "pint"}, table.column_names, "source s")
+
+
 def test_constants_fill_what_is_missing_and_nothing_else() -> None:
     rows = [{"image_id": "a", "image": PNG, "licence": "by"}, {"image_id": "b", "image": PNG, "locale": ""}]
     accepted, problems = check_list(rows, constants={"licence": "cc0", "locale": "en", "split": "test"})
@@ -241,7 +324,8 @@ bad_or_good = st.fixed_dictionaries(
     {"image_id": st.sampled_from(["a", "b", "c", None, "", b"\xff", 3]),
      "image": st.sampled_from([PNG, b"", None, "x"])},
     optional={"title": st.sampled_from(["t", "", None, "\x00"]), "keywords": st.sampled_from([None, 3, "a,b"]),
-              "annotations": st.sampled_from([{"a": 2}, "x:0.5", 9]), "unreadable": st.just("not_json")},
+              "annotations": st.sampled_from([{"a": 2}, "x:0.5", 9]),
+              "attributes": st.sampled_from([{"a": 2}, "x", 9, [["a", {}]]]), "unreadable": st.just("not_json")},
 )  # fmt: skip
 
 

@@ -349,7 +349,9 @@ def test_a_store_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"columns": {"titel": "t"}}, "did you mean 'title'"), ({"constants": {"image": "t"}}, "names 'image', which is"),
+    [({"columns": {"titel": "t"}}, "did you mean 'title'"),
+     ({"columns": {"attributes": {" ": "t"}}}, "names 'attributes. ', which is no corpus field"),
+     ({"constants": {"image": "t"}}, "names 'image', which is"),
      ({"format": "parket"}, "did you mean 'parquet'"), ({"colums": {}}, "colums")],
 )  # fmt: skip
 def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> None:
@@ -378,7 +380,10 @@ def test_sources_that_do_not_fit_are_refused_before_any_work(
     [("image", pa.list_(pa.int32()), "needs binary, or a struct"), ("title", pa.list_(pa.string()), "needs a string"),
      ("keywords", pa.int32(), "needs a list of strings"), ("image_uri", pa.int32(), "needs a string"),
      ("annotations", pa.list_(pa.int8()), "needs a list of structs .term, score"),
-     ("interactions", pa.float32(), "needs a list of structs .term, weight")],
+     ("interactions", pa.float32(), "needs a list of structs .term, weight"),
+     ("attributes", pa.int32(), "needs a list of structs .name, value"),
+     ("attributes", pa.list_(pa.string()), "needs a list of structs .name, value"),
+     ("attributes", pa.list_(pa.struct([("term", pa.string())])), "needs a list of structs .name, value")],
 )  # fmt: skip
 def test_a_column_that_cannot_hold_its_field_is_refused(
     root: str, field: str, kind: pa.DataType, words: str
@@ -389,6 +394,26 @@ def test_a_column_that_cannot_hold_its_field_is_refused(
     pq.write_table(pa.table({**columns, field: pa.array([None], kind)}), sink)
     with pytest.raises(CorpusError, match=rf"column '{field}' is .*the field '{field}' {words}"):
         read(put(f"{root}/a.parquet", sink.getvalue()), "parquet")
+
+
+def test_a_gathered_column_holds_texts(root: str) -> None:
+    sink = io.BytesIO()
+    kind = pa.map_(pa.string(), pa.int8())
+    pq.write_table(pa.table({"image_id": ["a"], "image": [b""], "c": pa.array([None], kind)}), sink)
+    words = r"column 'c' is map.*the field 'attributes.colour' needs a string or a list of strings"
+    with pytest.raises(CorpusError, match=words):
+        read(put(f"{root}/a.parquet", sink.getvalue()), "parquet", columns={"attributes": {"colour": "c"}})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_columns_are_gathered_from_tables_without_a_schema(root: str, kind: str) -> None:
+    content = {"csv": b"image_id,image_uri,paint,attributes\na,u,red,x\nb,u,,y\n",
+               "jsonl": b'{"image_id": "a", "image_uri": "u", "paint": "red", "attributes": {"x": 1}}\n'
+                        b'{"image_id": "b", "image_uri": "u", "paint": null}\n'}[kind]  # fmt: skip
+    put(f"{root}/a.{kind}", content)
+    first, second = read(root, kind, columns={"attributes": {"colour": "paint"}})
+    assert (first["attributes.colour"], second.get("attributes.colour")) == ("red", None)
+    assert first.get("attributes") is None
 
 
 def test_an_unpackable_file_is_an_error_of_its_own(root: str) -> None:

@@ -85,6 +85,17 @@ def test_both_paths_write_the_same_bytes(inputs: dict[str, list[Artifact]], tmp_
     assert parts(outs[0]) == parts(outs[1])
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_corpus_of_an_older_version_is_read(inputs: dict[str, list[Artifact]], tmp_path: Path, decode: bool) -> None:
+    now, then = draft(tmp_path, "now"), draft(tmp_path, "then")
+    run_here(inputs, now)
+    for uri in inputs["corpus"][0].files("part-", ".parquet"):
+        table = pq.read_table(storage.local_path(uri)).drop_columns(["attributes"])
+        pq.write_table(table, storage.local_path(uri), row_group_size=ROWS)
+    run_here(inputs, then, decode)
+    assert parts(then) == parts(now)
+
+
 def test_what_is_done_is_not_done_again(
     inputs: dict[str, list[Artifact]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

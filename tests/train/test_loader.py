@@ -245,7 +245,7 @@ def test_a_file_that_is_missing_cut_or_damaged_is_named(tmp_path: Path) -> None:
         make_streams(made)
     Path(uri).write_bytes(whole)
     streams = make_streams(made, resample=False)
-    damage(uri, 0.3, num=len(whole) // 4)  # pages of the row groups in the middle
+    damage(uri, 0.3, num=len(whole) // 6)  # pages of the row groups in the middle
     with pytest.raises(ArtifactError, match=r"part-0\.parquet, row group [12].*(cannot be read|image 'catalogue-)"):
         for _ in BatchDataset(streams, {"catalogue": 5}, build_augmentation(SIZE, AugmentConfig()), seed=3, start=0,
                               stop=4):  # fmt: skip

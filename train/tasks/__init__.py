@@ -4,10 +4,10 @@ A batch holds every task's labels for every row; rows whose label a task does no
 (Zhai et al. 2019: the unified embedding). ``base`` has settings and interface, the other modules the kinds.
 """
 
-from lookalike.train.tasks.base import CLASS_FIELDS, TASKS, Batch, Task, TaskConfig
+from lookalike.train.tasks.base import ATTRIBUTE, CLASS_FIELDS, TASKS, Batch, Task, TaskConfig, form_of
 from lookalike.train.tasks.classes import ClassTask
 from lookalike.train.tasks.model import MultiTaskModel, build_tasks
 from lookalike.train.tasks.prefixes import PrefixTask
 
-__all__ = ["CLASS_FIELDS", "TASKS", "Batch", "ClassTask", "MultiTaskModel", "PrefixTask", "Task", "TaskConfig",
-           "build_tasks"]  # fmt: skip
+__all__ = ["ATTRIBUTE", "CLASS_FIELDS", "TASKS", "Batch", "ClassTask", "MultiTaskModel", "PrefixTask", "Task",
+           "TaskConfig", "build_tasks", "form_of"]  # fmt: skip

@@ -1,7 +1,7 @@
 """Settings of a task and what every kind of task shares: its nested dims, its weights c_m, its column of the batch."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -9,16 +9,25 @@ from torch import nn
 
 from lookalike.config import Config
 from lookalike.errors import UsageError
-from lookalike.registry import Registry
+from lookalike.registry import Registry, nearest
 from lookalike.train.losses import Averaging
 from lookalike.train.matryoshka import Nesting, choose_dims
 from lookalike.train.pairs import Mining
 
 Batch = Mapping[str, torch.Tensor]
-ClassField = Literal["labels", "category", "group"]
-FieldName = Literal["labels", "category", "group", "row", "teacher", "images"]
-CLASS_FIELDS: tuple[str, ...] = get_args(ClassField)
+ATTRIBUTE = "attribute."
+"""How a field begins that is an attribute of the shards: ``attribute.colour``."""
+ANY_ATTRIBUTE = ATTRIBUTE + "<name>"
+ONE_CLASS = ("category", "group", ANY_ATTRIBUTE)
+"""Fields with at most one class a row."""
+CLASS_FIELDS = ("labels", *ONE_CLASS)
 """Fields whose values are class ids; the shards say how many."""
+FIELDS = (*CLASS_FIELDS, "row", "teacher", "images")
+
+
+def form_of(field: str) -> str:
+    """How ``FIELDS`` names a field: attributes have one form."""
+    return ANY_ATTRIBUTE if len(field) > len(ATTRIBUTE) and field.startswith(ATTRIBUTE) else field
 
 
 class TaskConfig(Config):
@@ -26,9 +35,10 @@ class TaskConfig(Config):
 
     kind: str
     """Loss and head: a name of the registry ``task`` (see train/README.md)."""
-    field: FieldName
-    """Column of the batch the task reads: class ids (``labels``, several a row; ``category``; ``group``), ``row`` (the
-    same number for the views of one picture), ``teacher`` (its embedding), or ``images`` for tasks without labels."""
+    field: str
+    """Column of the batch the task reads: class ids (``labels``, several a row; ``category``; ``group``;
+    ``attribute.colour`` or any other that the shards have), ``row`` (the same number for the views of one picture),
+    ``teacher`` (its embedding), or ``images`` for tasks without labels."""
     weight: float = Field(1.0, gt=0.0)
     """Weight of the task's loss in the sum."""
     dims: tuple[int, ...] | None = None
@@ -66,10 +76,17 @@ class TaskConfig(Config):
         TASKS.get(kind)  # an unknown name lists the valid ones
         return kind
 
+    @field_validator("field")
+    @classmethod
+    def _a_field(cls, field: str) -> str:
+        if form_of(field) not in FIELDS:
+            raise ValueError(f"no field of a batch{nearest(field, list(FIELDS))}; fields: {', '.join(FIELDS)}")
+        return field
+
     @model_validator(mode="after")
     def _check(self) -> "TaskConfig":
         task = TASKS.get(self.kind)
-        if self.field not in task.fields:
+        if form_of(self.field) not in task.fields:
             raise ValueError(f"kind {self.kind!r} cannot read field {self.field!r}; it reads {', '.join(task.fields)}")
         own = {"kind", "field", "weight", "dims", *task.settings}
         idle = [name for name, field in type(self).model_fields.items()

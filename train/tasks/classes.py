@@ -29,7 +29,7 @@ from lookalike.train.proxies import (
     workers,
 )
 from lookalike.train.reduction import Factors, Over, Reduced, reduce_scores
-from lookalike.train.tasks.base import TASKS, Batch, Task
+from lookalike.train.tasks.base import ONE_CLASS, TASKS, Batch, Task
 
 SCALE = ("nesting", "class_chunk", "shard")
 
@@ -149,7 +149,7 @@ def _weigh(losses: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
 class SoftmaxTask(ClassTask):
     """Cross-entropy over classes."""
 
-    fields = ("category", "group")
+    fields = ONE_CLASS
     settings = (*SCALE, "label_smoothing", "sample_classes")
     over = "logsumexp"
 
@@ -202,7 +202,7 @@ class MultilabelSigmoidTask(ClassTask):
 class NormalizedSoftmaxTask(ClassTask):
     """Classification by cosine to class proxies: the metric-learning task for instances."""
 
-    fields = ("category", "group")
+    fields = ONE_CLASS
     settings = (*SCALE, "temperature", "sample_classes")
     over = "logsumexp"
 

@@ -6,9 +6,9 @@ from lookalike.seeds import derive_seed
 from lookalike.train.pairs import contrastive_loss, cosine_loss, triplet_loss
 from lookalike.train.proxies import gather_labels, gather_rows, workers
 from lookalike.train.regularizers import embedding_norm_loss, koleo_loss, relational_loss, teacher_cosine_loss
-from lookalike.train.tasks.base import TASKS, Batch, Task
+from lookalike.train.tasks.base import ONE_CLASS, TASKS, Batch, Task
 
-RELATIONS = ("category", "group", "row")
+RELATIONS = (*ONE_CLASS, "row")
 
 
 class PrefixTask(Task):
