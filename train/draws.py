@@ -3,7 +3,6 @@
 A draw depends on the seed, the epoch and the row group alone, so that whoever needs it makes it again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,8 +105,3 @@ def _copy_numbers(rows: Rows) -> Rows:
     numbers = np.empty_like(rows)
     numbers[order] = np.arange(len(rows)) - np.repeat(starts, counts)
     return numbers
-
-
-def repeated_rows(ids: Sequence[str]) -> int:
-    """Rows of a batch whose picture stands in it already."""
-    return len(ids) - len(set(ids))

@@ -73,8 +73,9 @@ def triplet_loss(
     """Scalar loss of every pair (anchor, positive) of [n, m] vectors with one mined negative each.
 
     ``random`` and ``semi_hard``: mean of ``max(0, D_ap - D_an + margin)`` over the pairs (Schroff et al. 2015,
-    equation 2). ``distance_weighted``: the margin loss ``max(0, D_ap - beta + margin) + max(0, beta - D_an + margin)``
-    over the number of terms above zero (Wu et al. 2017, section 4). ``uniform`` [n, n] in [0, 1) draws negatives.
+    equation 2, but with the distance itself where they square it). ``distance_weighted``: the margin loss
+    ``max(0, D_ap - beta + margin) + max(0, beta - D_an + margin)`` over the number of terms above zero (Wu et al. 2017,
+    section 4). ``uniform`` [n, n] in [0, 1) draws negatives.
     """
     positives, negatives = relate(values, values)
     pairs = positives & negatives.any(dim=1, keepdim=True)

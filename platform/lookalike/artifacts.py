@@ -91,7 +91,7 @@ class Artifact:
         """
         artifact = cls(uri, _read_manifest(uri.rstrip("/")))
         if kind is not None and artifact.manifest.kind != kind:
-            raise ArtifactError(f"{uri} is a {artifact.manifest.kind!r} artifact where a {kind!r} is needed")
+            raise ArtifactError(f"{uri} is an artifact of kind {artifact.manifest.kind!r}, not of kind {kind!r}")
         if check:
             artifact.verify(content=sum(f.size_bytes for f in artifact.manifest.files) <= FULL_CHECK_BYTES)
         return artifact

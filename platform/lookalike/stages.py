@@ -138,13 +138,13 @@ def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> Non
     for name, wanted in stage.inputs.items():
         given = inputs.get(name, [])
         if not given and not wanted.optional:
-            raise UsageError(f"stage {stage.name!r} needs input {name!r} (a {wanted.kind!r} artifact)")
+            raise UsageError(f"stage {stage.name!r} needs input {name!r} (an artifact of kind {wanted.kind!r})")
         if len(given) > 1 and not wanted.many:
             raise UsageError(f"stage {stage.name!r} takes one artifact as {name!r}, not {len(given)}")
         for artifact in given:
             if artifact.manifest.kind != wanted.kind:
-                raise UsageError(f"stage {stage.name!r} takes a {wanted.kind!r} as {name!r}, "
-                                 f"{artifact.uri} is a {artifact.manifest.kind!r}")  # fmt: skip
+                raise UsageError(f"stage {stage.name!r} takes an artifact of kind {wanted.kind!r} as {name!r}, "
+                                 f"{artifact.uri} is of kind {artifact.manifest.kind!r}")  # fmt: skip
 
 
 def execute(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], root: str, name: str) -> Artifact:

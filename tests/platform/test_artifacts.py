@@ -81,7 +81,7 @@ def test_nothing_there(root: str) -> None:
 
 def test_another_kind_is_refused(root: str) -> None:
     artifact = publish(root, {"a": b"1"})
-    with pytest.raises(ArtifactError, match=r"is a 'thing' artifact where a 'corpus' is needed"):
+    with pytest.raises(ArtifactError, match=r"kind 'thing', not of kind 'corpus'"):
         Artifact.open(artifact.uri, "corpus")
 
 

@@ -108,10 +108,10 @@ def test_wrong_inputs_are_explained(root: str) -> None:
     cases: list[tuple[Stage[Any], dict[str, list[Artifact]], str]] = [
         (NUMBER, {"extra": [number]}, "stage 'toy-number' has no input 'extra'; it takes none"),
         (single, {"b": [number]}, "no input 'b'; it takes a"),
-        (single, {}, r"needs input 'a' \(a 'number' artifact\)"),
+        (single, {}, r"needs input 'a' \(an artifact of kind 'number'\)"),
         (single, {"a": [number, number]}, "takes one artifact as 'a', not 2"),
         (Stage("s", "x", StageConfig, lambda run: None, inputs={"a": Input("corpus")}), {"a": [number]},
-         "takes a 'corpus' as 'a', .* is a 'number'"),
+         "takes an artifact of kind 'corpus' as 'a', .* is of kind 'number'"),
     ]  # fmt: skip
     for stage, inputs, words in cases:
         with pytest.raises(UsageError, match=words):

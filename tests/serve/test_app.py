@@ -64,9 +64,9 @@ def test_auto_finds_the_encoder_in_the_lineage(world: "World") -> None:
 def test_missing_and_mistaken_artifacts(world: "World", tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="it is not there"):
         build(ServeConfig(index=str(tmp_path / "nothing")))
-    with pytest.raises(ArtifactError, match="'plan' artifact where a 'index' is needed"):
+    with pytest.raises(ArtifactError, match="kind 'plan', not of kind 'index'"):
         build(ServeConfig(index=world.plan))
-    with pytest.raises(ArtifactError, match="'index' artifact where a 'plan' is needed"):
+    with pytest.raises(ArtifactError, match="kind 'index', not of kind 'plan'"):
         build(ServeConfig(index=world.index, plan=world.index))
 
 

@@ -133,7 +133,7 @@ def test_a_hub_repository_is_pushed_and_pulled(encoder: Artifact, tmp_path: Path
     [
         (["ENCODER", "--to", "SHARDS"], 2, "is the corpus artifact 'corpus', which an export would overwrite"),
         (["ENCODER", "--to", "ENCODER"], 2, "is the encoder artifact 'tiny', which an export would overwrite"),
-        (["SHARDS", "--to", "OUT"], 3, "is a 'corpus' artifact where a 'encoder' is needed"),
+        (["SHARDS", "--to", "OUT"], 3, "kind 'corpus', not of kind 'encoder'"),
         (["/no/such", "--to", "OUT"], 3, "no artifact at /no/such"),
         (["ENCODER", "--to", "hf://name"], 2, "names no repository"),
         (["ENCODER", "--to", "OUT", "--report", "SHARDS"], 3, "where a 'report' is needed"),

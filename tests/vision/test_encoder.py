@@ -93,7 +93,7 @@ def test_another_kind_of_artifact_is_refused(tmp_path: Path) -> None:
     draft = Draft(str(tmp_path), "corpus", "c", "a" * 20)
     draft.write_json("x.json", 1)
     corpus = draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
-    with pytest.raises(ArtifactError, match=r"is a 'corpus' artifact where a 'encoder' is needed"):
+    with pytest.raises(ArtifactError, match=r"kind 'corpus', not of kind 'encoder'"):
         Encoder.load(corpus.uri)
 
 

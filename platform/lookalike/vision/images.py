@@ -23,11 +23,6 @@ class ImageError(UsageError):
         return type(self), (self.reason, str(self))  # an exception is otherwise rebuilt from its message alone
 
 
-def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels from the header alone; raises ``ImageError`` as :func:`decode` does."""
-    return _open(data, max_pixels).size
-
-
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame as RGB, upright by its EXIF orientation, transparency laid on white.
 
