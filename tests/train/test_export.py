@@ -136,7 +136,7 @@ def test_a_hub_repository_is_pushed_and_pulled(encoder: Artifact, tmp_path: Path
         (["SHARDS", "--to", "OUT"], 3, "kind 'corpus', not of kind 'encoder'"),
         (["/no/such", "--to", "OUT"], 3, "no artifact at /no/such"),
         (["ENCODER", "--to", "hf://name"], 2, "names no repository"),
-        (["ENCODER", "--to", "OUT", "--report", "SHARDS"], 3, "where a 'report' is needed"),
+        (["ENCODER", "--to", "OUT", "--report", "SHARDS"], 3, "not of kind 'report'"),
     ],
 )
 def test_mistakes_are_explained_and_leave_everything_as_it_was(  # noqa: PLR0917
