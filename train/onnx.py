@@ -1,6 +1,7 @@
 """An encoder as one ONNX file, and the check that it computes what the encoder computes."""
 
 import copy
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -25,7 +26,8 @@ def write_onnx(path: str, model: EmbeddingModel, size: int) -> None:
         import_module(needed)
     frozen = copy.deepcopy(model).cpu().float().eval()
     example = torch.zeros(2, 3, size, size)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
         frozen(example)  # fills what a model computes once and keeps (EfficientFormer's attention biases)
         torch.onnx.export(
             frozen, (example,), path, dynamo=True, external_data=False, verbose=False, input_names=[INPUT],
