@@ -4,8 +4,10 @@ The run's checkpoints lie in the draft, so a stage that is run again after a cra
 one; workers that die are started again within the run, and an error that another attempt would meet as well ends it.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow.compute as pc
@@ -28,7 +30,7 @@ from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.state import export_weights
 from lookalike.train.streams import require_units
 from lookalike.train.tasks import ATTRIBUTE
-from lookalike.train.units import list_units
+from lookalike.train.units import THREADS, list_units
 from lookalike.vision.encoder import EncoderConfig, build_model, read_config, save_encoder
 
 log = get_logger(__name__)
@@ -147,14 +149,16 @@ def find_teacher(train: TrainConfig, given: list[Artifact]) -> Artifact | None:
 
 def expected_rows(uris: list[str], resample: bool) -> int:
     """Rows of one epoch: all rows, or the sum of their repeat factors."""
-    total = 0.0
-    for uri in uris:
+
+    def of_file(uri: str) -> float:
         filesystem, path = storage.arrow_filesystem(uri)
-        if resample:
-            total += pc.sum(pq.read_table(path, columns=["repeat"], filesystem=filesystem)["repeat"]).as_py() or 0.0
-        else:
-            total += pq.read_metadata(path, filesystem=filesystem).num_rows
-    return max(1, round(total))
+        if not resample:
+            return float(pq.read_metadata(path, filesystem=filesystem).num_rows)
+        repeat = pq.read_table(path, columns=["repeat"], filesystem=filesystem)["repeat"]
+        return float(pc.sum(repeat).as_py() or 0.0)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return max(1, round(math.fsum(pool.map(of_file, uris))))
 
 
 def fit(config: LoopConfig, folder: str, progress: Any) -> None:
