@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   set up, then run the whole platform on the sample corpus (report: runs/quickstart/report.html)"
 	@echo "make test         set up, then linters, type checks and tests"
 	@echo "make test-fast    the tests that need neither Ray nor minutes"
-	@echo "make test-soak    accidents and repetitions: workers and drivers killed, full disks, 1, 2 and 4 workers"
+	@echo "make test-soak    what takes minutes: the smoke recipe from end to end, killed workers and nodes, full disks"
 	@echo "make lint         ruff, mypy, import-linter, buf"
 	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning, labels, training ..."
 	@echo "make proto        regenerate the gRPC stubs"

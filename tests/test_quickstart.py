@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "deploy/recipes/smoke.yaml"
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
 
 
 def lookalike(*args: str, timeout_s: float = 600.0) -> "subprocess.CompletedProcess[str]":

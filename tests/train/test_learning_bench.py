@@ -1,9 +1,6 @@
 """The learning benchmark: its arithmetic on made-up rows, its reading of recipes, and one run of the smoke twin."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -139,28 +136,3 @@ def test_photographs_are_asked_for_among_those_trained_on_and_in_the_catalogue()
     assert tasks["product"] == {"queries": natural, "database": {"split": ["train"], "view": ["natural"]},
                                 "label": "group"}  # fmt: skip
     assert tasks["catalogue"] == {"queries": natural, "database": {"view": ["iconic"]}, "label": "group"}
-
-
-@pytest.mark.ray
-@pytest.mark.soak
-def test_the_smoke_twin_runs_to_its_tables(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    environment.pop("RAY_ADDRESS", None)
-    some = ["mrl", "ff-8", "single", "base"]  # each takes a while to start
-    overrides = {"steps.evaluate.inputs.embeddings": [f"{name}-vectors" for name in some], "evaluate.dims": [8, 12, 16]}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.learning", "--recipe", "deploy/recipes/learning-smoke.yaml", "--root",
-         str(tmp_path), "--seeds", "1", "--markdown",
-         *(word for key, value in overrides.items() for word in ("--set", f"{key}={json.dumps(value)}"))],
-        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=1500, check=False)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    *rows, summary = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {r["variant"] for r in rows} == set(some)
-    assert {r["method"] for r in rows if r["variant"] == "single"} == {"prefix", "svd", "random", "jl"}
-    assert sorted(r["dim"] for r in rows if r["variant"] == "base") == [8, 12, 16, 1280]
-    assert set(summary["subject_minus"]["p_at_1"]["fixed"]) == {"8"}
-    assert set(summary["relations"]) == {"above_truncated", "above_svd", "interpolated"}
-    assert all(0 <= r["p_at_1"] <= 1 for r in rows)
-    base = summary["levels"]["p_at_1"]["base"]["1280"]["mean"]
-    assert base > 0.02  # 820 candidates: chance is 0.0012, so pictures and products belong together
-    assert "| single svd |" in run.stderr

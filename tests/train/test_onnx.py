@@ -49,16 +49,14 @@ def test_an_exported_file_gives_the_encoder_s_vectors_for_any_batch(backbone: st
 
 
 PAPERS = {
-    "vit_base_patch16_224": 768, "vit_base_patch32_224": 768, "deit_small_patch16_224": 384,
-    "deit_small_distilled_patch16_224": 384, "efficientnet_b0": 1280, "mobilevit_s": 640, "efficientformer_l3": 512,
-    "resnet50": 2048, "resnext101_32x8d": 2048, "tf_efficientnet_lite0": 1280,
+    "vit_base_patch32_224": 768, "deit_small_distilled_patch16_224": 384, "mobilevit_s": 640, "resnet50": 2048,
 }  # fmt: skip
-"""What the papers name -> width."""
+"""One of each family that the papers name -> width; tiny ones and EfficientFormer are tested above."""
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backbone", PAPERS)
-def test_every_architecture_of_the_papers_exports(backbone: str, tmp_path: Path) -> None:
+def test_every_family_of_the_papers_exports(backbone: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     encoder = publish_encoder(str(tmp_path), backbone=backbone, num_features=PAPERS[backbone], transform={"size": 64})
     config, model = read_encoder(encoder)

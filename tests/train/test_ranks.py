@@ -26,7 +26,7 @@ def close(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> bool:
                for name, value in other["model"].items())  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_workers_share_the_streams_and_a_run_may_shrink(bench: Bench, tmp_path: Path) -> None:
     settings = {"num_workers": 2, "optimizer": "sgd", "lr": 0.01, "head_lr": 0.01}
     two = train(bench, tmp_path / "two", 2, **settings)
@@ -42,7 +42,7 @@ def test_workers_share_the_streams_and_a_run_may_shrink(bench: Bench, tmp_path: 
     assert close(shrunk, two, 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_streams_need_not_divide_among_workers(bench: Bench, tmp_path: Path) -> None:
     settings = {"num_workers": 4, "batch_size": 16, "epochs": 1.2, "optimizer": "sgd", "lr": 0.01, "head_lr": 0.01}
     one = train(bench, tmp_path / "one", 1, **settings)
@@ -52,7 +52,7 @@ def test_streams_need_not_divide_among_workers(bench: Bench, tmp_path: Path) -> 
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_worker_stops_at_a_bad_loss_of_one(bench: Bench, tmp_path: Path) -> None:
     train(bench, tmp_path / "run", 2, spoil=6, num_workers=2)
     said = [Path(f"{tmp_path}/run.error-{rank}").read_text() for rank in (0, 1)]
