@@ -1,4 +1,4 @@
-"""The learning benchmark: its arithmetic on made-up rows, its reading of recipes, and one run of the smoke twin."""
+"""The learning benchmark: its arithmetic on made-up rows, and its reading of recipes."""
 
 import json
 from collections import Counter
