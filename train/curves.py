@@ -3,7 +3,7 @@ the stop at a loss that is no number."""
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,9 +91,11 @@ class StepReader:
         return StepValues(pending.step, values, pending.ids, bad, bool(bad_here))
 
 
-def stop_if_bad(taken: StepValues, rank: int, last_good: str) -> None:
-    """Raise ``NonFiniteLossError``, the same on every worker, when the loss of one or the gradient was bad;
-    ``last_good`` says which checkpoint there is."""
+def stop_if_bad(taken: StepValues, rank: int, last_good: Callable[[], str]) -> None:
+    """Raise ``NonFiniteLossError``, the same on every worker, when the loss of one or the gradient was bad.
+
+    ``last_good`` says which checkpoint there is; it is asked once every worker has come here, its own files written.
+    """
     if not taken.bad:
         return
     found: list[Any] = [(rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here)]
@@ -105,7 +107,7 @@ def stop_if_bad(taken: StepValues, rank: int, last_good: str) -> None:
     where = "; ".join(f"rank {number}, images {', '.join(ids) or 'not named by the loader'}"
                       for number, ids, _ in guilty or found)  # fmt: skip
     raise NonFiniteLossError(
-        f"the {what} is not finite at step {taken.step} on {where}; {last_good}. Run again with a lower "
+        f"the {what} is not finite at step {taken.step} on {where}; {last_good()}. Run again with a lower "
         "lr, a smaller clip_norm or a longer warm-up, with precision=float32 if it was lower, or look at these images"
     )
 

@@ -262,9 +262,7 @@ class Report:
             return
         if taken.bad:
             writer.wait()
-            found = last_checkpoint(self._place.folder)
-            good = f"the last good checkpoint is {found.uri}" if found else "there is no checkpoint yet"
-            stop_if_bad(taken, self._place.rank, good)
+            stop_if_bad(taken, self._place.rank, self._last_good)
         self._training.curve.add(taken)
         if self._place.rank:
             return
@@ -275,6 +273,10 @@ class Report:
             values = {**values, **self._pace.read()}
             log.info("train %s", fields(step=step, of=self._place.config.total_steps, **values))
             publish(step, values, self._gauges, self._trackers)
+
+    def _last_good(self) -> str:
+        found = last_checkpoint(self._place.folder)
+        return f"the last good checkpoint is {found.uri}" if found else "there is no checkpoint yet"
 
     def close(self) -> None:
         """End the trackers."""

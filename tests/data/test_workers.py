@@ -53,13 +53,14 @@ def run_with(workers: int, recipe: Path, root: Path) -> dict[str, Artifact]:
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
-def kill_a_worker(driver: int, until: str, root: Path) -> bool:
+def kill_a_worker(driver: "subprocess.Popen[str]", until: str, root: Path) -> bool:
     """Kill a worker process once a file like ``until`` is there; whether one could be killed."""
     while not list(root.glob(until)):
+        assert driver.poll() is None
         time.sleep(0.01)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        for child in psutil.Process(driver).children(recursive=True):
+        for child in psutil.Process(driver.pid).children(recursive=True):
             with suppress(psutil.Error):  # it may have ended meanwhile
                 if child.cmdline()[:1] == ["ray::MapBatches(each)"]:
                     child.kill()
@@ -67,23 +68,36 @@ def kill_a_worker(driver: int, until: str, root: Path) -> bool:
     return False
 
 
-@pytest.mark.soak
-def test_one_two_and_four_workers_give_the_same_digest(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    runs = [run_with(workers, recipe, tmp_path / f"workers-{workers}") for workers in (1, 2, 4)]
-    assert set(runs[0]) == {"labels", "shards"}
-    for name in runs[0]:
-        assert len({made[name].digest for made in runs}) == 1, name
-        assert all(made[name].stats == runs[0][name].stats for made in runs)
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("workers"))
+
+
+@pytest.fixture(scope="module")
+def calm(recipe: Path) -> dict[str, Artifact]:
+    """What two workers make of it when nothing happens."""
+    return run_with(2, recipe, recipe.parent / "calm")
 
 
 @pytest.mark.soak
-def test_a_killed_worker_and_a_killed_driver_change_nothing(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    calm, root = run_with(2, recipe, tmp_path / "calm"), tmp_path / "killed"
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_number_of_workers_does_not_change_the_digest(
+    workers: int, recipe: Path, calm: dict[str, Artifact], tmp_path: Path
+) -> None:
+    made = run_with(workers, recipe, tmp_path)
+    assert set(made) == {"labels", "shards"}
+    for name, artifact in made.items():
+        assert (artifact.digest, artifact.stats) == (calm[name].digest, calm[name].stats)
+
+
+@pytest.mark.soak
+def test_a_killed_worker_and_a_killed_driver_change_nothing(
+    recipe: Path, calm: dict[str, Artifact], tmp_path: Path
+) -> None:
+    root = tmp_path
     with start(2, recipe, root) as run:
         assert run.stderr is not None
-        assert kill_a_worker(run.pid, "labels/labels/*/_work/signatures/*.parquet", root)
+        assert kill_a_worker(run, "labels/labels/*/_work/signatures/*.parquet", root)
         while not list(root.glob("labels/labels/*/annotations.parquet/*.parquet")):
             assert run.poll() is None
             time.sleep(0.02)

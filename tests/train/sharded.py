@@ -1,5 +1,7 @@
 """One worker of a process group that trains sharded heads, for ``test_proxies``; and what it trains."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -55,7 +57,8 @@ def make_batch(step: int, rank: int) -> dict[str, torch.Tensor]:
 
 def start_group(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD,
+                            timeout=timedelta(minutes=2))  # fmt: skip
 
 
 def run_worker(rank: int, folder: str) -> None:
