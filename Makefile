@@ -51,7 +51,7 @@ test: lint
 	$(BIN)/python -m pytest tests -m 'not soak' $(ARGS)
 
 test-soak: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -m soak $(ARGS)
+	$(BIN)/python -m pytest tests -m soak -vv --durations=20 $(ARGS)
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m 'not slow and not ray and not soak' $(ARGS)

@@ -46,7 +46,10 @@ def start(workers: int, recipe: Path, root: Path) -> "subprocess.Popen[str]":
 
 def run_with(workers: int, recipe: Path, root: Path) -> dict[str, Artifact]:
     with start(workers, recipe, root) as done:
-        _, said = done.communicate()
+        try:
+            _, said = done.communicate(timeout=400)
+        finally:
+            done.kill()  # nothing, when it has ended
     assert done.returncode == 0, said[-2000:]
     loaded = Recipe.load(str(recipe), overrides(workers, root))
     found = {name: loaded.published(name) for name in loaded.steps}

@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = str(tmp_path_factory.mktemp("group"))
     model = make_model(shard=False)
     torch.save({"model": model.state_dict(), "optimizer": make_optimizer(model).state_dict()}, f"{folder}/start.pt")
-    torch.multiprocessing.spawn(run_worker, args=(folder,), nprocs=WORLD)
+    torch.multiprocessing.spawn(run_worker, args=(folder,), nprocs=WORLD, daemon=True)
     return [torch.load(f"{folder}/end-{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -14,7 +14,8 @@ from tests.train.ranks import train_rank
 
 def train(bench: Bench, folder: Path, world: int, spoil: int = 0, **settings: Any) -> dict[str, Any]:
     """The last checkpoint of a run of ``world`` processes."""
-    mp.spawn(train_rank, (world, bench.root, str(folder), settings, spoil), nprocs=world)  # type: ignore[no-untyped-call]
+    given = (world, bench.root, str(folder), settings, spoil)
+    mp.spawn(train_rank, given, nprocs=world, daemon=True)  # type: ignore[no-untyped-call]
     found = last_checkpoint(str(folder))
     assert found is not None
     assert found.world == world

@@ -50,7 +50,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: 
         assert time.monotonic() < deadline, read_log(log)
         time.sleep(0.2)
     os.killpg(driver.pid, signal.SIGKILL)
-    driver.communicate()
+    driver.communicate(timeout=60)
     (draft,) = (disturbed / "encoder" / "tiny").iterdir()
     with pytest.raises(ArtifactError, match="unfinished draft"):
         Artifact.open(str(draft))
