@@ -44,7 +44,8 @@ def test_codes_are_as_near_as_eight_bits_allow(vectors: Floats) -> None:
     assert codes.min() >= -127
     assert np.abs(codes * scales[:, None] - vectors).max() <= scales.max() / 2 + 1e-7
     codes, scales = quantise(np.zeros((2, 4), np.float32))
-    assert not codes.any() and not scales.any()
+    assert not codes.any()
+    assert not scales.any()
 
 
 def test_neighbours_are_those_of_brute_force(built: Graph, vectors: Floats) -> None:
