@@ -55,7 +55,7 @@ def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
 
 
 def sort_keys(scores: Floats, rows: Rows) -> npt.NDArray[np.uint64]:
-    """Unique uint64 keys [n, m] whose rising order is the order of hits; column j stands for ``rows[j]``.
+    """Unique uint64 keys [n, m] whose rising order is the order of hits; column j stands for row ``rows[j]``.
 
     The upper half is the score with its bits turned so that a larger float is a smaller integer, the lower half the
     row, which must fit 32 bits: a plain partial sort of the keys then breaks ties by row, which a partial sort of the
