@@ -22,7 +22,7 @@
 #define PREFETCH(address) ((void)0)
 #endif
 
-enum { LINE = 64, AHEAD = 4, SORT_FROM = 256, CHUNK = 512, FLOAT32 = 0, FLOAT16 = 1 };
+enum { LINE = 64, AHEAD = 4, SORT_FROM = 256, CHUNK = 512, BOUND_FROM = 32, FLOAT32 = 0, FLOAT16 = 1 };
 
 typedef struct {
     float score;

@@ -204,20 +204,25 @@ TARGET static int64_t NAME(scan)(const Store *store, const float *queries, int32
             for (int64_t row = start; row < start + CHUNK && row < n; row++)
                 if (is_allowed(allowed, row)) alive[size++] = (Found){0, (int32_t)row};
             const float *at = query;
+            int32_t read = 0;
             for (int32_t b = 0; b < num_blocks && size; at += store->widths[b++]) {
+                numbers += (int64_t)size * store->widths[b];
+                for (int32_t i = 0; i < size; i++) {
+                    /* all rows of a block lie in order, and the processor foresees them; survivors do not */
+                    if (size < CHUNK && i + AHEAD < size) NAME(prefetch_block)(store, b, alive[i + AHEAD].row);
+                    alive[i].score += NAME(dot_block)(store, b, at, alive[i].row);
+                }
+                read += store->widths[b];
+                if (read < BOUND_FROM || b + 1 == num_blocks) continue;
                 const float *norms = store->norms + (int64_t)b * n;
                 const float rest = sqrtf(fmaxf(0, length * length * (1 + rounding) - lengths[b] * lengths[b]));
                 const float kth = kept == k ? best[k - 1].score - slack : -INFINITY;
                 int32_t left = 0;
-                numbers += (int64_t)size * store->widths[b];
                 for (int32_t i = 0; i < size; i++) {
                     const int64_t row = alive[i].row;
-                    if (i + AHEAD < size) NAME(prefetch_block)(store, b, alive[i + AHEAD].row);
-                    float dot = alive[i].score + NAME(dot_block)(store, b, at, row);
                     float other = sqrtf(fmaxf(0, whole[row] * whole[row] * (1 + rounding) - norms[row] * norms[row]));
-                    float least = kth * length * whole[row];
-                    if (b + 1 < num_blocks && dot + rest * other < least) continue;
-                    alive[left++] = (Found){dot, (int32_t)row};
+                    alive[left] = alive[i];
+                    left += !(alive[i].score + rest * other < kth * length * whole[row]);
                 }
                 size = left;
             }
