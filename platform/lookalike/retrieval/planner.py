@@ -24,7 +24,7 @@ from lookalike.retrieval.metrics import per_query_overlap
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, top_k
 from lookalike.retrieval.searcher import IndexMeta, Searcher
-from lookalike.retrieval.shortlist import count_distances
+from lookalike.retrieval.shortlist import count_work
 
 RankBy = Literal["model", "measured"]
 DecideBy = Literal["lower", "mean"]

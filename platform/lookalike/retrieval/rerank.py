@@ -31,17 +31,23 @@ def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: P
     survivors, reached = shortlist, plan.shortlist_dim
     for dim, keep in (*plan.stages, (plan.rerank_dim, k)):
         if dim != reached:
-            survivors = _extend(store, queries, survivors, reached, dim)
+            survivors = extend(store, queries, survivors, reached, dim)
         survivors = top_k(survivors.rows, survivors.scores, max(keep, k))
         reached = dim
     return Hits(survivors.rows[:, :k], survivors.scores[:, :k])
 
 
-def _extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
-    """The same rows with cosines at ``dim``, from their cosines at ``reached`` and the blocks between."""
+def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
+    """The same rows with cosines at ``dim``, from their cosines at ``reached`` and the blocks between.
+
+    ``reached`` 0 reads all blocks up to ``dim`` and asks nothing of the scores.
+    """
     valid = np.where(hits.rows == NO_ROW, 0, hits.rows)
-    dots = np.where(hits.rows == NO_ROW, 0, hits.scores) * _lengths(store, queries, valid, reached)
-    for position in range(store.position(reached) + 1, store.position(dim) + 1):
+    if reached:
+        dots = np.where(hits.rows == NO_ROW, 0, hits.scores) * _lengths(store, queries, valid, reached)
+    else:
+        dots = np.zeros(valid.shape, np.float32)
+    for position in range(store.position(reached) + 1 if reached else 0, store.position(dim) + 1):
         start, stop = store.meta.borders[position]
         dots += _partial_dots(store, position, np.ascontiguousarray(queries[:, start:stop]), valid)
     return Hits(hits.rows, (dots * inverse_norms(_lengths(store, queries, valid, dim))).astype(np.float32))
@@ -63,28 +69,33 @@ def _partial_dots(store: PrefixStore, position: int, queries: Floats, rows: Rows
     return out
 
 
-def scan(store: PrefixStore, queries: Floats, k: int, dim: int) -> Hits:
-    """The exact ``k`` nearest by cosine at ``dim`` among all rows of the shard, read block of rows by block of rows."""
-    num_rows = store.meta.num_rows
+def scan(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | None = None) -> Hits:
+    """The exact ``k`` nearest by cosine at ``dim`` among all rows of the shard, read block of rows by block of rows.
+
+    With rising ``rows`` [m] only these are read, and gathered once for all queries.
+    """
+    num_rows = store.meta.num_rows if rows is None else len(rows)
     unit, best = normalise(queries[:, :dim]), np.empty((len(queries), 0), np.uint64)
     inverse = inverse_norms(np.asarray(store.norms[store.position(dim)]))
     step = max(1, min(SCAN_NUMBERS // dim, SCAN_SCORES // max(1, len(queries))))
     for part in row_slices(num_rows, step):
-        scores = _dots_in_order(store, unit, part, dim) * inverse[part]
-        best = np.hstack([best, sort_keys(scores, part.start)])
+        numbers = np.arange(part.start, part.stop) if rows is None else rows[part]
+        place = part if rows is None else numbers
+        scores = _dots_in_order(store, unit, place, dim) * inverse[place]
+        best = np.hstack([best, sort_keys(scores, numbers)])
         if best.shape[1] > k:
             best = np.partition(best, k - 1, axis=1)[:, :k]
     best.sort(axis=1)
     return pad_hits(from_keys(best), k)
 
 
-def _dots_in_order(store: PrefixStore, queries: Floats, part: slice, dim: int) -> Floats:
+def _dots_in_order(store: PrefixStore, queries: Floats, place: slice | Rows, dim: int) -> Floats:
     if len(queries) >= BATCH:
-        return queries @ store.read(part, dim).T
-    rows = np.broadcast_to(np.arange(part.stop - part.start), (len(queries), part.stop - part.start)).copy()
-    dots = np.zeros(rows.shape, np.float32)
+        return queries @ store.read(place, dim).T
+    dots = np.float32(0)
     for position in range(store.position(dim) + 1):
         start, stop = store.meta.borders[position]
-        block = to_float32(store.blocks[position][part])
-        dots += inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
-    return dots
+        block = to_float32(store.blocks[position][place])
+        rows = np.broadcast_to(np.arange(len(block)), (len(queries), len(block))).copy()
+        dots = dots + inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
+    return np.asarray(dots)

@@ -6,8 +6,8 @@ Serving wraps these objects, so what is served is what is tested here.
 import bisect
 import hashlib
 import tempfile
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,18 @@ from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval.filters import (
+    FILTERS_KEPT,
+    Allowed,
+    Key,
+    RowFilter,
+    check_mask,
+    filter_key,
+    match_rows,
+)
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, merge_hits, top_k
-from lookalike.retrieval.rerank import rerank, scan
+from lookalike.retrieval.rerank import extend, rerank, scan
 from lookalike.retrieval.shortlist import Shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, normalise
 
@@ -110,6 +119,7 @@ class ShardSearcher:
         self.store = store
         self._copy = copy  # of a remote shard; lives as long as this object
         self._shortlists: dict[int, Shortlist] = {}
+        self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(lambda key: match_rows(store.table, key))
 
     @classmethod
     def open(cls, uri: str) -> "ShardSearcher":
@@ -144,19 +154,32 @@ class ShardSearcher:
             self._shortlists[dim] = Shortlist.load(path, num_rows=self.meta.num_rows, dim=dim)
         return self._shortlists[dim]
 
-    def shortlist(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Hits:
-        """The first stage: max(K, k) global rows per query with their cosines at the shortlist dim."""
-        return self._find(self._checked(queries, k, plan), k, plan)
+    def shortlist(self, queries: npt.ArrayLike, k: int, plan: Plan, allowed: RowFilter | None = None) -> Hits:
+        """The first stage: max(K, k) global rows per query with their cosines at the shortlist dim, in any order.
 
-    def _find(self, vectors: Floats, k: int, plan: Plan) -> Hits:
-        wanted = min(max(k, plan.shortlist_k), self.meta.num_rows)
+        The cosines are those of the stored values whatever the index keeps: where it keeps codes, the shortlist's
+        prefixes are read here.
+        """
+        return self._find(self._checked(queries, k, plan), k, plan, self._allowed(allowed))
+
+    def _allowed(self, rows: RowFilter | None) -> Allowed | None:
+        if isinstance(rows, np.ndarray):
+            return Allowed(check_mask(rows, self.meta.num_rows))
+        return self._matching(filter_key(rows, self.store.table.column_names)) if rows else None
+
+    def _find(self, vectors: Floats, k: int, plan: Plan, allowed: Allowed | None) -> Hits:
+        wanted = min(max(k, plan.shortlist_k), self.meta.num_rows if allowed is None else allowed.num_rows)
         if not wanted:
             return empty_hits(len(vectors), k)
-        if plan.scan:
-            found = scan(self.store, vectors, wanted, plan.shortlist_dim)
+        dim = plan.shortlist_dim
+        index = None if plan.scan else self._shortlist(dim)
+        if index is None or allowed is not None and (allowed.is_few or not index.takes_filters):
+            found = scan(self.store, vectors, wanted, dim, None if allowed is None else allowed.rows)
         else:
-            prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
-            found = self._shortlist(plan.shortlist_dim).search(prefix, wanted, plan.ef_search)
+            prefix = normalise(np.ascontiguousarray(vectors[:, :dim]))
+            found = index.search(prefix, wanted, ef_search=plan.ef_search, nprobe=plan.nprobe, allowed=allowed)
+            if not index.is_exact:
+                found = extend(self.store, vectors, found, 0, dim)
         return _shift(found, self.meta.row_offset)
 
     def rerank(self, queries: npt.ArrayLike, shortlist: Hits, k: int, plan: Plan) -> Hits:
@@ -176,10 +199,13 @@ class ShardSearcher:
                              f"{self.meta.row_offset}; send each shard its own")  # fmt: skip
         return _shift(rerank(self.store, vectors, local, k, plan), self.meta.row_offset)
 
-    def search(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Hits:
-        """The ``k`` best of the shard for ``queries`` float32 [n, dim], of any length, as ``plan`` finds them."""
+    def search(self, queries: npt.ArrayLike, k: int, plan: Plan, allowed: RowFilter | None = None) -> Hits:
+        """The ``k`` best of the shard for ``queries`` float32 [n, dim], of any length, as ``plan`` finds them.
+
+        ``allowed`` keeps the answer to some rows: conditions such as {"view": ["icon"]}, or bool [rows of the shard].
+        """
         vectors = self._checked(queries, k, plan)
-        return self._rank(vectors, self._find(vectors, k, plan), k, plan)
+        return self._rank(vectors, self._find(vectors, k, plan, self._allowed(allowed)), k, plan)
 
     def _checked(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Floats:
         if k < 1:
@@ -219,10 +245,19 @@ class Searcher:
         meta = read_index_meta(artifact)
         return cls(meta, [ShardSearcher.open(artifact.path(name)) for name in meta.shards])
 
-    def search(self, queries: npt.ArrayLike, k: int, plan: Plan | None = None) -> Hits:
-        """The ``k`` best of all shards for ``queries`` float32 [n, dim]; without a plan, the exact answer."""
+    def search(
+        self, queries: npt.ArrayLike, k: int, plan: Plan | None = None, allowed: RowFilter | None = None
+    ) -> Hits:
+        """The ``k`` best of all shards for ``queries`` float32 [n, dim]; without a plan, the exact answer.
+
+        ``allowed`` keeps the answer to some rows: conditions such as {"view": ["icon"]}, or bool [rows of the index].
+        """
         plan = plan or Plan.exact(self.meta.dim)
-        return merge_hits([shard.search(queries, k, plan) for shard in self.shards], k)
+        filters: list[RowFilter | None] = [allowed] * len(self.shards)
+        if isinstance(allowed, np.ndarray):
+            filters = list(np.split(check_mask(allowed, self.meta.num_rows), self.meta.offsets[1:]))
+        parts = [shard.search(queries, k, plan, own) for shard, own in zip(self.shards, filters, strict=True)]
+        return merge_hits(parts, k)
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """The stored id of each global row; ``""`` for -1."""

@@ -1,19 +1,45 @@
 """Shortlist index types: each is a function from unit-length prefixes to a faiss index, found by name.
 
-To add one, register a builder; it must give the same bytes for the same vectors, which is why builds use one thread.
+To add one, register a builder; it must give the same bytes for the same vectors, which is why builds use one thread,
+fixed seeds and a seeded sample to train on.
+
+| type | a row takes, in bytes (beside links and ids) | finds |
+|---|---|---|
+| ``flat`` | 4 a dimension | every row, exactly |
+| ``hnsw`` | 4 a dimension, and 8 a link | by walking a graph; ``ef_search`` |
+| ``hnsw-sq8`` | 1 a dimension, and 8 a link | the same over 8-bit numbers |
+| ``ivf`` | 4 a dimension, 8 for the id | in the ``nprobe`` nearest of ``nlist`` lists |
+| ``ivf-pq`` | 1/2 per ``pq_dims`` dimensions, 8 | the same over 4-bit codes, in registers (fast-scan) |
+| ``ivf-rabitq`` | ``rabitq_bits``/8 a dimension, 16 | the same over rotated sign bits with error-corrected scores |
+| ``binary`` | 1/8 a dimension | every row, by Hamming distance of rotated sign bits |
+
+Scores of the types that store something else than the vectors are no cosines (``Shortlist.is_exact``); whoever makes
+an answer of them reads the stored prefix first. A shard of fewer than ``MIN_TRAINED`` rows has too few to train
+codebooks with and nothing to gain: there the types that need training are flat.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import faiss
+import numpy as np
 from pydantic import Field
 
 from lookalike.config import Config
-from lookalike.errors import ArtifactError
+from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import Registry
+from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.kernels import faiss_threads
 from lookalike.retrieval.ranking import NO_SCORE, Floats, Hits, empty_hits
+
+MIN_TRAINED = 1000
+"""Rows from which on a shard trains codebooks."""
+MIN_PER_LIST = 39
+"""Rows that k-means asks for per list; with fewer, lists would be noise."""
+NPROBE = 16
+"""Lists that an IVF type looks into when the plan does not say."""
 
 
 class ShortlistOptions(Config):
@@ -23,6 +49,14 @@ class ShortlistOptions(Config):
     """Links a node of the HNSW graph keeps per layer (twice as many on the lowest)."""
     ef_construction: int = Field(default=80, ge=4, le=4096)
     """Candidates HNSW weighs for each vector it adds."""
+    nlist: int | None = Field(default=None, ge=1, le=1 << 20)
+    """Lists of an IVF type; 2 * sqrt(rows of the shard) by default, and never more than rows / 39."""
+    train_per_list: int = Field(default=64, ge=MIN_PER_LIST, le=4096)
+    """Rows per list that centroids and codebooks are trained with, at most: a seeded sample."""
+    pq_dims: int = Field(default=1, ge=1, le=64)
+    """Dimensions that share one 4-bit code of ``ivf-pq``; lowered to a divisor of the prefix."""
+    rabitq_bits: int = Field(default=1, ge=1, le=9)
+    """Bits a dimension of ``ivf-rabitq``."""
 
 
 SHORTLISTS: Registry[Callable[[Floats, ShortlistOptions], faiss.Index]] = Registry("shortlist")
@@ -45,8 +79,78 @@ def build_hnsw(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     return index
 
 
+@SHORTLISTS.register("hnsw-sq8")
+def build_hnsw_sq8(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
+    """The same graph over numbers of 8 bits, each dimension between its smallest and largest value."""
+    if len(vectors) < MIN_TRAINED:
+        return build_flat(vectors, options)
+    index = faiss.IndexHNSWSQ(vectors.shape[1], faiss.ScalarQuantizer.QT_8bit, options.hnsw_m,
+                              faiss.METRIC_INNER_PRODUCT)  # fmt: skip
+    index.hnsw.efConstruction = options.ef_construction
+    index.train(vectors)  # two passes for the extremes: all rows, so that none is clipped
+    index.add(vectors)
+    return index
+
+
+@SHORTLISTS.register("ivf")
+def build_ivf(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
+    """Lists by nearest centroid that hold the prefixes as they are."""
+    return _build_lists(vectors, options, "Flat")
+
+
+@SHORTLISTS.register("ivf-pq")
+def build_ivf_pq(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
+    """Lists of product-quantised residuals (Jegou et al.), 4 bits a code so that tables fit registers."""
+    dim = vectors.shape[1]
+    share = max(size for size in range(1, min(options.pq_dims, dim) + 1) if dim % size == 0)
+    return _build_lists(vectors, options, f"PQ{dim // share}x4fs")
+
+
+@SHORTLISTS.register("ivf-rabitq")
+def build_ivf_rabitq(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
+    """Lists of RaBitQ codes (Gao and Long) after the random rotation that their error bound rests on."""
+    bits = "" if options.rabitq_bits == 1 else str(options.rabitq_bits)
+    return _build_lists(vectors, options, f"RaBitQfs{bits}", rotate=True)
+
+
+@SHORTLISTS.register("binary")
+def build_binary(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
+    """Sign bits of the rotated prefix (seed fixed in faiss), one a dimension; all are compared."""
+    dim = vectors.shape[1]
+    index = faiss.IndexLSH(dim, dim, True, False)
+    index.add(vectors)
+    return index
+
+
+def choose_nlist(num_rows: int, options: ShortlistOptions) -> int:
+    """Lists of an IVF type over ``num_rows``: as asked for, or 2 * sqrt(n); at most n / 39, at least 1."""
+    wanted = round(2 * math.sqrt(num_rows)) if options.nlist is None else options.nlist
+    return max(1, min(wanted, num_rows // MIN_PER_LIST))
+
+
+def _build_lists(vectors: Floats, options: ShortlistOptions, codes: str, *, rotate: bool = False) -> faiss.Index:
+    """An IVF index whose lists hold ``codes`` (in the words of faiss's factory)."""
+    num_rows, dim = vectors.shape
+    if num_rows < MIN_TRAINED:
+        return build_flat(vectors, options)
+    nlist = choose_nlist(num_rows, options)
+    rotation = f"RR{dim}," if rotate else ""
+    index = faiss.index_factory(dim, f"{rotation}IVF{nlist},{codes}", faiss.METRIC_INNER_PRODUCT)
+    sample = min(num_rows, max(MIN_TRAINED, nlist * options.train_per_list))
+    rows = np.sort(np.random.default_rng(dim).choice(num_rows, sample, replace=False))
+    index.train(vectors[rows])
+    index.add(vectors)
+    return index
+
+
 def build_shortlist(kind: str, vectors: Floats, options: ShortlistOptions) -> "Shortlist":
-    """An index of type ``kind`` over unit-length ``vectors`` float32 [n, dim]; the same input gives the same bytes."""
+    """An index of type ``kind`` over unit-length ``vectors`` float32 [n, dim]; the same input gives the same bytes.
+
+    Raises ``UsageError`` naming the first row that holds NaN or infinity.
+    """
+    bad = np.flatnonzero(~np.isfinite(vectors.sum(axis=1)))
+    if len(bad):
+        raise UsageError(f"row {bad[0]} of the vectors holds NaN or infinity; a shortlist takes finite numbers")
     with faiss_threads(1):
         return Shortlist(SHORTLISTS.get(kind)(vectors, options))
 
@@ -61,6 +165,9 @@ class Shortlist:
 
     def __init__(self, index: faiss.Index) -> None:
         self.index = index
+        turned = isinstance(index, faiss.IndexPreTransform)
+        self._inner: Any = faiss.downcast_index(index.index) if turned else index
+        self._turned = turned
 
     @classmethod
     def load(cls, path: str, *, num_rows: int, dim: int) -> "Shortlist":
@@ -79,27 +186,64 @@ class Shortlist:
         """Write the index to a file."""
         faiss.write_index(self.index, path)
 
-    def search(self, queries: Floats, k: int, ef_search: int | None = None) -> Hits:
+    @property
+    def is_exact(self) -> bool:
+        """Whether its scores are the cosines of what it was built over: it stores the vectors themselves."""
+        return isinstance(self.index, (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat))
+
+    @property
+    def nlist(self) -> int:
+        """Lists of an IVF type, each with a centroid that every query is compared with; 0 for the others."""
+        return int(self._inner.nlist) if isinstance(self._inner, faiss.IndexIVF) else 0
+
+    @property
+    def takes_filters(self) -> bool:
+        """Whether :meth:`search` can leave rows out; those of a type that cannot are scanned instead."""
+        return not isinstance(self._inner, faiss.IndexLSH)
+
+    def search(
+        self, queries: Floats, k: int, *, ef_search: int | None = None, nprobe: int | None = None,
+        allowed: Allowed | None = None,
+    ) -> Hits:  # fmt: skip
         """The ``k`` nearest (as the index type finds them) of unit-length ``queries`` [n, dim]; rows of the shard.
 
-        Best first, but equal scores in any order: whoever makes an answer of them ranks them.
+        Best first, but equal scores in any order: whoever makes an answer of them ranks them. An IVF type finds what
+        the lists it looks into hold, which may be less than ``k``. With ``allowed``, other rows are passed over and the
+        beam is wider by as much as there are fewer of them.
         """
-        if self.index.ntotal == 0 or not len(queries):
+        found = min(k, self.index.ntotal if allowed is None else allowed.num_rows)
+        if not found or not len(queries):
             return empty_hits(len(queries), k)
-        found = min(k, self.index.ntotal)
-        parameters = None
-        if isinstance(self.index, faiss.IndexHNSW):
-            ef = max(found, ef_search or found)
-            parameters = faiss.SearchParametersHNSW(efSearch=ef)  # type: ignore[attr-defined]  # not in faiss's stubs
         with faiss_threads():
-            scores, rows = self.index.search(queries, found, params=parameters)
+            scores, rows = self.index.search(queries, found, params=self._settings(found, ef_search, nprobe, allowed))
         scores[rows < 0] = NO_SCORE
         return Hits(rows, scores)
 
+    def _settings(self, k: int, ef_search: int | None, nprobe: int | None, allowed: Allowed | None) -> Any:
+        only = {} if allowed is None else {"sel": allowed.selector}
+        wider = 1.0 if allowed is None else 1 / allowed.share
+        if isinstance(self._inner, faiss.IndexHNSW):
+            ef = math.ceil(max(k, ef_search or k) * wider)
+            return faiss.SearchParametersHNSW(efSearch=ef, **only)  # type: ignore[attr-defined]  # not in faiss's stubs
+        if self.nlist:
+            probes = min(self.nlist, math.ceil((nprobe or NPROBE) * wider))
+            settings = faiss.SearchParametersIVF(nprobe=probes, **only)
+            return faiss.SearchParametersPreTransform(index_params=settings) if self._turned else settings
+        return faiss.SearchParameters(**only) if only else None
+
+
+class Work(NamedTuple):
+    """What searches have done."""
+
+    distances: int
+    """Distances that HNSW has computed."""
+    listed: int
+    """Rows in the lists that IVF has looked into."""
+
 
 @contextmanager
-def count_distances() -> Iterator[Callable[[], int]]:
-    """Yields a function that tells how many distances HNSW searches of this process have computed in the block."""
-    stats = faiss.cvar.hnsw_stats  # type: ignore[attr-defined]  # not in faiss's stubs
-    before = int(stats.ndis)
-    yield lambda: int(stats.ndis) - before
+def count_work() -> Iterator[Callable[[], Work]]:
+    """Yields a function that tells what searches of this process have done in the block."""
+    graph, lists = faiss.cvar.hnsw_stats, faiss.cvar.indexIVF_stats  # type: ignore[attr-defined]  # not in faiss's stubs
+    before = Work(int(graph.ndis), int(lists.ndis))
+    yield lambda: Work(int(graph.ndis) - before.distances, int(lists.ndis) - before.listed)

@@ -1,0 +1,88 @@
+"""Row filters: which rows of a shard an answer may hold, from metadata or as a mask.
+
+An approximate index loses recall under a filter, a graph most of all: the walk passes over rows it may not return, and
+when the allowed rows lie together and away from the query it does not meet them. So few allowed rows are gathered and
+compared one by one, which is exact; only when there are many is the index asked, with a wider beam.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lookalike.errors import UsageError
+from lookalike.retrieval.ranking import Rows
+
+Mask = npt.NDArray[np.bool_]
+Conditions = Mapping[str, Sequence[str]]
+"""{column: [values]}: rows whose column holds one of the values, for every column named."""
+RowFilter = Conditions | Mask
+"""Conditions over metadata columns, or one bool a row."""
+Key = tuple[tuple[str, tuple[str, ...]], ...]
+"""Conditions in one order, hashable."""
+SCAN_SHARE = 0.1
+"""Share of a shard's rows below which the allowed ones are gathered and scanned."""
+SCAN_ROWS = 10_000
+"""Allowed rows up to which they are scanned, whatever their share."""
+FILTERS_KEPT = 16
+"""Evaluated conditions that a shard keeps: 1/8 byte a row each, and 8 bytes per allowed row where they are scanned."""
+
+
+class Allowed:
+    """The rows of a shard that may be found, from a mask [n]."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._bits = np.packbits(mask, bitorder="little")
+        self._size = len(mask)
+        self.num_rows = int(mask.sum())
+
+    @property
+    def share(self) -> float:
+        """Allowed rows among all, from 0 to 1."""
+        return self.num_rows / max(1, self._size)
+
+    @property
+    def is_few(self) -> bool:
+        """Whether a scan of the allowed rows is called for."""
+        return self.num_rows <= SCAN_ROWS or self.share < SCAN_SHARE
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The allowed rows, rising, int64."""
+        return np.flatnonzero(np.unpackbits(self._bits, count=self._size, bitorder="little")).astype(np.int64)
+
+    @cached_property
+    def selector(self) -> faiss.IDSelector:
+        """The same for faiss."""
+        return faiss.IDSelectorBitmap(self._bits)
+
+
+def check_mask(mask: Mask, num_rows: int) -> Mask:
+    """``mask``, or ``UsageError`` unless it is bool [num_rows]."""
+    if mask.dtype != np.bool_ or mask.shape != (num_rows,):
+        raise UsageError(f"the row filter is {mask.dtype}{list(mask.shape)}; give bool[{num_rows}], one a row, or "
+                         "conditions such as {'view': ['icon']}")  # fmt: skip
+    return mask
+
+
+def filter_key(conditions: Conditions, columns: Sequence[str]) -> Key:
+    """``conditions`` in one order; ``UsageError`` for an unknown column, or values that are no list of strings."""
+    for column, values in conditions.items():
+        if column not in columns:
+            raise UsageError(f"the filter names column {column!r}; the index has {', '.join(columns)}")
+        if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+            raise UsageError(f"the filter's values for {column!r} are {values!r}; give a list of strings")
+    return tuple((column, tuple(sorted(set(values)))) for column, values in sorted(conditions.items()))
+
+
+def match_rows(table: pa.Table, key: Key) -> Allowed:
+    """The rows of ``table`` that meet every condition; a null meets none."""
+    mask = np.ones(len(table), bool)
+    for column, values in key:
+        found = pc.is_in(table[column], pa.array(values, table[column].type))
+        mask &= found.to_numpy().astype(bool)
+    return Allowed(mask)
