@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval import planner
+from lookalike.retrieval import costs, planner
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.planner import Measured
 from lookalike.retrieval.ranking import Hits
@@ -60,10 +60,10 @@ def test_mflops_are_those_the_mrl_paper_prints():
                      shortlist="flat", shortlist_dims=dims, columns=(),
                      encoder=EncoderRef(fingerprint="m"))  # fmt: skip
     plan = Plan(shortlist_dim=16, shortlist_k=200, rerank_dim=2048)
-    assert planner.paper_mflops(meta, plan) == pytest.approx(20.91, abs=0.005)
+    assert costs.paper_mflops(meta, plan) == pytest.approx(20.91, abs=0.005)
     stages = ((16, 400), (32, 200), (64, 50), (128, 10))
     funnel = Plan(shortlist_dim=8, shortlist_k=800, stages=stages, rerank_dim=2048)
-    assert planner.paper_mflops(meta, funnel) == pytest.approx(10.31, abs=0.02)
+    assert costs.paper_mflops(meta, funnel) == pytest.approx(10.31, abs=0.02)
 
 
 def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):

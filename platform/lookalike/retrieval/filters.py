@@ -24,10 +24,14 @@ RowFilter = Conditions | Mask
 """Conditions over metadata columns, or one bool a row."""
 Key = tuple[tuple[str, tuple[str, ...]], ...]
 """Conditions in one order, hashable."""
-SCAN_SHARE = 0.1
-"""Share of a shard's rows below which the allowed ones are gathered and scanned."""
-SCAN_ROWS = 10_000
-"""Allowed rows up to which they are scanned, whatever their share."""
+SCAN_ROWS = 2000
+"""Allowed rows up to which they are scanned, whatever their share: 0.4 ms."""
+SCAN_GRAPH, SCAN_LISTS = 20, 5
+"""The allowed rows are scanned when their number times their share is at most this many times the rows wanted.
+
+A scan costs about 80 ns a row. A walk of a graph meets about 12 / share nodes for each row wanted and so costs 1.6 us /
+share: 20 scanned rows / share. Lists cost about a quarter of a graph. Measured by the filter cases of
+``tests/benchmarks/retrieval.py``."""
 FILTERS_KEPT = 16
 """Evaluated conditions that a shard keeps: 1/8 byte a row each, and 8 bytes per allowed row where they are scanned."""
 
@@ -45,10 +49,10 @@ class Allowed:
         """Allowed rows among all, from 0 to 1."""
         return self.num_rows / max(1, self._size)
 
-    @property
-    def is_few(self) -> bool:
-        """Whether a scan of the allowed rows is called for."""
-        return self.num_rows <= SCAN_ROWS or self.share < SCAN_SHARE
+    def is_few(self, wanted: int, *, graph: bool) -> bool:
+        """Whether a scan of the allowed rows is cheaper than asking a ``graph``, or lists, for ``wanted`` of them."""
+        factor = SCAN_GRAPH if graph else SCAN_LISTS
+        return self.num_rows <= SCAN_ROWS or self.num_rows * self.share <= factor * wanted
 
     @cached_property
     def rows(self) -> Rows:

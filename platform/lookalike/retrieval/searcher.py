@@ -37,6 +37,8 @@ from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, nor
 __all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shard_of", "top_k"]
 
 INDEX_META = "meta.json"
+RETRY_WIDER = 8
+"""How much wider the beam is when a filtered search met too few allowed rows."""
 
 
 class EncoderRef(Config):
@@ -143,9 +145,10 @@ class ShardSearcher:
     def load(self, dims: Sequence[int] | None = None) -> None:
         """Open the shortlist indexes over ``dims`` (all by default) now, so that no query waits for it."""
         for dim in self.meta.shortlist_dims if dims is None else dims:
-            self._shortlist(dim)
+            self.index_over(dim)
 
-    def _shortlist(self, dim: int) -> Shortlist:
+    def index_over(self, dim: int) -> Shortlist:
+        """The shortlist index over the first ``dim`` dimensions; ``UsageError`` when there is none."""
         if dim not in self.meta.shortlist_dims:
             raise UsageError(f"no shortlist index over {dim}-d in {self.store.folder}; it has "
                              f"{list(self.meta.shortlist_dims)}: take one of these, a scan, or build it")  # fmt: skip
@@ -171,16 +174,37 @@ class ShardSearcher:
         wanted = min(max(k, plan.shortlist_k), self.meta.num_rows if allowed is None else allowed.num_rows)
         if not wanted:
             return empty_hits(len(vectors), k)
-        dim = plan.shortlist_dim
-        index = None if plan.scan else self._shortlist(dim)
-        if index is None or allowed is not None and (allowed.is_few or not index.takes_filters):
-            found = scan(self.store, vectors, wanted, dim, None if allowed is None else allowed.rows)
+        if plan.scan:
+            found = scan(self.store, vectors, wanted, plan.shortlist_dim, None if allowed is None else allowed.rows)
+        elif allowed is None:
+            found = self._ask(vectors, wanted, plan)
         else:
-            prefix = normalise(np.ascontiguousarray(vectors[:, :dim]))
-            found = index.search(prefix, wanted, ef_search=plan.ef_search, nprobe=plan.nprobe, allowed=allowed)
-            if not index.is_exact:
-                found = extend(self.store, vectors, found, 0, dim)
+            found = self._find_allowed(vectors, wanted, plan, allowed)
         return _shift(found, self.meta.row_offset)
+
+    def _ask(self, vectors: Floats, wanted: int, plan: Plan, allowed: Allowed | None = None, widen: int = 1) -> Hits:
+        """What the index finds, with cosines at its dim."""
+        index = self.index_over(plan.shortlist_dim)
+        prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
+        found = index.search(prefix, wanted, ef_search=plan.ef_search, nprobe=plan.nprobe, allowed=allowed, widen=widen)
+        return found if index.is_exact else extend(self.store, vectors, found, 0, plan.shortlist_dim)
+
+    def _find_allowed(self, vectors: Floats, wanted: int, plan: Plan, allowed: Allowed) -> Hits:
+        """Ask the index; ask again, with a wider beam, for queries that met too few allowed rows; scan for the rest.
+
+        Such queries are those whose neighbours the filter takes away, as one by class does.
+        """
+        index, found = self.index_over(plan.shortlist_dim), empty_hits(len(vectors), wanted)
+        short = np.arange(len(vectors))
+        if index.takes_filters and not allowed.is_few(wanted, graph=index.is_graph):
+            for widen in (1, RETRY_WIDER):
+                hits = self._ask(vectors[short], wanted, plan, allowed, widen)
+                found.rows[short], found.scores[short] = hits
+                short = short[(hits.rows == NO_ROW).any(axis=1)]
+        if len(short):
+            hits = scan(self.store, vectors[short], wanted, plan.shortlist_dim, allowed.rows)
+            found.rows[short], found.scores[short] = hits
+        return found
 
     def rerank(self, queries: npt.ArrayLike, shortlist: Hits, k: int, plan: Plan) -> Hits:
         """The other stages: ``k`` global rows of ``shortlist``, which came from this shard, by cosine at D_r."""

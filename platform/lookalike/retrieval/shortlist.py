@@ -1,6 +1,6 @@
 """Shortlist index types: each is a function from unit-length prefixes to a faiss index, found by name.
 
-To add one, register a builder; it must give the same bytes for the same vectors, which is why builds use one thread,
+To add one, register a builder (a name that begins with ``hnsw`` takes ``ef_search``, with ``ivf`` ``nprobe``); it must give the same bytes for the same vectors, which is why builds use one thread,
 fixed seeds and a seeded sample to train on.
 
 | type | a row takes, in bytes (beside links and ids) | finds |
@@ -21,7 +21,7 @@ codebooks with and nothing to gain: there the types that need training are flat.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -122,6 +122,11 @@ def build_binary(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     return index
 
 
+def effort_of(kind: str) -> Literal["ef_search", "nprobe"] | None:
+    """Which field of a plan sets the effort of a type's search, told by how its name begins."""
+    return "ef_search" if kind.startswith("hnsw") else "nprobe" if kind.startswith("ivf") else None
+
+
 def choose_nlist(num_rows: int, options: ShortlistOptions) -> int:
     """Lists of an IVF type over ``num_rows``: as asked for, or 2 * sqrt(n); at most n / 39, at least 1."""
     wanted = round(2 * math.sqrt(num_rows)) if options.nlist is None else options.nlist
@@ -201,33 +206,38 @@ class Shortlist:
         """Whether :meth:`search` can leave rows out; those of a type that cannot are scanned instead."""
         return not isinstance(self._inner, faiss.IndexLSH)
 
+    @property
+    def is_graph(self) -> bool:
+        """Whether it finds neighbours by walking a graph."""
+        return isinstance(self._inner, faiss.IndexHNSW)
+
     def search(
         self, queries: Floats, k: int, *, ef_search: int | None = None, nprobe: int | None = None,
-        allowed: Allowed | None = None,
+        allowed: Allowed | None = None, widen: int = 1,
     ) -> Hits:  # fmt: skip
         """The ``k`` nearest (as the index type finds them) of unit-length ``queries`` [n, dim]; rows of the shard.
 
         Best first, but equal scores in any order: whoever makes an answer of them ranks them. An IVF type finds what
         the lists it looks into hold, which may be less than ``k``. With ``allowed``, other rows are passed over and the
-        beam is wider by as much as there are fewer of them.
+        beam is wider by as much as there are fewer of them, and ``widen`` times wider again.
         """
         found = min(k, self.index.ntotal if allowed is None else allowed.num_rows)
         if not found or not len(queries):
             return empty_hits(len(queries), k)
+        wider = widen * (1.0 if allowed is None else 1 / allowed.share)
+        ef, probes = max(found, ef_search or found) * wider, (nprobe or NPROBE) * wider
+        settings = self._settings(math.ceil(ef), math.ceil(probes), allowed)
         with faiss_threads():
-            scores, rows = self.index.search(queries, found, params=self._settings(found, ef_search, nprobe, allowed))
+            scores, rows = self.index.search(queries, found, params=settings)
         scores[rows < 0] = NO_SCORE
         return Hits(rows, scores)
 
-    def _settings(self, k: int, ef_search: int | None, nprobe: int | None, allowed: Allowed | None) -> Any:
+    def _settings(self, ef: int, nprobe: int, allowed: Allowed | None) -> Any:
         only = {} if allowed is None else {"sel": allowed.selector}
-        wider = 1.0 if allowed is None else 1 / allowed.share
-        if isinstance(self._inner, faiss.IndexHNSW):
-            ef = math.ceil(max(k, ef_search or k) * wider)
+        if self.is_graph:
             return faiss.SearchParametersHNSW(efSearch=ef, **only)  # type: ignore[attr-defined]  # not in faiss's stubs
         if self.nlist:
-            probes = min(self.nlist, math.ceil((nprobe or NPROBE) * wider))
-            settings = faiss.SearchParametersIVF(nprobe=probes, **only)
+            settings = faiss.SearchParametersIVF(nprobe=min(self.nlist, nprobe), **only)
             return faiss.SearchParametersPreTransform(index_params=settings) if self._turned else settings
         return faiss.SearchParameters(**only) if only else None
 
