@@ -225,8 +225,8 @@ class Shortlist:
         if not found or not len(queries):
             return empty_hits(len(queries), k)
         wider = widen * (1.0 if allowed is None else 1 / allowed.share)
-        ef, probes = max(found, ef_search or found) * wider, (nprobe or NPROBE) * wider
-        settings = self._settings(math.ceil(ef), math.ceil(probes), allowed)
+        ef, probes = math.ceil((ef_search or found) * wider), math.ceil((nprobe or NPROBE) * wider)
+        settings = self._settings(max(found, ef), probes, allowed)
         with faiss_threads():
             scores, rows = self.index.search(queries, found, params=settings)
         scores[rows < 0] = NO_SCORE
