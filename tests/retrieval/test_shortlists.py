@@ -178,11 +178,12 @@ def test_codes_of_a_prefix_that_does_not_divide_share_fewer_dimensions():
     assert build_shortlist("ivf-pq", unit[:, :1].copy(), ShortlistOptions(pq_dims=4)).index.ntotal == NUM
 
 
-@given(kind=st.sampled_from(KINDS), distinct=st.integers(1, 60), zeros=st.integers(0, 400), k=st.integers(1, 40),
-       kept=st.integers(1, 1500), seed=st.integers(0, 9))  # fmt: skip
+@given(kind=st.sampled_from(KINDS), data=st.tuples(st.integers(1, 60), st.integers(0, 400), st.integers(0, 9)),
+       sizes=st.tuples(st.integers(1, 40), st.integers(1, 1500)))  # fmt: skip
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_duplicates_zeros_and_ties_come_in_order_with_true_cosines(make_shard, kind, distinct, zeros, k, kept, seed):
+def test_duplicates_zeros_and_ties_come_in_order_with_true_cosines(make_shard, kind, data, sizes):
     """Shards of few distinct vectors and many zeros: whatever survives, the order and the scores are those of numpy."""
+    (distinct, zeros, seed), (k, kept) = data, sizes
     generator = np.random.default_rng(seed)
     stored = generator.standard_normal((distinct, 8)).astype(np.float32)[generator.integers(0, distinct, 1200)]
     stored[generator.permutation(1200)[:zeros]] = 0

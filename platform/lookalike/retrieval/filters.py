@@ -62,7 +62,7 @@ class Allowed:
     @cached_property
     def selector(self) -> faiss.IDSelector:
         """The same for faiss."""
-        return faiss.IDSelectorBitmap(self._bits)
+        return faiss.IDSelectorBitmap(self._bits)  # type: ignore[call-arg,arg-type]  # faiss's stubs know C++'s form
 
 
 def check_mask(mask: Mask, num_rows: int) -> Mask:
