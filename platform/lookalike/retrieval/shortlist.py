@@ -1,7 +1,8 @@
 """Shortlist index types: each is a function from unit-length prefixes to a faiss index, found by name.
 
-To add one, register a builder (a name that begins with ``hnsw`` takes ``ef_search``, with ``ivf`` ``nprobe``); it must give the same bytes for the same vectors, which is why builds use one thread,
-fixed seeds and a seeded sample to train on.
+To add one, register a builder (a name that begins with ``hnsw`` takes ``ef_search``, with ``ivf`` ``nprobe``); it must
+give the same bytes for the same vectors, which is why builds use one thread, fixed seeds and a seeded sample to train
+on.
 
 | type | a row takes, in bytes (beside links and ids) | finds |
 |---|---|---|
