@@ -94,7 +94,8 @@ def main() -> int:
                         case |= measure(shard, vectors[num:], mask, scan=scan)
                     lowest[kind] = min(lowest.get(kind, 1.0), case["index_recall_at_10"])
                     print(json.dumps(facts | case), flush=True)
-    print(json.dumps(facts | {"summary": True, "ratios": {f"{kind}_lowest_recall": low for kind, low in lowest.items()}}))
+    ratios = {f"{kind}_lowest_recall": low for kind, low in lowest.items()}
+    print(json.dumps(facts | {"summary": True, "ratios": ratios}))
     return 0
 
 
