@@ -53,7 +53,7 @@ class IndexConfig(StageConfig, ShortlistOptions):
     dims: tuple[int, ...] | None = None
     """Prefixes that can be searched; the model's nested dims by default. The full dim is always among them."""
     shortlist: str = "hnsw"
-    """Index type of the shortlists: flat, hnsw, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary, or one that is registered."""
+    """Index type of the shortlists: flat, hnsw, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary or one registered."""
     shortlist_dims: tuple[int, ...] | None = None
     """Prefixes to build a shortlist index over; all dims but the full one by default. The plan picks among them."""
     dtype: Literal["float32", "float16"] = "float32"

@@ -30,8 +30,8 @@ SCAN_GRAPH, SCAN_LISTS = 20, 5
 """The allowed rows are scanned when their number times their share is at most this many times the rows wanted.
 
 A scan costs about 80 ns a row. A walk of a graph meets about 12 / share nodes for each row wanted and so costs 1.6 us /
-share: 20 scanned rows / share. Lists cost about a quarter of a graph. Measured by the filter cases of
-``tests/benchmarks/retrieval.py``."""
+share: 20 scanned rows / share. Lists cost about a quarter of a graph. Measured by
+``tests/benchmarks/retrieval_filters.py``."""
 FILTERS_KEPT = 16
 """Evaluated conditions that a shard keeps: 1/8 byte a row each, and 8 bytes per allowed row where they are scanned."""
 
@@ -62,7 +62,7 @@ class Allowed:
     @cached_property
     def selector(self) -> faiss.IDSelector:
         """The same for faiss."""
-        return faiss.IDSelectorBitmap(self._bits)
+        return faiss.IDSelectorBitmap(self._bits)  # type: ignore[call-arg,arg-type]  # faiss's stubs know C++'s form
 
 
 def check_mask(mask: Mask, num_rows: int) -> Mask:

@@ -103,7 +103,9 @@ def scan(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | Non
     return pad_hits(from_keys(best), k)
 
 
-def _scan_native(store: PrefixStore, library: NativeStore, queries: Floats, k: int, dim: int, rows: Rows | None) -> Hits:
+def _scan_native(
+    store: PrefixStore, library: NativeStore, queries: Floats, k: int, dim: int, rows: Rows | None
+) -> Hits:
     num_blocks = store.position(dim) + 1
     if rows is None:
         return library.scan(queries, num_blocks, k)[0]
@@ -122,10 +124,10 @@ def _scan_native(store: PrefixStore, library: NativeStore, queries: Floats, k: i
 def _dots_in_order(store: PrefixStore, queries: Floats, place: slice | Rows, dim: int) -> Floats:
     if len(queries) >= BATCH:
         return queries @ store.read(place, dim).T
-    dots = np.float32(0)
+    dots: Floats = np.zeros((len(queries), 1), np.float32)
     for position in range(store.position(dim) + 1):
         start, stop = store.meta.borders[position]
         block = to_float32(store.blocks[position][place])
         rows = np.broadcast_to(np.arange(len(block)), (len(queries), len(block))).copy()
         dots = dots + inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
-    return np.asarray(dots)
+    return dots

@@ -39,6 +39,8 @@ __all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shar
 INDEX_META = "meta.json"
 RETRY_WIDER = 8
 """How much wider the beam is when a filtered search met too few allowed rows."""
+ENOUGH = 4
+"""Allowed rows for each one wanted that a graph's walk must meet: with fewer it has grazed where they lie."""
 
 
 class EncoderRef(Config):
@@ -177,16 +179,28 @@ class ShardSearcher:
         if plan.scan:
             found = scan(self.store, vectors, wanted, plan.shortlist_dim, None if allowed is None else allowed.rows)
         elif allowed is None:
-            found = self._ask(vectors, wanted, plan)
+            found = self._find_lists(vectors, wanted, min(k, wanted), plan)
         else:
             found = self._find_allowed(vectors, wanted, plan, allowed)
         return _shift(found, self.meta.row_offset)
 
-    def _ask(self, vectors: Floats, wanted: int, plan: Plan, allowed: Allowed | None = None, widen: int = 1) -> Hits:
+    def _find_lists(self, vectors: Floats, wanted: int, least: int, plan: Plan) -> Hits:
+        """Ask the index; look into all lists for queries whose lists held fewer rows than the ``least`` asked for."""
+        found, nlist = self._ask(vectors, wanted, plan), self.index_over(plan.shortlist_dim).nlist
+        short = np.flatnonzero(found.rows[:, least - 1] == NO_ROW)
+        if nlist and len(short):
+            found.rows[short], found.scores[short] = self._ask(vectors[short], wanted, plan, widen=nlist)
+        return found
+
+    def _ask(
+        self, vectors: Floats, wanted: int, plan: Plan, *, ef: int | None = None, allowed: Allowed | None = None,
+        widen: int = 1,
+    ) -> Hits:  # fmt: skip
         """What the index finds, with cosines at its dim."""
         index = self.index_over(plan.shortlist_dim)
         prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
-        found = index.search(prefix, wanted, ef_search=plan.ef_search, nprobe=plan.nprobe, allowed=allowed, widen=widen)
+        found = index.search(prefix, wanted, ef_search=ef or plan.ef_search, nprobe=plan.nprobe,
+                             allowed=allowed, widen=widen)  # fmt: skip
         return found if index.is_exact else extend(self.store, vectors, found, 0, plan.shortlist_dim)
 
     def _find_allowed(self, vectors: Floats, wanted: int, plan: Plan, allowed: Allowed) -> Hits:
@@ -197,9 +211,11 @@ class ShardSearcher:
         index, found = self.index_over(plan.shortlist_dim), empty_hits(len(vectors), wanted)
         short = np.arange(len(vectors))
         if index.takes_filters and not allowed.is_few(wanted, graph=index.is_graph):
+            asked = min(wanted * (ENOUGH if index.is_graph else 1), allowed.num_rows)
+            ef = max(wanted, plan.ef_search or 0)
             for widen in (1, RETRY_WIDER):
-                hits = self._ask(vectors[short], wanted, plan, allowed, widen)
-                found.rows[short], found.scores[short] = hits
+                hits = self._ask(vectors[short], asked, plan, ef=ef, allowed=allowed, widen=widen)
+                found.rows[short], found.scores[short] = top_k(*hits, wanted)
                 short = short[(hits.rows == NO_ROW).any(axis=1)]
         if len(short):
             hits = scan(self.store, vectors[short], wanted, plan.shortlist_dim, allowed.rows)

@@ -1,7 +1,8 @@
 """Shortlist index types: each is a function from unit-length prefixes to a faiss index, found by name.
 
-To add one, register a builder (a name that begins with ``hnsw`` takes ``ef_search``, with ``ivf`` ``nprobe``); it must give the same bytes for the same vectors, which is why builds use one thread,
-fixed seeds and a seeded sample to train on.
+To add one, register a builder (a name that begins with ``hnsw`` takes ``ef_search``, with ``ivf`` ``nprobe``); it must
+give the same bytes for the same vectors, which is why builds use one thread, fixed seeds and a seeded sample to train
+on.
 
 | type | a row takes, in bytes (beside links and ids) | finds |
 |---|---|---|
@@ -84,8 +85,8 @@ def build_hnsw_sq8(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     """The same graph over numbers of 8 bits, each dimension between its smallest and largest value."""
     if len(vectors) < MIN_TRAINED:
         return build_flat(vectors, options)
-    index = faiss.IndexHNSWSQ(vectors.shape[1], faiss.ScalarQuantizer.QT_8bit, options.hnsw_m,
-                              faiss.METRIC_INNER_PRODUCT)  # fmt: skip
+    eight_bits: Any = faiss.ScalarQuantizer.QT_8bit  # an int; faiss's stubs ask for another class
+    index = faiss.IndexHNSWSQ(vectors.shape[1], eight_bits, options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = options.ef_construction
     index.train(vectors)  # two passes for the extremes: all rows, so that none is clipped
     index.add(vectors)
@@ -170,9 +171,10 @@ class Shortlist:
 
     def __init__(self, index: faiss.Index) -> None:
         self.index = index
-        turned = isinstance(index, faiss.IndexPreTransform)
-        self._inner: Any = faiss.downcast_index(index.index) if turned else index
-        self._turned = turned
+        self._turned = isinstance(index, faiss.IndexPreTransform)
+        self._inner: Any = index
+        if isinstance(index, faiss.IndexPreTransform):
+            self._inner = faiss.downcast_index(index.index)
 
     @classmethod
     def load(cls, path: str, *, num_rows: int, dim: int) -> "Shortlist":
@@ -225,21 +227,22 @@ class Shortlist:
         if not found or not len(queries):
             return empty_hits(len(queries), k)
         wider = widen * (1.0 if allowed is None else 1 / allowed.share)
-        ef, probes = max(found, ef_search or found) * wider, (nprobe or NPROBE) * wider
-        settings = self._settings(math.ceil(ef), math.ceil(probes), allowed)
+        ef, probes = math.ceil((ef_search or found) * wider), math.ceil((nprobe or NPROBE) * wider)
+        settings = self._settings(max(found, ef), probes, allowed)
         with faiss_threads():
             scores, rows = self.index.search(queries, found, params=settings)
         scores[rows < 0] = NO_SCORE
         return Hits(rows, scores)
 
     def _settings(self, ef: int, nprobe: int, allowed: Allowed | None) -> Any:
+        module: Any = faiss  # its stubs do not know these classes' keywords
         only = {} if allowed is None else {"sel": allowed.selector}
         if self.is_graph:
-            return faiss.SearchParametersHNSW(efSearch=ef, **only)  # type: ignore[attr-defined]  # not in faiss's stubs
+            return module.SearchParametersHNSW(efSearch=ef, **only)
         if self.nlist:
-            settings = faiss.SearchParametersIVF(nprobe=min(self.nlist, nprobe), **only)
-            return faiss.SearchParametersPreTransform(index_params=settings) if self._turned else settings
-        return faiss.SearchParameters(**only) if only else None
+            settings = module.SearchParametersIVF(nprobe=min(self.nlist, nprobe), **only)
+            return module.SearchParametersPreTransform(index_params=settings) if self._turned else settings
+        return module.SearchParameters(**only) if only else None
 
 
 class Work(NamedTuple):
