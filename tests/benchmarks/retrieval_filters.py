@@ -39,7 +39,7 @@ def open_shard(folder: str, kind: str, data: Floats) -> ShardSearcher:
     ids = pa.table({"image_id": [f"{row:012d}" for row in range(len(data))]})
     meta = write_store(folder, meta, ids, [(np.arange(len(data)), data)])
     prefix = PrefixStore(folder, meta).unit_prefix(PREFIX)
-    build_shortlist(kind, prefix, ShortlistOptions()).save(f"{folder}/{shortlist_name(PREFIX)}")
+    build_shortlist(kind, prefix, ShortlistOptions()).save(f"{folder}/{shortlist_name(PREFIX, kind)}")
     with open(f"{folder}/{SHARD_META}", "w") as file:
         file.write(meta.model_dump_json())
     return ShardSearcher.open(folder)

@@ -26,7 +26,7 @@ def make_shard_in(folder, vectors, *, dims=DIMS, kind="flat", dtype="float32", o
     meta = write_store(str(folder), meta, ids, batches)
     for dim in meta.shortlist_dims:
         prefix = PrefixStore(str(folder), meta).unit_prefix(dim)
-        build_shortlist(kind, prefix, ShortlistOptions()).save(str(folder / shortlist_name(dim)))
+        build_shortlist(kind, prefix, ShortlistOptions()).save(str(folder / shortlist_name(dim, kind)))
     (folder / SHARD_META).write_text(meta.model_dump_json())
     return ShardSearcher.open(str(folder))
 

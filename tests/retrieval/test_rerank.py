@@ -181,10 +181,10 @@ def test_a_damaged_shard_is_refused_when_opened(make_shard, vectors, queries, ha
     elif harm == "no meta":
         os.remove(f"{folder}/{SHARD_META}")
     elif harm == "index":
-        with open(f"{folder}/{shortlist_name(8)}", "r+b") as file:
+        with open(f"{folder}/{shortlist_name(8, 'flat')}", "r+b") as file:
             file.truncate(2000)
     else:
-        build_shortlist("flat", vectors[:10, :8].copy(), Options()).save(f"{folder}/{shortlist_name(8)}")
+        build_shortlist("flat", vectors[:10, :8].copy(), Options()).save(f"{folder}/{shortlist_name(8, 'flat')}")
     with pytest.raises(ArtifactError, match=r"build the index again|restore"):
         ShardSearcher.open(folder).load()
 

@@ -14,17 +14,17 @@ from lookalike.retrieval.ranking import NO_ROW
 from lookalike.retrieval.shortlist import (
     MIN_TRAINED,
     SHORTLISTS,
-    Shortlist,
     ShortlistOptions,
     build_shortlist,
     choose_nlist,
     effort_of,
+    load_shortlist,
 )
 from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors
 
-KINDS = ("flat", "hnsw", "hnsw-sq8", "ivf", "ivf-pq", "ivf-rabitq", "binary")
-CODED = {"hnsw-sq8", "ivf-pq", "ivf-rabitq", "binary"}
+KINDS = ("flat", "hnsw", "graph", "hnsw-sq8", "ivf", "ivf-pq", "ivf-rabitq", "binary")
+CODED = {"graph", "hnsw-sq8", "ivf-pq", "ivf-rabitq", "binary"}
 NUM = 3000
 NUMBERS = count()
 DATA, _ = make_vectors(NUM + 40, 32, num_classes=60, seed=2)
@@ -52,7 +52,7 @@ def rank(rows, scores, k):
 def test_the_types_are_those_that_are_documented():
     assert set(SHORTLISTS) == set(KINDS)
     assert {kind for kind in KINDS if effort_of(kind) == "nprobe"} == {"ivf", "ivf-pq", "ivf-rabitq"}
-    assert {kind for kind in KINDS if effort_of(kind) == "ef_search"} == {"hnsw", "hnsw-sq8"}
+    assert {kind for kind in KINDS if effort_of(kind) == "ef_search"} == {"hnsw", "hnsw-sq8", "graph"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +75,8 @@ def test_every_plan_ranks_the_candidates_of_its_type_as_brute_force_does(make_sh
 
 
 @pytest.mark.parametrize(("kind", "least"), [
-    ("flat", 1.0), ("hnsw", 0.99), ("hnsw-sq8", 0.97), ("ivf", 0.97), ("ivf-pq", 0.95), ("ivf-rabitq", 0.9),
+    ("flat", 1.0), ("hnsw", 0.99), ("graph", 0.98), ("hnsw-sq8", 0.97),
+    ("ivf", 0.97), ("ivf-pq", 0.95), ("ivf-rabitq", 0.9),
     ("binary", 0.5),  # 16 bits
 ])  # fmt: skip
 def test_every_type_finds_most_of_what_a_flat_one_finds(make_shard, kind, least):
@@ -117,7 +118,7 @@ def test_builds_are_the_same_bytes_and_come_back_from_disk(tmp_path, kind):
     for name in "ab":
         build_shortlist(kind, unit.copy(), ShortlistOptions()).save(str(tmp_path / name))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    loaded = Shortlist.load(str(tmp_path / "a"), num_rows=NUM, dim=16)
+    loaded = load_shortlist(kind, str(tmp_path / "a"), num_rows=NUM, dim=16)
     fresh = build_shortlist(kind, unit, ShortlistOptions())
     asked = normalise(np.ascontiguousarray(QUERIES[:, :16]))
     np.testing.assert_array_equal(loaded.search(asked, 20).rows, fresh.search(asked, 20).rows)

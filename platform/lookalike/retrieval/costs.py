@@ -16,6 +16,7 @@ from lookalike.retrieval.shortlist import NPROBE, Work
 ROW_PRICES = {
     "flat": (30.0, 0.25),
     "hnsw": (160.0, 0.33),
+    "graph": (36.0, 0.20),
     "hnsw-sq8": (85.0, 0.33),
     "ivf": (2.0, 0.25),
     "ivf-pq": (1.0, 0.033),

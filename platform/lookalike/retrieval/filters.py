@@ -40,7 +40,8 @@ class Allowed:
     """The rows of a shard that may be found, from a mask [n]."""
 
     def __init__(self, mask: Mask) -> None:
-        self._bits = np.packbits(mask, bitorder="little")
+        self.bits = np.packbits(mask, bitorder="little")
+        """A bit a row, uint8, the lowest first."""
         self._size = len(mask)
         self.num_rows = int(mask.sum())
 
@@ -57,12 +58,12 @@ class Allowed:
     @cached_property
     def rows(self) -> Rows:
         """The allowed rows, rising, int64."""
-        return np.flatnonzero(np.unpackbits(self._bits, count=self._size, bitorder="little")).astype(np.int64)
+        return np.flatnonzero(np.unpackbits(self.bits, count=self._size, bitorder="little")).astype(np.int64)
 
     @cached_property
     def selector(self) -> faiss.IDSelector:
         """The same for faiss."""
-        return faiss.IDSelectorBitmap(self._bits)  # type: ignore[call-arg,arg-type]  # faiss's stubs know C++'s form
+        return faiss.IDSelectorBitmap(self.bits)  # type: ignore[call-arg,arg-type]  # faiss's stubs know C++'s form
 
 
 def check_mask(mask: Mask, num_rows: int) -> Mask:

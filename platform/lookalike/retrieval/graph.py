@@ -10,6 +10,7 @@ Scores are those of the codes, about 1e-2 from the cosine; whoever makes an answ
 """
 
 import math
+import os
 from typing import Any
 
 import faiss
@@ -18,12 +19,15 @@ import numpy.typing as npt
 
 from lookalike.errors import ArtifactError
 from lookalike.retrieval import native
+from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.native import Bits, Codes, NativeGraph
 from lookalike.retrieval.ranking import Floats, Hits, empty_hits, from_keys, pad_hits, sort_keys
 from lookalike.retrieval.store import row_slices
 
 Ints = npt.NDArray[np.int32]
-FILES = {"codes": np.int8, "scales": np.float32, "links": np.int32, "entries": np.int32}
+ALIGNED = 64
+"""Arrays in a file begin at multiples of this."""
+ARRAYS = {"codes": np.int8, "scales": np.float32, "links": np.int32, "entries": np.int32}
 SCAN_ROWS = 1 << 14
 """Rows that a search without the C library scores at a time."""
 
@@ -44,9 +48,10 @@ def build_graph(vectors: Floats, *, hnsw_m: int, ef_construction: int) -> "Graph
     index = faiss.IndexHNSWFlat(vectors.shape[1], hnsw_m, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = ef_construction
     index.add(vectors)
-    levels = faiss.vector_to_array(index.hnsw.levels)
-    offsets = faiss.vector_to_array(index.hnsw.offsets)[:-1].astype(np.int64)
-    neighbours = faiss.vector_to_array(index.hnsw.neighbors)
+    layers: Any = index.hnsw  # faiss's stubs do not know its parts
+    levels = faiss.vector_to_array(layers.levels)
+    offsets = faiss.vector_to_array(layers.offsets)[:-1].astype(np.int64)
+    neighbours = faiss.vector_to_array(layers.neighbors)
     links = neighbours[offsets[:, None] + np.arange(2 * hnsw_m)].astype(np.int32)
     return Graph(codes, scales, links, _entries(links, levels))
 
@@ -100,36 +105,45 @@ class Graph:
         """Rows of the shard."""
         return len(self.codes)
 
-    def save(self, stem: str) -> None:
-        """Write ``<stem>-codes.npy`` and three more."""
-        for name in FILES:
-            np.save(f"{stem}-{name}.npy", getattr(self, name), allow_pickle=False)
+    def save(self, path: str) -> None:
+        """Write the four arrays, one after the other in numpy's format, to one file."""
+        with open(path, "wb") as file:
+            for name in ARRAYS:
+                file.write(bytes(-file.tell() % ALIGNED))
+                np.lib.format.write_array(file, getattr(self, name), allow_pickle=False)
 
     @classmethod
-    def load(cls, stem: str, *, num_rows: int, dim: int) -> "Graph":
-        """Open what :meth:`save` wrote through memory maps; ``ArtifactError`` when it is missing, damaged, another's."""
-        codes, scales, links, entries = (_open(f"{stem}-{name}.npy", dtype) for name, dtype in FILES.items())
+    def load(cls, path: str, *, num_rows: int, dim: int) -> "Graph":
+        """Open what :meth:`save` wrote through memory maps; ``ArtifactError`` when it is missing or not that."""
+        codes, scales, links, entries = _read_arrays(path)
         shapes = codes.shape, scales.shape, links.shape[:1]
         if shapes != ((num_rows, dim), (num_rows,), (num_rows,)) or links.ndim != 2 or entries.ndim != 1:
-            raise ArtifactError(f"{stem} indexes {codes.shape} codes and {links.shape} links where {num_rows} rows of "
+            raise ArtifactError(f"{path} indexes {codes.shape} codes and {links.shape} links where {num_rows} rows of "
                                 f"{dim}-d are expected; build the index again")  # fmt: skip
         for name, array in (("links", links), ("entries", entries)):
             if array.size and not -1 <= int(array.min()) <= int(array.max()) < num_rows:
-                raise ArtifactError(f"{stem}-{name}.npy names rows that are not there; build the index again")
+                raise ArtifactError(f"{path} has {name} to rows that are not there; build the index again")
         return cls(codes, scales, links, entries)
 
-    def search(self, queries: Floats, keep: int, *, ef: int, allowed: Bits | None = None) -> Hits:
-        """The best ``keep`` rows, of ``ef`` looked at, for ``queries`` float32 [n, d]: rows of the shard and scores.
+    def search(
+        self, queries: Floats, k: int, *, ef_search: int | None = None, nprobe: int | None = None,
+        allowed: Allowed | None = None, widen: int = 1,
+    ) -> Hits:  # fmt: skip
+        """The ``k`` nearest of unit-length ``queries`` float32 [n, d] as the walk finds them; as ``Shortlist.search``.
 
-        ``allowed`` is a bit a row (``native.pack_rows``). Scores are cosines of the codes times the query's length.
+        Scores are cosines of the codes. ``nprobe`` is no matter of a graph.
         """
-        if not self.num_rows or not len(queries):
-            return empty_hits(len(queries), keep)
+        found = min(k, self.num_rows if allowed is None else allowed.num_rows)
+        if not found or not len(queries):
+            return empty_hits(len(queries), k)
         codes, scales = quantise(queries)
+        bits = None if allowed is None else allowed.bits
         if self._native is None:
-            hits = self._scan(codes, keep, allowed)
+            hits = self._scan(codes, found, bits)
         else:
-            hits, computed = self._native.search(codes, ef, keep, allowed)
+            wider = widen * (1.0 if allowed is None else 1 / allowed.share)
+            ef = max(found, math.ceil((ef_search or found) * wider))
+            hits, computed = self._native.search(codes, min(ef, self.num_rows), found, bits)
             Graph.computed += computed
         return Hits(hits.rows, hits.scores * scales[:, None])
 
@@ -148,16 +162,21 @@ class Graph:
         return pad_hits(from_keys(best), keep)
 
 
-def _open(path: str, dtype: Any) -> npt.NDArray[Any]:
+def _read_arrays(path: str) -> list[npt.NDArray[Any]]:
+    arrays: list[npt.NDArray[Any]] = []
     try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:
+            for dtype in ARRAYS.values():
+                file.seek(-file.tell() % ALIGNED, os.SEEK_CUR)
+                np.lib.format.read_magic(file)
+                shape, turned, found = np.lib.format.read_array_header_1_0(file)
+                if turned or found != dtype:
+                    raise ValueError(f"{found} where {np.dtype(dtype)} belongs")
+                start = file.tell()  # an empty array has nothing to map; mapping moves the position
+                arrays.append(np.memmap(file, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype))
+                file.seek(start + arrays[-1].nbytes)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
-    except (ValueError, EOFError, OSError):
-        try:
-            array = np.load(path, allow_pickle=False)  # an empty array has nothing to map
-        except (ValueError, EOFError, OSError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
-    if array.dtype != dtype or not array.flags.c_contiguous:
-        raise ArtifactError(f"{path} holds {array.dtype}, not {np.dtype(dtype)}; build the index again")
-    return array
+    except (ValueError, EOFError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
+    return arrays

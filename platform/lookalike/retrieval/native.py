@@ -1,4 +1,4 @@
-"""The inner loops of retrieval in C (``_native.c``), behind functions on arrays; each has a numpy twin beside its users.
+"""The inner loops of retrieval in C (``_native.c``), behind functions on arrays; their users have numpy twins.
 
 The library is built with the package where there is a C compiler. ``AVAILABLE`` tells whether it is there; without it
 the same answers come from faiss and numpy, several times slower. Calls release the GIL and use one thread: whoever has
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lookalike.retrieval.ranking import Floats, Hits, Rows
+from lookalike.retrieval.ranking import Floats, Hits
 
 Codes = npt.NDArray[np.int8]
 Bits = npt.NDArray[np.uint8]

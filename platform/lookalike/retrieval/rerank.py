@@ -9,7 +9,7 @@ there (``native.py``); what stands here besides gives the same answers, up to ro
 import numpy as np
 
 from lookalike.retrieval.kernels import inner_products_by_row
-from lookalike.retrieval.native import NativeStore, pack_rows
+from lookalike.retrieval.native import pack_rows
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, pad_hits, sort_keys, top_k
 from lookalike.retrieval.store import PrefixStore, inverse_norms, normalise, row_slices, to_float32
@@ -87,7 +87,7 @@ def scan(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | Non
     With rising ``rows`` [m] only these are read, and gathered once for all queries.
     """
     if store.native is not None and k <= INSERTED:
-        return _scan_native(store, store.native, queries, k, dim, rows)
+        return _scan_native(store, queries, k, dim, rows)
     num_rows = store.meta.num_rows if rows is None else len(rows)
     unit, best = normalise(queries[:, :dim]), np.empty((len(queries), 0), np.uint64)
     inverse = inverse_norms(np.asarray(store.norms[store.position(dim)]))
@@ -103,10 +103,9 @@ def scan(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | Non
     return pad_hits(from_keys(best), k)
 
 
-def _scan_native(
-    store: PrefixStore, library: NativeStore, queries: Floats, k: int, dim: int, rows: Rows | None
-) -> Hits:
-    num_blocks = store.position(dim) + 1
+def _scan_native(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | None) -> Hits:
+    library, num_blocks = store.native, store.position(dim) + 1
+    assert library is not None
     if rows is None:
         return library.scan(queries, num_blocks, k)[0]
     if len(rows) > GATHER_SHARE * store.meta.num_rows:

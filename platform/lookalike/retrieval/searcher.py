@@ -28,10 +28,11 @@ from lookalike.retrieval.filters import (
     filter_key,
     match_rows,
 )
+from lookalike.retrieval.graph import Graph
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, merge_hits, top_k
 from lookalike.retrieval.rerank import extend, rerank, scan
-from lookalike.retrieval.shortlist import Shortlist, shortlist_name
+from lookalike.retrieval.shortlist import Shortlist, load_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, normalise
 
 __all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shard_of", "top_k"]
@@ -122,7 +123,7 @@ class ShardSearcher:
     def __init__(self, store: PrefixStore, copy: "tempfile.TemporaryDirectory[str] | None" = None) -> None:
         self.store = store
         self._copy = copy  # of a remote shard; lives as long as this object
-        self._shortlists: dict[int, Shortlist] = {}
+        self._shortlists: dict[int, Shortlist | Graph] = {}
         self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(lambda key: match_rows(store.table, key))
 
     @classmethod
@@ -149,14 +150,14 @@ class ShardSearcher:
         for dim in self.meta.shortlist_dims if dims is None else dims:
             self.index_over(dim)
 
-    def index_over(self, dim: int) -> Shortlist:
+    def index_over(self, dim: int) -> Shortlist | Graph:
         """The shortlist index over the first ``dim`` dimensions; ``UsageError`` when there is none."""
         if dim not in self.meta.shortlist_dims:
             raise UsageError(f"no shortlist index over {dim}-d in {self.store.folder}; it has "
                              f"{list(self.meta.shortlist_dims)}: take one of these, a scan, or build it")  # fmt: skip
         if dim not in self._shortlists:
-            path = f"{self.store.folder}/{shortlist_name(dim)}"
-            self._shortlists[dim] = Shortlist.load(path, num_rows=self.meta.num_rows, dim=dim)
+            path = f"{self.store.folder}/{shortlist_name(dim, self.meta.shortlist)}"
+            self._shortlists[dim] = load_shortlist(self.meta.shortlist, path, num_rows=self.meta.num_rows, dim=dim)
         return self._shortlists[dim]
 
     def shortlist(self, queries: npt.ArrayLike, k: int, plan: Plan, allowed: RowFilter | None = None) -> Hits:

@@ -1,13 +1,14 @@
 """Shortlist index types: each is a function from unit-length prefixes to a faiss index, found by name.
 
-To add one, register a builder (a name that begins with ``hnsw`` takes ``ef_search``, with ``ivf`` ``nprobe``); it must
-give the same bytes for the same vectors, which is why builds use one thread, fixed seeds and a seeded sample to train
-on.
+To add one, register a builder (a name that begins with ``hnsw`` or ``graph`` takes ``ef_search``, with ``ivf``
+``nprobe``); it must give the same bytes for the same vectors, which is why builds use one thread, fixed seeds and a
+seeded sample to train on.
 
 | type | a row takes, in bytes (beside links and ids) | finds |
 |---|---|---|
 | ``flat`` | 4 a dimension | every row, exactly |
 | ``hnsw`` | 4 a dimension, and 8 a link | by walking a graph; ``ef_search`` |
+| ``graph`` | 1 a dimension, 4, and 8 a link | by walking the lowest layer of that graph, in C; see ``graph.py`` |
 | ``hnsw-sq8`` | 1 a dimension, and 8 a link | the same over 8-bit numbers |
 | ``ivf`` | 4 a dimension, 8 for the id | in the ``nprobe`` nearest of ``nlist`` lists |
 | ``ivf-pq`` | 1/2 per ``pq_dims`` dimensions, 8 | the same over 4-bit codes, in registers (fast-scan) |
@@ -32,6 +33,7 @@ from lookalike.config import Config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import Registry
 from lookalike.retrieval.filters import Allowed
+from lookalike.retrieval.graph import Graph, build_graph
 from lookalike.retrieval.kernels import faiss_threads
 from lookalike.retrieval.ranking import NO_SCORE, Floats, Hits, empty_hits
 
@@ -60,15 +62,13 @@ class ShortlistOptions(Config):
     """Bits a dimension of ``ivf-rabitq``."""
 
 
-SHORTLISTS: Registry[Callable[[Floats, ShortlistOptions], faiss.Index]] = Registry("shortlist")
+SHORTLISTS: Registry[Callable[[Floats, ShortlistOptions], faiss.Index | Graph]] = Registry("shortlist")
 
 
 @SHORTLISTS.register("flat")
 def build_flat(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     """A scan of a copy of the prefixes: exact, and as large as they are."""
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    return index
+    return _flat(vectors)
 
 
 @SHORTLISTS.register("hnsw")
@@ -80,11 +80,17 @@ def build_hnsw(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     return index
 
 
+@SHORTLISTS.register("graph")
+def build_int8_graph(vectors: Floats, options: ShortlistOptions) -> Graph:
+    """The lowest layer of the same graph over int8 codes, searched by the C library."""
+    return build_graph(vectors, hnsw_m=options.hnsw_m, ef_construction=options.ef_construction)
+
+
 @SHORTLISTS.register("hnsw-sq8")
 def build_hnsw_sq8(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     """The same graph over numbers of 8 bits, each dimension between its smallest and largest value."""
     if len(vectors) < MIN_TRAINED:
-        return build_flat(vectors, options)
+        return _flat(vectors)
     eight_bits: Any = faiss.ScalarQuantizer.QT_8bit  # an int; faiss's stubs ask for another class
     index = faiss.IndexHNSWSQ(vectors.shape[1], eight_bits, options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = options.ef_construction
@@ -125,7 +131,7 @@ def build_binary(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
 
 def effort_of(kind: str) -> Literal["ef_search", "nprobe"] | None:
     """Which field of a plan sets the effort of a type's search, told by how its name begins."""
-    return "ef_search" if kind.startswith("hnsw") else "nprobe" if kind.startswith("ivf") else None
+    return "ef_search" if kind.startswith(("hnsw", "graph")) else "nprobe" if kind.startswith("ivf") else None
 
 
 def choose_nlist(num_rows: int, options: ShortlistOptions) -> int:
@@ -134,11 +140,17 @@ def choose_nlist(num_rows: int, options: ShortlistOptions) -> int:
     return max(1, min(wanted, num_rows // MIN_PER_LIST))
 
 
+def _flat(vectors: Floats) -> faiss.Index:
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
 def _build_lists(vectors: Floats, options: ShortlistOptions, codes: str, *, rotate: bool = False) -> faiss.Index:
     """An IVF index whose lists hold ``codes`` (in the words of faiss's factory)."""
     num_rows, dim = vectors.shape
     if num_rows < MIN_TRAINED:
-        return build_flat(vectors, options)
+        return _flat(vectors)
     nlist = choose_nlist(num_rows, options)
     rotation = f"RR{dim}," if rotate else ""
     index = faiss.index_factory(dim, f"{rotation}IVF{nlist},{codes}", faiss.METRIC_INNER_PRODUCT)
@@ -149,7 +161,7 @@ def _build_lists(vectors: Floats, options: ShortlistOptions, codes: str, *, rota
     return index
 
 
-def build_shortlist(kind: str, vectors: Floats, options: ShortlistOptions) -> "Shortlist":
+def build_shortlist(kind: str, vectors: Floats, options: ShortlistOptions) -> "Shortlist | Graph":
     """An index of type ``kind`` over unit-length ``vectors`` float32 [n, dim]; the same input gives the same bytes.
 
     Raises ``UsageError`` naming the first row that holds NaN or infinity.
@@ -158,12 +170,18 @@ def build_shortlist(kind: str, vectors: Floats, options: ShortlistOptions) -> "S
     if len(bad):
         raise UsageError(f"row {bad[0]} of the vectors holds NaN or infinity; a shortlist takes finite numbers")
     with faiss_threads(1):
-        return Shortlist(SHORTLISTS.get(kind)(vectors, options))
+        built = SHORTLISTS.get(kind)(vectors, options)
+    return built if isinstance(built, Graph) else Shortlist(built)
 
 
-def shortlist_name(dim: int) -> str:
-    """File name of the index over the first ``dim`` dimensions."""
-    return f"shortlist-{dim:05d}.faiss"
+def load_shortlist(kind: str, path: str, *, num_rows: int, dim: int) -> "Shortlist | Graph":
+    """Open a saved index of type ``kind``; ``ArtifactError`` when it is missing, damaged or another's."""
+    return (Graph if kind == "graph" else Shortlist).load(path, num_rows=num_rows, dim=dim)
+
+
+def shortlist_name(dim: int, kind: str) -> str:
+    """File name of the index of type ``kind`` over the first ``dim`` dimensions."""
+    return f"shortlist-{dim:05d}.{'graph' if kind == 'graph' else 'faiss'}"
 
 
 class Shortlist:
@@ -249,7 +267,7 @@ class Work(NamedTuple):
     """What searches have done."""
 
     distances: int
-    """Distances that HNSW has computed."""
+    """Distances that HNSW, or scores that the int8 graph, has computed."""
     listed: int
     """Rows in the lists that IVF has looked into."""
 
@@ -258,5 +276,5 @@ class Work(NamedTuple):
 def count_work() -> Iterator[Callable[[], Work]]:
     """Yields a function that tells what searches of this process have done in the block."""
     graph, lists = faiss.cvar.hnsw_stats, faiss.cvar.indexIVF_stats  # type: ignore[attr-defined]  # not in faiss's stubs
-    before = Work(int(graph.ndis), int(lists.ndis))
-    yield lambda: Work(int(graph.ndis) - before.distances, int(lists.ndis) - before.listed)
+    before = Work(int(graph.ndis) + Graph.computed, int(lists.ndis))
+    yield lambda: Work(int(graph.ndis) + Graph.computed - before.distances, int(lists.ndis) - before.listed)
