@@ -53,7 +53,8 @@ class IndexConfig(StageConfig, ShortlistOptions):
     dims: tuple[int, ...] | None = None
     """Prefixes that can be searched; the model's nested dims by default. The full dim is always among them."""
     shortlist: str = "hnsw"
-    """Index type of the shortlists: flat, hnsw or one that is registered."""
+    """Index type of the shortlists: flat, hnsw, graph, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary or
+    one registered."""
     shortlist_dims: tuple[int, ...] | None = None
     """Prefixes to build a shortlist index over; all dims but the full one by default. The plan picks among them."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -157,7 +158,8 @@ def build_shard(source: Source, config: IndexConfig, meta: ShardMeta, shard: int
     meta = write_store(folder, meta, table, batches())
     store = PrefixStore(folder, meta)
     for dim in meta.shortlist_dims:
-        build_shortlist(meta.shortlist, store.unit_prefix(dim), config).save(f"{folder}/{shortlist_name(dim)}")
+        built = build_shortlist(meta.shortlist, store.unit_prefix(dim), config)
+        built.save(f"{folder}/{shortlist_name(dim, meta.shortlist)}")
     storage.write_atomic(f"{folder}/{SHARD_META}", meta.model_dump_json(indent=1).encode())
     return meta
 
@@ -252,7 +254,7 @@ def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[Shar
              if name.startswith("shard-")}  # fmt: skip
     vectors = sum(size for name, size in sizes.items() if name.endswith(".npy"))
     shortlists = {
-        str(dim): sum(size for name, size in sizes.items() if name.endswith(shortlist_name(dim)))
+        str(dim): sum(size for name, size in sizes.items() if name.endswith(shortlist_name(dim, meta.shortlist)))
         for dim in meta.shortlist_dims
     }
     num_zero = sum(shard.num_zero for shard in shards)

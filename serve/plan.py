@@ -50,6 +50,8 @@ class PlanConfig(StageConfig):
     """Sizes K of the shortlist to try, in rows per shard."""
     ef_search: tuple[int | None, ...] = (None, 64, 128)
     """HNSW candidate lists to try; those not above K are the same as K, which None stands for."""
+    nprobe: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16, 64)
+    """Lists of an IVF type to look into, to try."""
     scan_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Prefixes to try also as a scan without an index."""
     funnels: bool = True
@@ -141,8 +143,8 @@ def plot(measured: list[Measured], front: list[int], chosen: int, config: PlanCo
 def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[Measured]:
     """All candidates of the configuration, measured and timed; the exact plan comes first."""
     plans = planner.list_plans(
-        searcher.meta, k=config.k, shortlist_ks=config.shortlist_ks, efs=config.ef_search, scan_dims=config.scan_dims,
-        funnels=config.funnels, single_stage=config.allow_single_stage,
+        searcher.meta, k=config.k, shortlist_ks=config.shortlist_ks, efs=config.ef_search, nprobes=config.nprobe,
+        scan_dims=config.scan_dims, funnels=config.funnels, single_stage=config.allow_single_stage,
     )  # fmt: skip
     seed = derive_seed(config.seed, "plan", "bootstrap")
     measured = planner.measure(searcher, queries, config.k, plans, own_rows=own_rows, seed=seed)

@@ -18,10 +18,13 @@ from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe, run_steps
 from lookalike.serve import tour
+from lookalike.serve.config import ServeConfig
 from lookalike.serve.tour import Answer, TourConfig
 from lookalike.serve.tour_report import render_html, render_text
 
 PLAN_FACTS = ("plan", "description", "target", "k", "num_queries", "map_check", "holdout")
+NEEDED = ("corpus", "labels", "evaluate", "index", "plan")
+"""Stages without which there is nothing to serve or to report."""
 PLAIN_QUERY = ("image_id", "title", "group", "view", "category")
 
 
@@ -37,6 +40,7 @@ def quickstart(args: Sequence[str]) -> int:
     if "=" in options.recipe and not Path(options.recipe).exists():
         options.overrides, options.recipe = [options.recipe, *options.overrides], DEFAULT_RECIPE
     recipe = Recipe.load(options.recipe, options.overrides)
+    require_tour(recipe)
     if options.dry_run:
         print(json.dumps([describe_step(recipe, name) for name in recipe.steps], indent=1))
         return 0
@@ -61,6 +65,17 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     storage.write_atomic(storage.join(recipe.root, "report.json"), (json.dumps(facts, indent=1) + "\n").encode())
     print(render_text(facts, recipe.root))
     return 0
+
+
+def require_tour(recipe: Recipe) -> None:
+    """Raise ``UsageError`` for what would stop a quickstart after its steps have run: a step that is not there, or
+    wrong settings in ``serve:`` or ``demo:``."""
+    for stage in NEEDED:
+        if not any(step.stage == stage for step in recipe.steps.values()):
+            raise UsageError(f"recipe {recipe.name!r} has no {stage!r} step; the quickstart needs one (`lookalike run` "
+                             "does not)")  # fmt: skip
+    parse_config(TourConfig, recipe.demo, "demo")
+    parse_config(ServeConfig, {"index": "published by then", **recipe.serve}, "serve")
 
 
 def serve_and_ask(
@@ -89,10 +104,7 @@ def serve_and_ask(
 
 
 def _of_stage(recipe: Recipe, artifacts: dict[str, Artifact], stage: str) -> Artifact:
-    names = [name for name, step in recipe.steps.items() if step.stage == stage]
-    if not names:
-        raise UsageError(f"recipe {recipe.name!r} has no {stage!r} step; the quickstart needs one")
-    return artifacts[names[-1]]
+    return artifacts[[name for name, step in recipe.steps.items() if step.stage == stage][-1]]
 
 
 def collect(

@@ -84,8 +84,20 @@ def _import(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel, str]:
     return encoder, model, f"{card.rstrip()}\n\n{origin}\n"
 
 
+def preview(run: StageRun[PublishConfig]) -> list[str]:
+    """What would be published, a line; an unknown backbone or a size it cannot take raises ``UsageError`` here."""
+    config = run.config
+    if is_exported(config.weights):
+        return []
+    with torch.device("meta"):
+        backbone = create_backbone(config.backbone, "random", size=config.transform.size, pooling=config.pooling)
+    numbers = sum(parameter.numel() for parameter in backbone.parameters())
+    return [f"{numbers:,} parameters, {backbone.num_features}-d features at {config.transform.size} px"]
+
+
 def _sources(config: PublishConfig) -> list[str]:
     return [hub.fetch(config.weights)] if is_weight_file(config.weights) else []
 
 
-STAGE = Stage(name="encoder", kind="encoder", config=PublishConfig, run=publish, sources=_sources)
+STAGE = Stage(name="encoder", kind="encoder", config=PublishConfig, run=publish, sources=_sources,
+              preview=preview)  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from torch.nn import ModuleDict
 
 from lookalike.config import Config, runtime
 from lookalike.errors import UsageError
@@ -17,6 +18,8 @@ from lookalike.train.tasks import CLASS_FIELDS, TaskConfig, form_of
 from lookalike.train.trackers import TRACKERS
 from lookalike.vision.encoder import EncoderConfig, check_dims
 from lookalike.vision.transforms import AugmentConfig
+
+_DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class TrainConfig(StageConfig):
@@ -75,7 +78,7 @@ class TrainConfig(StageConfig):
     """Momentum of proxies under SGD and LARS; None takes ``momentum``."""
     nesterov: bool = False
     """Nesterov's momentum for SGD and LARS."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_DecayRate, _DecayRate] = (0.9, 0.999)
     """AdamW's decay rates of the first and the second moment."""
     trust_coefficient: float = Field(0.001, gt=0.0)
     """LARS: share of a matrix's norm that one step at learning rate 1 may change."""
@@ -169,13 +172,21 @@ class TrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.dims is not None:
+            check_dims(self.dims, max(self.dims, default=1))
         if self.embedding_dim is not None:
             self.resolve_dims(self.embedding_dim)  # dims that cannot be are refused before anything runs
         if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
             raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; "
                              "give one each")  # fmt: skip
-        if self.dims is not None and (self.dims_per_step or 1) > len(self.dims):
-            raise ValueError(f"dims_per_step {self.dims_per_step} exceeds the {len(self.dims)} dims; lower or drop it")
+        if self.nested_weights is not None and not any(self.nested_weights):
+            raise ValueError(f"nested_weights {list(self.nested_weights)} are all zero: nothing would train; raise one")
+        if (self.dims_per_step or 1) > len(self.dims or (1,)):
+            raise ValueError(f"dims_per_step {self.dims_per_step} exceeds the {len(self.dims or (1,))} dims; lower or "
+                             "drop it")  # fmt: skip
+        if strange := [name for name in self.tasks if not name or "." in name or hasattr(ModuleDict, name)
+                       or name == "training"]:  # fmt: skip
+            raise ValueError(f"task {strange[0]!r} is no name that a module can have; give another, without dots")
         if unknown := [name for name in self.balance if name not in self.mix]:
             raise ValueError(f"balance names {unknown[0]!r}, which mix does not have; it has {', '.join(self.mix)}")
         if pairs := [name for name, task in self.tasks.items() if task.field == "row" and self.views == 1]:

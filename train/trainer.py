@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
-from lookalike.errors import LookalikeError, UsageError
+from lookalike.errors import ArtifactError, LookalikeError, UsageError
 from lookalike.progress import follow_remote
 from lookalike.registry import nearest
 from lookalike.stages import Input, StageRun
@@ -30,7 +30,7 @@ from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.state import export_weights
 from lookalike.train.streams import require_units
 from lookalike.train.tasks import ATTRIBUTE
-from lookalike.train.units import THREADS, list_units
+from lookalike.train.units import REMEDY, THREADS, explained, list_units
 from lookalike.vision.encoder import EncoderConfig, build_model, read_config, save_encoder
 
 log = get_logger(__name__)
@@ -68,6 +68,7 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
     teacher = find_teacher(train, run.many("teacher"))
     encoder, num_classes = resolve_encoder(train, read_config(source)), count_classes(train, shards, teacher)
     require_task_memory(train, encoder, num_classes)
+    require_labels(train, files)
     first = next(iter(train.mix))
     return LoopConfig(
         name=run.out.name, fingerprint=run.out.fingerprint, root=run.out.root, train=train,
@@ -90,6 +91,33 @@ def find_files(train: TrainConfig, shards: Artifact) -> dict[str, list[str]]:
             valid = sorted({uri.rsplit("/", 2)[-2] for uri in shards.files(suffix=".parquet")})
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
     return files
+
+
+def require_labels(train: TrainConfig, files: Mapping[str, Sequence[str]]) -> None:
+    """Raise ``UsageError`` for a task whose labels no row of the mix has: its loss would be zero to the end.
+
+    The statistics of the files say so; where they say nothing a file is taken to have labels.
+    """
+    for name, task in train.tasks.items():
+        if task.field in LABEL_FIELDS and not any(_may_hold(uri, task.field) for uris in files.values()
+                                                  for uri in uris):  # fmt: skip
+            raise UsageError(f"task {name!r} reads {task.field!r}, and no row of {', '.join(files)} has one; drop the "
+                             "task, or add a dataset with labels to mix")  # fmt: skip
+
+
+def _may_hold(uri: str, field: str) -> bool:
+    filesystem, path = storage.arrow_filesystem(uri)
+    with explained(uri):
+        meta = pq.read_metadata(path, filesystem=filesystem)
+    for group in map(meta.row_group, range(meta.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.partition(".")[0] == field:
+                known = chunk.statistics
+                if known is None or (known.has_min_max and known.max >= 0):
+                    return True
+                if not known.has_min_max and known.null_count != chunk.num_values:
+                    return True
+    return False
 
 
 def require_task_memory(train: TrainConfig, encoder: EncoderConfig, num_classes: dict[str, int]) -> None:
@@ -152,10 +180,14 @@ def expected_rows(uris: list[str], resample: bool) -> int:
 
     def of_file(uri: str) -> float:
         filesystem, path = storage.arrow_filesystem(uri)
-        if not resample:
-            return float(pq.read_metadata(path, filesystem=filesystem).num_rows)
-        repeat = pq.read_table(path, columns=["repeat"], filesystem=filesystem)["repeat"]
-        return float(pc.sum(repeat).as_py() or 0.0)
+        with explained(uri):
+            if not resample:
+                return float(pq.read_metadata(path, filesystem=filesystem).num_rows)
+            repeat = pq.read_table(path, columns=["repeat"], filesystem=filesystem)["repeat"]
+            rows = float(pc.sum(repeat).as_py() or 0.0)
+        if not math.isfinite(rows):
+            raise ArtifactError(f"{uri}: column 'repeat' adds up to {rows}; {REMEDY}")
+        return rows
 
     with ThreadPoolExecutor(THREADS) as pool:
         return max(1, round(math.fsum(pool.map(of_file, uris))))

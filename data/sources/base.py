@@ -28,7 +28,7 @@ class Source(Config):
     """A file, or a folder whose files are read in the order of their names."""
     format: str = "parquet"
     """How the records are stored: a name of the registry ``source_format``."""
-    dataset: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_.-]+$")
+    dataset: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     """What the rows are called downstream."""
     columns: dict[str, str | None] = Field(default={})
     """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields; null:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 import lookalike
 from lookalike import storage
 from lookalike.config import Config
-from lookalike.errors import ArtifactError
+from lookalike.errors import ArtifactError, UsageError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -159,6 +159,8 @@ def _read_manifest(uri: str) -> Manifest:
     except FileNotFoundError:
         state = "an unfinished draft (no manifest.json)" if storage.exists(uri) else "not there"
         raise ArtifactError(f"no artifact at {uri}: it is {state}; run the stage that makes it") from None
+    except UsageError:  # a scheme that nothing here opens
+        raise
     except (ValueError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{uri}/{MANIFEST} is not readable JSON ({error}); the artifact is damaged") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None

@@ -87,7 +87,12 @@ def _top_level(args: list[str], plugins: dict[str, Any]) -> int:
         verbs.add_parser(name, help=text, add_help=False)
     for name in plugins:
         verbs.add_parser(name, help="(plug-in)", add_help=False)
-    parser.parse_args(args)  # only --help, --version and unknown verbs come here; each of them exits
+    if args and not args[0].startswith("-"):
+        from lookalike.registry import nearest
+
+        parser.error(f"unknown verb {args[0]!r}{nearest(args[0], [*STAGE_HELP, *COMMANDS, *plugins])}; "
+                     "`lookalike --help` lists them")  # fmt: skip
+    parser.parse_args(args)  # only --help, --version and no verb at all come here; each of them exits
     return 2
 
 

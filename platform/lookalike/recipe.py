@@ -7,7 +7,7 @@ that differs from another in a few settings says ``extends: other.yaml`` and tho
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, PrivateAttr
@@ -44,7 +44,8 @@ class Recipe(Config):
     seed: int = Field(17, ge=0)
     """Seed of every step that does not set its own."""
     cluster: ClusterConfig = ClusterConfig()
-    steps: dict[str, Step]
+    steps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], Step]
+    """Name -> step. Names are folders under the root and heads of overrides: letters, digits, - and _."""
     serve: dict[str, Any] = {}
     """Settings of the retrieval service (``lookalike serve``)."""
     demo: dict[str, Any] = {}

@@ -19,6 +19,9 @@ COLUMNS = (("variant", "variant"), ("terms", "terms"), ("labels", "labels"), ("l
            ("train_images", "images"), ("max_repeat", "max r(I)"), ("p_at_1", "P@1 %"), ("standard_error", "+-"),
            ("relative", "relative"))  # fmt: skip
 
+WITHOUT = "without-"
+"""Begins the name of a variant that lacks one step of the whole pipeline, and with which no other is compared."""
+
 
 def variants(args: Sequence[str]) -> int:
     """Run the recipe, print the table, write ``variants.json`` under its root."""
@@ -39,7 +42,7 @@ def variants(args: Sequence[str]) -> int:
     storage.write_atomic(target, (json.dumps(rows, indent=1) + "\n").encode())
     print(render(rows))
     print(f"\nP@1 of task {artifacts[evaluation].read_json('report.json')['headline_task']!r} at full size; relative: "
-          f"to the row before.\nFigures: {target}")  # fmt: skip
+          f"to the row before, those named {WITHOUT}... left out.\nFigures: {target}")  # fmt: skip
     return 0
 
 
@@ -55,7 +58,7 @@ def table_of(evaluation: Artifact) -> list[dict[str, Any]]:
         found = figures[name]
         row = {"variant": name, **_training_facts(embeddings), "p_at_1": round(100 * found["p_at_1"], 2),
                "standard_error": round(100 * found["p_at_1_standard_error"], 2)}  # fmt: skip
-        before = rows[-1]["p_at_1"] if rows else None
+        before = next((one["p_at_1"] for one in reversed(rows) if not one["variant"].startswith(WITHOUT)), None)
         row["relative"] = None if not before else f"{100 * (row['p_at_1'] / before - 1):+.1f}%"
         rows.append(row)
     if not any(row["labels"] is not None for row in rows):

@@ -9,6 +9,7 @@ from lookalike.data.assignment import (
     count_labels,
     describe_classes,
     number_part,
+    terms_of_images,
 )  # fmt: skip
 from lookalike.data.clusters import CLUSTERS
 from lookalike.data.interests import RestrictionConfig
@@ -43,6 +44,12 @@ def test_assignment_counts_the_variants_and_numbers_the_columns() -> None:
     assert numbered["labels"].to_pylist() == [[1], [0], [1]]
     assert count_labels(numbered, 2).tolist() == [1, 2, 3, 3, 3]
     assert choose_classes(LABEL_COUNTS.empty_table(), 1) == {}
+
+
+def test_of_several_scores_for_a_term_the_highest_counts() -> None:
+    named = pa.table({"image_id": ["a", "a", "x"], "term": ["cat", "cat", "cat"],
+                      "score": pa.array([0.25, 0.75, 1.0], pa.float32())})  # fmt: skip
+    assert terms_of_images(named, ["b", "a"]) == [{}, {"cat": 0.75}]
 
 
 def test_without_restriction_every_sense_stays() -> None:

@@ -27,6 +27,14 @@ def test_row_groups_cover_all_rows_and_cut_only_what_is_too_large(sizes: list[in
         assert [stop - start for start, stop in groups[:-1]] == [limit] * (len(groups) - 1)
 
 
+def test_a_label_s_frequency_is_its_share_of_the_labelled_images_and_repeats_have_an_upper_bound() -> None:
+    """Pinterest section 4.6, with a bound of our own."""
+    counts = {("labelled", ""): 400, ("label", "0"): 400, ("label", "1"): 16, ("label", "2"): 1}
+    classes = Classes(counts, 4, ShardsConfig(threshold=0.16, max_repeat=5.0), 0)
+    assert classes.label_frequency.tolist() == [1.0, 0.04, 0.0025, 0.0]
+    assert classes.repeats.tolist() == [1.0, 2.0, 5.0, 1.0]  # sqrt(64) = 8 without the bound
+
+
 def corpus(num: int, groups: int) -> pa.Table:
     """Rows of which every fifth has no group; group 0 is large."""
     random = np.random.default_rng(0)

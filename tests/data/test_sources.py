@@ -352,7 +352,8 @@ def test_a_store_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     [({"columns": {"titel": "t"}}, "did you mean 'title'"),
      ({"columns": {"attributes": {" ": "t"}}}, "names 'attributes. ', which is no corpus field"),
      ({"constants": {"image": "t"}}, "names 'image', which is"),
-     ({"format": "parket"}, "did you mean 'parquet'"), ({"colums": {}}, "colums")],
+     ({"format": "parket"}, "did you mean 'parquet'"), ({"colums": {}}, "colums"),
+     ({"dataset": ".."}, "should match pattern"), ({"dataset": "a/b"}, "should match pattern")],
 )  # fmt: skip
 def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

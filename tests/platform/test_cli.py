@@ -123,12 +123,16 @@ def test_unknown_verbs_and_flags_exit_2(recipe: str, capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit) as stop:
             main(args)
         assert stop.value.code == 2
-    assert "usage: lookalike" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: lookalike" in err
+    assert "unknown verb 'encodr' (did you mean 'encoder'?)" in err
 
 
 def test_a_missing_artifact_exits_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path / "encoder" / "x" / "y")]) == 3
     assert "no artifact at" in capsys.readouterr().err
+    assert main(["show", "nosuch://bucket/x"]) == 2  # not a damaged artifact: nothing here opens it
+    assert "Protocol not known: nosuch" in capsys.readouterr().err
 
 
 def test_an_interruption_exits_130_and_says_how_to_go_on(

@@ -110,6 +110,14 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path, override: str, 
         load(tmp_path, plain(), [override])
 
 
+@pytest.mark.parametrize("name", ["../one", "", "..", "a.b", "a/b"])
+def test_a_step_s_name_stays_a_folder_under_the_root(tmp_path: Path, name: str) -> None:
+    values = plain()
+    values["steps"][name] = values["steps"].pop("one")
+    with pytest.raises(UsageError, match=r"steps\..* should match pattern"):
+        load(tmp_path, values)
+
+
 def test_unknown_steps_and_stages_without_steps(tmp_path: Path) -> None:
     recipe = load(tmp_path, plain())
     assert recipe.steps_of("toy-number") == ["one", "two"]

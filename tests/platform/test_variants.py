@@ -31,13 +31,15 @@ def evaluation(root: str, embeddings: list[Artifact], p_at_1: list[float]) -> Ar
 
 
 def test_a_row_a_variant_with_the_counts_of_its_own_labels(root: str) -> None:
-    """The form of Table 2 of Beal et al.: label count, retrieval, improvement over the row before."""
+    """The form of Table 2 of Beal et al.: label count, retrieval, improvement over the row before; and ablations."""
     base = publish(root, "embeddings", "packaged", {})
     made = [base, trained(root, "clusters", 834, 500, base), trained(root, "dictionary", 340, 220, base)]
-    rows = table_of(evaluation(root, made, [0.5, 0.55, 0.66]))
+    made += [trained(root, f"without-{step}", 340, 220, base) for step in ("resampling", "dictionary")]
+    rows = table_of(evaluation(root, made, [0.5, 0.55, 0.66, 0.6, 0.594]))
     assert [(r["variant"], r["terms"], r["labels"], r["p_at_1"], r["relative"]) for r in rows] == [
         ("packaged", None, None, 50.0, None), ("clusters", 834, 500, 55.0, "+10.0%"),
-        ("dictionary", 340, 220, 66.0, "+20.0%")]  # fmt: skip
+        ("dictionary", 340, 220, 66.0, "+20.0%"), ("without-resampling", 340, 220, 60.0, "-9.1%"),
+        ("without-dictionary", 340, 220, 59.4, "-10.0%")]  # fmt: skip
     lines = render(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split()[:3] == ["packaged", "-", "-"]

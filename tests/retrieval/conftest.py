@@ -15,25 +15,35 @@ DIMS = (4, 8, 16, 32)
 MakeShard = Callable[..., ShardSearcher]
 
 
+def make_shard_in(folder, vectors, *, dims=DIMS, kind="flat", dtype="float32", offset=0, columns=None, shortlists=None):  # type: ignore[no-untyped-def]
+    """Raw vectors as a shard in an empty ``folder``; ``shortlists`` over all dims by default, more ``columns``."""
+    meta = ShardMeta(num_rows=len(vectors), row_offset=offset, dims=dims, dtype=dtype, shortlist=kind,
+                     shortlist_dims=shortlists or dims)  # fmt: skip
+    ids = pa.table({"image_id": [f"id-{n:06d}" for n in range(len(vectors))], **(columns or {})})
+    half = len(vectors) // 2  # rows in two batches, the later first: the order must not matter
+    places = np.arange(len(vectors))
+    batches = [(part, vectors[part]) for part in (places[half:], places[:half])]
+    meta = write_store(str(folder), meta, ids, batches)
+    for dim in meta.shortlist_dims:
+        prefix = PrefixStore(str(folder), meta).unit_prefix(dim)
+        build_shortlist(kind, prefix, ShortlistOptions()).save(str(folder / shortlist_name(dim, kind)))
+    (folder / SHARD_META).write_text(meta.model_dump_json())
+    return ShardSearcher.open(str(folder))
+
+
+@pytest.fixture(scope="session")
+def open_shard() -> MakeShard:
+    """:func:`make_shard_in`, for shards that several tests share."""
+    return make_shard_in
+
+
 @pytest.fixture
 def make_shard(tmp_path: Path) -> MakeShard:
-    """Writes raw vectors as a shard folder with shortlists over all dims and opens it."""
+    """:func:`make_shard_in` a folder of its own ``name``."""
 
-    def make(vectors, *, dims=DIMS, kind="flat", dtype="float32", offset=0, name="shard"):  # type: ignore[no-untyped-def]
-        folder = tmp_path / name
-        folder.mkdir()
-        meta = ShardMeta(num_rows=len(vectors), row_offset=offset, dims=dims, dtype=dtype, shortlist=kind,
-                         shortlist_dims=dims)  # fmt: skip
-        ids = pa.table({"image_id": [f"id-{n:06d}" for n in range(len(vectors))]})
-        half = len(vectors) // 2  # rows in two batches, the later first: the order must not matter
-        places = np.arange(len(vectors))
-        batches = [(part, vectors[part]) for part in (places[half:], places[:half])]
-        meta = write_store(str(folder), meta, ids, batches)
-        for dim in dims:
-            prefix = PrefixStore(str(folder), meta).unit_prefix(dim)
-            build_shortlist(kind, prefix, ShortlistOptions()).save(str(folder / shortlist_name(dim)))
-        (folder / SHARD_META).write_text(meta.model_dump_json())
-        return ShardSearcher.open(str(folder))
+    def make(vectors, *, name="shard", **settings):  # type: ignore[no-untyped-def]
+        (tmp_path / name).mkdir()
+        return make_shard_in(tmp_path / name, vectors, **settings)
 
     return make
 

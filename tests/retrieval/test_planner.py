@@ -1,14 +1,16 @@
 """The planner on an index in memory: candidates, measured recall, cost, choice."""
 
+import faiss
 import numpy as np
 import pytest
 
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval import planner
+from lookalike.retrieval import costs, planner
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.planner import Measured
 from lookalike.retrieval.ranking import Hits
 from lookalike.retrieval.searcher import EncoderRef, IndexMeta, Searcher
+from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors
 
 DIMS = (4, 8, 16, 32)
@@ -60,10 +62,10 @@ def test_mflops_are_those_the_mrl_paper_prints():
                      shortlist="flat", shortlist_dims=dims, columns=(),
                      encoder=EncoderRef(fingerprint="m"))  # fmt: skip
     plan = Plan(shortlist_dim=16, shortlist_k=200, rerank_dim=2048)
-    assert planner.paper_mflops(meta, plan) == pytest.approx(20.91, abs=0.005)
+    assert costs.paper_mflops(meta, plan) == pytest.approx(20.91, abs=0.005)
     stages = ((16, 400), (32, 200), (64, 50), (128, 10))
     funnel = Plan(shortlist_dim=8, shortlist_k=800, stages=stages, rerank_dim=2048)
-    assert planner.paper_mflops(meta, funnel) == pytest.approx(10.31, abs=0.02)
+    assert costs.paper_mflops(meta, funnel) == pytest.approx(10.31, abs=0.02)
 
 
 def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
@@ -77,6 +79,14 @@ def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
         assert plan.ef_search is None or plan.ef_search > plan.shortlist_k
     assert any(plan.scan and plan.shortlist_dim == 8 for plan in plans)
     assert any(plan.shortlist_dim == 32 for plan in plans)
+    lists = searcher.meta.model_copy(update={"shortlist": "ivf-rabitq"})
+    settings = {"k": 10, "shortlist_ks": [50], "efs": [64], "nprobes": (4, 16), "funnels": False}
+    probing = planner.list_plans(lists, scan_dims=[8], **settings)
+    assert {(plan.ef_search, plan.nprobe, plan.scan) for plan in probing} == {
+        (None, 4, False), (None, 16, False), (None, None, True)}  # fmt: skip
+    plain = searcher.meta.model_copy(update={"shortlist": "binary"})
+    efforts = planner.list_plans(plain, **settings)
+    assert {(plan.ef_search, plan.nprobe) for plan in efforts} == {(None, None)}
     only_two = {"single_stage": False, "funnels": False}
     no_single = planner.list_plans(searcher.meta, k=10, shortlist_ks=[50], efs=[None], **only_two)
     assert {(plan.shortlist_dim, plan.stages) for plan in no_single} == {(4, ()), (8, ()), (16, ())}
@@ -97,6 +107,34 @@ def test_measured_recall_is_overlap_with_brute_force_and_the_same_each_time(sear
     assert few.recall_low < few.recall < few.recall_high
     assert few.mflops_done < many.mflops_done
     assert planner.measure(searcher, queries, 10, plans, own_rows=nobody, seed=1)[1:] == [few, many]
+
+
+def test_the_model_counts_the_rows_of_the_lists_and_the_prefixes_of_coded_types(make_shard):
+    data, _ = make_vectors(3030, 32, num_classes=100, seed=4)
+    queries, nobody = data[3000:], np.full(30, -1)
+    plan = Plan(shortlist_dim=16, shortlist_k=20, rerank_dim=32, nprobe=4)
+    cost = {}
+    for kind in ("ivf", "ivf-rabitq", "binary"):
+        shard = make_shard(data[:3000], kind=kind, name=kind)
+        meta = IndexMeta(dims=DIMS, num_rows=3000, shards=("a",), shard_rows=(3000,), dtype="float32", shortlist=kind,
+                         shortlist_dims=DIMS, columns=("image_id",), encoder=EncoderRef(fingerprint="m"))  # fmt: skip
+        plans = [plan, plan.model_copy(update={"nprobe": 9})]
+        _, few, many = planner.measure(Searcher(meta, [shard]), queries, 10, plans, own_rows=nobody, seed=1)
+        cost[kind] = few
+        index = shard.index_over(16)
+        if kind == "binary":
+            assert few.mflops_done == pytest.approx((3000 * 16 + 20 * 16 + 20 * 16) / 1e6)
+            assert few.model_us == many.model_us
+            continue
+        assert few.model_us < many.model_us
+        lists = index.index if kind == "ivf" else faiss.extract_index_ivf(index.index)
+        unit = normalise(np.ascontiguousarray(queries[:, :16]))
+        turned = unit if kind == "ivf" else faiss.downcast_VectorTransform(index.index.chain.at(0)).apply(unit)
+        _, nearest = lists.quantizer.search(turned, 4)
+        rows = np.mean([sum(lists.invlists.list_size(int(one)) for one in line) for line in nearest])
+        again = 20 * 16 * (kind == "ivf-rabitq")
+        assert few.mflops_done == pytest.approx(((rows + lists.nlist) * 16 + again + 20 * 16) / 1e6)
+    assert cost["binary"].mflops_done > cost["ivf"].mflops_done
 
 
 def test_a_query_that_is_indexed_does_not_find_itself(searcher):

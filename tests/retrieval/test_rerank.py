@@ -181,10 +181,10 @@ def test_a_damaged_shard_is_refused_when_opened(make_shard, vectors, queries, ha
     elif harm == "no meta":
         os.remove(f"{folder}/{SHARD_META}")
     elif harm == "index":
-        with open(f"{folder}/{shortlist_name(8)}", "r+b") as file:
+        with open(f"{folder}/{shortlist_name(8, 'flat')}", "r+b") as file:
             file.truncate(2000)
     else:
-        build_shortlist("flat", vectors[:10, :8].copy(), Options()).save(f"{folder}/{shortlist_name(8)}")
+        build_shortlist("flat", vectors[:10, :8].copy(), Options()).save(f"{folder}/{shortlist_name(8, 'flat')}")
     with pytest.raises(ArtifactError, match=r"build the index again|restore"):
         ShardSearcher.open(folder).load()
 
@@ -230,7 +230,7 @@ def test_merging_parts_in_any_split_is_ranking_the_whole(scores, k, parts):
 @settings(max_examples=80, deadline=None)
 def test_sort_keys_order_like_scores_then_rows_and_come_back(scores):
     scores = np.array([scores], np.float32)
-    keys = sort_keys(scores, 7)
+    keys = sort_keys(scores, np.arange(scores.shape[1]) + 7)
     expected = np.lexsort((np.arange(scores.shape[1]), -scores[0]))
     np.testing.assert_array_equal(np.argsort(keys[0]), expected)
     back = from_keys(keys)

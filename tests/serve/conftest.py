@@ -99,7 +99,8 @@ def publish_index(root: str, embeddings: Artifact, vectors: dict[str, np.ndarray
         write_store(str(folder), meta, table, [(np.arange(len(ids)), stacked)])
         store = PrefixStore(str(folder), meta)
         for dim in SHORTLIST_DIMS:
-            build_shortlist("flat", store.unit_prefix(dim), ShortlistOptions()).save(str(folder / shortlist_name(dim)))
+            built = build_shortlist("flat", store.unit_prefix(dim), ShortlistOptions())
+            built.save(str(folder / shortlist_name(dim, "flat")))
         (folder / SHARD_META).write_text(meta.model_dump_json())
         offset += len(ids)
         counts.append(len(ids))

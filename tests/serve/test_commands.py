@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,6 +27,24 @@ def test_search_in_an_index_on_disk(world: "World", tmp_path: Path, capsys: pyte
         assert len(found["hits"]) == 2
     assert main(["search", "--id", "img-021", "--local", world.index, "-k", "1"]) == 0
     assert "1  +1.0000  img-021  title=picture img-021" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"serve": {"placement": "everywhere"}}, "placement"), ({"demo": {"queries": "many"}}, "queries"),
+     ({"steps": {"plan": None}}, "has no 'plan' step")],
+)  # fmt: skip
+def test_what_would_stop_a_quickstart_at_its_end_stops_it_at_once(
+    change: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "deploy/recipes/smoke.yaml").read_text())
+    for section, values in change.items():
+        recipe[section] = {**recipe.get(section, {}), **values}
+    recipe["steps"] = {name: step for name, step in recipe["steps"].items() if step}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for arguments in (["--dry-run"], []):
+        assert main(["quickstart", str(tmp_path / "recipe.yaml"), *arguments]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,17 @@ def test_lars_scales_a_step_by_the_ratio_of_norms() -> None:
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_momenta_decay_rates_and_trust_reach_the_optimizer() -> None:
+    model = make_model()
+    adamw, _ = build_optimizer(model, settings(betas=[0.8, 0.95]), 10)
+    assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.95)}
+    for kind in ("sgd", "lars"):
+        optimizer, _ = build_optimizer(model, settings(optimizer=kind, momentum=0.7, nesterov=True), 10)
+        assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(0.7, True)}
+    lars, _ = build_optimizer(model, settings(optimizer="lars", trust_coefficient=0.02), 10)
+    assert {group["trust_coeff"] for group in lars.param_groups} == {0.02}
+
+
 def expected_rates(schedule: str, total: int, epochs: float) -> list[float]:
     """The schedules by their formulas, at peak 1."""
     per_epoch = total / epochs
@@ -235,6 +246,11 @@ def test_batch_norm_statistics_stay_when_frozen() -> None:
         assert norms
         assert {m.training for m in norms} == {not keep}
         assert model.training
+    config = settings(freeze_batch_norm=False, frozen_stages=1)
+    freeze(model, config)
+    set_train_mode(model, config)
+    assert {m.training == m.weight.requires_grad for m in norms} == {True}
+    assert {m.training for m in norms} == {True, False}
 
 
 @pytest.mark.parametrize(
@@ -263,6 +279,12 @@ def test_batch_norm_statistics_stay_when_frozen() -> None:
         ({"num_workers": [1, 2], "min_workers": 2}, r"num_workers \[1, 2\] sets min_workers, which is 2 besides"),
         ({"dims": [4, 8], "dims_per_step": 3}, "dims_per_step 3 exceeds the 2 dims; lower or drop it"),
         ({"dims": [4, 8], "nested_weights": [1.0, -1.0]}, "'nested_weights.1' is -1.0"),
+        ({"dims": [4, 8], "nested_weights": [0.0, 0.0]}, r"nested_weights \[0.0, 0.0\] are all zero"),
+        ({"dims": []}, r"dims \[\] must be positive"), ({"dims": [8, 4]}, r"dims \[8, 4\] must be positive"),
+        ({"dims_per_step": 2}, "dims_per_step 2 exceeds the 1 dims"),
+        ({"betas": [0.9, 1.0]}, "'betas.1' is 1.0"), ({"betas": [-0.1, 0.9]}, "'betas.0' is -0.1"),
+        ({"tasks": {"a.b": TASKS["category"]}}, "task 'a.b' is no name"),
+        ({"tasks": {"training": TASKS["category"]}}, "task 'training' is no name"),
         ({"mix": {"a": 0.0}}, "'mix.a' is 0.0"), ({"mix": {"a": -1.0}}, "'mix.a' is -1.0"),
         ({"mix": {}}, "'mix' is {}"), ({"warmup_fraction": 1.0}, "'warmup_fraction' is 1.0"),
     ],

@@ -108,8 +108,8 @@ def test_weights_stay_finite_at_2048_dims_where_the_raw_formula_overflows() -> N
 
 
 def test_far_negatives_are_drawn_when_there_are_no_near_ones_and_cost_nothing() -> None:
-    z = torch.tensor([[1.0, 0.0], [1.0, 0.01], [-1.0, 0.0]], requires_grad=True)
-    values = torch.tensor([0, 0, 1])
+    z = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [1.0, 0.01]], requires_grad=True)
+    values = torch.tensor([1, 0, 0])  # the negative comes first: a draw from no weights gives the last
     loss = triplet_loss(z, values, torch.rand(3, 3), mining="distance_weighted", margin=0.2, beta=1.2)
     assert loss.item() == 0.0
 
@@ -140,6 +140,17 @@ def test_negatives_are_drawn_where_there_is_weight(n: int, seed: int) -> None:
     picked = draw_negatives(weights, torch.rand(n, n, generator=generator))
     some = weights.isfinite().any(dim=1)
     assert weights.gather(1, picked)[some].isfinite().all()
+
+
+def test_the_lowest_draw_takes_the_first_negative_with_weight() -> None:
+    weights = torch.tensor([[0.0, 0.0, 0.4, 0.6]] * 4).log()
+    assert draw_negatives(weights, torch.zeros(4, 4)).unique().tolist() == [2]
+
+
+def test_a_negative_as_far_as_the_positive_is_not_beyond_it() -> None:
+    distances = torch.tensor([[0.0, 0.5, 0.5, 0.7]] * 4)
+    negatives = torch.tensor([[False, False, True, True]] * 4)
+    assert semi_hard_negatives(distances, negatives)[0, 1] == 3
 
 
 def test_draws_follow_the_weights() -> None:

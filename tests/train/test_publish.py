@@ -88,6 +88,18 @@ def test_size_and_pooling_shape_the_encoder(tmp_path: Path) -> None:
     assert np.isfinite(Encoder.load(gem).encode(IMAGES)).all()
 
 
+def test_a_dry_run_says_what_the_backbone_is_and_refuses_one_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\nsteps: {base: {stage: encoder, settings: {backbone: test_efficientnet}}}\n")
+    made = publish(tmp_path)
+    assert main(["encoder", str(recipe), "--dry-run", f"root={tmp_path}/other"]) == 0
+    assert f"{made.stats['parameters']:,} parameters, {made.stats['dim']}-d features" in capsys.readouterr().out
+    assert main(["encoder", str(recipe), "--dry-run", "root=x", "base.backbone=resnet5000"]) == 2
+    assert "unknown backbone 'resnet5000'" in capsys.readouterr().err
+
+
 def test_a_configuration_written_before_there_was_pooling_still_loads(tmp_path: Path) -> None:
     transform = {"size": 32, "fit": "pad", "crop_fraction": 0.875, "mean": [0.5] * 3, "std": [0.5] * 3}
     old = {"backbone": "test_efficientnet", "num_features": 256, "dims": [256], "projection": False,

@@ -1,5 +1,7 @@
 """Losses of a whole batch against loops, pytorch-metric-learning and torch's divergence (float64)."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -31,6 +33,13 @@ def test_koleo_by_a_loop() -> None:
     nearest = [torch.stack([(a - b).norm() for j, b in enumerate(unit) if j != i]).min() for i, a in enumerate(unit)]
     assert_same(koleo_loss(z), -torch.stack(nearest).log().mean(), z)
     assert koleo_loss(z[:1]).item() == 0.0
+
+
+def test_koleo_of_opposite_and_of_equal_rows() -> None:
+    assert koleo_loss(torch.tensor([[3.0, 0.0], [-1.0, 0.0]])).item() == pytest.approx(-math.log(2.0))
+    z = torch.ones(2, 4, requires_grad=True)  # at distance zero there is no direction to push in
+    (gradient,) = torch.autograd.grad(koleo_loss(z), z)
+    assert torch.isfinite(gradient).all()
 
 
 def test_koleo_spreads() -> None:

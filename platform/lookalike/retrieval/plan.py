@@ -27,6 +27,8 @@ class Plan(Config):
     """D_r: the prefix whose cosine ranks the answer, in dimensions; the full size unless there is a reason."""
     ef_search: int | None = Field(default=None, ge=1, le=1_000_000)
     """HNSW candidate list; never less than K. None takes K."""
+    nprobe: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Lists an IVF shortlist looks into, at most all it has. None takes 16."""
     scan: bool = False
     """Make the shortlist by an exact scan of the stored prefix instead of the index built over it."""
 
@@ -66,9 +68,11 @@ class Plan(Config):
             return f"exact scan at {self.rerank_dim}-d"
         how = "scan" if self.scan else "index"
         funnel = "".join(f" -> {keep} at {dim}-d" for dim, keep in self.stages)
-        ef = "" if self.ef_search is None else f" (ef {self.ef_search})"
+        efforts = {"ef": self.ef_search, "nprobe": self.nprobe}
+        given = ", ".join(f"{name} {size}" for name, size in efforts.items() if size is not None)
+        effort = f" ({given})" if given else ""
         rerank = "" if self.rerank_dim == self.shortlist_dim else f" -> re-rank at {self.rerank_dim}-d"
-        return f"{how} at {self.shortlist_dim}-d, {self.shortlist_k} rows{ef}{funnel}{rerank}"
+        return f"{how} at {self.shortlist_dim}-d, {self.shortlist_k} rows{effort}{funnel}{rerank}"
 
 
 def parse_plan(values: Any, where: str) -> Plan:

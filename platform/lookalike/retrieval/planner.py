@@ -1,11 +1,8 @@
 """Planner: measures candidate plans against the exact answer and picks the cheapest one that is good enough.
 
-**What is cheap** is decided by a model of a query's work, not by a stopwatch, so that a plan made twice is the same
-plan. A count of N * D_s multiply-adds is wrong as soon as D_s is small; the model counts what a stopwatch confirms to
-matter: the distances HNSW really computed, each a cache miss or two; one random read per re-ranked row; the selection
-of k; the fixed price of a step. Its constants come from this code on one core of an x86 server (AMD Milan, 16 GB/s);
-only their ratios matter for the choice. The times measured on this machine stand beside it in every row, and
-``rank_by`` may be set to them.
+**What is cheap** is decided by a model of a query's work (``lookalike.retrieval.costs``), not by a stopwatch, so that a
+plan made twice is the same plan. The times measured on this machine stand beside it in every row, and ``rank_by`` may
+be set to them.
 
 **What is good enough** is the recall@k of the sample's lower confidence bound (bootstrap over queries), not of its
 mean: the best of many candidates looks better than it is.
@@ -20,22 +17,15 @@ import numpy as np
 from pydantic import Field
 
 from lookalike.config import Config
+from lookalike.retrieval.costs import model_work, paper_mflops, shortlist_effort
 from lookalike.retrieval.metrics import per_query_overlap
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, top_k
 from lookalike.retrieval.searcher import IndexMeta, Searcher
-from lookalike.retrieval.shortlist import count_distances
+from lookalike.retrieval.shortlist import count_work, effort_of
 
 RankBy = Literal["model", "measured"]
 DecideBy = Literal["lower", "mean"]
-SCAN_NS = (30.0, 0.25)
-"""Nanoseconds per scanned row (k-selection), and per number read in order."""
-HNSW_NS = (160.0, 0.33)
-"""Nanoseconds per distance HNSW computes (a random access and the candidate heap), and per number of it."""
-ROW_NS = (50.0, 0.40)
-"""Nanoseconds per row and step of a re-rank (a random access), and per number."""
-STEP_NS = 60_000.0
-"""Nanoseconds per step and shard, whatever its size."""
 TIE = 1e-6
 """Cosines this close to the k-th best are as good as it."""
 
@@ -56,7 +46,7 @@ class Measured(Config):
     mflops: float = Field(ge=0)
     """Multiply-adds of one query as the MRL paper counts them (N * D_s + sum of K_j * D_j), in millions."""
     mflops_done: float = Field(ge=0)
-    """Multiply-adds really done (HNSW's own distances, and only the blocks a step adds), in millions."""
+    """Multiply-adds really done (what the shortlist looked at, and only the blocks a step adds), in millions."""
     query_us: float = Field(default=0.0, ge=0)
     """Median time of one query alone on this machine, in microseconds."""
     batch_us: float = Field(default=0.0, ge=0)
@@ -102,23 +92,31 @@ def list_plans(
     k: int,
     shortlist_ks: Sequence[int],
     efs: Sequence[int | None],
+    nprobes: Sequence[int | None] = (None,),
     scan_dims: Sequence[int] = (),
     funnels: bool = True,
     single_stage: bool = True,
 ) -> list[Plan]:
-    """Every candidate: prefixes with an index (and those to scan) x K x ef x with and without a halving funnel."""
+    """Every candidate: prefixes with an index (and those to scan) x K x effort x with and without a halving funnel.
+
+    The effort is ef or nprobe, whichever the index type takes; ef values not above K are the same as K.
+    """
+    effort = effort_of(meta.shortlist)
     plans: dict[str, Plan] = {}
     sources = [(dim, False) for dim in meta.shortlist_dims] + [(dim, True) for dim in scan_dims]
     for dim, scan in sources:
         if dim == meta.dim and (not single_stage or scan):
             continue
         for shortlist_k in sorted({max(k, min(size, max(meta.shard_rows))) for size in shortlist_ks}):
-            useless = scan or meta.shortlist != "hnsw"
-            beams = {None if useless or ef is None or ef <= shortlist_k else ef for ef in efs}
-            for ef in sorted(beams, key=lambda beam: beam or 0):
+            beams: set[int | None] = {None}
+            if effort == "ef_search" and not scan:
+                beams = {None if ef is None or ef <= shortlist_k else ef for ef in efs}
+            elif effort == "nprobe" and not scan:
+                beams = set(nprobes)
+            for beam in sorted(beams, key=lambda size: size or 0):
                 for stages in [(), _halving(meta, dim, shortlist_k, 2 * k)] if funnels else [()]:
                     plan = Plan(shortlist_dim=dim, shortlist_k=shortlist_k, stages=stages, rerank_dim=meta.dim,
-                                ef_search=ef, scan=scan)  # fmt: skip
+                                scan=scan, **({effort: beam} if effort else {}))  # fmt: skip
                     plans[plan.model_dump_json()] = plan
     return list(plans.values())
 
@@ -129,35 +127,6 @@ def _halving(meta: IndexMeta, dim: int, rows: int, least: int) -> tuple[tuple[in
     return tuple((wider, rows >> step) for step, wider in enumerate(between, start=1) if rows >> step >= least)
 
 
-def paper_mflops(meta: IndexMeta, plan: Plan) -> float:
-    """Million multiply-adds a query by the MRL paper's formula, N * D_s + sum of K_j * D_j over all shards."""
-    return sum(rows * plan.shortlist_dim + sum(kept * dim for kept, dim, _ in _steps(plan, rows))
-               for rows in meta.shard_rows) / 1e6  # fmt: skip
-
-
-def _steps(plan: Plan, num_rows: int) -> list[tuple[int, int, int]]:
-    """(rows read, dim reached, dim before) of each step after the shortlist on a shard of ``num_rows``."""
-    kept = [min(plan.shortlist_k, num_rows), *(min(keep, num_rows) for _, keep in plan.stages)]
-    dims = [plan.shortlist_dim, *(dim for dim, _ in plan.stages), plan.rerank_dim]
-    if plan.rerank_dim == plan.shortlist_dim:
-        return []
-    return list(zip(kept, dims[1:], dims[:-1], strict=True))
-
-
-def model_work(meta: IndexMeta, plan: Plan, distances: float) -> tuple[float, float]:
-    """(microseconds, million multiply-adds) of one query by the model; ``distances`` are HNSW's per query, in all."""
-    scanned = 0 if distances else meta.num_rows
-    row_ns, number_ns = HNSW_NS if distances else SCAN_NS
-    shortlisted = distances or scanned
-    nanoseconds = shortlisted * (row_ns + number_ns * plan.shortlist_dim) + STEP_NS * meta.num_shards
-    operations = shortlisted * plan.shortlist_dim
-    for rows in meta.shard_rows:
-        for kept, dim, before in _steps(plan, rows):
-            nanoseconds += STEP_NS + kept * (ROW_NS[0] + ROW_NS[1] * (dim - before))
-            operations += kept * (dim - before)
-    return nanoseconds / 1e3, operations / 1e6
-
-
 def measure(
     searcher: Searcher, queries: Floats, k: int, plans: Iterable[Plan], *, own_rows: Rows, seed: int
 ) -> list[Measured]:
@@ -166,12 +135,12 @@ def measure(
     exact = search_without(searcher, queries, k, exact_plan, own_rows)
     result = []
     for plan in [exact_plan, *plans]:
-        with count_distances() as distances:
+        with count_work() as done:
             hits = search_without(searcher, queries, k, plan, own_rows)
-            per_query = distances() / len(queries)
+            effort = shortlist_effort(searcher, plan, done(), len(queries))
         recall = per_query_recall(hits, exact, same_dim=plan.rerank_dim == searcher.meta.dim)
         low, high = bootstrap_interval(recall, seed)
-        model_us, mflops_done = model_work(searcher.meta, plan, per_query)
+        model_us, mflops_done = model_work(searcher.meta, plan, effort)
         result.append(Measured(
             plan=plan, recall=float(recall.mean()), recall_low=low, recall_high=high, model_us=model_us,
             mflops=paper_mflops(searcher.meta, plan), mflops_done=mflops_done,

@@ -54,8 +54,8 @@ def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
     return top_k(np.hstack([part.rows for part in parts]), np.hstack([part.scores for part in parts]), k)
 
 
-def sort_keys(scores: Floats, first_row: int) -> npt.NDArray[np.uint64]:
-    """Unique uint64 keys [n, m] whose rising order is the order of hits; column j stands for row ``first_row + j``.
+def sort_keys(scores: Floats, rows: Rows) -> npt.NDArray[np.uint64]:
+    """Unique uint64 keys [n, m] whose rising order is the order of hits; column j stands for row ``rows[j]``.
 
     The upper half is the score with its bits turned so that a larger float is a smaller integer, the lower half the
     row, which must fit 32 bits: a plain partial sort of the keys then breaks ties by row, which a partial sort of the
@@ -63,8 +63,7 @@ def sort_keys(scores: Floats, first_row: int) -> npt.NDArray[np.uint64]:
     """
     bits = (scores + np.float32(0.0)).view(np.uint32)  # + 0.0 turns -0.0 into 0.0
     falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
-    rows = np.arange(first_row, first_row + scores.shape[1], dtype=np.uint64)
-    keys: npt.NDArray[np.uint64] = (falling.astype(np.uint64) << np.uint64(32)) | rows
+    keys: npt.NDArray[np.uint64] = (falling.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
     return keys
 
 

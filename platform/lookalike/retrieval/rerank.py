@@ -2,20 +2,26 @@
 
 MRL paper, section 4.3. In a funnel, survivors gain the next blocks' partial dot products and are renormalised by the
 stored norms: nothing is read twice, a step to dim m costs m minus the dimensions read before it. All is batched over
-queries; a Python loop per query costs up to ten times the shortlist itself.
+queries; a Python loop per query costs up to ten times the shortlist itself. The C library does all of it where it is
+there (``native.py``); what stands here besides gives the same answers, up to rounding, without it.
 """
 
 import numpy as np
 
 from lookalike.retrieval.kernels import inner_products_by_row
+from lookalike.retrieval.native import pack_rows
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, from_keys, pad_hits, sort_keys, top_k
+from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, pad_hits, sort_keys, top_k
 from lookalike.retrieval.store import PrefixStore, inverse_norms, normalise, row_slices, to_float32
 
 GATHER_NUMBERS = 1 << 21
 """float16 numbers that a re-rank converts at a time: 8 MB as float32."""
 SCAN_NUMBERS = 1 << 20
 """Stored numbers that a scan converts at a time: 4 MB, which stays in cache."""
+GATHER_SHARE = 1 / 16
+"""Share of a shard's rows up to which a scan of some gathers them, rather than pass over the others."""
+INSERTED = 4096
+"""Most results that the C library keeps in order as it scans; more are sorted here."""
 BATCH = 8
 """Queries from which on a scan copies the blocks together for one matrix product, which may round equal rows apart."""
 SCAN_SCORES = 1 << 22
@@ -29,19 +35,31 @@ def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: P
     shortlist dim. Returns rows of this shard and cosines at ``plan.rerank_dim``.
     """
     survivors, reached = shortlist, plan.shortlist_dim
+    if store.native is not None and plan.rerank_dim != reached:
+        steps = [(store.position(dim) + 1, max(keep, k)) for dim, keep in (*plan.stages, (plan.rerank_dim, k))]
+        return store.native.rerank(queries, shortlist, store.position(reached) + 1, steps, k)
     for dim, keep in (*plan.stages, (plan.rerank_dim, k)):
         if dim != reached:
-            survivors = _extend(store, queries, survivors, reached, dim)
+            survivors = extend(store, queries, survivors, reached, dim)
         survivors = top_k(survivors.rows, survivors.scores, max(keep, k))
         reached = dim
     return Hits(survivors.rows[:, :k], survivors.scores[:, :k])
 
 
-def _extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
-    """The same rows with cosines at ``dim``, from their cosines at ``reached`` and the blocks between."""
+def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
+    """The same rows, in any order, with cosines at ``dim``, from those at ``reached`` and the blocks between.
+
+    ``reached`` 0 reads all blocks up to ``dim`` and asks nothing of the scores.
+    """
+    if store.native is not None:
+        first, num = store.position(reached) + 1 if reached else 0, hits.rows.shape[1]
+        return store.native.rerank(queries, hits, first, [(store.position(dim) + 1, num)], num)
     valid = np.where(hits.rows == NO_ROW, 0, hits.rows)
-    dots = np.where(hits.rows == NO_ROW, 0, hits.scores) * _lengths(store, queries, valid, reached)
-    for position in range(store.position(reached) + 1, store.position(dim) + 1):
+    if reached:
+        dots = np.where(hits.rows == NO_ROW, 0, hits.scores) * _lengths(store, queries, valid, reached)
+    else:
+        dots = np.zeros(valid.shape, np.float32)
+    for position in range(store.position(reached) + 1 if reached else 0, store.position(dim) + 1):
         start, stop = store.meta.borders[position]
         dots += _partial_dots(store, position, np.ascontiguousarray(queries[:, start:stop]), valid)
     return Hits(hits.rows, (dots * inverse_norms(_lengths(store, queries, valid, dim))).astype(np.float32))
@@ -63,28 +81,52 @@ def _partial_dots(store: PrefixStore, position: int, queries: Floats, rows: Rows
     return out
 
 
-def scan(store: PrefixStore, queries: Floats, k: int, dim: int) -> Hits:
-    """The exact ``k`` nearest by cosine at ``dim`` among all rows of the shard, read block of rows by block of rows."""
-    num_rows = store.meta.num_rows
+def scan(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | None = None) -> Hits:
+    """The exact ``k`` nearest by cosine at ``dim`` among all rows of the shard, read block of rows by block of rows.
+
+    With rising ``rows`` [m] only these are read, and gathered once for all queries.
+    """
+    if store.native is not None and k <= INSERTED:
+        return _scan_native(store, queries, k, dim, rows)
+    num_rows = store.meta.num_rows if rows is None else len(rows)
     unit, best = normalise(queries[:, :dim]), np.empty((len(queries), 0), np.uint64)
     inverse = inverse_norms(np.asarray(store.norms[store.position(dim)]))
     step = max(1, min(SCAN_NUMBERS // dim, SCAN_SCORES // max(1, len(queries))))
     for part in row_slices(num_rows, step):
-        scores = _dots_in_order(store, unit, part, dim) * inverse[part]
-        best = np.hstack([best, sort_keys(scores, part.start)])
+        numbers = np.arange(part.start, part.stop) if rows is None else rows[part]
+        place = part if rows is None else numbers
+        scores = _dots_in_order(store, unit, place, dim) * inverse[place]
+        best = np.hstack([best, sort_keys(scores, numbers)])
         if best.shape[1] > k:
             best = np.partition(best, k - 1, axis=1)[:, :k]
     best.sort(axis=1)
     return pad_hits(from_keys(best), k)
 
 
-def _dots_in_order(store: PrefixStore, queries: Floats, part: slice, dim: int) -> Floats:
+def _scan_native(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | None) -> Hits:
+    library, num_blocks = store.native, store.position(dim) + 1
+    assert library is not None
+    if rows is None:
+        return library.scan(queries, num_blocks, k)[0]
+    if len(rows) > GATHER_SHARE * store.meta.num_rows:
+        allowed = np.zeros(store.meta.num_rows, bool)
+        allowed[rows] = True
+        return library.scan(queries, num_blocks, k, pack_rows(allowed))[0]
+    found = empty_hits(len(queries), k)
+    for part in row_slices(len(queries), max(1, SCAN_SCORES // max(1, len(rows)))):
+        lines = np.broadcast_to(rows, (len(queries[part]), len(rows)))
+        candidates = Hits(lines, np.empty(lines.shape, np.float32))
+        found.rows[part], found.scores[part] = library.rerank(queries[part], candidates, 0, [(num_blocks, k)], k)
+    return found
+
+
+def _dots_in_order(store: PrefixStore, queries: Floats, place: slice | Rows, dim: int) -> Floats:
     if len(queries) >= BATCH:
-        return queries @ store.read(part, dim).T
-    rows = np.broadcast_to(np.arange(part.stop - part.start), (len(queries), part.stop - part.start)).copy()
-    dots = np.zeros(rows.shape, np.float32)
+        return queries @ store.read(place, dim).T
+    dots: Floats = np.zeros((len(queries), 1), np.float32)
     for position in range(store.position(dim) + 1):
         start, stop = store.meta.borders[position]
-        block = to_float32(store.blocks[position][part])
-        dots += inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
+        block = to_float32(store.blocks[position][place])
+        rows = np.broadcast_to(np.arange(len(block)), (len(queries), len(block))).copy()
+        dots = dots + inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
     return dots

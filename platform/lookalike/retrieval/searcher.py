@@ -6,8 +6,8 @@ Serving wraps these objects, so what is served is what is tested here.
 import bisect
 import hashlib
 import tempfile
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,29 @@ from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval.filters import (
+    FILTERS_KEPT,
+    Allowed,
+    Key,
+    RowFilter,
+    check_mask,
+    filter_key,
+    match_rows,
+)
+from lookalike.retrieval.graph import Graph
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, merge_hits, top_k
-from lookalike.retrieval.rerank import rerank, scan
-from lookalike.retrieval.shortlist import Shortlist, shortlist_name
+from lookalike.retrieval.rerank import extend, rerank, scan
+from lookalike.retrieval.shortlist import Shortlist, load_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, normalise
 
 __all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shard_of", "top_k"]
 
 INDEX_META = "meta.json"
+RETRY_WIDER = 8
+"""How much wider the beam is when a filtered search met too few allowed rows."""
+ENOUGH = 4
+"""Allowed rows for each one wanted that a graph's walk must meet: with fewer it has grazed where they lie."""
 
 
 class EncoderRef(Config):
@@ -109,7 +123,8 @@ class ShardSearcher:
     def __init__(self, store: PrefixStore, copy: "tempfile.TemporaryDirectory[str] | None" = None) -> None:
         self.store = store
         self._copy = copy  # of a remote shard; lives as long as this object
-        self._shortlists: dict[int, Shortlist] = {}
+        self._shortlists: dict[int, Shortlist | Graph] = {}
+        self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(lambda key: match_rows(store.table, key))
 
     @classmethod
     def open(cls, uri: str) -> "ShardSearcher":
@@ -133,31 +148,80 @@ class ShardSearcher:
     def load(self, dims: Sequence[int] | None = None) -> None:
         """Open the shortlist indexes over ``dims`` (all by default) now, so that no query waits for it."""
         for dim in self.meta.shortlist_dims if dims is None else dims:
-            self._shortlist(dim)
+            self.index_over(dim)
 
-    def _shortlist(self, dim: int) -> Shortlist:
+    def index_over(self, dim: int) -> Shortlist | Graph:
+        """The shortlist index over the first ``dim`` dimensions; ``UsageError`` when there is none."""
         if dim not in self.meta.shortlist_dims:
             raise UsageError(f"no shortlist index over {dim}-d in {self.store.folder}; it has "
                              f"{list(self.meta.shortlist_dims)}: take one of these, a scan, or build it")  # fmt: skip
         if dim not in self._shortlists:
-            path = f"{self.store.folder}/{shortlist_name(dim)}"
-            self._shortlists[dim] = Shortlist.load(path, num_rows=self.meta.num_rows, dim=dim)
+            path = f"{self.store.folder}/{shortlist_name(dim, self.meta.shortlist)}"
+            self._shortlists[dim] = load_shortlist(self.meta.shortlist, path, num_rows=self.meta.num_rows, dim=dim)
         return self._shortlists[dim]
 
-    def shortlist(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Hits:
-        """The first stage: max(K, k) global rows per query with their cosines at the shortlist dim."""
-        return self._find(self._checked(queries, k, plan), k, plan)
+    def shortlist(self, queries: npt.ArrayLike, k: int, plan: Plan, allowed: RowFilter | None = None) -> Hits:
+        """The first stage: max(K, k) global rows per query with their cosines at the shortlist dim, in any order.
 
-    def _find(self, vectors: Floats, k: int, plan: Plan) -> Hits:
-        wanted = min(max(k, plan.shortlist_k), self.meta.num_rows)
+        The cosines are those of the stored values whatever the index keeps: where it keeps codes, the shortlist's
+        prefixes are read here.
+        """
+        return self._find(self._checked(queries, k, plan), k, plan, self._allowed(allowed))
+
+    def _allowed(self, rows: RowFilter | None) -> Allowed | None:
+        if isinstance(rows, np.ndarray):
+            return Allowed(check_mask(rows, self.meta.num_rows))
+        return self._matching(filter_key(rows, self.store.table.column_names)) if rows else None
+
+    def _find(self, vectors: Floats, k: int, plan: Plan, allowed: Allowed | None) -> Hits:
+        wanted = min(max(k, plan.shortlist_k), self.meta.num_rows if allowed is None else allowed.num_rows)
         if not wanted:
             return empty_hits(len(vectors), k)
         if plan.scan:
-            found = scan(self.store, vectors, wanted, plan.shortlist_dim)
+            found = scan(self.store, vectors, wanted, plan.shortlist_dim, None if allowed is None else allowed.rows)
+        elif allowed is None:
+            found = self._find_lists(vectors, wanted, min(k, wanted), plan)
         else:
-            prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
-            found = self._shortlist(plan.shortlist_dim).search(prefix, wanted, plan.ef_search)
+            found = self._find_allowed(vectors, wanted, plan, allowed)
         return _shift(found, self.meta.row_offset)
+
+    def _find_lists(self, vectors: Floats, wanted: int, least: int, plan: Plan) -> Hits:
+        """Ask the index; look into all lists for queries whose lists held fewer rows than the ``least`` asked for."""
+        found, nlist = self._ask(vectors, wanted, plan), self.index_over(plan.shortlist_dim).nlist
+        short = np.flatnonzero(found.rows[:, least - 1] == NO_ROW)
+        if nlist and len(short):
+            found.rows[short], found.scores[short] = self._ask(vectors[short], wanted, plan, widen=nlist)
+        return found
+
+    def _ask(
+        self, vectors: Floats, wanted: int, plan: Plan, *, ef: int | None = None, allowed: Allowed | None = None,
+        widen: int = 1,
+    ) -> Hits:  # fmt: skip
+        """What the index finds, with cosines at its dim."""
+        index = self.index_over(plan.shortlist_dim)
+        prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
+        found = index.search(prefix, wanted, ef_search=ef or plan.ef_search, nprobe=plan.nprobe,
+                             allowed=allowed, widen=widen)  # fmt: skip
+        return found if index.is_exact else extend(self.store, vectors, found, 0, plan.shortlist_dim)
+
+    def _find_allowed(self, vectors: Floats, wanted: int, plan: Plan, allowed: Allowed) -> Hits:
+        """Ask the index; ask again, with a wider beam, for queries that met too few allowed rows; scan for the rest.
+
+        Such queries are those whose neighbours the filter takes away, as one by class does.
+        """
+        index, found = self.index_over(plan.shortlist_dim), empty_hits(len(vectors), wanted)
+        short = np.arange(len(vectors))
+        if index.takes_filters and not allowed.is_few(wanted, graph=index.is_graph):
+            asked = min(wanted * (ENOUGH if index.is_graph else 1), allowed.num_rows)
+            ef = max(wanted, plan.ef_search or 0)
+            for widen in (1, RETRY_WIDER):
+                hits = self._ask(vectors[short], asked, plan, ef=ef, allowed=allowed, widen=widen)
+                found.rows[short], found.scores[short] = top_k(*hits, wanted)
+                short = short[(hits.rows == NO_ROW).any(axis=1)]
+        if len(short):
+            hits = scan(self.store, vectors[short], wanted, plan.shortlist_dim, allowed.rows)
+            found.rows[short], found.scores[short] = hits
+        return found
 
     def rerank(self, queries: npt.ArrayLike, shortlist: Hits, k: int, plan: Plan) -> Hits:
         """The other stages: ``k`` global rows of ``shortlist``, which came from this shard, by cosine at D_r."""
@@ -176,10 +240,13 @@ class ShardSearcher:
                              f"{self.meta.row_offset}; send each shard its own")  # fmt: skip
         return _shift(rerank(self.store, vectors, local, k, plan), self.meta.row_offset)
 
-    def search(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Hits:
-        """The ``k`` best of the shard for ``queries`` float32 [n, dim], of any length, as ``plan`` finds them."""
+    def search(self, queries: npt.ArrayLike, k: int, plan: Plan, allowed: RowFilter | None = None) -> Hits:
+        """The ``k`` best of the shard for ``queries`` float32 [n, dim], of any length, as ``plan`` finds them.
+
+        ``allowed`` keeps the answer to some rows: conditions such as {"view": ["icon"]}, or bool [rows of the shard].
+        """
         vectors = self._checked(queries, k, plan)
-        return self._rank(vectors, self._find(vectors, k, plan), k, plan)
+        return self._rank(vectors, self._find(vectors, k, plan, self._allowed(allowed)), k, plan)
 
     def _checked(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Floats:
         if k < 1:
@@ -219,10 +286,19 @@ class Searcher:
         meta = read_index_meta(artifact)
         return cls(meta, [ShardSearcher.open(artifact.path(name)) for name in meta.shards])
 
-    def search(self, queries: npt.ArrayLike, k: int, plan: Plan | None = None) -> Hits:
-        """The ``k`` best of all shards for ``queries`` float32 [n, dim]; without a plan, the exact answer."""
+    def search(
+        self, queries: npt.ArrayLike, k: int, plan: Plan | None = None, allowed: RowFilter | None = None
+    ) -> Hits:
+        """The ``k`` best of all shards for ``queries`` float32 [n, dim]; without a plan, the exact answer.
+
+        ``allowed`` keeps the answer to some rows: conditions such as {"view": ["icon"]}, or bool [rows of the index].
+        """
         plan = plan or Plan.exact(self.meta.dim)
-        return merge_hits([shard.search(queries, k, plan) for shard in self.shards], k)
+        filters: list[RowFilter | None] = [allowed] * len(self.shards)
+        if isinstance(allowed, np.ndarray):
+            filters = list(np.split(check_mask(allowed, self.meta.num_rows), self.meta.offsets[1:]))
+        parts = [shard.search(queries, k, plan, own) for shard, own in zip(self.shards, filters, strict=True)]
+        return merge_hits(parts, k)
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """The stored id of each global row; ``""`` for -1."""

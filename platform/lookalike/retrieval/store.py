@@ -26,6 +26,8 @@ from pydantic import Field, ValidationError, model_validator
 from lookalike import storage
 from lookalike.config import Config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval import native
+from lookalike.retrieval.native import NativeStore
 from lookalike.retrieval.ranking import Floats, Rows
 
 SHARD_META = "shard.json"
@@ -192,6 +194,13 @@ class PrefixStore:
             raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
         except pa.ArrowInvalid as error:
             raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
+
+    @cached_property
+    def native(self) -> NativeStore | None:
+        """The same arrays for the C library; None where it is not there, or there are no rows."""
+        if not native.AVAILABLE or not self.meta.num_rows:
+            return None
+        return NativeStore(self.blocks, np.ascontiguousarray(self.norms), self.meta.dtype)
 
     def position(self, dim: int) -> int:
         """Where ``dim`` stands among the nested dims; ``UsageError`` when it is none of them."""

@@ -1,0 +1,241 @@
+/* The functions of _native.c; included once for each kind of processor, with NAME and TARGET set. */
+#ifndef LOOKALIKE_STRUCTURES
+#define LOOKALIKE_STRUCTURES
+/* A graph over int8 codes: cosine of code and query = their integer product * scale, up to the query's own scale. */
+typedef struct {
+    const int8_t *codes;    /* [num_rows, dim], none of them -128 */
+    const float *scales;    /* [num_rows] */
+    const int32_t *links;   /* [num_rows, degree], -1 after the last of a row */
+    const int32_t *entries; /* [num_entries] rows at which every search begins */
+    int64_t num_rows;
+    int32_t dim, degree, num_entries;
+} Graph;
+
+/* A prefix store: dimension blocks, and the norm of each row's prefix at the end of each block. */
+typedef struct {
+    const void *const *blocks; /* [num_blocks] of [num_rows, width], float32 or float16 */
+    const int32_t *widths;     /* [num_blocks] */
+    const float *norms;        /* [num_blocks, num_rows] */
+    int64_t num_rows;
+    int32_t num_blocks, dtype, dim; /* dim: of a query */
+} Store;
+#endif
+
+/* Best-first search (Malkov and Yashunin 2018, algorithm 2) on one layer, begun at all entries at once. `seen` holds
+ * num_rows + 1 numbers, zero at first; the last counts searches. Rows outside `allowed` lead on but are no answer.
+ * Returns how many scores were computed, or -1 without memory. */
+TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queries, int32_t num_queries, int32_t ef,
+                                         int32_t keep, const uint8_t *allowed, uint32_t *seen, int64_t *rows,
+                                         float *scores) {
+    const int32_t dim = graph->dim, degree = graph->degree;
+    const int8_t *codes = graph->codes;
+    int64_t computed = 0;
+    Found *beam = malloc(sizeof(Found) * ((int64_t)ef + keep + 2));
+    uint8_t *expanded = malloc((int64_t)ef + 1);
+    int32_t *fresh = malloc(sizeof(int32_t) * (degree + 1));
+    if (!beam || !expanded || !fresh) {
+        free(beam), free(expanded), free(fresh);
+        return -1;
+    }
+    Found *answer = allowed ? beam + ef + 1 : beam;
+    for (int32_t q = 0; q < num_queries; q++) {
+        const int8_t *query = queries + (int64_t)q * dim;
+        int size = 0, answers = 0, next = 0;
+        if (++seen[graph->num_rows] == 0) { /* the counter went round: marks of old searches must not count */
+            memset(seen, 0, sizeof(uint32_t) * (graph->num_rows + 1));
+            seen[graph->num_rows] = 1;
+        }
+        const uint32_t mark = seen[graph->num_rows];
+        for (int32_t i = 0; i < graph->num_entries; i++) {
+            if (i + 2 * AHEAD < graph->num_entries)
+                prefetch(codes + (int64_t)graph->entries[i + 2 * AHEAD] * dim, dim);
+            int32_t row = graph->entries[i];
+            seen[row] = mark;
+            Found one = {NAME(dot_int8)(query, codes + (int64_t)row * dim, dim) * graph->scales[row], row};
+            insert(beam, expanded, &size, ef, one);
+            if (allowed && is_allowed(allowed, row)) insert(answer, NULL, &answers, keep, one);
+        }
+        computed += graph->num_entries;
+        while (next < size) {
+            const int32_t *list = graph->links + (int64_t)beam[next].row * degree;
+            int32_t count = 0;
+            int nearest = ef;
+            expanded[next] = 1;
+            for (int32_t i = 0; i < degree && list[i] >= 0; i++) {
+                int32_t row = list[i];
+                if (seen[row] == mark) continue;
+                seen[row] = mark;
+                prefetch(codes + (int64_t)row * dim, dim);
+                PREFETCH(graph->scales + row);
+                fresh[count++] = row;
+            }
+            for (int32_t i = 0; i < count; i++) {
+                int32_t row = fresh[i];
+                Found one = {NAME(dot_int8)(query, codes + (int64_t)row * dim, dim) * graph->scales[row], row};
+                int place = insert(beam, expanded, &size, ef, one);
+                if (place >= 0 && place < nearest) nearest = place;
+                if (allowed && is_allowed(allowed, row)) insert(answer, NULL, &answers, keep, one);
+            }
+            computed += count;
+            next = nearest <= next ? nearest : next + 1;
+            while (next < size && expanded[next]) next++;
+            if (next < size) prefetch(graph->links + (int64_t)beam[next].row * degree, degree * sizeof(int32_t));
+        }
+        int found = allowed ? answers : size;
+        for (int32_t i = 0; i < keep; i++) {
+            rows[(int64_t)q * keep + i] = i < found ? answer[i].row : -1;
+            scores[(int64_t)q * keep + i] = i < found ? answer[i].score : -INFINITY;
+        }
+    }
+    free(beam), free(expanded), free(fresh);
+    return computed;
+}
+
+TARGET INLINE float NAME(dot_block)(const Store *store, int32_t block, const float *query, int64_t row) {
+    const int32_t width = store->widths[block];
+    if (store->dtype == FLOAT16)
+        return NAME(dot_half)(query, (const uint16_t *)store->blocks[block] + row * width, width);
+    return NAME(dot_float)(query, (const float *)store->blocks[block] + row * width, width);
+}
+
+INLINE void NAME(prefetch_block)(const Store *store, int32_t block, int64_t row) {
+    const int64_t bytes = (int64_t)store->widths[block] * (store->dtype == FLOAT16 ? 2 : 4);
+    prefetch((const char *)store->blocks[block] + row * bytes, bytes < 8 * LINE ? bytes : 8 * LINE);
+}
+
+/* The norm of a query's prefix at the end of each block. */
+TARGET INLINE void NAME(prefix_norms)(const Store *store, const float *query, int32_t num_blocks, float *norms) {
+    double square = 0;
+    const float *at = query;
+    for (int32_t b = 0; b < num_blocks; at += store->widths[b++]) {
+        for (int32_t i = 0; i < store->widths[b]; i++) square += (double)at[i] * at[i];
+        norms[b] = (float)sqrt(square);
+    }
+}
+
+INLINE float NAME(cosine)(float dot, float one, float other) {
+    float length = one * other;
+    return length > 0 ? dot / length : 0; /* a prefix of length zero has no direction */
+}
+
+/* Each step adds the blocks up to its `stop` to the dot products of the survivors and keeps the best by cosine there.
+ * `scores` are cosines at the end of block `first_block` - 1, and of no account when that is 0. Returns 0, or -1. */
+TARGET static int32_t NAME(rerank)(const Store *store, const float *queries, int32_t num_queries, const int64_t *rows,
+                                   const float *scores, int32_t num_candidates, int32_t first_block,
+                                   const int32_t *stops, const int32_t *keeps, int32_t num_steps, int32_t k,
+                                   int64_t *found_rows, float *found_scores) {
+    const int64_t n = store->num_rows;
+    const int32_t last = stops[num_steps - 1];
+    Found *survivors = malloc(sizeof(Found) * ((int64_t)num_candidates + 1));
+    Found *best = malloc(sizeof(Found) * ((int64_t)num_candidates + 1));
+    float *lengths = malloc(sizeof(float) * last);
+    if (!survivors || !best || !lengths) {
+        free(survivors), free(best), free(lengths);
+        return -1;
+    }
+    for (int32_t q = 0; q < num_queries; q++) {
+        const float *query = queries + (int64_t)q * store->dim, *at = query;
+        const int64_t *line = rows + (int64_t)q * num_candidates;
+        int32_t size = 0, block = 0;
+        NAME(prefix_norms)(store, query, last, lengths);
+        for (; block < first_block; block++) at += store->widths[block];
+        for (int32_t i = 0; i < num_candidates; i++) {
+            if (line[i] < 0) continue;
+            float dot = 0; /* survivors carry dot products between steps */
+            if (first_block)
+                dot = scores[(int64_t)q * num_candidates + i] * lengths[first_block - 1] *
+                      store->norms[(first_block - 1) * n + line[i]];
+            survivors[size++] = (Found){dot, (int32_t)line[i]};
+        }
+        for (int32_t step = 0; step < num_steps; step++) {
+            const float *norms = store->norms + (int64_t)(stops[step] - 1) * n;
+            for (; block < stops[step]; at += store->widths[block++])
+                for (int32_t i = 0; i < size; i++) {
+                    if (i + 2 < size) NAME(prefetch_block)(store, block, survivors[i + 2].row);
+                    survivors[i].score += NAME(dot_block)(store, block, at, survivors[i].row);
+                }
+            const float length = lengths[stops[step] - 1];
+            const int most = keeps[step] < size ? keeps[step] : size;
+            int kept = 0;
+            for (int32_t i = 0; i < size; i++) {
+                Found one = {NAME(cosine)(survivors[i].score, length, norms[survivors[i].row]), survivors[i].row};
+                if (most > SORT_FROM) best[kept++] = one;
+                else insert(best, NULL, &kept, most, one);
+            }
+            if (most > SORT_FROM) qsort(best, kept, sizeof(Found), compare);
+            size = most;
+            for (int32_t i = 0; i < size; i++)
+                survivors[i] = (Found){best[i].score * length * norms[best[i].row], best[i].row};
+        }
+        for (int32_t i = 0; i < k; i++) {
+            found_rows[(int64_t)q * k + i] = i < size ? best[i].row : -1;
+            found_scores[(int64_t)q * k + i] = i < size ? best[i].score : -INFINITY;
+        }
+    }
+    free(survivors), free(best), free(lengths);
+    return 0;
+}
+
+/* The exact k best at the end of block `num_blocks` - 1 among all (allowed) rows. Rows are taken a chunk at a time and
+ * block by block; one is dropped as soon as its dot product so far and the lengths of what is left of it and of the
+ * query (Cauchy-Schwarz) cannot reach the k-th best: as Faiss's Panorama does, on the norms that are stored anyway.
+ * Returns how many numbers were read, or -1 without memory. */
+TARGET static int64_t NAME(scan)(const Store *store, const float *queries, int32_t num_queries, int32_t num_blocks,
+                                 const uint8_t *allowed, int32_t k, int64_t *found_rows, float *found_scores) {
+    const int64_t n = store->num_rows;
+    const float *whole = store->norms + (int64_t)(num_blocks - 1) * n;
+    const float slack = 4e-6f;   /* what rounding may do to a cosine */
+    const float rounding = 4e-7f; /* and to the difference of two squared norms, in squares of the larger */
+    int64_t numbers = 0;
+    Found *best = malloc(sizeof(Found) * ((int64_t)k + 1));
+    float *lengths = malloc(sizeof(float) * num_blocks);
+    if (!best || !lengths) {
+        free(best), free(lengths);
+        return -1;
+    }
+    for (int32_t q = 0; q < num_queries; q++) {
+        const float *query = queries + (int64_t)q * store->dim;
+        int kept = 0;
+        NAME(prefix_norms)(store, query, num_blocks, lengths);
+        const float length = lengths[num_blocks - 1];
+        for (int64_t start = 0; start < n; start += CHUNK) {
+            Found alive[CHUNK];
+            int32_t size = 0;
+            for (int64_t row = start; row < start + CHUNK && row < n; row++)
+                if (is_allowed(allowed, row)) alive[size++] = (Found){0, (int32_t)row};
+            const float *at = query;
+            int32_t read = 0;
+            for (int32_t b = 0; b < num_blocks && size; at += store->widths[b++]) {
+                numbers += (int64_t)size * store->widths[b];
+                for (int32_t i = 0; i < size; i++) {
+                    /* all rows of a block lie in order, and the processor foresees them; survivors do not */
+                    if (size < CHUNK && i + AHEAD < size) NAME(prefetch_block)(store, b, alive[i + AHEAD].row);
+                    alive[i].score += NAME(dot_block)(store, b, at, alive[i].row);
+                }
+                read += store->widths[b];
+                if (read < BOUND_FROM || b + 1 == num_blocks) continue;
+                const float *norms = store->norms + (int64_t)b * n;
+                const float rest = sqrtf(fmaxf(0, length * length * (1 + rounding) - lengths[b] * lengths[b]));
+                const float kth = kept == k ? best[k - 1].score - slack : -INFINITY;
+                int32_t left = 0;
+                for (int32_t i = 0; i < size; i++) {
+                    const int64_t row = alive[i].row;
+                    float other = sqrtf(fmaxf(0, whole[row] * whole[row] * (1 + rounding) - norms[row] * norms[row]));
+                    alive[left] = alive[i];
+                    left += !(alive[i].score + rest * other < kth * length * whole[row]);
+                }
+                size = left;
+            }
+            for (int32_t i = 0; i < size; i++) {
+                Found one = {NAME(cosine)(alive[i].score, length, whole[alive[i].row]), alive[i].row};
+                insert(best, NULL, &kept, k, one);
+            }
+        }
+        for (int32_t i = 0; i < k; i++) {
+            found_rows[(int64_t)q * k + i] = i < kept ? best[i].row : -1;
+            found_scores[(int64_t)q * k + i] = i < kept ? best[i].score : -INFINITY;
+        }
+    }
+    free(best), free(lengths);
+    return numbers;
+}

@@ -1,0 +1,182 @@
+"""A graph over int8 prefixes: the shortlist type that is fastest in memory, 4 + d + 8 * M bytes a row.
+
+The links are those of HNSW's lowest layer (Malkov and Yashunin 2018), built by faiss over the float32 prefixes. What
+differs is what a search touches: a row's prefix is d bytes, scaled by its own largest number, so that a hop costs two
+cache lines at 128 dimensions rather than eight, fetched while others are scored. In place of the upper layers a search
+begins at all rows of one of them at once, some sqrt(n), and at one row of every part of the graph that no link leads to
+(HNSW leaves such parts where rows are many times the same): every row can be found.
+
+Scores are those of the codes, about 1e-2 from the cosine; whoever makes an answer of them reads the stored prefix.
+"""
+
+import math
+import os
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from lookalike.errors import ArtifactError
+from lookalike.retrieval import native
+from lookalike.retrieval.filters import Allowed
+from lookalike.retrieval.native import Bits, Codes, NativeGraph
+from lookalike.retrieval.ranking import Floats, Hits, empty_hits, from_keys, pad_hits, sort_keys
+from lookalike.retrieval.store import row_slices
+
+Ints = npt.NDArray[np.int32]
+ALIGNED = 64
+"""Arrays in a file begin at multiples of this."""
+ARRAYS = {"codes": np.int8, "scales": np.float32, "links": np.int32, "entries": np.int32}
+SCAN_ROWS = 1 << 14
+"""Rows that a search without the C library scores at a time."""
+
+
+def quantise(vectors: Floats) -> tuple[Codes, Floats]:
+    """int8 codes [n, d] from -127 to 127 and the scales float32 [n] that turn them back: value ~ code * scale."""
+    largest = np.abs(vectors).max(axis=1, initial=0).astype(np.float32)
+    scales = largest / np.float32(127)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(vectors * inverse[:, None]).astype(np.int8), scales
+
+
+def build_graph(vectors: Floats, *, hnsw_m: int, ef_construction: int) -> "Graph":
+    """The graph over unit-length ``vectors`` float32 [n, d]; with one faiss thread the same input gives the same."""
+    codes, scales = quantise(vectors)
+    if not len(vectors):
+        return Graph(codes, scales, np.empty((0, 2 * hnsw_m), np.int32), np.empty(0, np.int32))
+    index = faiss.IndexHNSWFlat(vectors.shape[1], hnsw_m, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = ef_construction
+    index.add(vectors)
+    layers: Any = index.hnsw  # faiss's stubs do not know its parts
+    levels = faiss.vector_to_array(layers.levels)
+    offsets = faiss.vector_to_array(layers.offsets)[:-1].astype(np.int64)
+    neighbours = faiss.vector_to_array(layers.neighbors)
+    links = neighbours[offsets[:, None] + np.arange(2 * hnsw_m)].astype(np.int32)
+    return Graph(codes, scales, links, _entries(links, levels))
+
+
+def _entries(links: Ints, levels: npt.NDArray[np.int32]) -> Ints:
+    """Rows at which searches begin: the largest layer of at most sqrt(n) rows, and what is out of its reach."""
+    most = max(1, math.isqrt(len(levels)))
+    level = next(height for height in range(1, int(levels.max()) + 2) if (levels >= height).sum() <= most
+                 or height == levels.max())  # fmt: skip
+    entries = np.flatnonzero(levels >= level)[:most].astype(np.int32)
+    reached = _reach(links, entries)
+    lost = []
+    for row in np.flatnonzero(reached == 0):
+        if not reached[row]:
+            lost.append(row)
+            _reach(links, np.array([row], np.int32), reached)
+    return np.concatenate([entries, np.array(lost, np.int32)])
+
+
+def _reach(links: Ints, starts: Ints, reached: Bits | None = None) -> Bits:
+    """Mark all rows that links lead to from ``starts``: uint8 [n]."""
+    reached = np.zeros(len(links), np.uint8) if reached is None else reached
+    if native.AVAILABLE:
+        stack = np.empty(len(links), np.int32)
+        for start in starts:
+            native.reach(links, int(start), reached, stack)
+        return reached
+    front = starts[reached[starts] == 0]
+    reached[front] = 1
+    while len(front):
+        near = np.unique(links[front])
+        near = near[near >= 0]
+        front = near[reached[near] == 0]
+        reached[front] = 1
+    return reached
+
+
+class Graph:
+    """A graph over one prefix of one shard."""
+
+    is_exact, is_graph, takes_filters, nlist = False, True, True, 0
+    computed = 0
+    """Scores that searches of this process have computed."""
+
+    def __init__(self, codes: Codes, scales: Floats, links: Ints, entries: Ints) -> None:
+        self.codes, self.scales, self.links, self.entries = codes, scales, links, entries
+        self._native = NativeGraph(codes, scales, links, entries) if native.AVAILABLE else None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shard."""
+        return len(self.codes)
+
+    def save(self, path: str) -> None:
+        """Write the four arrays, one after the other in numpy's format, to one file."""
+        with open(path, "wb") as file:
+            for name in ARRAYS:
+                file.write(bytes(-file.tell() % ALIGNED))
+                np.lib.format.write_array(file, getattr(self, name), allow_pickle=False)
+
+    @classmethod
+    def load(cls, path: str, *, num_rows: int, dim: int) -> "Graph":
+        """Open what :meth:`save` wrote through memory maps; ``ArtifactError`` when it is missing or not that."""
+        codes, scales, links, entries = _read_arrays(path)
+        shapes = codes.shape, scales.shape, links.shape[:1]
+        if shapes != ((num_rows, dim), (num_rows,), (num_rows,)) or links.ndim != 2 or entries.ndim != 1:
+            raise ArtifactError(f"{path} indexes {codes.shape} codes and {links.shape} links where {num_rows} rows of "
+                                f"{dim}-d are expected; build the index again")  # fmt: skip
+        for name, array in (("links", links), ("entries", entries)):
+            if array.size and not -1 <= int(array.min()) <= int(array.max()) < num_rows:
+                raise ArtifactError(f"{path} has {name} to rows that are not there; build the index again")
+        return cls(codes, scales, links, entries)
+
+    def search(
+        self, queries: Floats, k: int, *, ef_search: int | None = None, nprobe: int | None = None,
+        allowed: Allowed | None = None, widen: int = 1,
+    ) -> Hits:  # fmt: skip
+        """The ``k`` nearest of unit-length ``queries`` float32 [n, d] as the walk finds them; as ``Shortlist.search``.
+
+        Scores are cosines of the codes. ``nprobe`` is no matter of a graph.
+        """
+        found = min(k, self.num_rows if allowed is None else allowed.num_rows)
+        if not found or not len(queries):
+            return empty_hits(len(queries), k)
+        codes, scales = quantise(queries)
+        bits = None if allowed is None else allowed.bits
+        if self._native is None:
+            hits = self._scan(codes, found, bits)
+        else:
+            wider = widen * (1.0 if allowed is None else 1 / allowed.share)
+            ef = max(found, math.ceil((ef_search or found) * wider))
+            hits, computed = self._native.search(codes, min(ef, self.num_rows), found, bits)
+            Graph.computed += computed
+        return Hits(hits.rows, hits.scores * scales[:, None])
+
+    def _scan(self, queries: Codes, keep: int, allowed: Bits | None) -> Hits:
+        """What a search without the C library does: score all codes."""
+        best = np.empty((len(queries), 0), np.uint64)
+        given = queries.astype(np.float32)  # products of 8-bit numbers are exact in it up to 1,000 dimensions
+        rows = np.arange(self.num_rows)
+        if allowed is not None:
+            rows = np.flatnonzero(np.unpackbits(allowed, count=self.num_rows, bitorder="little"))
+        for part in row_slices(len(rows), SCAN_ROWS):
+            chosen = rows[part]
+            scores = (given @ self.codes[chosen].astype(np.float32).T) * self.scales[chosen]
+            best = np.hstack([best, sort_keys(scores, chosen)])
+            best = np.sort(best, axis=1)[:, :keep]
+        return pad_hits(from_keys(best), keep)
+
+
+def _read_arrays(path: str) -> list[npt.NDArray[Any]]:
+    arrays: list[npt.NDArray[Any]] = []
+    try:
+        with open(path, "rb") as file:
+            for dtype in ARRAYS.values():
+                file.seek(-file.tell() % ALIGNED, os.SEEK_CUR)
+                np.lib.format.read_magic(file)
+                shape, turned, found = np.lib.format.read_array_header_1_0(file)
+                if turned or found != dtype:
+                    raise ValueError(f"{found} where {np.dtype(dtype)} belongs")
+                start = file.tell()  # an empty array has nothing to map; mapping moves the position
+                arrays.append(np.memmap(file, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype))
+                file.seek(start + arrays[-1].nbytes)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
+    return arrays

@@ -1,0 +1,136 @@
+"""The inner loops of retrieval in C (``_native.c``), behind functions on arrays; their users have numpy twins.
+
+The library is built with the package where there is a C compiler. ``AVAILABLE`` tells whether it is there; without it
+the same answers come from faiss and numpy, several times slower. Calls release the GIL and use one thread: whoever has
+more queries than one core can answer calls from several threads.
+"""
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lookalike.retrieval.ranking import Floats, Hits
+
+Codes = npt.NDArray[np.int8]
+Bits = npt.NDArray[np.uint8]
+_DTYPES = {"float32": 0, "float16": 1}
+
+
+class _Graph(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "links", "entries")] + [
+        ("num_rows", ctypes.c_int64), ("dim", ctypes.c_int32), ("degree", ctypes.c_int32),
+        ("num_entries", ctypes.c_int32)]  # fmt: skip
+
+
+class _Store(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("blocks", "widths", "norms")] + [
+        ("num_rows", ctypes.c_int64), ("num_blocks", ctypes.c_int32), ("dtype", ctypes.c_int32),
+        ("dim", ctypes.c_int32)]  # fmt: skip
+
+
+def _load() -> ctypes.CDLL | None:
+    try:
+        from lookalike.retrieval import _native  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    library = ctypes.CDLL(_native.__file__)
+    for name, arguments, result in (
+        ("graph_search", "pp i i i p p p p", ctypes.c_int64), ("rerank", "pp i pp ii pp ii pp", ctypes.c_int32),
+        ("scan", "pp ii p i pp", ctypes.c_int64), ("reach", "p i l p p", ctypes.c_int64),
+        ("portable", "i", ctypes.c_int32),
+    ):  # fmt: skip
+        function = getattr(library, f"lookalike_{name}")
+        types = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
+        function.argtypes = [types[letter] for letter in arguments.replace(" ", "")]
+        function.restype = result
+    return library
+
+
+_library = _load()
+AVAILABLE = _library is not None
+"""Whether the C library was built with this package."""
+
+
+def _call(name: str, *arguments: Any) -> int:
+    assert _library is not None, "ask AVAILABLE first"
+    given = [value.ctypes.data if isinstance(value, np.ndarray) else value for value in arguments]
+    result = int(getattr(_library, f"lookalike_{name}")(*given))
+    if result < 0:
+        raise MemoryError(f"no memory for {name}")
+    return result
+
+
+def use_portable(on: bool) -> None:
+    """Run the code for any processor (or, again, the one for this processor): for tests."""
+    _call("portable", int(on))
+
+
+def pack_rows(allowed: npt.NDArray[np.bool_]) -> Bits:
+    """A bit a row, as the functions here take a filter: ``allowed`` bool [n]."""
+    return np.packbits(allowed, bitorder="little")
+
+
+class NativeGraph:
+    """Search of a graph over int8 codes.
+
+    ``codes`` int8 [n, d] without -128, ``scales`` float32 [n], ``links`` int32 [n, degree] padded with -1, ``entries``
+    int32 [m]; all C-contiguous, and kept alive by this object. The score of a row is its integer product with the
+    query times its scale.
+    """
+
+    def __init__(self, codes: Codes, scales: Floats, links: npt.NDArray[np.int32], entries: npt.NDArray[np.int32]):
+        self._arrays = (codes, scales, links, entries)
+        self.num_rows, self.dim = codes.shape
+        self._graph = _Graph(*(array.ctypes.data for array in self._arrays), self.num_rows, self.dim, links.shape[1],
+                             len(entries))  # fmt: skip
+        self._marks = threading.local()
+
+    def search(self, queries: Codes, ef: int, keep: int, allowed: Bits | None = None) -> tuple[Hits, int]:
+        """The best ``keep`` of the ``ef`` found for int8 ``queries`` [m, d], and how many scores that took."""
+        rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep), np.float32)
+        if not hasattr(self._marks, "seen"):
+            self._marks.seen = np.zeros(self.num_rows + 1, np.uint32)
+        computed = _call("graph_search", ctypes.addressof(self._graph), queries, len(queries), max(ef, keep), keep,
+                         allowed, self._marks.seen, rows, scores)  # fmt: skip
+        return Hits(rows, scores), computed
+
+
+def reach(links: npt.NDArray[np.int32], start: int, reached: Bits, stack: npt.NDArray[np.int32]) -> int:
+    """Mark in ``reached`` uint8 [n] the rows that ``links`` int32 [n, degree] lead to; how many are new."""
+    return _call("reach", links, links.shape[1], start, reached, stack)
+
+
+class NativeStore:
+    """Re-rank and scan of a prefix store: its blocks [n, width] of one dtype, and norms float32 [blocks, n]."""
+
+    def __init__(self, blocks: Sequence[npt.NDArray[Any]], norms: Floats, dtype: str) -> None:
+        self._widths = np.array([block.shape[1] for block in blocks], np.int32)
+        self._pointers = (ctypes.c_void_p * len(blocks))(*(block.ctypes.data for block in blocks))
+        self._arrays = (*blocks, norms)
+        self._store = _Store(ctypes.addressof(self._pointers), self._widths.ctypes.data, norms.ctypes.data,
+                             norms.shape[1], len(blocks), _DTYPES[dtype], int(self._widths.sum()))  # fmt: skip
+
+    def rerank(
+        self, queries: Floats, candidates: Hits, first_block: int, steps: Sequence[tuple[int, int]], k: int
+    ) -> Hits:
+        """Funnel ``candidates`` [m, c] of ``queries`` float32 [m, dim] through ``steps`` of (blocks read, rows kept).
+
+        Their scores are cosines at the end of block ``first_block`` - 1; with 0 they are not looked at.
+        """
+        stops = np.array([stop for stop, _ in steps], np.int32)
+        keeps = np.array([keep for _, keep in steps], np.int32)
+        given = np.ascontiguousarray(candidates.rows), np.ascontiguousarray(candidates.scores, dtype=np.float32)
+        rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+        _call("rerank", ctypes.addressof(self._store), queries, len(queries), *given, given[0].shape[1], first_block,
+              stops, keeps, len(steps), k, rows, scores)  # fmt: skip
+        return Hits(rows, scores)
+
+    def scan(self, queries: Floats, num_blocks: int, k: int, allowed: Bits | None = None) -> tuple[Hits, int]:
+        """The exact ``k`` best by cosine at the end of block ``num_blocks`` - 1, and how many numbers were read."""
+        rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+        read = _call("scan", ctypes.addressof(self._store), queries, len(queries), num_blocks, allowed, k, rows, scores)
+        return Hits(rows, scores), read
