@@ -197,8 +197,8 @@ class PrefixStore:
 
     @cached_property
     def native(self) -> NativeStore | None:
-        """The same arrays for the C library; None where it is not there, or there are no rows."""
-        if not native.AVAILABLE or not self.meta.num_rows:
+        """The same arrays for the C library, which numbers rows by 31 bits; None where that is not there."""
+        if not native.AVAILABLE or not 0 < self.meta.num_rows < 1 << 31:
             return None
         return NativeStore(self.blocks, np.ascontiguousarray(self.norms), self.meta.dtype)
 
