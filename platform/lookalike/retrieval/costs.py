@@ -4,7 +4,8 @@ A count of N * D_s multiply-adds is wrong as soon as D_s is small; the model cou
 the distances HNSW really computed, each a cache miss or two; the centroids, lists and rows that IVF really looked at;
 one random read per re-ranked row; the selection of k; the fixed price of a step. The constants come from this code on
 one core of an x86 server (AMD Milan, 16 GB/s), those of the index types from least squares over 32-d to 256-d, 50,000
-rows; only their ratios matter for a choice. A registered type without prices of its own has those of a flat one.
+rows, that of the int8 graph from its searches at 64-d and 128-d; only their ratios matter for a choice. A registered
+type without prices of its own has those of a flat one.
 """
 
 from typing import NamedTuple

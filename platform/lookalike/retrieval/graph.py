@@ -1,4 +1,4 @@
-"""A graph over int8 prefixes: the shortlist type that is fastest in memory, 4 + d + 8 * M bytes a row.
+"""A graph over int8 prefixes: the graph that takes least memory, 4 + d + 8 * M bytes a row.
 
 The links are those of HNSW's lowest layer (Malkov and Yashunin 2018), built by faiss over the float32 prefixes. What
 differs is what a search touches: a row's prefix is d bytes, scaled by its own largest number, so that a hop costs two
