@@ -43,7 +43,7 @@ quickstart: $(VENV)/.run
 
 lint: $(VENV)/.dev .typing
 	$(BIN)/ruff check .
-	MYPYPATH=.typing $(BIN)/mypy -p lookalike
+	MYPYPATH=.typing $(BIN)/mypy -p lookalike -p tests.benchmarks
 	PYTHONPATH=.typing $(BIN)/lint-imports
 	cd serve/proto && $(abspath $(BIN))/buf lint
 

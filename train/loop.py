@@ -29,7 +29,7 @@ from lookalike.train.checkpoints import Checkpoint, CheckpointWriter, last_check
 from lookalike.train.curves import Gauges, Pace, StepReader, StepValues, publish, stop_if_bad
 from lookalike.train.initialise import imprint_proxies, pca_projection, sample_features
 from lookalike.train.matryoshka import NestedCosine
-from lookalike.train.optimizer import set_train_mode
+from lookalike.train.optimizer import hasten_batch_norm, set_train_mode
 from lookalike.train.proxies import clip_gradients, ignore_in_ddp
 from lookalike.train.settings import LoopConfig, TrainConfig
 from lookalike.train.state import Training
@@ -88,6 +88,7 @@ def train_worker(values: dict[str, Any]) -> None:
     model = build_multitask_model(place.config, initialise=found is None)
     if train.activation_checkpointing:
         recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
+    hasten_batch_norm(model, place.config.total_steps)
     training = Training.begin(model.to(place.device), train, place.config.total_steps)
     if found is not None:
         training.resume(found, place.rank, place.world)

@@ -109,7 +109,8 @@ class TrainConfig(StageConfig):
     frozen_stages: int = Field(0, ge=0)
     """Leading blocks of the backbone (the stem with the first) that stay as they are."""
     freeze_batch_norm: bool = True
-    """Keep batch-norm statistics of the starting backbone (small batches); those of frozen layers are kept anyway."""
+    """Keep batch-norm statistics of the starting backbone (small batches); those of frozen layers are kept anyway.
+    False: they follow the batches, within a tenth of the run."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
     """Decay of a moving average of the weights, warmed up; the average is then what the encoder holds. None: none."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -57,7 +57,8 @@ def make_samples(count: int, size: Size, seed: int) -> list[Sample]:
         directions = rng.normal(size=(1 + number % 2, size.dim)) * (np.arange(size.dim) < size.dim // 3)
         directions *= 6 * number / max(count - 1, 1) / np.linalg.norm(directions, axis=1, keepdims=True)
         sides[0] += directions[rng.integers(0, len(directions), size.positives)]
-        samples.append(Sample(*(sides * spectrum @ mix).astype(np.float16), folds))
+        positives, negatives = (sides * spectrum @ mix).astype(np.float16)
+        samples.append(Sample(positives, negatives, folds))
     return samples
 
 

@@ -29,7 +29,7 @@ from lookalike.artifacts import Artifact, Draft
 from lookalike.cluster import ClusterConfig, ensure_ray
 from lookalike.retrieval.machine import machine_facts
 from lookalike.schemas import SHARD
-from lookalike.stages import execute
+from lookalike.stages import StageRun, execute
 from lookalike.train.batches import worker_batches
 from lookalike.train.decoding import actor_batches, to_arrays
 from lookalike.train.finetune import STAGE
@@ -103,7 +103,7 @@ def step_bare(values: dict[str, Any]) -> None:
     config = LoopConfig.model_validate(values["loop"])
     torch.set_num_threads(config.train.cpus_per_worker)
     world, size = ray.train.get_context().get_world_size(), config.encoder.transform.size
-    model = build_multitask_model(config, initialise=False)
+    model: torch.nn.Module = build_multitask_model(config, initialise=False)
     model = prepare_model(model, parallel_strategy="ddp" if world > 1 else None)
     n, device = config.train.batch_size // world, get_device()
     batch = {"images": torch.rand(n, 3, size, size).contiguous(memory_format=torch.channels_last),
@@ -245,11 +245,11 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as root:
         inputs = {"shards": [publish_shards(root)], "encoder": [publish_encoder(root, options.backbone, options.size)]}
-        config = resolve(settings(options, 0), inputs["shards"][0], inputs["encoder"][0])
+        config = resolve(StageRun(settings(options, 0), inputs, Draft(root, "encoder", "bench", "none")))
         endless = config.model_copy(update={"rows_per_epoch": 1 << 30})
 
         def dataset() -> BatchDataset:
-            return worker_batches(endless, 0, options.workers, 0)
+            return worker_batches(endless, 0, 0)
 
         decoding = [measure_decoding(dataset(), 20) for _ in range(options.repetitions)]
         for name in decoding[0]:

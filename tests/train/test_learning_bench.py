@@ -119,7 +119,9 @@ def test_variants_differ_from_the_subject_in_what_they_are_named_for(name: str) 
     assert (found["mrl"].role, found["mrl-e"].role, found["single"].role) == ("nested", "tied", "single")
     assert [found[f"ff-{k}"].dims for k in (8, 16, 32, 64)] == [(8,), (16,), (32,), (64,)]
     subject = recipe.config("mrl").model_dump()
-    differing = {step: {key for key, value in recipe.config(step).model_dump().items() if value != subject[key]}
+    # epochs aside: without repeats, and from random weights, there are more of them
+    differing = {step: {key for key, value in recipe.config(step).model_dump().items()
+                        if value != subject[key] and key != "epochs"}
                  for step in found if recipe.steps[step].stage == "finetune" and step != "mrl"}  # fmt: skip
     assert differing == {
         "mrl-e": {"tasks"}, "single": {"dims"}, "one-task": {"tasks"}, "triplet": {"tasks", "balance"},

@@ -9,7 +9,13 @@ from torch import nn
 
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
-from lookalike.train.optimizer import build_optimizer, freeze, parameter_groups, set_train_mode
+from lookalike.train.optimizer import (
+    build_optimizer,
+    freeze,
+    hasten_batch_norm,
+    parameter_groups,
+    set_train_mode,
+)
 from lookalike.train.settings import TrainConfig
 from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 from lookalike.vision.backbones import create_backbone
@@ -251,6 +257,14 @@ def test_batch_norm_statistics_stay_when_frozen() -> None:
     set_train_mode(model, config)
     assert {m.training == m.weight.requires_grad for m in norms} == {True}
     assert {m.training for m in norms} == {True, False}
+
+
+@pytest.mark.parametrize(("own", "steps", "momentum"), [(0.01, 134, 10 / 134), (0.01, 20, 0.1), (0.01, 5000, 0.01),
+                                                        (0.3, 20, 0.3), (None, 20, None)])  # fmt: skip
+def test_short_runs_hasten_batch_norm(own: float | None, steps: int, momentum: float | None) -> None:
+    layer = nn.BatchNorm2d(4, momentum=own)
+    hasten_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), layer), steps)
+    assert layer.momentum == momentum
 
 
 @pytest.mark.parametrize(
