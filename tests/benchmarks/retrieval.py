@@ -117,9 +117,10 @@ def list_cases(folder: str, data: Floats) -> Iterator[tuple[str, Search, dict[st
         settings = faiss.SearchParametersHNSW(efSearch=ef)
         facts = {"build_s": round(built["full"], 1), "held_mb": round(num * (dim * 4 + 64 * 4) / 1e6, 1)}
         yield f"faiss HNSW full ef{ef}", _faiss_case(full, settings), facts
-    beam = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersHNSW(efSearch=100))
-    inner = faiss.SearchParametersPreTransform(index_params=beam)
-    refining = faiss.IndexRefineSearchParameters(k_factor=100 / K, base_index_params=inner)
+    module: Any = faiss  # its stubs do not know these classes' keywords
+    beam = module.SearchParametersPreTransform(index_params=module.SearchParametersHNSW(efSearch=100))
+    inner = module.SearchParametersPreTransform(index_params=beam)
+    refining = module.IndexRefineSearchParameters(k_factor=100 / K, base_index_params=inner)
     facts = {"build_s": round(built["refine"], 1), "held_mb": round(num * (64 * 4 + 64 * 4) / 1e6, 1)}
     yield "faiss IndexRefine p64 K100", _faiss_case(refine, refining), facts
 

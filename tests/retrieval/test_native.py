@@ -94,7 +94,7 @@ def test_a_funnel_keeps_what_one_shot_scores_keep(build: str, dtype: str, start:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[30:60] = vectors[3]
     store, held = make_store(vectors, dtype)
-    queries, steps = vectors[:25].copy(), [(3, 200), (4, 25), (5, 12)]
+    queries, steps = vectors[:25].copy(), [(3, 200, np.inf), (4, 25, np.inf), (5, 12, np.inf)]
     generator = np.random.default_rng(2)
     rows = np.stack([generator.choice(900, 300, replace=False) for _ in queries])
     rows[:, 250:] = NO_ROW
@@ -104,7 +104,7 @@ def test_a_funnel_keeps_what_one_shot_scores_keep(build: str, dtype: str, start:
     hits = store.rerank(queries, candidates, start, steps, 12)
     for line, (found, scores) in enumerate(zip(hits.rows, hits.scores, strict=True)):
         left = rows[line][rows[line] != NO_ROW]
-        for stop, keep in steps:
+        for stop, keep, _ in steps:
             own = cosines(queries[line : line + 1], held, DIMS[stop - 1])[0]
             left = left[np.lexsort((left, -own[left].round(6)))][:keep]
         assert (found != NO_ROW).sum() == min(12, len(left))
@@ -117,7 +117,7 @@ def test_a_wide_funnel_sorts_as_a_narrow_one(build: str) -> None:
     store, held = make_store(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), "float32")
     queries = vectors[:4].copy()
     rows = np.tile(np.arange(900), (4, 1))
-    hits = store.rerank(queries, Hits(rows, np.zeros(rows.shape, np.float32)), 0, [(5, 900)], 900)
+    hits = store.rerank(queries, Hits(rows, np.zeros(rows.shape, np.float32)), 0, [(5, 900, np.inf)], 900)
     require_best(hits, cosines(queries, held, DIMS[-1]))
 
 

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval import store
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Hits, empty_hits, from_keys, merge_hits, sort_keys, top_k
 from lookalike.retrieval.searcher import ShardSearcher
@@ -46,6 +47,12 @@ def test_exact_search_is_brute_force_cosine_at_every_nested_dim(make_shard, vect
             np.testing.assert_array_equal(hits.rows - 1000, np.argsort(-cosines(batch, vectors, dim), axis=1)[:, :7])
 
 
+@pytest.fixture(params=[1, 40, 128])
+def block_bytes(request, monkeypatch):
+    """Four, three and one blocks."""
+    monkeypatch.setattr(store, "BLOCK_BYTES", request.param)
+
+
 @pytest.mark.parametrize("plan", [
     Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32),
     Plan(shortlist_dim=8, shortlist_k=40, rerank_dim=16),
@@ -53,6 +60,7 @@ def test_exact_search_is_brute_force_cosine_at_every_nested_dim(make_shard, vect
     Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 15),), rerank_dim=32, scan=True),
     Plan(shortlist_dim=32, shortlist_k=30, rerank_dim=32),
 ], ids=lambda plan: plan.describe())  # fmt: skip
+@pytest.mark.usefixtures("block_bytes")
 def test_funnel_equals_the_one_shot_oracle(make_shard, vectors, queries, plan):
     hits = make_shard(vectors).search(queries, 10, plan)
     np.testing.assert_array_equal(hits.rows, funnel_oracle(queries, vectors, 10, plan))
@@ -167,11 +175,11 @@ HARMS = ["missing", "shape", "dtype", "truncated", "meta", "no meta", "index", "
 def test_a_damaged_shard_is_refused_when_opened(make_shard, vectors, queries, harm):
     shard = make_shard(vectors)
     folder = shard.store.folder
-    block = f"{folder}/{block_name(8, 16)}"
+    block = f"{folder}/{block_name(0, 32)}"
     if harm == "missing":
         os.remove(block)
     elif harm in ("shape", "dtype"):
-        np.save(block, np.zeros((299, 8), np.float32) if harm == "shape" else np.zeros((300, 8)))
+        np.save(block, np.zeros((299, 32), np.float32) if harm == "shape" else np.zeros((300, 32)))
     elif harm == "truncated":
         with open(f"{folder}/{NORMS_FILE}", "r+b") as file:
             file.truncate(1000)

@@ -166,17 +166,23 @@ EXPORT int32_t lookalike_portable(int32_t on) {
 }
 
 EXPORT int64_t lookalike_graph_search(const Graph *graph, const int8_t *queries, int32_t num_queries, int32_t ef,
-                                      int32_t keep, const uint8_t *allowed, uint32_t *seen, int64_t *rows,
-                                      float *scores) {
-    return CALL(graph_search, graph, queries, num_queries, ef, keep, allowed, seen, rows, scores);
+                                      int32_t keep, const uint8_t *allowed, const Marks *marks,
+                                      int64_t *rows, float *scores) {
+    return CALL(graph_search, graph, queries, num_queries, ef, keep, allowed, marks, rows, scores);
 }
 
 EXPORT int32_t lookalike_rerank(const Store *store, const float *queries, int32_t num_queries, const int64_t *rows,
-                                const float *scores, int32_t num_candidates, int32_t first_block, const int32_t *stops,
-                                const int32_t *keeps, int32_t num_steps, int32_t k, int64_t *found_rows,
-                                float *found_scores) {
-    return CALL(rerank, store, queries, num_queries, rows, scores, num_candidates, first_block, stops, keeps, num_steps,
-                k, found_rows, found_scores);
+                                const float *scores, int32_t num_candidates, int32_t first_block, const Step *steps,
+                                int32_t num_steps, int32_t k, int64_t *found_rows, float *found_scores) {
+    return CALL(rerank, store, queries, num_queries, rows, scores, num_candidates, first_block, steps, num_steps, k,
+                found_rows, found_scores);
+}
+
+EXPORT int64_t lookalike_search(const Graph *graph, const Store *store, const float *queries, int32_t num_queries,
+                                int32_t ef, int32_t keep, const uint8_t *allowed, const Marks *marks, const Step *steps,
+                                int32_t num_steps, int32_t k, int64_t *found_rows, float *found_scores) {
+    return CALL(search, graph, store, queries, num_queries, ef, keep, allowed, marks, steps, num_steps, k, found_rows,
+                found_scores);
 }
 
 EXPORT int64_t lookalike_scan(const Store *store, const float *queries, int32_t num_queries, int32_t num_blocks,

@@ -11,21 +11,41 @@ typedef struct {
     int32_t dim, degree, num_entries;
 } Graph;
 
-/* A prefix store: dimension blocks, and the norm of each row's prefix at the end of each block. */
+/* A prefix store: dimension blocks, and the norm of each row's prefix at the end of each block. Blocks may lie side by
+ * side in one array, whose rows are then wider than they are. */
 typedef struct {
     const void *const *blocks; /* [num_blocks] of [num_rows, width], float32 or float16 */
     const int32_t *widths;     /* [num_blocks] */
+    const int64_t *strides;    /* [num_blocks] bytes from one row to the next */
     const float *norms;        /* [num_blocks, num_rows] */
     int64_t num_rows;
     int32_t num_blocks, dtype, dim; /* dim: of a query */
 } Store;
+
+/* Neighbouring blocks read as one. */
+typedef struct {
+    const char *at;
+    int64_t stride;
+    int32_t width, next; /* next: the block after */
+} Run;
+
+/* One step of a re-rank: read up to block `stop` - 1, keep the best. */
+typedef struct {
+    int32_t stop, keep;
+    float margin;
+} Step;
+
+/* Memory of one thread for searches of a graph. */
+typedef struct {
+    uint8_t *seen;    /* [num_rows / 8 + 1], zero between searches */
+    int32_t *touched; /* [num_rows] */
+} Marks;
 #endif
 
-/* Best-first search (Malkov and Yashunin 2018, algorithm 2) on one layer, begun at all entries at once. `seen` holds
- * num_rows + 1 numbers, zero at first; the last counts searches. Rows outside `allowed` lead on but are no answer.
- * Returns how many scores were computed, or -1 without memory. */
+/* Best-first search (Malkov and Yashunin 2018, algorithm 2) on one layer, begun at all entries at once. Rows outside
+ * `allowed` lead on but are no answer. Returns how many scores were computed, or -1 without memory. */
 TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queries, int32_t num_queries, int32_t ef,
-                                         int32_t keep, const uint8_t *allowed, uint32_t *seen, int64_t *rows,
+                                         int32_t keep, const uint8_t *allowed, const Marks *marks, int64_t *rows,
                                          float *scores) {
     const int32_t dim = graph->dim, degree = graph->degree;
     const int8_t *codes = graph->codes;
@@ -41,16 +61,13 @@ TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queri
     for (int32_t q = 0; q < num_queries; q++) {
         const int8_t *query = queries + (int64_t)q * dim;
         int size = 0, answers = 0, next = 0;
-        if (++seen[graph->num_rows] == 0) { /* the counter went round: marks of old searches must not count */
-            memset(seen, 0, sizeof(uint32_t) * (graph->num_rows + 1));
-            seen[graph->num_rows] = 1;
-        }
-        const uint32_t mark = seen[graph->num_rows];
+        int64_t touched = 0;
         for (int32_t i = 0; i < graph->num_entries; i++) {
             if (i + 2 * AHEAD < graph->num_entries)
                 prefetch(codes + (int64_t)graph->entries[i + 2 * AHEAD] * dim, dim);
             int32_t row = graph->entries[i];
-            seen[row] = mark;
+            marks->seen[row >> 3] |= (uint8_t)(1 << (row & 7));
+            marks->touched[touched++] = row;
             Found one = {NAME(dot_int8)(query, codes + (int64_t)row * dim, dim) * graph->scales[row], row};
             insert(beam, expanded, &size, ef, one);
             if (allowed && is_allowed(allowed, row)) insert(answer, NULL, &answers, keep, one);
@@ -63,8 +80,10 @@ TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queri
             expanded[next] = 1;
             for (int32_t i = 0; i < degree && list[i] >= 0; i++) {
                 int32_t row = list[i];
-                if (seen[row] == mark) continue;
-                seen[row] = mark;
+                const uint8_t bit = (uint8_t)(1 << (row & 7));
+                if (marks->seen[row >> 3] & bit) continue;
+                marks->seen[row >> 3] |= bit;
+                marks->touched[touched++] = row;
                 prefetch(codes + (int64_t)row * dim, dim);
                 PREFETCH(graph->scales + row);
                 fresh[count++] = row;
@@ -81,6 +100,7 @@ TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queri
             while (next < size && expanded[next]) next++;
             if (next < size) prefetch(graph->links + (int64_t)beam[next].row * degree, degree * sizeof(int32_t));
         }
+        for (int64_t i = 0; i < touched; i++) marks->seen[marks->touched[i] >> 3] = 0;
         int found = allowed ? answers : size;
         for (int32_t i = 0; i < keep; i++) {
             rows[(int64_t)q * keep + i] = i < found ? answer[i].row : -1;
@@ -91,16 +111,25 @@ TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queri
     return computed;
 }
 
-TARGET INLINE float NAME(dot_block)(const Store *store, int32_t block, const float *query, int64_t row) {
-    const int32_t width = store->widths[block];
-    if (store->dtype == FLOAT16)
-        return NAME(dot_half)(query, (const uint16_t *)store->blocks[block] + row * width, width);
-    return NAME(dot_float)(query, (const float *)store->blocks[block] + row * width, width);
+/* The blocks from `block` on, but not beyond `stop`, that lie side by side. */
+INLINE Run NAME(run_from)(const Store *store, int32_t block, int32_t stop) {
+    const int32_t size = store->dtype == FLOAT16 ? 2 : 4;
+    Run run = {store->blocks[block], store->strides[block], store->widths[block], block + 1};
+    while (run.next < stop && store->strides[run.next] == run.stride &&
+           store->blocks[run.next] == run.at + (int64_t)run.width * size)
+        run.width += store->widths[run.next++];
+    return run;
 }
 
-INLINE void NAME(prefetch_block)(const Store *store, int32_t block, int64_t row) {
-    const int64_t bytes = (int64_t)store->widths[block] * (store->dtype == FLOAT16 ? 2 : 4);
-    prefetch((const char *)store->blocks[block] + row * bytes, bytes < 8 * LINE ? bytes : 8 * LINE);
+TARGET INLINE float NAME(dot_run)(const Store *store, const Run *run, const float *query, int64_t row) {
+    const char *at = run->at + row * run->stride;
+    if (store->dtype == FLOAT16) return NAME(dot_half)(query, (const uint16_t *)at, run->width);
+    return NAME(dot_float)(query, (const float *)at, run->width);
+}
+
+INLINE void NAME(prefetch_run)(const Store *store, const Run *run, int64_t row) {
+    const int64_t bytes = (int64_t)run->width * (store->dtype == FLOAT16 ? 2 : 4);
+    prefetch(run->at + row * run->stride, bytes < 8 * LINE ? bytes : 8 * LINE);
 }
 
 /* The norm of a query's prefix at the end of each block. */
@@ -118,14 +147,15 @@ INLINE float NAME(cosine)(float dot, float one, float other) {
     return length > 0 ? dot / length : 0; /* a prefix of length zero has no direction */
 }
 
-/* Each step adds the blocks up to its `stop` to the dot products of the survivors and keeps the best by cosine there.
- * `scores` are cosines at the end of block `first_block` - 1, and of no account when that is 0. Returns 0, or -1. */
+/* Each step adds the blocks up to its `stop` to the dot products of the survivors and keeps the best `keep` by cosine
+ * there, but for those that lie more than `margin` below the k-th. `scores` are cosines at the end of block
+ * `first_block` - 1, and of no account when that is 0. Returns 0, or -1 without memory. */
 TARGET static int32_t NAME(rerank)(const Store *store, const float *queries, int32_t num_queries, const int64_t *rows,
-                                   const float *scores, int32_t num_candidates, int32_t first_block,
-                                   const int32_t *stops, const int32_t *keeps, int32_t num_steps, int32_t k,
-                                   int64_t *found_rows, float *found_scores) {
+                                   const float *scores, int32_t num_candidates, int32_t first_block, const Step *steps,
+                                   int32_t num_steps, int32_t k, int64_t *found_rows, float *found_scores) {
     const int64_t n = store->num_rows;
-    const int32_t last = stops[num_steps - 1];
+    const int32_t last = steps[num_steps - 1].stop;
+    const int scored = first_block && steps[0].stop == first_block; /* the first step reads nothing: cosines are known */
     Found *survivors = malloc(sizeof(Found) * ((int64_t)num_candidates + 1));
     Found *best = malloc(sizeof(Found) * ((int64_t)num_candidates + 1));
     float *lengths = malloc(sizeof(float) * last);
@@ -142,28 +172,39 @@ TARGET static int32_t NAME(rerank)(const Store *store, const float *queries, int
         for (int32_t i = 0; i < num_candidates; i++) {
             if (line[i] < 0) continue;
             float dot = 0; /* survivors carry dot products between steps */
-            if (first_block)
+            if (scored) dot = scores[(int64_t)q * num_candidates + i];
+            else if (first_block)
                 dot = scores[(int64_t)q * num_candidates + i] * lengths[first_block - 1] *
                       store->norms[(first_block - 1) * n + line[i]];
             survivors[size++] = (Found){dot, (int32_t)line[i]};
         }
-        for (int32_t step = 0; step < num_steps; step++) {
-            const float *norms = store->norms + (int64_t)(stops[step] - 1) * n;
-            for (; block < stops[step]; at += store->widths[block++])
+        for (const Step *step = steps; step < steps + num_steps; step++) {
+            const float *norms = store->norms + (int64_t)(step->stop - 1) * n;
+            const float length = lengths[step->stop - 1];
+            while (block < step->stop) {
+                const Run run = NAME(run_from)(store, block, step->stop);
                 for (int32_t i = 0; i < size; i++) {
-                    if (i + 2 < size) NAME(prefetch_block)(store, block, survivors[i + 2].row);
-                    survivors[i].score += NAME(dot_block)(store, block, at, survivors[i].row);
+                    if (i + AHEAD < size) {
+                        NAME(prefetch_run)(store, &run, survivors[i + AHEAD].row);
+                        PREFETCH(norms + survivors[i + AHEAD].row);
+                    }
+                    survivors[i].score += NAME(dot_run)(store, &run, at, survivors[i].row);
                 }
-            const float length = lengths[stops[step] - 1];
-            const int most = keeps[step] < size ? keeps[step] : size;
+                at += run.width;
+                block = run.next;
+            }
+            const int most = step->keep < size ? step->keep : size;
+            const int in_order = most < size || step->margin < INFINITY || step + 1 == steps + num_steps;
             int kept = 0;
             for (int32_t i = 0; i < size; i++) {
-                Found one = {NAME(cosine)(survivors[i].score, length, norms[survivors[i].row]), survivors[i].row};
-                if (most > SORT_FROM) best[kept++] = one;
+                Found one = survivors[i];
+                if (!scored || step > steps) one.score = NAME(cosine)(one.score, length, norms[one.row]);
+                if (!in_order || most > SORT_FROM) best[kept++] = one;
                 else insert(best, NULL, &kept, most, one);
             }
-            if (most > SORT_FROM) qsort(best, kept, sizeof(Found), compare);
+            if (in_order && most > SORT_FROM) qsort(best, kept, sizeof(Found), compare);
             size = most;
+            while (size > k && best[size - 1].score < best[k - 1].score - step->margin) size--;
             for (int32_t i = 0; i < size; i++)
                 survivors[i] = (Found){best[i].score * length * norms[best[i].row], best[i].row};
         }
@@ -174,6 +215,40 @@ TARGET static int32_t NAME(rerank)(const Store *store, const float *queries, int
     }
     free(survivors), free(best), free(lengths);
     return 0;
+}
+
+/* int8 codes of a query's prefix, up to a scale that no order depends on. */
+TARGET INLINE void NAME(quantise)(const float *query, int32_t dim, int8_t *codes) {
+    float largest = 0;
+    for (int32_t i = 0; i < dim; i++) largest = fmaxf(largest, fabsf(query[i]));
+    const float inverse = largest > 0 ? 127 / largest : 0;
+    for (int32_t i = 0; i < dim; i++) codes[i] = (int8_t)rintf(query[i] * inverse);
+}
+
+/* Graph search over the queries' prefixes, and the steps over the `keep` rows that it finds. Returns how many scores the
+ * graph has computed, or -1 without memory. */
+TARGET static int64_t NAME(search)(const Graph *graph, const Store *store, const float *queries, int32_t num_queries,
+                                   int32_t ef, int32_t keep, const uint8_t *allowed, const Marks *marks,
+                                   const Step *steps, int32_t num_steps, int32_t k, int64_t *found_rows,
+                                   float *found_scores) {
+    int64_t computed = 0;
+    int8_t *codes = malloc(graph->dim);
+    int64_t *rows = malloc(sizeof(int64_t) * keep);
+    float *scores = malloc(sizeof(float) * keep);
+    for (int32_t q = 0; q < num_queries && computed >= 0; q++) {
+        const float *query = queries + (int64_t)q * store->dim;
+        int64_t more = -1;
+        if (codes && rows && scores) {
+            NAME(quantise)(query, graph->dim, codes);
+            more = NAME(graph_search)(graph, codes, 1, ef, keep, allowed, marks, rows, scores);
+        }
+        if (more < 0 || NAME(rerank)(store, query, 1, rows, scores, keep, 0, steps, num_steps, k,
+                                     found_rows + (int64_t)q * k, found_scores + (int64_t)q * k) < 0)
+            computed = -1;
+        else computed += more;
+    }
+    free(codes), free(rows), free(scores);
+    return computed;
 }
 
 /* The exact k best at the end of block `num_blocks` - 1 among all (allowed) rows. Rows are taken a chunk at a time and
@@ -205,17 +280,21 @@ TARGET static int64_t NAME(scan)(const Store *store, const float *queries, int32
                 if (is_allowed(allowed, row)) alive[size++] = (Found){0, (int32_t)row};
             const float *at = query;
             int32_t read = 0;
-            for (int32_t b = 0; b < num_blocks && size; at += store->widths[b++]) {
-                numbers += (int64_t)size * store->widths[b];
+            for (int32_t block = 0; block < num_blocks && size;) {
+                const Run run = NAME(run_from)(store, block, num_blocks);
+                numbers += (int64_t)size * run.width;
                 for (int32_t i = 0; i < size; i++) {
                     /* all rows of a block lie in order, and the processor foresees them; survivors do not */
-                    if (size < CHUNK && i + AHEAD < size) NAME(prefetch_block)(store, b, alive[i + AHEAD].row);
-                    alive[i].score += NAME(dot_block)(store, b, at, alive[i].row);
+                    if (size < CHUNK && i + AHEAD < size) NAME(prefetch_run)(store, &run, alive[i + AHEAD].row);
+                    alive[i].score += NAME(dot_run)(store, &run, at, alive[i].row);
                 }
-                read += store->widths[b];
-                if (read < BOUND_FROM || b + 1 == num_blocks) continue;
-                const float *norms = store->norms + (int64_t)b * n;
-                const float rest = sqrtf(fmaxf(0, length * length * (1 + rounding) - lengths[b] * lengths[b]));
+                at += run.width;
+                read += run.width;
+                block = run.next;
+                if (read < BOUND_FROM || block == num_blocks) continue;
+                const float *norms = store->norms + (int64_t)(block - 1) * n;
+                const float own = lengths[block - 1];
+                const float rest = sqrtf(fmaxf(0, length * length * (1 + rounding) - own * own));
                 const float kth = kept == k ? best[k - 1].score - slack : -INFINITY;
                 int32_t left = 0;
                 for (int32_t i = 0; i < size; i++) {

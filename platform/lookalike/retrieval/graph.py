@@ -20,13 +20,13 @@ import numpy.typing as npt
 from lookalike.errors import ArtifactError
 from lookalike.retrieval import native
 from lookalike.retrieval.filters import Allowed
-from lookalike.retrieval.native import Bits, Codes, NativeGraph
+from lookalike.retrieval.native import Bits, Codes, NativeGraph, NativeStore, Steps
 from lookalike.retrieval.ranking import Floats, Hits, empty_hits, from_keys, pad_hits, sort_keys
 from lookalike.retrieval.store import row_slices
 
 Ints = npt.NDArray[np.int32]
 ALIGNED = 64
-"""Arrays in a file begin at multiples of this."""
+"""Arrays begin at multiples of this, in a file and in memory."""
 ARRAYS = {"codes": np.int8, "scales": np.float32, "links": np.int32, "entries": np.int32}
 SCAN_ROWS = 1 << 14
 """Rows that a search without the C library scores at a time."""
@@ -98,7 +98,7 @@ class Graph:
 
     def __init__(self, codes: Codes, scales: Floats, links: Ints, entries: Ints) -> None:
         self.codes, self.scales, self.links, self.entries = codes, scales, links, entries
-        self._native = NativeGraph(codes, scales, links, entries) if native.AVAILABLE else None
+        self.native = NativeGraph(codes, scales, links, entries) if native.AVAILABLE else None
 
     @property
     def num_rows(self) -> int:
@@ -114,7 +114,9 @@ class Graph:
 
     @classmethod
     def load(cls, path: str, *, num_rows: int, dim: int) -> "Graph":
-        """Open what :meth:`save` wrote through memory maps; ``ArtifactError`` when it is missing or not that."""
+        """Read what :meth:`save` wrote; ``ArtifactError`` when it is missing or not that.
+
+        Read rather than mapped: a walk touches rows all over, and memory of its own has large pages."""
         codes, scales, links, entries = _read_arrays(path)
         shapes = codes.shape, scales.shape, links.shape[:1]
         if shapes != ((num_rows, dim), (num_rows,), (num_rows,)) or links.ndim != 2 or entries.ndim != 1:
@@ -137,15 +139,29 @@ class Graph:
         if not found or not len(queries):
             return empty_hits(len(queries), k)
         codes, scales = quantise(queries)
-        bits = None if allowed is None else allowed.bits
-        if self._native is None:
-            hits = self._scan(codes, found, bits)
+        if self.native is None:
+            hits = self._scan(codes, found, None if allowed is None else allowed.bits)
         else:
-            wider = widen * (1.0 if allowed is None else 1 / allowed.share)
-            ef = max(found, math.ceil((ef_search or found) * wider))
-            hits, computed = self._native.search(codes, min(ef, self.num_rows), found, bits)
+            ef = self._beam(found, ef_search, allowed, widen)
+            hits, computed = self.native.search(codes, ef, found, None if allowed is None else allowed.bits)
             Graph.computed += computed
         return Hits(hits.rows, hits.scores * scales[:, None])
+
+    def search_store(
+        self, store: NativeStore, queries: Floats, found: int, steps: Steps, k: int, *, ef_search: int | None = None,
+        allowed: Allowed | None = None, widen: int = 1,
+    ) -> Hits:  # fmt: skip
+        """The ``k`` best of the ``found`` nearest of ``queries`` float32 [n, dim of the store] after ``steps``, all in
+        one call of the C library: what :meth:`search` and a re-rank of its answer give, in less time."""
+        assert self.native is not None, "ask native.AVAILABLE first"
+        ef, bits = self._beam(found, ef_search, allowed, widen), None if allowed is None else allowed.bits
+        hits, computed = store.search(self.native, queries, ef, found, steps, k, bits)
+        Graph.computed += computed
+        return hits
+
+    def _beam(self, found: int, ef_search: int | None, allowed: Allowed | None, widen: int) -> int:
+        wider = widen * (1.0 if allowed is None else 1 / allowed.share)
+        return min(self.num_rows, max(found, math.ceil((ef_search or found) * wider)))
 
     def _scan(self, queries: Codes, keep: int, allowed: Bits | None) -> Hits:
         """What a search without the C library does: score all codes."""
@@ -162,6 +178,14 @@ class Graph:
         return pad_hits(from_keys(best), keep)
 
 
+def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array that begins at a cache line, so that a row takes no more of them than it has to."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _read_arrays(path: str) -> list[npt.NDArray[Any]]:
     arrays: list[npt.NDArray[Any]] = []
     try:
@@ -172,9 +196,9 @@ def _read_arrays(path: str) -> list[npt.NDArray[Any]]:
                 shape, turned, found = np.lib.format.read_array_header_1_0(file)
                 if turned or found != dtype:
                     raise ValueError(f"{found} where {np.dtype(dtype)} belongs")
-                start = file.tell()  # an empty array has nothing to map; mapping moves the position
-                arrays.append(np.memmap(file, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype))
-                file.seek(start + arrays[-1].nbytes)
+                arrays.append(_empty(shape, dtype))
+                if file.readinto(arrays[-1].reshape(-1).view(np.uint8).data) != arrays[-1].nbytes:
+                    raise ValueError("it ends too early")
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
     except (ValueError, EOFError, OSError) as error:

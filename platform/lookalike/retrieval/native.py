@@ -16,6 +16,8 @@ import numpy.typing as npt
 from lookalike.retrieval.ranking import Floats, Hits
 
 Codes = npt.NDArray[np.int8]
+Steps = Sequence[tuple[int, int, float]]
+"""(blocks read in all, rows kept, how far below the k-th a kept row's cosine may be) of each step of a re-rank."""
 Bits = npt.NDArray[np.uint8]
 _DTYPES = {"float32": 0, "float16": 1}
 
@@ -26,8 +28,12 @@ class _Graph(ctypes.Structure):
         ("num_entries", ctypes.c_int32)]  # fmt: skip
 
 
+class _Step(ctypes.Structure):
+    _fields_ = [("stop", ctypes.c_int32), ("keep", ctypes.c_int32), ("margin", ctypes.c_float)]
+
+
 class _Store(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("blocks", "widths", "norms")] + [
+    _fields_ = [(name, ctypes.c_void_p) for name in ("blocks", "widths", "strides", "norms")] + [
         ("num_rows", ctypes.c_int64), ("num_blocks", ctypes.c_int32), ("dtype", ctypes.c_int32),
         ("dim", ctypes.c_int32)]  # fmt: skip
 
@@ -39,8 +45,9 @@ def _load() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(_native.__file__)
     for name, arguments, result in (
-        ("graph_search", "pp i i i p p p p", ctypes.c_int64), ("rerank", "pp i pp ii pp ii pp", ctypes.c_int32),
-        ("scan", "pp ii p i pp", ctypes.c_int64), ("reach", "p i l p p", ctypes.c_int64),
+        ("graph_search", "pp i ii pp pp", ctypes.c_int64), ("rerank", "pp i pp ii p ii pp", ctypes.c_int32),
+        ("search", "ppp i ii pp p ii pp", ctypes.c_int64), ("scan", "pp ii p i pp", ctypes.c_int64),
+        ("reach", "p i l p p", ctypes.c_int64),
         ("portable", "i", ctypes.c_int32),
     ):  # fmt: skip
         function = getattr(library, f"lookalike_{name}")
@@ -87,15 +94,23 @@ class NativeGraph:
         self.num_rows, self.dim = codes.shape
         self._graph = _Graph(*(array.ctypes.data for array in self._arrays), self.num_rows, self.dim, links.shape[1],
                              len(entries))  # fmt: skip
-        self._marks = threading.local()
+        self.address = ctypes.addressof(self._graph)
+        self._threads = threading.local()
+
+    @property
+    def marks(self) -> int:
+        """Address of the memory that searches of the calling thread use."""
+        if not hasattr(self._threads, "marks"):
+            arrays = np.zeros(self.num_rows // 8 + 1, np.uint8), np.empty(self.num_rows, np.int32)
+            self._threads.arrays = arrays
+            self._threads.marks = (ctypes.c_void_p * 2)(*(array.ctypes.data for array in arrays))
+        return ctypes.addressof(self._threads.marks)
 
     def search(self, queries: Codes, ef: int, keep: int, allowed: Bits | None = None) -> tuple[Hits, int]:
         """The best ``keep`` of the ``ef`` found for int8 ``queries`` [m, d], and how many scores that took."""
         rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep), np.float32)
-        if not hasattr(self._marks, "seen"):
-            self._marks.seen = np.zeros(self.num_rows + 1, np.uint32)
-        computed = _call("graph_search", ctypes.addressof(self._graph), queries, len(queries), max(ef, keep), keep,
-                         allowed, self._marks.seen, rows, scores)  # fmt: skip
+        computed = _call("graph_search", self.address, queries, len(queries), max(ef, keep), keep, allowed, self.marks,
+                         rows, scores)  # fmt: skip
         return Hits(rows, scores), computed
 
 
@@ -104,33 +119,50 @@ def reach(links: npt.NDArray[np.int32], start: int, reached: Bits, stack: npt.ND
     return _call("reach", links, links.shape[1], start, reached, stack)
 
 
+def _step_array(steps: Steps) -> Any:
+    return (_Step * len(steps))(*(_Step(*step) for step in steps))
+
+
 class NativeStore:
-    """Re-rank and scan of a prefix store: its blocks [n, width] of one dtype, and norms float32 [blocks, n]."""
+    """Re-rank and scan of a prefix store: its blocks [n, width] of one dtype, and norms float32 [blocks, n].
+
+    Blocks may be slices of wider arrays; those that lie side by side are read as one.
+    """
 
     def __init__(self, blocks: Sequence[npt.NDArray[Any]], norms: Floats, dtype: str) -> None:
         self._widths = np.array([block.shape[1] for block in blocks], np.int32)
+        self._strides = np.array([block.strides[0] for block in blocks], np.int64)
         self._pointers = (ctypes.c_void_p * len(blocks))(*(block.ctypes.data for block in blocks))
         self._arrays = (*blocks, norms)
-        self._store = _Store(ctypes.addressof(self._pointers), self._widths.ctypes.data, norms.ctypes.data,
-                             norms.shape[1], len(blocks), _DTYPES[dtype], int(self._widths.sum()))  # fmt: skip
+        self._store = _Store(ctypes.addressof(self._pointers), self._widths.ctypes.data, self._strides.ctypes.data,
+                             norms.ctypes.data, norms.shape[1], len(blocks), _DTYPES[dtype],
+                             int(self._widths.sum()))  # fmt: skip
+        self._address = ctypes.addressof(self._store)
 
-    def rerank(
-        self, queries: Floats, candidates: Hits, first_block: int, steps: Sequence[tuple[int, int]], k: int
-    ) -> Hits:
-        """Funnel ``candidates`` [m, c] of ``queries`` float32 [m, dim] through ``steps`` of (blocks read, rows kept).
+    def rerank(self, queries: Floats, candidates: Hits, first_block: int, steps: Steps, k: int) -> Hits:
+        """Funnel ``candidates`` [m, c] of ``queries`` float32 [m, dim] through ``steps``.
 
         Their scores are cosines at the end of block ``first_block`` - 1; with 0 they are not looked at.
         """
-        stops = np.array([stop for stop, _ in steps], np.int32)
-        keeps = np.array([keep for _, keep in steps], np.int32)
         given = np.ascontiguousarray(candidates.rows), np.ascontiguousarray(candidates.scores, dtype=np.float32)
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        _call("rerank", ctypes.addressof(self._store), queries, len(queries), *given, given[0].shape[1], first_block,
-              stops, keeps, len(steps), k, rows, scores)  # fmt: skip
+        _call("rerank", self._address, queries, len(queries), *given, given[0].shape[1], first_block,
+              ctypes.addressof(array := _step_array(steps)), len(array), k, rows, scores)  # fmt: skip
         return Hits(rows, scores)
+
+    def search(  # noqa: PLR0917  # as the C function takes them
+        self, graph: NativeGraph, queries: Floats, ef: int, keep: int, steps: Steps, k: int, allowed: Bits | None = None
+    ) -> tuple[Hits, int]:
+        """The best ``keep`` of the ``ef`` that ``graph`` finds for ``queries`` float32 [m, dim], funnelled through
+        ``steps``, and how many scores the graph computed."""
+        rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+        computed = _call("search", graph.address, self._address, queries, len(queries), max(ef, keep), keep, allowed,
+                         graph.marks, ctypes.addressof(array := _step_array(steps)), len(array), k, rows,
+                         scores)  # fmt: skip
+        return Hits(rows, scores), computed
 
     def scan(self, queries: Floats, num_blocks: int, k: int, allowed: Bits | None = None) -> tuple[Hits, int]:
         """The exact ``k`` best by cosine at the end of block ``num_blocks`` - 1, and how many numbers were read."""
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        read = _call("scan", ctypes.addressof(self._store), queries, len(queries), num_blocks, allowed, k, rows, scores)
+        read = _call("scan", self._address, queries, len(queries), num_blocks, allowed, k, rows, scores)
         return Hits(rows, scores), read

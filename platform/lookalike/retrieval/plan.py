@@ -5,7 +5,8 @@ MRL paper, section 4.3: adaptive retrieval (a shortlist of K at D_s, re-ranked a
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from math import inf
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,6 +24,9 @@ class Plan(Config):
     """K: rows each shard shortlists; raised to the number of results asked for when that is larger."""
     stages: tuple[tuple[int, int], ...] = ()
     """Funnel steps between shortlist and re-rank: (dim, rows that survive), dims growing, survivors not."""
+    margins: tuple[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)], ...] = ()
+    """Early exit: how far below the k-th best a row's cosine may be to survive, at D_s and at each stage; none by
+    default. A query whose neighbours stand apart re-ranks few rows, one in a crowd as many as the plan allows."""
     rerank_dim: int = Field(ge=1)
     """D_r: the prefix whose cosine ranks the answer, in dimensions; the full size unless there is a reason."""
     ef_search: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -52,6 +56,9 @@ class Plan(Config):
         keeps = [self.shortlist_k, *(keep for _, keep in self.stages)]
         if any(after > before or after < 1 for before, after in pairwise(keeps)):
             raise ValueError(f"survivors {keeps} must not grow from step to step and must be at least 1")
+        if self.margins and (len(self.margins) != len(keeps) or self.rerank_dim == self.shortlist_dim):
+            raise ValueError(f"{len(self.margins)} margins; a plan that re-ranks takes one for the shortlist and one "
+                             f"for each of its {len(self.stages)} stages")  # fmt: skip
         return self
 
     def require_dims(self, dims: Sequence[int]) -> None:
@@ -72,7 +79,16 @@ class Plan(Config):
         given = ", ".join(f"{name} {size}" for name, size in efforts.items() if size is not None)
         effort = f" ({given})" if given else ""
         rerank = "" if self.rerank_dim == self.shortlist_dim else f" -> re-rank at {self.rerank_dim}-d"
-        return f"{how} at {self.shortlist_dim}-d, {self.shortlist_k} rows{effort}{funnel}{rerank}"
+        margins = f", early exit at {', '.join(f'{margin:.3g}' for margin in self.margins)}" if self.margins else ""
+        return f"{how} at {self.shortlist_dim}-d, {self.shortlist_k} rows{effort}{funnel}{rerank}{margins}"
+
+    def list_steps(self, k: int) -> list[tuple[int, int, float]]:
+        """(dim, rows kept, margin) at D_s, at each stage and at D_r, for ``k`` results; no margin is infinite."""
+        margins = [*(self.margins or [inf] * (1 + len(self.stages))), inf]
+        steps = [(self.shortlist_dim, self.shortlist_k), *self.stages, (self.rerank_dim, k)]
+        if self.rerank_dim == self.shortlist_dim:
+            return [(self.rerank_dim, k, inf)]
+        return [(dim, max(keep, k), margin) for (dim, keep), margin in zip(steps, margins, strict=True)]
 
 
 def parse_plan(values: Any, where: str) -> Plan:

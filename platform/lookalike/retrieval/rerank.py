@@ -6,12 +6,25 @@ queries; a Python loop per query costs up to ten times the shortlist itself. The
 there (``native.py``); what stands here besides gives the same answers, up to rounding, without it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lookalike.retrieval.kernels import inner_products_by_row
-from lookalike.retrieval.native import pack_rows
+from lookalike.retrieval.native import Steps, pack_rows
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, pad_hits, sort_keys, top_k
+from lookalike.retrieval.ranking import (
+    NO_ROW,
+    NO_SCORE,
+    Floats,
+    Hits,
+    Rows,
+    empty_hits,
+    from_keys,
+    pad_hits,
+    sort_keys,
+    top_k,
+)
 from lookalike.retrieval.store import PrefixStore, inverse_norms, normalise, row_slices, to_float32
 
 GATHER_NUMBERS = 1 << 21
@@ -34,16 +47,26 @@ def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: P
     ``queries`` are float32 [n, dim], not normalised; ``shortlist`` holds rows of this shard and cosines at the
     shortlist dim. Returns rows of this shard and cosines at ``plan.rerank_dim``.
     """
+    steps = plan.list_steps(k)
+    if not plan.margins and len(steps) > 1:
+        steps = steps[1:]  # the shortlist has as many rows as its step would keep
     survivors, reached = shortlist, plan.shortlist_dim
-    if store.native is not None and plan.rerank_dim != reached:
-        steps = [(store.position(dim) + 1, max(keep, k)) for dim, keep in (*plan.stages, (plan.rerank_dim, k))]
-        return store.native.rerank(queries, shortlist, store.position(reached) + 1, steps, k)
-    for dim, keep in (*plan.stages, (plan.rerank_dim, k)):
+    if store.native is not None:
+        return store.native.rerank(queries, shortlist, store.position(reached) + 1, list_blocks(store, steps), k)
+    for dim, keep, margin in steps:
         if dim != reached:
             survivors = extend(store, queries, survivors, reached, dim)
-        survivors = top_k(survivors.rows, survivors.scores, max(keep, k))
+        survivors = top_k(survivors.rows, survivors.scores, keep)
+        if margin < np.inf:
+            far = survivors.scores < survivors.scores[:, k - 1 : k] - np.float32(margin)
+            survivors.rows[far], survivors.scores[far] = NO_ROW, NO_SCORE
         reached = dim
     return Hits(survivors.rows[:, :k], survivors.scores[:, :k])
+
+
+def list_blocks(store: PrefixStore, steps: Sequence[tuple[int, int, float]]) -> Steps:
+    """The steps of a plan with the number of blocks up to their dim in place of the dim."""
+    return [(store.position(dim) + 1, keep, margin) for dim, keep, margin in steps]
 
 
 def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
@@ -53,7 +76,7 @@ def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: i
     """
     if store.native is not None:
         first, num = store.position(reached) + 1 if reached else 0, hits.rows.shape[1]
-        return store.native.rerank(queries, hits, first, [(store.position(dim) + 1, num)], num)
+        return store.native.rerank(queries, hits, first, [(store.position(dim) + 1, num, np.inf)], num)
     valid = np.where(hits.rows == NO_ROW, 0, hits.rows)
     if reached:
         dots = np.where(hits.rows == NO_ROW, 0, hits.scores) * _lengths(store, queries, valid, reached)
@@ -73,11 +96,11 @@ def _lengths(store: PrefixStore, queries: Floats, rows: Rows, dim: int) -> Float
 def _partial_dots(store: PrefixStore, position: int, queries: Floats, rows: Rows) -> Floats:
     """Dot products [n, k] over one block: ``queries`` are [n, width], ``rows`` [n, k] are valid."""
     block, (n, k) = store.blocks[position], rows.shape
-    if block.dtype == np.float32:
+    if block.dtype == np.float32 and block.flags.c_contiguous:
         return inner_products_by_row(queries, block, np.ascontiguousarray(rows))
     out = np.empty((n, k), np.float32)
     for part in row_slices(n, max(1, GATHER_NUMBERS // max(1, k * block.shape[1]))):
-        out[part] = np.matmul(to_float32(block[rows[part]]), queries[part, :, None])[..., 0]
+        out[part] = np.einsum("nkd,nd->nk", to_float32(block[rows[part]]), queries[part])
     return out
 
 
@@ -115,8 +138,8 @@ def _scan_native(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Ro
     found = empty_hits(len(queries), k)
     for part in row_slices(len(queries), max(1, SCAN_SCORES // max(1, len(rows)))):
         lines = np.broadcast_to(rows, (len(queries[part]), len(rows)))
-        candidates = Hits(lines, np.empty(lines.shape, np.float32))
-        found.rows[part], found.scores[part] = library.rerank(queries[part], candidates, 0, [(num_blocks, k)], k)
+        candidates, steps = Hits(lines, np.empty(lines.shape, np.float32)), [(num_blocks, k, np.inf)]
+        found.rows[part], found.scores[part] = library.rerank(queries[part], candidates, 0, steps, k)
     return found
 
 
@@ -126,7 +149,7 @@ def _dots_in_order(store: PrefixStore, queries: Floats, place: slice | Rows, dim
     dots: Floats = np.zeros((len(queries), 1), np.float32)
     for position in range(store.position(dim) + 1):
         start, stop = store.meta.borders[position]
-        block = to_float32(store.blocks[position][place])
+        block = np.ascontiguousarray(to_float32(store.blocks[position][place]))
         rows = np.broadcast_to(np.arange(len(block)), (len(queries), len(block))).copy()
         dots = dots + inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
     return dots

@@ -8,6 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from lookalike.retrieval.filters import (
 from lookalike.retrieval.graph import Graph
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, merge_hits, top_k
-from lookalike.retrieval.rerank import extend, rerank, scan
+from lookalike.retrieval.rerank import extend, list_blocks, rerank, scan
 from lookalike.retrieval.shortlist import Shortlist, load_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, normalise
 
@@ -199,6 +200,10 @@ class ShardSearcher:
     ) -> Hits:  # fmt: skip
         """What the index finds, with cosines at its dim."""
         index = self.index_over(plan.shortlist_dim)
+        if isinstance(index, Graph) and index.native is not None and self.store.native is not None:
+            steps = [(self.store.position(plan.shortlist_dim) + 1, wanted, inf)]
+            return index.search_store(self.store.native, vectors, wanted, steps, wanted, ef_search=ef or plan.ef_search,
+                                      allowed=allowed, widen=widen)  # fmt: skip
         prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
         found = index.search(prefix, wanted, ef_search=ef or plan.ef_search, nprobe=plan.nprobe,
                              allowed=allowed, widen=widen)  # fmt: skip
@@ -245,8 +250,15 @@ class ShardSearcher:
 
         ``allowed`` keeps the answer to some rows: conditions such as {"view": ["icon"]}, or bool [rows of the shard].
         """
-        vectors = self._checked(queries, k, plan)
-        return self._rank(vectors, self._find(vectors, k, plan, self._allowed(allowed)), k, plan)
+        vectors, only = self._checked(queries, k, plan), self._allowed(allowed)
+        if only is None and not plan.scan and self.meta.num_rows and self.store.native is not None:
+            index = self.index_over(plan.shortlist_dim)
+            if isinstance(index, Graph) and index.native is not None:
+                wanted = min(max(k, plan.shortlist_k), self.meta.num_rows)
+                steps = list_blocks(self.store, plan.list_steps(k))
+                hits = index.search_store(self.store.native, vectors, wanted, steps, k, ef_search=plan.ef_search)
+                return _shift(hits, self.meta.row_offset)
+        return self._rank(vectors, self._find(vectors, k, plan, only), k, plan)
 
     def _checked(self, queries: npt.ArrayLike, k: int, plan: Plan) -> Floats:
         if k < 1:
@@ -266,7 +278,7 @@ class ShardSearcher:
 
 
 def _shift(hits: Hits, offset: int) -> Hits:
-    return Hits(np.where(hits.rows == NO_ROW, NO_ROW, hits.rows + offset), hits.scores)
+    return Hits(np.where(hits.rows == NO_ROW, NO_ROW, hits.rows + offset), hits.scores) if offset else hits
 
 
 class Searcher:
@@ -298,7 +310,7 @@ class Searcher:
         if isinstance(allowed, np.ndarray):
             filters = list(np.split(check_mask(allowed, self.meta.num_rows), self.meta.offsets[1:]))
         parts = [shard.search(queries, k, plan, own) for shard, own in zip(self.shards, filters, strict=True)]
-        return merge_hits(parts, k)
+        return parts[0] if len(parts) == 1 else merge_hits(parts, k)
 
     def ids(self, rows: npt.ArrayLike) -> list[str]:
         """The stored id of each global row; ``""`` for -1."""

@@ -3,7 +3,7 @@
 A reader of the first m dimensions touches the blocks up to m and no others, and no dimension is stored twice.
 Files of a shard folder (n rows, nested dims d_1 < ... < d_j):
 
-- ``block-<from>-<to>.npy``: [n, to - from], float32 or float16, one per pair of neighbouring dims
+- ``block-<from>-<to>.npy``: [n, to - from], float32 or float16; between neighbouring dims, but small dims share one
 - ``norms.npy``: [j, n] float32, the norm of each row's prefix at each nested dim
 - ``rows.arrow``: image_id and metadata columns, sorted by image_id, read through a memory map
 - ``shard.json``: :class:`ShardMeta`, written last
@@ -33,6 +33,8 @@ from lookalike.retrieval.ranking import Floats, Rows
 SHARD_META = "shard.json"
 ROWS_FILE = "rows.arrow"
 NORMS_FILE = "norms.npy"
+BLOCK_BYTES = 128
+"""Bytes of a row that a block holds at least: to read less from a place of its own costs as much."""
 
 
 class ShardMeta(Config):
@@ -46,6 +48,8 @@ class ShardMeta(Config):
     """Global number of the shard's first row."""
     dims: tuple[int, ...] = Field(min_length=1)
     """Nested dims, smallest first; the last is the size of a vector."""
+    block_dims: tuple[int, ...] = ()
+    """Dims at which a block ends; all nested dims when there are none."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the blocks."""
     shortlist: str = "flat"
@@ -58,6 +62,8 @@ class ShardMeta(Config):
     @model_validator(mode="after")
     def _nested(self) -> "ShardMeta":
         check_dims(self.dims)
+        if self.block_dims and (self.block_dims[-1] != self.dim or not set(self.block_dims) <= set(self.dims)):
+            raise ValueError(f"block_dims {self.block_dims} do not end at {self.dim} or are none of {self.dims}")
         return self
 
     @property
@@ -67,14 +73,29 @@ class ShardMeta(Config):
 
     @property
     def borders(self) -> list[tuple[int, int]]:
+        """(from, to) between neighbouring nested dims."""
+        return list(pairwise((0, *self.dims)))
+
+    @property
+    def block_borders(self) -> list[tuple[int, int]]:
         """(from, to) of each block."""
-        return list(zip((0, *self.dims[:-1]), self.dims, strict=True))
+        return list(pairwise((0, *(self.block_dims or self.dims))))
 
 
 def check_dims(dims: Sequence[int]) -> None:
     """Raise ``UsageError`` unless ``dims`` are positive and grow."""
     if not dims or dims[0] < 1 or any(b <= a for a, b in pairwise(dims)):
         raise UsageError(f"nested dims {list(dims)} must be positive and grow, as in [8, 16, 32]")
+
+
+def choose_blocks(dims: Sequence[int], dtype: str) -> tuple[int, ...]:
+    """The nested dims at which blocks end: a block spans as many as fill ``BLOCK_BYTES``."""
+    chosen, begun = [], 0
+    for dim in dims:
+        if dim == dims[-1] or (dim - begun) * np.dtype(dtype).itemsize >= BLOCK_BYTES:
+            chosen.append(dim)
+            begun = dim
+    return tuple(chosen)
 
 
 def block_name(start: int, stop: int) -> str:
@@ -126,8 +147,9 @@ class PrefixWriter:
         create = np.lib.format.open_memmap
         self._blocks = [
             create(f"{folder}/{block_name(a, b)}", mode="w+", dtype=meta.dtype, shape=(meta.num_rows, b - a))
-            for a, b in meta.borders
+            for a, b in meta.block_borders
         ]
+        self._views = _split(self._blocks, meta)
         self._norms = create(f"{folder}/{NORMS_FILE}", mode="w+", dtype=np.float32,
                              shape=(len(meta.dims), meta.num_rows))  # fmt: skip
 
@@ -137,7 +159,7 @@ class PrefixWriter:
         squares = np.zeros(len(rows), np.float64)
         for position, (start, stop) in enumerate(self.meta.borders):
             block = unit[:, start:stop].astype(self.meta.dtype)
-            self._blocks[position][rows] = block
+            self._views[position][rows] = block
             squares += np.square(block.astype(np.float64)).sum(axis=1)
             self._norms[position, rows] = np.sqrt(squares)
         self.num_zero += int((squares == 0).sum())
@@ -147,6 +169,13 @@ class PrefixWriter:
         for array in (*self._blocks, self._norms):
             if array.size:
                 array.flush()
+
+
+def _split(arrays: Sequence[npt.NDArray[Any]], meta: ShardMeta) -> list[npt.NDArray[Any]]:
+    """The parts of block ``arrays`` between neighbouring nested dims."""
+    placed = zip(arrays, meta.block_borders, strict=True)
+    return [array[:, a - start : b - start] for array, (start, stop) in placed
+            for a, b in meta.borders if start <= a < stop]  # fmt: skip
 
 
 def write_rows(folder: str, table: pa.Table) -> None:
@@ -160,7 +189,9 @@ class PrefixStore:
 
     def __init__(self, folder: str, meta: ShardMeta) -> None:
         self.folder, self.meta = folder, meta
-        self.blocks = [self._array(block_name(a, b), (meta.num_rows, b - a), meta.dtype) for a, b in meta.borders]
+        arrays = [self._array(block_name(a, b), (meta.num_rows, b - a), meta.dtype) for a, b in meta.block_borders]
+        self.blocks = _split(arrays, meta)
+        """[n, width] between neighbouring nested dims: slices of the mapped arrays."""
         self.norms = self._array(NORMS_FILE, (len(meta.dims), meta.num_rows), "float32")
         if len(self.table) != meta.num_rows:
             raise ArtifactError(f"{folder}/{ROWS_FILE} has {len(self.table)} rows, {SHARD_META} says {meta.num_rows}; "
@@ -239,7 +270,10 @@ def read_meta(folder: str) -> ShardMeta:
 
 
 def write_store(folder: str, meta: ShardMeta, table: pa.Table, batches: Iterable[tuple[Rows, Floats]]) -> ShardMeta:
-    """Write blocks, norms and metadata of a shard from batches of (rows, raw vectors) that cover every row once."""
+    """Write blocks, norms and metadata of a shard from batches of (rows, raw vectors) that cover every row once.
+
+    Returns what ``shard.json`` is to say: ``meta`` with its blocks chosen and its zero vectors counted."""
+    meta = meta.model_copy(update={"block_dims": choose_blocks(meta.dims, meta.dtype)})
     writer = PrefixWriter(folder, meta)
     for rows, vectors in batches:
         writer.write(rows, vectors)
