@@ -50,6 +50,8 @@ class PlanLike(Protocol):
     @property
     def nprobe(self) -> int | None: ...  # noqa: D102
     @property
+    def margins(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
     def scan(self) -> bool: ...  # noqa: D102
 
 
@@ -64,6 +66,7 @@ class SearchPlan:
     ef_search: int | None = None
     scan: bool = False
     nprobe: int | None = None
+    margins: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ def _options(
     sent = None if plan is None else pb.Plan(
         shortlist_dim=plan.shortlist_dim, shortlist_k=plan.shortlist_k, rerank_dim=plan.rerank_dim,
         stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages], ef_search=plan.ef_search,
-        scan=plan.scan, nprobe=plan.nprobe,
+        scan=plan.scan, nprobe=plan.nprobe, margins=plan.margins,
     )  # fmt: skip
     return pb.SearchOptions(k=k, plan=sent, timeout_ms=timeout_ms, model_fingerprint=model_fingerprint,
                             allow_partial=allow_partial)  # fmt: skip
@@ -255,7 +258,7 @@ def _plan(plan: pb.Plan) -> SearchPlan:
     stages = tuple((step.dim, step.keep) for step in plan.stages)
     return SearchPlan(plan.shortlist_dim, plan.shortlist_k, plan.rerank_dim, stages,
                       plan.ef_search if plan.HasField("ef_search") else None, plan.scan,
-                      plan.nprobe if plan.HasField("nprobe") else None)  # fmt: skip
+                      plan.nprobe if plan.HasField("nprobe") else None, tuple(plan.margins))  # fmt: skip
 
 
 def _info(info: pb.SearchInfo) -> SearchInfo:

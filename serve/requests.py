@@ -62,7 +62,8 @@ def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:
     values = {"shortlist_dim": message.shortlist_dim, "shortlist_k": message.shortlist_k, "scan": message.scan,
               "stages": tuple((step.dim, step.keep) for step in message.stages), "rerank_dim": message.rerank_dim,
               "ef_search": message.ef_search if message.HasField("ef_search") else None,
-              "nprobe": message.nprobe if message.HasField("nprobe") else None}  # fmt: skip
+              "nprobe": message.nprobe if message.HasField("nprobe") else None,
+              "margins": tuple(message.margins)}  # fmt: skip
     try:
         plan = parse_plan(values, "the request")
         check_plan(plan, meta)
@@ -83,7 +84,7 @@ def write_plan(plan: Plan) -> pb.Plan:
     """A plan as it travels."""
     return pb.Plan(shortlist_dim=plan.shortlist_dim, shortlist_k=plan.shortlist_k, rerank_dim=plan.rerank_dim,
                    stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages], ef_search=plan.ef_search,
-                   scan=plan.scan, nprobe=plan.nprobe)  # fmt: skip
+                   scan=plan.scan, nprobe=plan.nprobe, margins=plan.margins)  # fmt: skip
 
 
 def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Queries:

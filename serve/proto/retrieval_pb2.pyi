@@ -39,7 +39,7 @@ class PlanStep(_message.Message):
     def __init__(self, dim: _Optional[int] = ..., keep: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("shortlist_dim", "shortlist_k", "stages", "rerank_dim", "ef_search", "scan", "nprobe")
+    __slots__ = ("shortlist_dim", "shortlist_k", "stages", "rerank_dim", "ef_search", "scan", "nprobe", "margins")
     SHORTLIST_DIM_FIELD_NUMBER: _ClassVar[int]
     SHORTLIST_K_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class Plan(_message.Message):
     EF_SEARCH_FIELD_NUMBER: _ClassVar[int]
     SCAN_FIELD_NUMBER: _ClassVar[int]
     NPROBE_FIELD_NUMBER: _ClassVar[int]
+    MARGINS_FIELD_NUMBER: _ClassVar[int]
     shortlist_dim: int
     shortlist_k: int
     stages: _containers.RepeatedCompositeFieldContainer[PlanStep]
@@ -54,7 +55,8 @@ class Plan(_message.Message):
     ef_search: int
     scan: bool
     nprobe: int
-    def __init__(self, shortlist_dim: _Optional[int] = ..., shortlist_k: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[PlanStep, _Mapping]]] = ..., rerank_dim: _Optional[int] = ..., ef_search: _Optional[int] = ..., scan: _Optional[bool] = ..., nprobe: _Optional[int] = ...) -> None: ...
+    margins: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, shortlist_dim: _Optional[int] = ..., shortlist_k: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[PlanStep, _Mapping]]] = ..., rerank_dim: _Optional[int] = ..., ef_search: _Optional[int] = ..., scan: _Optional[bool] = ..., nprobe: _Optional[int] = ..., margins: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Hit(_message.Message):
     __slots__ = ("id", "score", "metadata")

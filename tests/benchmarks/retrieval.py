@@ -28,7 +28,7 @@ from lookalike.retrieval.metrics import per_query_overlap
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
+from lookalike.retrieval.shortlist import EF_CONSTRUCTION, HNSW_M, ShortlistOptions, build_shortlist, shortlist_name
 from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, normalise, write_store
 from lookalike.retrieval.synthetic import make_vectors
 
@@ -64,19 +64,17 @@ def open_ours(
     return ShardSearcher.open(folder), seconds
 
 
-def build_faiss(
-    data: Floats, prefix: int, options: ShortlistOptions
-) -> tuple[faiss.Index, faiss.Index, dict[str, float]]:
+def build_faiss(data: Floats, prefix: int) -> tuple[faiss.Index, faiss.Index, dict[str, float]]:
     """(HNSW over the full vector, IndexRefine over HNSW of a prefix) and the seconds each took."""
     unit, seconds = normalise(data), {}
     start = time.perf_counter()
-    full = faiss.IndexHNSWFlat(data.shape[1], options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
-    full.hnsw.efConstruction = options.ef_construction
+    full = faiss.IndexHNSWFlat(data.shape[1], HNSW_M, faiss.METRIC_INNER_PRODUCT)
+    full.hnsw.efConstruction = EF_CONSTRUCTION
     full.add(unit)
     seconds["full"] = time.perf_counter() - start
     start = time.perf_counter()
-    graph = faiss.IndexHNSWFlat(prefix, options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction = options.ef_construction
+    graph = faiss.IndexHNSWFlat(prefix, HNSW_M, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = EF_CONSTRUCTION
     cut = faiss.IndexPreTransform(faiss.NormalizationTransform(prefix, 2.0), graph)
     base = faiss.IndexPreTransform(faiss.RemapDimensionsTransform(data.shape[1], prefix, False), cut)
     refine = faiss.IndexRefine(base, faiss.IndexFlatIP(data.shape[1]))
@@ -112,7 +110,7 @@ def list_cases(folder: str, data: Floats) -> Iterator[tuple[str, Search, dict[st
     del flat
     for kind, dtype in OURS:
         yield from _our_cases(f"{folder}/{kind}-{dtype}", kind, dtype, data, dims)
-    full, refine, built = build_faiss(data, 64, ShortlistOptions())
+    full, refine, built = build_faiss(data, 64)
     for ef in (24, 32, 48, 64, 128):
         settings = faiss.SearchParametersHNSW(efSearch=ef)
         facts = {"build_s": round(built["full"], 1), "held_mb": round(num * (dim * 4 + 64 * 4) / 1e6, 1)}

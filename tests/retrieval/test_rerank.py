@@ -25,14 +25,17 @@ def cosines(queries, vectors, dim):
 
 
 def funnel_oracle(queries, vectors, k, plan):
-    """Oracle: one query at a time, full cosines at every step, stable sort."""
+    """Oracle: one query at a time, full cosines at every step, stable sort, rows too far below the k-th left out."""
     rows = []
     steps = [(plan.shortlist_dim, plan.shortlist_k), *plan.stages, (plan.rerank_dim, k)]
+    margins = [*(plan.margins or [2.0] * (len(steps) - 1)), 2.0]
     for query in queries:
         alive = np.arange(len(vectors))
-        for dim, keep in steps:
+        for (dim, keep), margin in zip(steps, margins, strict=True):
             scores = cosines(query[None], vectors[alive], dim)[0]
-            alive = alive[np.lexsort((alive, -scores))][: max(keep, k)]
+            order = np.lexsort((alive, -scores))[: max(keep, k)]
+            alive, scores = alive[order], scores[order]
+            alive = alive[scores >= scores[k - 1] - margin]
         rows.append(alive[:k])
     return np.array(rows)
 
@@ -58,6 +61,8 @@ def block_bytes(request, monkeypatch):
     Plan(shortlist_dim=8, shortlist_k=40, rerank_dim=16),
     Plan(shortlist_dim=4, shortlist_k=80, stages=((8, 40), (16, 20)), rerank_dim=32),
     Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 15),), rerank_dim=32, scan=True),
+    Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 30),), rerank_dim=32, margins=(0.3, 0.02)),
+    Plan(shortlist_dim=4, shortlist_k=60, rerank_dim=32, margins=(0.0,)),
     Plan(shortlist_dim=32, shortlist_k=30, rerank_dim=32),
 ], ids=lambda plan: plan.describe())  # fmt: skip
 @pytest.mark.usefixtures("block_bytes")
@@ -66,6 +71,31 @@ def test_funnel_equals_the_one_shot_oracle(make_shard, vectors, queries, plan):
     np.testing.assert_array_equal(hits.rows, funnel_oracle(queries, vectors, 10, plan))
     expected = np.take_along_axis(cosines(queries, vectors, plan.rerank_dim), hits.rows, axis=1)
     np.testing.assert_allclose(hits.scores, expected, atol=3e-6)
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("margins", [(), (0.2, 0.05)])
+def test_one_call_answers_as_its_stages_one_after_the_other_do(make_shard, vectors, queries, dtype, margins):
+    """What a placement over several processes rests on, bit for bit."""
+    shard = make_shard(vectors, kind="graph", dtype=dtype, offset=70)
+    plan = Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 25),), rerank_dim=32, margins=margins, ef_search=80)
+    whole = shard.search(queries, 10, plan)
+    apart = shard.rerank(queries, shard.shortlist(queries, 10, plan), 10, plan)
+    np.testing.assert_array_equal(whole.rows, apart.rows)
+    np.testing.assert_array_equal(whole.scores, apart.scores)
+    alone = [shard.search(query, 10, plan) for query in queries]
+    np.testing.assert_array_equal(whole.scores, np.vstack([hits.scores for hits in alone]))
+
+
+@pytest.mark.parametrize(("dims", "dtype", "ends"), [
+    ((8, 16, 32, 64, 128, 256, 512, 1024, 2048), "float16", (64, 128, 2048)),
+    ((8, 16, 32, 64, 128, 256, 512, 1024, 2048), "float32", (32, 64, 128, 2048)),
+    ((8, 16, 32, 64, 128, 256, 512), "float16", (64, 512)),
+    ((100, 700), "float32", (100, 700)), ((4, 8), "float16", (8,)), ((64,), "float16", (64,)),
+])  # fmt: skip
+def test_blocks_end_where_a_read_is_worth_its_place(dims, dtype, ends):
+    assert store.choose_blocks(dims, dtype) == ends
 
 
 def test_two_stage_equals_faiss_index_refine(make_shard, vectors, queries):
@@ -164,6 +194,11 @@ def test_bad_plans_are_refused(make_shard, vectors, queries):
     for bad in ({"stages": ((8, 20), (4, 10))}, {"stages": ((16, 90),)}, {"rerank_dim": 2}, {"stages": ((16, 0),)}):
         with pytest.raises(ValueError, match="must"):
             Plan(**({"shortlist_dim": 4, "shortlist_k": 50, "rerank_dim": 32} | bad))
+    for margins in ((0.1,), (0.1, 0.1, 0.1), (-0.1, 0.1), (np.nan, 0.1)):
+        with pytest.raises(ValueError, match="margins"):
+            Plan(shortlist_dim=4, shortlist_k=50, stages=((8, 20),), rerank_dim=32, margins=margins)
+    with pytest.raises(ValueError, match="re-ranks"):
+        Plan(shortlist_dim=32, rerank_dim=32, margins=(0.1,))
     with pytest.raises(UsageError, match="its own"):
         shard.rerank(queries, Hits(np.full((20, 1), 300), np.ones((20, 1))), 1, Plan.exact(32))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PLANS = [
     Plan(shortlist_dim=8, shortlist_k=5, rerank_dim=64),
     Plan(shortlist_dim=8, shortlist_k=20, stages=((16, 12),), rerank_dim=64, ef_search=40, nprobe=3),
+    Plan(shortlist_dim=8, shortlist_k=20, stages=((16, 12),), rerank_dim=64, margins=(0.3, 0.05)),
     Plan.exact(64),
     Plan(shortlist_dim=16, shortlist_k=7, rerank_dim=16),
 ]

@@ -41,6 +41,8 @@ MIN_TRAINED = 1000
 """Rows from which on a shard trains codebooks."""
 MIN_PER_LIST = 39
 """Rows that k-means asks for per list; with fewer, lists would be noise."""
+HNSW_M, EF_CONSTRUCTION = 32, 80
+"""Links and candidates of faiss's HNSW when the settings do not say."""
 NPROBE = 16
 """Lists that an IVF type looks into when the plan does not say."""
 
@@ -48,10 +50,10 @@ NPROBE = 16
 class ShortlistOptions(Config):
     """Build settings of the index types; each reads those it knows."""
 
-    hnsw_m: int = Field(default=32, ge=2, le=256)
-    """Links a node of the HNSW graph keeps per layer (twice as many on the lowest)."""
-    ef_construction: int = Field(default=80, ge=4, le=4096)
-    """Candidates HNSW weighs for each vector it adds."""
+    hnsw_m: int | None = Field(default=None, ge=2, le=256)
+    """Links a node of a graph keeps per layer (twice as many on the lowest); 16 for ``graph``, else 32."""
+    ef_construction: int | None = Field(default=None, ge=4, le=4096)
+    """Candidates weighed for each vector that a graph takes; 120 for ``graph``, else 80."""
     nlist: int | None = Field(default=None, ge=1, le=1 << 20)
     """Lists of an IVF type; 2 * sqrt(rows of the shard) by default, and never more than rows / 39."""
     train_per_list: int = Field(default=64, ge=MIN_PER_LIST, le=4096)
@@ -74,8 +76,8 @@ def build_flat(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
 @SHORTLISTS.register("hnsw")
 def build_hnsw(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     """A navigable graph (Malkov and Yashunin), inner product of unit vectors = cosine."""
-    index = faiss.IndexHNSWFlat(vectors.shape[1], options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = options.ef_construction
+    index = faiss.IndexHNSWFlat(vectors.shape[1], options.hnsw_m or HNSW_M, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = options.ef_construction or EF_CONSTRUCTION
     index.add(vectors)
     return index
 
@@ -83,7 +85,7 @@ def build_hnsw(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
 @SHORTLISTS.register("graph")
 def build_int8_graph(vectors: Floats, options: ShortlistOptions) -> Graph:
     """The lowest layer of the same graph over int8 codes, searched by the C library."""
-    return build_graph(vectors, hnsw_m=options.hnsw_m, ef_construction=options.ef_construction)
+    return build_graph(vectors, hnsw_m=options.hnsw_m or 16, ef_construction=options.ef_construction or 120)
 
 
 @SHORTLISTS.register("hnsw-sq8")
@@ -92,8 +94,8 @@ def build_hnsw_sq8(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     if len(vectors) < MIN_TRAINED:
         return _flat(vectors)
     eight_bits: Any = faiss.ScalarQuantizer.QT_8bit  # an int; faiss's stubs ask for another class
-    index = faiss.IndexHNSWSQ(vectors.shape[1], eight_bits, options.hnsw_m, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = options.ef_construction
+    index = faiss.IndexHNSWSQ(vectors.shape[1], eight_bits, options.hnsw_m or HNSW_M, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = options.ef_construction or EF_CONSTRUCTION
     index.train(vectors)  # two passes for the extremes: all rows, so that none is clipped
     index.add(vectors)
     return index
