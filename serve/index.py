@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from lookalike.retrieval.shortlist import SHORTLISTS, ShortlistOptions, build_sh
 from lookalike.retrieval.store import (
     ROWS_FILE,
     SHARD_META,
+    Dtype,
     PrefixStore,
     ShardMeta,
     check_dims,
@@ -57,8 +58,9 @@ class IndexConfig(StageConfig, ShortlistOptions):
     one registered."""
     shortlist_dims: tuple[int, ...] | None = None
     """Prefixes to build a shortlist index over; all dims but the full one by default. The plan picks among them."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Number format of the stored vectors; float16 halves the index and costs about 1e-4 in a cosine."""
+    dtype: Dtype = "float32"
+    """Number format of the stored vectors; float16 halves the index and costs about 1e-4 in a cosine, int8 makes it a
+    quarter and costs about 1e-3."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Keep only rows whose column has one of the values, as in {"view": ["icon"]}; all conditions must hold."""
     batch_rows: int = runtime(16_384, ge=1, le=1 << 24)

@@ -8,9 +8,10 @@ import pytest
 from lookalike.errors import ArtifactError
 from lookalike.retrieval import graph, native
 from lookalike.retrieval.filters import Allowed
-from lookalike.retrieval.graph import Graph, build_graph, quantise
+from lookalike.retrieval.graph import Graph, build_graph
 from lookalike.retrieval.kernels import faiss_threads
 from lookalike.retrieval.ranking import NO_ROW, Floats
+from lookalike.retrieval.store import quantise
 from lookalike.retrieval.synthetic import make_vectors
 
 ROWS, DIM = 4000, 48

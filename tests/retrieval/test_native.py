@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lookalike.retrieval import native
 from lookalike.retrieval.native import NativeStore
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits
+from lookalike.retrieval.store import quantise
 from lookalike.retrieval.synthetic import make_vectors
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="the package was installed without a C compiler")
@@ -26,10 +27,15 @@ def build(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def make_store(vectors: Floats, dtype: str) -> tuple[NativeStore, Floats]:
     """A store, and what it holds as float64."""
-    blocks = [np.ascontiguousarray(vectors[:, a:b].astype(dtype)) for a, b in pairwise((0, *DIMS))]
-    held = np.hstack(blocks).astype(np.float64)
+    parts = [np.ascontiguousarray(vectors[:, a:b]) for a, b in pairwise((0, *DIMS))]
+    if dtype == "int8":
+        blocks, scales = zip(*(quantise(part) for part in parts), strict=True)
+        held = np.hstack([codes * by[:, None].astype(np.float64) for codes, by in zip(blocks, scales, strict=True)])
+    else:
+        blocks, scales = [part.astype(dtype) for part in parts], ()
+        held = np.hstack(blocks).astype(np.float64)
     norms = np.stack([np.linalg.norm(held[:, :dim], axis=1) for dim in DIMS]).astype(np.float32)
-    return NativeStore(blocks, norms, dtype), held
+    return NativeStore(blocks, norms, dtype, scales), held
 
 
 def cosines(queries: Floats, held: Floats, dim: int) -> Floats:
@@ -55,7 +61,7 @@ def require_best(hits: Hits, expected: Floats, allowed: np.ndarray | None = None
         assert all(a > b or r < s for (a, r), (b, s) in pairwise(zip(scores[: len(found)], found, strict=True)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("num_blocks", [1, 3, 5])
 def test_a_scan_finds_what_brute_force_finds(build: str, dtype: str, num_blocks: int) -> None:
     vectors, _ = make_vectors(2000, DIMS[-1], num_classes=20)
@@ -87,7 +93,7 @@ def test_a_scan_of_coarse_numbers_breaks_ties_by_row(num: int, k: int, seed: int
     require_best(store.scan(queries, 5, k)[0], cosines(queries, held, DIMS[-1]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("start", [0, 2])
 def test_a_funnel_keeps_what_one_shot_scores_keep(build: str, dtype: str, start: int) -> None:
     vectors, _ = make_vectors(900, DIMS[-1], num_classes=20)

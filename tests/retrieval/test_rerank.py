@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval import store
+from lookalike.retrieval import native, store
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Hits, empty_hits, from_keys, merge_hits, sort_keys, top_k
 from lookalike.retrieval.searcher import ShardSearcher
@@ -74,7 +74,7 @@ def test_funnel_equals_the_one_shot_oracle(make_shard, vectors, queries, plan):
 
 
 @pytest.mark.usefixtures("block_bytes")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("margins", [(), (0.2, 0.05)])
 def test_one_call_answers_as_its_stages_one_after_the_other_do(make_shard, vectors, queries, dtype, margins):
     """What a placement over several processes rests on, bit for bit."""
@@ -148,12 +148,36 @@ def test_searching_changes_nothing(make_shard, vectors, queries):
     np.testing.assert_array_equal(shard.search(queries, 10, plan).rows, first.rows)
 
 
-def test_float16_store_scores_within_its_rounding(make_shard, vectors, queries):
+@pytest.mark.parametrize("case", [("float16", 1e-3, 0.95), ("int8", 1e-2, 0.85)])
+def test_coarser_stores_score_within_their_rounding(make_shard, vectors, queries, case):
+    dtype, rounding, same = case
     plan = Plan(shortlist_dim=8, shortlist_k=60, rerank_dim=32)
-    half = make_shard(vectors, dtype="float16", name="half").search(queries, 5, plan)
+    coarse = make_shard(vectors, dtype=dtype, name="coarse").search(queries, 5, plan)
     full = make_shard(vectors, name="full").search(queries, 5, plan)
-    np.testing.assert_allclose(half.scores, full.scores, atol=1e-3)
-    assert (half.rows == full.rows).mean() > 0.95
+    np.testing.assert_allclose(coarse.scores, full.scores, atol=rounding)
+    assert (coarse.rows == full.rows).mean() > same
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_numpy_answers_as_the_library_does(make_shard, vectors, queries, dtype):
+    shard = make_shard(vectors, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "AVAILABLE", False)
+        require_numpy_answers(shard, queries)
+
+
+def require_numpy_answers(shard, queries):
+    """A shard opened where there is no library answers as ``shard``, opened where it is."""
+    plain = ShardSearcher.open(shard.store.folder)
+    assert plain.store.native is None
+    held = plain.store.read(slice(None)).astype(np.float64)
+    for plan in (Plan.exact(16), Plan(shortlist_dim=8, shortlist_k=40, stages=((16, 20),), rerank_dim=32)):
+        one, other = shard.search(queries, 6, plan), plain.search(queries, 6, plan)
+        np.testing.assert_array_equal(one.rows, other.rows)
+        np.testing.assert_allclose(one.scores, other.scores, atol=2e-6)
+        expected = np.take_along_axis(cosines(queries, held, plan.rerank_dim), one.rows, axis=1)
+        np.testing.assert_allclose(one.scores, expected, atol=3e-6)
 
 
 def test_zero_vectors_score_zero_and_break_nothing(make_shard, vectors, queries):

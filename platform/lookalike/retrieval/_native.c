@@ -22,7 +22,7 @@
 #define PREFETCH(address) ((void)0)
 #endif
 
-enum { LINE = 64, AHEAD = 4, SORT_FROM = 256, CHUNK = 512, BOUND_FROM = 32, FLOAT32 = 0, FLOAT16 = 1 };
+enum { LINE = 64, AHEAD = 4, SORT_FROM = 256, CHUNK = 512, BOUND_FROM = 32, FLOAT32 = 0, FLOAT16 = 1, INT8 = 2 };
 
 typedef struct {
     float score;
@@ -96,6 +96,15 @@ INLINE float dot_half_any(const float *query, const uint16_t *row, int32_t width
     for (int j = 0; j < 8; j++) sum += sums[j];
     return sum;
 }
+INLINE float dot_code_any(const float *query, const int8_t *row, int32_t width) {
+    float sums[8] = {0}, sum = 0;
+    int32_t i = 0;
+    for (; i + 8 <= width; i += 8)
+        for (int j = 0; j < 8; j++) sums[j] += query[i + j] * (float)row[i + j];
+    for (; i < width; i++) sum += query[i] * (float)row[i];
+    for (int j = 0; j < 8; j++) sum += sums[j];
+    return sum;
+}
 #define TARGET
 #include "_native_kernels.h"
 #undef TARGET
@@ -147,6 +156,20 @@ TARGET INLINE float dot_half_avx2(const float *query, const uint16_t *row, int32
     }
     float sum = sum_of_8(_mm256_add_ps(one, two));
     for (; i < width; i++) sum += query[i] * _cvtsh_ss(row[i]);
+    return sum;
+}
+TARGET INLINE float dot_code_avx2(const float *query, const int8_t *row, int32_t width) {
+    __m256 one = _mm256_setzero_ps(), two = _mm256_setzero_ps();
+    int32_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+        const __m128i codes = _mm_loadu_si128((const __m128i *)(row + i));
+        const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+        const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)));
+        one = _mm256_fmadd_ps(_mm256_loadu_ps(query + i), low, one);
+        two = _mm256_fmadd_ps(_mm256_loadu_ps(query + i + 8), high, two);
+    }
+    float sum = sum_of_8(_mm256_add_ps(one, two));
+    for (; i < width; i++) sum += query[i] * (float)row[i];
     return sum;
 }
 #include "_native_kernels.h"

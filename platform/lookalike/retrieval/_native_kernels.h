@@ -14,10 +14,11 @@ typedef struct {
 /* A prefix store: dimension blocks, and the norm of each row's prefix at the end of each block. Blocks may lie side by
  * side in one array, whose rows are then wider than they are. */
 typedef struct {
-    const void *const *blocks; /* [num_blocks] of [num_rows, width], float32 or float16 */
-    const int32_t *widths;     /* [num_blocks] */
-    const int64_t *strides;    /* [num_blocks] bytes from one row to the next */
-    const float *norms;        /* [num_blocks, num_rows] */
+    const void *const *blocks;  /* [num_blocks] of [num_rows, width], float32, float16 or int8 */
+    const int32_t *widths;      /* [num_blocks] */
+    const int64_t *strides;     /* [num_blocks] bytes from one row to the next */
+    const float *const *scales; /* [num_blocks] of [num_rows], what int8 are multiplied with */
+    const float *norms;         /* [num_blocks, num_rows] */
     int64_t num_rows;
     int32_t num_blocks, dtype, dim; /* dim: of a query */
 } Store;
@@ -25,8 +26,9 @@ typedef struct {
 /* Neighbouring blocks read as one. */
 typedef struct {
     const char *at;
+    const float *scales;
     int64_t stride;
-    int32_t width, next; /* next: the block after */
+    int32_t width, bytes, next; /* bytes: of a row; next: the block after */
 } Run;
 
 /* One step of a re-rank: read up to block `stop` - 1, keep the best. */
@@ -113,23 +115,25 @@ TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queri
 
 /* The blocks from `block` on, but not beyond `stop`, that lie side by side. */
 INLINE Run NAME(run_from)(const Store *store, int32_t block, int32_t stop) {
-    const int32_t size = store->dtype == FLOAT16 ? 2 : 4;
-    Run run = {store->blocks[block], store->strides[block], store->widths[block], block + 1};
+    const int32_t size = store->dtype == FLOAT32 ? 4 : store->dtype == FLOAT16 ? 2 : 1;
+    Run run = {store->blocks[block], store->scales[block], store->strides[block], store->widths[block], 0, block + 1};
     while (run.next < stop && store->strides[run.next] == run.stride &&
            store->blocks[run.next] == run.at + (int64_t)run.width * size)
         run.width += store->widths[run.next++];
+    run.bytes = run.width * size;
     return run;
 }
 
 TARGET INLINE float NAME(dot_run)(const Store *store, const Run *run, const float *query, int64_t row) {
     const char *at = run->at + row * run->stride;
     if (store->dtype == FLOAT16) return NAME(dot_half)(query, (const uint16_t *)at, run->width);
+    if (store->dtype == INT8) return NAME(dot_code)(query, (const int8_t *)at, run->width) * run->scales[row];
     return NAME(dot_float)(query, (const float *)at, run->width);
 }
 
-INLINE void NAME(prefetch_run)(const Store *store, const Run *run, int64_t row) {
-    const int64_t bytes = (int64_t)run->width * (store->dtype == FLOAT16 ? 2 : 4);
-    prefetch(run->at + row * run->stride, bytes < 8 * LINE ? bytes : 8 * LINE);
+INLINE void NAME(prefetch_run)(const Run *run, int64_t row) {
+    prefetch(run->at + row * run->stride, run->bytes < 8 * LINE ? run->bytes : 8 * LINE);
+    if (run->scales) PREFETCH(run->scales + row);
 }
 
 /* The norm of a query's prefix at the end of each block. */
@@ -185,7 +189,7 @@ TARGET static int32_t NAME(rerank)(const Store *store, const float *queries, int
                 const Run run = NAME(run_from)(store, block, step->stop);
                 for (int32_t i = 0; i < size; i++) {
                     if (i + AHEAD < size) {
-                        NAME(prefetch_run)(store, &run, survivors[i + AHEAD].row);
+                        NAME(prefetch_run)(&run, survivors[i + AHEAD].row);
                         PREFETCH(norms + survivors[i + AHEAD].row);
                     }
                     survivors[i].score += NAME(dot_run)(store, &run, at, survivors[i].row);
@@ -285,7 +289,7 @@ TARGET static int64_t NAME(scan)(const Store *store, const float *queries, int32
                 numbers += (int64_t)size * run.width;
                 for (int32_t i = 0; i < size; i++) {
                     /* all rows of a block lie in order, and the processor foresees them; survivors do not */
-                    if (size < CHUNK && i + AHEAD < size) NAME(prefetch_run)(store, &run, alive[i + AHEAD].row);
+                    if (size < CHUNK && i + AHEAD < size) NAME(prefetch_run)(&run, alive[i + AHEAD].row);
                     alive[i].score += NAME(dot_run)(store, &run, at, alive[i].row);
                 }
                 at += run.width;

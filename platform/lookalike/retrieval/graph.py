@@ -22,7 +22,7 @@ from lookalike.retrieval import native
 from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.native import Bits, Codes, NativeGraph, NativeStore, Steps
 from lookalike.retrieval.ranking import Floats, Hits, empty_hits, from_keys, pad_hits, sort_keys
-from lookalike.retrieval.store import row_slices
+from lookalike.retrieval.store import quantise, row_slices
 
 Ints = npt.NDArray[np.int32]
 ALIGNED = 64
@@ -30,14 +30,6 @@ ALIGNED = 64
 ARRAYS = {"codes": np.int8, "scales": np.float32, "links": np.int32, "entries": np.int32}
 SCAN_ROWS = 1 << 14
 """Rows that a search without the C library scores at a time."""
-
-
-def quantise(vectors: Floats) -> tuple[Codes, Floats]:
-    """int8 codes [n, d] from -127 to 127 and the scales float32 [n] that turn them back: value ~ code * scale."""
-    largest = np.abs(vectors).max(axis=1, initial=0).astype(np.float32)
-    scales = largest / np.float32(127)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
-    return np.rint(vectors * inverse[:, None]).astype(np.int8), scales
 
 
 def build_graph(vectors: Floats, *, hnsw_m: int, ef_construction: int) -> "Graph":

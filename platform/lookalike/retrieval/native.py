@@ -19,7 +19,7 @@ Codes = npt.NDArray[np.int8]
 Steps = Sequence[tuple[int, int, float]]
 """(blocks read in all, rows kept, how far below the k-th a kept row's cosine may be) of each step of a re-rank."""
 Bits = npt.NDArray[np.uint8]
-_DTYPES = {"float32": 0, "float16": 1}
+_DTYPES = {"float32": 0, "float16": 1, "int8": 2}
 
 
 class _Graph(ctypes.Structure):
@@ -33,7 +33,7 @@ class _Step(ctypes.Structure):
 
 
 class _Store(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("blocks", "widths", "strides", "norms")] + [
+    _fields_ = [(name, ctypes.c_void_p) for name in ("blocks", "widths", "strides", "scales", "norms")] + [
         ("num_rows", ctypes.c_int64), ("num_blocks", ctypes.c_int32), ("dtype", ctypes.c_int32),
         ("dim", ctypes.c_int32)]  # fmt: skip
 
@@ -126,17 +126,24 @@ def _step_array(steps: Steps) -> Any:
 class NativeStore:
     """Re-rank and scan of a prefix store: its blocks [n, width] of one dtype, and norms float32 [blocks, n].
 
-    Blocks may be slices of wider arrays; those that lie side by side are read as one.
+    Blocks may be slices of wider arrays; those that lie side by side are read as one. Each int8 block has ``scales``
+    float32 [n], the same for those read as one.
     """
 
-    def __init__(self, blocks: Sequence[npt.NDArray[Any]], norms: Floats, dtype: str) -> None:
+    def __init__(
+        self, blocks: Sequence[npt.NDArray[Any]], norms: Floats, dtype: str, scales: Sequence[Floats | None] = ()
+    ) -> None:
         self._widths = np.array([block.shape[1] for block in blocks], np.int32)
         self._strides = np.array([block.strides[0] for block in blocks], np.int64)
         self._pointers = (ctypes.c_void_p * len(blocks))(*(block.ctypes.data for block in blocks))
-        self._arrays = (*blocks, norms)
-        self._store = _Store(ctypes.addressof(self._pointers), self._widths.ctypes.data, self._strides.ctypes.data,
-                             norms.ctypes.data, norms.shape[1], len(blocks), _DTYPES[dtype],
-                             int(self._widths.sum()))  # fmt: skip
+        own = [0 if one is None else one.ctypes.data for one in scales or [None] * len(blocks)]
+        self._scales = (ctypes.c_void_p * len(blocks))(*own)
+        self._arrays = (*blocks, norms, *scales)
+        self._store = _Store(
+            ctypes.addressof(self._pointers), self._widths.ctypes.data, self._strides.ctypes.data,
+            ctypes.addressof(self._scales), norms.ctypes.data, norms.shape[1], len(blocks), _DTYPES[dtype],
+            int(self._widths.sum()),
+        )  # fmt: skip
         self._address = ctypes.addressof(self._store)
 
     def rerank(self, queries: Floats, candidates: Hits, first_block: int, steps: Steps, k: int) -> Hits:

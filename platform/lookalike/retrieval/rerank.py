@@ -25,10 +25,10 @@ from lookalike.retrieval.ranking import (
     sort_keys,
     top_k,
 )
-from lookalike.retrieval.store import PrefixStore, inverse_norms, normalise, row_slices, to_float32
+from lookalike.retrieval.store import PrefixStore, inverse_norms, normalise, row_slices
 
 GATHER_NUMBERS = 1 << 21
-"""float16 numbers that a re-rank converts at a time: 8 MB as float32."""
+"""Numbers that a re-rank converts at a time: 8 MB as float32."""
 SCAN_NUMBERS = 1 << 20
 """Stored numbers that a scan converts at a time: 4 MB, which stays in cache."""
 GATHER_SHARE = 1 / 16
@@ -100,7 +100,7 @@ def _partial_dots(store: PrefixStore, position: int, queries: Floats, rows: Rows
         return inner_products_by_row(queries, block, np.ascontiguousarray(rows))
     out = np.empty((n, k), np.float32)
     for part in row_slices(n, max(1, GATHER_NUMBERS // max(1, k * block.shape[1]))):
-        out[part] = np.einsum("nkd,nd->nk", to_float32(block[rows[part]]), queries[part])
+        out[part] = np.einsum("nkd,nd->nk", store.numbers(position, rows[part]), queries[part])
     return out
 
 
@@ -149,7 +149,7 @@ def _dots_in_order(store: PrefixStore, queries: Floats, place: slice | Rows, dim
     dots: Floats = np.zeros((len(queries), 1), np.float32)
     for position in range(store.position(dim) + 1):
         start, stop = store.meta.borders[position]
-        block = np.ascontiguousarray(to_float32(store.blocks[position][place]))
+        block = store.numbers(position, place)
         rows = np.broadcast_to(np.arange(len(block)), (len(queries), len(block))).copy()
         dots = dots + inner_products_by_row(np.ascontiguousarray(queries[:, start:stop]), block, rows)
     return dots
