@@ -148,5 +148,7 @@ def test_a_mask_over_all_shards_is_cut_at_their_borders(open_shard, tmp_path):
     np.testing.assert_array_equal(searcher.search(QUERIES, 10, allowed=mask[:2000]).rows, brute_force(mask, 10))
     icons = np.array([n < 2000 and n % 3 == 0 for n in range(NUM)])
     np.testing.assert_array_equal(searcher.search(QUERIES, 10, PLAN, {"view": ["icon"]}).rows, brute_force(icons, 10))
+    shared = searcher.search(QUERIES, 10, PLAN, {"view": ["icon"]}, num_threads=3)
+    np.testing.assert_array_equal(shared.rows, brute_force(icons, 10))
     with pytest.raises(UsageError, match="give bool"):
         searcher.search(QUERIES, 10, allowed=mask)

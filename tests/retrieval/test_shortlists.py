@@ -112,6 +112,27 @@ def test_two_stages_equal_faiss_index_refine_over_the_same_index(make_shard, kin
     np.testing.assert_allclose(hits.scores, scores, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["ivf", "ivf-pq"])
+def test_lists_can_be_made_by_fewer_dimensions_than_rows_are_compared_by(tmp_path, kind):
+    """AdANNS: the lists a query looks into are those whose centroids are nearest at the coarse dim."""
+    unit, queries = normalise(STORED[:, :24].copy()), normalise(QUERIES[:, :24].copy())
+    built = build_shortlist(kind, unit, ShortlistOptions(coarse_dim=8))
+    built.save(str(tmp_path / "index"))
+    loaded = load_shortlist(kind, str(tmp_path / "index"), num_rows=NUM, dim=24)
+    hits = loaded.search(queries, NUM, nprobe=3)
+    np.testing.assert_array_equal(built.search(queries, NUM, nprobe=3).rows, hits.rows)
+    index = loaded.index
+    centroids = index.quantizer.reconstruct_n(0, index.nlist)
+    assert not centroids[:, 8:].any()
+    coarse = normalise(STORED[:, :8].copy()) @ centroids[:, :8].T
+    own, near = coarse.argmax(axis=1), np.argsort(-(queries[:, :8] @ centroids[:, :8].T), axis=1)[:, :3]
+    for found, lists in zip(hits.rows, near, strict=True):
+        assert set(own[found[found != NO_ROW]]) <= set(lists)
+        if kind == "ivf":
+            assert set(found[found != NO_ROW]) == set(np.flatnonzero(np.isin(own, lists)))
+    assert build_shortlist(kind, unit, ShortlistOptions(coarse_dim=24)).nlist == index.nlist
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_builds_are_the_same_bytes_and_come_back_from_disk(tmp_path, kind):
     unit = normalise(np.ascontiguousarray(STORED[:, :16]))

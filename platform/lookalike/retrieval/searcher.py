@@ -7,6 +7,7 @@ import bisect
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from math import inf
 from typing import Any
@@ -299,13 +300,20 @@ class Searcher:
         return cls(meta, [ShardSearcher.open(artifact.path(name)) for name in meta.shards])
 
     def search(
-        self, queries: npt.ArrayLike, k: int, plan: Plan | None = None, allowed: RowFilter | None = None
-    ) -> Hits:
+        self, queries: npt.ArrayLike, k: int, plan: Plan | None = None, allowed: RowFilter | None = None, *,
+        num_threads: int = 1,
+    ) -> Hits:  # fmt: skip
         """The ``k`` best of all shards for ``queries`` float32 [n, dim]; without a plan, the exact answer.
 
         ``allowed`` keeps the answer to some rows: conditions such as {"view": ["icon"]}, or bool [rows of the index].
+        A batch may be shared out over ``num_threads``; the answer is the same.
         """
         plan = plan or Plan.exact(self.meta.dim)
+        if num_threads > 1 and len(vectors := check_queries(queries, self.meta.dim)) > 1:
+            parts = np.array_split(vectors, min(num_threads, len(vectors)))
+            with ThreadPoolExecutor(len(parts)) as pool:
+                answers = list(pool.map(lambda part: self.search(part, k, plan, allowed), parts))
+            return Hits(*(np.vstack(column) for column in zip(*answers, strict=True)))
         filters: list[RowFilter | None] = [allowed] * len(self.shards)
         if isinstance(allowed, np.ndarray):
             filters = list(np.split(check_mask(allowed, self.meta.num_rows), self.meta.offsets[1:]))

@@ -58,6 +58,9 @@ class ShortlistOptions(Config):
     """Lists of an IVF type; 2 * sqrt(rows of the shard) by default, and never more than rows / 39."""
     train_per_list: int = Field(default=64, ge=MIN_PER_LIST, le=4096)
     """Rows per list that centroids and codebooks are trained with, at most: a seeded sample."""
+    coarse_dim: int | None = Field(default=None, ge=1)
+    """Dimensions that the lists of ``ivf`` and ``ivf-pq`` are made by, where they are fewer than the shortlist's: lists
+    by a short prefix, rows compared by a longer one (AdANNS, Rege et al. 2023). The shortlist's own by default."""
     pq_dims: int = Field(default=1, ge=1, le=64)
     """Dimensions that share one 4-bit code of ``ivf-pq``; lowered to a divisor of the prefix."""
     rabitq_bits: int = Field(default=1, ge=1, le=9)
@@ -149,7 +152,7 @@ def _flat(vectors: Floats) -> faiss.Index:
 
 
 def _build_lists(vectors: Floats, options: ShortlistOptions, codes: str, *, rotate: bool = False) -> faiss.Index:
-    """An IVF index whose lists hold ``codes`` (in the words of faiss's factory)."""
+    """An IVF index whose lists hold ``codes`` (in the words of faiss's factory); rotated, all dimensions make lists."""
     num_rows, dim = vectors.shape
     if num_rows < MIN_TRAINED:
         return _flat(vectors)
@@ -158,9 +161,26 @@ def _build_lists(vectors: Floats, options: ShortlistOptions, codes: str, *, rota
     index = faiss.index_factory(dim, f"{rotation}IVF{nlist},{codes}", faiss.METRIC_INNER_PRODUCT)
     sample = min(num_rows, max(MIN_TRAINED, nlist * options.train_per_list))
     rows = np.sort(np.random.default_rng(dim).choice(num_rows, sample, replace=False))
+    if options.coarse_dim is not None and options.coarse_dim < dim and not rotate:
+        index = _with_coarse_lists(index, vectors[rows], options.coarse_dim)
     index.train(vectors[rows])
     index.add(vectors)
     return index
+
+
+def _with_coarse_lists(index: Any, sample: Floats, dim: int) -> faiss.Index:
+    """The untrained IVF ``index`` with centroids of the first ``dim`` dimensions of ``sample``."""
+    module: Any = faiss
+    prefix = sample[:, :dim] / np.maximum(np.linalg.norm(sample[:, :dim], axis=1, keepdims=True), 1e-30)
+    means = faiss.Kmeans(dim, index.nlist, spherical=True, niter=10, seed=dim)
+    means.train(np.ascontiguousarray(prefix, np.float32))
+    unit = module.IndexPreTransform(module.NormalizationTransform(dim, 2.0), module.IndexFlatIP(dim))
+    quantiser = module.IndexPreTransform(module.RemapDimensionsTransform(index.d, dim, False), unit)
+    quantiser.add(np.pad(means.centroids, ((0, 0), (0, index.d - dim))))
+    own, index.quantizer, index.own_fields = index.quantizer, quantiser, False
+    copy = faiss.deserialize_index(faiss.serialize_index(index))  # which owns all its parts
+    index.quantizer, index.own_fields = own, True
+    return copy
 
 
 def build_shortlist(kind: str, vectors: Floats, options: ShortlistOptions) -> "Shortlist | Graph":
