@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike.retrieval import native
-from lookalike.retrieval.native import NativeStore
+from lookalike.retrieval.native import NativeStore, pack_steps
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits
 from lookalike.retrieval.store import quantise
 from lookalike.retrieval.synthetic import make_vectors
@@ -107,7 +107,7 @@ def test_a_funnel_keeps_what_one_shot_scores_keep(build: str, dtype: str, start:
     rows[0, 5:] = NO_ROW
     given = cosines(queries, held, DIMS[start - 1]) if start else np.zeros((25, 900))
     candidates = Hits(rows, np.take_along_axis(given, np.maximum(rows, 0), 1).astype(np.float32))
-    hits = store.rerank(queries, candidates, start, steps, 12)
+    hits = store.rerank(queries, candidates, start, pack_steps(steps), 12)
     for line, (found, scores) in enumerate(zip(hits.rows, hits.scores, strict=True)):
         left = rows[line][rows[line] != NO_ROW]
         for stop, keep, _ in steps:
@@ -123,7 +123,7 @@ def test_a_wide_funnel_sorts_as_a_narrow_one(build: str) -> None:
     store, held = make_store(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), "float32")
     queries = vectors[:4].copy()
     rows = np.tile(np.arange(900), (4, 1))
-    hits = store.rerank(queries, Hits(rows, np.zeros(rows.shape, np.float32)), 0, [(5, 900, np.inf)], 900)
+    hits = store.rerank(queries, Hits(rows, np.zeros(rows.shape, np.float32)), 0, pack_steps([(5, 900, np.inf)]), 900)
     require_best(hits, cosines(queries, held, DIMS[-1]))
 
 

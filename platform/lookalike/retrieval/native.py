@@ -16,8 +16,8 @@ import numpy.typing as npt
 from lookalike.retrieval.ranking import Floats, Hits
 
 Codes = npt.NDArray[np.int8]
-Steps = Sequence[tuple[int, int, float]]
-"""(blocks read in all, rows kept, how far below the k-th a kept row's cosine may be) of each step of a re-rank."""
+Steps = ctypes.Array[Any]
+"""Of :func:`pack_steps`."""
 Bits = npt.NDArray[np.uint8]
 _DTYPES = {"float32": 0, "float16": 1, "int8": 2}
 
@@ -119,7 +119,9 @@ def reach(links: npt.NDArray[np.int32], start: int, reached: Bits, stack: npt.ND
     return _call("reach", links, links.shape[1], start, reached, stack)
 
 
-def _step_array(steps: Steps) -> Any:
+def pack_steps(steps: Sequence[tuple[int, int, float]]) -> Steps:
+    """The steps of a re-rank for the library: of each the blocks read in all, the rows kept, and how far below the k-th a
+    kept row's cosine may be."""
     return (_Step * len(steps))(*(_Step(*step) for step in steps))
 
 
@@ -154,7 +156,7 @@ class NativeStore:
         given = np.ascontiguousarray(candidates.rows), np.ascontiguousarray(candidates.scores, dtype=np.float32)
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         _call("rerank", self._address, queries, len(queries), *given, given[0].shape[1], first_block,
-              ctypes.addressof(array := _step_array(steps)), len(array), k, rows, scores)  # fmt: skip
+              ctypes.addressof(steps), len(steps), k, rows, scores)  # fmt: skip
         return Hits(rows, scores)
 
     def search(  # noqa: PLR0917  # as the C function takes them
@@ -164,7 +166,7 @@ class NativeStore:
         ``steps``, and how many scores the graph computed."""
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         computed = _call("search", graph.address, self._address, queries, len(queries), max(ef, keep), keep, allowed,
-                         graph.marks, ctypes.addressof(array := _step_array(steps)), len(array), k, rows,
+                         graph.marks, ctypes.addressof(steps), len(steps), k, rows,
                          scores)  # fmt: skip
         return Hits(rows, scores), computed
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lookalike.retrieval.kernels import inner_products_by_row
-from lookalike.retrieval.native import Steps, pack_rows
+from lookalike.retrieval.native import Steps, pack_rows, pack_steps
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import (
     NO_ROW,
@@ -52,7 +52,7 @@ def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: P
         steps = steps[1:]  # the shortlist has as many rows as its step would keep
     survivors, reached = shortlist, plan.shortlist_dim
     if store.native is not None:
-        return store.native.rerank(queries, shortlist, store.position(reached) + 1, list_blocks(store, steps), k)
+        return store.native.rerank(queries, shortlist, store.position(reached) + 1, pack_plan_steps(store, steps), k)
     for dim, keep, margin in steps:
         if dim != reached:
             survivors = extend(store, queries, survivors, reached, dim)
@@ -64,9 +64,9 @@ def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: P
     return Hits(survivors.rows[:, :k], survivors.scores[:, :k])
 
 
-def list_blocks(store: PrefixStore, steps: Sequence[tuple[int, int, float]]) -> Steps:
-    """The steps of a plan with the number of blocks up to their dim in place of the dim."""
-    return [(store.position(dim) + 1, keep, margin) for dim, keep, margin in steps]
+def pack_plan_steps(store: PrefixStore, steps: Sequence[tuple[int, int, float]]) -> Steps:
+    """The steps of a plan, (dim, rows kept, margin), for the library."""
+    return pack_steps([(store.position(dim) + 1, keep, margin) for dim, keep, margin in steps])
 
 
 def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
@@ -76,7 +76,7 @@ def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: i
     """
     if store.native is not None:
         first, num = store.position(reached) + 1 if reached else 0, hits.rows.shape[1]
-        return store.native.rerank(queries, hits, first, [(store.position(dim) + 1, num, np.inf)], num)
+        return store.native.rerank(queries, hits, first, pack_steps([(store.position(dim) + 1, num, np.inf)]), num)
     valid = np.where(hits.rows == NO_ROW, 0, hits.rows)
     if reached:
         dots = np.where(hits.rows == NO_ROW, 0, hits.scores) * _lengths(store, queries, valid, reached)
@@ -138,7 +138,7 @@ def _scan_native(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Ro
     found = empty_hits(len(queries), k)
     for part in row_slices(len(queries), max(1, SCAN_SCORES // max(1, len(rows)))):
         lines = np.broadcast_to(rows, (len(queries[part]), len(rows)))
-        candidates, steps = Hits(lines, np.empty(lines.shape, np.float32)), [(num_blocks, k, np.inf)]
+        candidates, steps = Hits(lines, np.empty(lines.shape, np.float32)), pack_steps([(num_blocks, k, np.inf)])
         found.rows[part], found.scores[part] = library.rerank(queries[part], candidates, 0, steps, k)
     return found
 

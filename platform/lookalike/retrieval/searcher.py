@@ -31,9 +31,10 @@ from lookalike.retrieval.filters import (
     match_rows,
 )
 from lookalike.retrieval.graph import Graph
+from lookalike.retrieval.native import Steps
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, merge_hits, top_k
-from lookalike.retrieval.rerank import extend, list_blocks, rerank, scan
+from lookalike.retrieval.rerank import extend, pack_plan_steps, rerank, scan
 from lookalike.retrieval.shortlist import Shortlist, load_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, normalise
 
@@ -42,6 +43,8 @@ __all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shar
 INDEX_META = "meta.json"
 RETRY_WIDER = 8
 """How much wider the beam is when a filtered search met too few allowed rows."""
+PLANS_KEPT = 64
+"""Plans whose steps a shard keeps packed for the C library."""
 ENOUGH = 4
 """Allowed rows for each one wanted that a graph's walk must meet: with fewer it has grazed where they lie."""
 
@@ -126,6 +129,8 @@ class ShardSearcher:
         self.store = store
         self._copy = copy  # of a remote shard; lives as long as this object
         self._shortlists: dict[int, Shortlist | Graph] = {}
+        self._steps: Callable[[Plan, int], Steps] = lru_cache(PLANS_KEPT)(
+            lambda plan, k: pack_plan_steps(store, plan.list_steps(k)))  # fmt: skip
         self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(lambda key: match_rows(store.table, key))
 
     @classmethod
@@ -202,7 +207,7 @@ class ShardSearcher:
         """What the index finds, with cosines at its dim."""
         index = self.index_over(plan.shortlist_dim)
         if isinstance(index, Graph) and index.native is not None and self.store.native is not None:
-            steps = [(self.store.position(plan.shortlist_dim) + 1, wanted, inf)]
+            steps = pack_plan_steps(self.store, [(plan.shortlist_dim, wanted, inf)])
             return index.search_store(self.store.native, vectors, wanted, steps, wanted, ef_search=ef or plan.ef_search,
                                       allowed=allowed, widen=widen)  # fmt: skip
         prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
@@ -256,8 +261,8 @@ class ShardSearcher:
             index = self.index_over(plan.shortlist_dim)
             if isinstance(index, Graph) and index.native is not None:
                 wanted = min(max(k, plan.shortlist_k), self.meta.num_rows)
-                steps = list_blocks(self.store, plan.list_steps(k))
-                hits = index.search_store(self.store.native, vectors, wanted, steps, k, ef_search=plan.ef_search)
+                hits = index.search_store(self.store.native, vectors, wanted, self._steps(plan, k), k,
+                                          ef_search=plan.ef_search)  # fmt: skip
                 return _shift(hits, self.meta.row_offset)
         return self._rank(vectors, self._find(vectors, k, plan, only), k, plan)
 
@@ -310,10 +315,10 @@ class Searcher:
         """
         plan = plan or Plan.exact(self.meta.dim)
         if num_threads > 1 and len(vectors := check_queries(queries, self.meta.dim)) > 1:
-            parts = np.array_split(vectors, min(num_threads, len(vectors)))
-            with ThreadPoolExecutor(len(parts)) as pool:
-                answers = list(pool.map(lambda part: self.search(part, k, plan, allowed), parts))
-            return Hits(*(np.vstack(column) for column in zip(*answers, strict=True)))
+            shares = np.array_split(vectors, min(num_threads, len(vectors)))
+            with ThreadPoolExecutor(len(shares)) as pool:
+                answers = list(pool.map(lambda share: self.search(share, k, plan, allowed), shares))
+            return Hits(np.vstack([hits.rows for hits in answers]), np.vstack([hits.scores for hits in answers]))
         filters: list[RowFilter | None] = [allowed] * len(self.shards)
         if isinstance(allowed, np.ndarray):
             filters = list(np.split(check_mask(allowed, self.meta.num_rows), self.meta.offsets[1:]))

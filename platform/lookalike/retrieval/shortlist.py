@@ -176,7 +176,8 @@ def _with_coarse_lists(index: Any, sample: Floats, dim: int) -> faiss.Index:
     means.train(np.ascontiguousarray(prefix, np.float32))
     unit = module.IndexPreTransform(module.NormalizationTransform(dim, 2.0), module.IndexFlatIP(dim))
     quantiser = module.IndexPreTransform(module.RemapDimensionsTransform(index.d, dim, False), unit)
-    quantiser.add(np.pad(means.centroids, ((0, 0), (0, index.d - dim))))
+    centroids: Any = means.centroids
+    quantiser.add(np.pad(centroids, ((0, 0), (0, index.d - dim))))
     own, index.quantizer, index.own_fields = index.quantizer, quantiser, False
     copy = faiss.deserialize_index(faiss.serialize_index(index))  # which owns all its parts
     index.quantizer, index.own_fields = own, True

@@ -120,6 +120,9 @@ def check_queries(queries: npt.ArrayLike, dim: int) -> Floats:
     array = np.ascontiguousarray(np.atleast_2d(np.asarray(queries, dtype=np.float32)))
     if array.ndim != 2 or array.shape[1] != dim:
         raise UsageError(f"query of shape {np.shape(queries)}: this index takes vectors of {dim} numbers")
+    squares = np.einsum("nd,nd->n", array, array)
+    if np.isfinite(squares).all() and (squares > 0).all():
+        return array
     if not np.isfinite(array).all():
         raise UsageError("the query vector holds NaN or infinity; send finite numbers")
     if (norms := np.linalg.norm(array, axis=1)).size and not norms.min() > 0:
