@@ -53,7 +53,7 @@ class IndexConfig(StageConfig, ShortlistOptions):
     """Shards, each of which may be served by its own replicas."""
     dims: tuple[int, ...] | None = None
     """Prefixes that can be searched; the model's nested dims by default. The full dim is always among them."""
-    shortlist: str = "hnsw"
+    shortlist: str = "graph"
     """Index type of the shortlists: flat, hnsw, graph, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary or
     one registered."""
     shortlist_dims: tuple[int, ...] | None = None

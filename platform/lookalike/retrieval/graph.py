@@ -23,7 +23,9 @@ from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.native import Bits, Codes, NativeGraph, NativeStore, Steps
 from lookalike.retrieval.ranking import Floats, Hits, empty_hits, from_keys, pad_hits, sort_keys
 from lookalike.retrieval.store import quantise, row_slices
+from lookalike.telemetry import fields, get_logger
 
+log = get_logger(__name__)
 Ints = npt.NDArray[np.int32]
 ALIGNED = 64
 """Arrays begin at multiples of this, in a file and in memory."""
@@ -117,6 +119,9 @@ class Graph:
         for name, array in (("links", links), ("entries", entries)):
             if array.size and not -1 <= int(array.min()) <= int(array.max()) < num_rows:
                 raise ArtifactError(f"{path} has {name} to rows that are not there; build the index again")
+        if not native.AVAILABLE and num_rows > SCAN_ROWS:
+            log.warning("slow %s", fields(index=path, reason="the C library was not built, codes are scanned",
+                                          remedy="install with a C compiler, or build shortlist=hnsw"))  # fmt: skip
         return cls(codes, scales, links, entries)
 
     def search(

@@ -120,7 +120,7 @@ def reach(links: npt.NDArray[np.int32], start: int, reached: Bits, stack: npt.ND
 
 
 def pack_steps(steps: Sequence[tuple[int, int, float]]) -> Steps:
-    """The steps of a re-rank for the library: of each the blocks read in all, the rows kept, and how far below the k-th a
+    """The steps of a re-rank for the library: of each the blocks read, the rows kept, and how far below the k-th a
     kept row's cosine may be."""
     return (_Step * len(steps))(*(_Step(*step) for step in steps))
 
