@@ -16,11 +16,11 @@ from ray.serve.schema import LoggingConfig
 from lookalike.artifacts import Artifact, lineage
 from lookalike.cluster import ensure_ray
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval.plan import Plan, load_plan
+from lookalike.retrieval.plan import Plan, load_measured, load_plan
 from lookalike.retrieval.searcher import IndexMeta, read_index_meta
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.ingress import SERVICERS, Ingress
-from lookalike.serve.requests import check_plan
+from lookalike.serve.requests import Plans, check_plan
 from lookalike.serve.workers import RerankWorker, ShardWorker, shard_uris
 from lookalike.telemetry import fields, get_logger
 
@@ -35,7 +35,7 @@ def build(config: ServeConfig) -> serve.Application:
     belong together.
     """
     _check_guard(config)
-    meta, plan, encoder_uri = read_service(config)
+    meta, plans, encoder_uri = read_service(config)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
@@ -45,7 +45,7 @@ def build(config: ServeConfig) -> serve.Application:
     }
     ingress = serve.deployment(name="ingress", num_replicas=config.num_replicas, **shared)(Ingress)
     if config.placement == "fused":
-        return ingress.bind(config, meta, plan, encoder_uri)
+        return ingress.bind(config, meta, plans, encoder_uri)
     uris = shard_uris(config, meta)
     shared["num_replicas"] = config.shard_replicas
     shards = [serve.deployment(name=f"shard-{number:03d}", **shared)(ShardWorker).bind(uri)
@@ -54,7 +54,7 @@ def build(config: ServeConfig) -> serve.Application:
     if config.placement == "staged":
         reranker = serve.deployment(name="rerank", **shared)(RerankWorker).bind(uris)
     encoder = None if encoder_uri is None else _encoder(config, shared).bind(encoder_uri, config)
-    return ingress.bind(config, meta, plan, encoder_uri, (shards, reranker, encoder))
+    return ingress.bind(config, meta, plans, encoder_uri, (shards, reranker, encoder))
 
 
 def _encoder(config: ServeConfig, shared: dict[str, Any]) -> serve.Deployment:
@@ -72,19 +72,20 @@ def _check_guard(config: ServeConfig) -> None:
                          "serve.loopback_only=false and guard the port by network policy")  # fmt: skip
 
 
-def read_service(config: ServeConfig) -> tuple[IndexMeta, Plan, str | None]:
-    """The index's facts, the plan and the encoder's URI, checked to belong together; raises as ``build`` does."""
+def read_service(config: ServeConfig) -> tuple[IndexMeta, Plans, str | None]:
+    """The index's facts, the plans and the encoder's URI, checked to belong together; raises as ``build`` does."""
     meta = read_index_meta(Artifact.open(config.index, "index"))
-    return meta, read_plan(config, meta), find_encoder(config, meta)
+    return meta, read_plans(config, meta), find_encoder(config, meta)
 
 
-def read_plan(config: ServeConfig, meta: IndexMeta) -> Plan:
-    """The configured plan, checked against the index; exact search at full dimension when there is none."""
+def read_plans(config: ServeConfig, meta: IndexMeta) -> Plans:
+    """The configured plan and those measured beside it, checked against the index; exact search when there is none."""
+    exact = Plan.exact(meta.dim)
     if config.plan is None:
-        return Plan.exact(meta.dim)
+        return Plans(exact, exact)
     plan = load_plan(config.plan)
     check_plan(plan, meta)
-    return plan
+    return Plans(plan, exact, load_measured(config.plan))
 
 
 def find_encoder(config: ServeConfig, meta: IndexMeta) -> str | None:

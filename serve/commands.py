@@ -137,12 +137,15 @@ def search(args: Sequence[str]) -> int:
     where.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
     where.add_argument("--local", metavar="URI", help="search this index in this process instead")
     parser.add_argument("-k", type=int, default=10, help="hits wanted (default: %(default)s)")
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep hits whose column "
+                        "holds this value; repeat it for more values of a column, or for more columns")  # fmt: skip
+    parser.add_argument("--min-recall", type=float, help="let the service choose the cheapest plan of this recall")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_intermixed_args(args)
     asked = _read_query(options)
     with _open_client(options) as client:
-        result = client.search(**asked, k=options.k)
+        result = client.search(**asked, k=options.k, where=_read_where(options.where), min_recall=options.min_recall)
     print(json.dumps(_plain(result), indent=1) if options.json else render(result))
     return 0
 
@@ -153,6 +156,16 @@ def _open_client(options: argparse.Namespace) -> Client:
     from lookalike.serve.local import LocalClient
 
     return LocalClient(options.local, timeout_s=options.timeout)
+
+
+def _read_where(conditions: Sequence[str]) -> dict[str, list[str]]:
+    where: dict[str, list[str]] = {}
+    for condition in conditions:
+        column, equals, value = condition.partition("=")
+        if not equals or not column:
+            raise UsageError(f"--where {condition!r} is no COLUMN=VALUE, as in view=icon")
+        where.setdefault(column, []).append(value)
+    return where
 
 
 def _read_query(options: argparse.Namespace) -> dict[str, Any]:

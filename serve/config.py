@@ -20,6 +20,8 @@ class Limits(Config):
     """Width x height of one image, checked before it is decoded."""
     max_shortlist_k: int = Field(default=10_000, ge=1)
     """Candidates in each shard's shortlist."""
+    max_filter_values: int = Field(default=1000, ge=1, le=1_000_000)
+    """Values of all filters of a request together."""
 
 
 class EncoderReplicas(Config):
@@ -67,6 +69,8 @@ class ServeConfig(Config):
     """Requests a replica works on at a time."""
     max_queued_requests: int = Field(default=256, ge=-1)
     """Requests that wait at a caller for a deployment before RESOURCE_EXHAUSTED; -1 is no bound."""
+    stream_window: int = Field(default=8, ge=1, le=1024)
+    """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """The gRPC ingress deployment: methods named like the RPCs, exact status codes, metrics. The work is ``Service``'s."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -9,11 +9,11 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.util.metrics import Counter, Histogram
 
-from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.searcher import IndexMeta
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.requests import Plans
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
@@ -28,6 +28,7 @@ SERVICERS = [
 """What Serve's gRPC listener must be started with (``grpc_options.grpc_servicer_functions``)."""
 Handles = tuple[list[Worker], Worker | None, Worker | None]
 """Serve handles of the shards, the re-ranker and the encoder."""
+CODES = {code.value[0]: code for code in grpc.StatusCode}
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 
@@ -35,10 +36,11 @@ class Ingress:
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
-        self, config: ServeConfig, meta: IndexMeta, plan: Plan, encoder_uri: str | None, workers: Handles | None = None
-    ) -> None:
+        self, config: ServeConfig, meta: IndexMeta, plans: Plans, encoder_uri: str | None,
+        workers: Handles | None = None,
+    ) -> None:  # fmt: skip
         router = open_workers(config, meta, encoder_uri) if workers is None else Router(*workers)
-        self._service = Service(config, meta, plan, router)
+        self._service = Service(config, meta, plans, router)
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
@@ -58,6 +60,19 @@ class Ingress:
         response = await self._answer("SearchBatch", self._service.search_batch, request, grpc_context)
         self._observe(response.info)
         return response
+
+    async def SearchStream(
+        self, requests: AsyncIterator[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.SearchStreamResponse]:
+        """RPC; counted by its batches."""
+        self._check_caller_or_tell(grpc_context)
+        async for response in self._service.search_stream(requests):
+            failed = response.WhichOneof("outcome") == "failure"
+            code = CODES[response.failure.code].name if failed else "OK"
+            self._requests.inc(1, {"method": "SearchStream", "code": code})
+            if not failed:
+                self._observe(response.batch.info)
+            yield response
 
     async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
         """RPC."""
@@ -91,6 +106,13 @@ class Ingress:
         finally:
             self._requests.inc(1, {"method": rpc, "code": code.name})
             self._seconds.observe(time.perf_counter() - start, {"method": rpc})
+
+    def _check_caller_or_tell(self, context: RayServegRPCContext) -> None:
+        try:
+            self._check_caller(context)
+        except RetrievalError as error:
+            _set_status(context, error.code, error.message)
+            raise
 
     def _check_caller(self, context: RayServegRPCContext) -> None:
         peer = context.peer()

@@ -2,13 +2,16 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from typing import Any
 
-from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.searcher import IndexMeta
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.errors import RetrievalError
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.requests import Plans
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
 
@@ -39,10 +42,18 @@ class LocalClient(Client):
     def _run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
+    def _stream(self, requests: Iterator[pb.SearchStreamRequest]) -> Iterator[pb.SearchStreamResponse]:
+        """One batch after the other; one that fails has its failure in its place."""
+        for request in requests:
+            try:
+                yield pb.SearchStreamResponse(batch=self._call("SearchBatch", request.batch))
+            except RetrievalError as error:
+                yield pb.SearchStreamResponse(failure=pb.Failure(code=error.code.value[0], message=error.message))
+
     def _call(self, method: str, request: Any) -> Any:
         sent = type(request).FromString(request.SerializeToString())  # what a server would see
         return self._run(getattr(self._service, _METHODS[method])(sent))
 
 
-async def _open_service(config: ServeConfig, meta: IndexMeta, plan: Plan, encoder_uri: str | None) -> Service:
-    return Service(config, meta, plan, open_workers(config, meta, encoder_uri))
+async def _open_service(config: ServeConfig, meta: IndexMeta, plans: Plans, encoder_uri: str | None) -> Service:
+    return Service(config, meta, plans, open_workers(config, meta, encoder_uri))

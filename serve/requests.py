@@ -18,6 +18,19 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 DEFAULT_K = 10
 
 
+class Plans(NamedTuple):
+    """What the service may do with a request that brings no plan."""
+
+    default: Plan
+    exact: Plan
+    measured: tuple[tuple[float, Plan], ...] = ()
+    """(recall it is known to reach, plan), cheapest first."""
+
+    def reaching(self, recall: float) -> Plan:
+        """The cheapest plan known to reach ``recall``; the exact one when none is."""
+        return next((plan for known, plan in self.measured if known >= recall), self.exact)
+
+
 class Options(NamedTuple):
     """Checked search options."""
 
@@ -25,6 +38,8 @@ class Options(NamedTuple):
     plan: Plan
     timeout_s: float
     allow_partial: bool
+    filters: dict[str, list[str]]
+    """Column -> values of which a hit holds one; no condition when empty."""
 
 
 class Queries(NamedTuple):
@@ -36,9 +51,9 @@ class Queries(NamedTuple):
 
 
 def read_options(
-    options: pb.SearchOptions, *, limits: Limits, meta: IndexMeta, plan: Plan, timeout_s: float
+    options: pb.SearchOptions, *, limits: Limits, meta: IndexMeta, plans: Plans, timeout_s: float
 ) -> Options:
-    """Options with the service's ``plan`` and ``timeout_s`` where the request has none."""
+    """Options with the service's plan and ``timeout_s`` where the request has none."""
     k = options.k if options.HasField("k") else DEFAULT_K
     if not 1 <= k <= limits.max_k:
         raise invalid(f"k={k} is not between 1 and {limits.max_k}; ask for fewer, or raise limits.max_k of the service")
@@ -48,10 +63,34 @@ def read_options(
             f"the query is of model {options.model_fingerprint}, the index of "
             f"{meta.model_fingerprint}; embed the query with the index's model (Embed does), or send the image itself",
         )
+    if options.HasField("plan") and options.HasField("min_recall"):
+        raise invalid("plan and min_recall are both set; send one: min_recall chooses the plan")
+    plan = plans.default
     if options.HasField("plan"):
         plan = read_plan(options.plan, limits=limits, meta=meta)
+    elif options.HasField("min_recall"):
+        if not 0 < options.min_recall <= 1:
+            raise invalid(f"min_recall={options.min_recall:g} is not above 0 and at most 1; 0.95 is a recall of 95%")
+        plan = plans.reaching(options.min_recall)
     asked_s = options.timeout_ms / 1000 if options.timeout_ms else timeout_s
-    return Options(k, plan, min(asked_s, timeout_s), options.allow_partial)
+    filters = read_filters(options.filters, limits=limits, meta=meta)
+    return Options(k, plan, min(asked_s, timeout_s), options.allow_partial, filters)
+
+
+def read_filters(filters: Sequence[pb.Filter], *, limits: Limits, meta: IndexMeta) -> dict[str, list[str]]:
+    """Conditions by column; refuses unknown columns, one named twice, and more values than the service takes."""
+    read: dict[str, list[str]] = {}
+    for condition in filters:
+        if condition.column not in meta.columns:
+            raise invalid(f"filter on {condition.column!r}: the index has the columns {', '.join(meta.columns)}")
+        if condition.column in read:
+            raise invalid(f"two filters on {condition.column!r}; put the values into one")
+        read[condition.column] = list(condition.values)
+    num = sum(len(values) for values in read.values())
+    if num > limits.max_filter_values:
+        raise invalid(f"{num} filter values; send at most {limits.max_filter_values}, or raise "
+                      "limits.max_filter_values of the service")  # fmt: skip
+    return read
 
 
 def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:

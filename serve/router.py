@@ -5,6 +5,7 @@ every placement gives the same answers.
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
+from lookalike.retrieval.filters import Conditions
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.answers import Answer, merge, unpack
 from lookalike.serve.errors import RetrievalError, invalid
@@ -40,8 +42,11 @@ class Router:
     def __init__(self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None) -> None:
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
 
-    async def search(self, queries: Floats, k: int, plan: Plan, *, deadline: float, allow_partial: bool) -> Found:
-        """The ``k`` best rows of each query, float32 [n, dim].
+    async def search(
+        self, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *, deadline: float,
+        allow_partial: bool,
+    ) -> Found:  # fmt: skip
+        """The ``k`` best rows of each query, float32 [n, dim], among those that meet the ``filters``.
 
         Raises UNAVAILABLE or DEADLINE_EXCEEDED when a shard fails or is late, unless ``allow_partial``; then only when
         none answered.
@@ -49,7 +54,7 @@ class Router:
         call = (np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
         method = "search" if self.reranker is None else "shortlist"
         start = time.perf_counter()
-        outcomes = await self._ask_shards(method, *call, deadline=deadline)
+        outcomes = await self._ask_shards(method, *call, json.dumps(filters or {}), deadline=deadline)
         good = accept(outcomes, allow_partial=allow_partial)
         times = {"shards": _since_ms(start)}
         if self.reranker is not None:

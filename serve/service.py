@@ -2,18 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
 import lookalike
-from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.searcher import IndexMeta
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import invalid
+from lookalike.serve.errors import RetrievalError, invalid
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
+    Plans,
     check_image,
     read_options,
     read_queries,
@@ -27,8 +30,8 @@ from lookalike.serve.router import Floats, Found, Router
 class Service:
     """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer."""
 
-    def __init__(self, config: ServeConfig, meta: IndexMeta, plan: Plan, router: Router) -> None:
-        self.config, self.meta, self.plan, self.router = config, meta, plan, router
+    def __init__(self, config: ServeConfig, meta: IndexMeta, plans: Plans, router: Router) -> None:
+        self.config, self.meta, self.plans, self.router = config, meta, plans, router
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
@@ -42,6 +45,39 @@ class Service:
         found = await self._find(request.queries, options)
         results = [pb.HitList(hits=write_hits(found.answer, query)) for query in range(len(request.queries))]
         return pb.SearchBatchResponse(results=results, info=self._info(options, found))
+
+    async def search_stream(
+        self, requests: AsyncIterator[pb.SearchStreamRequest]
+    ) -> AsyncIterator[pb.SearchStreamResponse]:
+        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests."""
+        begun: deque[asyncio.Task[pb.SearchStreamResponse]] = deque()
+        reading: asyncio.Future[pb.SearchStreamRequest | None] | None = None
+        ended = False
+        try:
+            while begun or not ended:
+                if reading is None and not ended and len(begun) < self.config.stream_window:
+                    reading = asyncio.ensure_future(_next(requests))
+                awaited: list[asyncio.Future[Any]] = [*([reading] if reading else []), *islice(begun, 1)]
+                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                if reading is not None and reading.done():
+                    request, reading = reading.result(), None
+                    ended = request is None
+                    if request is not None:
+                        begun.append(asyncio.ensure_future(self._stream_one(request)))
+                while begun and begun[0].done():
+                    yield begun.popleft().result()
+        finally:  # the caller may have gone
+            if reading is not None:
+                reading.cancel()
+            for task in begun:
+                task.cancel()
+
+    async def _stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
+        try:
+            return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
+        except RetrievalError as error:
+            failure = pb.Failure(code=error.code.value[0], message=error.message)
+            return pb.SearchStreamResponse(tag=request.tag, failure=failure)
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """``Embed``."""
@@ -57,18 +93,19 @@ class Service:
         return pb.DescribeResponse(
             version=lookalike.__version__, index_generation=self.meta.generation, dim=self.meta.dim,
             model_fingerprint=self.meta.model_fingerprint, dims=self.meta.dims, num_rows=self.meta.num_rows,
-            num_shards=self.meta.num_shards, plan=write_plan(self.plan), placement=self.config.placement,
+            num_shards=self.meta.num_shards, plan=write_plan(self.plans.default), columns=self.meta.columns,
+            placement=self.config.placement,
             limits=pb.Limits(**self.config.limits.model_dump()), has_encoder=self.router.encoder is not None,
         )  # fmt: skip
 
     def _options(self, options: pb.SearchOptions) -> Options:
-        return read_options(options, limits=self.config.limits, meta=self.meta, plan=self.plan,
+        return read_options(options, limits=self.config.limits, meta=self.meta, plans=self.plans,
                             timeout_s=self.config.timeout_s)  # fmt: skip
 
     async def _find(self, queries: Sequence[pb.Query], options: Options) -> Found:
         deadline = _deadline(options.timeout_s)
         vectors, times = await self._vectors(queries, deadline)
-        found = await self.router.search(vectors, options.k, options.plan, deadline=deadline,
+        found = await self.router.search(vectors, options.k, options.plan, options.filters, deadline=deadline,
                                          allow_partial=options.allow_partial)  # fmt: skip
         return found._replace(times_ms={**times, **found.times_ms})
 
@@ -92,6 +129,10 @@ class Service:
         return pb.SearchInfo(plan=write_plan(options.plan), index_generation=self.meta.generation,
                              model_fingerprint=self.meta.model_fingerprint, coverage=coverage,
                              stage_times=write_times(found.times_ms))  # fmt: skip
+
+
+async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStreamRequest | None:
+    return await anext(requests, None)
 
 
 def _deadline(timeout_s: float) -> float:

@@ -4,6 +4,7 @@ Computing happens in a thread, so that a replica's event loop keeps answering he
 """
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,20 +27,22 @@ class ShardWorker:
         self._shard = ShardSearcher.open(uri)
         self._shard.load()
 
-    async def search(self, queries: bytes, k: int, plan: str) -> Packed:
-        """The shard's ``k`` best rows for float32 [n, dim] ``queries``; ``plan`` is JSON."""
-        return await asyncio.to_thread(self._search, queries, k, plan)
+    async def search(self, queries: bytes, k: int, plan: str, filters: str) -> Packed:
+        """The shard's ``k`` best rows for float32 [n, dim] ``queries``; ``plan`` and ``filters`` are JSON."""
+        return await asyncio.to_thread(self._search, queries, k, plan, filters)
 
-    def _search(self, queries: bytes, k: int, plan: str) -> Packed:
-        hits = self._shard.search(_vectors(queries, self._shard.meta.dim), k, Plan.model_validate_json(plan))
+    def _search(self, queries: bytes, k: int, plan: str, filters: str) -> Packed:
+        hits = self._shard.search(_vectors(queries, self._shard.meta.dim), k, Plan.model_validate_json(plan),
+                                  json.loads(filters))  # fmt: skip
         return pack(hits, read_entries(self._shard, occurring_rows(hits)))
 
-    async def shortlist(self, queries: bytes, k: int, plan: str) -> Shortlisted:
+    async def shortlist(self, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
         """The shard's candidates, for the re-ranker."""
-        return await asyncio.to_thread(self._shortlist, queries, k, plan)
+        return await asyncio.to_thread(self._shortlist, queries, k, plan, filters)
 
-    def _shortlist(self, queries: bytes, k: int, plan: str) -> Shortlisted:
-        hits = self._shard.shortlist(_vectors(queries, self._shard.meta.dim), k, Plan.model_validate_json(plan))
+    def _shortlist(self, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
+        hits = self._shard.shortlist(_vectors(queries, self._shard.meta.dim), k, Plan.model_validate_json(plan),
+                                     json.loads(filters))  # fmt: skip
         return hits.rows.astype("<i8").tobytes(), hits.scores.astype("<f4").tobytes()
 
     async def vectors(self, image_ids: Sequence[str]) -> dict[str, bytes]:

@@ -17,18 +17,30 @@ class Query(_message.Message):
     def __init__(self, vector: _Optional[bytes] = ..., image: _Optional[bytes] = ..., image_id: _Optional[str] = ...) -> None: ...
 
 class SearchOptions(_message.Message):
-    __slots__ = ("k", "plan", "timeout_ms", "model_fingerprint", "allow_partial")
+    __slots__ = ("k", "plan", "timeout_ms", "model_fingerprint", "allow_partial", "filters", "min_recall")
     K_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ALLOW_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    FILTERS_FIELD_NUMBER: _ClassVar[int]
+    MIN_RECALL_FIELD_NUMBER: _ClassVar[int]
     k: int
     plan: Plan
     timeout_ms: int
     model_fingerprint: str
     allow_partial: bool
-    def __init__(self, k: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., allow_partial: _Optional[bool] = ...) -> None: ...
+    filters: _containers.RepeatedCompositeFieldContainer[Filter]
+    min_recall: float
+    def __init__(self, k: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., allow_partial: _Optional[bool] = ..., filters: _Optional[_Iterable[_Union[Filter, _Mapping]]] = ..., min_recall: _Optional[float] = ...) -> None: ...
+
+class Filter(_message.Message):
+    __slots__ = ("column", "values")
+    COLUMN_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    column: str
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, column: _Optional[str] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PlanStep(_message.Message):
     __slots__ = ("dim", "keep")
@@ -135,6 +147,32 @@ class SearchBatchRequest(_message.Message):
     options: SearchOptions
     def __init__(self, queries: _Optional[_Iterable[_Union[Query, _Mapping]]] = ..., options: _Optional[_Union[SearchOptions, _Mapping]] = ...) -> None: ...
 
+class SearchStreamRequest(_message.Message):
+    __slots__ = ("tag", "batch")
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    tag: str
+    batch: SearchBatchRequest
+    def __init__(self, tag: _Optional[str] = ..., batch: _Optional[_Union[SearchBatchRequest, _Mapping]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class SearchStreamResponse(_message.Message):
+    __slots__ = ("tag", "batch", "failure")
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    tag: str
+    batch: SearchBatchResponse
+    failure: Failure
+    def __init__(self, tag: _Optional[str] = ..., batch: _Optional[_Union[SearchBatchResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
 class SearchBatchResponse(_message.Message):
     __slots__ = ("results", "info")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
@@ -164,21 +202,23 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_k", "max_batch", "max_image_bytes", "max_pixels", "max_shortlist_k")
+    __slots__ = ("max_k", "max_batch", "max_image_bytes", "max_pixels", "max_shortlist_k", "max_filter_values")
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_SHORTLIST_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_FILTER_VALUES_FIELD_NUMBER: _ClassVar[int]
     max_k: int
     max_batch: int
     max_image_bytes: int
     max_pixels: int
     max_shortlist_k: int
-    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ...) -> None: ...
+    max_filter_values: int
+    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ..., max_filter_values: _Optional[int] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("version", "index_generation", "model_fingerprint", "dim", "dims", "num_rows", "num_shards", "plan", "placement", "limits", "has_encoder")
+    __slots__ = ("version", "index_generation", "model_fingerprint", "dim", "dims", "num_rows", "num_shards", "plan", "placement", "limits", "has_encoder", "columns")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INDEX_GENERATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +230,7 @@ class DescribeResponse(_message.Message):
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     HAS_ENCODER_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     version: str
     index_generation: str
     model_fingerprint: str
@@ -201,4 +242,5 @@ class DescribeResponse(_message.Message):
     placement: str
     limits: Limits
     has_encoder: bool
-    def __init__(self, version: _Optional[str] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., dims: _Optional[_Iterable[int]] = ..., num_rows: _Optional[int] = ..., num_shards: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., placement: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., has_encoder: _Optional[bool] = ...) -> None: ...
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., dims: _Optional[_Iterable[int]] = ..., num_rows: _Optional[int] = ..., num_shards: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., placement: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., has_encoder: _Optional[bool] = ..., columns: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -45,6 +45,11 @@ class RetrievalServiceStub:
                 request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchBatchRequest.SerializeToString,
                 response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchBatchResponse.FromString,
                 _registered_method=True)
+        self.SearchStream = channel.stream_stream(
+                '/lookalike.v1.RetrievalService/SearchStream',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchStreamRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchStreamResponse.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/lookalike.v1.RetrievalService/Embed',
                 request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.EmbedRequest.SerializeToString,
@@ -70,6 +75,15 @@ class RetrievalServiceServicer:
 
     def SearchBatch(self, request, context):
         """The same for many queries that share their options; one round trip through the service serves all of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchStream(self, request_iterator, context):
+        """Many batches over one call: as each is answered, its response follows in the order of the requests. A batch that
+        fails has its failure in its place, and the stream goes on. The service works on a few at a time and reads no
+        further until the client has read: whoever does not read is not read from.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,6 +115,11 @@ def add_RetrievalServiceServicer_to_server(servicer, server):
                     servicer.SearchBatch,
                     request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchBatchRequest.FromString,
                     response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchBatchResponse.SerializeToString,
+            ),
+            'SearchStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.SearchStream,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchStreamRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchStreamResponse.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
@@ -168,6 +187,33 @@ class RetrievalService:
             '/lookalike.v1.RetrievalService/SearchBatch',
             lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchBatchRequest.SerializeToString,
             lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lookalike.v1.RetrievalService/SearchStream',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchStreamRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SearchStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,11 @@ def other_encoder(world: World) -> str:
     return publish_encoder(world.root, "other", seed=1).uri
 
 
+def view_of(image_id: str) -> str:
+    """Thirds of the pictures by number."""
+    return ("front", "side", "back")[int(image_id[-3:]) % 3]
+
+
 def draw(number: int) -> bytes:
     rng = np.random.default_rng(number)
     image = Image.new("RGB", (40, 32), tuple(rng.integers(0, 256, 3).tolist()))
@@ -94,9 +99,9 @@ def publish_index(root: str, embeddings: Artifact, vectors: dict[str, np.ndarray
         folder = Path(draft.path(name))
         folder.mkdir(parents=True)
         table = pa.table({"image_id": ids, "title": [f"picture {i}" for i in ids],
-                          "category": pa.nulls(len(ids), pa.string())})  # fmt: skip
+                          "category": pa.nulls(len(ids), pa.string()), "view": [view_of(i) for i in ids]})  # fmt: skip
         stacked = np.stack([vectors[i] for i in ids])
-        write_store(str(folder), meta, table, [(np.arange(len(ids)), stacked)])
+        meta = write_store(str(folder), meta, table, [(np.arange(len(ids)), stacked)])
         store = PrefixStore(str(folder), meta)
         for dim in SHORTLIST_DIMS:
             built = build_shortlist("flat", store.unit_prefix(dim), ShortlistOptions())
@@ -106,7 +111,8 @@ def publish_index(root: str, embeddings: Artifact, vectors: dict[str, np.ndarray
         counts.append(len(ids))
     meta_of_index = IndexMeta(
         dims=DIMS, num_rows=len(vectors), shards=names, shard_rows=tuple(counts), dtype="float32", shortlist="flat",
-        shortlist_dims=SHORTLIST_DIMS, columns=("image_id", "title", "category"), encoder=EncoderRef(fingerprint=model),
+        shortlist_dims=SHORTLIST_DIMS, columns=("image_id", "title", "category", "view"),
+        encoder=EncoderRef(fingerprint=model),
     )  # fmt: skip
     draft.write_json(INDEX_META, meta_of_index.model_dump(mode="json", exclude={"generation"}))
     return publish(draft, embeddings=[embeddings])
@@ -115,5 +121,7 @@ def publish_index(root: str, embeddings: Artifact, vectors: dict[str, np.ndarray
 def publish_plan(root: str, index: Artifact, plan: dict[str, object]) -> Artifact:
     draft = Draft(root, "plan", "plan", "2" * 20)
     Path(draft.uri).mkdir(parents=True)
-    Path(draft.path("plan.json")).write_text(json.dumps({"plan": plan}))
+    figures = ((0.91, 20.0, {**plan, "shortlist_k": 6}), (0.97, 40.0, plan), (0.5, 30.0, {**plan, "shortlist_dim": 8}))
+    candidates = [{"recall_low": low, "model_us": cost, "plan": one} for low, cost, one in figures]
+    Path(draft.path("plan.json")).write_text(json.dumps({"plan": plan, "candidates": candidates}))
     return publish(draft, index=[index])

@@ -26,7 +26,7 @@ def test_search_in_an_index_on_disk(world: "World", tmp_path: Path, capsys: pyte
         assert found["hits"][0]["id"] == "img-021"
         assert len(found["hits"]) == 2
     assert main(["search", "--id", "img-021", "--local", world.index, "-k", "1"]) == 0
-    assert "1  +1.0000  img-021  title=picture img-021" in capsys.readouterr().out
+    assert "1  +1.0000  img-021  title=picture img-021  view=front" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

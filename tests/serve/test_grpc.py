@@ -1,6 +1,8 @@
 """The whole way: Ray Serve deployments behind a gRPC port, the packaged client in front."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lookalike.errors import UsageError
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.app import start, stop
-from lookalike.serve.client import Client, SearchPlan
+from lookalike.serve.client import AsyncClient, Client, SearchPlan, SearchResult
 from lookalike.serve.config import Limits, ServeConfig
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.ingress import SERVICE_NAME
@@ -42,6 +44,48 @@ def test_answers_over_the_wire_are_the_searchers(client: Client, world: "World")
     assert np.array_equal([[hit.score for hit in result.hits] for result in results], hits.scores)
     assert results[0].info.coverage == 1.0
     assert set(results[0].info.times_ms) == {"shards", "rerank"}
+
+
+def test_filters_and_min_recall_travel(client: Client, world: "World") -> None:
+    result = client.search(image_id="img-004", k=50, where={"view": ["side"]}, min_recall=0.98)
+    assert sorted(result.ids) == [name for name in world.images if int(name[-3:]) % 3 == 1]
+    assert result.info.plan.scan
+
+
+def test_streams_and_asyncio(client: Client, world: "World") -> None:
+    batches = [["img-001"], ["img-999"], list(world.vectors.values())[:3]]
+    plain = list(client.search_stream(batches, k=2))
+    assert isinstance(plain[1], RetrievalError)
+    assert plain[1].code == grpc.StatusCode.NOT_FOUND
+
+    async def ask() -> None:
+        async def endless() -> AsyncIterator[list[str]]:
+            number = 0
+            while True:  # drawn only as fast as answers are
+                yield [f"img-{number % 60:03d}"]
+                number += 1
+
+        async with AsyncClient(client.address) as asking:
+            one = await asking.search(image_id="img-001", k=2)
+            assert [one] == [replace_times(result, one) for result in plain[0]]
+            assert (await asking.describe()).num_rows == 60
+            with pytest.raises(RetrievalError, match=r"NOT_FOUND.*img-777"):
+                await asking.search(image_id="img-777")
+            seen = 0
+            async for answer in asking.search_stream(endless(), k=1):
+                assert not isinstance(answer, RetrievalError)
+                assert answer[0].ids == [f"img-{seen:03d}"]
+                seen += 1
+                if seen == 20:
+                    break
+            vectors = np.stack(list(world.vectors.values())[:2])
+            assert [r.ids for r in await asking.search_batch(vectors, k=2)] == [r.ids for r in plain[2][:2]]
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+
+
+def replace_times(result: SearchResult, like: SearchResult) -> SearchResult:
+    return replace(result, info=replace(result.info, times_ms=like.info.times_ms))
 
 
 def test_an_image_query_goes_through_the_encoder_deployment(client: Client, world: "World") -> None:

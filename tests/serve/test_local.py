@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tests.serve.conftest import World
 
 PLAN = Plan(shortlist_dim=16, shortlist_k=12, rerank_dim=64)
-LIMITS = Limits(max_k=50, max_batch=8, max_image_bytes=20_000, max_pixels=10_000, max_shortlist_k=100)
+LIMITS = Limits(max_k=50, max_batch=8, max_image_bytes=20_000, max_pixels=10_000, max_shortlist_k=100,
+                max_filter_values=20)  # fmt: skip
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 VECTOR = np.ones(64, np.float32)
 
@@ -40,7 +41,7 @@ def test_vector_image_and_id_queries_answer_as_the_searcher_does(client: Client,
         assert np.allclose([hit.score for hit in result.hits], hits.scores[0], atol=1e-5)
         assert result.info.plan == SearchPlan(16, 12, 64)
     assert result.ids[0] == name
-    assert result.hits[0].metadata == {"title": "picture img-007"}  # the null category is left out
+    assert result.hits[0].metadata == {"title": "picture img-007", "view": "side"}  # the null category is left out
 
 
 def test_a_batch_mixes_kinds_and_keeps_the_order(client: Client, world: "World") -> None:
@@ -58,6 +59,47 @@ def test_k_beyond_the_index_gives_all_of_it(client: Client, world: "World") -> N
     assert sorted(everything.ids) == sorted(world.images)
 
 
+def test_filters_keep_the_answer_to_rows_that_meet_them(client: Client, world: "World") -> None:
+    ids = [name for name in world.images if int(name[-3:]) % 3 == 1]
+    some = client.search(image_id="img-002", k=50, where={"view": ["side"]})
+    assert sorted(some.ids) == sorted(ids)
+    two = client.search(image_id="img-002", k=50, where={"view": ["side", "back"], "title": ["picture img-002"]})
+    assert two.ids == ["img-002"]
+    assert not client.search(image_id="img-002", where={"view": []}).hits
+    assert not client.search(image_id="img-002", where={"view": ["nowhere"]}).hits
+    exact = Plan.exact(64)
+    best = client.search(vector=VECTOR, k=5, where={"view": ["front"]}, plan=exact)
+    everything = client.search(vector=VECTOR, k=50, plan=exact).ids
+    with LocalClient(world.index) as unlimited:
+        everything = unlimited.search(vector=VECTOR, k=60, plan=exact).ids
+    assert best.ids == [name for name in everything if int(name[-3:]) % 3 == 0][:5]
+
+
+@pytest.mark.parametrize(("recall", "plan"), [
+    (0.4, SearchPlan(16, 6, 64)), (0.95, SearchPlan(16, 12, 64)), (0.98, SearchPlan(64, 1, 64, scan=True)),
+])  # fmt: skip
+def test_min_recall_takes_the_cheapest_plan_known_to_reach_it(
+    client: Client, world: "World", recall: float, plan: SearchPlan
+) -> None:
+    result = client.search(image_id="img-009", k=5, min_recall=recall)
+    assert result.info.plan == plan
+    assert result.ids == client.search(image_id="img-009", k=5, plan=plan).ids
+    with LocalClient(world.index) as unplanned:  # nothing was measured
+        assert unplanned.search(image_id="img-009", min_recall=recall).info.plan.scan
+
+
+def test_a_stream_answers_in_order_and_survives_a_bad_batch(client: Client) -> None:
+    batches = [["img-001", "img-002"], ["img-999"], [VECTOR], ["img-003"]]
+    one, bad, vector, last = client.search_stream(batches, k=2)
+    assert not isinstance(one, RetrievalError)
+    assert [result.ids[0] for result in one] == ["img-001", "img-002"]
+    assert isinstance(bad, RetrievalError)
+    assert bad.code == grpc.StatusCode.NOT_FOUND
+    assert not isinstance(vector, RetrievalError)
+    assert not isinstance(last, RetrievalError)
+    assert last[0].ids[0] == "img-003"
+
+
 def test_embed_gives_the_encoders_vectors(client: Client, world: "World") -> None:
     embeddings = client.embed([world.images["img-000"], world.images["img-001"]])
     wanted = np.stack([world.vectors["img-000"], world.vectors["img-001"]])
@@ -71,6 +113,7 @@ def test_describe_says_what_is_served(client: Client, world: "World") -> None:
     assert (found.generation, found.model_fingerprint) == (world.searcher.meta.generation, world.encoder.fingerprint)
     assert found.limits == LIMITS.model_dump()
     assert found.has_encoder
+    assert found.columns == ("image_id", "title", "category", "view")
 
 
 def bomb() -> bytes:
@@ -106,6 +149,12 @@ WRONG: dict[str, tuple[Callable[[Client], Any], grpc.StatusCode, str]] = {
     "plan without shortlist": (lambda c: c.search(vector=VECTOR, plan=SearchPlan(64, 10, 64)), INVALID, "or scan"),
     "plan that shrinks": (lambda c: c.search(vector=VECTOR, plan=SearchPlan(16, 10, 8)), INVALID, "grow"),
     "unknown id": (lambda c: c.search(image_id="img-999"), grpc.StatusCode.NOT_FOUND, "'img-999'"),
+    "unknown column": (lambda c: c.search(vector=VECTOR, where={"colour": ["red"]}), INVALID,
+                       "'colour': the index has the columns image_id, title, category, view"),
+    "many filter values": (lambda c: c.search(vector=VECTOR, where={"view": ["x"] * 21}), INVALID, "21 filter values"),
+    "recall above one": (lambda c: c.search(vector=VECTOR, min_recall=1.5), INVALID, "min_recall=1.5"),
+    "recall of zero": (lambda c: c.search(vector=VECTOR, min_recall=0.0), INVALID, "min_recall=0 "),
+    "recall and plan": (lambda c: c.search(vector=VECTOR, min_recall=0.9, plan=PLAN), INVALID, "both set"),
     "another model": (lambda c: c.search(vector=VECTOR, model_fingerprint="f00"),
                       grpc.StatusCode.FAILED_PRECONDITION, "model f00"),
 }  # fmt: skip

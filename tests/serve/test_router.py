@@ -25,7 +25,7 @@ class Shard:
     def __init__(self, row: int, trouble: Exception | float | None = None) -> None:
         self.row, self.trouble, self.cancelled = row, trouble, False
 
-    async def search(self, queries: bytes, k: int, plan: str) -> Any:
+    async def search(self, queries: bytes, k: int, plan: str, filters: str) -> Any:
         await self._suffer()
         score = 1.0 / (1 + self.row)
         return pack(Hits(np.array([[self.row]]), np.array([[score]], np.float32)), [(f"id{self.row}", {})])

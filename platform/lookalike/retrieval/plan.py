@@ -104,3 +104,17 @@ def load_plan(uri: str) -> Plan:
     artifact = Artifact.open(uri, "plan")
     content = artifact.read_json("plan.json")
     return parse_plan(content.get("plan") if isinstance(content, dict) else None, artifact.path("plan.json"))
+
+
+def load_measured(uri: str) -> tuple[tuple[float, Plan], ...]:
+    """(lower end of the recall's 95% interval, plan) of every candidate that a ``plan`` artifact measured, those with
+    the least modelled work first; none of a plan that was written by hand."""
+    artifact = Artifact.open(uri, "plan", check=False)
+    try:
+        candidates = artifact.read_json("plan.json").get("candidates", [])
+        found = [(one["model_us"], one["recall_low"], one["plan"]) for one in candidates]
+    except (KeyError, TypeError):
+        where = artifact.path("plan.json")
+        raise ArtifactError(f"{where} lists candidates without figures; run the plan step again") from None
+    found.sort(key=lambda one: one[0])
+    return tuple((float(recall), parse_plan(plan, artifact.path("plan.json"))) for _, recall, plan in found)
