@@ -28,13 +28,13 @@ def build_qdrant(vectors: Floats, folder: str, staged: bool) -> None:
     dim = vectors.shape[1]
     graph = qdrant.HnswIndexConfig(M, EF_CONSTRUCTION, 1, max_indexing_threads=1)
     none = qdrant.HnswIndexConfig(0, EF_CONSTRUCTION, 1)
-    dot, cosine, half = qdrant.Distance.Dot, qdrant.Distance.Cosine, qdrant.VectorStorageDatatype.Float16
-    named = {"full": qdrant.EdgeVectorParams(dim, dot, datatype=half, hnsw_config=none if staged else graph)}
+    dot, cosine = qdrant.Distance.Dot, qdrant.Distance.Cosine
+    named = {"full": qdrant.EdgeVectorParams(dim, dot, hnsw_config=none if staged else graph)}
     sizes = prefixes(dim) if staged else ()
     named |= {f"p{size}": qdrant.EdgeVectorParams(size, cosine, hnsw_config=graph) for size in sizes}
     merged = qdrant.EdgeOptimizersConfig(default_segment_number=1, indexing_threshold=1, max_segment_size=1 << 30)
     shard = qdrant.EdgeShard.create(folder, qdrant.EdgeConfig(named, hnsw_config=graph, optimizers=merged,
-                                                              max_search_threads=1))  # fmt: skip
+                                                              max_search_threads=1, wal_enabled=False))  # fmt: skip
     for cut in _cuts(len(vectors)):
         values = {name: vectors[cut.start : cut.stop, : params.size].tolist() for name, params in named.items()}
         points = [qdrant.Point(row, {name: values[name][place] for name in named}) for place, row in enumerate(cut)]
@@ -131,11 +131,14 @@ def open_lance(folder: str, dim: int) -> Callable[..., Search]:
 
     def prepare(k: int, refine: int, ef: int = 0, nprobe: int = 1) -> Search:
         def search(queries: Floats) -> Rows:
-            found = []
-            for query in queries:
-                asked = table.search(query).nprobes(nprobe).refine_factor(refine).limit(k).select(["id"])
-                found.append((asked.ef(ef) if ef else asked).to_arrow()["id"].to_pylist())
-            return row_numbers(found, k)
+            single = len(queries) == 1
+            asked = table.search(queries[0] if single else queries)
+            asked = asked.nprobes(nprobe).refine_factor(refine).limit(k).select(["id", "_distance"])
+            found = (asked.ef(ef) if ef else asked).to_arrow()
+            if single:
+                return row_numbers([found["id"].to_pylist()], k)
+            bounds = np.searchsorted(found["query_index"].to_numpy(), np.arange(1, len(queries)))
+            return row_numbers(np.split(found["id"].to_numpy(), bounds), k)
 
         return search
 
@@ -215,10 +218,10 @@ STORES = {
                               ((16, 0), (32, 0), (64, 0), (32, 3), (64, 5), (128, 5))), batch=False),
     "lancedb-hnsw-sq": Engine("lancedb", partial(build_lance, kind="graph"), open_lance,
                               tuple({"ef": ef, "refine": refine} for ef, refine in
-                                    ((32, 1), (32, 3), (64, 3), (128, 5))), batch=False),
+                                    ((32, 1), (32, 3), (64, 3), (128, 5)))),
     "lancedb-ivf-rq": Engine("lancedb", partial(build_lance, kind="lists"), open_lance,
                              tuple({"nprobe": nprobe, "refine": refine} for nprobe, refine in
-                                   ((8, 3), (16, 5), (32, 10))), batch=False),
+                                   ((16, 5), (32, 10), (64, 10)))),
     "milvus-lite": Engine("milvus_lite.index.faiss_hnsw", partial(build_milvus, kind="HNSW"), open_milvus, EFS),
     "milvus-lite-sq": Engine("milvus_lite.index.faiss_hnsw_sq", partial(build_milvus, kind="HNSW_SQ"), open_milvus, EFS),
     "chromadb": Engine("chromadb", build_chroma, open_chroma, EFS),
