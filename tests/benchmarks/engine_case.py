@@ -115,6 +115,8 @@ def search(engine: Engine, folder: Path, k: int) -> None:
     before = resident_mb()
     prepare = engine.open(str(folder / "engine"), queries.shape[1])
     for setting in engine.settings:
+        if setting.get("p", 0) >= queries.shape[1]:
+            continue  # no such prefix
         row = measure(prepare(k, **setting), queries, truth, batch=engine.batch)
         row |= {"setting": describe(setting), "rss_mb": round(resident_mb() - before, 1)}
         with open(folder / "rows.jsonl", "a") as file:

@@ -67,7 +67,7 @@ def open_ours_again(folder: str, dim: int) -> Callable[..., Search]:
 
     shard = ShardSearcher.open(f"{folder}/shard")
 
-    def prepare(k: int, p: int, K: int, steps: tuple[tuple[int, int], ...] = ()) -> Search:  # noqa: N803
+    def prepare(k: int, p: int, K: int, steps: tuple[tuple[int, int], ...] = ()) -> Search:
         kept = tuple((at, max(k, survivors)) for at, survivors in steps if at < dim)
         plan = Plan(shortlist_dim=p, shortlist_k=max(k, K), stages=kept, rerank_dim=dim)
         return lambda queries: shard.search(queries, k, plan).rows
@@ -132,16 +132,17 @@ def open_faiss(folder: str, dim: int) -> Callable[..., Search]:
     import faiss
 
     index = faiss.read_index(f"{folder}/index")
+    module: Any = faiss  # its stubs do not know these classes' keywords
 
-    def prepare(k: int, ef: int = 0, nprobe: int = 0, K: int = 0) -> Search:  # noqa: N803
+    def prepare(k: int, ef: int = 0, nprobe: int = 0, K: int = 0) -> Search:
         settings: Any = None
         if ef:
-            settings = faiss.SearchParametersHNSW(efSearch=max(ef, K))
+            settings = module.SearchParametersHNSW(efSearch=max(ef, K))
         elif nprobe:
-            settings = faiss.SearchParametersIVF(nprobe=nprobe)
+            settings = module.SearchParametersIVF(nprobe=nprobe)
         if K:
-            inner = faiss.SearchParametersPreTransform(index_params=settings)
-            settings = faiss.IndexRefineSearchParameters(k_factor=max(1, K / k), base_index_params=inner)
+            inner = module.SearchParametersPreTransform(index_params=settings)
+            settings = module.IndexRefineSearchParameters(k_factor=max(1, K / k), base_index_params=inner)
             settings.keep = inner  # faiss does not own what it points to
         return lambda queries: index.search(queries, k, params=settings)[1]
 
@@ -248,7 +249,7 @@ def open_scann(folder: str, dim: int) -> Callable[..., Search]:
 
     searcher = scann_ops_pybind.load_searcher(folder)
 
-    def prepare(k: int, nprobe: int, K: int) -> Search:  # noqa: N803
+    def prepare(k: int, nprobe: int, K: int) -> Search:
         def search(queries: Floats) -> Rows:
             if len(queries) == 1:
                 return np.asarray(searcher.search(queries[0], k, K, nprobe)[0], np.int64)[None]

@@ -50,7 +50,7 @@ def open_qdrant(folder: str, dim: int) -> Callable[..., Search]:
 
     shard = qdrant.EdgeShard.load(folder)
 
-    def prepare(k: int, ef: int, p: int = 0, K: int = 0) -> Search:  # noqa: N803
+    def prepare(k: int, ef: int, p: int = 0, K: int = 0) -> Search:
         effort = qdrant.SearchParams(hnsw_ef=ef)
 
         def request(query: list[float]) -> Any:
@@ -222,7 +222,7 @@ STORES = {
     "lancedb-ivf-rq": Engine("lancedb", partial(build_lance, kind="lists"), open_lance,
                              tuple({"nprobe": nprobe, "refine": refine} for nprobe, refine in
                                    ((16, 5), (32, 10), (64, 10)))),
-    "milvus-lite": Engine("milvus_lite.index.faiss_hnsw", partial(build_milvus, kind="HNSW"), open_milvus, EFS),
-    "milvus-lite-sq": Engine("milvus_lite.index.faiss_hnsw_sq", partial(build_milvus, kind="HNSW_SQ"), open_milvus, EFS),
+    **{name: Engine("milvus_lite.index.faiss_hnsw", partial(build_milvus, kind=kind), open_milvus, EFS)
+       for name, kind in (("milvus-lite", "HNSW"), ("milvus-lite-sq", "HNSW_SQ"))},
     "chromadb": Engine("chromadb", build_chroma, open_chroma, EFS),
 }  # fmt: skip

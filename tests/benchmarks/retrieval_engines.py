@@ -5,11 +5,11 @@
 
 The engines get the same vectors and queries, one core, and a process each to build and to search in; install them with
 ``pip install -r tests/benchmarks/retrieval-requirements.txt``. One JSON object a line: a row for each setting of each
-engine, a row with ``missing`` or ``error`` for an engine that is not installed, crashed or ran out of time, and last the
-ratios. ``--engines package.module:NAME`` adds an ``Engine`` of your own.
+engine, one with ``missing`` or ``error`` for an engine that is not installed, crashed or ran out of time, and last the
+ratios. ``--engines package.module:NAME`` takes an ``Engine`` of your own.
 
-``recall`` is against the exact answer. ``qps``, ``p50_us`` and ``p99_us`` are of queries sent one by one, ``cpu_us`` the
-processor time of one; the ``batch_`` figures are of all queries in one call, null where an engine has no such call.
+``recall`` is against the exact answer. ``qps``, ``p50_us`` and ``p99_us`` are of queries sent one by one and ``cpu_us``
+is the processor time of one; the ``batch_`` figures are of all queries in one call, null for an engine without one.
 ``rss_mb`` is what opening and searching added, touched pages of memory-mapped files among it, ``disk_mb`` all files.
 """
 
@@ -106,7 +106,8 @@ def run_case(verb: str, name: str, folder: Path, k: int, end: float) -> str | No
     command = [sys.executable, "-m", "tests.benchmarks.engine_case", verb, name, str(folder), str(k)]
     with open(folder / "output.txt", "w+", errors="replace") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                                   env={**os.environ, **ONE_THREAD}, start_new_session=True)  # fmt: skip
+                                   env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)},
+                                   start_new_session=True)  # fmt: skip
         try:
             code = process.wait(max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
