@@ -13,10 +13,11 @@ import numpy as np
 
 from lookalike.retrieval.ranking import Floats, Rows
 
-M, EF_CONSTRUCTION = 32, 80
-"""Links a node of every HNSW graph keeps (twice as many on its lowest layer), and candidates weighed for each row."""
+M, EF_CONSTRUCTION = 16, 120
+"""Links a node of every graph keeps (twice as many on its lowest layer), and candidates weighed for each row."""
 EFS = ({"ef": 16}, {"ef": 32}, {"ef": 64}, {"ef": 128}, {"ef": 256})
 Setting = Mapping[str, Any]
+Steps = tuple[tuple[int, int], ...]
 Search = Callable[[Floats], Rows]
 """Queries float32 [n, dim] -> rows int64 [n, k]."""
 
@@ -61,15 +62,16 @@ def build_ours(vectors: Floats, folder: str) -> None:
 
 
 def open_ours_again(folder: str, dim: int) -> Callable[..., Search]:
-    """The searcher that serving wraps; ``steps`` are (dim, survivors) of a funnel."""
+    """The searcher that serving wraps; ``steps`` are (dim, survivors) of a funnel, ``margins`` its early exits."""
     from lookalike.retrieval.plan import Plan
     from lookalike.retrieval.searcher import ShardSearcher
 
     shard = ShardSearcher.open(f"{folder}/shard")
 
-    def prepare(k: int, p: int, K: int, steps: tuple[tuple[int, int], ...] = ()) -> Search:
-        kept = tuple((at, max(k, survivors)) for at, survivors in steps if at < dim)
-        plan = Plan(shortlist_dim=p, shortlist_k=max(k, K), stages=kept, rerank_dim=dim)
+    def prepare(k: int, p: int, K: int, steps: Steps = (), margins: tuple[float, ...] = ()) -> Search:
+        kept = tuple((at, max(k, survivors)) for at, survivors in steps if p < at < dim)
+        plan = Plan(shortlist_dim=p, shortlist_k=max(k, K), stages=kept, rerank_dim=dim,
+                    margins=margins[: 1 + len(kept)])  # fmt: skip
         return lambda queries: shard.search(queries, k, plan).rows
 
     return prepare
@@ -77,11 +79,16 @@ def open_ours_again(folder: str, dim: int) -> Callable[..., Search]:
 
 OURS: tuple[Setting, ...] = (
     *({"p": 64, "K": size} for size in (20, 40, 70, 100)),
-    {"p": 64, "K": 100, "steps": ((512, 25),)}, {"p": 64, "K": 200, "steps": ((256, 60), (1024, 20))},
+    {"p": 64, "K": 100, "steps": ((512, 25),)},
+    {"p": 64, "K": 100, "steps": ((512, 25),), "margins": (0.15, 0.05)},
+    {"p": 64, "K": 200, "steps": ((256, 60), (1024, 20))},
     *({"p": 128, "K": size} for size in (20, 30, 40, 50, 70)),
-    {"p": 128, "K": 50, "steps": ((512, 20),)}, {"p": 128, "K": 70, "steps": ((512, 25),)},
+    {"p": 128, "K": 50, "steps": ((512, 20),)},
+    {"p": 128, "K": 50, "steps": ((512, 20),), "margins": (0.1, 0.03)},
+    {"p": 128, "K": 70, "steps": ((512, 25),)},
+    {"p": 128, "K": 70, "steps": ((512, 25),), "margins": (0.1, 0.03)},
     {"p": 128, "K": 150, "steps": ((512, 30),)},
-)  # fmt: skip
+)
 
 
 def build_exact(vectors: Floats, folder: str) -> None:
@@ -267,7 +274,7 @@ LIBRARIES = {
     "ours": Engine("lookalike.retrieval.searcher", build_ours, open_ours_again, OURS),
     "faiss-exact": Engine("faiss", build_exact, open_faiss, ({},)),
     "faiss-hnsw": Engine("faiss", build_faiss_hnsw, open_faiss, EFS),
-    **{f"faiss-hnsw{prefix}-refine": Engine("faiss", partial(build_faiss_refined, codes="HNSW32", prefix=prefix),
+    **{f"faiss-hnsw{prefix}-refine": Engine("faiss", partial(build_faiss_refined, codes=f"HNSW{M}", prefix=prefix),
                                             open_faiss, REFINED) for prefix in (64, 128)},
     **{f"faiss-rabitq{prefix}-refine": Engine(
         "faiss", partial(build_faiss_refined, codes="IVF{nlist},RaBitQfs", prefix=prefix), open_faiss, PROBES)

@@ -118,7 +118,7 @@ def build_lance(vectors: Floats, folder: str, kind: str) -> None:
 
     flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     table = lancedb.connect(folder).create_table("rows", pa.table({"id": np.arange(len(vectors)), "vector": flat}))
-    graph = HnswSq("dot", num_partitions=1, m=2 * M, ef_construction=EF_CONSTRUCTION)
+    graph = HnswSq("dot", num_partitions=1, m=M, ef_construction=EF_CONSTRUCTION)
     lists = IvfRq("dot", num_partitions=round(2 * len(vectors) ** 0.5))
     table.create_index("vector", config=graph if kind == "graph" else lists)
 
