@@ -7,7 +7,7 @@ degree and build effort everywhere. The databases are in ``engines_stores.py``.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -54,23 +54,28 @@ def row_numbers(ids: Any, k: int) -> Rows:
     return rows
 
 
-def build_ours(vectors: Floats, folder: str) -> None:
-    """A float16 shard with int8 graphs over 64-d and 128-d."""
+def build_ours(vectors: Floats, folder: str, dtype: Literal["float16", "int8"], staged: bool) -> None:
+    """A shard of ``dtype`` with int8 graphs over 64-d and 128-d, or over the full vectors alone."""
     from tests.benchmarks.retrieval import open_ours
 
-    open_ours(f"{folder}/shard", "graph", "float16", vectors, nested_dims(vectors.shape[1]))
+    dim = vectors.shape[1]
+    open_ours(f"{folder}/shard", vectors, dims=nested_dims(dim), dtype=dtype, shortlist="graph",
+              shortlist_dims=prefixes(dim) if staged else (dim,))  # fmt: skip
 
 
 def open_ours_again(folder: str, dim: int) -> Callable[..., Search]:
-    """The searcher that serving wraps; ``steps`` are (dim, survivors) of a funnel, ``margins`` its early exits."""
+    """The searcher that serving wraps; ``steps`` are (dim, survivors) of a funnel, ``margins`` its early exits.
+
+    Without ``p`` the graph over the full vectors answers, in one stage.
+    """
     from lookalike.retrieval.plan import Plan
     from lookalike.retrieval.searcher import ShardSearcher
 
     shard = ShardSearcher.open(f"{folder}/shard")
 
-    def prepare(k: int, p: int, K: int, steps: Steps = (), margins: tuple[float, ...] = ()) -> Search:
+    def prepare(k: int, K: int, p: int = 0, steps: Steps = (), margins: tuple[float, ...] = ()) -> Search:
         kept = tuple((at, max(k, survivors)) for at, survivors in steps if p < at < dim)
-        plan = Plan(shortlist_dim=p, shortlist_k=max(k, K), stages=kept, rerank_dim=dim,
+        plan = Plan(shortlist_dim=p or dim, shortlist_k=max(k, K), stages=kept, rerank_dim=dim,
                     margins=margins[: 1 + len(kept)])  # fmt: skip
         return lambda queries: shard.search(queries, k, plan).rows
 
@@ -91,6 +96,9 @@ OURS: tuple[Setting, ...] = (
     {"p": 128, "K": 300, "steps": ((512, 60),)},
     {"p": 128, "K": 600, "steps": ((256, 150), (1024, 40))},
 )
+
+
+OURS_FULL: tuple[Setting, ...] = tuple({"K": size} for size in (10, 16, 24, 40, 64, 128))
 
 
 def build_exact(vectors: Floats, folder: str) -> None:
@@ -273,7 +281,9 @@ PROBES = tuple({"nprobe": nprobe, "K": size} for nprobe, size in
                ((8, 30), (16, 50), (32, 50), (32, 100), (64, 100), (128, 100), (128, 200)))  # fmt: skip
 REFINED = tuple({"ef": size, "K": size} for size in (20, 30, 50, 70, 100, 200))
 LIBRARIES = {
-    "ours": Engine("lookalike.retrieval.searcher", build_ours, open_ours_again, OURS),
+    **{name: Engine("lookalike.retrieval.searcher", partial(build_ours, dtype=dtype, staged=name != "ours-full"),
+                    open_ours_again, OURS_FULL if name == "ours-full" else OURS)
+       for name, dtype in (("ours", "float16"), ("ours-int8", "int8"), ("ours-full", "float16"))},
     "faiss-exact": Engine("faiss", build_exact, open_faiss, ({},)),
     "faiss-hnsw": Engine("faiss", build_faiss_hnsw, open_faiss, EFS),
     **{f"faiss-hnsw{prefix}-refine": Engine("faiss", partial(build_faiss_refined, codes=f"HNSW{M}", prefix=prefix),

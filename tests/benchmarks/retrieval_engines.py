@@ -137,7 +137,7 @@ def _compare(rows: Sequence[Row], prefix: str, figure: str, least: float) -> Row
     """The best of both sides by rate, or by processor time, in which ours is the divisor."""
     key = f"{prefix}qps" if figure == "qps" else f"{prefix}cpu_us"
     good = [row for row in rows if (row.get(f"{prefix}recall") or 0) >= least and row.get(key)]
-    sides = [[row for row in good if (row["engine"] == "ours") is mine] for mine in (True, False)]
+    sides = [[row for row in good if row["engine"].startswith("ours") is mine] for mine in (True, False)]
     pick = max if figure == "qps" else min
     best = [pick(side, key=lambda row: float(row[key])) if side else None for side in sides]
     names = [f"{row['engine']} {row['setting']}" if row else None for row in best]
@@ -156,15 +156,18 @@ def plot(rows: Sequence[Row], path: str, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(15, 6), layout="constrained", sharey=True)
-    names = sorted({row["engine"] for row in rows if "recall" in row}, key=lambda name: (name != "ours", name))
+    names = sorted(
+        {row["engine"] for row in rows if "recall" in row}, key=lambda name: (not name.startswith("ours"), name)
+    )
     for axis, (prefix, label) in zip(axes, (("", "one query at a time"), ("batch_", "one batch")), strict=True):
         for number, name in enumerate(names):
             points = frontier([(row[f"{prefix}recall"], row[f"{prefix}qps"]) for row in rows
                                if row["engine"] == name and row.get(f"{prefix}recall") is not None])  # fmt: skip
             if points:
-                style = {"color": "black", "linewidth": 2.5} if name == "ours" else {"color": f"C{number % 10}"}
+                mine, turn = name.startswith("ours"), number if name.startswith("ours") else number // 10
                 axis.plot(*zip(*points, strict=True), marker="os^Dv"[number % 5], markersize=4, label=name,
-                          linestyle=("-", "--", ":")[number // 10 % 3] if name != "ours" else "-", **style)  # fmt: skip
+                          color="black" if mine else f"C{number % 10}", linewidth=2 if mine else 1.2,
+                          linestyle=("-", "--", ":")[turn % 3])  # fmt: skip
         axis.set(xlabel="recall", yscale="log", title=label, xlim=(0.8, 1.003))
         axis.axvline(0.99, color="grey", linewidth=0.5)
         axis.axvline(0.95, color="grey", linewidth=0.5)
