@@ -131,8 +131,9 @@ def test_rows_are_found_under_their_id_once_and_deleted_ones_never(tmp_path):
     unit = DATA[[row for row, _ in world.values()]]
     np.testing.assert_allclose(searcher.vectors(rows), unit / np.linalg.norm(unit, axis=1, keepdims=True), atol=1e-6)
     assert [facts["view"] for facts in searcher.metadata(rows)] == [view for _, view in world.values()]
-    dead = np.flatnonzero(np.concatenate([~shard.store.live if shard.store.live is not None
-                                          else np.zeros(shard.meta.num_rows, bool) for shard in searcher.shards]))  # fmt: skip
+    live = [np.ones(shard.meta.num_rows, bool) if shard.store.live is None else shard.store.live
+            for shard in searcher.shards]  # fmt: skip
+    dead = np.flatnonzero(~np.concatenate(live))
     assert len(dead) == 18
     plans = [EXACT, NARROW, Plan(shortlist_dim=8, shortlist_k=30, ef_search=40, rerank_dim=16),
              Plan(shortlist_dim=8, shortlist_k=500, scan=True, rerank_dim=16)]  # fmt: skip
@@ -168,8 +169,7 @@ def test_generation_after_generation_answers_as_if_built_whole(tmp_path, seed):
     generator = np.random.default_rng(seed)
     world, index, seen = dict(BASE), build(tmp_path, BASE, max_segments=3), set()
     unused = iter(generator.permutation(np.arange(1000, 2000)).tolist())  # equal scores would come in any order
-    for number in range(6):
-        size = int(generator.choice([0, 8, 25, 120]))
+    for number, size in enumerate(generator.permutation([0, 8, 8, 25, 25, 120])):
         ids = sorted(world)
         for name in generator.choice(ids, size, replace=False):
             match generator.integers(3):
