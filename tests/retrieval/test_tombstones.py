@@ -35,7 +35,7 @@ def brute_force(vectors, queries, allowed, k):
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.97])
-@pytest.mark.parametrize("kind", sorted(SHORTLISTS.names()))
+@pytest.mark.parametrize("kind", sorted(SHORTLISTS))
 def test_deleted_rows_are_in_no_answer(make_shard, vectors, queries, kind, share):
     generator = np.random.default_rng(3)
     deleted = generator.random(300) < share
