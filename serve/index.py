@@ -5,8 +5,8 @@ the order of the embeddings nor on the number of workers. A task reads the ids o
 and the vectors of all parts once, batch by batch: S shards read the embeddings S times, and hold the ids of their own
 rows, one batch of vectors, and one prefix while its shortlist is built.
 
-With a ``previous`` index, what has not changed is kept: see ``segments.py``. Then a shard reads the vectors once to
-compare, and again for what it builds.
+With a ``previous`` index, what has not changed is kept: see ``segments.py``. Then a shard reads once, to compare, the
+vectors of parts that the previous index was not made from, and again those row groups that hold what it builds.
 """
 
 import os
@@ -93,6 +93,19 @@ def build_shard(
     source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None = None
 ) -> ShardMeta:
     """Fill a local, empty ``folder`` with one shard, or with some of its rows; ``shard.json`` comes last."""
+    meta = _write_rows(source, config, meta, shard, folder, only=only)
+    store = PrefixStore(folder, meta)
+    for dim in meta.shortlist_dims:
+        built = build_shortlist(meta.shortlist, store.unit_prefix(dim), config)
+        built.save(f"{folder}/{shortlist_name(dim, meta.shortlist)}")
+    storage.write_atomic(f"{folder}/{SHARD_META}", meta.model_dump_json(indent=1).encode())
+    return meta
+
+
+def _write_rows(
+    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None
+) -> ShardMeta:
+    """All but the shortlists, which need the memory that ids and metadata take here."""
     own = collect_rows(source, shard, config.num_shards)
     own = own if only is None else own.only(only)
     assert len(own.table) == meta.num_rows, "the parts changed while the index was built"
@@ -105,11 +118,6 @@ def build_shard(
 
     meta = write_store(folder, meta, own.table, batches())
     np.save(f"{folder}/{DIGESTS_FILE}", digests)
-    store = PrefixStore(folder, meta)
-    for dim in meta.shortlist_dims:
-        built = build_shortlist(meta.shortlist, store.unit_prefix(dim), config)
-        built.save(f"{folder}/{shortlist_name(dim, meta.shortlist)}")
-    storage.write_atomic(f"{folder}/{SHARD_META}", meta.model_dump_json(indent=1).encode())
     return meta
 
 
@@ -171,7 +179,7 @@ def find_previous(stage: StageRun[IndexConfig], wanted: IndexMeta) -> tuple[Prev
     if reason:
         log.warning("nothing is kept %s", fields(previous=given[0].uri, reason=reason, effect="all shards are built"))
         return None, reason
-    return Previous.of(given[0], old), ""
+    return Previous.of(given[0], old, stage.config.where), ""
 
 
 def find_changes(stage: StageRun[IndexConfig], source: Source, previous: Previous | None) -> list[Change]:

@@ -23,6 +23,8 @@ from lookalike.retrieval.searcher import shard_of
 from lookalike.retrieval.store import Mask
 
 COLUMNS = tuple(name for name in schemas.embeddings(1).names if name != "vector")
+READ_BYTES = 4 << 20
+"""Read from a column at a time: a row group may be larger than memory."""
 Digests = npt.NDArray[np.uint64]
 
 
@@ -31,6 +33,8 @@ class Source:
     """The rows of an embeddings artifact that an index takes: plain values, sent to Ray tasks."""
 
     parts: list[str]
+    sha256: list[str]
+    """Of each part's file: one entry a part, of thousands of rows and more."""
     dim: int
     where: dict[str, list[str]]
 
@@ -46,22 +50,32 @@ class Source:
         return table.take(pa.array(places)), places
 
     def vectors(self, part: str, places: Rows, batch_rows: int) -> Iterator[tuple[slice, Floats]]:
-        """Raw vectors at rising ``places`` of one part: (slice of ``places``, float32 [m, dim])."""
-        first = 0
-        for batch in _open_parquet(part).iter_batches(batch_size=batch_rows, columns=["vector"]):
-            chosen = slice(*np.searchsorted(places, [first, first + len(batch)]))
-            if chosen.stop > chosen.start:
-                column = batch.column(0)
-                if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != self.dim:
-                    raise ArtifactError(f"{part} holds {column.type} where vectors of {self.dim} numbers are expected")
-                numbers = column.take(pa.array(places[chosen] - first)).flatten().to_numpy(zero_copy_only=False)
-                yield chosen, numbers.astype(np.float32).reshape(-1, self.dim)
-            first += len(batch)
+        """Raw vectors at rising ``places`` of one part: (slice of ``places``, float32 [m, dim]).
+
+        Row groups without any are not read.
+        """
+        if not len(places):
+            return
+        file = _open_parquet(part)
+        column = file.schema_arrow.field("vector").type
+        if not pa.types.is_fixed_size_list(column) or column.list_size != self.dim:
+            raise ArtifactError(f"{part} holds {column} where vectors of {self.dim} numbers are expected")
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        for group in np.unique(np.searchsorted(starts, places, side="right") - 1).tolist():
+            first = int(starts[group])
+            for batch in file.iter_batches(batch_size=batch_rows, columns=["vector"], row_groups=[group]):
+                chosen = slice(*np.searchsorted(places, [first, first + len(batch)]))
+                if chosen.stop > chosen.start:
+                    taken = batch.column(0).take(pa.array(places[chosen] - first))
+                    numbers = taken.flatten().to_numpy(zero_copy_only=False)
+                    yield chosen, numbers.astype(np.float32).reshape(-1, self.dim)
+                first += len(batch)
 
 
 def _open_parquet(uri: str) -> pq.ParquetFile:
     filesystem, path = storage.arrow_filesystem(uri)
-    return pq.ParquetFile(path, filesystem=filesystem)
+    return pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES)
 
 
 def count_rows(source: Source, part: str, num_shards: int) -> list[int]:
@@ -153,4 +167,6 @@ def read_source(embeddings: Artifact, where: dict[str, list[str]]) -> Source:
     parts = embeddings.files("part-", ".parquet")
     if not parts:
         raise ArtifactError(f"{embeddings.uri} holds no part-*.parquet; run embed again")
-    return Source(parts, int(embeddings.read_json("meta.json")["dim"]), where)
+    sha256 = {embeddings.path(file.path): file.sha256 for file in embeddings.manifest.files}
+    dim = int(embeddings.read_json("meta.json")["dim"])
+    return Source(parts, [sha256[part] for part in parts], dim, where)

@@ -7,6 +7,9 @@ a segment has a digest of what it was made from, so that a build tells which row
 - few: the segments are kept, with tombstones for rows that are gone or changed, and a new segment holds the new rows
 - many, or the segments would be too many: the shard is built whole again, which is compaction
 
+While the embeddings that the previous index was made from are there, a part file that is also among theirs is known by
+its SHA-256, and only the ids of its rows are read.
+
 The answers are those of an index built whole; the numbers of rows may differ, and so the order of equal scores.
 """
 
@@ -15,7 +18,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +43,7 @@ from lookalike.retrieval.store import (
     read_meta,
     write_tombstones,
 )
-from lookalike.serve.rows import Digests, Source, collect_rows, digest_rows, read_vectors
+from lookalike.serve.rows import Digests, ShardRows, Source, collect_rows, digest_rows, read_vectors
 
 Kind = Literal["reused", "appended", "rebuilt"]
 KINDS: tuple[Kind, ...] = ("reused", "appended", "rebuilt")
@@ -69,15 +72,19 @@ class Previous:
     """Folders of each hash shard."""
     sha256: dict[str, str]
     """Of each file, by its path in the artifact."""
+    parts: frozenset[str]
+    """SHA-256 of the parts all of whose rows (those that ``where`` keeps) it holds as they are."""
 
     @classmethod
-    def of(cls, artifact: Artifact, meta: IndexMeta) -> "Previous":
-        """An opened index."""
+    def of(cls, artifact: Artifact, meta: IndexMeta, where: Mapping[str, Any]) -> "Previous":
+        """An opened index, for a build with the conditions ``where``."""
         owners = meta.hash_shards or range(meta.num_shards)
         segments: list[list[str]] = [[] for _ in range(meta.num_hash_shards)]
         for owner, name in zip(owners, meta.shards, strict=True):
             segments[owner].append(name)
-        return cls(artifact.uri, segments, {file.path: file.sha256 for file in artifact.manifest.files})
+        sha256 = {file.path: file.sha256 for file in artifact.manifest.files}
+        same = artifact.manifest.config.get("where") == where
+        return cls(artifact.uri, segments, sha256, _parts_of(artifact) if same else frozenset())
 
     def check(self, path: str, copy: str | None = None) -> None:
         """Raise ``ArtifactError`` unless the file at ``path`` (or its ``copy``) is what the manifest says.
@@ -88,6 +95,16 @@ class Previous:
         if not storage.exists(copy or uri) or storage.sha256(copy or uri) != self.sha256[path]:
             raise ArtifactError(f"{uri} is damaged: it does not match its SHA-256 in the manifest; restore it from a "
                                 "copy, or build without a previous index")  # fmt: skip
+
+
+def _parts_of(index: Artifact) -> frozenset[str]:
+    """SHA-256 of the files that an index was made from; none when they are gone or not what they were."""
+    for name, entry, uri in index.parents():
+        if name == "embeddings":
+            with suppress(ArtifactError):
+                found = Artifact.open(uri, entry.kind, check=False)
+                return frozenset(file.sha256 for file in found.manifest.files if found.digest == entry.digest)
+    return frozenset()
 
 
 class Kept(Config):
@@ -150,15 +167,20 @@ def _load(uri: str) -> Any:
     return np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
 
 
-def compare_rows(ids: pa.ChunkedArray, digests: Digests, segments: Sequence[Stored]) -> tuple[list[Mask], Mask, int]:
-    """(live rows of each segment that are as they were, rows of ``ids`` that none holds so, ids that are gone)."""
+def compare_rows(
+    ids: pa.ChunkedArray, digests: Digests, seen: Mask, segments: Sequence[Stored]
+) -> tuple[list[Mask], Mask, int]:
+    """(live rows of each segment that are as they were, rows of ``ids`` that none holds so, ids that are gone).
+
+    The digests of rows that are ``seen`` [n] are not looked at: such a row is as it was.
+    """
     fresh, gone, stay = np.ones(len(ids), bool), 0, []
     for segment in segments:
         found = pc.index_in(segment.ids, value_set=ids)
         rows = found.fill_null(-1).to_numpy().astype(np.int64)
         known = (rows >= 0) & segment.live
         same = known.copy()
-        same[known] = digests[rows[known]] == segment.digests[known]
+        same[known] = seen[rows[known]] | (digests[rows[known]] == segment.digests[known])
         fresh[rows[same]] = False
         gone += int((segment.live & ~known).sum())
         stay.append(same)
@@ -182,12 +204,13 @@ def compare_shard(source: Source, options: SegmentOptions, previous: Previous, s
     if storage.exists(f"{work}.json"):
         return Change.model_validate(json.loads(storage.read_bytes(f"{work}.json")))
     own = collect_rows(source, shard, options.num_shards)
-    digests = np.empty(len(own.table), np.uint64)
-    for rows, vectors in read_vectors(source, own, options.batch_rows):
-        digests[rows] = digest_rows(own.table.take(pa.array(rows)), vectors)
+    seen = np.zeros(len(own.table), bool)
+    for sha256, rows in zip(source.sha256, own.rows, strict=True):
+        seen[rows] = sha256 in previous.parts
     folders = previous.segments[shard]
-    stay, fresh, gone = compare_rows(own.table["image_id"], digests,
-                                     [read_segment(previous, folder) for folder in folders])  # fmt: skip
+    stored = [read_segment(previous, folder) for folder in folders]
+    digests = _digest_unseen(source, own, seen, options.batch_rows)
+    stay, fresh, gone = compare_rows(own.table["image_id"], digests, seen, stored)
     kind = decide(options, stay, fresh, gone)
     masks = {folder: mask for folder, mask in zip(folders, stay, strict=True) if mask.any() or kind == "reused"}
     if kind == "rebuilt":
@@ -199,6 +222,15 @@ def compare_shard(source: Source, options: SegmentOptions, previous: Previous, s
     storage.write_atomic(f"{work}.npz", content.getvalue())
     storage.write_atomic(f"{work}.json", change.model_dump_json().encode())
     return change
+
+
+def _digest_unseen(source: Source, own: ShardRows, seen: Mask, batch_rows: int) -> Digests:
+    """Digests uint64 [n] of the rows that are not ``seen``, 0 for those that are."""
+    digests, unseen = np.zeros(len(seen), np.uint64), np.flatnonzero(~seen)
+    rest = own.only(~seen)
+    for rows, vectors in read_vectors(source, rest, batch_rows):
+        digests[unseen[rows]] = digest_rows(rest.table.take(pa.array(rows)), vectors)
+    return digests
 
 
 def read_mask(work: str, name: str) -> Mask:

@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike import storage
-from lookalike.artifacts import Artifact
+from lookalike.artifacts import Artifact, Draft
 from lookalike.errors import ArtifactError
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.searcher import Searcher, shard_of
-from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
+from lookalike.retrieval.synthetic import embeddings_table, make_vectors, publish_embeddings, publish_tables
 from lookalike.serve import index as module
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.index import IndexConfig
 from lookalike.serve.local import LocalClient
-from lookalike.serve.rows import digest_rows
+from lookalike.serve.rows import Source, digest_rows
 from lookalike.serve.segments import SegmentOptions, Stored, compare_rows, decide
 from lookalike.stages import execute
 
@@ -251,6 +251,40 @@ def test_a_remote_index_is_kept_from_and_appended_to(tmp_path):
     storage.remove_tree(root)
 
 
+def test_parts_that_were_indexed_before_are_not_read_again(tmp_path, monkeypatch):
+    """The same files and two more: only the vectors of the new ones are read, and the bytes do not depend on it."""
+    ids = sorted(BASE)
+    batches = [DATA[:200], DATA[200:400], DATA[400:420], DATA[420:430]]
+    names = [ids[:200], ids[200:], [f"new-{n}" for n in range(20)], [f"newer-{n}" for n in range(10)]]
+    tables = [embeddings_table(data, {"image_id": own}) for data, own in zip(batches, names, strict=True)]
+
+    def database(name, count):
+        draft = Draft(str(tmp_path), "embeddings", name, "f" * 20)
+        return publish_tables(draft, iter(tables[:count]), dims=DIMS, encoder="synthetic")
+
+    read = []
+    original = Source.vectors
+    monkeypatch.setattr(Source, "vectors", lambda self, part, places, rows: (
+        read.extend([Path(part).name] if len(places) else []), original(self, part, places, rows))[1])  # fmt: skip
+
+    def run(root, name, count, previous=None):
+        inputs = {"embeddings": [database(name, count)]} | ({"previous": [previous]} if previous else {})
+        return execute(module.STAGE, IndexConfig(shortlist="flat"), inputs, str(root), name)
+
+    first = run(tmp_path, "two", 2)
+    assert set(read) == {"part-00000.parquet", "part-00001.parquet"}
+    read.clear()
+    grown = run(tmp_path, "four", 4, first)
+    assert set(read) == {"part-00002.parquet", "part-00003.parquet"}
+    assert counts(grown) == (0, 2, 0)
+    read.clear()
+    storage.remove_tree(str(tmp_path / "embeddings" / "two"))  # pruned: rows are compared by their digests
+    again = run(tmp_path / "again", "four", 4, first)
+    assert set(read) == {f"part-0000{n}.parquet" for n in range(4)}
+    assert again.digest == grown.digest
+    assert Searcher.open(grown.uri).ids(Searcher.open(grown.uri).find(["new-3", "newer-9"])) == ["new-3", "newer-9"]
+
+
 class Killed(BaseException):
     """Nothing catches it, as nothing catches kill -9."""
 
@@ -317,7 +351,7 @@ def test_killed_at_any_step_nothing_opens_and_the_next_run_gives_the_same_bytes(
 
 SUBPROCESS = """
 import sys
-from lookalike.artifacts import Artifact
+from lookalike.artifacts import Artifact, Draft
 from lookalike.serve import index as module
 from lookalike.stages import execute
 module._map_tasks = lambda function, arguments, _: [function(*values) for values in arguments]
@@ -358,9 +392,9 @@ def test_kill_9_at_random_times_leaves_no_index_that_opens(tmp_path):
 rows_of = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2))
 
 
-@given(rows_of, st.lists(rows_of, max_size=3))
+@given(rows_of, st.lists(rows_of, max_size=3), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_compare_rows_is_what_dictionaries_say(world, layers):
+def test_compare_rows_is_what_dictionaries_say(world, layers, as_before):
     """Layers of segments: an id is live in the last layer that has it (0: not live anywhere)."""
     owner = {name: number for number, layer in enumerate(layers) for name in layer}
     stored = []
@@ -372,7 +406,9 @@ def test_compare_rows_is_what_dictionaries_say(world, layers):
     now = sorted(world)
     held = {name: layers[number][name] for name, number in owner.items() if layers[number][name] > 0}
     digests = np.array([world[name] for name in now], np.uint64)
-    stay, fresh, gone = compare_rows(pa.chunked_array([now], pa.string()), digests, stored)
+    seen = np.array([as_before and held.get(name) == world[name] for name in now], bool)
+    digests[seen] = 7  # not looked at
+    stay, fresh, gone = compare_rows(pa.chunked_array([now], pa.string()), digests, seen, stored)
     assert fresh.tolist() == [held.get(name) != world[name] for name in now]
     assert gone == sum(name not in world for name in held)
     for number, (layer, mask) in enumerate(zip(layers, stay, strict=True)):
