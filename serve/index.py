@@ -4,53 +4,60 @@ A row belongs to the shard that the hash of its id names and is sorted by id wit
 the order of the embeddings nor on the number of workers. A task reads the ids of all parts twice (to count, to choose)
 and the vectors of all parts once, batch by batch: S shards read the embeddings S times, and hold the ids of their own
 rows, one batch of vectors, and one prefix while its shortlist is built.
+
+With a ``previous`` index, what has not changed is kept: see ``segments.py``. Then a shard reads once, to compare, the
+vectors of parts that the previous index was not made from, and again those row groups that hold what it builds.
 """
 
 import os
 import tempfile
-import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from lookalike import schemas, storage
-from lookalike.artifacts import Artifact
+from lookalike import storage
 from lookalike.cluster import ensure_ray
-from lookalike.config import runtime
-from lookalike.errors import ArtifactError, LookalikeError, UsageError
+from lookalike.errors import LookalikeError, UsageError
 from lookalike.progress import track
 from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.searcher import INDEX_META, EncoderRef, IndexMeta, shard_of
+from lookalike.retrieval.searcher import INDEX_META, EncoderRef, IndexMeta, read_index_meta
 from lookalike.retrieval.shortlist import SHORTLISTS, ShortlistOptions, build_shortlist, shortlist_name
 from lookalike.retrieval.store import (
+    DIGESTS_FILE,
     ROWS_FILE,
     SHARD_META,
     Dtype,
+    Mask,
     PrefixStore,
     ShardMeta,
     check_dims,
     read_meta,
     write_store,
 )
+from lookalike.serve.rows import COLUMNS, Source, collect_rows, count_rows, digest_rows, read_source, read_vectors
+from lookalike.serve.segments import (
+    KINDS,
+    Change,
+    Previous,
+    SegmentOptions,
+    build_facts,
+    compare_shard,
+    explain_difference,
+    keep_segment,
+    new_folder,
+    read_mask,
+)
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
-COLUMNS = tuple(name for name in schemas.embeddings(1).names if name != "vector")
 
 
-class IndexConfig(StageConfig, ShortlistOptions):
+class IndexConfig(StageConfig, SegmentOptions, ShortlistOptions):
     """What is indexed, and how."""
 
-    num_shards: int = Field(default=2, ge=1, le=10_000)
-    """Shards, each of which may be served by its own replicas."""
     dims: tuple[int, ...] | None = None
     """Prefixes that can be searched; the model's nested dims by default. The full dim is always among them."""
     shortlist: str = "graph"
@@ -63,8 +70,6 @@ class IndexConfig(StageConfig, ShortlistOptions):
     quarter and costs about 1e-3."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Keep only rows whose column has one of the values, as in {"view": ["icon"]}; all conditions must hold."""
-    batch_rows: int = runtime(16_384, ge=1, le=1 << 24)
-    """Vectors read at a time, in rows."""
 
     @field_validator("shortlist")
     @classmethod
@@ -73,91 +78,24 @@ class IndexConfig(StageConfig, ShortlistOptions):
         return shortlist
 
 
-@dataclass(frozen=True)
-class Source:
-    """The rows of an embeddings artifact that an index takes: plain values, sent to Ray tasks."""
+class Segment(NamedTuple):
+    """A shard folder to make: plain values, sent to Ray tasks."""
 
-    parts: list[str]
-    dim: int
-    where: dict[str, list[str]]
-
-    def table(self, part: str) -> tuple[pa.Table, Rows]:
-        """Id and metadata of one part's rows that match ``where``, and their places in the part."""
-        file = _open_parquet(part)
-        schemas.require_columns(file.schema_arrow.empty_table(), schemas.embeddings(self.dim), part)
-        table = file.read(columns=list(COLUMNS))
-        keep = np.ones(len(table), bool)
-        for column, values in self.where.items():
-            keep &= pc.is_in(table[column], pa.array(values, pa.string())).to_numpy(zero_copy_only=False).astype(bool)
-        places = np.flatnonzero(keep)
-        return table.take(pa.array(places)), places
-
-    def vectors(self, part: str, places: Rows, batch_rows: int) -> Iterator[tuple[slice, Floats]]:
-        """Raw vectors at rising ``places`` of one part: (slice of ``places``, float32 [m, dim])."""
-        first = 0
-        for batch in _open_parquet(part).iter_batches(batch_size=batch_rows, columns=["vector"]):
-            chosen = slice(*np.searchsorted(places, [first, first + len(batch)]))
-            if chosen.stop > chosen.start:
-                column = batch.column(0)
-                if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != self.dim:
-                    raise ArtifactError(f"{part} holds {column.type} where vectors of {self.dim} numbers are expected")
-                numbers = column.take(pa.array(places[chosen] - first)).flatten().to_numpy(zero_copy_only=False)
-                yield chosen, numbers.astype(np.float32).reshape(-1, self.dim)
-            first += len(batch)
+    name: str
+    shard: int
+    """The hash shard it belongs to."""
+    meta: ShardMeta
+    kept: str | None = None
+    """The folder of the previous index that goes on here; None for one to build."""
+    work: str | None = None
+    """Where the rows to build, or to keep, are written; None for all of the hash shard's."""
 
 
-def _open_parquet(uri: str) -> pq.ParquetFile:
-    filesystem, path = storage.arrow_filesystem(uri)
-    return pq.ParquetFile(path, filesystem=filesystem)
-
-
-def count_rows(source: Source, part: str, num_shards: int) -> list[int]:
-    """How many of one part's rows go to each shard."""
-    table, _ = source.table(part)
-    return [int(count) for count in np.bincount(_shards_of(table, num_shards), minlength=num_shards)]
-
-
-def _shards_of(table: pa.Table, num_shards: int) -> Rows:
-    return np.array([shard_of(image_id, num_shards) for image_id in table["image_id"].to_pylist()], dtype=np.int64)
-
-
-def collect_rows(source: Source, shard: int, num_shards: int) -> tuple[pa.Table, list[Rows], list[Rows]]:
-    """One shard's metadata sorted by id, and for each part the places to read and the rows they become."""
-    tables, places = [], []
-    for part in source.parts:
-        table, found = source.table(part)
-        mine = np.flatnonzero(_shards_of(table, num_shards) == shard)
-        tables.append(table.take(pa.array(mine)))
-        places.append(found[mine])
-    table = pa.concat_tables(tables)
-    order = pc.sort_indices(table["image_id"]).to_numpy()
-    table = table.take(pa.array(order))
-    ids = table["image_id"].to_pylist()
-    for one, other in pairwise(ids):
-        if one == other:
-            raise ArtifactError(f"image_id {one!r} occurs twice in the embeddings, where ids must be unique; make the "
-                                "corpus and the embeddings again")  # fmt: skip
-    rows = np.empty(len(order), np.int64)
-    rows[order] = np.arange(len(order))
-    borders = np.cumsum([len(found) for found in places])[:-1]
-    return table, places, np.split(rows, borders)
-
-
-def build_shard(source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str) -> ShardMeta:
-    """Fill a local, empty ``folder`` with one shard; ``shard.json`` comes last."""
-    table, places, rows = collect_rows(source, shard, config.num_shards)
-    assert len(table) == meta.num_rows, "the parts changed while the index was built"
-
-    def batches() -> Iterable[tuple[Rows, Floats]]:
-        for part, here, there in zip(source.parts, places, rows, strict=True):
-            for chosen, vectors in source.vectors(part, here, config.batch_rows):
-                finite = np.isfinite(vectors).all(axis=1)
-                if not finite.all():
-                    bad = table["image_id"][int(there[chosen][~finite][0])].as_py()
-                    raise ArtifactError(f"the vector of {bad!r} in {part} holds NaN or infinity; embed again")
-                yield there[chosen], vectors
-
-    meta = write_store(folder, meta, table, batches())
+def build_shard(
+    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None = None
+) -> ShardMeta:
+    """Fill a local, empty ``folder`` with one shard, or with some of its rows; ``shard.json`` comes last."""
+    meta = _write_rows(source, config, meta, shard, folder, only=only)
     store = PrefixStore(folder, meta)
     for dim in meta.shortlist_dims:
         built = build_shortlist(meta.shortlist, store.unit_prefix(dim), config)
@@ -166,29 +104,50 @@ def build_shard(source: Source, config: IndexConfig, meta: ShardMeta, shard: int
     return meta
 
 
-def place_shard(source: Source, config: IndexConfig, meta: ShardMeta, shard: int, uris: tuple[str, str]) -> ShardMeta:
-    """Build one shard in scratch space and move it to its folder, unless a finished one is there.
+def _write_rows(
+    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None
+) -> ShardMeta:
+    """All but the shortlists, which need the memory that ids and metadata take here."""
+    own = collect_rows(source, shard, config.num_shards)
+    own = own if only is None else own.only(only)
+    assert len(own.table) == meta.num_rows, "the parts changed while the index was built"
+    digests = np.empty((1, meta.num_rows), "<u8")
 
-    ``uris`` are the shard's folder and the folder for scratch. On a local disk the move is a rename, so that an
-    attempt that was killed, or one that still runs, cannot mix with this one; elsewhere ``shard.json`` goes up last.
-    """
-    uri, scratch = uris
-    if storage.exists(storage.join(uri, SHARD_META)):
-        return read_meta(uri)
-    storage.remove_tree(uri)
-    if storage.is_local(uri):
-        folder = f"{storage.local_path(scratch)}/{shard:05d}-{uuid.uuid4().hex[:8]}"
-        os.makedirs(folder)
-        done = build_shard(source, config, meta, shard, folder)
-        os.rename(folder, storage.local_path(uri))
-        return done
-    with tempfile.TemporaryDirectory(prefix="lookalike-shard-") as folder:
-        done = build_shard(source, config, meta, shard, folder)
+    def batches() -> Iterable[tuple[Rows, Floats]]:
+        for rows, vectors in read_vectors(source, own, config.batch_rows):
+            digests[0, rows] = digest_rows(own.table.take(rows), vectors)
+            yield rows, vectors
+
+    meta = write_store(folder, meta, own.table, batches())
+    np.save(f"{folder}/{DIGESTS_FILE}", digests)
+    return meta
+
+
+def place_shard(
+    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, uris: tuple[str, str], *, only: Mask | None = None
+) -> ShardMeta:  # fmt: skip
+    """Build one shard and put it into its folder; ``uris`` are that and the folder for scratch."""
+    if storage.is_local(uris[0]):
+        with new_folder(*uris) as folder:
+            return build_shard(source, config, meta, shard, folder, only=only)
+    with tempfile.TemporaryDirectory(prefix="lookalike-shard-") as folder, new_folder(*uris) as uri:
+        done = build_shard(source, config, meta, shard, folder, only=only)
         filesystem, path = storage.resolve(uri)
-        filesystem.makedirs(path, exist_ok=True)
         for name in sorted(os.listdir(folder), key=lambda name: name == SHARD_META):
             filesystem.put_file(f"{folder}/{name}", f"{path}/{name}")
     return done
+
+
+def place_segment(
+    source: Source, config: IndexConfig, previous: Previous | None, segment: Segment, uris: tuple[str, str]
+) -> ShardMeta:
+    """Build a segment or keep it, unless a finished one is there."""
+    if storage.exists(storage.join(uris[0], SHARD_META)):
+        return read_meta(uris[0])
+    if previous is not None and segment.kept is not None and segment.work is not None:
+        return keep_segment(previous, segment.kept, segment.meta, segment.work, uris)
+    only = None if segment.work is None else read_mask(segment.work, "fresh")
+    return place_shard(source, config, segment.meta, segment.shard, uris, only=only)
 
 
 def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -209,46 +168,92 @@ def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, 
     return dims, shortlist_dims
 
 
-def read_source(embeddings: Artifact, where: dict[str, list[str]]) -> Source:
-    """Where the rows of an embeddings artifact are; ``UsageError`` for a column it does not carry."""
-    unknown = [column for column in where if column not in COLUMNS]
-    if unknown:
-        raise UsageError(f"where names columns {unknown}; embeddings carry {', '.join(COLUMNS)}")
-    parts = embeddings.files("part-", ".parquet")
-    if not parts:
-        raise ArtifactError(f"{embeddings.uri} holds no part-*.parquet; run embed again")
-    return Source(parts, int(embeddings.read_json("meta.json")["dim"]), where)
+def find_previous(stage: StageRun[IndexConfig], wanted: IndexMeta) -> tuple[Previous | None, str]:
+    """(the previous index to keep parts of, or None; why nothing of one that was given is kept)."""
+    given = stage.many("previous")
+    if not given:
+        return None, ""
+    old = read_index_meta(given[0])
+    reason = explain_difference(
+        build_facts(old, given[0].manifest.stage_version, given[0].manifest.config),
+        build_facts(wanted, STAGE.version, stage.config.model_dump(mode="json")),
+    )
+    if reason:
+        log.warning("nothing is kept %s", fields(previous=given[0].uri, reason=reason, effect="all shards are built"))
+        return None, reason
+    return Previous.of(given[0], old, stage.config.where), ""
+
+
+def find_changes(stage: StageRun[IndexConfig], source: Source, previous: Previous | None) -> list[Change]:
+    """What becomes of each hash shard."""
+    num_shards = stage.config.num_shards
+    if previous is not None:
+        tasks = [(source, stage.config, previous, shard, _work(stage, shard)) for shard in range(num_shards)]
+        return _map_tasks(compare_shard, tasks, "compare shards")
+    counting = [(source, part, num_shards) for part in source.parts]
+    counts = np.sum(_map_tasks(count_rows, counting, "count rows"), axis=0)
+    return [Change(kind="rebuilt", num_fresh=int(rows)) for rows in counts]
+
+
+def _work(stage: StageRun[IndexConfig], shard: int) -> str:
+    return stage.out.work("changes", f"{shard:05d}")
+
+
+def list_segments(
+    stage: StageRun[IndexConfig], template: ShardMeta, previous: Previous | None, changes: list[Change]
+) -> list[Segment]:
+    """All folders of the index in the order of their rows: of each hash shard what is kept, then what is built."""
+    segments: list[Segment] = []
+    offset = 0
+
+    def add(shard: int, meta: ShardMeta, kept: str | None, work: str | None) -> None:
+        nonlocal offset
+        position = sum(segment.shard == shard for segment in segments[-stage.config.max_segments - 1 :])
+        name = f"shard-{shard:05d}" + (f"-{position:03d}" if position else "")
+        segments.append(Segment(name, shard, meta.model_copy(update={"row_offset": offset}), kept, work))
+        offset += meta.num_rows
+
+    for shard, change in enumerate(changes):
+        for kept in change.kept:
+            assert previous is not None, "what is kept comes from somewhere"
+            meta = read_meta(storage.join(previous.uri, kept.folder))
+            add(shard, meta.model_copy(update={"num_deleted": kept.num_deleted}), kept.folder, _work(stage, shard))
+        if change.num_fresh or not change.kept:
+            work = _work(stage, shard) if change.kept else None
+            add(shard, template.model_copy(update={"num_rows": change.num_fresh}), None, work)
+    return segments
 
 
 def run(stage: StageRun[IndexConfig]) -> None:
-    """Build all shards and write ``meta.json``."""
+    """Build all shards, or what has changed of them, and write ``meta.json``."""
     config, embeddings = stage.config, stage.one("embeddings")
     facts = embeddings.read_json("meta.json")
     SHORTLISTS.get(config.shortlist)
     dims, shortlist_dims = choose_dims(config, [int(dim) for dim in facts["dims"]])
     source = read_source(embeddings, config.where)
+    same: dict[str, Any] = {"dims": dims, "dtype": config.dtype, "shortlist": config.shortlist,
+                            "shortlist_dims": shortlist_dims}  # fmt: skip
+    encoder = EncoderRef(**{key: str(facts["encoder"].get(key, "")) for key in ("fingerprint", "name", "uri")})
+    shards = tuple(f"shard-{shard:05d}" for shard in range(config.num_shards))
+    meta = IndexMeta(num_rows=0, shards=shards, shard_rows=(0,) * len(shards), columns=COLUMNS, encoder=encoder, **same)
     ensure_ray()
-    counting = [(source, part, config.num_shards) for part in source.parts]
-    counts = np.sum(_map_tasks(count_rows, counting, "count rows"), axis=0)
-    if not counts.sum():
+    previous, reason = find_previous(stage, meta)
+    changes = find_changes(stage, source, previous)
+    segments = list_segments(stage, ShardMeta(num_rows=0, row_offset=0, **same), previous, changes)
+    if all(segment.meta.num_rows == segment.meta.num_deleted for segment in segments):
         raise UsageError(f"where {config.where} keeps none of the {facts['rows']} embeddings; check its values")
-    offsets = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    wanted = [
-        ShardMeta(num_rows=int(rows), row_offset=int(offset), dims=dims, dtype=config.dtype,
-                  shortlist=config.shortlist, shortlist_dims=shortlist_dims)
-        for rows, offset in zip(counts, offsets, strict=True)
-    ]  # fmt: skip
-    names = [f"shard-{shard:05d}" for shard in range(config.num_shards)]
-    tasks = [(source, config, meta, n, (stage.out.path(name), stage.out.work("scratch")))
-             for n, (name, meta) in enumerate(zip(names, wanted, strict=True))]  # fmt: skip
-    shards: list[ShardMeta] = _map_tasks(place_shard, tasks, "index shards")
-    meta = IndexMeta(
-        dims=dims, num_rows=int(counts.sum()), shards=tuple(names), shard_rows=tuple(int(rows) for rows in counts),
-        dtype=config.dtype, shortlist=config.shortlist, shortlist_dims=shortlist_dims, columns=COLUMNS,
-        encoder=EncoderRef(**{key: str(facts["encoder"].get(key, "")) for key in ("fingerprint", "name", "uri")}),
-    )  # fmt: skip
+    tasks = [(source, config, previous, segment, (stage.out.path(segment.name), stage.out.work("scratch")))
+             for segment in segments]  # fmt: skip
+    built: list[ShardMeta] = _map_tasks(place_segment, tasks, "index shards")
+    meta = meta.model_copy(update={
+        "num_rows": sum(one.num_rows for one in built), "num_deleted": sum(one.num_deleted for one in built),
+        "shards": tuple(segment.name for segment in segments), "shard_rows": tuple(one.num_rows for one in built),
+        "hash_shards": tuple(segment.shard for segment in segments),
+    })  # fmt: skip
     stage.out.write_json(INDEX_META, meta.model_dump(mode="json", exclude={"generation"}))
-    stage.out.stats |= _statistics(stage, meta, shards)
+    kinds = [change.kind for change in changes]
+    stage.out.stats |= _statistics(stage, meta, built) | {f"shards_{kind}": kinds.count(kind) for kind in KINDS}
+    stage.out.stats |= {"nothing_kept_because": reason} if reason else {}
 
 
 def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[ShardMeta]) -> dict[str, Any]:
@@ -265,8 +270,8 @@ def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[Shar
     if 0 in meta.shard_rows:
         log.warning("empty shards %s", fields(shards=meta.shard_rows.count(0), remedy="lower num_shards"))
     return {
-        "rows": meta.num_rows, "rows_per_shard": list(meta.shard_rows), "dims": list(meta.dims),
-        "zero_vectors": num_zero, "vector_bytes": vectors, "shortlist_bytes": shortlists,
+        "rows": meta.num_live, "deleted_rows": meta.num_deleted, "rows_per_shard": list(meta.shard_rows),
+        "dims": list(meta.dims), "zero_vectors": num_zero, "vector_bytes": vectors, "shortlist_bytes": shortlists,
         "metadata_bytes": sum(size for name, size in sizes.items() if name.endswith(ROWS_FILE)),
     }  # fmt: skip
 
@@ -286,5 +291,6 @@ def _map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str
 
 
 STAGE: Stage[IndexConfig] = Stage(
-    name="index", kind="index", config=IndexConfig, run=run, inputs={"embeddings": Input("embeddings")}, resumable=True
-)
+    name="index", kind="index", config=IndexConfig, run=run, resumable=True, version=2,
+    inputs={"embeddings": Input("embeddings"), "previous": Input("index", optional=True)},
+)  # fmt: skip

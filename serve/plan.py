@@ -23,7 +23,7 @@ from lookalike.retrieval.planner import Measured
 from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.searcher import Searcher
 from lookalike.seeds import derive_seed, hash_unit
-from lookalike.serve.index import Source, read_source
+from lookalike.serve.rows import Source, read_source
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
 

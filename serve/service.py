@@ -92,7 +92,7 @@ class Service:
         """``Describe``."""
         return pb.DescribeResponse(
             version=lookalike.__version__, index_generation=self.meta.generation, dim=self.meta.dim,
-            model_fingerprint=self.meta.model_fingerprint, dims=self.meta.dims, num_rows=self.meta.num_rows,
+            model_fingerprint=self.meta.model_fingerprint, dims=self.meta.dims, num_rows=self.meta.num_live,
             num_shards=self.meta.num_shards, plan=write_plan(self.plans.default), columns=self.meta.columns,
             placement=self.config.placement,
             limits=pb.Limits(**self.config.limits.model_dump()), has_encoder=self.router.encoder is not None,

@@ -20,8 +20,9 @@ from lookalike import storage
 from lookalike.config import Config
 from lookalike.errors import ArtifactError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has a checksum
 MANIFEST = "manifest.json"
+REMEDY = "remove the folder and run its stage again, or restore it from a copy"
 WORK = "_work"  # a draft's private folder: resumption state, never published
 FULL_CHECK_BYTES = 2 << 30  # artifacts up to this size are checked by content, larger ones by file size
 
@@ -63,6 +64,8 @@ class Manifest(Config):
     """UTC time of publishing, ISO 8601."""
     duration_s: float
     """Seconds that the attempt which published took."""
+    checksum: str = ""
+    """Hex SHA-256 of the manifest's own bytes, with nothing in this place."""
 
     @property
     def digest(self) -> str:
@@ -130,49 +133,64 @@ class Artifact:
                 absolute = entry.uri if "://" in entry.uri or entry.uri.startswith("/") else f"{self.root}/{entry.uri}"
                 yield input_name, entry, absolute
 
+    def examine(self, *, content: bool) -> Iterator[tuple[FileEntry, str | None]]:
+        """Each file of the manifest with what is wrong with its presence, size (and content); None for a sound one."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            found = pool.map(lambda entry: self._problem(entry, content), self.manifest.files)
+            yield from zip(self.manifest.files, found, strict=True)
+
     def verify(self, *, content: bool) -> None:
         """Raise ``ArtifactError`` unless every file is present with the size (and SHA-256) of the manifest."""
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            problems = [p for p in pool.map(lambda entry: self._problem(entry, content), self.manifest.files) if p]
+        problems = [problem for _, problem in self.examine(content=content) if problem]
         if problems:
             raise ArtifactError(
-                f"{self.uri} is damaged: {'; '.join(problems[:3])}; remove the folder and run its stage again, "
-                "or restore it from a copy"
+                f"{self.uri} is damaged: {'; '.join(problems[:3])}; {REMEDY}; `lookalike verify` lists all"
             )
 
     def _problem(self, entry: FileEntry, content: bool) -> str | None:
         uri = self.path(entry.path)
         try:
             size = storage.size_bytes(uri)
+            if size != entry.size_bytes:
+                return f"{entry.path} has {size} bytes, expected {entry.size_bytes}"
+            if content and storage.sha256(uri) != entry.sha256:
+                return f"{entry.path} does not match its SHA-256"
         except FileNotFoundError:
             return f"{entry.path} is missing"
-        if size != entry.size_bytes:
-            return f"{entry.path} has {size} bytes, expected {entry.size_bytes}"
-        if content and storage.sha256(uri) != entry.sha256:
-            return f"{entry.path} does not match its SHA-256"
+        except OSError as error:  # of the disk, or the store
+            return f"{entry.path} cannot be read ({error})"
         return None
 
 
 def _read_manifest(uri: str) -> Manifest:
     try:
-        raw = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        content = storage.read_bytes(storage.join(uri, MANIFEST))
+        raw = json.loads(content)
     except FileNotFoundError:
         state = "an unfinished draft (no manifest.json)" if storage.exists(uri) else "not there"
         raise ArtifactError(f"no artifact at {uri}: it is {state}; run the stage that makes it") from None
     except UsageError:  # a scheme that nothing here opens
         raise
     except (ValueError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{uri}/{MANIFEST} is not readable JSON ({error}); the artifact is damaged") from None
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: no JSON ({error}); {REMEDY}") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ArtifactError(
-            f"{uri} has manifest format {version!r}, this lookalike {lookalike.__version__} reads up to "
+            f"{uri}/{MANIFEST} has manifest format {version!r}, this lookalike {lookalike.__version__} reads up to "
             f"{FORMAT_VERSION}; upgrade lookalike"
         )
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: {error.errors()[0]['msg']}; {REMEDY}") from None
+    signed = content.replace(manifest.checksum.encode(), b"", 1)
+    if version > 1 and hashlib.sha256(signed).hexdigest() != manifest.checksum:
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: it does not match its own checksum; {REMEDY}")
+    return manifest
+
+
+def _manifest_bytes(manifest: Manifest) -> bytes:
+    return (manifest.model_dump_json(indent=1) + "\n").encode()
 
 
 class Draft:
@@ -218,7 +236,9 @@ class Draft:
             parents={key: [self._parent(a) for a in artifacts] for key, artifacts in parents.items()},
             created=datetime.now(UTC).isoformat(timespec="seconds"), duration_s=round(duration_s, 3),
         )  # fmt: skip
-        storage.write_atomic(self.path(MANIFEST), (manifest.model_dump_json(indent=1) + "\n").encode())
+        checksum = hashlib.sha256(_manifest_bytes(manifest)).hexdigest()
+        manifest = manifest.model_copy(update={"checksum": checksum})
+        storage.write_atomic(self.path(MANIFEST), _manifest_bytes(manifest))
         storage.remove_tree(self.work())  # only now: until the manifest stands, a resumed attempt needs it
         return Artifact(self.uri, manifest)
 

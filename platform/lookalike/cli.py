@@ -31,6 +31,7 @@ COMMANDS = {
     "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
     "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.export:export"),
     "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
+    "verify": ("compare every file of artifacts with their manifests", "lookalike.verify:verify"),
     "run": ("run every step of a recipe", "lookalike.run:run"),
     "variants": ("run a recipe of variants: label counts beside retrieval (Table 2)", "lookalike.variants:variants"),
     "quickstart": ("run a whole recipe, serve it, query it, write a report", "lookalike.serve.quickstart:quickstart"),

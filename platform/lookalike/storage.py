@@ -148,6 +148,26 @@ def remove_file(uri: str) -> None:
         fs.rm_file(path)
 
 
+def share_file(source: str, target: str) -> None:
+    """Give ``target`` the content of ``source``, which may be removed later but never changes.
+
+    On one disk it is a hard link: no byte is copied, and each name stands alone. Elsewhere it is a copy, which the
+    store makes itself where both lie in the same.
+    """
+    fs, path = resolve(source)
+    other, place = resolve(target)
+    if isinstance(fs, LocalFileSystem) and isinstance(other, LocalFileSystem):
+        try:
+            os.link(path, place)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, place)
+    elif fs is other:
+        fs.cp_file(path, place)
+    else:
+        with fs.open(path, "rb") as file, other.open(place, "wb") as copy:
+            shutil.copyfileobj(file, copy, CHUNK_BYTES)
+
+
 def list_files(uri: str) -> list[str]:
     """Paths of all files under ``uri``, relative to it, sorted; a file gives itself as ``['']``.
 

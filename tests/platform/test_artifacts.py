@@ -88,7 +88,7 @@ def test_another_kind_is_refused(root: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": FORMAT_VERSION + 1}, "manifest format 2, .* reads up to 1; upgrade"),
+        ({"format_version": FORMAT_VERSION + 1}, "manifest.json has manifest format 3, .* reads up to 2; upgrade"),
         ({"format_version": "one"}, "manifest format 'one'"),
         ({"format_version": None}, "manifest format None"),
         ({"files": "none"}, "manifest.json is damaged"),

@@ -19,9 +19,10 @@ from lookalike.retrieval.searcher import Searcher, ShardSearcher, shard_of
 from lookalike.retrieval.store import ShardMeta
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.index import STAGE as INDEX
-from lookalike.serve.index import IndexConfig, build_shard, collect_rows, place_shard, read_source
+from lookalike.serve.index import IndexConfig, Segment, build_shard, place_segment, place_shard
 from lookalike.serve.plan import STAGE as PLAN
 from lookalike.serve.plan import PlanConfig, choose, measure_plans, sample_queries
+from lookalike.serve.rows import collect_rows, read_source
 from lookalike.stages import execute
 
 DIMS = [4, 8, 16, 32]
@@ -157,12 +158,13 @@ def test_finished_shards_are_kept_and_half_ones_built_again(served, tmp_path):
     os.makedirs(folder)
     Path(folder, "block-00000-00004.npy").write_bytes(b"half")
     os.makedirs(f"{scratch}/00000-dead")
-    place_shard(source, config, meta, 0, (folder, scratch))
+    segment = Segment("shard-00000", 0, meta)
+    place_segment(source, config, None, segment, (folder, scratch))
     names = sorted(os.listdir(folder))
     wanted = {f.path.removeprefix("shard-00000/"): f.sha256 for f in index.manifest.files if "shard-00000/" in f.path}
     assert {name: storage.sha256(f"{folder}/{name}") for name in names} == wanted
     before = os.stat(f"{folder}/norms.npy").st_mtime_ns
-    assert place_shard(source, config, meta, 0, (folder, scratch)) == meta
+    assert place_segment(source, config, None, segment, (folder, scratch)) == meta
     assert os.stat(f"{folder}/norms.npy").st_mtime_ns == before
 
 
@@ -174,11 +176,11 @@ from lookalike.stages import execute
 original = module.build_shard
 module._map_tasks = lambda function, arguments, _: [function(*values) for values in arguments]
 module.ensure_ray = lambda: None
-def build(source, config, meta, shard, folder):
+def build(source, config, meta, shard, folder, *, only):
     if shard == 1:
         open(folder + "/block-00000-00004.npy", "wb").write(b"half")
         os.kill(os.getpid(), 9)
-    return original(source, config, meta, shard, folder)
+    return original(source, config, meta, shard, folder, only=only)
 module.build_shard = build
 execute(module.STAGE, module.IndexConfig(), {"embeddings": [Artifact.open(sys.argv[1])]}, sys.argv[2], "index")
 """

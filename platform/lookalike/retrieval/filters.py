@@ -84,9 +84,9 @@ def filter_key(conditions: Conditions, columns: Sequence[str]) -> Key:
     return tuple((column, tuple(sorted(set(values)))) for column, values in sorted(conditions.items()))
 
 
-def match_rows(table: pa.Table, key: Key) -> Allowed:
-    """The rows of ``table`` that meet every condition; a null meets none."""
-    mask = np.ones(len(table), bool)
+def match_rows(table: pa.Table, key: Key, live: Mask | None = None) -> Allowed:
+    """The rows of ``table`` that meet every condition, of those that are ``live``; a null meets none."""
+    mask = np.ones(len(table), bool) if live is None else live.copy()
     for column, values in key:
         found = pc.is_in(table[column], pa.array(values, table[column].type))
         mask &= found.to_numpy().astype(bool)

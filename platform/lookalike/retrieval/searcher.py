@@ -36,7 +36,14 @@ from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, merge_hits, top_k
 from lookalike.retrieval.rerank import extend, pack_plan_steps, rerank, scan
 from lookalike.retrieval.shortlist import Shortlist, load_shortlist, shortlist_name
-from lookalike.retrieval.store import PrefixStore, ShardMeta, check_queries, normalise
+from lookalike.retrieval.store import (
+    FORMAT_VERSION,
+    PrefixStore,
+    ShardMeta,
+    check_queries,
+    normalise,
+    require_format,
+)
 
 __all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shard_of", "top_k"]
 
@@ -63,16 +70,21 @@ class EncoderRef(Config):
 class IndexMeta(Config):
     """What an index artifact holds; all but ``generation`` is its ``meta.json``."""
 
-    format_version: int = Field(default=1, ge=1, le=1)
+    format_version: int = Field(default=FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     """Layout of the index."""
     dims: tuple[int, ...] = Field(min_length=1)
     """Nested dims, smallest first; the last is the size of a vector."""
     num_rows: int = Field(ge=0)
-    """Vectors in all shards."""
+    """Vectors in all shards, with those under tombstones."""
+    num_deleted: int = Field(default=0, ge=0)
+    """Of these, rows under tombstones, which no answer holds."""
     shards: tuple[str, ...] = Field(min_length=1)
     """Folders of the shards, in the order of their global rows."""
     shard_rows: tuple[int, ...]
     """Vectors in each shard."""
+    hash_shards: tuple[int, ...] = ()
+    """The hash shard (``shard_of``) that each folder belongs to, rising: one that was appended to has several folders,
+    its segments. Empty where each folder is one."""
     dtype: str
     """Number format of the stored vectors."""
     shortlist: str
@@ -93,8 +105,23 @@ class IndexMeta(Config):
 
     @property
     def num_shards(self) -> int:
-        """Number of shards."""
+        """Number of shard folders, which are what is searched and served."""
         return len(self.shards)
+
+    @property
+    def num_hash_shards(self) -> int:
+        """Number of hash shards, among which ids are divided."""
+        return self.hash_shards[-1] + 1 if self.hash_shards else len(self.shards)
+
+    @property
+    def num_live(self) -> int:
+        """Vectors that can be found."""
+        return self.num_rows - self.num_deleted
+
+    def segments_of(self, image_id: str) -> range:
+        """The shards (places in ``shards``) that may hold ``image_id``."""
+        owners, wanted = self.hash_shards or range(len(self.shards)), shard_of(image_id, self.num_hash_shards)
+        return range(bisect.bisect_left(owners, wanted), bisect.bisect_right(owners, wanted))
 
     @property
     def model_fingerprint(self) -> str:
@@ -110,7 +137,11 @@ class IndexMeta(Config):
 def read_index_meta(artifact: Artifact) -> IndexMeta:
     """The facts of an opened index artifact."""
     try:
-        meta = IndexMeta.model_validate(artifact.read_json(INDEX_META))
+        raw = require_format(artifact.read_json(INDEX_META), FORMAT_VERSION, artifact.path(INDEX_META))
+        meta = IndexMeta.model_validate(raw)
+    except FileNotFoundError:
+        raise ArtifactError(f"{artifact.path(INDEX_META)} is missing; build the index again or restore it from a "
+                            "copy") from None  # fmt: skip
     except (ValueError, ValidationError) as error:
         raise ArtifactError(f"{artifact.path(INDEX_META)} is damaged ({str(error).splitlines()[0]}); build the index "
                             "again") from None  # fmt: skip
@@ -131,7 +162,11 @@ class ShardSearcher:
         self._shortlists: dict[int, Shortlist | Graph] = {}
         self._steps: Callable[[Plan, int], Steps] = lru_cache(PLANS_KEPT)(
             lambda plan, k: pack_plan_steps(store, plan.list_steps(k)))  # fmt: skip
-        self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(lambda key: match_rows(store.table, key))
+        live = store.live
+        self._all = None if live is None else Allowed(live)
+        self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(
+            lambda key: match_rows(store.table, key, live)
+        )
 
     @classmethod
     def open(cls, uri: str) -> "ShardSearcher":
@@ -176,9 +211,11 @@ class ShardSearcher:
         return self._find(self._checked(queries, k, plan), k, plan, self._allowed(allowed))
 
     def _allowed(self, rows: RowFilter | None) -> Allowed | None:
+        live = self.store.live
         if isinstance(rows, np.ndarray):
-            return Allowed(check_mask(rows, self.meta.num_rows))
-        return self._matching(filter_key(rows, self.store.table.column_names)) if rows else None
+            mask = check_mask(rows, self.meta.num_rows)
+            return Allowed(mask if live is None else mask & live)
+        return self._matching(filter_key(rows, self.store.table.column_names)) if rows else self._all
 
     def _find(self, vectors: Floats, k: int, plan: Plan, allowed: Allowed | None) -> Hits:
         wanted = min(max(k, plan.shortlist_k), self.meta.num_rows if allowed is None else allowed.num_rows)
@@ -277,9 +314,10 @@ class ShardSearcher:
         return self.store.table["image_id"]
 
     def find(self, image_id: str) -> int:
-        """Global row of a stored id, -1 when it is not here; rows are sorted by id."""
+        """Global row of a stored id, -1 when it is not here or deleted; rows are sorted by id."""
         local = bisect.bisect_left(range(self.meta.num_rows), image_id, key=lambda row: self._ids[row].as_py())
         found = local < self.meta.num_rows and self._ids[local].as_py() == image_id
+        found = found and (self.store.live is None or bool(self.store.live[local]))
         return local + self.meta.row_offset if found else NO_ROW
 
 
@@ -335,7 +373,7 @@ class Searcher:
 
     def find(self, ids: Sequence[str]) -> Rows:
         """Global row of each stored id, -1 for an unknown one."""
-        found = [self.shards[shard_of(name, self.meta.num_shards)].find(name) for name in ids]
+        found = [max(self.shards[n].find(name) for n in self.meta.segments_of(name)) for name in ids]
         return np.asarray(found, dtype=np.int64)
 
     def vectors(self, rows: npt.ArrayLike) -> Floats:
@@ -370,7 +408,7 @@ class Searcher:
         return result
 
     def column(self, name: str) -> list[Any]:
-        """One metadata column of all rows, in the order of global rows."""
+        """One metadata column of all rows, in the order of global rows, deleted ones included."""
         if name not in self.meta.columns:
             raise UsageError(f"the index has no column {name!r}; it has {', '.join(self.meta.columns)}")
         return [value for shard in self.shards for value in shard.store.table[name].to_pylist()]

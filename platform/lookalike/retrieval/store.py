@@ -7,6 +7,8 @@ Files of a shard folder (n rows, nested dims d_1 < ... < d_j):
 - ``scales.npy``: [blocks, n] float32, only of int8 blocks: value = code * scale of its row and block
 - ``norms.npy``: [j, n] float32, the norm of each row's prefix at each nested dim
 - ``rows.arrow``: image_id and metadata columns, sorted by image_id, read through a memory map
+- ``digests.npy``: [1, n] uint64, what each row was made from; a later build tells by it which rows have changed
+- ``tombstones.npy``: [1, n / 8] uint8, a bit a row, the lowest first: rows that are no more. Only where there are some
 - ``shard.json``: :class:`ShardMeta`, written last
 
 Rows are stored scaled to unit length at the full dim, which float16 needs and the cosine of a prefix does not notice;
@@ -14,6 +16,7 @@ the norms are those of the stored (rounded) values, so the cosines of what is st
 by about 1e-4, int8 by about 1e-3.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -25,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
+import lookalike
 from lookalike import storage
 from lookalike.config import Config
 from lookalike.errors import ArtifactError, UsageError
@@ -41,15 +45,18 @@ BLOCK_BYTES = 128
 HEAD_SHARE = 16
 """Beyond the first 1/16 of the dimensions all of a row lies together: scans have dropped most rows by then, and what a
 funnel reads of the few that are left should be one place in memory (at 2048-d a fifth of a query's time)."""
-
-
+DIGESTS_FILE = "digests.npy"
+TOMBSTONES_FILE = "tombstones.npy"
+FORMAT_VERSION = 2
+"""Layout of a shard folder: 2 may have tombstones."""
+Mask = npt.NDArray[np.bool_]
 Dtype = Literal["float32", "float16", "int8"]
 
 
 class ShardMeta(Config):
     """What a shard folder holds."""
 
-    format_version: int = Field(default=1, ge=1, le=1)
+    format_version: int = Field(default=FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     """Layout of the folder."""
     num_rows: int = Field(ge=0, lt=1 << 32)
     """Vectors stored."""
@@ -67,6 +74,8 @@ class ShardMeta(Config):
     """Prefixes that an index is built over."""
     num_zero: int = Field(default=0, ge=0)
     """Vectors of length zero, which have no direction and score 0 everywhere."""
+    num_deleted: int = Field(default=0, ge=0)
+    """Rows under tombstones: stored, but in no answer."""
 
     @model_validator(mode="after")
     def _nested(self) -> "ShardMeta":
@@ -256,6 +265,19 @@ class PrefixStore:
             raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
 
     @cached_property
+    def live(self) -> Mask | None:
+        """Which rows are not deleted, bool [n]; None when all are there."""
+        if not self.meta.num_deleted:
+            return None
+        num_rows = self.meta.num_rows
+        bits = self._array(TOMBSTONES_FILE, (1, -(-num_rows // 8)), "uint8")[0]
+        deleted = np.unpackbits(bits, count=num_rows, bitorder="little").astype(bool)
+        if int(deleted.sum()) != self.meta.num_deleted:
+            raise ArtifactError(f"{self.folder}/{TOMBSTONES_FILE} marks {deleted.sum()} rows, {SHARD_META} says "
+                                f"{self.meta.num_deleted}; build the index again")  # fmt: skip
+        return ~deleted
+
+    @cached_property
     def native(self) -> NativeStore | None:
         """The same arrays for the C library, which numbers rows by 31 bits; None where that is not there."""
         if not native.AVAILABLE or not 0 < self.meta.num_rows < 1 << 31:
@@ -296,11 +318,27 @@ def read_meta(folder: str) -> ShardMeta:
     """A finished shard folder's ``shard.json``; ``ArtifactError`` when it is missing or damaged."""
     path = storage.join(folder, SHARD_META)
     try:
-        return ShardMeta.model_validate(json.loads(storage.read_bytes(path)))
+        return ShardMeta.model_validate(require_format(json.loads(storage.read_bytes(path)), FORMAT_VERSION, path))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: the folder is no finished shard; build the index again") from None
     except (ValueError, ValidationError) as error:
         raise ArtifactError(f"{path} is damaged ({str(error).splitlines()[0]}); build the index again") from None
+
+
+def require_format(values: Any, newest: int, path: str) -> Any:
+    """``values`` read from ``path``, unless their ``format_version`` is above the ``newest`` that is known here."""
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > newest:
+        raise ArtifactError(f"{path} has format {version}, this lookalike {lookalike.__version__} reads up to {newest};"
+                            " upgrade lookalike, or build the index again with this one")  # fmt: skip
+    return values
+
+
+def write_tombstones(folder: str, deleted: Mask) -> None:
+    """Mark the rows of a shard that are no more, bool [n]; ``folder`` may be remote."""
+    content = io.BytesIO()
+    np.save(content, np.packbits(deleted, bitorder="little")[None])
+    storage.write_atomic(storage.join(folder, TOMBSTONES_FILE), content.getvalue())
 
 
 def write_store(folder: str, meta: ShardMeta, table: pa.Table, batches: Iterable[tuple[Rows, Floats]]) -> ShardMeta:
