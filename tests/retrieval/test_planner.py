@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval import costs, planner
+from lookalike.retrieval import candidates, costs, planner
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.planner import Measured
 from lookalike.retrieval.ranking import Hits
@@ -70,7 +70,7 @@ def test_mflops_are_those_the_mrl_paper_prints():
 
 def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
     sizes = [5, 50, 10_000]
-    plans = planner.list_plans(searcher.meta, k=10, shortlist_ks=sizes, efs=[None, 64, 2000], scan_dims=[8, 32])
+    plans = candidates.list_plans(searcher.meta, k=10, shortlist_ks=sizes, efs=[None, 64, 2000], scan_dims=[8, 32])
     assert len({plan.model_dump_json() for plan in plans}) == len(plans)
     assert {plan.shortlist_k for plan in plans} == {10, 50, 1600}
     for plan in plans:
@@ -81,14 +81,14 @@ def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
     assert any(plan.shortlist_dim == 32 for plan in plans)
     lists = searcher.meta.model_copy(update={"shortlist": "ivf-rabitq"})
     settings = {"k": 10, "shortlist_ks": [50], "efs": [64], "nprobes": (4, 16), "funnels": False}
-    probing = planner.list_plans(lists, scan_dims=[8], **settings)
+    probing = candidates.list_plans(lists, scan_dims=[8], **settings)
     assert {(plan.ef_search, plan.nprobe, plan.scan) for plan in probing} == {
         (None, 4, False), (None, 16, False), (None, None, True)}  # fmt: skip
     plain = searcher.meta.model_copy(update={"shortlist": "binary"})
-    efforts = planner.list_plans(plain, **settings)
+    efforts = candidates.list_plans(plain, **settings)
     assert {(plan.ef_search, plan.nprobe) for plan in efforts} == {(None, None)}
     only_two = {"single_stage": False, "funnels": False}
-    no_single = planner.list_plans(searcher.meta, k=10, shortlist_ks=[50], efs=[None], **only_two)
+    no_single = candidates.list_plans(searcher.meta, k=10, shortlist_ks=[50], efs=[None], **only_two)
     assert {(plan.shortlist_dim, plan.stages) for plan in no_single} == {(4, ()), (8, ()), (16, ())}
 
 
