@@ -55,15 +55,14 @@ class Counts(NamedTuple):
     """Rows that a re-rank puts in order."""
 
 
-NATIVE = Counts(calls=32_000, rows=60, row_numbers=0.25, centroids=0.25, lists=600, steps=300, places=45, numbers=0.09,
-                ordered=25)  # fmt: skip
+NATIVE = Counts(calls=52_000, centroids=0.25, lists=600, steps=3_700, places=43, numbers=0.31)
 """Nanoseconds with the C library."""
 PLAIN = Counts(calls=60_000, rows=60, row_numbers=0.25, centroids=0.25, lists=600, steps=60_000, places=50, numbers=0.4)
 """Nanoseconds without it."""
 TYPE_PRICES: Mapping[str, Mapping[str, float]] = {
-    "flat": {"rows": 30, "row_numbers": 0.25},
+    "flat": {"rows": 2.8, "row_numbers": 0.25},
     "hnsw": {"rows": 160, "row_numbers": 0.33},
-    "graph": {"rows": 36, "row_numbers": 0.20},
+    "graph": {"rows": 63, "row_numbers": 0.18, "beam": 159},
     "hnsw-sq8": {"rows": 85, "row_numbers": 0.33},
     "ivf": {"rows": 2, "row_numbers": 0.25},
     "ivf-pq": {"rows": 1, "row_numbers": 0.033},
