@@ -7,10 +7,12 @@ the MRL paper uses, and of use where K is large).
 
 **Early exit.** A row can be dropped as soon as it lies so far below the k-th best that rows of the answer hardly ever
 do. How far that is, is read off sample queries: the deficit of each true neighbour below the k-th best at each step's
-dim, of which the margin is a high quantile. Quantiles of a sample flatter themselves a little: they are taken over half
-of the queries, while recall is measured over all of them, and the holdout of the plan stage has the last word.
+dim, of which the margin is a high quantile. The quantile of a sample may lie too low: it is taken a standard error
+higher, and over half of the queries, while recall is measured over all of them; the holdout of the plan stage has the
+last word.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -32,6 +34,7 @@ STAGE_ROWS = 2.5
 WIDER = (1.5, 2.0)
 """How much larger K is in the early-exit twins of a plan: margins make room for it."""
 MARGIN_DIGITS = 4
+"""Digits of a margin."""
 
 
 def list_plans(
@@ -115,9 +118,9 @@ def calibrate_margins(
     """``plan`` with the margins of each of ``quantiles``, read off ``queries`` and their true neighbours ``exact``
     [n, <= k], global rows, -1 for none.
 
-    A margin is that quantile of how far true neighbours, where the plan has not lost them, lie below the k-th best row
-    of their shard at the step's dim; those above it have a deficit of 0. Plans that only rank the shortlist have no
-    step to leave: none come back.
+    A margin is that quantile (and a standard error more) of how far true neighbours, where the plan has not lost them,
+    lie below the k-th best row of their shard at the step's dim; those above it have a deficit of 0. Plans that only
+    rank the shortlist have no step to leave: none come back.
     """
     plain = without_margins(plan)
     deficits: list[list[npt.NDArray[np.float32]]] = [[] for _ in plain.list_steps(k)[:-1]]
@@ -129,12 +132,16 @@ def calibrate_margins(
             found.append(gaps[true])
     if not deficits or not all(sum(map(len, found)) for found in deficits):
         return []
-    scale, result = 10**MARGIN_DIGITS, []
-    for quantile in quantiles:
-        limits = [float(np.quantile(np.concatenate(found), quantile, method="higher")) for found in deficits]
-        margins = tuple(min(2.0, np.ceil(limit * scale) / scale) for limit in limits)
-        result.append(plain.model_copy(update={"margins": margins}))
-    return result
+    limits = [_upper_quantiles(np.concatenate(found), quantiles) for found in deficits]
+    return [plain.model_copy(update={"margins": margins}) for margins in zip(*limits, strict=True)]
+
+
+def _upper_quantiles(values: npt.NDArray[np.float32], quantiles: Sequence[float]) -> list[float]:
+    """A standard error above each quantile of ``values``, rounded up."""
+    scale = 10**MARGIN_DIGITS
+    levels = [min(1.0, level + math.sqrt(level * (1 - level) / len(values))) for level in quantiles]
+    found = np.quantile(values, levels, method="higher").astype(np.float64)
+    return [min(2.0, math.ceil(value * scale) / scale) for value in found.tolist()]
 
 
 def widen(meta: IndexMeta, plan: Plan) -> list[Plan]:
