@@ -55,7 +55,7 @@ class PlanConfig(StageConfig):
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Take queries only from rows whose column has one of the values, as in {"split": ["test"]}."""
     shortlist_ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 30, 50, 70, 100, 200, 400)
-    """Sizes K of the shortlist to try, in rows per shard."""
+    """Sizes K of the shortlist to try, in rows per shard; below those of the cheapest good plans a few more are."""
     ef_search: tuple[int | None, ...] = (None, 64, 128)
     """HNSW candidate lists to try; those not above K are the same as K, which None stands for."""
     nprobe: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16, 64)
@@ -137,8 +137,8 @@ def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: P
     seed = derive_seed(config.seed, "plan", "bootstrap")
     exact = planner.search_without(searcher, queries, config.k, Plan.exact(searcher.meta.dim), own_rows)
     measured = planner.measure(searcher, queries, config.k, plans, own_rows=own_rows, seed=seed, exact=exact)
-    if config.early_exit:
-        measured += planner.measure_early_exit(
+    for measure_more in (planner.measure_between, *([planner.measure_early_exit] if config.early_exit else [])):
+        measured += measure_more(
             searcher, queries, config.k, measured, own_rows=own_rows, seed=seed, exact=exact, target=config.target,
             decide_by=config.decide_by,
         )  # fmt: skip

@@ -42,6 +42,8 @@ from lookalike.serve.plan import PlanConfig
 from lookalike.serve.plan_plot import plot
 
 K, TARGETS = 10, (0.99, 0.95)
+RANKINGS: tuple[planner.RankBy, ...] = ("model", "measured")
+DECISIONS: tuple[planner.DecideBy, ...] = ("lower", "mean")
 GRID_KS = (15, 20, 25, 30, 35, 40, 45, 50, 60, 70, 85, 100, 140)
 GRID_KEEPS, GRID_SHARES = (20, 25, 35), (4, 8)
 """Rows that a grid's one stage keeps, and at which parts of the vector it stands."""
@@ -136,14 +138,16 @@ def search_grid(searcher: Searcher, sample: Judge, judge: Judge) -> list[dict[st
 
 
 def run_planner(searcher: Searcher, sample: Judge, target: float) -> list[Measured]:
-    """What the plan stage measures, with its defaults."""
+    """What the plan stage measures, with its defaults, for both ways to decide."""
     config = PlanConfig(target=target)
     plans = list_plans(searcher.meta, k=K, shortlist_ks=config.shortlist_ks, efs=config.ef_search,
                        nprobes=config.nprobe, scan_dims=config.scan_dims)  # fmt: skip
     nobody = np.full(len(sample.queries), -1)
     measured = planner.measure(searcher, sample.queries, K, plans, own_rows=nobody, seed=1, exact=sample.exact)
-    measured += planner.measure_early_exit(searcher, sample.queries, K, measured, own_rows=nobody, seed=1,
-                                           exact=sample.exact, target=target, decide_by="mean")  # fmt: skip
+    for decide_by in DECISIONS:
+        for measure_more in (planner.measure_between, planner.measure_early_exit):
+            measured += measure_more(searcher, sample.queries, K, measured, own_rows=nobody, seed=1,
+                                     exact=sample.exact, target=target, decide_by=decide_by)  # fmt: skip
     return planner.time_plans(searcher, sample.queries[: config.time_queries], K, measured,
                               repeats=config.time_repeats)  # fmt: skip
 
@@ -154,9 +158,9 @@ def compare(
     """The grid's best and the planner's choices at one target, timed again side by side."""
     reached = sorted((one for one in grid if one["recall"] >= target), key=lambda one: one["cpu_us"])[:FINALISTS]
     names, plans = [f"grid {n}" for n in range(len(reached))], [one["plan"] for one in reached]
-    for rank_by in ("model", "measured"):
-        for decide_by in ("lower", "mean"):
-            ranked = planner.rank_good(measured, target, decide_by=decide_by, rank_by=rank_by, exact=True)  # type: ignore[arg-type]
+    for rank_by in RANKINGS:
+        for decide_by in DECISIONS:
+            ranked = planner.rank_good(measured, target, decide_by=decide_by, rank_by=rank_by, exact=True)
             names.append(f"{rank_by} {decide_by}")
             plans.append(measured[ranked[0]].plan)
     times = cpu_us(searcher, judge.queries, plans, 7)
@@ -175,8 +179,8 @@ def rank_quality(searcher: Searcher, measured: list[Measured], judge: Judge, tar
     good = [n for n, one in enumerate(some) if one.recall >= target]
     fastest = times[good].min() if good else 1.0
     facts: dict[str, Any] = {"case": f"ranking of candidates at {target}", "candidates": len(some), "good": len(good)}
-    for rank_by in ("model", "measured"):
-        by = [planner.cost_of(one, rank_by) for one in some]  # type: ignore[arg-type]
+    for rank_by in RANKINGS:
+        by = [planner.cost_of(one, rank_by) for one in some]
         facts[f"{rank_by}_spearman"] = round(float(stats.spearmanr(by, times).statistic), 3)
         facts[f"{rank_by}_regret"] = round(float(times[min(good, key=lambda n: by[n])] / fastest), 3) if good else None
     off = float(np.median([one.model_us / us for one, us in zip(some, times, strict=True)]))

@@ -154,6 +154,16 @@ def test_funnels_are_none_one_stage_at_a_quarter_and_halving():
     assert candidates.list_funnels((64, 128, 512), 64, 25, 10) == [()]
 
 
+def test_sizes_between_a_good_one_and_the_next_smaller_are_tried():
+    tried = [Plan(shortlist_dim=4, shortlist_k=size, rerank_dim=32) for size in (10, 50, 70)]
+    tried.append(Plan(shortlist_dim=8, shortlist_k=65, rerank_dim=32))
+    plan = Plan(shortlist_dim=4, shortlist_k=70, stages=((8, 60),), rerank_dim=32)
+    found = candidates.list_between(plan, tried, 10)
+    assert [(one.shortlist_k, one.stages) for one in found] == [(55, ((8, 55),)), (60, ((8, 60),)), (65, ((8, 60),))]
+    assert candidates.list_between(tried[0], tried, 10) == []
+    assert [one.shortlist_k for one in candidates.list_between(tried[3], tried, 63)] == [64]
+
+
 FUNNEL = Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 40),), rerank_dim=32)
 
 

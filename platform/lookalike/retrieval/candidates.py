@@ -31,7 +31,9 @@ STAGE_SHARE = 4
 """The one stage of a short funnel stands at the nested dim nearest to a quarter of the vector."""
 STAGE_ROWS = 2.5
 """Rows that it keeps, for each result asked for."""
-WIDER = (1.5, 2.0)
+BETWEEN = 3
+"""Sizes K tried between a good one and the next smaller one, once it is known which plans are good."""
+WIDER = (1.2, 1.5)
 """How much larger K is in the early-exit twins of a plan: margins make room for it."""
 MARGIN_DIGITS = 4
 """Digits of a margin."""
@@ -142,6 +144,18 @@ def _upper_quantiles(values: npt.NDArray[np.float32], quantiles: Sequence[float]
     levels = [min(1.0, level + math.sqrt(level * (1 - level) / len(values))) for level in quantiles]
     found = np.quantile(values, levels, method="higher").astype(np.float64)
     return [min(2.0, math.ceil(value * scale) / scale) for value in found.tolist()]
+
+
+def list_between(plan: Plan, tried: Sequence[Plan], k: int) -> list[Plan]:
+    """``plan`` with ``BETWEEN`` sizes K, evenly spaced, between its own and the next smaller one among ``tried``: what
+    a coarse list of sizes wastes. A beam narrower than K is K, and a stage keeps no more rows than it is given."""
+    smaller = [one.shortlist_k for one in tried if one.shortlist_dim == plan.shortlist_dim and one.scan == plan.scan
+               and one.shortlist_k < plan.shortlist_k]  # fmt: skip
+    low = max(smaller, default=k)
+    step = (plan.shortlist_k - low) / (BETWEEN + 1)
+    sizes = sorted({round(low + step * number) for number in range(1, BETWEEN + 1)} - {low, plan.shortlist_k})
+    return [plan.model_copy(update={"shortlist_k": size, "stages": tuple((dim, min(keep, size)) for dim, keep in
+                                                                        plan.stages)}) for size in sizes]  # fmt: skip
 
 
 def widen(meta: IndexMeta, plan: Plan) -> list[Plan]:

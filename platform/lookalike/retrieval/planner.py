@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from lookalike.config import Config
-from lookalike.retrieval.candidates import calibrate_margins, count_left, widen
+from lookalike.retrieval.candidates import calibrate_margins, count_left, list_between, widen
 from lookalike.retrieval.costs import Counts, count_query, model_us, multiply_adds, paper_mflops, plan_memory
 from lookalike.retrieval.metrics import per_query_overlap
 from lookalike.retrieval.plan import Plan
@@ -29,8 +29,8 @@ RankBy = Literal["model", "measured"]
 DecideBy = Literal["lower", "mean"]
 TIE = 1e-6
 """Cosines this close to the k-th best are as good as it."""
-EARLY_BASES = 3
-"""Plans that early exit is tried on."""
+BASES = 3
+"""Good plans that more sizes K and early exit are tried on."""
 P99_QUERIES = 100
 """Queries from which on a 99th percentile is more than the slowest of a few."""
 
@@ -146,14 +146,36 @@ def run_plan(
     return hits, counts, kind
 
 
+def measure_between(
+    searcher: Searcher, queries: Floats, k: int, measured: Sequence[Measured], *, own_rows: Rows, seed: int,
+    exact: Hits, target: float, decide_by: DecideBy,
+) -> list[Measured]:  # fmt: skip
+    """Twins of the ``BASES`` cheapest candidates that reach ``target``, with sizes K that are not in the list."""
+    tried = [one.plan for one in measured]
+    bases = _cheapest(measured, target, decide_by)
+    plans = {plan.model_dump_json(): plan for base in bases for plan in list_between(base, tried, k)}
+    if not plans:
+        return []
+    return measure(searcher, queries, k, plans.values(), own_rows=own_rows, seed=seed, exact=exact)[1:]
+
+
+def _cheapest(
+    measured: Sequence[Measured], target: float, decide_by: DecideBy, *, several: bool = False
+) -> list[Plan]:  # fmt: skip
+    """The ``BASES`` plans (of ``several`` stages) that reach ``target`` for the least modelled work, no exact scan; by
+    the model whatever ranks in the end, so that the candidates are always the same."""
+    good = rank_good(measured, target, decide_by=decide_by, rank_by="model", exact=False)
+    plans = [measured[place].plan for place in good]
+    return [plan for plan in plans if not (plan.is_single_stage if several else plan.is_exact)][:BASES]
+
+
 def measure_early_exit(
     searcher: Searcher, queries: Floats, k: int, measured: Sequence[Measured], *, own_rows: Rows, seed: int,
     exact: Hits, target: float, decide_by: DecideBy,
 ) -> list[Measured]:  # fmt: skip
-    """Early-exit twins of the ``EARLY_BASES`` cheapest candidates that reach ``target``, and of the same with a larger
-    K; margins come from every other query, the rest is measured on all. Chosen by the model, so always the same."""
-    good = rank_good(measured, target, decide_by=decide_by, rank_by="model", exact=False)
-    bases = [measured[place].plan for place in good if not measured[place].plan.is_single_stage][:EARLY_BASES]
+    """Early-exit twins of the ``BASES`` cheapest candidates of several stages that reach ``target``, and of the same
+    with a larger K; margins come from every other query, the rest is measured on all."""
+    bases = _cheapest(measured, target, decide_by, several=True)
     asked, some = k + _num_own(own_rows), slice(None, None, 2)
     plans: dict[str, Plan] = {}
     for base in bases:
