@@ -234,7 +234,8 @@ def floor_of(row: dict[str, Any], speed: dict[str, float]) -> dict[str, Any]:
 def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
     """Prices from the times of a grid of plans: non-negative least squares on relative errors.
 
-    Those of an index type from its plans; the common ones too when it is the graph, else they stay as they are.
+    Those of an index type from its plans; the common ones too when it is the graph, or there is no library, else they
+    stay as they are.
     """
     meta = searcher.meta
     plans = list_plans(meta, k=K, shortlist_ks=(10, 20, 50, 100, 200, 400), efs=(None, 64, 128, 256),
@@ -253,12 +254,13 @@ def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
         chosen = [n for n, (_, its) in enumerate(counted) if its == kind]
         table, wanted = np.array([counted[n][0] for n in chosen]), times[chosen]
         free = np.ones(len(Counts._fields), bool)
-        if kind != "graph":
+        fits_all = kind == meta.shortlist and (kind == "graph" or not native.AVAILABLE)
+        if not fits_all:
             free = np.isin(Counts._fields, OWN_PRICES)
             wanted = wanted - table[:, ~free] @ common[~free]
         weights = 1 / times[chosen]
         prices, _ = optimize.nnls(table[:, free] * weights[:, None], wanted * weights)
-        if kind == "graph":
+        if fits_all:
             common = prices
         fitted[kind] = {name: float(f"{price:.3g}") for name, price in zip(np.array(Counts._fields)[free], prices,
                                                                         strict=True) if price}  # fmt: skip
