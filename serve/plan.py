@@ -1,11 +1,11 @@
 """Plan stage: index + sample queries -> the cheapest plan that keeps the recall asked for.
 
-How plans are measured, ranked and chosen is in ``lookalike.retrieval.planner``. The choice (with ``rank_by: model``)
-and all figures but the times are the same whenever it is run on the same inputs. ``plan.json`` holds the plan, every
-candidate, the Pareto front and the check of mAP; ``plan.png`` shows recall over cost.
+How plans are measured, ranked and chosen is in ``lookalike.retrieval.planner``. The choice (with ``rank_by: model`` and
+no ``max_p99_ms``) and all figures but the times are the same whenever it is run on the same inputs. ``plan.json`` holds
+the plan, every candidate with what it costs, takes and breaks, the Pareto front, what one stage costs beside several,
+and the check of mAP; ``plan.png`` shows recall over cost (``serve/plan_plot.py``).
 """
 
-import io
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,12 +17,14 @@ from lookalike.artifacts import Artifact
 from lookalike.config import runtime
 from lookalike.errors import UsageError
 from lookalike.retrieval import metrics, planner
+from lookalike.retrieval.candidates import list_plans
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import Measured
+from lookalike.retrieval.planner import Limits, Measured
 from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.searcher import Searcher
 from lookalike.seeds import derive_seed, hash_unit
+from lookalike.serve.plan_plot import plot
 from lookalike.serve.rows import Source, read_source
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
@@ -35,6 +37,12 @@ class PlanConfig(StageConfig):
 
     target: float = Field(default=0.99, gt=0, le=1)
     """Recall@k against the exact full-dim answer that the plan must reach."""
+    max_p99_ms: float | None = Field(default=None, gt=0)
+    """Longest time that 99% of the queries may take, sent one by one to a searcher of all shards on this machine, in
+    milliseconds; None: no limit. With it the choice rests on measured times, and at least 100 queries are timed."""
+    max_ram_mb: float | None = Field(default=None, gt=0)
+    """Memory that every query may walk through, all shards together, in MB (10^6 bytes): the shortlist of the plan's
+    dim, the norms it uses; not the memory-mapped vectors. None: no limit."""
     decide_by: planner.DecideBy = "lower"
     """Compare the target with the lower end of the 95% interval of the recall, or with its mean."""
     rank_by: planner.RankBy = "model"
@@ -46,8 +54,8 @@ class PlanConfig(StageConfig):
     no part in the choice and tell what the plan is worth."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Take queries only from rows whose column has one of the values, as in {"split": ["test"]}."""
-    shortlist_ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 50, 100, 200, 400)
-    """Sizes K of the shortlist to try, in rows per shard."""
+    shortlist_ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 30, 50, 70, 100, 200, 400)
+    """Sizes K of the shortlist to try, in rows per shard; below those of the cheapest good plans a few more are."""
     ef_search: tuple[int | None, ...] = (None, 64, 128)
     """HNSW candidate lists to try; those not above K are the same as K, which None stands for."""
     nprobe: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16, 64)
@@ -55,7 +63,10 @@ class PlanConfig(StageConfig):
     scan_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Prefixes to try also as a scan without an index."""
     funnels: bool = True
-    """Try each shortlist with a funnel too, which halves the rows at every nested dim."""
+    """Try each shortlist with funnels too: one stage at a quarter of the vector, and half the rows at every nested
+    dim."""
+    early_exit: bool = True
+    """Try the cheapest good plans also with margins, read off the sample, below which a row is dropped per query."""
     allow_single_stage: bool = True
     """Let the exact scan, and an index over the full dim, compete with two-stage plans on cost."""
     label: Literal["group", "category"] | None = "group"
@@ -63,7 +74,7 @@ class PlanConfig(StageConfig):
     max_map_loss: float = Field(default=0.1, ge=0, le=100)
     """Largest difference in mAP@k by ``label`` from exact search that a plan may have, in points (0.01)."""
     time_queries: int = runtime(16, ge=1, le=10_000)
-    """Queries that are timed, of the sample."""
+    """Queries that are timed, of the sample; at least 100 with ``max_p99_ms``."""
     time_repeats: int = runtime(3, ge=1, le=1000)
     """Rounds of timing; each runs every candidate, the median counts."""
 
@@ -117,59 +128,70 @@ def check_map(
     return figures | {"difference_points": 100 * gap}
 
 
-def plot(measured: list[Measured], front: list[int], chosen: int, config: PlanConfig) -> bytes:
-    """A PNG of recall over cost: all candidates, the Pareto front, the target and the choice."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    costs = [planner.cost_of(one, config.rank_by) for one in measured]
-    dims = sorted({one.plan.shortlist_dim for one in measured})
-    for dim in dims:
-        places = [n for n, one in enumerate(measured) if one.plan.shortlist_dim == dim]
-        axes.plot([costs[n] for n in places], [measured[n].recall for n in places], "o", ms=4, alpha=0.6,
-                  label=f"shortlist at {dim}-d")  # fmt: skip
-    axes.plot([costs[n] for n in front], [measured[n].recall for n in front], "-", color="0.4", lw=1, label="front")
-    axes.plot(costs[chosen], measured[chosen].recall, "*", color="crimson", ms=15,
-              label=f"chosen: {measured[chosen].plan.describe()}")  # fmt: skip
-    axes.axhline(config.target, color="crimson", lw=0.8, ls=":")
-    axes.set(xscale="log", xlabel=f"{config.rank_by} cost of a query [us]", ylabel=f"recall@{config.k} against exact")
-    axes.legend(fontsize=7, loc="lower right")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()
-
-
 def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[Measured]:
-    """All candidates of the configuration, measured and timed; the exact plan comes first."""
-    plans = planner.list_plans(
+    """All candidates of the configuration, measured, timed and held against its limits; the exact plan comes first."""
+    plans = list_plans(
         searcher.meta, k=config.k, shortlist_ks=config.shortlist_ks, efs=config.ef_search, nprobes=config.nprobe,
         scan_dims=config.scan_dims, funnels=config.funnels, single_stage=config.allow_single_stage,
     )  # fmt: skip
     seed = derive_seed(config.seed, "plan", "bootstrap")
-    measured = planner.measure(searcher, queries, config.k, plans, own_rows=own_rows, seed=seed)
-    return planner.time_plans(searcher, queries[: config.time_queries], config.k, measured, repeats=config.time_repeats)
+    exact = planner.search_without(searcher, queries, config.k, Plan.exact(searcher.meta.dim), own_rows)
+    measured = planner.measure(searcher, queries, config.k, plans, own_rows=own_rows, seed=seed, exact=exact)
+    for measure_more in (planner.measure_between, *([planner.measure_early_exit] if config.early_exit else [])):
+        measured += measure_more(
+            searcher, queries, config.k, measured, own_rows=own_rows, seed=seed, exact=exact, target=config.target,
+            decide_by=config.decide_by,
+        )  # fmt: skip
+    num = max(config.time_queries, planner.P99_QUERIES if config.max_p99_ms else 0)
+    if config.max_p99_ms and len(queries) < planner.P99_QUERIES:
+        log.warning("few queries for a 99th percentile %s", fields(
+            queries=len(queries), needed=planner.P99_QUERIES, taken="the slowest", remedy="raise num_queries",
+        ))  # fmt: skip
+    timed = planner.time_plans(searcher, queries[:num], config.k, measured, repeats=config.time_repeats)
+    return limits_of(config).mark(timed)
+
+
+def limits_of(config: PlanConfig) -> Limits:
+    """What a plan may take."""
+    return Limits(config.max_p99_ms, config.max_ram_mb)
 
 
 def choose(
     searcher: Searcher, queries: Floats, records: list[dict[str, Any]], measured: list[Measured], config: PlanConfig
 ) -> tuple[int, dict[str, Any] | None]:
-    """(place of the plan, its mAP check): the cheapest good candidate whose mAP is that of the exact answer."""
+    """(place of the plan, its mAP check): the cheapest good candidate whose mAP is that of the exact answer.
+
+    Raises ``UsageError`` that names the candidate which comes nearest when none keeps recall and limits.
+    """
     good = planner.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by,
                              exact=config.allow_single_stage)  # fmt: skip
-    if good == [0] and not config.allow_single_stage:
-        best = max(measured[1:], key=lambda one: one.recall_low, default=measured[0])
-        log.warning("no two-stage plan %s", fields(
-            target=config.target, decide_by=config.decide_by, best=best.plan.describe(), recall=best.recall,
-            recall_low=best.recall_low, chosen="exact scan", remedy="lower target, or try scan_dims or larger "
-            "shortlist_ks"))  # fmt: skip
+    if good in ([], [0]) and not (good and config.allow_single_stage):
+        others = measured[1:] or measured
+        _, why = planner.nearest(others, config.target, limits_of(config), decide_by=config.decide_by)
+        if not good:
+            raise UsageError(f"no plan keeps recall@{config.k} of {config.target} within the limits; {why}")
+        log.warning("no two-stage plan %s", fields(target=config.target, chosen="exact scan", nearest=why))
     for place in good:
         if config.label is None:
             return place, None
         checked = check_map(searcher, queries, records, measured[place].plan, label=config.label, k=config.k)
         if checked is None or abs(checked["difference_points"]) <= config.max_map_loss:
             return place, checked
-    raise AssertionError("the exact plan differs from itself")
+    raise UsageError(f"no plan within the limits keeps mAP@{config.k} by {config.label} to {config.max_map_loss} "
+                     "points; raise max_map_loss, or the limit that the exact scan breaks: "
+                     f"{'; '.join(measured[0].breaks)}")  # fmt: skip
+
+
+def compare_stages(measured: list[Measured], place: int, config: PlanConfig) -> dict[str, Any]:
+    """The cheapest plans of one stage and of several that keep recall and limits; says so where one stage is chosen."""
+    good = planner.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=True)
+    facts = planner.compare_stages(measured, good, config.rank_by)
+    if config.allow_single_stage and measured[place].plan.is_single_stage:
+        several = facts["several_stages"]
+        log.info("one stage is the cheapest %s", fields(
+            plan=measured[place].plan.describe(), several_to_one=facts["several_to_one"],
+            several="none is good enough" if several is None else measured[int(several)].plan.describe()))  # fmt: skip
+    return facts
 
 
 def check_plan(
@@ -208,15 +230,19 @@ def run(stage: StageRun[PlanConfig]) -> None:
     facts = {
         "plan": chosen.plan.model_dump(mode="json"), "description": chosen.plan.describe(),
         "index": {"uri": index.uri, "generation": searcher.meta.generation}, "target": config.target, "k": config.k,
+        "max_p99_ms": config.max_p99_ms, "max_ram_mb": config.max_ram_mb,
         "num_queries": len(queries), "chosen": place, "front": front, "map_check": checked,
-        "holdout": kept_out,
+        "holdout": kept_out, "stages": compare_stages(measured, place, config),
         "candidates": [one.model_dump(mode="json") | {"description": one.plan.describe()} for one in measured],
         "machine": machine_facts(), "ranked_by": config.rank_by, "decided_by": config.decide_by,
     }  # fmt: skip
     stage.out.write_json("plan.json", facts)
-    storage.write_atomic(stage.out.path("plan.png"), plot(measured, front, place, config))
+    drawn = plot(measured, front, place, target=config.target, k=config.k, rank_by=config.rank_by,
+                 num_queries=len(queries))  # fmt: skip
+    storage.write_atomic(stage.out.path("plan.png"), drawn)
     stage.out.stats |= {"plan": chosen.plan.describe(), "recall": chosen.recall, "candidates": len(measured),
                         "queries": len(queries), "model_us": chosen.model_us, "exact_ratio": chosen.exact_ratio,
+                        "ram_mb": chosen.ram_mb, "shard_ram_mb": chosen.shard_ram_mb, "p99_us": chosen.p99_us,
                         "map_difference_points": checked and checked["difference_points"]}  # fmt: skip
     log.info("plan %s", fields(plan=chosen.plan.describe(), recall=chosen.recall, us=chosen.query_us))
 

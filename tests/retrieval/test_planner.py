@@ -1,15 +1,18 @@
-"""The planner on an index in memory: candidates, measured recall, cost, choice."""
+"""The planner on an index in memory: candidates, margins, measured recall, cost, limits, choice."""
+
+import os
 
 import faiss
 import numpy as np
 import pytest
 
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval import costs, planner
+from lookalike.retrieval import candidates, costs, planner
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import Measured
+from lookalike.retrieval.planner import Limits, Measured
 from lookalike.retrieval.ranking import Hits
 from lookalike.retrieval.searcher import EncoderRef, IndexMeta, Searcher
+from lookalike.retrieval.shortlist import Work, shortlist_name
 from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors
 
@@ -27,9 +30,19 @@ def searcher(make_shard):
     return Searcher(meta, shards)
 
 
-def candidate(plan, recall, cost, low=None):
+@pytest.fixture(scope="module")
+def graph(open_shard, tmp_path_factory):
+    """One shard of 2,000 vectors with int8 graphs over 8-d and the full 32-d."""
+    data, _ = make_vectors(2000, 32, num_classes=60, seed=9)
+    shard = open_shard(tmp_path_factory.mktemp("graph"), data, kind="graph", shortlists=(8, 32))
+    meta = IndexMeta(dims=DIMS, num_rows=2000, shards=("a",), shard_rows=(2000,), dtype="float32", shortlist="graph",
+                     shortlist_dims=(8, 32), columns=("image_id",), encoder=EncoderRef(fingerprint="m"))  # fmt: skip
+    return Searcher(meta, [shard])
+
+
+def candidate(plan, recall, cost, low=None, **more):
     return Measured(plan=plan, recall=recall, recall_low=recall if low is None else low, recall_high=1, model_us=cost,
-                    mflops=1, mflops_done=1)  # fmt: skip
+                    mflops=1, mflops_done=1, **more)  # fmt: skip
 
 
 TWO = Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32)
@@ -45,6 +58,44 @@ def test_the_cheapest_good_plan_is_first_and_the_exact_one_always_there():
     cheap_exact = [GOOD[0].model_copy(update={"model_us": 0.1}), *GOOD[1:]]
     assert planner.rank_good(cheap_exact, 0.99, decide_by="lower", rank_by="model", exact=True)[0] == 0
     assert planner.rank_good(cheap_exact, 0.99, decide_by="lower", rank_by="model", exact=False) == [2, 3, 0]
+
+
+def test_candidates_beyond_a_limit_are_marked_and_never_chosen():
+    limits = Limits(max_p99_ms=2, max_ram_mb=100)
+    rows = [
+        candidate(Plan.exact(32), 1, 9, p99_us=9000), candidate(TWO, 0.999, 3, p99_us=1999, ram_mb=101),
+        candidate(TWO, 0.999, 4, p99_us=2000, ram_mb=100), candidate(TWO, 0.5, 1, p99_us=3000, ram_mb=300),
+    ]  # fmt: skip
+    marked = limits.mark(rows)
+    assert [one.breaks for one in marked] == [
+        ("p99 9 ms > 2 ms",), ("RAM 101 MB > 100 MB",), (), ("p99 3 ms > 2 ms", "RAM 300 MB > 100 MB")]  # fmt: skip
+    settings = {"decide_by": "mean", "rank_by": "model", "exact": True}
+    assert planner.rank_good(marked, 0.99, **settings) == [2]
+    assert planner.rank_good([marked[0], marked[3]], 0.99, **settings) == []
+    assert planner.rank_good(Limits().mark(rows), 0.99, **settings) == [1, 2, 0]
+
+
+def test_the_nearest_candidate_is_named_with_what_it_breaks_and_what_helps():
+    limits, wide = Limits(max_p99_ms=2, max_ram_mb=100), TWO.model_copy(update={"shortlist_k": 77})
+    rows = [candidate(Plan.exact(32), 1, 9, p99_us=9000), candidate(TWO, 0.999, 3, ram_mb=130),
+            candidate(wide, 0.9, 3, p99_us=2100)]  # fmt: skip
+    place, why = planner.nearest(rows, 0.99, limits, decide_by="mean")
+    assert place == 2
+    assert "77 rows" in why
+    assert "p99 2.1 ms, limit 2 ms" in why
+    assert "recall 0.9000 (mean), target 0.99" in why
+    assert "larger shortlist_ks" in why
+    place, why = planner.nearest(rows[:2], 0.99, limits, decide_by="mean")
+    assert (place, "RAM 130 MB, limit 100 MB" in why, "ivf-rabitq" in why, "recall" in why) == (1, True, True, False)
+
+
+def test_one_stage_is_held_against_several():
+    one = Plan(shortlist_dim=32, shortlist_k=20, rerank_dim=32)
+    rows = [candidate(Plan.exact(32), 1, 9), candidate(TWO, 1, 6), candidate(one, 1, 4), candidate(TWO, 1, 5)]
+    facts = planner.compare_stages(rows, [2, 3, 1, 0], "model")
+    assert facts == {"one_stage": 2, "several_stages": 3, "several_to_one": 1.25}
+    assert planner.compare_stages(rows, [2, 0], "model") == {
+        "one_stage": 2, "several_stages": None, "several_to_one": None}  # fmt: skip
 
 
 def test_the_pareto_front_is_what_nothing_beats():
@@ -70,7 +121,7 @@ def test_mflops_are_those_the_mrl_paper_prints():
 
 def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
     sizes = [5, 50, 10_000]
-    plans = planner.list_plans(searcher.meta, k=10, shortlist_ks=sizes, efs=[None, 64, 2000], scan_dims=[8, 32])
+    plans = candidates.list_plans(searcher.meta, k=10, shortlist_ks=sizes, efs=[None, 64, 2000], scan_dims=[8, 32])
     assert len({plan.model_dump_json() for plan in plans}) == len(plans)
     assert {plan.shortlist_k for plan in plans} == {10, 50, 1600}
     for plan in plans:
@@ -81,15 +132,143 @@ def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
     assert any(plan.shortlist_dim == 32 for plan in plans)
     lists = searcher.meta.model_copy(update={"shortlist": "ivf-rabitq"})
     settings = {"k": 10, "shortlist_ks": [50], "efs": [64], "nprobes": (4, 16), "funnels": False}
-    probing = planner.list_plans(lists, scan_dims=[8], **settings)
+    probing = candidates.list_plans(lists, scan_dims=[8], **settings)
     assert {(plan.ef_search, plan.nprobe, plan.scan) for plan in probing} == {
         (None, 4, False), (None, 16, False), (None, None, True)}  # fmt: skip
     plain = searcher.meta.model_copy(update={"shortlist": "binary"})
-    efforts = planner.list_plans(plain, **settings)
+    efforts = candidates.list_plans(plain, **settings)
     assert {(plan.ef_search, plan.nprobe) for plan in efforts} == {(None, None)}
     only_two = {"single_stage": False, "funnels": False}
-    no_single = planner.list_plans(searcher.meta, k=10, shortlist_ks=[50], efs=[None], **only_two)
+    no_single = candidates.list_plans(searcher.meta, k=10, shortlist_ks=[50], efs=[None], **only_two)
     assert {(plan.shortlist_dim, plan.stages) for plan in no_single} == {(4, ()), (8, ()), (16, ())}
+
+
+def test_funnels_are_none_one_stage_at_a_quarter_and_halving():
+    dims = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+    assert candidates.list_funnels(dims, 128, 60, 10) == [(), ((512, 25),), ((256, 30),)]
+    assert candidates.list_funnels(dims, 64, 200, 10) == [
+        (), ((512, 25),), ((128, 100), (256, 50), (512, 25))]  # fmt: skip
+    assert candidates.list_funnels(dims, 1024, 200, 10) == [()]
+    assert candidates.list_funnels((64, 512), 64, 200, 10) == [()]
+    assert candidates.list_funnels((64, 128, 512), 64, 50, 10) == [(), ((128, 25),)]
+    assert candidates.list_funnels((64, 128, 512), 64, 25, 10) == [()]
+
+
+def test_sizes_between_a_good_one_and_the_next_smaller_are_tried():
+    tried = [Plan(shortlist_dim=4, shortlist_k=size, rerank_dim=32) for size in (10, 50, 70)]
+    tried.append(Plan(shortlist_dim=8, shortlist_k=65, rerank_dim=32))
+    plan = Plan(shortlist_dim=4, shortlist_k=70, stages=((8, 60),), rerank_dim=32)
+    found = candidates.list_between(plan, tried, 10)
+    assert [(one.shortlist_k, one.stages) for one in found] == [(55, ((8, 55),)), (60, ((8, 60),)), (65, ((8, 60),))]
+    assert candidates.list_between(tried[0], tried, 10) == []
+    assert [one.shortlist_k for one in candidates.list_between(tried[3], tried, 63)] == [64]
+
+
+FUNNEL = Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 40),), rerank_dim=32)
+
+
+def cosines(searcher, queries, rows, dim):
+    stored = searcher.vectors(np.arange(searcher.meta.num_rows)).astype(np.float64)[:, :dim]
+    own = queries[:, :dim].astype(np.float64)
+    whole = own @ stored.T / np.linalg.norm(own, axis=1)[:, None] / np.linalg.norm(stored, axis=1)
+    return np.take_along_axis(whole, rows, axis=1)
+
+
+def test_margins_are_quantiles_of_how_far_neighbours_lie_below_the_kth_best(graph):
+    queries, _ = make_vectors(50, 32, num_classes=60, seed=3)
+    exact = graph.search(queries, 10).rows
+    (plan,) = candidates.calibrate_margins(graph, queries, exact, 10, FUNNEL, quantiles=(0.9,))
+    assert plan.model_copy(update={"margins": ()}) == FUNNEL
+    rows = graph.shards[0].shortlist(queries, 10, FUNNEL).rows
+    for dim, keep, margin in ((8, 60, plan.margins[0]), (16, 40, plan.margins[1])):
+        scores = cosines(graph, queries, rows, dim)
+        order = np.argsort(-scores, axis=1)[:, :keep]
+        rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        gaps = np.sort([max(0, line[9] - score) for line, places, truth in zip(scores, rows, exact, strict=True)
+                        for score, row in zip(line, places, strict=True) if row in truth])  # fmt: skip
+        level = 0.9 + (0.9 * 0.1 / len(gaps)) ** 0.5
+        assert (gaps <= margin + 1e-6).mean() >= level
+        assert (gaps <= margin - 1.1e-4).mean() < level
+        assert 0 < margin < gaps[-1]
+    wider = candidates.calibrate_margins(graph, queries, exact, 10, FUNNEL, quantiles=(0.999, 0.5))
+    assert wider[0].margins > plan.margins > wider[1].margins
+    single = Plan(shortlist_dim=32, shortlist_k=20, rerank_dim=32)
+    assert candidates.calibrate_margins(graph, queries, exact, 10, single) == []
+
+
+def test_rows_that_margins_leave_are_counted_and_cost_less(graph):
+    queries, _ = make_vectors(50, 32, num_classes=60, seed=3)
+    early, nobody = FUNNEL.model_copy(update={"margins": (0.1, 0.05)}), np.full(50, -1)
+    rows = graph.shards[0].shortlist(queries, 10, FUNNEL).rows
+    scores = np.sort(cosines(graph, queries, rows, 8), axis=1)[:, ::-1]
+    expected = (scores >= scores[:, 9:10] - 0.1).sum(axis=1).mean()
+    ((first, second),) = candidates.count_left(graph, queries, 10, early)
+    assert first == pytest.approx(expected, abs=0.05)
+    assert 10 <= second <= min(first, 40)
+    _, plain, short = planner.measure(graph, queries, 10, [FUNNEL, early], own_rows=nobody, seed=1)
+    walked = plain.mflops_done - (60 * 8 + 60 * 8 + 40 * 16) / 1e6  # prefixes, step to 16, step to 32
+    assert short.mflops_done == pytest.approx(walked + (60 * 8 + first * 8 + second * 16) / 1e6)
+    assert short.model_us < plain.model_us
+
+
+def test_early_exit_twins_of_the_cheapest_good_plans_keep_recall_on_other_queries(graph):
+    queries, _ = make_vectors(800, 32, num_classes=60, seed=3)
+    sample, holdout, nobody = queries[:400], queries[400:], np.full(400, -1)
+    plans = candidates.list_plans(graph.meta, k=10, shortlist_ks=[20, 60, 120], efs=[None])
+    exact = planner.search_without(graph, sample, 10, Plan.exact(32), nobody)
+    settings = {"own_rows": nobody, "seed": 1, "exact": exact}
+    measured = planner.measure(graph, sample, 10, plans, **settings)
+    early = planner.measure_early_exit(graph, sample, 10, measured, target=0.95, decide_by="mean", **settings)
+    assert early
+    for one in early:
+        assert len(one.plan.margins) == 1 + len(one.plan.stages)
+        plain = planner.measure(graph, holdout, 10, [one.plan.model_copy(update={"margins": ()}), one.plan],
+                                own_rows=nobody, seed=2)[1:]  # fmt: skip
+        assert plain[0].recall - plain[1].recall <= 0.01 * len(one.plan.margins)
+    again = planner.measure_early_exit(graph, sample, 10, measured, target=0.95, decide_by="mean", **settings)
+    assert early == again
+    assert planner.measure_early_exit(graph, sample, 10, measured, target=1.0, decide_by="lower", **settings) == []
+
+
+def test_where_one_stage_is_the_cheapest_it_is_chosen(graph):
+    """2,000 short vectors: nothing that a second stage could save is worth the price of a step."""
+    queries, _ = make_vectors(100, 32, num_classes=60, seed=3)
+    plans = candidates.list_plans(graph.meta, k=10, shortlist_ks=[10, 20, 100, 300], efs=[None, 64])
+    measured = planner.measure(graph, queries, 10, plans, own_rows=np.full(100, -1), seed=1)
+    ranked = planner.rank_good(measured, 0.95, decide_by="lower", rank_by="model", exact=True)
+    facts = planner.compare_stages(measured, ranked, "model")
+    assert measured[ranked[0]].plan.is_single_stage
+    assert facts["one_stage"] == ranked[0]
+    assert facts["several_to_one"] > 1
+
+
+def test_memory_is_the_shortlist_of_the_dim_and_the_norms_that_the_plan_uses(graph, searcher):
+    folder = graph.shards[0].store.folder
+    plan = Plan(shortlist_dim=8, shortlist_k=20, rerank_dim=32)
+    memory = costs.plan_memory(graph, plan, 10)
+    file = os.path.getsize(f"{folder}/{shortlist_name(8, 'graph')}")
+    assert memory.ram == memory.shard_ram == pytest.approx((file + 2 * 4 * 2000 + 2000 / 8) / 1e6)
+    assert memory.mapped == pytest.approx(2000 * 32 * 4 / 1e6)
+    exact = costs.plan_memory(graph, Plan.exact(32), 10)
+    assert exact.ram == pytest.approx(4 * 2000 / 1e6)
+    assert exact.mapped == pytest.approx(2000 * (32 + 3) * 4 / 1e6)
+    two = costs.plan_memory(searcher, plan, 10)
+    files = [os.path.getsize(f"{shard.store.folder}/{shortlist_name(8, 'hnsw')}") for shard in searcher.shards]
+    assert two.ram == pytest.approx((sum(files) + 2 * 4 * 3000 + 3000 / 8) / 1e6)
+    assert two.shard_ram == pytest.approx((files[0] + 2 * 4 * 1600 + 1600 / 8) / 1e6)
+
+
+def test_a_query_is_counted_step_by_step(graph):
+    queries, blocks = make_vectors(5, 32, num_classes=60, seed=3)[0], graph.shards[0].meta.block_borders
+    assert blocks == [(0, 32)]
+    counts, kind = costs.count_query(graph, queries, FUNNEL, k=10, work=Work(2500, 0))
+    assert kind == "graph"
+    assert counts == costs.Counts(calls=1, rows=500, row_numbers=4000, beam=60, steps=3, places=60 + 60 + 40,
+                                  numbers=60 * 8 + 60 * 8 + 40 * 16, ordered=60 + 40)  # fmt: skip
+    scan = FUNNEL.model_copy(update={"scan": True})
+    counts, kind = costs.count_query(graph, queries, scan, k=10, work=Work(0, 0))
+    assert (kind, counts.rows, counts.steps, counts.numbers) == ("flat", 2000, 2, 60 * 8 + 40 * 16)
+    assert 0 < counts.row_numbers <= 2000 * 8
 
 
 def test_measured_recall_is_overlap_with_brute_force_and_the_same_each_time(searcher):
@@ -164,6 +343,27 @@ def test_times_are_measured_for_every_candidate(searcher):
     assert timed[0].exact_ratio == 1
     assert all(one.query_us > 0 and one.batch_us > 0 for one in timed)
     assert timed[1].exact_ratio == pytest.approx(timed[0].query_us / timed[1].query_us)
+    assert all(one.p99_us > 0 for one in timed)
+
+
+def test_times_are_the_least_of_the_repeats_and_the_tail_is_over_queries(searcher, monkeypatch):
+    queries = searcher.vectors(np.arange(100))
+    measured = planner.measure(searcher, queries[:4], 5, [TWO], own_rows=np.full(4, -1), seed=0)
+    turn = {"number": -1}
+
+    def seconds(_, asked, k, plan):
+        if len(asked) > 1:
+            turn["number"] += not plan.is_exact
+            return 1.0
+        slow = 2.0 if turn["number"] == 1 else 1.0  # one repeat of three on a busy machine
+        return slow * (1e-3 if np.array_equal(asked[0], queries[7]) else 1e-4)
+
+    monkeypatch.setattr(planner, "_seconds", seconds)
+    timed = planner.time_plans(searcher, queries, 5, measured, repeats=3)
+    assert timed[1].query_us == pytest.approx((99 * 100 + 1000) / 100)
+    assert timed[1].p99_us == pytest.approx(1000)
+    twice = planner.time_plans(searcher, np.repeat(queries, 2, axis=0)[:-1], 5, measured, repeats=3)
+    assert twice[1].p99_us == pytest.approx(1000)
 
 
 def test_rows_lead_to_ids_metadata_and_vectors_and_back(searcher):

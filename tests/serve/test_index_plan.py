@@ -105,6 +105,9 @@ def test_the_plan_keeps_recall_and_map_and_is_among_the_candidates(served):
     truth = np.mean((relevant * np.cumsum(relevant, axis=1) / np.arange(1, 11)).sum(axis=1) / 10)
     assert check["exact_map_at_10_by_k"] == pytest.approx(truth)
     assert storage.read_bytes(served[2].path("plan.png")).startswith(b"\x89PNG")
+    assert all(one["ram_mb"] > 0 and one["p99_us"] > 0 and one["breaks"] == [] for one in facts["candidates"])
+    assert served[2].manifest.stats["ram_mb"] == chosen["ram_mb"]
+    assert facts["stages"]["several_stages"] == facts["chosen"]
 
 
 @pytest.mark.ray
@@ -121,6 +124,25 @@ def test_a_target_that_no_two_stage_plan_reaches_is_said_and_answered_exactly(se
 
 
 @pytest.mark.ray
+def test_limits_of_memory_and_time_leave_plans_out_or_are_said_to_be_too_tight(served, caplog):
+    searcher, own = Searcher.open(served[1].uri), np.full(QUERIES, -1)
+    free = PlanConfig(target=0.9, shortlist_ks=(40, 150), label=None, funnels=False, time_repeats=1)
+    measured = measure_plans(searcher, DATA[NUM:], own, free)
+    place, _ = choose(searcher, DATA[NUM:], [], measured, free)
+    sizes = sorted({one.ram_mb for one in measured})
+    tight = free.model_copy(update={"max_ram_mb": sizes[1]})
+    fitting = measure_plans(searcher, DATA[NUM:], own, tight)
+    assert [bool(one.breaks) for one in fitting] == [one.ram_mb > sizes[1] for one in fitting]
+    chosen, _ = choose(searcher, DATA[NUM:], [], fitting, tight)
+    assert fitting[chosen].ram_mb <= sizes[1]
+    assert measured[place].model_us <= fitting[chosen].model_us
+    hopeless = free.model_copy(update={"max_p99_ms": 1e-6, "max_ram_mb": 1e-6})
+    with pytest.raises(UsageError, match=r"comes nearest.*p99 .* limit 1e-06 ms.*what helps: .*more shards"):
+        choose(searcher, DATA[NUM:], [], measure_plans(searcher, DATA[NUM:], own, hopeless), hopeless)
+    assert "few queries for a 99th percentile" in caplog.text
+
+
+@pytest.mark.ray
 def test_the_same_inputs_give_the_same_files_and_the_same_plan(served, tmp_path):
     root, index, plan = served
     inputs = {"embeddings": [embeddings(root, num_parts=5)]}
@@ -130,7 +152,7 @@ def test_the_same_inputs_give_the_same_files_and_the_same_plan(served, tmp_path)
     inputs = {"index": [index], "queries": [query_embeddings(root)]}
     second = execute(PLAN, config, inputs, str(tmp_path), "plan").read_json("plan.json")
     first = plan.read_json("plan.json")
-    timed = {"query_us", "batch_us", "exact_ratio"}
+    timed = {"query_us", "p99_us", "batch_us", "exact_ratio"}
     for one, two in zip(first["candidates"], second["candidates"], strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
     assert first["plan"] == second["plan"]

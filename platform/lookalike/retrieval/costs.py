@@ -1,95 +1,197 @@
-"""What a query's work costs on the reference core, by a model whose inputs are counts.
+"""What a query's work costs on the reference core, by a model whose inputs are counts, and what a plan keeps in memory.
 
 A count of N * D_s multiply-adds is wrong as soon as D_s is small; the model counts what a stopwatch confirms to matter:
-the distances HNSW really computed, each a cache miss or two; the centroids, lists and rows that IVF really looked at;
-one random read per re-ranked row; the selection of k; the fixed price of a step. The constants come from this code on
-one core of an x86 server (AMD Milan, 16 GB/s), those of the index types from least squares over 32-d to 256-d, 50,000
-rows, that of the int8 graph from its searches at 64-d and 128-d; only their ratios matter for a choice. A registered
-type without prices of its own has those of a flat one.
+the distances that a graph really computed and the beam that it kept in order; the centroids, lists and rows that IVF
+really looked at; the numbers that an exact scan really read before its bounds dropped the rest; the places in memory
+that a re-rank reads, of the rows that are really left; the fixed price of a call and of a step. A cost is the sum of
+these counts times their prices, and the prices are fitted (non-negative least squares on relative errors) to the times
+of a grid of plans::
+
+    python -m tests.benchmarks.retrieval_plan --fit [--kind KIND] [--without-library]
+
+The prices below come from it; only their ratios matter for a choice. A registered type without prices of its own has
+those of a flat one.
 """
 
+import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from lookalike.retrieval import native
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.searcher import IndexMeta, Searcher
-from lookalike.retrieval.shortlist import NPROBE, Work
+from lookalike.retrieval.ranking import Floats
+from lookalike.retrieval.rerank import INSERTED
+from lookalike.retrieval.searcher import IndexMeta, Searcher, ShardSearcher
+from lookalike.retrieval.shortlist import NPROBE, Work, shortlist_name
 
-ROW_PRICES = {
-    "flat": (30.0, 0.25),
-    "hnsw": (160.0, 0.33),
-    "graph": (36.0, 0.20),
-    "hnsw-sq8": (85.0, 0.33),
-    "ivf": (2.0, 0.25),
-    "ivf-pq": (1.0, 0.033),
-    "ivf-rabitq": (4.0, 0.018),
-    "binary": (0.7, 0.006),
+COUNTED_SCANS = 16
+"""Queries whose scan is done again to count the numbers it reads."""
+
+
+class Counts(NamedTuple):
+    """What one query does in all shards; or, as prices, the nanoseconds that each of these takes."""
+
+    calls: float = 0.0
+    """Searches of a shard, whatever they do."""
+    rows: float = 0.0
+    """Rows that the shortlists look at: distances computed, rows of the lists looked into, all of them else."""
+    row_numbers: float = 0.0
+    """Numbers of these rows (of a scan with bounds: those read)."""
+    beam: float = 0.0
+    """Candidates that a graph's walk keeps in order and expands."""
+    centroids: float = 0.0
+    """Numbers of the IVF centroids compared with the query."""
+    lists: float = 0.0
+    """IVF lists looked into: tables, first cache misses."""
+    steps: float = 0.0
+    """Steps of a re-rank."""
+    places: float = 0.0
+    """Places in memory that a re-rank reads: one per row and block, a cache miss each."""
+    numbers: float = 0.0
+    """Numbers that a re-rank reads."""
+    ordered: float = 0.0
+    """Rows that a re-rank puts in order."""
+
+
+NATIVE = Counts(calls=52_000, centroids=0.25, lists=600, steps=3_700, places=43, numbers=0.31)
+"""Nanoseconds with the C library."""
+PLAIN = Counts(calls=60_000, rows=60, row_numbers=0.25, centroids=0.25, lists=600, steps=60_000, places=50, numbers=0.4)
+"""Nanoseconds without it."""
+TYPE_PRICES: Mapping[str, Mapping[str, float]] = {
+    "flat": {"rows": 2.8, "row_numbers": 0.25},
+    "hnsw": {"rows": 160, "row_numbers": 0.33},
+    "graph": {"rows": 63, "row_numbers": 0.18, "beam": 159},
+    "hnsw-sq8": {"rows": 85, "row_numbers": 0.33},
+    "ivf": {"rows": 2, "row_numbers": 0.25},
+    "ivf-pq": {"rows": 1, "row_numbers": 0.033},
+    "ivf-rabitq": {"rows": 4, "row_numbers": 0.018},
+    "binary": {"rows": 0.7, "row_numbers": 0.006},
 }
-"""Nanoseconds per row that the shortlist looks at, and per number of it: of a distance for HNSW (a random access and
-the candidate heap), of a row in a list for IVF (read in order; codes in registers), of a scanned row else."""
-CENTROID_NS, LIST_NS = 0.25, 600.0
-"""Nanoseconds per number of an IVF centroid, and per list looked into (its tables, its first cache misses)."""
-ROW_NS = (50.0, 0.40)
-"""Nanoseconds per row and step of a re-rank (a random access), and per number."""
-STEP_NS = 60_000.0
-"""Nanoseconds per step and shard, whatever its size."""
+"""Prices that a type's shortlist has of its own."""
 
 
-class Effort(NamedTuple):
-    """What the shortlists of all shards do for one query."""
-
-    rows: float
-    """Rows looked at: distances HNSW computed, rows of the lists IVF looked into, all of them else."""
-    price: tuple[float, float]
-    """Nanoseconds of each, and per number."""
-    centroids: int = 0
-    """IVF centroids compared with the query."""
-    lists: int = 0
-    """IVF lists looked into."""
-    coded: bool = False
-    """Whether the shortlist's prefixes are read from the store because the index keeps codes."""
+def prices_of(kind: str) -> Counts:
+    """Nanoseconds of each count for plans whose shortlist is of ``kind``, with or without the C library."""
+    general = NATIVE if native.AVAILABLE else PLAIN
+    return general._replace(**TYPE_PRICES.get(kind, TYPE_PRICES["flat"]))
 
 
-def shortlist_effort(searcher: Searcher, plan: Plan, work: Work, num_queries: int) -> Effort:
-    """The effort a query of ``plan``, given the ``work`` that ``num_queries`` did."""
+def model_us(counts: Counts, kind: str) -> float:
+    """Microseconds of one query by the model."""
+    return float(np.dot(counts, prices_of(kind))) / 1e3
+
+
+def multiply_adds(counts: Counts) -> float:
+    """Multiply-adds of one query that the counts stand for."""
+    return counts.row_numbers + counts.centroids + counts.numbers
+
+
+def count_query(
+    searcher: Searcher, queries: Floats, plan: Plan, *, k: int, work: Work,
+    left: Sequence[Sequence[float]] | None = None,
+) -> tuple[Counts, str]:  # fmt: skip
+    """(what a query of ``plan`` does on average, the type whose prices hold for it), of ``queries`` that did ``work``.
+
+    ``left`` tells for each shard how many rows go into each step after the first, where margins make them fewer than
+    the plan's.
+    """
+    shards, dim = searcher.shards, plan.shortlist_dim
+    total, kind = Counts(calls=len(shards)), searcher.meta.shortlist
     if plan.scan:
-        return Effort(searcher.meta.num_rows, ROW_PRICES["flat"])
-    indexes = [shard.index_over(plan.shortlist_dim) for shard in searcher.shards]
-    lists = [min(index.nlist, plan.nprobe or NPROBE) for index in indexes]
-    coded = not all(index.is_exact for index in indexes)
-    price = ROW_PRICES.get(searcher.meta.shortlist, ROW_PRICES["flat"])
-    counted = (work.distances or work.listed) / num_queries
-    if not counted and searcher.meta.shortlist != "binary":
-        price = ROW_PRICES["flat"]  # shards too small for their type are flat
-    return Effort(counted or searcher.meta.num_rows, price, sum(index.nlist for index in indexes), sum(lists), coded)
+        kind, rows = "flat", searcher.meta.num_rows
+        numbers = sum(_count_scan(shard, queries, plan, k) for shard in shards)
+        total = total._replace(rows=rows, row_numbers=numbers)
+    else:
+        indexes = [shard.index_over(dim) for shard in shards]
+        found = (work.distances or work.listed) / len(queries)
+        if not found and kind != "binary":
+            kind = "flat"  # shards too small for their type are flat
+        looked = found or searcher.meta.num_rows
+        wanted = [min(shard.meta.num_rows, max(k, plan.shortlist_k, plan.ef_search or 0)) for shard in shards]
+        total = total._replace(
+            rows=looked, row_numbers=looked * dim, beam=sum(wanted) if any(one.is_graph for one in indexes) else 0,
+            centroids=dim * sum(one.nlist for one in indexes),
+            lists=sum(min(one.nlist, plan.nprobe or NPROBE) for one in indexes),
+        )  # fmt: skip
+    for number, shard in enumerate(shards):
+        exact = plan.scan or shard.index_over(dim).is_exact
+        total = _add(total, _count_steps(shard, plan, k, exact, left[number] if left else None))
+    return total, kind
 
 
-def model_work(meta: IndexMeta, plan: Plan, effort: Effort) -> tuple[float, float]:
-    """(microseconds, million multiply-adds) of one query by the model."""
-    dim = plan.shortlist_dim
-    nanoseconds = effort.rows * (effort.price[0] + effort.price[1] * dim) + STEP_NS * meta.num_shards
-    nanoseconds += effort.centroids * dim * CENTROID_NS + effort.lists * LIST_NS
-    operations = (effort.rows + effort.centroids) * dim
-    for rows in meta.shard_rows:
-        for kept, reached, before in [*_rescore(plan, rows, effort), *_steps(plan, rows)]:
-            nanoseconds += STEP_NS + kept * (ROW_NS[0] + ROW_NS[1] * (reached - before))
-            operations += kept * (reached - before)
-    return nanoseconds / 1e3, operations / 1e6
+def _add(one: Counts, other: Counts) -> Counts:
+    return Counts(*(a + b for a, b in zip(one, other, strict=True)))
+
+
+def _count_scan(shard: ShardSearcher, queries: Floats, plan: Plan, k: int) -> float:
+    """Numbers that a scan of one shard reads for a query."""
+    library, wanted = shard.store.native, max(k, plan.shortlist_k)
+    if library is None or wanted > INSERTED:
+        return float(shard.meta.num_rows * plan.shortlist_dim)
+    sample = np.ascontiguousarray(queries[:COUNTED_SCANS])
+    blocks = shard.store.position(plan.shortlist_dim) + 1
+    return library.scan(sample, blocks, min(wanted, shard.meta.num_rows))[1] / len(sample)
+
+
+def _count_steps(shard: ShardSearcher, plan: Plan, k: int, exact: bool, left: Sequence[float] | None) -> Counts:
+    """What the re-rank of one shard does; unless the shortlist's cosines are ``exact`` it reads their prefixes too."""
+    steps = plan.list_steps(k)
+    sizes: list[float] = [min(max(k, plan.shortlist_k), shard.meta.num_rows)]
+    sizes += left or [min(keep, shard.meta.num_rows) for _, keep, _ in steps[:-1]]
+    total, reached = Counts(), plan.shortlist_dim if exact else 0
+    if exact and not plan.margins:
+        steps, sizes = steps[1:], sizes[1:]
+    for place, ((dim, keep, margin), size) in enumerate(zip(steps, sizes, strict=True)):
+        runs = sum(start < dim and stop > reached for start, stop in shard.meta.block_borders)
+        sorts = keep < size or margin < np.inf or place == len(steps) - 1
+        total = _add(total, Counts(steps=1, places=size * (runs if dim > reached else 0),
+                                   numbers=size * (dim - reached), ordered=size * sorts))  # fmt: skip
+        reached = dim
+    return total
 
 
 def paper_mflops(meta: IndexMeta, plan: Plan) -> float:
     """Million multiply-adds a query by the MRL paper's formula, N * D_s + sum of K_j * D_j over all shards."""
-    return sum(rows * plan.shortlist_dim + sum(kept * dim for kept, dim, _ in _steps(plan, rows))
-               for rows in meta.shard_rows) / 1e6  # fmt: skip
+    total = 0
+    for rows in meta.shard_rows:
+        kept = [min(plan.shortlist_k, rows), *(min(keep, rows) for _, keep in plan.stages)]
+        dims = [*(dim for dim, _ in plan.stages), plan.rerank_dim]
+        total += rows * plan.shortlist_dim
+        if plan.rerank_dim != plan.shortlist_dim:
+            total += sum(size * dim for size, dim in zip(kept, dims, strict=True))
+    return total / 1e6
 
 
-def _rescore(plan: Plan, num_rows: int, effort: Effort) -> list[tuple[int, int, int]]:
-    return [(min(plan.shortlist_k, num_rows), plan.shortlist_dim, 0)] if effort.coded else []
+class Memory(NamedTuple):
+    """Megabytes (10^6 bytes) that a plan asks of a searcher."""
+
+    ram: float
+    """What every query walks through and must be in memory: shortlist files of the plan's dim, read or mapped, norms
+    at the dims it uses, a bit a row for each thread that walks a graph. All shards."""
+    shard_ram: float
+    """The same of the largest shard."""
+    mapped: float
+    """Blocks of vectors up to the plan's last dim, and the norms that bounds of a scan use: memory-mapped, so that
+    the system keeps as much of them as there is room for, and reads the rest from disk. All shards."""
 
 
-def _steps(plan: Plan, num_rows: int) -> list[tuple[int, int, int]]:
-    """(rows read, dim reached, dim before) of each step after the shortlist on a shard of ``num_rows``."""
-    kept = [min(plan.shortlist_k, num_rows), *(min(keep, num_rows) for _, keep in plan.stages)]
-    dims = [plan.shortlist_dim, *(dim for dim, _ in plan.stages), plan.rerank_dim]
-    if plan.rerank_dim == plan.shortlist_dim:
-        return []
-    return list(zip(kept, dims[1:], dims[:-1], strict=True))
+def plan_memory(searcher: Searcher, plan: Plan, k: int) -> Memory:
+    """What ``plan`` asks of the memory of whoever holds all shards, or the largest one.
+
+    Not counted: the metadata of rows (mapped), the interpreter and its libraries.
+    """
+    held, mapped = [], 0.0
+    for shard in searcher.shards:
+        rows, dims = shard.meta.num_rows, {dim for dim, *_ in plan.list_steps(k)} | {plan.shortlist_dim}
+        size = 4.0 * rows * len(dims)
+        if not plan.scan:
+            kind = shard.meta.shortlist
+            size += os.path.getsize(f"{shard.store.folder}/{shortlist_name(plan.shortlist_dim, kind)}")
+            size += rows / 8 if shard.index_over(plan.shortlist_dim).is_graph else 0
+        held.append(size)
+        number = np.dtype(shard.meta.dtype).itemsize
+        mapped += sum(rows * (b - a) * number for a, b in shard.meta.block_borders if a < plan.rerank_dim)
+        mapped += 4.0 * rows * sum(dim not in dims and dim < plan.shortlist_dim for dim in shard.meta.dims) * plan.scan
+    return Memory(sum(held) / 1e6, max(held, default=0.0) / 1e6, mapped / 1e6)

@@ -46,6 +46,11 @@ class Plan(Config):
         """Whether this is :meth:`exact` of some dim."""
         return self.scan and self.shortlist_dim == self.rerank_dim
 
+    @property
+    def is_single_stage(self) -> bool:
+        """Whether the shortlist itself ranks the answer."""
+        return self.shortlist_dim == self.rerank_dim
+
     @model_validator(mode="after")
     def _ordered(self) -> "Plan":
         dims = [self.shortlist_dim, *(dim for dim, _ in self.stages), self.rerank_dim]

@@ -1,0 +1,81 @@
+"""``plan.png``: recall over cost of every candidate that the planner measured."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lookalike.retrieval import planner
+from lookalike.retrieval.planner import Measured
+
+TICKS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+LOWEST = 0.5
+"""Recall below which candidates are drawn at the lower edge."""
+
+
+def plot(
+    measured: Sequence[Measured], front: Sequence[int], chosen: int, *, target: float, k: int,
+    rank_by: planner.RankBy, num_queries: int,
+) -> bytes:  # fmt: skip
+    """A PNG: what is missed of the answer, on a log scale so that the good plans stand apart, over the cost.
+
+    Colour: prefix of the shortlist. Circle: a plan of several stages; square: of one; triangle: with early exit; cross:
+    one that breaks a limit. The line is the Pareto front, dots mark the target, the star the choice.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    finest = 0.5 / (num_queries * k)  # less than one result missed: drawn as half of one
+    costs = np.array([planner.cost_of(one, rank_by) for one in measured])
+    missed = np.clip([1 - one.recall for one in measured], finest, 1 - LOWEST)
+    dims = sorted({one.plan.shortlist_dim for one in measured})
+    for number, dim in enumerate(dims):
+        for marker, size, places in _group(measured, dim):
+            axes.plot(costs[places], missed[places], marker, ms=size, alpha=0.65, color=f"C{number % 10}")
+        axes.plot([], [], "o", color=f"C{number % 10}", label=f"shortlist at {dim}-d")
+    for marker, words in (("s", "one stage"), ("^", "early exit"), ("x", "breaks a limit")):
+        if any(_marker(one)[0] == marker for one in measured):
+            axes.plot([], [], marker, color="0.4", label=words)
+    axes.plot(costs[front], missed[front], "-", color="0.4", lw=1, label="Pareto front", zorder=1)
+    axes.axhline(max(finest, 1 - target), color="crimson", lw=1, ls=":", label=f"target {target:g}")
+    axes.plot(costs[chosen], missed[chosen], "*", color="crimson", ms=15, mec="white", label="chosen", zorder=5)
+    axes.set(xscale="log", yscale="log", xlabel=f"cost of a query [us], {_CAPTIONS[rank_by]}",
+             ylabel=f"recall@{k} against exact")  # fmt: skip
+    axes.set_title(f"chosen: {measured[chosen].plan.describe()}", fontsize=9)
+    _label_recall(axes, finest)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()
+
+
+_CAPTIONS = {"model": "by the model", "measured": "measured"}
+
+
+def _marker(one: Measured) -> tuple[str, float]:
+    if one.breaks:
+        return "x", 5
+    if one.plan.margins:
+        return "^", 6
+    return ("s", 6) if one.plan.is_single_stage else ("o", 4)
+
+
+def _group(measured: Sequence[Measured], dim: int) -> list[tuple[str, float, list[int]]]:
+    """(marker, its size, places) of the candidates of one prefix."""
+    groups: dict[tuple[str, float], list[int]] = {}
+    for place, one in enumerate(measured):
+        if one.plan.shortlist_dim == dim:
+            groups.setdefault(_marker(one), []).append(place)
+    return [(marker, size, places) for (marker, size), places in groups.items()]
+
+
+def _label_recall(axes: Any, finest: float) -> None:
+    """Ticks in recall on an axis of what is missed, the best above."""
+    low, high = axes.get_ylim()
+    ticks = [recall for recall in TICKS if finest < 1 - recall <= high]
+    axes.set_yticks([*(1 - recall for recall in ticks), finest], [*(f"{recall:g}" for recall in ticks), "all found"])
+    axes.minorticks_off()
+    axes.set_ylim(high, min(low, finest * 0.8))
+    axes.grid(alpha=0.25)
