@@ -28,6 +28,7 @@ from lookalike.retrieval.store import (
     DIGESTS_FILE,
     ROWS_FILE,
     SHARD_META,
+    TOMBSTONES_FILE,
     Dtype,
     Mask,
     PrefixStore,
@@ -206,21 +207,21 @@ def list_segments(
     segments: list[Segment] = []
     offset = 0
 
-    def add(shard: int, meta: ShardMeta, kept: str | None, work: str | None) -> None:
+    def add(shard: int, position: int, meta: ShardMeta, kept: str | None, work: str | None) -> None:
         nonlocal offset
-        position = sum(segment.shard == shard for segment in segments[-stage.config.max_segments - 1 :])
         name = f"shard-{shard:05d}" + (f"-{position:03d}" if position else "")
         segments.append(Segment(name, shard, meta.model_copy(update={"row_offset": offset}), kept, work))
         offset += meta.num_rows
 
     for shard, change in enumerate(changes):
-        for kept in change.kept:
+        for position, kept in enumerate(change.kept):
             assert previous is not None, "what is kept comes from somewhere"
             meta = read_meta(storage.join(previous.uri, kept.folder))
-            add(shard, meta.model_copy(update={"num_deleted": kept.num_deleted}), kept.folder, _work(stage, shard))
+            meta = meta.model_copy(update={"num_deleted": kept.num_deleted})
+            add(shard, position, meta, kept.folder, _work(stage, shard))
         if change.num_fresh or not change.kept:
             work = _work(stage, shard) if change.kept else None
-            add(shard, template.model_copy(update={"num_rows": change.num_fresh}), None, work)
+            add(shard, len(change.kept), template.model_copy(update={"num_rows": change.num_fresh}), None, work)
     return segments
 
 
@@ -259,7 +260,8 @@ def run(stage: StageRun[IndexConfig]) -> None:
 def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[ShardMeta]) -> dict[str, Any]:
     sizes = {name: storage.size_bytes(stage.out.path(name)) for name in storage.list_files(stage.out.uri)
              if name.startswith("shard-")}  # fmt: skip
-    vectors = sum(size for name, size in sizes.items() if name.endswith(".npy"))
+    marks = (DIGESTS_FILE, TOMBSTONES_FILE)
+    vectors = sum(size for name, size in sizes.items() if name.endswith(".npy") and not name.endswith(marks))
     shortlists = {
         str(dim): sum(size for name, size in sizes.items() if name.endswith(shortlist_name(dim, meta.shortlist)))
         for dim in meta.shortlist_dims
