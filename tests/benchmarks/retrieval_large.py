@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -27,7 +26,9 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.cluster import ClusterConfig, ensure_ray
 from lookalike.retrieval.machine import machine_facts
@@ -41,8 +42,8 @@ from lookalike.serve.index import STAGE, IndexConfig
 from lookalike.stages import execute
 
 PART_ROWS, QUERIES, K, SEED, CLASSES = 1 << 16, 200, 10, 7, 1000
-QUERY_PART = 1 << 20
-"""A part that no database has."""
+QUERY_PART, EXTRA_PART = 1 << 20, 1 << 19
+"""Parts that no database has."""
 EFFORTS: dict[str, dict[str, int]] = {"ivf-rabitq": {"shortlist_k": 100, "nprobe": 32}, "graph": {"shortlist_k": 50}}
 """Of the plans, over the larger prefix; a type that is not here takes K = 100."""
 LIMIT_GIB = 6.0
@@ -81,20 +82,31 @@ class MemoryWatch:
         return {"rss_gib": round(self.rss_gib, 2), "private_gib": round(self.private_gib, 2)}
 
 
-def make_embeddings(root: str, hierarchy: Hierarchy, num: int, extra: int = 0) -> Artifact:
-    """``num`` float16 vectors part by part, and ``extra`` more after them."""
+def draw_table(hierarchy: Hierarchy, part: int, size: int) -> pa.Table:
+    """A part of ``size`` float16 vectors."""
+    vectors, classes = make_part(hierarchy, size, part=part, seed=SEED)
+    ids = [f"{part:07d}-{row:06d}" for row in range(size)]
+    return embeddings_table(vectors.astype(np.float16), {"image_id": ids, "group": [f"g{n}" for n in classes]})
+
+
+def make_embeddings(root: str, hierarchy: Hierarchy, num: int) -> Artifact:
+    """``num`` vectors, made and written part by part."""
     sizes = [min(PART_ROWS, num - start) for start in range(0, num, PART_ROWS)]
-    sizes += [min(PART_ROWS, extra - start) for start in range(0, extra, PART_ROWS)]
-
-    def tables() -> Iterator[pa.Table]:
-        for part, size in enumerate(sizes):
-            vectors, classes = make_part(hierarchy, size, part=part, seed=SEED)
-            ids = [f"{part:05d}-{row:06d}" for row in range(size)]
-            yield embeddings_table(vectors.astype(np.float16), {"image_id": ids, "group": [f"g{n}" for n in classes]})
-
+    tables = (draw_table(hierarchy, part, size) for part, size in enumerate(sizes))
     dims = [64, 128, hierarchy.dim] if hierarchy.dim > 128 else [hierarchy.dim // 2, hierarchy.dim]
-    draft = Draft(root, "embeddings", "db", f"{num:010d}{extra:010d}")
-    return publish_tables(draft, tables(), dims=dims, encoder="none")
+    return publish_tables(Draft(root, "embeddings", "db", f"{num:020d}"), tables, dims=dims, encoder="none")
+
+
+def grow_embeddings(base: Artifact, hierarchy: Hierarchy, extra: int) -> Artifact:
+    """The same parts, and one of ``extra`` vectors."""
+    draft = Draft(base.root, "embeddings", "more", base.manifest.fingerprint)
+    storage.make_directory(draft.uri)
+    for part in base.files("part-"):
+        storage.share_file(part, draft.path(part.rpartition("/")[2]))
+    pq.write_table(draw_table(hierarchy, EXTRA_PART, extra), draft.path("part-extra.parquet"), use_dictionary=False)
+    facts = base.read_json("meta.json")
+    draft.write_json("meta.json", facts | {"rows": facts["rows"] + extra})
+    return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
 
 
 def build(root: str, config: IndexConfig, embeddings: Artifact, previous: Artifact | None) -> tuple[Artifact, Any]:
@@ -194,7 +206,7 @@ def run(root: str, num: int, dim: int, arguments: argparse.Namespace, report: An
     start = time.perf_counter()
     with MemoryWatch() as watch:
         embeddings = make_embeddings(root, hierarchy, num)
-        more = make_embeddings(root, hierarchy, num, max(1, num // 100))
+        more = grow_embeddings(embeddings, hierarchy, min(PART_ROWS, max(1, num // 100)))
     report({"case": "embeddings", "wall_s": round(time.perf_counter() - start, 1), **watch.facts})
     ensure_ray(ClusterConfig(num_cpus=2, object_store_mb=100, progress_bars=False))
     with MemoryWatch() as watch:
