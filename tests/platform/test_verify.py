@@ -4,7 +4,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lookalike import storage
@@ -65,6 +65,7 @@ def test_an_unreadable_file_is_a_problem_not_a_crash(tmp_path: Path) -> None:
 
 
 @given(position=st.integers(0, 5000), bit=st.integers(0, 7))
+@example(position=21, bit=1)  # of the format's version: 2 becomes 0
 @settings(max_examples=300, deadline=None)
 def test_any_bit_of_a_manifest_matters(position: int, bit: int) -> None:
     root = f"memory://v-{uuid.uuid4().hex}"
@@ -74,6 +75,16 @@ def test_any_bit_of_a_manifest_matters(position: int, bit: int) -> None:
     with pytest.raises(ArtifactError, match=MANIFEST):
         Artifact.open(artifact.uri, check=False)
     storage.remove_tree(root)
+
+
+@pytest.mark.parametrize("version", [-1, 0, 1])
+def test_no_version_gets_past_the_checksum(tmp_path: Path, version: int) -> None:
+    artifact = publish(str(tmp_path))
+    content = storage.read_bytes(artifact.path(MANIFEST))
+    assert content[21:22] == b"2"
+    storage.write_atomic(artifact.path(MANIFEST), content[:21] + str(version).encode() + content[22:])
+    with pytest.raises(ArtifactError, match=r"manifest.json is damaged: it does not match its own checksum"):
+        Artifact.open(artifact.uri)
 
 
 def test_a_manifest_of_the_first_format_has_no_checksum_and_opens(tmp_path: Path) -> None:
