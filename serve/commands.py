@@ -198,7 +198,7 @@ def render(result: SearchResult) -> str:
     """Hits as lines of text: rank, score, id, stored columns."""
     lines = []
     for rank, hit in enumerate(result.hits, 1):
-        columns = "  ".join(f"{name}={value}" for name, value in hit.metadata.items())
+        columns = "  ".join(f"{name}={value}" for name, value in sorted(hit.metadata.items()))
         lines.append(f"{rank:3d}  {hit.score:+.4f}  {hit.id}  {columns}".rstrip())
     info = result.info
     times = ", ".join(f"{stage} {duration:.1f} ms" for stage, duration in info.times_ms.items())

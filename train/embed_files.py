@@ -36,7 +36,11 @@ def join_groups(target: str, work: str, number: int, names: Sequence[str]) -> No
     """Write the part ``target`` from the row groups ``names`` of file ``number``, one in memory at a time."""
     tables = (read_group(storage.join(group_folder(work, number), name), 0) for name in sorted(names))
     first = next(tables)
-    with storage.open_atomic(target) as file, pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
+    texts = [name for name in first.column_names if name != "vector"]  # numbers gain nothing from a dictionary
+    with (
+        storage.open_atomic(target) as file,
+        pq.ParquetWriter(file, first.schema, compression="zstd", use_dictionary=texts) as writer,
+    ):
         for table in itertools.chain([first], tables):
             writer.write_table(table)
 

@@ -46,7 +46,9 @@ def build_graph(vectors: Floats, *, hnsw_m: int, ef_construction: int) -> "Graph
     levels = faiss.vector_to_array(layers.levels)
     offsets = faiss.vector_to_array(layers.offsets)[:-1].astype(np.int64)
     neighbours = faiss.vector_to_array(layers.neighbors)
-    links = neighbours[offsets[:, None] + np.arange(2 * hnsw_m)].astype(np.int32)
+    links = np.empty((len(offsets), 2 * hnsw_m), np.int32)
+    for part in row_slices(len(offsets), SCAN_ROWS):  # places take 8 bytes each
+        links[part] = neighbours[offsets[part, None] + np.arange(2 * hnsw_m)]
     return Graph(codes, scales, links, _entries(links, levels))
 
 

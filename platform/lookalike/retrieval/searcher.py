@@ -50,6 +50,8 @@ __all__ = ["Hits", "IndexMeta", "Searcher", "ShardSearcher", "merge_hits", "shar
 INDEX_META = "meta.json"
 RETRY_WIDER = 8
 """How much wider the beam is when a filtered search met too few allowed rows."""
+NEARLY_ALL = 0.8
+"""Share of allowed rows from which on a graph's walk meets as many of them as without a filter: few are deleted."""
 PLANS_KEPT = 64
 """Plans whose steps a shard keeps packed for the C library."""
 ENOUGH = 4
@@ -260,7 +262,8 @@ class ShardSearcher:
         index, found = self.index_over(plan.shortlist_dim), empty_hits(len(vectors), wanted)
         short = np.arange(len(vectors))
         if index.takes_filters and not allowed.is_few(wanted, graph=index.is_graph):
-            asked = min(wanted * (ENOUGH if index.is_graph else 1), allowed.num_rows)
+            spread = index.is_graph and allowed.share < NEARLY_ALL
+            asked = min(wanted * (ENOUGH if spread else 1), allowed.num_rows)
             ef = max(wanted, plan.ef_search or 0)
             for widen in (1, RETRY_WIDER):
                 hits = self._ask(vectors[short], asked, plan, ef=ef, allowed=allowed, widen=widen)
