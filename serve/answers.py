@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lookalike.retrieval.searcher import Hits, merge_hits
+from lookalike.retrieval.ranking import Hits, merge_hits
 
 Entry = tuple[str, dict[str, str]]
 """Id and stored columns of a row."""

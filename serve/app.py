@@ -16,8 +16,8 @@ from ray.serve.schema import LoggingConfig
 from lookalike.artifacts import Artifact, lineage
 from lookalike.cluster import ensure_ray
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval.index_meta import IndexMeta, read_index_meta
 from lookalike.retrieval.plan import Plan, load_measured, load_plan
-from lookalike.retrieval.searcher import IndexMeta, read_index_meta
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.ingress import SERVICERS, Ingress
 from lookalike.serve.requests import Plans, check_plan

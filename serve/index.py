@@ -21,8 +21,8 @@ from lookalike import storage
 from lookalike.cluster import ensure_ray
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.progress import track
+from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, read_index_meta
 from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.searcher import INDEX_META, EncoderRef, IndexMeta, read_index_meta
 from lookalike.retrieval.shortlist import SHORTLISTS, ShortlistOptions, build_shortlist, shortlist_name
 from lookalike.retrieval.store import (
     DIGESTS_FILE,

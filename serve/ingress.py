@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.util.metrics import Counter, Histogram
 
-from lookalike.retrieval.searcher import IndexMeta
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb

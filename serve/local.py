@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from lookalike.retrieval.searcher import IndexMeta
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.config import ServeConfig

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lookalike.errors import LookalikeError, UsageError
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan, parse_plan
-from lookalike.retrieval.searcher import IndexMeta
 from lookalike.serve.answers import Answer
 from lookalike.serve.config import Limits
 from lookalike.serve.errors import RetrievalError, invalid

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from lookalike import schemas, storage
 from lookalike.artifacts import Artifact
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval.index_meta import shard_of
 from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.searcher import shard_of
 from lookalike.retrieval.store import Mask
 
 COLUMNS = tuple(name for name in schemas.embeddings(1).names if name != "vector")

@@ -31,7 +31,7 @@ from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.config import Config, runtime
 from lookalike.errors import ArtifactError
-from lookalike.retrieval.searcher import IndexMeta
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.shortlist import ShortlistOptions
 from lookalike.retrieval.store import (
     DIGESTS_FILE,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import lookalike
-from lookalike.retrieval.searcher import IndexMeta
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError, invalid
 from lookalike.serve.proto import retrieval_pb2 as pb

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.searcher import IndexMeta, ShardSearcher, merge_hits
+from lookalike.retrieval.ranking import merge_hits
+from lookalike.retrieval.searcher import ShardSearcher
 from lookalike.serve.answers import Entry, Packed, occurring_rows, pack, read_hits
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.router import Router

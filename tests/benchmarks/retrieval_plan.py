@@ -30,11 +30,12 @@ from lookalike.retrieval import costs, native, planner
 from lookalike.retrieval.candidates import calibrate_margins, list_funnels, list_plans
 from lookalike.retrieval.costs import Counts
 from lookalike.retrieval.graph import Graph
+from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.planner import Measured
 from lookalike.retrieval.ranking import Floats, Hits
-from lookalike.retrieval.searcher import EncoderRef, IndexMeta, Searcher, ShardSearcher
+from lookalike.retrieval.searcher import Searcher, ShardSearcher
 from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, effort_of, shortlist_name
 from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
 from lookalike.retrieval.synthetic import make_vectors

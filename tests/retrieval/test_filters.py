@@ -7,9 +7,10 @@ import pytest
 from lookalike.errors import UsageError
 from lookalike.retrieval import filters
 from lookalike.retrieval.filters import Allowed
+from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW
-from lookalike.retrieval.searcher import EncoderRef, IndexMeta, Searcher
+from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import make_vectors
 
 DIMS = (64, 128)

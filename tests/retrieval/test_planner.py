@@ -8,10 +8,11 @@ import pytest
 
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval import candidates, costs, planner
+from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.planner import Limits, Measured
 from lookalike.retrieval.ranking import Hits
-from lookalike.retrieval.searcher import EncoderRef, IndexMeta, Searcher
+from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import Work, shortlist_name
 from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors

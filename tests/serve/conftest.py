@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 
 from lookalike import schemas
 from lookalike.artifacts import Artifact, Draft
-from lookalike.retrieval.searcher import INDEX_META, EncoderRef, IndexMeta, Searcher, shard_of
+from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, shard_of
+from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
 from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
 from lookalike.vision.encoder import Encoder, EncoderConfig, build_model, save_encoder, to_bytes

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.errors import ArtifactError
+from lookalike.retrieval.index_meta import shard_of
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.searcher import Searcher, shard_of
+from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import embeddings_table, make_vectors, publish_embeddings, publish_tables
 from lookalike.serve import index as module
 from lookalike.serve.config import ServeConfig

@@ -14,8 +14,9 @@ from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.retrieval.index_meta import shard_of
 from lookalike.retrieval.plan import Plan, load_plan
-from lookalike.retrieval.searcher import Searcher, ShardSearcher, shard_of
+from lookalike.retrieval.searcher import Searcher, ShardSearcher
 from lookalike.retrieval.store import ShardMeta
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.index import STAGE as INDEX

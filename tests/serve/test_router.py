@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ray.serve.exceptions import BackPressureError
 
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.searcher import Hits
+from lookalike.retrieval.ranking import Hits
 from lookalike.serve.answers import merge, occurring_rows, pack, unpack
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.router import Found, Router

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, NO_SCORE, Floats, Hits, Rows, top_k
 from lookalike.retrieval.rerank import extend
-from lookalike.retrieval.searcher import IndexMeta, Searcher, ShardSearcher
+from lookalike.retrieval.searcher import Searcher, ShardSearcher
 from lookalike.retrieval.shortlist import effort_of
 from lookalike.retrieval.store import check_queries
 

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lookalike.retrieval import native
+from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Floats
 from lookalike.retrieval.rerank import INSERTED
-from lookalike.retrieval.searcher import IndexMeta, Searcher, ShardSearcher
+from lookalike.retrieval.searcher import Searcher, ShardSearcher
 from lookalike.retrieval.shortlist import NPROBE, Work, shortlist_name
 
 COUNTED_SCANS = 16

@@ -1,0 +1,110 @@
+"""The facts of an index artifact: what it holds, in which shards, and which of them may hold an id."""
+
+import bisect
+import hashlib
+
+from pydantic import Field, ValidationError
+
+from lookalike.artifacts import Artifact
+from lookalike.config import Config
+from lookalike.errors import ArtifactError
+from lookalike.retrieval.store import FORMAT_VERSION, require_format
+
+INDEX_META = "meta.json"
+
+
+class EncoderRef(Config):
+    """The model whose vectors an index holds."""
+
+    fingerprint: str
+    """Model fingerprint; queries must carry the same."""
+    name: str = ""
+    """What people call it."""
+    uri: str = ""
+    """Where its artifact was when the vectors were made."""
+
+
+class IndexMeta(Config):
+    """What an index artifact holds; all but ``generation`` is its ``meta.json``."""
+
+    format_version: int = Field(default=FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
+    """Layout of the index."""
+    dims: tuple[int, ...] = Field(min_length=1)
+    """Nested dims, smallest first; the last is the size of a vector."""
+    num_rows: int = Field(ge=0)
+    """Vectors in all shards, with those under tombstones."""
+    num_deleted: int = Field(default=0, ge=0)
+    """Of these, rows under tombstones, which no answer holds."""
+    shards: tuple[str, ...] = Field(min_length=1)
+    """Folders of the shards, in the order of their global rows."""
+    shard_rows: tuple[int, ...]
+    """Vectors in each shard."""
+    hash_shards: tuple[int, ...] = ()
+    """The hash shard (``shard_of``) that each folder belongs to, rising: one that was appended to has several folders,
+    its segments. Empty where each folder is one."""
+    dtype: str
+    """Number format of the stored vectors."""
+    shortlist: str
+    """Index type of the shortlists."""
+    shortlist_dims: tuple[int, ...]
+    """Prefixes that a shortlist index is built over."""
+    columns: tuple[str, ...]
+    """Metadata columns of each row."""
+    encoder: EncoderRef
+    """The model whose vectors these are."""
+    generation: str = ""
+    """Fingerprint of the index artifact."""
+
+    @property
+    def dim(self) -> int:
+        """Size of a vector."""
+        return self.dims[-1]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shard folders, which are what is searched and served."""
+        return len(self.shards)
+
+    @property
+    def num_hash_shards(self) -> int:
+        """Number of hash shards, among which ids are divided."""
+        return self.hash_shards[-1] + 1 if self.hash_shards else len(self.shards)
+
+    @property
+    def num_live(self) -> int:
+        """Vectors that can be found."""
+        return self.num_rows - self.num_deleted
+
+    def segments_of(self, image_id: str) -> range:
+        """The shards (places in ``shards``) that may hold ``image_id``."""
+        owners, wanted = self.hash_shards or range(len(self.shards)), shard_of(image_id, self.num_hash_shards)
+        return range(bisect.bisect_left(owners, wanted), bisect.bisect_right(owners, wanted))
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Fingerprint of the encoder."""
+        return self.encoder.fingerprint
+
+    @property
+    def offsets(self) -> list[int]:
+        """Global number of each shard's first row."""
+        return [sum(self.shard_rows[:position]) for position in range(len(self.shard_rows))]
+
+
+def read_index_meta(artifact: Artifact) -> IndexMeta:
+    """The facts of an opened index artifact."""
+    try:
+        raw = require_format(artifact.read_json(INDEX_META), FORMAT_VERSION, artifact.path(INDEX_META))
+        meta = IndexMeta.model_validate(raw)
+    except FileNotFoundError:
+        raise ArtifactError(f"{artifact.path(INDEX_META)} is missing; build the index again or restore it from a "
+                            "copy") from None  # fmt: skip
+    except (ValueError, ValidationError) as error:
+        raise ArtifactError(f"{artifact.path(INDEX_META)} is damaged ({str(error).splitlines()[0]}); build the index "
+                            "again") from None  # fmt: skip
+    return meta.model_copy(update={"generation": artifact.manifest.fingerprint})
+
+
+def shard_of(image_id: str, num_shards: int) -> int:
+    """The shard that holds ``image_id``: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") % num_shards
