@@ -194,7 +194,7 @@ def plan_memory(searcher: Searcher, plan: Plan, k: int) -> Memory:
             size += os.path.getsize(f"{shard.store.folder}/{shortlist_name(plan.shortlist_dim, kind)}")
             size += rows / 8 if shard.index_over(plan.shortlist_dim).is_graph else 0
         held.append(size)
-        number = np.dtype(shard.meta.dtype).itemsize
-        mapped += sum(rows * (b - a) * number for a, b in shard.meta.block_borders if a < plan.rerank_dim)
+        number, scale = np.dtype(shard.meta.dtype).itemsize, 4.0 * (shard.meta.dtype == "int8")
+        mapped += sum(rows * ((b - a) * number + scale) for a, b in shard.meta.block_borders if a < plan.rerank_dim)
         mapped += 4.0 * rows * sum(dim not in dims and dim < plan.shortlist_dim for dim in shard.meta.dims) * plan.scan
     return Memory(sum(held) / 1e6, max(held, default=0.0) / 1e6, mapped / 1e6)
