@@ -1,5 +1,6 @@
 """An index built from a previous one: what is kept, what is appended, and the answers of one built whole."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -25,8 +26,10 @@ from lookalike.serve import index as module
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.index import IndexConfig
 from lookalike.serve.local import LocalClient
+from lookalike.serve.router import Router
 from lookalike.serve.rows import Source, digest_rows
 from lookalike.serve.segments import SegmentOptions, Stored, compare_rows, decide
+from lookalike.serve.workers import RerankWorker, ShardWorker
 from lookalike.stages import execute
 
 DIMS = [4, 8, 16]
@@ -146,11 +149,28 @@ def test_rows_are_found_under_their_id_once_and_deleted_ones_never(tmp_path):
             assert (found[:, :30] >= 0).all()
 
 
-@pytest.mark.parametrize("placement", ["fused", "staged"])
-def test_segments_are_served_as_shards_are(tmp_path, placement):
+@pytest.mark.parametrize("plan", [EXACT, NARROW], ids=["exact", "narrow"])
+def test_a_re_ranker_takes_the_segments_of_all_shards(tmp_path, plan):
+    index = build(tmp_path, edit(BASE), build(tmp_path, BASE), "next")
+    searcher = Searcher.open(index.uri)
+    uris = [index.path(name) for name in searcher.meta.shards]
+    router = Router([ShardWorker(uri) for uri in uris], RerankWorker(uris))
+
+    async def ask():
+        deadline = asyncio.get_running_loop().time() + 30
+        return await router.search(QUERIES, 10, plan, {"view": ["icon"]}, deadline=deadline, allow_partial=False)
+
+    found = asyncio.run(ask())
+    assert found.shards_answered == 4
+    hits = searcher.search(QUERIES, 10, plan, {"view": ["icon"]})
+    np.testing.assert_array_equal(found.answer.hits.rows, hits.rows)
+    np.testing.assert_array_equal(found.answer.hits.scores, hits.scores)
+
+
+def test_segments_are_served_as_shards_are(tmp_path):
     world = edit(BASE)
     index = build(tmp_path, world, build(tmp_path, BASE), "next")
-    client = LocalClient(ServeConfig(index=index.uri, encoder="none", placement=placement))
+    client = LocalClient(ServeConfig(index=index.uri, encoder="none"))
     try:
         facts = client.describe()
         assert (facts.num_rows, facts.num_shards) == (len(world), 4)
