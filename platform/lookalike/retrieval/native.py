@@ -64,7 +64,7 @@ AVAILABLE = _library is not None
 
 def _call(name: str, *arguments: Any) -> int:
     assert _library is not None, "ask AVAILABLE first"
-    given = [value.ctypes.data if isinstance(value, np.ndarray) else value for value in arguments]
+    given = [value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else value for value in arguments]
     result = int(getattr(_library, f"lookalike_{name}")(*given))
     if result < 0:
         raise MemoryError(f"no memory for {name}")

@@ -126,11 +126,15 @@ def check_queries(queries: npt.ArrayLike, dim: int) -> Floats:
 
     Raises ``UsageError`` for another size, numbers that are not finite, or a vector of zeros.
     """
-    array = np.ascontiguousarray(np.atleast_2d(np.asarray(queries, dtype=np.float32)))
+    array = queries if isinstance(queries, np.ndarray) else np.asarray(queries, dtype=np.float32)
+    if array.dtype != np.float32 or array.ndim != 2 or not array.flags.c_contiguous:
+        array = np.ascontiguousarray(np.atleast_2d(np.asarray(array, dtype=np.float32)))
     if array.ndim != 2 or array.shape[1] != dim:
         raise UsageError(f"query of shape {np.shape(queries)}: this index takes vectors of {dim} numbers")
-    squares = np.einsum("nd,nd->n", array, array)
-    if np.isfinite(squares).all() and (squares > 0).all():
+    if len(array) == 1:  # every step of the way counts for a query alone
+        if 0 < np.dot(array[0], array[0]) < np.inf:
+            return array
+    elif (squares := np.einsum("nd,nd->n", array, array)).min(initial=np.inf) > 0 and squares.max(initial=0) < np.inf:
         return array
     if not np.isfinite(array).all():
         raise UsageError("the query vector holds NaN or infinity; send finite numbers")
