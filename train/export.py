@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lookalike import hub, storage
-from lookalike.artifacts import MANIFEST, Artifact, FileEntry, lineage
+from lookalike.artifacts import MANIFEST, Artifact, FileEntry, lineage, write_manifest
 from lookalike.errors import UsageError
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.cards import describe_lineage, model_card, report_figures
@@ -160,4 +160,4 @@ def _write_manifest(artifact: Artifact, folder: str, names: Sequence[str], stats
     manifest = artifact.manifest.model_copy(update={
         "files": files, "parents": {}, "stats": stats, "created": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
-    storage.write_atomic(storage.join(folder, MANIFEST), (manifest.model_dump_json(indent=1) + "\n").encode())
+    write_manifest(folder, manifest)

@@ -190,6 +190,14 @@ def _read_manifest(uri: str) -> Manifest:
     return manifest
 
 
+def write_manifest(uri: str, manifest: Manifest) -> Manifest:
+    """Put ``manifest``, with the checksum that it is returned with, into the folder ``uri``: it is an artifact now."""
+    plain = manifest.model_copy(update={"format_version": FORMAT_VERSION, "checksum": ""})
+    signed = plain.model_copy(update={"checksum": hashlib.sha256(_manifest_bytes(plain)).hexdigest()})
+    storage.write_atomic(storage.join(uri, MANIFEST), _manifest_bytes(signed))
+    return signed
+
+
 def _manifest_bytes(manifest: Manifest) -> bytes:
     return (manifest.model_dump_json(indent=1) + "\n").encode()
 
@@ -237,9 +245,7 @@ class Draft:
             parents={key: [self._parent(a) for a in artifacts] for key, artifacts in parents.items()},
             created=datetime.now(UTC).isoformat(timespec="seconds"), duration_s=round(duration_s, 3),
         )  # fmt: skip
-        checksum = hashlib.sha256(_manifest_bytes(manifest)).hexdigest()
-        manifest = manifest.model_copy(update={"checksum": checksum})
-        storage.write_atomic(self.path(MANIFEST), _manifest_bytes(manifest))
+        manifest = write_manifest(self.uri, manifest)
         storage.remove_tree(self.work())  # only now: until the manifest stands, a resumed attempt needs it
         return Artifact(self.uri, manifest)
 
