@@ -4,6 +4,9 @@ import grpc
 
 from lookalike.errors import LookalikeError
 
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+"""The gRPC status of each number on the wire."""
+
 
 class RetrievalError(LookalikeError):
     """A request that was not answered: ``code`` is the gRPC status, the message names value, rule and remedy.

@@ -11,7 +11,7 @@ from ray.util.metrics import Counter, Histogram
 
 from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import RetrievalError
+from lookalike.serve.errors import CODES, RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import Plans
 from lookalike.serve.router import Router, Worker
@@ -28,7 +28,6 @@ SERVICERS = [
 """What Serve's gRPC listener must be started with (``grpc_options.grpc_servicer_functions``)."""
 Handles = tuple[list[Worker], Worker | None, Worker | None]
 """Serve handles of the shards, the re-ranker and the encoder."""
-CODES = {code.value[0]: code for code in grpc.StatusCode}
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 

@@ -9,13 +9,13 @@ from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import Plans
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
 
-_METHODS = {"Search": "search", "SearchBatch": "search_batch", "Embed": "embed", "Describe": "describe"}
+_METHODS = {"Search": "search", "SearchBatch": "search_batch", "SearchStream": "stream_one", "Embed": "embed",
+            "Describe": "describe"}  # fmt: skip
 
 
 class LocalClient(Client):
@@ -43,12 +43,8 @@ class LocalClient(Client):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _stream(self, requests: Iterator[pb.SearchStreamRequest]) -> Iterator[pb.SearchStreamResponse]:
-        """One batch after the other; one that fails has its failure in its place."""
-        for request in requests:
-            try:
-                yield pb.SearchStreamResponse(batch=self._call("SearchBatch", request.batch))
-            except RetrievalError as error:
-                yield pb.SearchStreamResponse(failure=pb.Failure(code=error.code.value[0], message=error.message))
+        """One batch after the other."""
+        return (self._call("SearchStream", request) for request in requests)
 
     def _call(self, method: str, request: Any) -> Any:
         sent = type(request).FromString(request.SerializeToString())  # what a server would see

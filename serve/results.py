@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from lookalike.serve.errors import RetrievalError
+from lookalike.serve.errors import CODES, RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -138,9 +138,6 @@ class SearchSettings(TypedDict, total=False):
     """Answer with the shards that could be reached, with ``coverage`` below 1."""
 
 
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-
 def to_query(query: Query) -> pb.Query:
     """The message of one query."""
     if isinstance(query, bytes):
@@ -198,7 +195,7 @@ def from_batch(reply: pb.SearchBatchResponse) -> list[SearchResult]:
 def from_stream(reply: pb.SearchStreamResponse) -> "list[SearchResult] | RetrievalError":
     """One result a query of a batch, or why it was not answered."""
     if reply.WhichOneof("outcome") == "failure":
-        return RetrievalError(_CODES.get(reply.failure.code, grpc.StatusCode.UNKNOWN), reply.failure.message)
+        return RetrievalError(CODES.get(reply.failure.code, grpc.StatusCode.UNKNOWN), reply.failure.message)
     return from_batch(reply.batch)
 
 

@@ -63,7 +63,7 @@ class Service:
                     request, reading = reading.result(), None
                     ended = request is None
                     if request is not None:
-                        begun.append(asyncio.ensure_future(self._stream_one(request)))
+                        begun.append(asyncio.ensure_future(self.stream_one(request)))
                 while begun and begun[0].done():
                     yield begun.popleft().result()
         finally:  # the caller may have gone
@@ -72,7 +72,8 @@ class Service:
             for task in begun:
                 task.cancel()
 
-    async def _stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
+    async def stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
+        """The answer to one batch of a stream, or why there is none."""
         try:
             return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
         except RetrievalError as error:

@@ -69,8 +69,8 @@ def set_train_mode(model: MultiTaskModel, config: TrainConfig) -> None:
 def hasten_batch_norm(model: nn.Module, num_steps: int) -> None:
     """Let running statistics follow within a tenth of the run, at most as fast as torch's default of 0.1 a step.
 
-    timm's ``tf_`` networks keep 0.99 of what they had: after 134 steps a quarter still is the 0 and 1 they began with,
-    and features of an encoder trained from random weights were worse than untrained ones."""
+    timm's ``tf_`` networks keep 0.99 of what they had: after 134 steps a quarter still is the 0 and 1 they began with.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
             module.momentum = max(module.momentum, min(0.1, 10 / num_steps))

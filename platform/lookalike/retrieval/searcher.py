@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from math import inf
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -136,7 +136,7 @@ class ShardSearcher:
     ) -> Hits:  # fmt: skip
         """What the index finds, with cosines at its dim."""
         index = self.index_over(plan.shortlist_dim)
-        if isinstance(index, Graph) and index.native is not None and self.store.native is not None:
+        if _walks(index) and self.store.native is not None:
             steps = pack_plan_steps(self.store, [(plan.shortlist_dim, wanted, inf)])
             return index.search_store(self.store.native, vectors, wanted, steps, wanted, ef_search=ef or plan.ef_search,
                                       allowed=allowed, widen=widen)  # fmt: skip
@@ -190,7 +190,7 @@ class ShardSearcher:
         vectors, only = self._checked(queries, k, plan), self._allowed(allowed)
         if only is None and not plan.scan and self.meta.num_rows and self.store.native is not None:
             index = self.index_over(plan.shortlist_dim)
-            if isinstance(index, Graph) and index.native is not None:
+            if _walks(index):
                 wanted = min(max(k, plan.shortlist_k), self.meta.num_rows)
                 hits = index.search_store(self.store.native, vectors, wanted, self._steps(plan, k), k,
                                           ef_search=plan.ef_search)  # fmt: skip
@@ -213,6 +213,11 @@ class ShardSearcher:
         found = local < self.meta.num_rows and self._ids[local].as_py() == image_id
         found = found and (self.store.live is None or bool(self.store.live[local]))
         return local + self.meta.row_offset if found else NO_ROW
+
+
+def _walks(index: Shortlist | Graph) -> TypeGuard[Graph]:
+    """Whether the C library walks it, and re-ranks in the same call."""
+    return isinstance(index, Graph) and index.native is not None
 
 
 def _shift(hits: Hits, offset: int) -> Hits:
