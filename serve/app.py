@@ -13,15 +13,12 @@ from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.schema import LoggingConfig
 
-from lookalike.artifacts import Artifact, lineage
 from lookalike.cluster import ensure_ray
-from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval.index_meta import IndexMeta, read_index_meta
-from lookalike.retrieval.plan import Plan, load_measured, load_plan
+from lookalike.errors import UsageError
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.ingress import SERVICERS, Ingress
-from lookalike.serve.requests import Plans, check_plan
-from lookalike.serve.workers import RerankWorker, ShardWorker, shard_uris
+from lookalike.serve.workers import RerankWorker, ShardWorker
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -35,7 +32,7 @@ def build(config: ServeConfig) -> serve.Application:
     belong together.
     """
     _check_guard(config)
-    meta, plans, encoder_uri = read_service(config)
+    generation = read_service(config)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
@@ -45,16 +42,16 @@ def build(config: ServeConfig) -> serve.Application:
     }
     ingress = serve.deployment(name="ingress", num_replicas=config.num_replicas, **shared)(Ingress)
     if config.placement == "fused":
-        return ingress.bind(config, meta, plans, encoder_uri)
-    uris = shard_uris(config, meta)
+        return ingress.bind(config, generation)
     shared["num_replicas"] = config.shard_replicas
-    shards = [serve.deployment(name=f"shard-{number:03d}", **shared)(ShardWorker).bind(uri)
-              for number, uri in enumerate(uris)]  # fmt: skip
+    num_groups = generation.meta.num_hash_shards
+    shards = [serve.deployment(name=f"shard-{group:03d}", **shared)(ShardWorker).bind(group, num_groups, [generation])
+              for group in range(num_groups)]  # fmt: skip
     reranker = None
     if config.placement == "staged":
-        reranker = serve.deployment(name="rerank", **shared)(RerankWorker).bind(uris)
-    encoder = None if encoder_uri is None else _encoder(config, shared).bind(encoder_uri, config)
-    return ingress.bind(config, meta, plans, encoder_uri, (shards, reranker, encoder))
+        reranker = serve.deployment(name="rerank", **shared)(RerankWorker).bind([generation])
+    encoder = None if generation.encoder is None else _encoder(config, shared).bind(config, [generation])
+    return ingress.bind(config, generation, (shards, reranker, encoder))
 
 
 def _encoder(config: ServeConfig, shared: dict[str, Any]) -> serve.Deployment:
@@ -72,45 +69,9 @@ def _check_guard(config: ServeConfig) -> None:
                          "serve.loopback_only=false and guard the port by network policy")  # fmt: skip
 
 
-def read_service(config: ServeConfig) -> tuple[IndexMeta, Plans, str | None]:
-    """The index's facts, the plans and the encoder's URI, checked to belong together; raises as ``build`` does."""
-    meta = read_index_meta(Artifact.open(config.index, "index"))
-    return meta, read_plans(config, meta), find_encoder(config, meta)
-
-
-def read_plans(config: ServeConfig, meta: IndexMeta) -> Plans:
-    """The configured plan and those measured beside it, checked against the index; exact search when there is none."""
-    exact = Plan.exact(meta.dim)
-    if config.plan is None:
-        return Plans(exact, exact)
-    plan = load_plan(config.plan)
-    check_plan(plan, meta)
-    return Plans(plan, exact, load_measured(config.plan))
-
-
-def find_encoder(config: ServeConfig, meta: IndexMeta) -> str | None:
-    """URI of the encoder that made the index's vectors, or None when none is wanted.
-
-    ``auto`` follows the lineage; an encoder that is gone raises ``ArtifactError``, one of another fingerprint
-    ``UsageError``.
-    """
-    if config.encoder == "none":
-        return None
-    uri = _encoder_of_lineage(config.index, meta.model_fingerprint) if config.encoder == "auto" else config.encoder
-    encoder = Artifact.open(uri, "encoder", check=False)
-    if encoder.manifest.fingerprint != meta.model_fingerprint:
-        found = encoder.manifest.fingerprint
-        raise UsageError(f"encoder {uri} has fingerprint {found}, the index {config.index} holds vectors of "
-                         f"{meta.model_fingerprint}; serve it with its own encoder, or index again")  # fmt: skip
-    return uri
-
-
-def _encoder_of_lineage(index_uri: str, fingerprint: str) -> str:
-    for _, _, ancestor in lineage(Artifact.open(index_uri, "index", check=False)):
-        if isinstance(ancestor, Artifact) and ancestor.manifest.fingerprint == fingerprint:
-            return ancestor.uri
-    raise ArtifactError(f"no encoder {fingerprint} in the lineage of {index_uri}; set serve.encoder to its URI, or to "
-                        "none to serve vectors and ids only")  # fmt: skip
+def read_service(config: ServeConfig) -> Generation:
+    """The generation that ``config`` names; raises as ``build`` does."""
+    return read_generation(config.index, config.plan, config.encoder)
 
 
 def start(config: ServeConfig) -> str:

@@ -1,5 +1,7 @@
 """The one error of the retrieval service, the same on both sides of the wire."""
 
+from collections.abc import Collection
+
 import grpc
 
 from lookalike.errors import LookalikeError
@@ -28,6 +30,16 @@ class RetrievalError(LookalikeError):
         """2 when the request is at fault, 1 when the service is."""
         mistakes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
         return 2 if self.code in mistakes else 1
+
+
+class NotLoadedError(RetrievalError):
+    """A worker was asked for a generation that it does not hold: it has been replaced, or is not there yet."""
+
+
+def not_loaded(generation: str, held: Collection[str]) -> NotLoadedError:
+    """The error of a worker that holds the generations ``held`` and was asked for another."""
+    message = f"index {generation} is not loaded here, only {', '.join(sorted(held)) or 'none'}; ask again"
+    return NotLoadedError(grpc.StatusCode.UNAVAILABLE, message)
 
 
 def invalid(message: str) -> RetrievalError:

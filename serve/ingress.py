@@ -9,11 +9,10 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.util.metrics import Counter, Histogram
 
-from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError
+from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.requests import Plans
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
@@ -35,11 +34,10 @@ class Ingress:
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
-        self, config: ServeConfig, meta: IndexMeta, plans: Plans, encoder_uri: str | None,
-        workers: Handles | None = None,
-    ) -> None:  # fmt: skip
-        router = open_workers(config, meta, encoder_uri) if workers is None else Router(*workers)
-        self._service = Service(config, meta, plans, router)
+        self, config: ServeConfig, generation: Generation, workers: Handles | None = None
+    ) -> None:
+        router = open_workers(config, generation) if workers is None else Router(*workers)
+        self._service = Service(config, generation, router)
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))

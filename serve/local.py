@@ -5,12 +5,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.requests import Plans
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
 
@@ -23,12 +22,12 @@ class LocalClient(Client):
 
     def __init__(self, index: str | ServeConfig, *, timeout_s: float = 30.0) -> None:
         config = index if isinstance(index, ServeConfig) else ServeConfig(index=index)
-        service = read_service(config)
+        generation = read_service(config)
         self.address, self.timeout_s = config.index, timeout_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lookalike-local", daemon=True)
         self._thread.start()
-        self._service = self._run(_open_service(config, *service))
+        self._service = self._run(_open_service(config, generation))
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Ready since it was made."""
@@ -51,5 +50,5 @@ class LocalClient(Client):
         return self._run(getattr(self._service, _METHODS[method])(sent))
 
 
-async def _open_service(config: ServeConfig, meta: IndexMeta, plans: Plans, encoder_uri: str | None) -> Service:
-    return Service(config, meta, plans, open_workers(config, meta, encoder_uri))
+async def _open_service(config: ServeConfig, generation: Generation) -> Service:
+    return Service(config, generation, open_workers(config, generation))

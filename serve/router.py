@@ -43,15 +43,15 @@ class Router:
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
 
     async def search(
-        self, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *, deadline: float,
-        allow_partial: bool,
+        self, generation: str, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *,
+        deadline: float, allow_partial: bool,
     ) -> Found:  # fmt: skip
-        """The ``k`` best rows of each query, float32 [n, dim], among those that meet the ``filters``.
+        """The ``k`` best rows of ``generation`` for each query, float32 [n, dim], that meet the ``filters``.
 
         Raises UNAVAILABLE or DEADLINE_EXCEEDED when a shard fails or is late, unless ``allow_partial``; then only when
         none answered.
         """
-        call = (np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
+        call = (generation, np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
         method = "search" if self.reranker is None else "shortlist"
         start = time.perf_counter()
         outcomes = await self._ask_shards(method, *call, json.dumps(filters or {}), deadline=deadline)
@@ -69,9 +69,9 @@ class Router:
             times["merge"] = _since_ms(start)
         return Found(answer, len(good), times)
 
-    async def stored_vectors(self, image_ids: Sequence[str], *, deadline: float) -> list[Floats]:
-        """The vectors stored under ``image_ids``; NOT_FOUND names the first that no shard holds."""
-        outcomes = await self._ask_shards("vectors", list(image_ids), deadline=deadline)
+    async def stored_vectors(self, generation: str, image_ids: Sequence[str], *, deadline: float) -> list[Floats]:
+        """The vectors that ``generation`` stores under ``image_ids``; NOT_FOUND names the first that no shard holds."""
+        outcomes = await self._ask_shards("vectors", generation, list(image_ids), deadline=deadline)
         found: dict[str, bytes] = {}
         for outcome in outcomes:
             found |= {} if isinstance(outcome, Exception) else outcome
@@ -82,12 +82,9 @@ class Router:
                                  "image itself")  # fmt: skip
         return [np.frombuffer(found[image_id], "<f4") for image_id in image_ids]
 
-    async def encode(self, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
-        """Vectors of encoded images; INVALID_ARGUMENT with the reason when one cannot be decoded."""
-        if self.encoder is None:
-            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "this service runs without an encoder; send "
-                                 "vectors, or set serve.encoder")  # fmt: skip
-        outcome = await _outcome(ask(self.encoder, "encode", list(images)), deadline)
+    async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
+        """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT tells why one cannot be decoded."""
+        outcome = await _outcome(ask(self.encoder, "encode", generation, list(images)), deadline)
         results = accept([outcome], allow_partial=False, who="encoder")[0]
         for position, result in enumerate(results):
             if isinstance(result, str):

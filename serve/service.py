@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import islice
 from typing import Any
 
+import grpc
 import numpy as np
 
 import lookalike
-from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
-    Plans,
     check_image,
     read_options,
     read_queries,
@@ -28,23 +28,28 @@ from lookalike.serve.router import Floats, Found, Router
 
 
 class Service:
-    """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer."""
+    """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer.
 
-    def __init__(self, config: ServeConfig, meta: IndexMeta, plans: Plans, router: Router) -> None:
-        self.config, self.meta, self.plans, self.router = config, meta, plans, router
+    A request belongs to the generation that is ``current`` when it begins.
+    """
+
+    def __init__(self, config: ServeConfig, current: Generation, router: Router) -> None:
+        self.config, self.current, self.router = config, current, router
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
-        options = self._options(request.options)
-        found = await self._find([request.query], options)
-        return pb.SearchResponse(hits=write_hits(found.answer, 0), info=self._info(options, found))
+        generation = self.current
+        options = self._options(generation, request.options)
+        found = await self._find(generation, [request.query], options)
+        return pb.SearchResponse(hits=write_hits(found.answer, 0), info=self._info(generation, options, found))
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
         """``SearchBatch``."""
-        options = self._options(request.options)
-        found = await self._find(request.queries, options)
+        generation = self.current
+        options = self._options(generation, request.options)
+        found = await self._find(generation, request.queries, options)
         results = [pb.HitList(hits=write_hits(found.answer, query)) for query in range(len(request.queries))]
-        return pb.SearchBatchResponse(results=results, info=self._info(options, found))
+        return pb.SearchBatchResponse(results=results, info=self._info(generation, options, found))
 
     async def search_stream(
         self, requests: AsyncIterator[pb.SearchStreamRequest]
@@ -85,50 +90,61 @@ class Service:
         if not 1 <= len(request.images) <= self.config.limits.max_batch:
             raise invalid(f"{len(request.images)} images in one request; send 1 to {self.config.limits.max_batch}")
         images = [check_image(image, self.config.limits) for image in request.images]
-        vectors = await self.router.encode(images, deadline=_deadline(self.config.timeout_s))
-        return pb.EmbedResponse(vectors=[vector.tobytes() for vector in vectors], dim=self.meta.dim,
-                                model_fingerprint=self.meta.model_fingerprint)  # fmt: skip
+        generation = self.current
+        vectors = await self._encode(generation, images, _deadline(self.config.timeout_s))
+        return pb.EmbedResponse(vectors=[vector.tobytes() for vector in vectors], dim=generation.meta.dim,
+                                model_fingerprint=generation.meta.model_fingerprint)  # fmt: skip
 
     async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
         """``Describe``."""
+        generation, meta = self.current, self.current.meta
         return pb.DescribeResponse(
-            version=lookalike.__version__, index_generation=self.meta.generation, dim=self.meta.dim,
-            model_fingerprint=self.meta.model_fingerprint, dims=self.meta.dims, num_rows=self.meta.num_live,
-            num_shards=self.meta.num_shards, plan=write_plan(self.plans.default), columns=self.meta.columns,
-            placement=self.config.placement,
-            limits=pb.Limits(**self.config.limits.model_dump()), has_encoder=self.router.encoder is not None,
+            version=lookalike.__version__, index_generation=generation.name, dim=meta.dim,
+            model_fingerprint=meta.model_fingerprint, dims=meta.dims, num_rows=meta.num_live,
+            num_shards=len(self.router.shards), plan=write_plan(generation.plans.default), columns=meta.columns,
+            placement=self.config.placement, limits=pb.Limits(**self.config.limits.model_dump()),
+            has_encoder=generation.encoder is not None,
         )  # fmt: skip
 
-    def _options(self, options: pb.SearchOptions) -> Options:
-        return read_options(options, limits=self.config.limits, meta=self.meta, plans=self.plans,
+    def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
+        return read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
                             timeout_s=self.config.timeout_s)  # fmt: skip
 
-    async def _find(self, queries: Sequence[pb.Query], options: Options) -> Found:
+    async def _find(self, generation: Generation, queries: Sequence[pb.Query], options: Options) -> Found:
         deadline = _deadline(options.timeout_s)
-        vectors, times = await self._vectors(queries, deadline)
-        found = await self.router.search(vectors, options.k, options.plan, options.filters, deadline=deadline,
-                                         allow_partial=options.allow_partial)  # fmt: skip
+        vectors, times = await self._vectors(generation, queries, deadline)
+        found = await self.router.search(generation.name, vectors, options.k, options.plan, options.filters,
+                                         deadline=deadline, allow_partial=options.allow_partial)  # fmt: skip
         return found._replace(times_ms={**times, **found.times_ms})
 
-    async def _vectors(self, queries: Sequence[pb.Query], deadline: float) -> tuple[Floats, dict[str, float]]:
-        read = read_queries(queries, limits=self.config.limits, dim=self.meta.dim)
+    async def _vectors(
+        self, generation: Generation, queries: Sequence[pb.Query], deadline: float
+    ) -> tuple[Floats, dict[str, float]]:
+        read = read_queries(queries, limits=self.config.limits, dim=generation.meta.dim)
         vectors, times = dict(read.vectors), {}
         if read.images:
             start = time.perf_counter()
-            encoded = await self.router.encode(list(read.images.values()), deadline=deadline)
+            encoded = await self._encode(generation, list(read.images.values()), deadline)
             vectors.update(zip(read.images, encoded, strict=True))
             times["encode"] = (time.perf_counter() - start) * 1000
         if read.image_ids:
             start = time.perf_counter()
-            stored = await self.router.stored_vectors(list(read.image_ids.values()), deadline=deadline)
+            ids = list(read.image_ids.values())
+            stored = await self.router.stored_vectors(generation.name, ids, deadline=deadline)
             vectors.update(zip(read.image_ids, stored, strict=True))
             times["lookup"] = (time.perf_counter() - start) * 1000
         return np.stack([vectors[position] for position in range(len(queries))]), times
 
-    def _info(self, options: Options, found: Found) -> pb.SearchInfo:
-        coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=self.meta.num_shards)
-        return pb.SearchInfo(plan=write_plan(options.plan), index_generation=self.meta.generation,
-                             model_fingerprint=self.meta.model_fingerprint, coverage=coverage,
+    async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:
+        if generation.encoder is None:
+            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "this service runs without an encoder; send "
+                                 "vectors, or set serve.encoder")  # fmt: skip
+        return await self.router.encode(generation.name, images, deadline=deadline)
+
+    def _info(self, generation: Generation, options: Options, found: Found) -> pb.SearchInfo:
+        coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=len(self.router.shards))
+        return pb.SearchInfo(plan=write_plan(options.plan), index_generation=generation.name,
+                             model_fingerprint=generation.meta.model_fingerprint, coverage=coverage,
                              stage_times=write_times(found.times_ms))  # fmt: skip
 
 

@@ -17,7 +17,7 @@ class Query(_message.Message):
     def __init__(self, vector: _Optional[bytes] = ..., image: _Optional[bytes] = ..., image_id: _Optional[str] = ...) -> None: ...
 
 class SearchOptions(_message.Message):
-    __slots__ = ("k", "plan", "timeout_ms", "model_fingerprint", "allow_partial", "filters", "min_recall")
+    __slots__ = ("k", "plan", "timeout_ms", "model_fingerprint", "allow_partial", "filters", "min_recall", "session")
     K_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class SearchOptions(_message.Message):
     ALLOW_PARTIAL_FIELD_NUMBER: _ClassVar[int]
     FILTERS_FIELD_NUMBER: _ClassVar[int]
     MIN_RECALL_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     k: int
     plan: Plan
     timeout_ms: int
@@ -32,7 +33,8 @@ class SearchOptions(_message.Message):
     allow_partial: bool
     filters: _containers.RepeatedCompositeFieldContainer[Filter]
     min_recall: float
-    def __init__(self, k: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., allow_partial: _Optional[bool] = ..., filters: _Optional[_Iterable[_Union[Filter, _Mapping]]] = ..., min_recall: _Optional[float] = ...) -> None: ...
+    session: str
+    def __init__(self, k: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., allow_partial: _Optional[bool] = ..., filters: _Optional[_Iterable[_Union[Filter, _Mapping]]] = ..., min_recall: _Optional[float] = ..., session: _Optional[str] = ...) -> None: ...
 
 class Filter(_message.Message):
     __slots__ = ("column", "values")
@@ -71,7 +73,7 @@ class Plan(_message.Message):
     def __init__(self, shortlist_dim: _Optional[int] = ..., shortlist_k: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[PlanStep, _Mapping]]] = ..., rerank_dim: _Optional[int] = ..., ef_search: _Optional[int] = ..., scan: _Optional[bool] = ..., nprobe: _Optional[int] = ..., margins: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Hit(_message.Message):
-    __slots__ = ("id", "score", "metadata")
+    __slots__ = ("id", "score", "metadata", "arm")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -82,10 +84,12 @@ class Hit(_message.Message):
     ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
     id: str
     score: float
     metadata: _containers.ScalarMap[str, str]
-    def __init__(self, id: _Optional[str] = ..., score: _Optional[float] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    arm: str
+    def __init__(self, id: _Optional[str] = ..., score: _Optional[float] = ..., metadata: _Optional[_Mapping[str, str]] = ..., arm: _Optional[str] = ...) -> None: ...
 
 class HitList(_message.Message):
     __slots__ = ("hits",)
@@ -110,18 +114,24 @@ class StageTime(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., duration_ms: _Optional[float] = ...) -> None: ...
 
 class SearchInfo(_message.Message):
-    __slots__ = ("plan", "index_generation", "model_fingerprint", "coverage", "stage_times")
+    __slots__ = ("plan", "index_generation", "model_fingerprint", "coverage", "stage_times", "request_id", "arm", "degraded")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     INDEX_GENERATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     COVERAGE_FIELD_NUMBER: _ClassVar[int]
     STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     plan: Plan
     index_generation: str
     model_fingerprint: str
     coverage: Coverage
     stage_times: _containers.RepeatedCompositeFieldContainer[StageTime]
-    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., stage_times: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ...) -> None: ...
+    request_id: str
+    arm: str
+    degraded: bool
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., stage_times: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., request_id: _Optional[str] = ..., arm: _Optional[str] = ..., degraded: _Optional[bool] = ...) -> None: ...
 
 class SearchRequest(_message.Message):
     __slots__ = ("query", "options")
@@ -218,7 +228,7 @@ class Limits(_message.Message):
     def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ..., max_filter_values: _Optional[int] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("version", "index_generation", "model_fingerprint", "dim", "dims", "num_rows", "num_shards", "plan", "placement", "limits", "has_encoder", "columns")
+    __slots__ = ("version", "index_generation", "model_fingerprint", "dim", "dims", "num_rows", "num_shards", "plan", "placement", "limits", "has_encoder", "columns", "writable")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INDEX_GENERATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +241,7 @@ class DescribeResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     HAS_ENCODER_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    WRITABLE_FIELD_NUMBER: _ClassVar[int]
     version: str
     index_generation: str
     model_fingerprint: str
@@ -243,4 +254,168 @@ class DescribeResponse(_message.Message):
     limits: Limits
     has_encoder: bool
     columns: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., dims: _Optional[_Iterable[int]] = ..., num_rows: _Optional[int] = ..., num_shards: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., placement: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., has_encoder: _Optional[bool] = ..., columns: _Optional[_Iterable[str]] = ...) -> None: ...
+    writable: bool
+    def __init__(self, version: _Optional[str] = ..., index_generation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., dims: _Optional[_Iterable[int]] = ..., num_rows: _Optional[int] = ..., num_shards: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., placement: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., has_encoder: _Optional[bool] = ..., columns: _Optional[_Iterable[str]] = ..., writable: _Optional[bool] = ...) -> None: ...
+
+class Row(_message.Message):
+    __slots__ = ("id", "vector", "image", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    vector: bytes
+    image: bytes
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, id: _Optional[str] = ..., vector: _Optional[bytes] = ..., image: _Optional[bytes] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class UpsertRequest(_message.Message):
+    __slots__ = ("rows", "model_fingerprint")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedCompositeFieldContainer[Row]
+    model_fingerprint: str
+    def __init__(self, rows: _Optional[_Iterable[_Union[Row, _Mapping]]] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class UpsertResponse(_message.Message):
+    __slots__ = ("write",)
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    write: int
+    def __init__(self, write: _Optional[int] = ...) -> None: ...
+
+class DeleteRequest(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DeleteResponse(_message.Message):
+    __slots__ = ("write",)
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    write: int
+    def __init__(self, write: _Optional[int] = ...) -> None: ...
+
+class FeedbackRequest(_message.Message):
+    __slots__ = ("request_id", "id", "kind")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    id: str
+    kind: str
+    def __init__(self, request_id: _Optional[str] = ..., id: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
+
+class FeedbackResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("name", "index", "plan", "encoder", "model_fingerprint", "num_rows", "includes_writes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDES_WRITES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    index: str
+    plan: str
+    encoder: str
+    model_fingerprint: str
+    num_rows: int
+    includes_writes: int
+    def __init__(self, name: _Optional[str] = ..., index: _Optional[str] = ..., plan: _Optional[str] = ..., encoder: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_rows: _Optional[int] = ..., includes_writes: _Optional[int] = ...) -> None: ...
+
+class SwitchRequest(_message.Message):
+    __slots__ = ("index", "plan", "encoder", "includes_writes", "timeout_s")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
+    INCLUDES_WRITES_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    index: str
+    plan: str
+    encoder: str
+    includes_writes: int
+    timeout_s: int
+    def __init__(self, index: _Optional[str] = ..., plan: _Optional[str] = ..., encoder: _Optional[str] = ..., includes_writes: _Optional[int] = ..., timeout_s: _Optional[int] = ...) -> None: ...
+
+class SwitchResponse(_message.Message):
+    __slots__ = ("current",)
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    current: Generation
+    def __init__(self, current: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RollbackResponse(_message.Message):
+    __slots__ = ("current",)
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    current: Generation
+    def __init__(self, current: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+
+class CompactRequest(_message.Message):
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: int
+    def __init__(self, timeout_s: _Optional[int] = ...) -> None: ...
+
+class CompactResponse(_message.Message):
+    __slots__ = ("current",)
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    current: Generation
+    def __init__(self, current: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("generations", "current", "previous", "last_write", "pending_rows", "followers", "recall")
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    LAST_WRITE_FIELD_NUMBER: _ClassVar[int]
+    PENDING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWERS_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
+    generations: _containers.RepeatedCompositeFieldContainer[Generation]
+    current: str
+    previous: str
+    last_write: int
+    pending_rows: int
+    followers: _containers.RepeatedCompositeFieldContainer[Followers]
+    recall: RecallEstimate
+    def __init__(self, generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., current: _Optional[str] = ..., previous: _Optional[str] = ..., last_write: _Optional[int] = ..., pending_rows: _Optional[int] = ..., followers: _Optional[_Iterable[_Union[Followers, _Mapping]]] = ..., recall: _Optional[_Union[RecallEstimate, _Mapping]] = ...) -> None: ...
+
+class Followers(_message.Message):
+    __slots__ = ("role", "replicas", "current")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    replicas: int
+    current: int
+    def __init__(self, role: _Optional[str] = ..., replicas: _Optional[int] = ..., current: _Optional[int] = ...) -> None: ...
+
+class RecallEstimate(_message.Message):
+    __slots__ = ("recall", "low", "high", "queries")
+    RECALL_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    recall: float
+    low: float
+    high: float
+    queries: int
+    def __init__(self, recall: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., queries: _Optional[int] = ...) -> None: ...

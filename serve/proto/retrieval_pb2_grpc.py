@@ -60,6 +60,21 @@ class RetrievalServiceStub:
                 request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.Upsert = channel.unary_unary(
+                '/lookalike.v1.RetrievalService/Upsert',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.UpsertRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.UpsertResponse.FromString,
+                _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/lookalike.v1.RetrievalService/Delete',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DeleteRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DeleteResponse.FromString,
+                _registered_method=True)
+        self.Feedback = channel.unary_unary(
+                '/lookalike.v1.RetrievalService/Feedback',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.FeedbackRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.FeedbackResponse.FromString,
+                _registered_method=True)
 
 
 class RetrievalServiceServicer:
@@ -103,6 +118,28 @@ class RetrievalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Upsert(self, request, context):
+        """Adds images, or replaces those of the same ids. Acknowledged writes survive the loss of every process; they are
+        found by searches within a second, as a rule at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
+        """Removes images by id. Durable and visible as Upsert is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Feedback(self, request, context):
+        """Tells what became of an answer, for the experiment that it belonged to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RetrievalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +167,21 @@ def add_RetrievalServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DescribeRequest.FromString,
                     response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DescribeResponse.SerializeToString,
+            ),
+            'Upsert': grpc.unary_unary_rpc_method_handler(
+                    servicer.Upsert,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.UpsertRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.UpsertResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DeleteRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DeleteResponse.SerializeToString,
+            ),
+            'Feedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Feedback,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.FeedbackRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.FeedbackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +320,295 @@ class RetrievalService:
             '/lookalike.v1.RetrievalService/Describe',
             lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DescribeRequest.SerializeToString,
             lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upsert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.RetrievalService/Upsert',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.UpsertRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.UpsertResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.RetrievalService/Delete',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DeleteRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.RetrievalService/Feedback',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.FeedbackRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.FeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminServiceStub:
+    """What is served, changed while it is served.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Switch = channel.unary_unary(
+                '/lookalike.v1.AdminService/Switch',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SwitchRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SwitchResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/lookalike.v1.AdminService/Rollback',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.Compact = channel.unary_unary(
+                '/lookalike.v1.AdminService/Compact',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.CompactRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.CompactResponse.FromString,
+                _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/lookalike.v1.AdminService/Status',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer:
+    """What is served, changed while it is served.
+    """
+
+    def Switch(self, request, context):
+        """Loads an index beside the one that is served and moves all searches to it at once; returns when they have moved.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Moves all searches back to the index that was served before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Compact(self, request, context):
+        """Builds an index that holds all writes, and switches to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Status(self, request, context):
+        """What is served and loaded, and how many writes wait for compaction.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Switch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Switch,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SwitchRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SwitchResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.RollbackRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.RollbackResponse.SerializeToString,
+            ),
+            'Compact': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compact,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.CompactRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.CompactResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'lookalike.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('lookalike.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService:
+    """What is served, changed while it is served.
+    """
+
+    @staticmethod
+    def Switch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.AdminService/Switch',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SwitchRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.SwitchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.AdminService/Rollback',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.RollbackRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.AdminService/Compact',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.CompactRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.CompactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.AdminService/Status',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

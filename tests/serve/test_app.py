@@ -11,9 +11,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.serve.app import build, find_encoder, free_port
+from lookalike.serve.app import build, free_port
 from lookalike.serve.commands import emit_config
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.generation import find_encoder
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
@@ -32,7 +33,7 @@ def test_placement_decides_the_deployments(world: "World", placement: str, wante
 def names_of(application: serve.Application) -> set[str]:
     """Names of an application's deployments: the ingress and those among its arguments."""
     ingress = application._bound_deployment
-    shards, *others = ingress.init_args[4] if len(ingress.init_args) > 4 else ([],)
+    shards, *others = ingress.init_args[2] if len(ingress.init_args) > 2 else ([],)
     bound = [*shards, *(other for other in others if other is not None)]
     return {ingress.name, *(worker._bound_deployment.name for worker in bound)}
 
@@ -53,12 +54,12 @@ def test_an_encoder_of_another_model_is_refused(world: "World", other_encoder: s
 
 def test_auto_finds_the_encoder_in_the_lineage(world: "World") -> None:
     meta = world.searcher.meta
-    uri = find_encoder(ServeConfig(index=world.index), meta)
+    uri = find_encoder("auto", world.index, meta)
     assert uri is not None
     assert uri.endswith(world.encoder.fingerprint)
     unknown = meta.model_copy(update={"encoder": meta.encoder.model_copy(update={"fingerprint": "f00"})})
     with pytest.raises(ArtifactError, match="no encoder f00 in the lineage"):
-        find_encoder(ServeConfig(index=world.index), unknown)
+        find_encoder("auto", world.index, unknown)
 
 
 def test_missing_and_mistaken_artifacts(world: "World", tmp_path: Path) -> None:

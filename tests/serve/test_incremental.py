@@ -21,6 +21,7 @@ from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import embeddings_table, make_vectors, publish_embeddings, publish_tables
 from lookalike.serve import index as module
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.generation import read_generation
 from lookalike.serve.index import IndexConfig
 from lookalike.serve.local import LocalClient
 from lookalike.serve.router import Router
@@ -149,15 +150,16 @@ def test_rows_are_found_under_their_id_once_and_deleted_ones_never(tmp_path):
 def test_a_re_ranker_takes_the_segments_of_all_shards(tmp_path, plan):
     index = build(tmp_path, edit(BASE), build(tmp_path, BASE), "next")
     searcher = Searcher.open(index.uri)
-    uris = [index.path(name) for name in searcher.meta.shards]
-    router = Router([ShardWorker(uri) for uri in uris], RerankWorker(uris))
+    generation = read_generation(index.uri, None, "none")
+    router = Router([ShardWorker(group, 2, [generation]) for group in range(2)], RerankWorker([generation]))
 
     async def ask():
         deadline = asyncio.get_running_loop().time() + 30
-        return await router.search(QUERIES, 10, plan, {"view": ["icon"]}, deadline=deadline, allow_partial=False)
+        return await router.search(generation.name, QUERIES, 10, plan, {"view": ["icon"]}, deadline=deadline,
+                                   allow_partial=False)  # fmt: skip
 
     found = asyncio.run(ask())
-    assert found.shards_answered == 4
+    assert found.shards_answered == 2
     hits = searcher.search(QUERIES, 10, plan, {"view": ["icon"]})
     np.testing.assert_array_equal(found.answer.hits.rows, hits.rows)
     np.testing.assert_array_equal(found.answer.hits.scores, hits.scores)
@@ -169,7 +171,7 @@ def test_segments_are_served_as_shards_are(tmp_path):
     client = LocalClient(ServeConfig(index=index.uri, encoder="none"))
     try:
         facts = client.describe()
-        assert (facts.num_rows, facts.num_shards) == (len(world), 4)
+        assert (facts.num_rows, facts.num_shards) == (len(world), 2)
         wanted = answers(index)[0]
         result = [client.search(vector=query, k=10).ids for query in QUERIES]
         assert result == wanted

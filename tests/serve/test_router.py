@@ -25,12 +25,12 @@ class Shard:
     def __init__(self, row: int, trouble: Exception | float | None = None) -> None:
         self.row, self.trouble, self.cancelled = row, trouble, False
 
-    async def search(self, queries: bytes, k: int, plan: str, filters: str) -> Any:
+    async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Any:
         await self._suffer()
         score = 1.0 / (1 + self.row)
         return pack(Hits(np.array([[self.row]]), np.array([[score]], np.float32)), [(f"id{self.row}", {})])
 
-    async def vectors(self, image_ids: list[str]) -> dict[str, bytes]:
+    async def vectors(self, generation: str, image_ids: list[str]) -> dict[str, bytes]:
         await self._suffer()
         return {name: QUERY.tobytes() for name in image_ids if name == f"id{self.row}"}
 
@@ -48,7 +48,7 @@ class Shard:
 def search(shards: list[Shard], allow_partial: bool, timeout_s: float = 0.05) -> Found:
     async def run() -> Found:
         deadline = asyncio.get_running_loop().time() + timeout_s
-        return await Router(shards).search(QUERY, 3, Plan.exact(4), deadline=deadline, allow_partial=allow_partial)
+        return await Router(shards).search("g", QUERY, 3, Plan.exact(4), deadline=deadline, allow_partial=allow_partial)
 
     return asyncio.run(run())
 
@@ -88,7 +88,7 @@ def test_a_late_shard_is_cancelled() -> None:
 
 def test_an_id_that_a_lost_shard_may_hold_is_not_reported_missing() -> None:
     async def look(shards: list[Shard], name: str) -> list[Any]:
-        return await Router(shards).stored_vectors([name], deadline=asyncio.get_running_loop().time() + 1)
+        return await Router(shards).stored_vectors("g", [name], deadline=asyncio.get_running_loop().time() + 1)
 
     assert len(asyncio.run(look([Shard(0), Shard(1, OSError())], "id0"))) == 1
     with pytest.raises(RetrievalError, match="UNAVAILABLE"):

@@ -20,7 +20,7 @@ class Slow(Service):
 
     def __init__(self, delays: dict[int, float]) -> None:
         nothing: Any = None
-        super().__init__(ServeConfig(index="x", stream_window=WINDOW), nothing, nothing, nothing)
+        super().__init__(ServeConfig(index="x", stream_window=WINDOW), nothing, nothing)
         self.delays, self.working, self.most, self.cancelled = delays, 0, 0, 0
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
