@@ -83,7 +83,7 @@ class Router:
         return [np.frombuffer(found[image_id], "<f4") for image_id in image_ids]
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
-        """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT tells why one cannot be decoded."""
+        """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT says why one is refused."""
         outcome = await _outcome(ask(self.encoder, "encode", generation, list(images)), deadline)
         results = accept([outcome], allow_partial=False, who="encoder")[0]
         for position, result in enumerate(results):
