@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -11,6 +12,7 @@ from ray.util.metrics import Counter, Histogram
 
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError
+from lookalike.serve.gate import Caller, Gate
 from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
@@ -38,8 +40,10 @@ class Ingress:
     ) -> None:
         router = open_workers(config, generation) if workers is None else Router(*workers)
         self._service = Service(config, generation, router)
+        self._gate = Gate(config)
         self._loopback_only = config.loopback_only
-        self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
+        self._requests = Counter("lookalike_requests_total", "Requests by status.",
+                                 ("method", "code", "tenant"))  # fmt: skip
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
         self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
@@ -62,14 +66,22 @@ class Ingress:
         self, requests: AsyncIterator[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """RPC; counted by its batches."""
-        self._check_caller_or_tell(grpc_context)
-        async for response in self._service.search_stream(requests):
-            failed = response.WhichOneof("outcome") == "failure"
-            code = CODES[response.failure.code].name if failed else "OK"
-            self._requests.inc(1, {"method": "SearchStream", "code": code})
-            if not failed:
-                self._observe(response.batch.info)
-            yield response
+        tenant = ""
+        try:
+            caller = self._identify("SearchStream", grpc_context)
+            tenant = caller.name
+            with caller.under_way():
+                async for response in self._service.search_stream(requests, partial(caller.check, "SearchStream")):
+                    failed = response.WhichOneof("outcome") == "failure"
+                    code = CODES[response.failure.code].name if failed else "OK"
+                    self._requests.inc(1, {"method": "SearchStream", "code": code, "tenant": tenant})
+                    if not failed:
+                        self._observe(response.batch.info)
+                    yield response
+        except RetrievalError as error:
+            self._requests.inc(1, {"method": "SearchStream", "code": error.code.name, "tenant": tenant})
+            _set_status(grpc_context, error.code, error.message)
+            raise
 
     async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
         """RPC."""
@@ -91,9 +103,12 @@ class Ingress:
         self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
     ) -> Response:
         start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: cancelled, or a fault of ours
+        tenant = ""
         try:
-            self._check_caller(context)
-            response = await work(request)
+            caller = self._identify(rpc, context)
+            tenant = caller.name
+            with caller.request(rpc, request):
+                response = await work(request)
             code = grpc.StatusCode.OK
             return response
         except RetrievalError as error:
@@ -101,15 +116,12 @@ class Ingress:
             _set_status(context, error.code, error.message)
             raise
         finally:
-            self._requests.inc(1, {"method": rpc, "code": code.name})
+            self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": tenant})
             self._seconds.observe(time.perf_counter() - start, {"method": rpc})
 
-    def _check_caller_or_tell(self, context: RayServegRPCContext) -> None:
-        try:
-            self._check_caller(context)
-        except RetrievalError as error:
-            _set_status(context, error.code, error.message)
-            raise
+    def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:
+        self._check_caller(context)
+        return self._gate.identify(rpc, context.invocation_metadata())
 
     def _check_caller(self, context: RayServegRPCContext) -> None:
         peer = context.peer()

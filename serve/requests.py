@@ -12,7 +12,7 @@ from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan, parse_plan
 from lookalike.serve.answers import Answer
 from lookalike.serve.config import Limits
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import RetrievalError, invalid, shorten
 from lookalike.serve.proto import retrieval_pb2 as pb
 
 DEFAULT_K = 10
@@ -60,7 +60,7 @@ def read_options(
     if options.model_fingerprint and options.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(
             grpc.StatusCode.FAILED_PRECONDITION,
-            f"the query is of model {options.model_fingerprint}, the index of "
+            f"the query is of model {shorten(options.model_fingerprint)}, the index of "
             f"{meta.model_fingerprint}; embed the query with the index's model (Embed does), or send the image itself",
         )
     if options.HasField("plan") and options.HasField("min_recall"):
@@ -82,9 +82,9 @@ def read_filters(filters: Sequence[pb.Filter], *, limits: Limits, meta: IndexMet
     read: dict[str, list[str]] = {}
     for condition in filters:
         if condition.column not in meta.columns:
-            raise invalid(f"filter on {condition.column!r}: the index has the columns {', '.join(meta.columns)}")
+            raise invalid(f"filter on {shorten(condition.column)}: the index has the columns {', '.join(meta.columns)}")
         if condition.column in read:
-            raise invalid(f"two filters on {condition.column!r}; put the values into one")
+            raise invalid(f"two filters on {shorten(condition.column)}; put the values into one")
         read[condition.column] = list(condition.values)
     num = sum(len(values) for values in read.values())
     if num > limits.max_filter_values:
@@ -128,8 +128,7 @@ def write_plan(plan: Plan) -> pb.Plan:
 
 def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Queries:
     """Queries sorted by kind; images are checked for size only, their decoding is the encoder's work."""
-    if not 1 <= len(queries) <= limits.max_batch:
-        raise invalid(f"{len(queries)} queries in one request; send 1 to {limits.max_batch}")
+    check_num(queries, "queries", limits)
     read = Queries({}, {}, {})
     for position, query in enumerate(queries):
         kind = query.WhichOneof("kind")
@@ -138,7 +137,7 @@ def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Qu
         elif kind == "image":
             read.images[position] = check_image(query.image, limits)
         elif kind == "image_id":
-            read.image_ids[position] = query.image_id
+            read.image_ids[position] = check_id(query.image_id, limits)
         else:
             raise invalid(f"query {position} is empty; set vector, image or image_id")
     return read
@@ -165,6 +164,49 @@ def check_image(data: bytes, limits: Limits) -> bytes:
     if len(data) > limits.max_image_bytes:
         raise invalid(f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes}; send a smaller file")
     return data
+
+
+def check_id(image_id: str, limits: Limits) -> str:
+    """``image_id``, unless it is empty or longer than the service takes."""
+    size = len(image_id.encode())
+    if not 1 <= size <= limits.max_id_bytes:
+        raise invalid(f"the id {shorten(image_id)} has {size} bytes; ids have 1 to {limits.max_id_bytes} "
+                      "(limits.max_id_bytes of the service)")  # fmt: skip
+    return image_id
+
+
+def check_rows(rows: Sequence[pb.Row], *, limits: Limits, meta: IndexMeta) -> None:
+    """Refuse rows to write that are too many, have an unfit id, no content, or columns that the index cannot store.
+
+    Vectors and images are read by ``read_vector`` and ``check_image``.
+    """
+    check_num(rows, "rows", limits)
+    columns = [column for column in meta.columns if column != "image_id"]
+    for row in rows:
+        check_id(row.id, limits)
+        if row.WhichOneof("content") is None:
+            raise invalid(f"row {shorten(row.id)} is empty; set vector or image")
+        for column in row.metadata:
+            if column not in columns:
+                raise invalid(f"row {shorten(row.id)} has a column {shorten(column)}; the index stores "
+                              f"{', '.join(columns) or 'none'}")  # fmt: skip
+        size = sum(len(key.encode()) + len(value.encode()) for key, value in row.metadata.items())
+        if size > limits.max_metadata_bytes:
+            raise invalid(f"row {shorten(row.id)} has {size} bytes of metadata, the limit is "
+                          f"{limits.max_metadata_bytes}; store less, or raise limits.max_metadata_bytes")  # fmt: skip
+
+
+def check_ids(ids: Sequence[str], limits: Limits) -> None:
+    """Refuse ids to delete that are too many or unfit."""
+    check_num(ids, "ids", limits)
+    for image_id in ids:
+        check_id(image_id, limits)
+
+
+def check_num(items: Sequence[object], what: str, limits: Limits) -> None:
+    """Refuse an empty request and one of more items than the service takes."""
+    if not 1 <= len(items) <= limits.max_batch:
+        raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
 
 
 def write_hits(answer: Answer, query: int) -> list[pb.Hit]:

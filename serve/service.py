@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 
 import lookalike
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import RetrievalError
 from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
     check_image,
+    check_num,
     read_options,
     read_queries,
     write_hits,
@@ -25,6 +26,8 @@ from lookalike.serve.requests import (
     write_times,
 )
 from lookalike.serve.router import Floats, Found, Router
+
+Check = Callable[[pb.SearchStreamRequest], None]
 
 
 class Service:
@@ -52,9 +55,12 @@ class Service:
         return pb.SearchBatchResponse(results=results, info=self._info(generation, options, found))
 
     async def search_stream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest]
+        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests."""
+        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests.
+
+        ``check`` may refuse a batch before it is worked on.
+        """
         begun: deque[asyncio.Task[pb.SearchStreamResponse]] = deque()
         reading: asyncio.Future[pb.SearchStreamRequest | None] | None = None
         ended = False
@@ -68,7 +74,7 @@ class Service:
                     request, reading = reading.result(), None
                     ended = request is None
                     if request is not None:
-                        begun.append(asyncio.ensure_future(self.stream_one(request)))
+                        begun.append(asyncio.ensure_future(self.stream_one(request, check)))
                 while begun and begun[0].done():
                     yield begun.popleft().result()
         finally:  # the caller may have gone
@@ -77,9 +83,11 @@ class Service:
             for task in begun:
                 task.cancel()
 
-    async def stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
+    async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none."""
         try:
+            if check is not None:
+                check(request)
             return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
@@ -87,8 +95,7 @@ class Service:
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """``Embed``."""
-        if not 1 <= len(request.images) <= self.config.limits.max_batch:
-            raise invalid(f"{len(request.images)} images in one request; send 1 to {self.config.limits.max_batch}")
+        check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
         generation = self.current
         vectors = await self._encode(generation, images, _deadline(self.config.timeout_s))
