@@ -74,11 +74,16 @@ def check_serve_config(config: Any, where: str) -> dict[str, ServeConfig | None]
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise UsageError(f"{where}: Serve refuses " + "; ".join(problems)) from None
-    return {one.name: _check_args(one.args, f"{where}: {one.name}") if one.import_path == IMPORT_PATH else None
-            for one in applications}  # fmt: skip
+    if not applications:
+        raise UsageError(f"{where} holds no application, and Serve would end those that run; add one")
+    return {one.name: _check_args(one.import_path, one.args, f"{where}: {one.name}") for one in applications}
 
 
-def _check_args(args: Mapping[str, Any], where: str) -> ServeConfig:
+def _check_args(import_path: str, args: Mapping[str, Any], where: str) -> ServeConfig | None:
+    if import_path != IMPORT_PATH:
+        if import_path.startswith("lookalike."):
+            raise UsageError(f"{where}: import_path {import_path!r} is no application; ours is {IMPORT_PATH}")
+        return None
     config = parse_config(ServeConfig, args, where)
     if "tls" in args:
         raise UsageError(f"{where}: 'tls' is of `lookalike serve` alone; put a proxy before the gRPC port instead")

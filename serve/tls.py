@@ -10,10 +10,12 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +29,9 @@ log = get_logger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CERTIFICATE, KEY, CLIENT_CA = "tls.crt", "tls.key", "ca.crt"
 """Names in the folder that HAProxy reads, which are those of a Kubernetes secret of type kubernetes.io/tls."""
-STOP_S = 10.0
+EVERY_INTERFACE = ("0.0.0.0", "*", "::")
+START_S = STOP_S = 10.0
+POLL_S = 0.02
 PR_SET_PDEATHSIG = 1
 
 
@@ -90,7 +94,7 @@ def _check_readable(name: str, path: str | None) -> None:
 
 def _no_passphrase() -> str:
     raise UsageError("tls.key is encrypted with a passphrase, which a service cannot be asked for; give the key "
-                     "without one (openssl pkey -in KEY -out PLAIN_KEY), in a file that only this user reads")  # fmt: skip
+                     "without one (openssl pkey -in KEY -out PLAIN_KEY), in a file for this user alone")  # fmt: skip
 
 
 def render(folder: str, *, bind: str, backend: str, mutual: bool) -> str:
@@ -112,6 +116,7 @@ global
 defaults
     mode http
     log global
+    retries 0 # clients repeat what found no server
     timeout connect 5s
     timeout client 1h
     timeout server 1h
@@ -143,8 +148,10 @@ def proxy(tls: Tls, grpc_port: int) -> Iterator["Proxy"]:
         _check_config(config)
         process = subprocess.Popen(command(config), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)  # noqa: PLW1509
         try:
+            running = Proxy(process, bind)
+            _wait_open(running, tls)
             log.info("tls %s", fields(address=bind, client_certificates=tls.client_ca is not None))
-            yield Proxy(process, bind)
+            yield running
         finally:
             _stop(process)
     finally:
@@ -178,6 +185,17 @@ def _check_config(config: Path) -> None:
     done = subprocess.run([*command(config), "-c"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(f"HAProxy refuses the TLS settings: {(done.stderr or done.stdout).strip()}")
+
+
+def _wait_open(running: Proxy, tls: Tls) -> None:
+    host = tls.host if tls.host not in EVERY_INTERFACE else "localhost"
+    for _ in range(round(START_S / POLL_S)):
+        running.check()
+        with contextlib.suppress(OSError), socket.create_connection((host, tls.port), timeout=1.0):
+            return
+        time.sleep(POLL_S)
+    raise LookalikeError(f"the TLS proxy does not listen at {running.address} after {START_S:g} s; its reason stands "
+                         "above")  # fmt: skip
 
 
 def _end_with_parent() -> None:

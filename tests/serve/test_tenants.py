@@ -134,9 +134,9 @@ def test_requests_under_way_are_counted_however_they_end(tmp_path: Path) -> None
             raise ZeroDivisionError
         with caller.request("Search", pb.SearchRequest()):
             same = gate.identify("Search", bearer(READER))
-            with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "2 requests under way; retry after 100 ms"):
-                with same.request("Search", pb.SearchRequest()):
-                    pytest.fail("admitted")
+            third = same.request("Search", pb.SearchRequest())
+            with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "2 requests under way; retry after 100 ms"), third:
+                pytest.fail("admitted")
     with caller.under_way(), caller.under_way():
         pass
 
@@ -210,7 +210,7 @@ def test_the_file_is_read_again_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
     known.close()
 
 
-HASH = hash_token("x")
+HASH, ZEROS = hash_token("x"), "0" * 64
 
 
 @pytest.mark.parametrize(
@@ -219,10 +219,10 @@ HASH = hash_token("x")
         ("tenants:\n- {name: a", "neither YAML nor JSON"),
         ("[]", "holds a list"),
         ("tenants: []", "at least 1 item"),
-        (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: a, token_sha256: ['{'0' * 64}']}}]", "a stand there"),
+        (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: a, token_sha256: ['{ZEROS}']}}]", "a stand"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: b, token_sha256: ['{HASH}']}}]", "the same token"),
         ("tenants: [{name: a, token_sha256: [the-token-itself]}]", "16 characters are no SHA-256"),
-        (f"tenants: [{{name: a, token_sha256: ['{HASH}'], role: root}}]", "tenants.0.role.*'read', 'write' or 'admin'"),
+        (f"tenants: [{{name: a, token_sha256: ['{HASH}'], role: root}}]", r"tenants.0.role.*'read', 'write' or 'admin'"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}'], quota: {{requests_per_s: 0}}}}]", "greater than 0"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}'], the-token-itself: 1}}]", "Extra inputs"),
         (f"tenants: [{{name: 'a b', token_sha256: ['{HASH}']}}]", "pattern"),
@@ -236,7 +236,7 @@ def test_a_file_that_cannot_be_used_is_explained(tmp_path: Path, content: str, w
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(UsageError, match="/no/such.yaml cannot be read"):
+    with pytest.raises(UsageError, match=r"/no/such\.yaml cannot be read"):
         read_tenants("/no/such.yaml")
 
 
