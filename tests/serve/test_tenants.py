@@ -219,7 +219,7 @@ HASH, ZEROS = hash_token("x"), "0" * 64
         ("tenants:\n- {name: a", "neither YAML nor JSON"),
         ("[]", "holds a list"),
         ("tenants: []", "at least 1 item"),
-        (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: a, token_sha256: ['{ZEROS}']}}]", "a stand"),
+        (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: a, token_sha256: ['{ZEROS}']}}]", "twice"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: b, token_sha256: ['{HASH}']}}]", "the same token"),
         ("tenants: [{name: a, token_sha256: [the-token-itself]}]", "16 characters are no SHA-256"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}'], role: root}}]", r"tenants.0.role.*'read', 'write' or 'admin'"),

@@ -3,6 +3,8 @@
 import asyncio
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,6 +195,21 @@ def test_the_configuration_says_no_more_than_it_should() -> None:
     assert [line for line in mutual if line not in lines] == [
         "    bind 127.0.0.1:1 ssl crt /f/tls.crt alpn h2 ca-file /f/ca.crt verify required"
     ]
+
+
+def test_the_program_of_the_manifest_runs_it(backend: int, tls: Tls, authority: Authority, tmp_path: Path) -> None:
+    (tmp_path / "tls.crt").symlink_to(str(tls.certificate))
+    (tmp_path / "tls.key").symlink_to(str(tls.key))
+    address = f"127.0.0.1:{free_port()}"
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(render(str(tmp_path), bind=address, backend=f"127.0.0.1:{backend}", mutual=False))
+    with subprocess.Popen([sys.executable, "-m", "lookalike.serve.tls", str(config)]) as process:
+        try:
+            with Client(address, tls=ClientTls(authority.path)) as client:
+                client.wait_ready()
+                assert client.search(vector=VECTOR).ids == ["hit"]
+        finally:
+            process.terminate()
 
 
 def test_a_client_explains_what_it_cannot_use(tmp_path: Path) -> None:
