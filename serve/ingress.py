@@ -7,18 +7,20 @@ from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
-from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from ray.util.metrics import Counter, Histogram
 
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import CODES, RetrievalError
+from lookalike.serve.errors import CODES, RetrievalError, invalid, shorten
 from lookalike.serve.gate import Caller, Gate
 from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
+from lookalike.telemetry import get_logger
 
+log = get_logger(__name__)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
@@ -63,7 +65,7 @@ class Ingress:
         return response
 
     async def SearchStream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
+        self, requests: gRPCInputStream[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """RPC; counted by its batches."""
         tenant = ""
@@ -78,10 +80,12 @@ class Ingress:
                     if not failed:
                         self._observe(response.batch.info)
                     yield response
-        except RetrievalError as error:
-            self._requests.inc(1, {"method": "SearchStream", "code": error.code.name, "tenant": tenant})
-            _set_status(grpc_context, error.code, error.message)
-            raise
+            if requests.is_cancelled():  # so Serve ends a stream whose caller left, or whose bytes are no message
+                raise invalid("the stream broke off: it ended, or went on with bytes that are no SearchStreamRequest")
+        except Exception as error:  # noqa: BLE001
+            failure = as_retrieval_error(error)
+            self._requests.inc(1, {"method": "SearchStream", "code": failure.code.name, "tenant": tenant})
+            raise tell(grpc_context, failure) from None
 
     async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
         """RPC."""
@@ -94,15 +98,20 @@ class Ingress:
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
         """``grpc.health.v1.Health/Check``: a replica that answers serves."""
         if request.service not in ("", SERVICE_NAME):
-            message = f"no service {request.service!r}; ask for {SERVICE_NAME!r}"
-            _set_status(grpc_context, grpc.StatusCode.NOT_FOUND, message)
-            raise RetrievalError(grpc.StatusCode.NOT_FOUND, message)
+            message = f"no service {shorten(request.service)}; ask for {SERVICE_NAME!r}"
+            raise tell(grpc_context, RetrievalError(grpc.StatusCode.NOT_FOUND, message))
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
+        """``grpc.health.v1.Health/Watch``: UNIMPLEMENTED, on which clients go on without it."""
+        message = "Watch is not implemented; ask with Check"
+        raise tell(grpc_context, RetrievalError(grpc.StatusCode.UNIMPLEMENTED, message))
+        yield
 
     async def _answer(
         self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
     ) -> Response:
-        start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: cancelled, or a fault of ours
+        start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         tenant = ""
         try:
             caller = self._identify(rpc, context)
@@ -111,10 +120,10 @@ class Ingress:
                 response = await work(request)
             code = grpc.StatusCode.OK
             return response
-        except RetrievalError as error:
-            code = error.code
-            _set_status(context, error.code, error.message)
-            raise
+        except Exception as error:  # noqa: BLE001
+            failure = as_retrieval_error(error)
+            code = failure.code
+            raise tell(context, failure) from None
         finally:
             self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": tenant})
             self._seconds.observe(time.perf_counter() - start, {"method": rpc})
@@ -136,6 +145,16 @@ class Ingress:
             self._missing.inc(missing)
 
 
-def _set_status(context: RayServegRPCContext, code: grpc.StatusCode, message: str) -> None:
-    context.set_code(code)
-    context.set_details(message)
+def as_retrieval_error(error: Exception) -> RetrievalError:
+    """``error``, or INTERNAL for a fault of ours: its traceback is for the log, not for callers."""
+    if isinstance(error, RetrievalError):
+        return error
+    log.error("fault", exc_info=error)
+    return RetrievalError(grpc.StatusCode.INTERNAL, f"the service failed ({type(error).__name__}); its log says more")
+
+
+def tell(context: RayServegRPCContext, error: RetrievalError) -> RetrievalError:
+    """Set the status that the caller gets when ``error`` is raised."""
+    context.set_code(error.code)
+    context.set_details(error.message)
+    return error

@@ -98,6 +98,10 @@ def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:
     if message.shortlist_k > limits.max_shortlist_k:
         raise invalid(f"plan.shortlist_k={message.shortlist_k} exceeds {limits.max_shortlist_k}; shortlist fewer, or "
                       "raise limits.max_shortlist_k of the service")  # fmt: skip
+    for name, given in (("stages", message.stages), ("margins", message.margins)):
+        if len(given) > len(meta.dims):
+            raise invalid(f"plan.{name} has {len(given)} entries; an index of {len(meta.dims)} nested dims takes no "
+                          "more than that")  # fmt: skip
     values = {"shortlist_dim": message.shortlist_dim, "shortlist_k": message.shortlist_k, "scan": message.scan,
               "stages": tuple((step.dim, step.keep) for step in message.stages), "rerank_dim": message.rerank_dim,
               "ef_search": message.ef_search if message.HasField("ef_search") else None,
