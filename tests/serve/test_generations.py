@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lookalike.artifacts import Artifact
+from lookalike.cli import main
 from lookalike.serve.app import start, stop
 from lookalike.serve.client import Client, StoredRow
 from lookalike.serve.config import ServeConfig, Writes
@@ -41,7 +42,9 @@ def seen_within(client: Client, seconds: float, **asked: object) -> list[str]:
             time.sleep(0.02)
 
 
-def test_writes_generations_and_a_restart(service: ServeConfig, world: "World", other: Artifact) -> None:
+def test_writes_generations_and_a_restart(
+    service: ServeConfig, world: "World", other: Artifact, tmp_path: Path
+) -> None:
     vector = np.arange(1, 65, dtype=np.float32)
     address = start(service)
     with Client(address) as client:
@@ -63,6 +66,7 @@ def test_writes_generations_and_a_restart(service: ServeConfig, world: "World", 
             client.search(image_id="img-007")
         status = client.status()
         assert (status.last_write, status.pending_rows) == (3, 5)
+        check_commands(address, tmp_path)
         check_refusals(client, world)
 
         first = client.describe().generation
@@ -101,6 +105,14 @@ def other(world: "World") -> Artifact:
     vectors = dict(list(world.vectors.items())[:50])
     embeddings = publish_embeddings(world.root, encoder, vectors, fingerprint="f" * 20)
     return publish_index(world.root, embeddings, vectors, encoder.manifest.fingerprint, fingerprint="4" * 20)
+
+
+def check_commands(address: str, folder: Path) -> None:
+    """``lookalike admin`` with the verbs that leave no trace here."""
+    assert main(["admin", "status", "--address", address, "--json"]) == 0
+    assert main(["admin", "upsert", "x", "--address", address]) == 2
+    assert main(["admin", "upsert", f"x={folder}/none.jpg", "--address", address]) == 2
+    assert main(["admin", "rollback", "--address", address]) == 2
 
 
 def check_refusals(client: Client, world: "World") -> None:
