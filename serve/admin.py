@@ -39,7 +39,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     switch.add_argument("--plan", default="", help="URI of a plan for it; default: exact search")
     switch.add_argument("--encoder", default="", help="URI of its encoder, or none; default: the index's ancestor")
     switch.add_argument("--includes-writes", type=int, metavar="N", help="the index holds the writes up to number N; "
-                        "default: those that the index now served holds")  # fmt: skip
+                        "default: what its lineage tells")  # fmt: skip
     verb("rollback", "Serve the previous index again.")
     verb("compact", "Build an index that holds all writes, and serve it.")
     upsert = verb("upsert", "Store images, or replace those of the same ids.")
