@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from lookalike import storage
 from lookalike.config import Config
 from lookalike.serve.tls import Tls
 
@@ -46,6 +47,25 @@ class EncoderReplicas(Config):
     """How long the first image of a batch waits for others, in milliseconds."""
 
 
+class Writes(Config):
+    """Writes and changes of the index while it is served."""
+
+    state: str | None = None
+    """Folder on a disk, for this service alone, that keeps its writes and which index it serves; all its processes on
+    other machines reach it through the writer. Without one the service answers searches only."""
+    compact_rows: int | None = Field(default=20_000, ge=1)
+    """Written and deleted rows from which on an index that holds them is built; None leaves that to the operator."""
+    max_pending_rows: int = Field(default=200_000, ge=1)
+    """Written and deleted rows that may wait for compaction; beyond them writes are RESOURCE_EXHAUSTED."""
+
+    @field_validator("state")
+    @classmethod
+    def _on_a_disk(cls, state: str | None) -> str | None:
+        if state is not None and (not state or not storage.is_local(state)):
+            raise ValueError(f"writes.state is {state!r}; it must be a folder on a disk, where a write can be synced")
+        return state
+
+
 class ServeConfig(Config):
     """Everything that ``lookalike.serve.app:build`` needs."""
 
@@ -83,6 +103,7 @@ class ServeConfig(Config):
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
+    writes: Writes = Writes()
 
     @model_validator(mode="after")
     def _check_artifacts(self) -> "ServeConfig":

@@ -51,4 +51,4 @@ class LocalClient(Client):
 
 
 async def _open_service(config: ServeConfig, generation: Generation) -> Service:
-    return Service(config, generation, open_workers(config, generation))
+    return Service(config, generation, open_workers(config, generation, [generation]))

@@ -1,6 +1,7 @@
 """Requests of the wire, checked: bytes become arrays and plans, or INVALID_ARGUMENT with value, rule and remedy."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grpc
@@ -16,6 +17,8 @@ from lookalike.serve.errors import RetrievalError, invalid, shorten
 from lookalike.serve.proto import retrieval_pb2 as pb
 
 DEFAULT_K = 10
+MAX_URI_CHARS = 4096
+PORTION_BYTES = 1 << 20
 
 
 class Plans(NamedTuple):
@@ -179,38 +182,78 @@ def check_id(image_id: str, limits: Limits) -> str:
     return image_id
 
 
-def check_rows(rows: Sequence[pb.Row], *, limits: Limits, meta: IndexMeta) -> None:
-    """Refuse rows to write that are too many, have an unfit id, no content, or columns that the index cannot store.
-
-    Vectors and images are read by ``read_vector`` and ``check_image``.
-    """
-    check_num(rows, "rows", limits)
-    columns = [column for column in meta.columns if column != "image_id"]
-    for row in rows:
-        check_id(row.id, limits)
-        if row.WhichOneof("content") is None:
-            raise invalid(f"row {shorten(row.id)} is empty; set vector or image")
-        for column in row.metadata:
-            if column not in columns:
-                raise invalid(f"row {shorten(row.id)} has a column {shorten(column)}; the index stores "
-                              f"{', '.join(columns) or 'none'}")  # fmt: skip
-        size = sum(len(key.encode()) + len(value.encode()) for key, value in row.metadata.items())
-        if size > limits.max_metadata_bytes:
-            raise invalid(f"row {shorten(row.id)} has {size} bytes of metadata, the limit is "
-                          f"{limits.max_metadata_bytes}; store less, or raise limits.max_metadata_bytes")  # fmt: skip
-
-
-def check_ids(ids: Sequence[str], limits: Limits) -> None:
-    """Refuse ids to delete that are too many or unfit."""
-    check_num(ids, "ids", limits)
-    for image_id in ids:
-        check_id(image_id, limits)
-
-
 def check_num(items: Sequence[object], what: str, limits: Limits) -> None:
     """Refuse an empty request and one of more items than the service takes."""
     if not 1 <= len(items) <= limits.max_batch:
         raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
+
+
+def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) -> None:
+    """Refuse rows that cannot be stored: ids, content, columns, and another model."""
+    if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
+        raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"the vectors are of model "
+                             f"{shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; embed with "
+                             "the index's model, or send images")  # fmt: skip
+    _check_written([row.id for row in request.rows], limits)
+    for row in request.rows:
+        kind = row.WhichOneof("content")
+        if kind == "vector":
+            read_vector(row.vector, meta.dim)
+        elif kind == "image":
+            check_image(row.image, limits)
+        else:
+            raise invalid(f"row {shorten(row.id)} is empty; set vector or image")
+        _check_metadata(row, limits, meta)
+
+
+def _check_metadata(row: pb.Row, limits: Limits, meta: IndexMeta) -> None:
+    columns = [name for name in meta.columns if name != "image_id"]
+    if unknown := [name for name in row.metadata if name not in columns]:
+        raise invalid(f"row {shorten(row.id)} has metadata {shorten(unknown[0])}; the index has the columns "
+                      f"{', '.join(columns)}")  # fmt: skip
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in row.metadata.items())
+    if size > limits.max_metadata_bytes:
+        raise invalid(f"row {shorten(row.id)} has {size} bytes of metadata, the limit is {limits.max_metadata_bytes}; "
+                      "store less, or raise limits.max_metadata_bytes of the service")  # fmt: skip
+
+
+def check_ids(request: pb.DeleteRequest, *, limits: Limits) -> None:
+    """Refuse ids that cannot be stored."""
+    _check_written(list(request.ids), limits)
+
+
+def check_uris(request: pb.SwitchRequest) -> None:
+    """Refuse URIs that cannot be any artifact's."""
+    if not request.index:
+        raise invalid("the index to switch to is not named; send the URI of its artifact")
+    for name in ("index", "plan", "encoder"):
+        uri: str = getattr(request, name)
+        if len(uri) > MAX_URI_CHARS or not uri.isprintable():
+            raise invalid(f"{name}={shorten(uri)} has {len(uri)} characters; a URI has at most {MAX_URI_CHARS}, all "
+                          "printable")  # fmt: skip
+
+
+def _check_written(ids: Sequence[str], limits: Limits) -> None:
+    check_num(ids, "rows", limits)
+    for image_id in ids:
+        check_id(image_id, limits)
+    if len(set(ids)) < len(ids):
+        twice = next(image_id for image_id, num in Counter(ids).items() if num > 1)
+        raise invalid(f"id {shorten(twice)} occurs twice in one request; send each once")
+
+
+def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:
+    """``rows`` in order, in lists of at most about ``PORTION_BYTES``: what one call between processes takes."""
+    portion: list[pb.Row] = []
+    size = 0
+    for row in rows:
+        if portion and size + row.ByteSize() > PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(row)
+        size += row.ByteSize()
+    if portion:
+        yield portion
 
 
 def write_hits(answer: Answer, query: int) -> list[pb.Hit]:

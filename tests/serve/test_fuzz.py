@@ -24,7 +24,7 @@ from PIL import Image
 
 from lookalike.serve.app import start, stop
 from lookalike.serve.client import Client
-from lookalike.serve.config import Limits, ServeConfig
+from lookalike.serve.config import Limits, ServeConfig, Writes
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc
@@ -52,16 +52,20 @@ class Service(NamedTuple):
     client: Client
     channel: grpc.Channel
     stub: Any
+    admin: Any
 
 
 @pytest.fixture(scope="module")
 def service(ray_session: None, world: "World", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     path = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
     path.write_text(yaml.safe_dump({"tenants": [{"name": "t", "role": "admin", "token_sha256": [hash_token(TOKEN)]}]}))
-    address = start(ServeConfig(index=world.index, plan=world.plan, port=0, limits=LIMITS, tenants=str(path)))
+    writes = Writes(state=str(tmp_path_factory.mktemp("state")))
+    address = start(ServeConfig(index=world.index, plan=world.plan, port=0, cpus_per_replica=0.1, limits=LIMITS,
+                                tenants=str(path), writes=writes))  # fmt: skip
     with Client(address, token=TOKEN) as client, grpc.insecure_channel(address) as channel:
         client.wait_ready()
-        yield Service(client, channel, pb_grpc.RetrievalServiceStub(channel))  # type: ignore[no-untyped-call]
+        stubs = pb_grpc.RetrievalServiceStub, pb_grpc.AdminServiceStub
+        yield Service(client, channel, *(stub(channel) for stub in stubs))  # type: ignore[no-untyped-call]
     stop()
 
 
@@ -210,6 +214,69 @@ def test_batches_and_embeddings_of_no_and_too_many(service: Service) -> None:
             assert caught.value.code() == Code.INVALID_ARGUMENT
             assert f"{num} {what} in one request; send 1 to 16" in caught.value.details()
             check_alive(service)
+
+
+def row(image_id: str = "new", **fields: Any) -> pb.Row:
+    content = {} if "image" in fields or "vector" in fields else {"vector": GOOD.tobytes()}
+    return pb.Row(id=image_id, **content, **fields)
+
+
+WRONG_WRITES = {
+    "no rows": ([], "0 rows in one request; send 1 to 16"),
+    "17 rows": ([row(str(number)) for number in range(17)], "17 rows in one request"),
+    "no id": ([row("")], "has 0 bytes; ids have 1 to 512"),
+    "10 MB id": ([row("\u56fe" * 3_333_333)], "has 9999999 bytes"),
+    "id twice": ([row("a"), row("b"), row("a")], "id 'a' occurs twice"),
+    "no content": ([row("good"), pb.Row(id="\x00")], "row '\\x00' is empty"),
+    "short vector": ([row(vector=bytes(4))], "the vector has 4 bytes"),
+    "NaN": ([row("good"), row("b", vector=changed(1, np.nan).vector)], "nan at position 1"),
+    "zero vector": ([row(vector=bytes(4 * DIM))], "no direction"),
+    "100 megapixels": ([row("good"), row("b", image=claiming(10_000, 10_000))], "10000 x 10000 pixels"),
+    "no image": ([row(image=b"x" * 99)], "99 bytes are no image"),
+    "unknown column": ([row(metadata={"colour": "red"})], "has metadata 'colour'"),
+    "empty column": ([row(metadata={"": "red"})], "has metadata ''"),
+    "the id as a column": ([row(metadata={"image_id": "other"})], "has metadata 'image_id'"),
+    "long metadata": ([row(metadata={"title": "\u56fe" * 6000})], "18005 bytes of metadata, the limit is 16384"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WRITES)
+def test_a_wrong_write_is_invalid_and_writes_nothing(service: Service, name: str) -> None:
+    rows, words = WRONG_WRITES[name]
+    with pytest.raises(grpc.RpcError) as caught:
+        service.stub.Upsert(pb.UpsertRequest(rows=rows), timeout=30, metadata=METADATA)
+    assert (caught.value.code(), words in caught.value.details()) == (Code.INVALID_ARGUMENT, True), caught.value
+    assert len(caught.value.details()) <= 1000
+    assert service.admin.Status(pb.StatusRequest(), timeout=30, metadata=METADATA).last_write == 0
+    check_alive(service)
+
+
+def test_wrong_deletes_and_switches_change_nothing(service: Service, world: "World") -> None:
+    before = service.admin.Status(pb.StatusRequest(), timeout=30, metadata=METADATA)
+    delete, switch = service.stub.Delete, service.admin.Switch
+    wrong: list[tuple[Any, Any, Code]] = [
+        (delete, pb.DeleteRequest(), Code.INVALID_ARGUMENT),
+        (delete, pb.DeleteRequest(ids=["a"] * 2), Code.INVALID_ARGUMENT),
+        (delete, pb.DeleteRequest(ids=["\u56fe" * 3_000_000]), Code.INVALID_ARGUMENT),
+        (service.stub.Upsert, pb.UpsertRequest(rows=[row()], model_fingerprint="\u56fe"), Code.FAILED_PRECONDITION),
+        (switch, pb.SwitchRequest(), Code.INVALID_ARGUMENT),
+        (switch, pb.SwitchRequest(index="/etc/passwd"), Code.FAILED_PRECONDITION),
+        (switch, pb.SwitchRequest(index="\u56fe\n" * 1_000_000), Code.INVALID_ARGUMENT),
+        (switch, pb.SwitchRequest(index="strange://x"), Code.FAILED_PRECONDITION),
+        (switch, pb.SwitchRequest(index="\x00"), Code.INVALID_ARGUMENT),
+        (switch, pb.SwitchRequest(index="/\u56fe/" * 800), Code.FAILED_PRECONDITION),
+        (switch, pb.SwitchRequest(index=world.index, plan=world.index), Code.FAILED_PRECONDITION),
+        (service.admin.Rollback, pb.RollbackRequest(), Code.FAILED_PRECONDITION),
+    ]
+    found = []
+    for call, message, code in wrong:
+        with pytest.raises(grpc.RpcError) as caught:
+            call(message, timeout=60, metadata=METADATA)
+        found.append((caught.value.code(), code, caught.value.details()))
+        check_alive(service)
+    strange = [one for one in found if one[0] != one[1] or len(one[2]) > 2000]
+    assert not strange, strange
+    assert service.admin.Status(pb.StatusRequest(), timeout=30, metadata=METADATA) == before
 
 
 def test_a_stream_says_what_is_wrong_in_its_place(service: Service) -> None:
