@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 from lookalike.cluster import ensure_ray
 from lookalike.errors import UsageError
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.experiment import own_generations, read_arms
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.ingress import SERVICERS, Ingress
 from lookalike.serve.workers import RerankWorker, ShardWorker
@@ -33,6 +34,8 @@ def build(config: ServeConfig) -> serve.Application:
     """
     _check_guard(config)
     generation = read_service(config)
+    arms = read_arms(config, generation)
+    held = [generation, *own_generations(arms, generation)]
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
@@ -42,16 +45,18 @@ def build(config: ServeConfig) -> serve.Application:
     }
     ingress = serve.deployment(name="ingress", num_replicas=config.num_replicas, **shared)(Ingress)
     if config.placement == "fused":
-        return ingress.bind(config, generation)
+        return ingress.bind(config, generation, arms=arms)
     shared["num_replicas"] = config.shard_replicas
     num_groups = generation.meta.num_hash_shards
-    shards = [serve.deployment(name=f"shard-{group:03d}", **shared)(ShardWorker).bind(group, num_groups, [generation])
+    shards = [serve.deployment(name=f"shard-{group:03d}", **shared)(ShardWorker).bind(group, num_groups, held)
               for group in range(num_groups)]  # fmt: skip
     reranker = None
     if config.placement == "staged":
-        reranker = serve.deployment(name="rerank", **shared)(RerankWorker).bind([generation])
-    encoder = None if generation.encoder is None else _encoder(config, shared).bind(config, [generation])
-    return ingress.bind(config, generation, (shards, reranker, encoder))
+        reranker = serve.deployment(name="rerank", **shared)(RerankWorker).bind(held)
+    encoder = None
+    if any(one.encoder is not None for one in held):
+        encoder = _encoder(config, shared).bind(config, held)
+    return ingress.bind(config, generation, (shards, reranker, encoder), arms=arms)
 
 
 def _encoder(config: ServeConfig, shared: dict[str, Any]) -> serve.Deployment:

@@ -58,8 +58,9 @@ def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None
         raise UsageError("nothing to serve; give a recipe or --index URI")
     config = parse_config(ServeConfig, values, "serve")
     from lookalike.serve.app import read_service
+    from lookalike.serve.experiment import read_arms
 
-    read_service(config)
+    read_arms(config, read_service(config))
     return config
 
 

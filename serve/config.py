@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lookalike.config import Config
+from lookalike.serve.observer_config import AccessLogSettings, ExperimentSettings, MonitorSettings
 
 
 class Limits(Config):
@@ -72,6 +73,10 @@ class ServeConfig(Config):
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
+    access_log: AccessLogSettings = AccessLogSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    experiment: ExperimentSettings | None = None
+    """Arms that share the traffic; None sends all of it to ``index`` and ``plan``."""
 
     @model_validator(mode="after")
     def _check_artifacts(self) -> "ServeConfig":

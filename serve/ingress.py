@@ -1,7 +1,8 @@
 """The gRPC ingress deployment: methods named like the RPCs, exact status codes, metrics. The work is ``Service``'s."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -9,8 +10,10 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.util.metrics import Counter, Histogram
 
+from lookalike.serve import trace
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError
+from lookalike.serve.experiment import Arm, own_generations
 from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
@@ -34,10 +37,11 @@ class Ingress:
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
-        self, config: ServeConfig, generation: Generation, workers: Handles | None = None
+        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, arms: Sequence[Arm] = ()
     ) -> None:
-        router = open_workers(config, generation) if workers is None else Router(*workers)
-        self._service = Service(config, generation, router)
+        router = Router(*workers) if workers else open_workers(config, generation, own_generations(arms, generation))
+        self._service = Service(config, generation, router, arms)
+        self._observer = self._service.observer
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
@@ -62,6 +66,7 @@ class Ingress:
         self, requests: AsyncIterator[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """RPC; counted by its batches."""
+        trace.begin("SearchStream")
         self._check_caller_or_tell(grpc_context)
         async for response in self._service.search_stream(requests):
             failed = response.WhichOneof("outcome") == "failure"
@@ -70,6 +75,10 @@ class Ingress:
             if not failed:
                 self._observe(response.batch.info)
             yield response
+
+    async def Feedback(self, request: pb.FeedbackRequest, grpc_context: RayServegRPCContext) -> pb.FeedbackResponse:
+        """RPC."""
+        return await self._answer("Feedback", self._service.feedback, request, grpc_context)
 
     async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
         """RPC."""
@@ -90,7 +99,8 @@ class Ingress:
     async def _answer(
         self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
     ) -> Response:
-        start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: cancelled, or a fault of ours
+        start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: a fault of ours
+        seen = self._observer.begin(rpc)
         try:
             self._check_caller(context)
             response = await work(request)
@@ -100,7 +110,11 @@ class Ingress:
             code = error.code
             _set_status(context, error.code, error.message)
             raise
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
         finally:
+            self._observer.end(seen, code)
             self._requests.inc(1, {"method": rpc, "code": code.name})
             self._seconds.observe(time.perf_counter() - start, {"method": rpc})
 

@@ -151,15 +151,16 @@ def read_entries(shards: Sequence[ShardSearcher], rows: npt.NDArray[np.int64]) -
     return entries
 
 
-def open_workers(config: ServeConfig, generation: Generation) -> Router:
-    """All workers in this process: placement ``fused``, and local mode."""
+def open_workers(config: ServeConfig, generation: Generation, others: Sequence[Generation] = ()) -> Router:
+    """All workers in this process, holding ``others`` (arms of an experiment) too: placement ``fused``, local mode."""
     num_groups = generation.meta.num_hash_shards
-    shards = [ShardWorker(group, num_groups, [generation]) for group in range(num_groups)]
-    if generation.encoder is None:
+    held = [generation, *others]
+    shards = [ShardWorker(group, num_groups, held) for group in range(num_groups)]
+    if all(one.encoder is None for one in held):
         return Router(shards)
     from lookalike.serve.encoding import EncoderWorker  # torch: only for those who encode
 
-    return Router(shards, encoder=EncoderWorker(config, [generation]))
+    return Router(shards, encoder=EncoderWorker(config, held))
 
 
 def _merge(parts: Sequence[Hits], k: int) -> Hits:
