@@ -20,10 +20,13 @@ from lookalike.serve.experiment import own_generations, read_arms
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.ingress import SERVICERS, Ingress
 from lookalike.serve.workers import RerankWorker, ShardWorker
+from lookalike.serve.writer import Writer
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
 APP_NAME = "lookalike"
+DRAIN_S = 5.0
+"""How much longer than a request may take a replaced index is kept, in seconds."""
 
 
 def build(config: ServeConfig) -> serve.Application:
@@ -35,7 +38,6 @@ def build(config: ServeConfig) -> serve.Application:
     _check_guard(config)
     generation = read_service(config)
     arms = read_arms(config, generation)
-    held = [generation, *own_generations(arms, generation)]
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
@@ -43,29 +45,38 @@ def build(config: ServeConfig) -> serve.Application:
         "ray_actor_options": {"num_cpus": config.cpus_per_replica},
         "logging_config": LoggingConfig(enable_access_log=False),
     }
-    ingress = serve.deployment(name="ingress", num_replicas=config.num_replicas, **shared)(Ingress)
-    if config.placement == "fused":
-        return ingress.bind(config, generation, arms=arms)
-    shared["num_replicas"] = config.shard_replicas
     num_groups = generation.meta.num_hash_shards
-    shards = [serve.deployment(name=f"shard-{group:03d}", **shared)(ShardWorker).bind(group, num_groups, held)
-              for group in range(num_groups)]  # fmt: skip
-    reranker = None
+    writer, held = None, [generation, *own_generations(arms, generation)]
+    if config.writes.state is not None:
+        writer, held = _writer(shared).bind(config, generation), []  # replicas learn from the writer what to hold
+
+    def deployment(name: str, **options: Any) -> dict[str, Any]:
+        followed = {"role": name, "drain_s": config.timeout_s + DRAIN_S}
+        return {"name": name, **shared, **options, **({"user_config": followed} if writer is not None else {})}
+
+    ingress = serve.deployment(**deployment("ingress", num_replicas=config.num_replicas))(Ingress)
+    if config.placement == "fused":
+        return ingress.bind(config, generation, None, writer, arms)
+    replicas = config.shard_replicas
+    shards = [serve.deployment(**deployment(f"shard-{group:03d}", num_replicas=replicas))(ShardWorker).bind(
+        group, num_groups, held, writer) for group in range(num_groups)]  # fmt: skip
+    reranker, encoder = None, None
     if config.placement == "staged":
-        reranker = serve.deployment(name="rerank", **shared)(RerankWorker).bind(held)
-    encoder = None
-    if any(one.encoder is not None for one in held):
-        encoder = _encoder(config, shared).bind(config, held)
-    return ingress.bind(config, generation, (shards, reranker, encoder), arms=arms)
+        reranker = serve.deployment(**deployment("rerank", num_replicas=replicas))(RerankWorker).bind(held, writer)
+    if any(one.encoder is not None for one in (generation, *held)):
+        from lookalike.serve.encoding import BatchingEncoder  # torch: only for those who encode
+
+        own = config.encoder_replicas
+        resources = {"num_cpus": config.cpus_per_replica, "num_gpus": own.num_gpus}
+        options = deployment("encoder", num_replicas=own.num_replicas, ray_actor_options=resources)
+        encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
+    return ingress.bind(config, generation, (shards, reranker, encoder), writer, arms)
 
 
-def _encoder(config: ServeConfig, shared: dict[str, Any]) -> serve.Deployment:
-    from lookalike.serve.encoding import BatchingEncoder  # torch: only for those who encode
-
-    replicas = config.encoder_replicas
-    resources = {"num_cpus": config.cpus_per_replica, "num_gpus": replicas.num_gpus}
-    options = {**shared, "num_replicas": replicas.num_replicas, "ray_actor_options": resources}
-    return serve.deployment(name="encoder", **options)(BatchingEncoder)
+def _writer(shared: dict[str, Any]) -> serve.Deployment:
+    """One replica, and never two: the old one leaves before a new one comes. Every follower has a call waiting."""
+    alone = {"num_replicas": 1, "max_surge_percent": 0, "max_ongoing_requests": 10_000}
+    return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 
 def _check_guard(config: ServeConfig) -> None:

@@ -29,6 +29,7 @@ from lookalike.serve.results import (
     SearchPlan,
     SearchResult,
     SearchSettings,
+    StoredRow,
     from_batch,
     from_description,
     from_embeddings,
@@ -38,10 +39,11 @@ from lookalike.serve.results import (
     to_batch,
     to_options,
     to_query,
+    to_upsert,
 )
 
 __all__ = ["AsyncClient", "Client", "Description", "Embeddings", "Hit", "PlanLike", "Query", "SearchInfo", "SearchPlan",
-           "SearchResult", "SearchSettings"]  # fmt: skip
+           "SearchResult", "SearchSettings", "StoredRow"]  # fmt: skip
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 MAX_MESSAGE_BYTES = 64 << 20
@@ -114,6 +116,40 @@ class Client:
         """What the service serves."""
         return from_description(self._call("Describe", pb.DescribeRequest()))
 
+    def upsert(self, rows: Iterable[StoredRow], *, model_fingerprint: str = "") -> int:
+        """Store images, or replace those of the same ids; the number of the write, which is then durable."""
+        return int(self._call("Upsert", to_upsert(rows, model_fingerprint)).write)
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Remove images by id; the number of the write, which is then durable."""
+        return int(self._call("Delete", pb.DeleteRequest(ids=ids)).write)
+
+    def switch(
+        self, index: str, *, plan: str = "", encoder: str = "", includes_writes: int | None = None,
+        timeout_s: float = 600.0,
+    ) -> pb.Generation:  # fmt: skip
+        """Serve another index from now on, once all replicas have loaded it; see ``SwitchRequest``."""
+        request = pb.SwitchRequest(index=index, plan=plan, encoder=encoder, includes_writes=includes_writes,
+                                   timeout_s=round(timeout_s))  # fmt: skip
+        response: pb.SwitchResponse = self._admin("Switch", request, timeout_s)
+        return response.current
+
+    def rollback(self, *, timeout_s: float = 600.0) -> pb.Generation:
+        """Serve the previous index again."""
+        response: pb.RollbackResponse = self._admin("Rollback", pb.RollbackRequest(), timeout_s)
+        return response.current
+
+    def compact(self, *, timeout_s: float = 3600.0) -> pb.Generation:
+        """Build an index that holds all writes, and serve it."""
+        request = pb.CompactRequest(timeout_s=round(timeout_s))
+        response: pb.CompactResponse = self._admin("Compact", request, timeout_s)
+        return response.current
+
+    def status(self) -> pb.StatusResponse:
+        """What is served and loaded, and what waits for compaction."""
+        response: pb.StatusResponse = self._admin("Status", pb.StatusRequest(), self.timeout_s)
+        return response
+
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the address accepts connections; raises UNAVAILABLE after ``timeout_s`` seconds."""
         try:
@@ -141,6 +177,13 @@ class Client:
     def _call(self, method: str, request: Any) -> Any:
         try:
             return getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise RetrievalError(error.code(), error.details() or "no details") from None
+
+    def _admin(self, method: str, request: Any, timeout_s: float) -> Any:
+        stub = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        try:
+            return getattr(stub, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise RetrievalError(error.code(), error.details() or "no details") from None
 
@@ -196,6 +239,14 @@ class AsyncClient:
     async def describe(self) -> Description:
         """As ``Client.describe``."""
         return from_description(await self._call("Describe", pb.DescribeRequest()))
+
+    async def upsert(self, rows: Iterable[StoredRow], *, model_fingerprint: str = "") -> int:
+        """As ``Client.upsert``."""
+        return int((await self._call("Upsert", to_upsert(rows, model_fingerprint))).write)
+
+    async def delete(self, ids: Iterable[str]) -> int:
+        """As ``Client.delete``."""
+        return int((await self._call("Delete", pb.DeleteRequest(ids=ids))).write)
 
     async def close(self) -> None:
         """Close the connection."""

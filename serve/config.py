@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from lookalike import storage
 from lookalike.config import Config
 from lookalike.serve.observer_config import AccessLogSettings, ExperimentSettings, MonitorSettings
 
@@ -38,6 +39,25 @@ class EncoderReplicas(Config):
     """Images of concurrent requests encoded in one forward pass."""
     batch_wait_ms: float = Field(default=2.0, ge=0.0)
     """How long the first image of a batch waits for others, in milliseconds."""
+
+
+class Writes(Config):
+    """Writes and changes of the index while it is served."""
+
+    state: str | None = None
+    """Folder on a disk, for this service alone, that keeps its writes and which index it serves; all its processes on
+    other machines reach it through the writer. Without one the service answers searches only."""
+    compact_rows: int | None = Field(default=20_000, ge=1)
+    """Written and deleted rows from which on an index that holds them is built; None leaves that to the operator."""
+    max_pending_rows: int = Field(default=200_000, ge=1)
+    """Written and deleted rows that may wait for compaction; beyond them writes are RESOURCE_EXHAUSTED."""
+
+    @field_validator("state")
+    @classmethod
+    def _on_a_disk(cls, state: str | None) -> str | None:
+        if state is not None and (not state or not storage.is_local(state)):
+            raise ValueError(f"writes.state is {state!r}; it must be a folder on a disk, where a write can be synced")
+        return state
 
 
 class ServeConfig(Config):
@@ -77,6 +97,7 @@ class ServeConfig(Config):
     monitor: MonitorSettings = MonitorSettings()
     experiment: ExperimentSettings | None = None
     """Arms that share the traffic; None sends all of it to ``index`` and ``plan``."""
+    writes: Writes = Writes()
 
     @model_validator(mode="after")
     def _check_artifacts(self) -> "ServeConfig":

@@ -10,29 +10,38 @@ from ray import serve
 
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import not_loaded
+from lookalike.serve.follower import Follows
 from lookalike.serve.generation import Generation
 from lookalike.vision.encoder import Encoder
 from lookalike.vision.images import ImageError, decode
 
 
-class EncoderWorker:
+class EncoderWorker(Follows):
     """The image encoders of the generations held; those of one model share one."""
 
-    def __init__(self, config: ServeConfig, generations: Sequence[Generation]) -> None:
+    def __init__(self, config: ServeConfig, generations: Sequence[Generation], writer: Any = None) -> None:
+        self.writer = writer
         torch.set_num_threads(config.encoder_replicas.num_threads)
         self._models: dict[str, str] = {}
         self._encoders: dict[str, Encoder] = {}
         self._max_pixels = config.limits.max_pixels
         for generation in generations:
-            self.hold(generation)
+            self.add(generation, self.open(generation))
 
-    def hold(self, generation: Generation) -> None:
-        """Load the encoder of ``generation``, if it has one, and encode a blank image."""
-        model = generation.meta.model_fingerprint
-        if generation.encoder is not None and model not in self._encoders:
+    def open(self, generation: Generation) -> Encoder | None:
+        """The encoder of ``generation``, if it has one: loaded, and tried on a blank image."""
+        if generation.encoder is None:
+            return None
+        if (encoder := self._encoders.get(generation.meta.model_fingerprint)) is None:
             encoder = Encoder.load(generation.encoder)
             encoder.encode([Image.new("RGB", (64, 64))])
-            self._encoders[model] = encoder
+        return encoder
+
+    def add(self, generation: Generation, opened: Encoder | None) -> None:
+        """Answer for an opened generation from now on."""
+        model = generation.meta.model_fingerprint
+        if opened is not None:
+            self._encoders[model] = opened
         self._models[generation.name] = model
 
     def drop(self, name: str) -> None:
@@ -65,8 +74,8 @@ class EncoderWorker:
 class BatchingEncoder(EncoderWorker):
     """The encoder as a deployment: the images of concurrent requests share forward passes. Works in Serve alone."""
 
-    def __init__(self, config: ServeConfig, generations: Sequence[Generation]) -> None:
-        super().__init__(config, generations)
+    def __init__(self, config: ServeConfig, generations: Sequence[Generation], writer: Any = None) -> None:
+        super().__init__(config, generations, writer)
         batching: Any = self._join  # what @serve.batch adds to a method is not in its type
         batching.set_max_batch_size(config.encoder_replicas.max_batch)
         batching.set_batch_wait_timeout_s(config.encoder_replicas.batch_wait_ms / 1000)

@@ -68,7 +68,12 @@ def read_arms(config: ServeConfig, served: Generation) -> tuple[Arm, ...]:
     """
     if config.experiment is None:
         return ()
-    return tuple(_read_arm(arm, served) for arm in config.experiment.arms)
+    arms = tuple(_read_arm(arm, served) for arm in config.experiment.arms)
+    for arm in arms:
+        if arm.own is not None and config.writes.state is not None:
+            raise UsageError(f"arm {arm.name!r} has an index of its own, which would miss the writes; compare plans of "
+                             "the served index, or serve without writes.state")  # fmt: skip
+    return arms
 
 
 def _read_arm(settings: ArmSettings, served: Generation) -> Arm:

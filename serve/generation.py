@@ -37,13 +37,17 @@ class Generation:
                 if owner % num_groups == group]  # fmt: skip
 
 
-def read_generation(index: str, plan: str | None, encoder: str = "auto", *, includes_writes: int = 0) -> Generation:
+def read_generation(
+    index: str, plan: str | None, encoder: str = "auto", *, includes_writes: int = 0, check: bool = True
+) -> Generation:
     """The generation of an index, its artifacts found and checked to belong together.
 
-    ``encoder`` is a URI, ``auto`` for the index's ancestor, or ``none``. Raises ``ArtifactError`` for an artifact that
-    is missing or damaged and ``UsageError`` when plan, encoder and index do not belong together.
+    ``encoder`` is a URI, ``auto`` for the index's ancestor, or ``none``; ``check`` reads all files of the index.
+
+    Raises ``ArtifactError`` for an artifact that is missing or damaged and ``UsageError`` when plan, encoder and index
+    do not belong together.
     """
-    meta = read_index_meta(Artifact.open(index, "index"))
+    meta = read_index_meta(Artifact.open(index, "index", check=check))
     return Generation(index, plan, find_encoder(encoder, index, meta), meta, read_plans(plan, meta), includes_writes)
 
 

@@ -14,7 +14,9 @@ from lookalike.serve import trace
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError
 from lookalike.serve.experiment import Arm, own_generations
+from lookalike.serve.follower import Follows
 from lookalike.serve.generation import Generation
+from lookalike.serve.journal import Record
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
@@ -25,6 +27,7 @@ Response = TypeVar("Response")
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 SERVICERS = [
     "lookalike.serve.proto.retrieval_pb2_grpc.add_RetrievalServiceServicer_to_server",
+    "lookalike.serve.proto.retrieval_pb2_grpc.add_AdminServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 """What Serve's gRPC listener must be started with (``grpc_options.grpc_servicer_functions``)."""
@@ -33,14 +36,24 @@ Handles = tuple[list[Worker], Worker | None, Worker | None]
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 
-class Ingress:
+class Ingress(Follows):
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
-        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, arms: Sequence[Arm] = ()
-    ) -> None:
-        router = Router(*workers) if workers else open_workers(config, generation, own_generations(arms, generation))
-        self._service = Service(config, generation, router, arms)
+        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, writer: Any = None,
+        arms: Sequence[Arm] = (),
+    ) -> None:  # fmt: skip
+        self.writer = writer
+        self._local: list[Any] = []
+        """Workers in this process."""
+        self._generations = {generation.name: generation}
+        if workers is None:
+            held = [generation, *own_generations(arms, generation)] if writer is None else []
+            router = open_workers(config, generation, held)
+            self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
+        else:
+            router = Router(*workers)
+        self._service = Service(config, generation, router, writer, arms)
         self._observer = self._service.observer
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
@@ -87,6 +100,55 @@ class Ingress:
     async def Describe(self, request: pb.DescribeRequest, grpc_context: RayServegRPCContext) -> pb.DescribeResponse:
         """RPC."""
         return await self._answer("Describe", self._service.describe, request, grpc_context)
+
+    async def Upsert(self, request: pb.UpsertRequest, grpc_context: RayServegRPCContext) -> pb.UpsertResponse:
+        """RPC."""
+        return await self._answer("Upsert", self._service.upsert, request, grpc_context)
+
+    async def Delete(self, request: pb.DeleteRequest, grpc_context: RayServegRPCContext) -> pb.DeleteResponse:
+        """RPC."""
+        return await self._answer("Delete", self._service.delete, request, grpc_context)
+
+    async def Switch(self, request: pb.SwitchRequest, grpc_context: RayServegRPCContext) -> pb.SwitchResponse:
+        """RPC."""
+        return await self._answer("Switch", self._service.switch, request, grpc_context)
+
+    async def Rollback(self, request: pb.RollbackRequest, grpc_context: RayServegRPCContext) -> pb.RollbackResponse:
+        """RPC."""
+        return await self._answer("Rollback", self._service.rollback, request, grpc_context)
+
+    async def Compact(self, request: pb.CompactRequest, grpc_context: RayServegRPCContext) -> pb.CompactResponse:
+        """RPC."""
+        return await self._answer("Compact", self._service.compact, request, grpc_context)
+
+    async def Status(self, request: pb.StatusRequest, grpc_context: RayServegRPCContext) -> pb.StatusResponse:
+        """RPC."""
+        return await self._answer("Status", self._service.status, request, grpc_context)
+
+    def open(self, generation: Generation) -> list[Any]:
+        """What each worker in this process opens."""
+        return [worker.open(generation) for worker in self._local]
+
+    def apply(self, opened: list[Any], records: Sequence[Record]) -> None:
+        """Give writes to the workers in this process."""
+        for worker, own in zip(self._local, opened, strict=True):
+            worker.apply(own, records)
+
+    def add(self, generation: Generation, opened: list[Any]) -> None:
+        """Be able to answer for a generation."""
+        for worker, own in zip(self._local, opened, strict=True):
+            worker.add(generation, own)
+        self._generations[generation.name] = generation
+
+    def drop(self, name: str) -> None:
+        """Let go of a generation."""
+        for worker in self._local:
+            worker.drop(name)
+        self._generations.pop(name, None)
+
+    def switch(self, name: str) -> None:
+        """Requests that begin now belong to this generation."""
+        self._service.current = self._generations[name]
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
         """``grpc.health.v1.Health/Check``: a replica that answers serves."""

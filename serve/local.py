@@ -58,5 +58,5 @@ class LocalClient(Client):
 
 async def _open_service(config: ServeConfig, generation: Generation) -> Service:
     arms = read_arms(config, generation)
-    router = open_workers(config, generation, own_generations(arms, generation))
-    return Service(config, generation, router, arms)
+    router = open_workers(config, generation, [generation, *own_generations(arms, generation)])
+    return Service(config, generation, router, arms=arms)

@@ -1,6 +1,6 @@
 """Requests of the wire, checked: bytes become arrays and plans, or INVALID_ARGUMENT with value, rule and remedy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grpc
@@ -18,6 +18,8 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 DEFAULT_K = 10
 MAX_SESSION = 1024
 """Characters of a session's name."""
+MAX_ID_BYTES = 512
+PORTION_BYTES = 1 << 20
 
 
 class Plans(NamedTuple):
@@ -170,6 +172,57 @@ def check_image(data: bytes, limits: Limits) -> bytes:
     if len(data) > limits.max_image_bytes:
         raise invalid(f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes}; send a smaller file")
     return data
+
+
+def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) -> None:
+    """Refuse rows that cannot be stored: ids, content, columns, and another model."""
+    if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
+        raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"the vectors are of model "
+                             f"{request.model_fingerprint}, the index of {meta.model_fingerprint}; embed with the "
+                             "index's model, or send images")  # fmt: skip
+    _check_written([row.id for row in request.rows], limits)
+    for row in request.rows:
+        kind = row.WhichOneof("content")
+        if kind == "vector":
+            read_vector(row.vector, meta.dim)
+        elif kind == "image":
+            check_image(row.image, limits)
+        else:
+            raise invalid(f"row {row.id!r} is empty; set vector or image")
+        unknown = [name for name in row.metadata if name not in meta.columns or name == "image_id"]
+        if unknown:
+            columns = ", ".join(name for name in meta.columns if name != "image_id")
+            raise invalid(f"row {row.id!r} has metadata {unknown[0]!r}; the index has the columns {columns}")
+
+
+def check_ids(request: pb.DeleteRequest, *, limits: Limits) -> None:
+    """Refuse ids that cannot be stored."""
+    _check_written(list(request.ids), limits)
+
+
+def _check_written(ids: Sequence[str], limits: Limits) -> None:
+    if not 1 <= len(ids) <= limits.max_batch:
+        raise invalid(f"{len(ids)} rows in one request; send 1 to {limits.max_batch}")
+    for image_id in ids:
+        if not 1 <= len(image_id.encode()) <= MAX_ID_BYTES:
+            raise invalid(f"an id of {len(image_id.encode())} bytes ({image_id[:40]!r}); it takes 1 to {MAX_ID_BYTES}")
+    if len(set(ids)) < len(ids):
+        twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
+        raise invalid(f"id {twice!r} occurs twice in one request; send each once")
+
+
+def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:
+    """``rows`` in order, in lists of at most about ``PORTION_BYTES``: what one call between processes takes."""
+    portion: list[pb.Row] = []
+    size = 0
+    for row in rows:
+        if portion and size + row.ByteSize() > PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(row)
+        size += row.ByteSize()
+    if portion:
+        yield portion
 
 
 def write_hits(answer: Answer, query: int) -> list[pb.Hit]:

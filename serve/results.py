@@ -1,6 +1,6 @@
 """What the clients take and give, and its way to and from messages; needs grpcio, protobuf and numpy, nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -182,6 +182,25 @@ def to_options(settings: SearchSettings) -> pb.SearchOptions:
 def to_batch(queries: Sequence[Query] | FloatArray, settings: SearchSettings) -> pb.SearchBatchRequest:
     """The message of many queries."""
     return pb.SearchBatchRequest(queries=[to_query(query) for query in queries], options=to_options(settings))
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """An image to store: its id, its content (an encoded image or a vector) and columns by name."""
+
+    id: str
+    content: bytes | FloatArray
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def to_upsert(rows: Iterable[StoredRow], model_fingerprint: str) -> pb.UpsertRequest:
+    """The message of rows to store."""
+    sent = []
+    for row in rows:
+        content = row.content
+        kind = {"image": content} if isinstance(content, bytes) else {"vector": np.asarray(content, "<f4").tobytes()}
+        sent.append(pb.Row(id=row.id, metadata=row.metadata, **kind))
+    return pb.UpsertRequest(rows=sent, model_fingerprint=model_fingerprint)
 
 
 def one_of(image: bytes | None, vector: FloatArray | None, image_id: str | None) -> Query:

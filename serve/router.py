@@ -91,6 +91,13 @@ class Router:
                 raise invalid(result if len(results) == 1 else f"image {position}: {result}")
         return [np.frombuffer(result, "<f4") for result in results]
 
+    async def ask_one(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
+        """What one worker answers; raises as a search does when it fails or is late."""
+        outcome = await _outcome(ask(worker, method, *args), deadline)
+        if isinstance(outcome, RetrievalError):
+            raise outcome
+        return accept([outcome], allow_partial=False, who=who)[0]
+
     async def _ask_shards(self, method: str, *args: Any, deadline: float) -> list[Any]:
         return await asyncio.gather(*(_outcome(ask(shard, method, *args), deadline) for shard in self.shards))
 

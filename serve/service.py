@@ -21,7 +21,10 @@ from lookalike.serve.observer import Observer
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
+    check_ids,
     check_image,
+    check_rows,
+    portions,
     read_options,
     read_queries,
     write_hits,
@@ -30,6 +33,9 @@ from lookalike.serve.requests import (
 )
 from lookalike.serve.router import Floats, Found, Router
 
+MOVE_S = 86_400.0
+"""Longest that a switch or compaction may take, in seconds; the request usually says less."""
+
 
 class Service:
     """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer.
@@ -37,8 +43,10 @@ class Service:
     A request belongs to the generation that is ``current`` when it begins.
     """
 
-    def __init__(self, config: ServeConfig, current: Generation, router: Router, arms: Sequence[Arm] = ()) -> None:
-        self.config, self.current, self.router = config, current, router
+    def __init__(
+        self, config: ServeConfig, current: Generation, router: Router, writer: Any = None, arms: Sequence[Arm] = ()
+    ) -> None:
+        self.config, self.current, self.router, self.writer = config, current, router, writer
         self.observer = Observer(config, router, arms)
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
@@ -124,8 +132,64 @@ class Service:
             model_fingerprint=meta.model_fingerprint, dims=meta.dims, num_rows=meta.num_live,
             num_shards=len(self.router.shards), plan=write_plan(generation.plans.default), columns=meta.columns,
             placement=self.config.placement, limits=pb.Limits(**self.config.limits.model_dump()),
-            has_encoder=generation.encoder is not None,
+            has_encoder=generation.encoder is not None, writable=self.writer is not None,
         )  # fmt: skip
+
+    async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
+        """``Upsert``: rows get their vectors here, and go to the writer in portions."""
+        generation, deadline = self.current, _deadline(self.config.timeout_s)
+        self._require_writer()
+        check_rows(request, limits=self.config.limits, meta=generation.meta)
+        images = [row.image for row in request.rows if row.WhichOneof("content") == "image"]
+        vectors = iter(await self._encode(generation, images, deadline) if images else [])
+        rows = [row if row.WhichOneof("content") == "vector" else
+                pb.Row(id=row.id, vector=next(vectors).astype("<f4").tobytes(), metadata=row.metadata)
+                for row in request.rows]  # fmt: skip
+        number = 0
+        for portion in portions(rows):
+            message = pb.UpsertRequest(rows=portion, model_fingerprint=generation.meta.model_fingerprint)
+            number = await self._write("upsert", message.SerializeToString(), deadline=deadline)
+        return pb.UpsertResponse(write=number)
+
+    async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
+        """``Delete``."""
+        self._require_writer()
+        check_ids(request, limits=self.config.limits)
+        deadline = _deadline(self.config.timeout_s)
+        return pb.DeleteResponse(write=await self._write("delete", request.SerializeToString(), deadline=deadline))
+
+    async def switch(self, request: pb.SwitchRequest) -> pb.SwitchResponse:
+        """``AdminService.Switch``."""
+        return pb.SwitchResponse(current=await self._move("switch", request.SerializeToString()))
+
+    async def rollback(self, request: pb.RollbackRequest) -> pb.RollbackResponse:
+        """``AdminService.Rollback``."""
+        return pb.RollbackResponse(current=await self._move("rollback"))
+
+    async def compact(self, request: pb.CompactRequest) -> pb.CompactResponse:
+        """``AdminService.Compact``."""
+        return pb.CompactResponse(current=await self._move("compact", float(request.timeout_s)))
+
+    async def status(self, request: pb.StatusRequest) -> pb.StatusResponse:
+        """``AdminService.Status``."""
+        self._require_writer()
+        deadline = _deadline(self.config.timeout_s)
+        response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
+        return response
+
+    async def _move(self, method: str, *args: Any) -> pb.Generation:
+        self._require_writer()
+        answer = await self._write(method, *args, deadline=_deadline(MOVE_S))
+        generation: pb.Generation = pb.Generation.FromString(answer)
+        return generation
+
+    async def _write(self, method: str, *args: Any, deadline: float) -> Any:
+        return await self.router.ask_one(self.writer, method, *args, deadline=deadline, who="writer")
+
+    def _require_writer(self) -> None:
+        if self.writer is None:
+            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "this service answers searches only; set "
+                                 "writes.state to a folder to make it take writes and other indexes")  # fmt: skip
 
     def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
         return read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,

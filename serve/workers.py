@@ -9,6 +9,7 @@ and other requests.
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,90 +17,119 @@ import numpy.typing as npt
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Hits, empty_hits, merge_hits
 from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.serve.answers import Entry, Packed, occurring_rows, pack, read_hits
+from lookalike.serve.answers import Entry, Packed, occurring_rows, pack, read_hits, unpack
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.delta import WRITTEN, Ask, Delta, Written, search_all, shortlist_all
 from lookalike.serve.errors import not_loaded
+from lookalike.serve.follower import Follows
 from lookalike.serve.generation import Generation
+from lookalike.serve.journal import Record
 from lookalike.serve.router import Router
 
-Shortlisted = tuple[bytes, bytes]
-"""Rows (int64) and scores (float32) of a group's shortlists."""
+Shortlisted = tuple[bytes, bytes, Packed | None]
+"""Rows (int64) and scores (float32) of a group's shortlists, and the hits among written rows, if there are any."""
 WARM_UP = 8
 """Searches that a worker makes by itself before it is asked."""
 
 
-class ShardWorker:
-    """One group of shards: shortlist and re-rank of their own rows."""
+class Opened(NamedTuple):
+    """One generation in one worker."""
 
-    def __init__(self, group: int, num_groups: int, generations: Sequence[Generation]) -> None:
-        self._group, self._num_groups = group, num_groups
-        self._held: dict[str, list[ShardSearcher]] = {}
+    shards: list[ShardSearcher]
+    delta: Delta
+
+
+class ShardWorker(Follows):
+    """One group of shards: shortlist and re-rank of their own rows, and what was written of them since."""
+
+    def __init__(self, group: int, num_groups: int, generations: Sequence[Generation], writer: Any = None) -> None:
+        self._group, self._num_groups, self.writer = group, num_groups, writer
+        self._held: dict[str, Opened] = {}
         for generation in generations:
-            self.hold(generation)
+            self.add(generation, self.open(generation))
 
-    def hold(self, generation: Generation) -> None:
+    def open(self, generation: Generation) -> Opened:
         """Open the group's shards of ``generation``, with their shortlists, and touch what a search touches."""
         shards = [ShardSearcher.open(uri) for uri in generation.folders(self._group, self._num_groups)]
         for shard in shards:
             shard.load()
             warm_up(shard, generation.plans.default)
-        self._held[generation.name] = shards
+        return Opened(shards, Delta(generation.meta, shards, self._group, self._num_groups))
+
+    def add(self, generation: Generation, opened: Opened) -> None:
+        """Answer for an opened generation from now on."""
+        self._held[generation.name] = opened
 
     def drop(self, name: str) -> None:
         """Let go of a generation; searches under way keep what they use."""
         self._held.pop(name, None)
 
-    def _shards(self, generation: str) -> list[ShardSearcher]:
+    def apply(self, opened: Opened, records: Sequence[Record]) -> None:
+        """Take in writes that ``opened`` does not hold."""
+        opened.delta.apply(records)
+
+    def _opened(self, generation: str) -> Opened:
         if generation not in self._held:
             raise not_loaded(generation, self._held)
         return self._held[generation]
 
     async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Packed:
         """The group's ``k`` best rows for float32 [n, dim] ``queries``; ``plan`` and ``filters`` are JSON."""
-        return await asyncio.to_thread(self._search, self._shards(generation), queries, k, plan, filters)
+        opened = self._opened(generation)
+        return await asyncio.to_thread(self._search, opened, queries, k, plan, filters)
 
-    def _search(self, shards: Sequence[ShardSearcher], queries: bytes, k: int, plan: str, filters: str) -> Packed:
-        parsed, conditions = Plan.model_validate_json(plan), json.loads(filters)
-        hits = _merge([shard.search(_vectors(queries, shard.meta.dim), k, parsed, conditions) for shard in shards], k)
-        return pack(hits, read_entries(shards, occurring_rows(hits)))
+    def _search(self, opened: Opened, queries: bytes, k: int, plan: str, filters: str) -> Packed:
+        shards, written = opened.shards, opened.delta.written()
+        ask = Ask(_vectors(queries, opened.delta.dim), k, Plan.model_validate_json(plan), json.loads(filters))
+        hits = search_all(shards, written, ask)
+        return pack(hits, read_entries(shards, occurring_rows(hits), written))
 
     async def shortlist(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
         """The group's candidates, for the re-ranker."""
-        return await asyncio.to_thread(self._shortlist, self._shards(generation), queries, k, plan, filters)
+        opened = self._opened(generation)
+        return await asyncio.to_thread(self._shortlist, opened, queries, k, plan, filters)
 
-    def _shortlist(
-        self, shards: Sequence[ShardSearcher], queries: bytes, k: int, plan: str, filters: str
-    ) -> Shortlisted:
-        parsed, conditions = Plan.model_validate_json(plan), json.loads(filters)
-        found = [shard.shortlist(_vectors(queries, shard.meta.dim), k, parsed, conditions) for shard in shards]
-        rows, scores = np.hstack([hits.rows for hits in found]), np.hstack([hits.scores for hits in found])
-        return rows.astype("<i8").tobytes(), scores.astype("<f4").tobytes()
+    def _shortlist(self, opened: Opened, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
+        written = opened.delta.written()
+        ask = Ask(_vectors(queries, opened.delta.dim), k, Plan.model_validate_json(plan), json.loads(filters))
+        found, final = shortlist_all(opened.shards, written, ask), None
+        if written is not None:
+            hits = written.search(ask)
+            final = pack(hits, read_entries([], occurring_rows(hits), written))
+        return found.rows.astype("<i8").tobytes(), found.scores.astype("<f4").tobytes(), final
 
     async def vectors(self, generation: str, image_ids: Sequence[str]) -> dict[str, bytes]:
         """The stored vectors of those ids that this group holds."""
-        return await asyncio.to_thread(self._stored, self._shards(generation), image_ids)
+        return await asyncio.to_thread(self._stored, self._opened(generation), image_ids)
 
-    def _stored(self, shards: Sequence[ShardSearcher], image_ids: Sequence[str]) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
-        for shard in shards:
-            rows = {image_id: row for image_id in image_ids if (row := shard.find(image_id)) >= 0}
+    def _stored(self, opened: Opened, image_ids: Sequence[str]) -> dict[str, bytes]:
+        written = {image_id: vector for image_id in image_ids if (vector := opened.delta.find(image_id)) is not None}
+        found = {image_id: vector.astype("<f4").tobytes() for image_id, vector in written.items() if len(vector)}
+        for shard in opened.shards:
+            rows = {image_id: row for image_id in image_ids
+                    if image_id not in written and (row := shard.find(image_id)) >= 0}  # fmt: skip
             local = np.fromiter(rows.values(), np.int64, len(rows)) - shard.meta.row_offset
             vectors = shard.store.read(local)
             found |= {image_id: vector.astype("<f4").tobytes() for image_id, vector in zip(rows, vectors, strict=True)}
         return found
 
 
-class RerankWorker:
+class RerankWorker(Follows):
     """Re-ranks the candidates of all groups, each shard's with its own rows, and merges them."""
 
-    def __init__(self, generations: Sequence[Generation]) -> None:
+    def __init__(self, generations: Sequence[Generation], writer: Any = None) -> None:
+        self.writer = writer
         self._held: dict[str, list[ShardSearcher]] = {}
         for generation in generations:
-            self.hold(generation)
+            self.add(generation, self.open(generation))
 
-    def hold(self, generation: Generation) -> None:
+    def open(self, generation: Generation) -> list[ShardSearcher]:
         """Open all shards of ``generation``, without their shortlists."""
-        self._held[generation.name] = [ShardSearcher.open(uri) for uri in generation.folders(0, 1)]
+        return [ShardSearcher.open(uri) for uri in generation.folders(0, 1)]
+
+    def add(self, generation: Generation, opened: list[ShardSearcher]) -> None:
+        """Answer for an opened generation from now on."""
+        self._held[generation.name] = opened
 
     def drop(self, name: str) -> None:
         """Let go of a generation; calls under way keep what they use."""
@@ -119,15 +149,22 @@ class RerankWorker:
     ) -> Packed:  # fmt: skip
         vectors, parsed = _vectors(queries, shards[0].meta.dim), Plan.model_validate_json(plan)
         offsets = np.array([shard.meta.row_offset for shard in shards])
-        parts = []
-        for rows, scores in candidates.values():
+        parts, entries = [], dict[int, Entry]()
+        for rows, scores, final in candidates.values():
+            if final is not None:
+                written = unpack(final, len(vectors))
+                parts.append(written.hits)
+                entries |= written.entries
             found = read_hits(rows, scores, len(vectors))
             owners = np.searchsorted(offsets, found.rows, side="right") - 1  # -1 for no row
             for owner in np.unique(owners[owners >= 0]).tolist():
                 own = Hits(np.where(owners == owner, found.rows, NO_ROW), found.scores)
                 parts.append(shards[owner].rerank(vectors, own, k, parsed))
         hits = _merge(parts, k) if parts else empty_hits(len(vectors), k)
-        return pack(hits, read_entries(shards, occurring_rows(hits)))
+        found_rows = occurring_rows(hits)
+        stored = found_rows[found_rows < WRITTEN]
+        since = found_rows[len(stored) :].tolist()
+        return pack(hits, [*read_entries(shards, stored), *(entries[row] for row in since)])
 
 
 def warm_up(shard: ShardSearcher, plan: Plan) -> None:
@@ -138,8 +175,10 @@ def warm_up(shard: ShardSearcher, plan: Plan) -> None:
             shard.search(vector, 10, plan)
 
 
-def read_entries(shards: Sequence[ShardSearcher], rows: npt.NDArray[np.int64]) -> list[Entry]:
-    """Id and stored columns (nulls left out) of rising global ``rows`` of some shards."""
+def read_entries(
+    shards: Sequence[ShardSearcher], rows: npt.NDArray[np.int64], written: Written | None = None
+) -> list[Entry]:
+    """Id and columns (nulls left out) of rising global ``rows``, stored in some shards or written since."""
     entries: list[Entry] = []
     for shard in shards:
         first = shard.meta.row_offset
@@ -148,19 +187,23 @@ def read_entries(shards: Sequence[ShardSearcher], rows: npt.NDArray[np.int64]) -
             entries += [(record.pop("image_id"), {name: str(value) for name, value in record.items()
                                                   if value is not None})
                         for record in shard.store.table.take(own - first).to_pylist()]  # fmt: skip
+    if written is not None:
+        entries += [written.entry(row) for row in rows[np.searchsorted(rows, WRITTEN) :].tolist()]
     return entries
 
 
-def open_workers(config: ServeConfig, generation: Generation, others: Sequence[Generation] = ()) -> Router:
-    """All workers in this process, holding ``others`` (arms of an experiment) too: placement ``fused``, local mode."""
+def open_workers(config: ServeConfig, generation: Generation, generations: Sequence[Generation]) -> Router:
+    """All workers in this process, holding ``generations`` (placement ``fused``, and local mode).
+
+    There are as many groups as ``generation`` has hash shards, and an encoder if one of them has.
+    """
     num_groups = generation.meta.num_hash_shards
-    held = [generation, *others]
-    shards = [ShardWorker(group, num_groups, held) for group in range(num_groups)]
-    if all(one.encoder is None for one in held):
+    shards = [ShardWorker(group, num_groups, generations) for group in range(num_groups)]
+    if all(one.encoder is None for one in (generation, *generations)):
         return Router(shards)
     from lookalike.serve.encoding import EncoderWorker  # torch: only for those who encode
 
-    return Router(shards, encoder=EncoderWorker(config, held))
+    return Router(shards, encoder=EncoderWorker(config, generations))
 
 
 def _merge(parts: Sequence[Hits], k: int) -> Hits:

@@ -33,7 +33,7 @@ def test_placement_decides_the_deployments(world: "World", placement: str, wante
 def names_of(application: serve.Application) -> set[str]:
     """Names of an application's deployments: the ingress and those among its arguments."""
     ingress = application._bound_deployment
-    shards, *others = ingress.init_args[2] if len(ingress.init_args) > 2 else ([],)
+    shards, *others = ingress.init_args[2] or ([],)
     bound = [*shards, *(other for other in others if other is not None)]
     return {ingress.name, *(worker._bound_deployment.name for worker in bound)}
 

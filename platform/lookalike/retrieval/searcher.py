@@ -21,7 +21,9 @@ from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval.filters import (
     FILTERS_KEPT,
     Allowed,
+    Conditions,
     Key,
+    Mask,
     RowFilter,
     check_mask,
     filter_key,
@@ -109,6 +111,13 @@ class ShardSearcher:
             mask = check_mask(rows, self.meta.num_rows)
             return Allowed(mask if live is None else mask & live)
         return self._matching(filter_key(rows, self.store.table.column_names)) if rows else self._all
+
+    def match(self, conditions: Conditions | None) -> Mask:
+        """Which rows are not deleted and meet the ``conditions``, bool [n]."""
+        allowed = self._allowed(conditions)
+        if allowed is None:
+            return np.ones(self.meta.num_rows, bool)
+        return np.unpackbits(allowed.bits, count=self.meta.num_rows, bitorder="little").astype(bool)
 
     def _find(self, vectors: Floats, k: int, plan: Plan, allowed: Allowed | None) -> Hits:
         wanted = min(max(k, plan.shortlist_k), self.meta.num_rows if allowed is None else allowed.num_rows)

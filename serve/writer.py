@@ -1,0 +1,341 @@
+"""The writer: the one process of a service that changes what is served. It keeps the log of writes and the state, tells
+the replicas that follow, and moves them from one generation to the next.
+
+There is one at a time (the folder's lock sees to that). Without it searches go on; writes and switches are UNAVAILABLE
+until Serve has started it again, and it then knows everything it has acknowledged.
+"""
+
+import asyncio
+import bisect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import grpc
+
+from lookalike import storage
+from lookalike.artifacts import Artifact
+from lookalike.errors import LookalikeError, UsageError
+from lookalike.serve.compaction import compact_in_task
+from lookalike.serve.config import ServeConfig
+from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.follower import POLL_S
+from lookalike.serve.generation import Generation, read_generation
+from lookalike.serve.journal import DELETE, UPSERT, Journal, Record
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.state import Held, State, load_state, save_state
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+NEWS_BYTES = 1 << 20
+"""Writes that one answer to a follower holds, about: calls between replicas take 4 MiB at most."""
+SILENCE_S = 3 * POLL_S
+"""A follower that has not asked for so long is gone."""
+
+
+@dataclass
+class Seen:
+    """What a follower said last, and when (seconds of the monotonic clock)."""
+
+    role: str
+    version: tuple[int, int]
+    holds: set[str]
+    failed: dict[str, str]
+    at: float = field(default_factory=time.monotonic)
+
+
+class Writer:
+    """State and log of one service. Methods raise ``RetrievalError``."""
+
+    def __init__(self, config: ServeConfig, generation: Generation) -> None:
+        assert config.writes.state is not None, "without a folder there is nothing to write to"
+        self._config, self._folder = config, storage.local_path(config.writes.state)
+        self._journal = Journal(self._folder)
+        self._state = adopt(load_state(self._folder), config, generation, self._journal)
+        save_state(self._folder, self._state)
+        oldest = min(one.includes_writes for one in self._state.held)
+        if oldest + 1 < self._journal.first:
+            raise UsageError(f"{self._folder} has the writes from {self._journal.first} on, the index needs those from "
+                             f"{oldest + 1} on; say which it holds, or restore the folder from a copy")  # fmt: skip
+        self._records = list(self._journal.read(oldest))
+        self._rows = [count_rows(record) for record in self._records]
+        self._pending = self._count_pending()
+        """Rows of the writes that the current index does not hold."""
+        self._waiting: list[tuple[int, bytes, asyncio.Future[int]]] = []
+        self._committing: asyncio.Task[None] | None = None
+        self._version, self._changed, self._progress = (time.time_ns(), 0), asyncio.Event(), asyncio.Event()
+        self._followers: dict[str, Seen] = {}
+        self._started = time.monotonic()
+        self._moving = asyncio.Lock()
+        self._compacting: asyncio.Task[None] | None = None
+
+    async def follow(self, asked: str) -> tuple[str, list[bytes]]:
+        """News for a follower (JSON) and the writes that it lacks; see ``follower.py``."""
+        ask = json.loads(asked)
+        version = tuple(ask["version"])
+        seen = Seen(ask["role"], (version[0], version[1]), set(ask["holds"]), ask["failed"])
+        self._followers[ask["id"]] = seen
+        self._progress.set()
+        if version == self._version and ask["last"] >= self._journal.last and ask["wait_s"]:
+            await _wait(self._changed, ask["wait_s"])
+        state = self._state
+        news = {"version": self._version, "held": [one.model_dump() for one in state.held], "current": state.current,
+                "last": self._journal.last}  # fmt: skip
+        return json.dumps(news), self._frames_after(ask["last"])
+
+    def _frames_after(self, last: int) -> list[bytes]:
+        frames, size = [], 0
+        first = bisect.bisect_right(self._records, last, key=lambda record: record.number)
+        for record in self._records[first:]:
+            frames.append(record.to_bytes())
+            size += len(frames[-1])
+            if size > NEWS_BYTES:
+                break
+        return frames
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def upsert(self, content: bytes) -> int:
+        """Store an ``UpsertRequest`` whose rows have vectors; the write's number, once it is on the disk."""
+        message = pb.UpsertRequest.FromString(content)
+        serving = self._state.serving
+        if message.model_fingerprint != serving.model_fingerprint:
+            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"the vectors are of model "
+                                 f"{message.model_fingerprint}, the index of {serving.model_fingerprint}")  # fmt: skip
+        for row in message.rows:
+            check_kept(row, read_where(serving.index))
+        return await self._store(UPSERT, content)
+
+    async def delete(self, content: bytes) -> int:
+        """Store a ``DeleteRequest``; the write's number, once it is on the disk."""
+        return await self._store(DELETE, content)
+
+    async def _store(self, kind: int, content: bytes) -> int:
+        if self._pending >= self._config.writes.max_pending_rows:
+            raise RetrievalError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._pending} rows wait for compaction, "
+                                 f"the limit is {self._config.writes.max_pending_rows}; compact, or raise "
+                                 "writes.max_pending_rows of the service")  # fmt: skip
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append((kind, content, done))
+        if self._committing is None or self._committing.done():
+            self._committing = asyncio.ensure_future(self._commit())
+        return await asyncio.shield(done)
+
+    async def _commit(self) -> None:
+        """Store what waits, all that came during one sync with the next."""
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            first = self._journal.last + 1
+            try:
+                await asyncio.to_thread(self._journal.append, [(kind, content) for kind, content, _ in batch])
+            except Exception as error:  # noqa: BLE001  # whatever it is, those who wait are told
+                reason = f"the write could not be stored ({error}); nothing of it was kept"
+                for _, _, done in batch:
+                    done.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, reason))
+                continue
+            records = [Record(first + place, kind, content) for place, (kind, content, _) in enumerate(batch)]
+            self._records += records
+            self._rows += map(count_rows, records)
+            self._pending += sum(map(count_rows, records))
+            for record, (_, _, done) in zip(records, batch, strict=True):
+                if not done.done():
+                    done.set_result(record.number)
+            self._tell()
+        limit = self._config.writes.compact_rows
+        if limit is not None and self._pending >= limit and (self._compacting is None or self._compacting.done()):
+            self._compacting = asyncio.ensure_future(self._compact_alone())
+
+    def _count_pending(self) -> int:
+        included = self._state.serving.includes_writes
+        first = bisect.bisect_right(self._records, included, key=lambda record: record.number)
+        return sum(self._rows[first:])
+
+    async def _compact_alone(self) -> None:
+        try:
+            await self.compact(0)
+        except RetrievalError as error:
+            log.warning("not compacted %s", fields(reason=error.message[:500]))
+
+    async def switch(self, content: bytes) -> bytes:
+        """Serve another index: a ``SwitchRequest`` to the ``Generation`` that answers now."""
+        request = pb.SwitchRequest.FromString(content)
+        async with self._moving:
+            serving = self._state.serving
+            includes = request.includes_writes if request.HasField("includes_writes") else serving.includes_writes
+            if includes > self._journal.last:
+                raise invalid(f"includes_writes={includes} is beyond the last write, {self._journal.last}")
+            if includes + 1 < self._journal.first and self._journal.last:
+                raise invalid(f"includes_writes={includes}: the writes before {self._journal.first} are compacted and "
+                              "gone; the index must hold them")  # fmt: skip
+            try:
+                generation = await asyncio.to_thread(
+                    read_generation, request.index, request.plan or None, request.encoder or "auto",
+                    includes_writes=includes,
+                )  # fmt: skip
+                self._check_writes(generation)
+            except LookalikeError as error:
+                raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not switched: {error}") from None
+            return write_held(await self._serve(Held.of(generation), request.timeout_s or 600))
+
+    def _check_writes(self, generation: Generation) -> None:
+        """Refuse another model while writes with vectors of the old one would be lost to it."""
+        model, after = generation.meta.model_fingerprint, generation.includes_writes
+        lost = sum(rows for record, rows in zip(self._records, self._rows, strict=True)
+                   if record.number > after and record.kind == UPSERT)  # fmt: skip
+        if lost and model != self._state.serving.model_fingerprint:
+            raise UsageError(f"{lost} written rows have vectors of another model than index {generation.index}; embed "
+                             "them for it and set includes_writes to the last write that it then holds")  # fmt: skip
+
+    async def rollback(self) -> bytes:
+        """Serve the previous generation again."""
+        async with self._moving:
+            previous = self._state.find(self._state.previous)
+            if previous is None:
+                raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "there is no previous index to roll back to")
+            return write_held(await self._serve(previous, 600))
+
+    async def _serve(self, one: Held, timeout_s: float) -> Held:
+        """Have ``one`` loaded by all, then let it answer; what fails leaves all as it was."""
+        before, deadline = self._state, time.monotonic() + timeout_s
+        if one == before.serving:
+            return one
+        await self._set(before.holding(one))
+        try:
+            await self._wait_until(lambda seen: one.key in seen.holds, one.name, deadline)
+        except BaseException:
+            await self._set(before)
+            raise
+        await self._set(self._state.serving_now(one.name))
+        version = self._version
+        try:
+            await self._wait_until(lambda seen: seen.version >= version, one.name, deadline)
+        finally:
+            await self._set(self._state.trimmed())
+            self._forget()
+        log.info("switched %s", fields(index=one.index, generation=one.name, includes_writes=one.includes_writes))
+        return one
+
+    async def _set(self, state: State) -> None:
+        await asyncio.to_thread(save_state, self._folder, state)
+        self._state = state
+        self._pending = self._count_pending()
+        self._version = (self._version[0], self._version[1] + 1)
+        self._tell()
+
+    async def _wait_until(self, ready: Callable[[Seen], bool], name: str, deadline: float) -> None:
+        """Return when all followers are ``ready``; raises when one cannot hold ``name``, or at the deadline."""
+        while True:
+            now = time.monotonic()
+            self._followers = {key: seen for key, seen in self._followers.items() if now - seen.at < SILENCE_S}
+            failed = [seen.failed[name] for seen in self._followers.values() if name in seen.failed]
+            if failed:
+                code = grpc.StatusCode.FAILED_PRECONDITION
+                raise RetrievalError(code, f"not switched: {failed[0]}; nothing has changed")
+            known = now - self._started > POLL_S + 1  # after a start all who are there have asked by then
+            if known and all(map(ready, self._followers.values())):
+                return
+            if now > deadline:
+                late = sorted({seen.role for seen in self._followers.values() if not ready(seen)})
+                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"index {name} is not loaded by all in time "
+                                     f"({', '.join(late)}); allow more with timeout_s")  # fmt: skip
+            self._progress.clear()
+            await _wait(self._progress, 0.5)
+
+    def _forget(self) -> None:
+        """Drop writes that every generation held includes."""
+        oldest = min(one.includes_writes for one in self._state.held)
+        first = bisect.bisect_right(self._records, oldest, key=lambda record: record.number)
+        del self._records[:first], self._rows[:first]
+        self._journal.forget(oldest)
+
+    async def compact(self, timeout_s: float) -> bytes:
+        """Build an index that holds all writes so far, and serve it."""
+        async with self._moving:
+            serving, last = self._state.serving, self._journal.last
+            records = [record for record in self._records if serving.includes_writes < record.number <= last]
+            if not records:
+                return write_held(serving)
+            try:
+                index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), timeout_s or 3600)
+                generation = await asyncio.to_thread(
+                    read_generation, index, serving.plan, serving.encoder or "none", includes_writes=last, check=False
+                )
+            except TimeoutError:
+                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"not compacted in {timeout_s} s; nothing has "
+                                     "changed, and the next attempt goes on from there") from None  # fmt: skip
+            except LookalikeError as error:
+                raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {error}") from None
+            return write_held(await self._serve(Held.of(generation), timeout_s or 3600))
+
+    async def status(self) -> bytes:
+        """A ``StatusResponse``."""
+        now, state = time.monotonic(), self._state
+        alive = [seen for seen in self._followers.values() if now - seen.at < SILENCE_S]
+        roles = sorted({seen.role for seen in alive})
+        followers = [pb.Followers(role=role, replicas=sum(seen.role == role for seen in alive),
+                                  current=sum(seen.role == role and state.serving.key in seen.holds for seen in alive))
+                     for role in roles]  # fmt: skip
+        response = pb.StatusResponse(
+            generations=[_message(one) for one in state.held], current=state.current, previous=state.previous or "",
+            last_write=self._journal.last, pending_rows=self._pending, followers=followers,
+        )  # fmt: skip
+        return bytes(response.SerializeToString())
+
+
+def adopt(state: State | None, config: ServeConfig, generation: Generation, journal: Journal) -> State:
+    """The state to go on from: the one that is stored, unless the configuration names another index than before."""
+    configured = (config.index, config.plan, config.encoder)
+    if state is None:
+        included = journal.first - 1
+        held = Held.of(generation).model_copy(update={"includes_writes": included})
+        return State(configured=configured, held=(held,), current=held.name)
+    if state.configured == configured:
+        return state
+    serving = state.serving
+    held = Held.of(generation).model_copy(update={"includes_writes": serving.includes_writes})
+    if held.model_fingerprint != serving.model_fingerprint and journal.last > serving.includes_writes:
+        raise UsageError(f"index {config.index} is of another model than the {journal.last - serving.includes_writes} "
+                         "writes that wait; compact them first, or switch while the service runs")  # fmt: skip
+    state = state.holding(held).serving_now(held.name).trimmed()
+    return state.model_copy(update={"configured": configured})
+
+
+@lru_cache(8)
+def read_where(index: str) -> dict[str, list[str]]:
+    """The conditions that all rows of an index meet."""
+    conditions: dict[str, list[str]] = Artifact.open(index, check=False).manifest.config.get("where") or {}
+    return conditions
+
+
+def check_kept(row: pb.Row, where: dict[str, list[str]]) -> None:
+    """Refuse a row that the index leaves out: the next compaction would lose it."""
+    for column, values in where.items():
+        if row.metadata.get(column) not in values:
+            raise invalid(f"row {row.id!r} has {column}={row.metadata.get(column)!r}; this index holds only rows with "
+                          f"{column} in {values}: set it in the metadata")  # fmt: skip
+
+
+def count_rows(record: Record) -> int:
+    """Rows that a write stores or deletes."""
+    message = record.message
+    return len(message.rows) if isinstance(message, pb.UpsertRequest) else len(message.ids)
+
+
+def write_held(one: Held) -> bytes:
+    """A ``Generation`` message."""
+    return bytes(_message(one).SerializeToString())
+
+
+def _message(one: Held) -> pb.Generation:
+    return pb.Generation(**{**one.model_dump(), "plan": one.plan or "", "encoder": one.encoder or ""})
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return
