@@ -65,6 +65,7 @@ class Observer:
         """A request that ``begin`` began has been answered, or has failed."""
         self.in_flight -= 1
         trace.end(seen, code.name)
+        self._write(seen)
         if seen.experiment:
             self._arm_requests.inc(1, {"arm": seen.arm, "code": seen.code})
         for arm, arm_code, duration_ms in seen.outcomes:
@@ -73,6 +74,8 @@ class Observer:
                 self.experiment.guard.count(arm, arm_code, duration_ms)
         for searched in seen.searches if code is grpc.StatusCode.OK else ():
             self.monitor.offer(searched)
+
+    def _write(self, seen: trace.Trace) -> None:
         if self._log is not None:
             self._log.add(seen)
             if lost := self._log.dropped - self._dropped:

@@ -175,6 +175,8 @@ class Service:
         self._require_writer()
         deadline = _deadline(self.config.timeout_s)
         response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
+        if (recall := self.observer.estimate(self.current)) is not None:
+            response.recall.CopyFrom(recall)
         return response
 
     async def _move(self, method: str, *args: Any) -> pb.Generation:

@@ -91,8 +91,10 @@ def publish_embeddings(root: str, encoder: Artifact, vectors: dict[str, np.ndarr
     return publish(draft, encoder=[encoder])
 
 
-def publish_index(root: str, embeddings: Artifact, vectors: dict[str, np.ndarray], model: str) -> Artifact:
-    draft = Draft(root, "index", "index", "1" * 20)
+def publish_index(
+    root: str, embeddings: Artifact, vectors: dict[str, np.ndarray], model: str, name: str = "1" * 20
+) -> Artifact:
+    draft = Draft(root, "index", "index", name)
     names, offset, counts = ("shard-00000", "shard-00001"), 0, []
     for number, name in enumerate(names):
         ids = sorted(image_id for image_id in vectors if shard_of(image_id, len(names)) == number)
@@ -119,8 +121,8 @@ def publish_index(root: str, embeddings: Artifact, vectors: dict[str, np.ndarray
     return publish(draft, embeddings=[embeddings])
 
 
-def publish_plan(root: str, index: Artifact, plan: dict[str, object]) -> Artifact:
-    draft = Draft(root, "plan", "plan", "2" * 20)
+def publish_plan(root: str, index: Artifact, plan: dict[str, object], name: str = "plan") -> Artifact:
+    draft = Draft(root, "plan", name, "2" * 20)
     Path(draft.uri).mkdir(parents=True)
     figures = ((0.91, 20.0, {**plan, "shortlist_k": 6}), (0.97, 40.0, plan), (0.5, 30.0, {**plan, "shortlist_dim": 8}))
     candidates = [{"recall_low": low, "model_us": cost, "plan": one} for low, cost, one in figures]
