@@ -92,9 +92,9 @@ def publish_embeddings(root: str, encoder: Artifact, vectors: dict[str, np.ndarr
 
 
 def publish_index(
-    root: str, embeddings: Artifact, vectors: dict[str, np.ndarray], model: str, name: str = "1" * 20
+    root: str, embeddings: Artifact, vectors: dict[str, np.ndarray], model: str, fingerprint: str = "1" * 20
 ) -> Artifact:
-    draft = Draft(root, "index", "index", name)
+    draft = Draft(root, "index", "index", fingerprint)
     names, offset, counts = ("shard-00000", "shard-00001"), 0, []
     for number, name in enumerate(names):
         ids = sorted(image_id for image_id in vectors if shard_of(image_id, len(names)) == number)

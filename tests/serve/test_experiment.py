@@ -45,7 +45,7 @@ def index_b(world: "World", other_encoder: str, tmp_path_factory: pytest.TempPat
     encoder = Artifact.open(other_encoder, "encoder")
     vectors = dict(zip(world.images, Encoder.load(encoder).encode(list(world.images.values())), strict=True))
     embeddings = publish_embeddings(root, encoder, vectors)
-    return publish_index(root, embeddings, vectors, encoder.manifest.fingerprint, name="b" * 20).uri
+    return publish_index(root, embeddings, vectors, encoder.manifest.fingerprint, "b" * 20).uri
 
 
 def config_of(world: "World", *arms: dict[str, Any], mode: str = "split", **more: Any) -> ServeConfig:
