@@ -79,6 +79,36 @@ def test_all_searches_sampled_is_the_offline_measurement(watched: Watched, world
     assert not watched.skips
 
 
+class Metric:
+    """What was set or counted, by labels."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, ...], float] = {}
+
+    def set(self, value: float, labels: dict[str, str]) -> None:
+        self.values[tuple(labels.values())] = value
+
+    def inc(self, value: float, labels: dict[str, str]) -> None:
+        self.values[tuple(labels.values())] = self.values.get(tuple(labels.values()), 0) + value
+
+
+def test_the_gauges_say_what_the_estimate_says(watched: Watched, world: "World") -> None:
+    observer: Any = watched.observer
+    names = ("_recall", "_recall_low", "_recall_high", "_sampled")
+    for name in names:
+        setattr(observer, name, Metric())
+    for vector in queries(20):
+        watched.search(vector=vector, k=K)
+        watched.drain()
+    generation = world.searcher.meta.generation
+    found = watched.monitor.estimate(generation)
+    assert found is not None
+    key = (generation, "default")
+    recall, low, high, sampled = (getattr(observer, name).values for name in names)
+    assert (recall, low, high) == ({key: found.recall}, {key: found.low}, {key: found.high})
+    assert sampled == {("default",): 20}
+
+
 def test_a_sample_agrees_within_its_interval(world: "World", poor_plan: str) -> None:
     vectors = queries(400)
     with Watched(world, poor_plan, share=0.25, max_per_s=10_000) as client:
