@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -154,7 +154,7 @@ class Journal:
     def read(self, after: int = 0) -> Iterator[Record]:
         """The writes with larger numbers than ``after``, in order."""
         files = self._files()
-        for path, following in zip(files, [*files[1:], None], strict=True):
+        for path, following in zip_longest(files, files[1:]):
             if following is not None and int(following.stem.removeprefix("writes-")) <= after + 1:
                 continue
             data, end = path.read_bytes(), len(MAGIC)

@@ -34,6 +34,7 @@ class World(NamedTuple):
     searcher: Searcher
     images: dict[str, bytes]
     vectors: dict[str, np.ndarray]
+    encoder_uri: str
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     embeddings = publish_embeddings(root, encoder_artifact, vectors)
     index = publish_index(root, embeddings, vectors, encoder_artifact.manifest.fingerprint)
     plan = publish_plan(root, index, {"shortlist_dim": 16, "shortlist_k": 12, "rerank_dim": 64})
-    return World(root, index.uri, plan.uri, encoder, Searcher.open(index.uri), images, vectors)
+    return World(root, index.uri, plan.uri, encoder, Searcher.open(index.uri), images, vectors, encoder_artifact.uri)
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +82,10 @@ def publish_encoder(root: str, name: str, seed: int) -> Artifact:
     return publish(draft)
 
 
-def publish_embeddings(root: str, encoder: Artifact, vectors: dict[str, np.ndarray]) -> Artifact:
-    draft = Draft(root, "embeddings", "embed", "e" * 20)
+def publish_embeddings(
+    root: str, encoder: Artifact, vectors: dict[str, np.ndarray], fingerprint: str = "e" * 20
+) -> Artifact:
+    draft = Draft(root, "embeddings", "embed", fingerprint)
     reference = {"fingerprint": encoder.manifest.fingerprint, "name": "encoder", "uri": encoder.uri}
     draft.write_json("meta.json", {"dim": 64, "dims": DIMS, "encoder": reference, "rows": len(vectors)})
     rows = [{"image_id": name, "vector": vector.tolist(), "title": f"picture {name}", "category": None}

@@ -23,6 +23,7 @@ def log_of(folder: Path) -> Path:
 
 def test_writes_come_back_in_order(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
+    assert (journal.last, contents(journal)) == (0, [])
     assert journal.append([(UPSERT, b"a"), (DELETE, b"")]) == 2
     assert journal.append([(UPSERT, b"b" * 1000)]) == 3
     wanted = [(1, UPSERT, b"a"), (2, DELETE, b""), (3, UPSERT, b"b" * 1000)]
