@@ -192,6 +192,7 @@ def _plain(result: SearchResult) -> dict[str, Any]:
         "hits": [{"id": hit.id, "score": hit.score, "metadata": dict(hit.metadata)} for hit in result.hits],
         "plan": vars(info.plan), "generation": info.generation, "model_fingerprint": info.model_fingerprint,
         "coverage": info.coverage, "times_ms": dict(info.times_ms),
+        "request_id": info.request_id, "arm": info.arm, "degraded": info.degraded,
     }  # fmt: skip
 
 

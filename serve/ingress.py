@@ -61,6 +61,11 @@ class Ingress(Follows):
         self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
 
+    def __del__(self) -> None:
+        """Serve calls it when a replica is stopped: what waits for the access log is written."""
+        if hasattr(self, "_observer"):
+            self._observer.close()
+
     async def Search(self, request: pb.SearchRequest, grpc_context: RayServegRPCContext) -> pb.SearchResponse:
         """RPC."""
         response = await self._answer("Search", self._service.search, request, grpc_context)

@@ -168,17 +168,20 @@ def test_an_interleaved_arm_that_fails_leaves_the_other(world: "World", plan_b: 
         assert (found.info.arm, {hit.arm for hit in found.hits}) == ("a", {""})
 
 
-def break_plan(client: LocalClient, shortlist_k: int) -> None:
-    """Searches by the plan with this shortlist_k fail from now on."""
+def break_plan(client: LocalClient, shortlist_k: int) -> Counter[int]:
+    """Searches by the plan with this shortlist_k fail from now on; counts those by each shortlist_k."""
+    asked: Counter[int] = Counter()
     router: Any = client._service.router
     answered = router.search
 
     async def search(*args: Any, **settings: Any) -> Any:
+        asked[args[3].shortlist_k] += 1
         if args[3].shortlist_k == shortlist_k:
             raise RetrievalError(grpc.StatusCode.UNAVAILABLE, "broken on purpose")
         return await answered(*args, **settings)
 
     router.search = search
+    return asked
 
 
 def test_an_arm_that_fails_is_closed_and_control_takes_its_sessions(
@@ -201,6 +204,15 @@ def test_an_arm_that_fails_is_closed_and_control_takes_its_sessions(
     after = lines[lines.index(closed) + 1 :]
     assert {line["arm"] for line in after} == {"a"}
     assert {"guardrail"} == {line.get("forced") for line in after} - {None}
+
+
+def test_a_closed_arm_is_interleaved_no_more(world: "World", plan_b: str) -> None:
+    rails = {"guardrails": {"max_error_share": 0.05, "min_requests": 10}}
+    with LocalClient(config_of(world, {"name": "b", "plan": plan_b}, mode="interleave", experiment=rails)) as client:
+        asked = break_plan(client, PLAN_B["shortlist_k"])
+        arms = [client.search(image_id="img-001", k=4).info.arm for _ in range(30)]
+        assert arms == ["a"] * 30
+        assert asked == Counter({PLAN_B["shortlist_k"]: 10, 12: 30})
 
 
 def guard(**rails: Any) -> Guard:

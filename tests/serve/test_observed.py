@@ -107,3 +107,11 @@ def test_streams_are_logged_by_their_batches(served: Served, world: "World") -> 
     assert told == [("NOT_FOUND", 1), ("OK", 1), ("OK", 3)]
     ids = {result.info.request_id for answer in answers if not isinstance(answer, RetrievalError) for result in answer}
     assert ids == {line["request_id"] for line in lines if line["method"] == "SearchStream" and line["code"] == "OK"}
+
+
+def test_what_waits_is_written_when_the_service_stops(served: Served) -> None:
+    found = served.client.search(image_id="img-003")
+    stop()
+    ids = [json.loads(text)["request_id"] for path in served.folder.glob("access-*.jsonl")
+           for text in path.read_text().splitlines()]  # fmt: skip
+    assert found.info.request_id in ids
