@@ -107,17 +107,20 @@ def render(report: dict[str, Any]) -> str:
     """The report as text."""
     lines = [f"experiment {report['experiment']}, {report['mode']}, control {report['control']}",
              f"{'arm':<12} {'requests':>9} {'sessions':>9} {'errors':>8} {'degraded':>8} {'p50 ms':>8} {'p99 ms':>8}  "
-             "answers with feedback (95%)"]  # fmt: skip
+             "answers with feedback  units with feedback (95%)"]  # fmt: skip
     for arm in report["arms"]:
-        low, high = arm["feedback_interval"]
+        low, high = arm["unit_interval"]
+        answers = f"{arm['answers_with_feedback']} = {arm['feedback_rate']:.2%}"
         lines.append(f"{arm['name']:<12} {arm['requests']:>9} {arm['sessions']:>9} "
                      f"{arm['errors'] / arm['requests']:>8.2%} {arm['degraded'] / arm['requests']:>8.2%} "
-                     f"{arm['p50_ms']:>8.1f} {arm['p99_ms']:>8.1f}  {arm['answers_with_feedback']} = "
-                     f"{arm['feedback_rate']:.2%} ({low:.2%} to {high:.2%})")  # fmt: skip
+                     f"{arm['p50_ms']:>8.1f} {arm['p99_ms']:>8.1f}  {answers:<21}  "
+                     f"{arm['units_with_feedback']} of {arm['units']} = "
+                     f"{arm['units_with_feedback'] / arm['units']:.2%} ({low:.2%} to {high:.2%})")  # fmt: skip
     lines += [f"left out: {count} requests, {WHY_FORCED.get(reason, reason)}"
               for reason, count in report["forced"].items()]  # fmt: skip
     if report["unreadable_lines"]:
         lines.append(f"left out: {report['unreadable_lines']} lines that are cut off or damaged")
+    lines.append("units are sessions, and requests without one")
     lines += ["", *(f"- {sentence}" for sentence in report["means"]),
               "- this holds for one look at the end of a length chosen beforehand; whoever looks daily and stops at a "
               "difference finds one too often"]  # fmt: skip

@@ -38,10 +38,11 @@ class ArmFigures:
     p99_ms: float
     answers_with_feedback: int
     feedback_rate: float
-    """Of the answers."""
-    feedback_interval: Interval
+    """Of the answers; those of one session go together, so it has no interval."""
     units: int
     units_with_feedback: int
+    unit_interval: Interval
+    """Wilson's, of the share of units with feedback."""
     breaks: tuple[str, ...]
     """Guardrails that the figures are beyond."""
 
@@ -101,7 +102,7 @@ def _describe(name: str, requests: Sequence[Shown], acted: set[str], log: Experi
     return ArmFigures(
         name, len(requests), len({request.session for request in requests} - {""}), errors,
         sum(request.degraded for request in requests), float(p50), float(p99), with_feedback,
-        with_feedback / max(1, len(answers)), wilson(with_feedback, len(answers)), units, hit,
+        with_feedback / max(1, len(answers)), units, hit, wilson(hit, units),
         () if name == log.settings.control.name else tuple(breaks),
     )  # fmt: skip
 
