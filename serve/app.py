@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 from lookalike.cluster import ensure_ray
 from lookalike.errors import UsageError
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.experiment import own_generations, read_arms
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.ingress import SERVICERS, Ingress
 from lookalike.serve.tenants import read_tenants
@@ -41,6 +42,7 @@ def build(config: ServeConfig) -> serve.Application:
         raise UsageError("tls is for `lookalike serve`, a Serve application cannot open it; leave it out and put a "
                          "proxy before the gRPC port, as deploy/kuberay/retrieval.yaml does")  # fmt: skip
     generation = read_service(config)
+    arms = read_arms(config, generation)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
@@ -49,7 +51,7 @@ def build(config: ServeConfig) -> serve.Application:
         "logging_config": LoggingConfig(enable_access_log=False),
     }
     num_groups = generation.meta.num_hash_shards
-    writer, held = None, [generation]
+    writer, held = None, [generation, *own_generations(arms, generation)]
     if config.writes.state is not None:
         writer, held = _writer(shared).bind(config, generation), []  # replicas learn from the writer what to hold
 
@@ -59,21 +61,21 @@ def build(config: ServeConfig) -> serve.Application:
 
     ingress = serve.deployment(**deployment("ingress", num_replicas=config.num_replicas))(Ingress)
     if config.placement == "fused":
-        return ingress.bind(config, generation, None, writer)
+        return ingress.bind(config, generation, None, writer, arms)
     replicas = config.shard_replicas
     shards = [serve.deployment(**deployment(f"shard-{group:03d}", num_replicas=replicas))(ShardWorker).bind(
         group, num_groups, held, writer) for group in range(num_groups)]  # fmt: skip
     reranker, encoder = None, None
     if config.placement == "staged":
         reranker = serve.deployment(**deployment("rerank", num_replicas=replicas))(RerankWorker).bind(held, writer)
-    if generation.encoder is not None:
+    if any(one.encoder is not None for one in (generation, *held)):
         from lookalike.serve.encoding import BatchingEncoder  # torch: only for those who encode
 
         own = config.encoder_replicas
         resources = {"num_cpus": config.cpus_per_replica, "num_gpus": own.num_gpus}
         options = deployment("encoder", num_replicas=own.num_replicas, ray_actor_options=resources)
         encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
-    return ingress.bind(config, generation, (shards, reranker, encoder), writer)
+    return ingress.bind(config, generation, (shards, reranker, encoder), writer, arms)
 
 
 def _writer(shared: dict[str, Any]) -> serve.Deployment:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lookalike import storage
 from lookalike.config import Config
+from lookalike.serve.observer_config import AccessLogSettings, ExperimentSettings, MonitorSettings
 from lookalike.serve.tls import Tls
 
 
@@ -103,6 +104,10 @@ class ServeConfig(Config):
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
+    access_log: AccessLogSettings = AccessLogSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    experiment: ExperimentSettings | None = None
+    """Arms that share the traffic; None sends all of it to ``index`` and ``plan``."""
     writes: Writes = Writes()
 
     @model_validator(mode="after")

@@ -10,8 +10,10 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from ray.util.metrics import Counter, Histogram
 
+from lookalike.serve import trace
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError, invalid, shorten
+from lookalike.serve.experiment import Arm, own_generations
 from lookalike.serve.follower import Follows
 from lookalike.serve.gate import Caller, Gate
 from lookalike.serve.generation import Generation
@@ -42,18 +44,21 @@ class Ingress(Follows):
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
-        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, writer: Any = None
-    ) -> None:
+        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, writer: Any = None,
+        arms: Sequence[Arm] = (),
+    ) -> None:  # fmt: skip
         self.writer = writer
         self._local: list[Any] = []
         """Workers in this process."""
         self._generations = {generation.name: generation}
         if workers is None:
-            router = open_workers(config, generation, [generation] if writer is None else [])
+            held = [generation, *own_generations(arms, generation)] if writer is None else []
+            router = open_workers(config, generation, held)
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
             router = Router(*workers)
-        self._service = Service(config, generation, router, writer)
+        self._service = Service(config, generation, router, writer, arms)
+        self._observer = self._service.observer
         self._gate = Gate(config)
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.",
@@ -61,6 +66,11 @@ class Ingress(Follows):
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
         self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
+
+    def __del__(self) -> None:
+        """Serve calls it when a replica is stopped: what waits for the access log is written."""
+        if hasattr(self, "_observer"):
+            self._observer.close()
 
     async def Search(self, request: pb.SearchRequest, grpc_context: RayServegRPCContext) -> pb.SearchResponse:
         """RPC."""
@@ -80,15 +90,15 @@ class Ingress(Follows):
         self, requests: gRPCInputStream[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """RPC; counted by its batches."""
-        tenant = ""
+        seen = trace.begin("SearchStream")
         try:
             caller = self._identify("SearchStream", grpc_context)
-            tenant = caller.name
+            seen.tenant = caller.name
             with caller.under_way():
                 async for response in self._service.search_stream(requests, partial(caller.check, "SearchStream")):
                     failed = response.WhichOneof("outcome") == "failure"
                     code = CODES[response.failure.code].name if failed else "OK"
-                    self._requests.inc(1, {"method": "SearchStream", "code": code, "tenant": tenant})
+                    self._requests.inc(1, {"method": "SearchStream", "code": code, "tenant": seen.tenant})
                     if not failed:
                         self._observe(response.batch.info)
                     yield response
@@ -96,8 +106,12 @@ class Ingress(Follows):
                 raise invalid("the stream broke off: it ended, or went on with bytes that are no SearchStreamRequest")
         except Exception as error:  # noqa: BLE001
             failure = as_retrieval_error(error)
-            self._requests.inc(1, {"method": "SearchStream", "code": failure.code.name, "tenant": tenant})
+            self._requests.inc(1, {"method": "SearchStream", "code": failure.code.name, "tenant": seen.tenant})
             raise tell(grpc_context, failure) from None
+
+    async def Feedback(self, request: pb.FeedbackRequest, grpc_context: RayServegRPCContext) -> pb.FeedbackResponse:
+        """RPC."""
+        return await self._answer("Feedback", self._service.feedback, request, grpc_context)
 
     async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
         """RPC."""
@@ -173,10 +187,10 @@ class Ingress(Follows):
         self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
     ) -> Response:
         start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-        tenant = ""
+        seen = self._observer.begin(rpc)
         try:
             caller = self._identify(rpc, context)
-            tenant = caller.name
+            seen.tenant = caller.name
             with caller.request(rpc, request):
                 response = await work(request)
             code = grpc.StatusCode.OK
@@ -186,7 +200,8 @@ class Ingress(Follows):
             code = failure.code
             raise tell(context, failure) from None
         finally:
-            self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": tenant})
+            self._observer.end(seen, code)
+            self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": seen.tenant})
             self._seconds.observe(time.perf_counter() - start, {"method": rpc})
 
     def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:

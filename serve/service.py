@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -11,9 +12,13 @@ import grpc
 import numpy as np
 
 import lookalike
+from lookalike.serve import trace
+from lookalike.serve.arms import Answered, answer
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError
+from lookalike.serve.experiment import Arm, Route
 from lookalike.serve.generation import Generation
+from lookalike.serve.observer import Observer
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
@@ -42,23 +47,37 @@ class Service:
     A request belongs to the generation that is ``current`` when it begins.
     """
 
-    def __init__(self, config: ServeConfig, current: Generation, router: Router, writer: Any = None) -> None:
+    def __init__(
+        self, config: ServeConfig, current: Generation, router: Router, writer: Any = None, arms: Sequence[Arm] = ()
+    ) -> None:
         self.config, self.current, self.router, self.writer = config, current, router, writer
+        self.observer = Observer(config, router, arms)
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
-        generation = self.current
-        options = self._options(generation, request.options)
-        found = await self._find(generation, [request.query], options)
-        return pb.SearchResponse(hits=write_hits(found.answer, 0), info=self._info(generation, options, found))
+        (hits,), info = await self._search([request.query], request.options)
+        return pb.SearchResponse(hits=hits, info=info)
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
         """``SearchBatch``."""
-        generation = self.current
-        options = self._options(generation, request.options)
-        found = await self._find(generation, request.queries, options)
-        results = [pb.HitList(hits=write_hits(found.answer, query)) for query in range(len(request.queries))]
-        return pb.SearchBatchResponse(results=results, info=self._info(generation, options, found))
+        results, info = await self._search(request.queries, request.options)
+        return pb.SearchBatchResponse(results=[pb.HitList(hits=hits) for hits in results], info=info)
+
+    async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Answered:
+        return await answer(self.observer.experiment, self.current, queries, options, self._search_one)
+
+    async def _search_one(
+        self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions
+    ) -> Answered:
+        """The answer of one generation."""
+        generation = route.generation
+        options = self._options(generation, message)
+        vectors, found = await self._find(generation, queries, options)
+        info = self._info(generation, options, found)
+        own_plan = message.HasField("plan") or message.HasField("min_recall")
+        searched = trace.Searched(generation, options, vectors, found, route.arm, own_plan, info.degraded)
+        trace.current().searches.append(searched)
+        return [write_hits(found.answer, query) for query in range(len(queries))], info
 
     async def search_stream(
         self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None
@@ -92,12 +111,20 @@ class Service:
     async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none."""
         try:
-            if check is not None:
-                check(request)
-            return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
+            batch = await self.observer.watch("SearchStream", partial(self._checked_batch, check), request)
+            return pb.SearchStreamResponse(tag=request.tag, batch=batch)
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
             return pb.SearchStreamResponse(tag=request.tag, failure=failure)
+
+    async def _checked_batch(self, check: Check | None, request: pb.SearchStreamRequest) -> pb.SearchBatchResponse:
+        if check is not None:
+            check(request)
+        return await self.search_batch(request.batch)
+
+    async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
+        """``Feedback``."""
+        return await self.observer.feedback(request)
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """``Embed``."""
@@ -160,6 +187,8 @@ class Service:
         self._require_writer()
         deadline = _deadline(self.config.timeout_s)
         response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
+        if (recall := self.observer.estimate(self.current)) is not None:
+            response.recall.CopyFrom(recall)
         return response
 
     async def _move(self, method: str, *args: Any) -> pb.Generation:
@@ -180,12 +209,14 @@ class Service:
         return read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
                             timeout_s=self.config.timeout_s)  # fmt: skip
 
-    async def _find(self, generation: Generation, queries: Sequence[pb.Query], options: Options) -> Found:
+    async def _find(
+        self, generation: Generation, queries: Sequence[pb.Query], options: Options
+    ) -> tuple[Floats, Found]:
         deadline = _deadline(options.timeout_s)
         vectors, times = await self._vectors(generation, queries, deadline)
         found = await self.router.search(generation.name, vectors, options.k, options.plan, options.filters,
                                          deadline=deadline, allow_partial=options.allow_partial)  # fmt: skip
-        return found._replace(times_ms={**times, **found.times_ms})
+        return vectors, found._replace(times_ms={**times, **found.times_ms})
 
     async def _vectors(
         self, generation: Generation, queries: Sequence[pb.Query], deadline: float

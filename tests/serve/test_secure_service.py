@@ -82,7 +82,7 @@ def test_a_service_for_those_with_certificate_and_token(
     visitor.start()
     served = main(["serve", "--index", world.index, "port=0", f"tls.port={port}", f"tls.certificate={server[0]}",
                    f"tls.key={server[1]}", f"tls.client_ca={authority.path}", f"tenants={tenants}",
-                   "cpus_per_replica=0.1"])  # fmt: skip
+                   "cpus_per_replica=0.1", f"access_log.folder={tmp_path / 'log'}"])  # fmt: skip
     visitor.join()
     assert (outcomes["all"], outcomes["found"]) == (0, "img-003")
     assert (outcomes["no token"], outcomes["no certificate"], outcomes["plain text"], outcomes["admin"]) == (2, 1, 1, 2)
@@ -90,6 +90,11 @@ def test_a_service_for_those_with_certificate_and_token(
     assert "Status needs the role 'admin', tenant 'shop' has 'read'" in str(outcomes["admin's words"])
     assert outcomes["rotated"]
     assert served == 1  # the proxy's death was noticed
+    text = "".join(path.read_text() for path in (tmp_path / "log").glob("*.jsonl"))
+    seen = [json.loads(line) for line in text.splitlines()]
+    assert {one.get("tenant") for one in seen if one["code"] == "OK"} == {"shop", "other"}
+    assert "UNAUTHENTICATED" in {one["code"] for one in seen}
+    assert not [secret for secret in (token, later) if secret.read_text().strip() in text]
 
 
 def wait_for_change(port: int, tls: ClientTls, fresh: str, old: str) -> bool:
