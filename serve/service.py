@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,7 @@ import lookalike
 from lookalike.serve import trace
 from lookalike.serve.arms import Answered, answer
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import RetrievalError
 from lookalike.serve.experiment import Arm, Route
 from lookalike.serve.generation import Generation
 from lookalike.serve.observer import Observer
@@ -23,7 +23,9 @@ from lookalike.serve.requests import (
     Options,
     check_ids,
     check_image,
+    check_num,
     check_rows,
+    check_uris,
     portions,
     read_options,
     read_queries,
@@ -35,6 +37,7 @@ from lookalike.serve.router import Floats, Found, Router
 
 MOVE_S = 86_400.0
 """Longest that a switch or compaction may take, in seconds; the request usually says less."""
+Check = Callable[[pb.SearchStreamRequest], None]
 
 
 class Service:
@@ -76,9 +79,12 @@ class Service:
         return [write_hits(found.answer, query) for query in range(len(queries))], info
 
     async def search_stream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest]
+        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests."""
+        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests.
+
+        ``check`` may refuse a batch before it is worked on.
+        """
         begun: deque[asyncio.Task[pb.SearchStreamResponse]] = deque()
         reading: asyncio.Future[pb.SearchStreamRequest | None] | None = None
         ended = False
@@ -92,7 +98,7 @@ class Service:
                     request, reading = reading.result(), None
                     ended = request is None
                     if request is not None:
-                        begun.append(asyncio.ensure_future(self.stream_one(request)))
+                        begun.append(asyncio.ensure_future(self.stream_one(request, check)))
                 while begun and begun[0].done():
                     yield begun.popleft().result()
         finally:  # the caller may have gone
@@ -101,10 +107,15 @@ class Service:
             for task in begun:
                 task.cancel()
 
-    async def stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
+    async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none."""
+        async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+            if check is not None:
+                check(request)
+            return await self.search_batch(batch)
+
         try:
-            batch = await self.observer.watch("SearchStream", self.search_batch, request.batch)
+            batch = await self.observer.watch("SearchStream", work, request.batch)
             return pb.SearchStreamResponse(tag=request.tag, batch=batch)
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
@@ -116,8 +127,7 @@ class Service:
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """``Embed``."""
-        if not 1 <= len(request.images) <= self.config.limits.max_batch:
-            raise invalid(f"{len(request.images)} images in one request; send 1 to {self.config.limits.max_batch}")
+        check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
         generation = self.current
         vectors = await self._encode(generation, images, _deadline(self.config.timeout_s))
@@ -160,6 +170,7 @@ class Service:
 
     async def switch(self, request: pb.SwitchRequest) -> pb.SwitchResponse:
         """``AdminService.Switch``."""
+        check_uris(request)
         return pb.SwitchResponse(current=await self._move("switch", request.SerializeToString()))
 
     async def rollback(self, request: pb.RollbackRequest) -> pb.RollbackResponse:
