@@ -52,8 +52,8 @@ class Writes(Config):
     """Writes and changes of the index while it is served."""
 
     state: str | None = None
-    """Folder for this service alone that keeps its writes, which index it serves, and the indexes that compaction builds:
-    on a disk, shared where replicas run on several machines. Without one the service answers searches only."""
+    """Folder for this service alone that keeps its writes, which index it serves, and the indexes that compaction
+    builds: on a disk, shared where replicas run on several machines. Without one the service answers searches only."""
     compact_rows: int | None = Field(default=20_000, ge=1)
     """Written and deleted rows from which on an index that holds them is built; None leaves that to the operator."""
     max_pending_rows: int = Field(default=200_000, ge=1)

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -110,17 +109,17 @@ class Service:
 
     async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none."""
+        async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+            if check is not None:
+                check(request)
+            return await self.search_batch(batch)
+
         try:
-            batch = await self.observer.watch("SearchStream", partial(self._checked_batch, check), request)
+            batch = await self.observer.watch("SearchStream", work, request.batch)
             return pb.SearchStreamResponse(tag=request.tag, batch=batch)
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
             return pb.SearchStreamResponse(tag=request.tag, failure=failure)
-
-    async def _checked_batch(self, check: Check | None, request: pb.SearchStreamRequest) -> pb.SearchBatchResponse:
-        if check is not None:
-            check(request)
-        return await self.search_batch(request.batch)
 
     async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
         """``Feedback``."""
