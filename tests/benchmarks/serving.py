@@ -10,7 +10,8 @@ ingress to as many no-op replicas at once as there are shards, less the no-op in
 run in this process, a closed loop each; windows of what is compared take turns, and a row holds the median window.
 
 Queries are single vectors, batches of 32 vectors and, in fused-1 and sharded-2, single JPEGs of the sample corpus
-through a small encoder of random weights. ``cpu_ms`` is CPU time of all server processes a request, Ray's own included. Answers
+through a small encoder of random weights. ``cpu_ms`` is CPU time of all server processes a request, Ray's own
+included. Answers
 of both servers are compared before they are measured. One JSON object a line; the last one has the ratios:
 ``*_p50_vs_raw``, ``*_p50_minus_hops_vs_raw`` (staged pays two), ``*_batch_qps_vs_raw``.
 """
