@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import grpc
 import grpc.aio
 
+from lookalike.serve.credentials import ClientTls, call_metadata, open_channel
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc
@@ -42,8 +43,8 @@ from lookalike.serve.results import (
     to_upsert,
 )
 
-__all__ = ["AsyncClient", "Client", "Description", "Embeddings", "Hit", "PlanLike", "Query", "SearchInfo", "SearchPlan",
-           "SearchResult", "SearchSettings", "StoredRow"]  # fmt: skip
+__all__ = ["AsyncClient", "Client", "ClientTls", "Description", "Embeddings", "Hit", "PlanLike", "Query", "SearchInfo",
+           "SearchPlan", "SearchResult", "SearchSettings", "StoredRow"]  # fmt: skip
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 MAX_MESSAGE_BYTES = 64 << 20
@@ -61,16 +62,17 @@ class Client:
     """Blocking client; safe to share between threads. Every method raises ``RetrievalError`` with a gRPC status.
 
     ``address`` is ``host:port``; ``timeout_s`` the deadline of each call; ``application`` the Serve application to
-    ask where several share the port; ``channel`` replaces the plain-text channel (TLS, interceptors).
+    ask where several share the port; ``token`` the bearer token, which travels in clear text without ``tls``;
+    ``channel`` replaces the channel (interceptors).
     """
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 30.0, application: str = "",
-        channel: grpc.Channel | None = None,
+        token: str | None = None, tls: ClientTls | None = None, channel: grpc.Channel | None = None,
     ) -> None:  # fmt: skip
-        self._metadata = (("application", application),) if application else ()
+        self._metadata = call_metadata(application, token)
         self.address, self.timeout_s = address, timeout_s
-        self._channel = grpc.insecure_channel(address, options=OPTIONS) if channel is None else channel
+        self._channel = open_channel(grpc, address, tls, OPTIONS) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def search(
@@ -106,6 +108,11 @@ class Client:
     def embed(self, images: Sequence[bytes]) -> Embeddings:
         """Vectors of encoded images, one row each."""
         return from_embeddings(self._call("Embed", pb.EmbedRequest(images=images)))
+
+    def feedback(self, request_id: str, kind: str, *, id: str = "") -> None:
+        """Tell what became of an answer (``SearchInfo.request_id``): ``kind`` is a short word such as "click", ``id``
+        the hit that was acted on, if one was."""
+        self._call("Feedback", pb.FeedbackRequest(request_id=request_id, id=id, kind=kind))
 
     def describe(self) -> Description:
         """What the service serves."""
@@ -188,11 +195,11 @@ class AsyncClient:
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 30.0, application: str = "",
-        channel: grpc.aio.Channel | None = None,
+        token: str | None = None, tls: ClientTls | None = None, channel: grpc.aio.Channel | None = None,
     ) -> None:  # fmt: skip
-        self._metadata = (("application", application),) if application else ()
+        self._metadata = call_metadata(application, token)
         self.address, self.timeout_s = address, timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS) if channel is None else channel
+        self._channel = open_channel(grpc.aio, address, tls, OPTIONS) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def search(
@@ -226,6 +233,10 @@ class AsyncClient:
     async def embed(self, images: Sequence[bytes]) -> Embeddings:
         """As ``Client.embed``."""
         return from_embeddings(await self._call("Embed", pb.EmbedRequest(images=images)))
+
+    async def feedback(self, request_id: str, kind: str, *, id: str = "") -> None:
+        """As ``Client.feedback``."""
+        await self._call("Feedback", pb.FeedbackRequest(request_id=request_id, id=id, kind=kind))
 
     async def describe(self) -> Description:
         """As ``Client.describe``."""

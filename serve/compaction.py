@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lookalike import storage
-from lookalike.artifacts import Artifact, Draft, find, hash_json
+from lookalike.artifacts import Artifact, Draft, find, hash_json, lineage
 from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.serve.journal import Record, read_frame
 from lookalike.serve.proto import retrieval_pb2 as pb
@@ -113,6 +113,15 @@ def compact(index: str, records: Sequence[Record], folder: str) -> str:
     config = stage.config.model_validate(base.manifest.config)
     inputs = {"embeddings": [merged], "previous": [base]}
     return execute(stage, config, inputs, storage.join(folder, ROOT), base.manifest.name).uri
+
+
+def held_writes(index: str, folder: str) -> int:
+    """Number of the last write of the service in ``folder`` that an index holds, by its lineage; 0 for none."""
+    root, numbers = storage.join(folder, ROOT) + "/", [0]
+    for _, _, ancestor in lineage(Artifact.open(index, "index", check=False)):
+        if isinstance(ancestor, Artifact) and ancestor.uri.startswith(root):
+            numbers += ancestor.manifest.config.get("writes", [])
+    return max(numbers)
 
 
 def find_embeddings(index: Artifact) -> Artifact:

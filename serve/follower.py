@@ -76,6 +76,8 @@ class Follower:
         self._id = uuid.uuid4().hex
         self._version, self._last = (0, -1), 0
         self._records: list[Record] = []
+        """Writes that some generation held may lack: those after ``_since``."""
+        self._since, self._target = 0, 0
         self._opened: dict[str, tuple[Generation, Any]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[str, asyncio.TimerHandle] = {}
@@ -124,19 +126,21 @@ class Follower:
             answer, frames = await self._writer.follow.remote(json.dumps(asked))
             news = json.loads(answer)
             async with self._taking:
+                self._last = max(self._last, news["since"])  # what is before that, every generation holds
                 await self._take_writes(frames)
+                self._target = max(self._target, news["last"])
                 if (version := tuple(news["version"])) >= self._version:  # else it was overtaken on the way
                     self._hold([Held.model_validate(one) for one in news["held"]])
                     if news["current"] in self._opened:
                         self._member.switch(news["current"])
                     self._version = version
-            if self._last >= news["last"]:
+            if self._last >= self._target:
                 return str(news["current"])
 
     async def _take_writes(self, frames: Sequence[bytes]) -> None:
         found = [read_frame(frame) for frame in frames]
         records = [one[0] for one in found if one is not None and one[0].number > self._last]
-        if records:
+        if records and records[0].number == self._last + 1:  # else some before it were asked for anew
             self._records += records
             self._last = records[-1].number
             for generation, opened in list(self._opened.values()):
@@ -159,8 +163,11 @@ class Follower:
             if not is_here and name not in self._loading and name not in self._failed:
                 self._loading[name] = asyncio.ensure_future(self._load(one))
         oldest = min(one.includes_writes for one in held)
-        if self._records and self._records[0].number <= oldest:
+        if oldest >= self._since:
             self._records = [record for record in self._records if record.number > oldest]
+        else:  # one is new that lacks writes which all others have: from there on anew
+            self._records, self._last = [], oldest
+        self._since = oldest
 
     def _let_go(self, name: str) -> None:
         self._leaving.pop(name, None)
@@ -172,9 +179,11 @@ class Follower:
         try:
             generation, opened = await asyncio.to_thread(self._open, one)
             given = 0
-            while given < self._last:  # writes go on arriving
-                given = self._last
-                await self._give(generation, opened, self._records)
+            while given < self._target:  # writes go on arriving
+                given, records = self._last, self._records
+                await self._give(generation, opened, records)
+                if given < self._target:
+                    await asyncio.sleep(0.02)
             self._member.add(generation, opened)
             self._opened[name] = (generation, opened)
         except Exception as error:  # noqa: BLE001  # the writer is told

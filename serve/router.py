@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from lookalike.retrieval.filters import Conditions
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.answers import Answer, merge, unpack
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import RetrievalError, invalid, shorten
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -78,8 +78,8 @@ class Router:
         missing = [image_id for image_id in image_ids if image_id not in found]
         if missing:
             accept(outcomes, allow_partial=False)  # a lost shard may hold it: that is no NOT_FOUND
-            raise RetrievalError(grpc.StatusCode.NOT_FOUND, f"no image {missing[0]!r} in the index; search by the "
-                                 "image itself")  # fmt: skip
+            raise RetrievalError(grpc.StatusCode.NOT_FOUND, f"no image {shorten(missing[0])} in the index; search by "
+                                 "the image itself")  # fmt: skip
         return [np.frombuffer(found[image_id], "<f4") for image_id in image_ids]
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,15 +11,21 @@ import grpc
 import numpy as np
 
 import lookalike
+from lookalike.serve import trace
+from lookalike.serve.arms import Answered, answer
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import RetrievalError
+from lookalike.serve.experiment import Arm, Route
 from lookalike.serve.generation import Generation
+from lookalike.serve.observer import Observer
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
     check_ids,
     check_image,
+    check_num,
     check_rows,
+    check_uris,
     portions,
     read_options,
     read_queries,
@@ -31,6 +37,7 @@ from lookalike.serve.router import Floats, Found, Router
 
 MOVE_S = 86_400.0
 """Longest that a switch or compaction may take, in seconds; the request usually says less."""
+Check = Callable[[pb.SearchStreamRequest], None]
 
 
 class Service:
@@ -39,28 +46,45 @@ class Service:
     A request belongs to the generation that is ``current`` when it begins.
     """
 
-    def __init__(self, config: ServeConfig, current: Generation, router: Router, writer: Any = None) -> None:
+    def __init__(
+        self, config: ServeConfig, current: Generation, router: Router, writer: Any = None, arms: Sequence[Arm] = ()
+    ) -> None:
         self.config, self.current, self.router, self.writer = config, current, router, writer
+        self.observer = Observer(config, router, arms)
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
-        generation = self.current
-        options = self._options(generation, request.options)
-        found = await self._find(generation, [request.query], options)
-        return pb.SearchResponse(hits=write_hits(found.answer, 0), info=self._info(generation, options, found))
+        (hits,), info = await self._search([request.query], request.options)
+        return pb.SearchResponse(hits=hits, info=info)
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
         """``SearchBatch``."""
-        generation = self.current
-        options = self._options(generation, request.options)
-        found = await self._find(generation, request.queries, options)
-        results = [pb.HitList(hits=write_hits(found.answer, query)) for query in range(len(request.queries))]
-        return pb.SearchBatchResponse(results=results, info=self._info(generation, options, found))
+        results, info = await self._search(request.queries, request.options)
+        return pb.SearchBatchResponse(results=[pb.HitList(hits=hits) for hits in results], info=info)
+
+    async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Answered:
+        return await answer(self.observer.experiment, self.current, queries, options, self._search_one)
+
+    async def _search_one(
+        self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions
+    ) -> Answered:
+        """The answer of one generation."""
+        generation = route.generation
+        options = self._options(generation, message)
+        vectors, found = await self._find(generation, queries, options)
+        info = self._info(generation, options, found)
+        own_plan = message.HasField("plan") or message.HasField("min_recall")
+        searched = trace.Searched(generation, options, vectors, found, route.arm, own_plan, info.degraded)
+        trace.current().searches.append(searched)
+        return [write_hits(found.answer, query) for query in range(len(queries))], info
 
     async def search_stream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest]
+        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests."""
+        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests.
+
+        ``check`` may refuse a batch before it is worked on.
+        """
         begun: deque[asyncio.Task[pb.SearchStreamResponse]] = deque()
         reading: asyncio.Future[pb.SearchStreamRequest | None] | None = None
         ended = False
@@ -74,7 +98,7 @@ class Service:
                     request, reading = reading.result(), None
                     ended = request is None
                     if request is not None:
-                        begun.append(asyncio.ensure_future(self.stream_one(request)))
+                        begun.append(asyncio.ensure_future(self.stream_one(request, check)))
                 while begun and begun[0].done():
                     yield begun.popleft().result()
         finally:  # the caller may have gone
@@ -83,18 +107,27 @@ class Service:
             for task in begun:
                 task.cancel()
 
-    async def stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
+    async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none."""
+        async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+            if check is not None:
+                check(request)
+            return await self.search_batch(batch)
+
         try:
-            return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
+            batch = await self.observer.watch("SearchStream", work, request.batch)
+            return pb.SearchStreamResponse(tag=request.tag, batch=batch)
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
             return pb.SearchStreamResponse(tag=request.tag, failure=failure)
 
+    async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
+        """``Feedback``."""
+        return await self.observer.feedback(request)
+
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """``Embed``."""
-        if not 1 <= len(request.images) <= self.config.limits.max_batch:
-            raise invalid(f"{len(request.images)} images in one request; send 1 to {self.config.limits.max_batch}")
+        check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
         generation = self.current
         vectors = await self._encode(generation, images, _deadline(self.config.timeout_s))
@@ -137,6 +170,7 @@ class Service:
 
     async def switch(self, request: pb.SwitchRequest) -> pb.SwitchResponse:
         """``AdminService.Switch``."""
+        check_uris(request)
         return pb.SwitchResponse(current=await self._move("switch", request.SerializeToString()))
 
     async def rollback(self, request: pb.RollbackRequest) -> pb.RollbackResponse:
@@ -152,6 +186,8 @@ class Service:
         self._require_writer()
         deadline = _deadline(self.config.timeout_s)
         response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
+        if (recall := self.observer.estimate(self.current)) is not None:
+            response.recall.CopyFrom(recall)
         return response
 
     async def _move(self, method: str, *args: Any) -> pb.Generation:
@@ -172,12 +208,14 @@ class Service:
         return read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
                             timeout_s=self.config.timeout_s)  # fmt: skip
 
-    async def _find(self, generation: Generation, queries: Sequence[pb.Query], options: Options) -> Found:
+    async def _find(
+        self, generation: Generation, queries: Sequence[pb.Query], options: Options
+    ) -> tuple[Floats, Found]:
         deadline = _deadline(options.timeout_s)
         vectors, times = await self._vectors(generation, queries, deadline)
         found = await self.router.search(generation.name, vectors, options.k, options.plan, options.filters,
                                          deadline=deadline, allow_partial=options.allow_partial)  # fmt: skip
-        return found._replace(times_ms={**times, **found.times_ms})
+        return vectors, found._replace(times_ms={**times, **found.times_ms})
 
     async def _vectors(
         self, generation: Generation, queries: Sequence[pb.Query], deadline: float

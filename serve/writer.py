@@ -18,7 +18,7 @@ import grpc
 from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.errors import LookalikeError, UsageError
-from lookalike.serve.compaction import compact_in_task
+from lookalike.serve.compaction import compact_in_task, held_writes
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError, invalid
 from lookalike.serve.follower import POLL_S
@@ -59,6 +59,8 @@ class Writer:
         if oldest + 1 < self._journal.first:
             raise UsageError(f"{self._folder} has the writes from {self._journal.first} on, the index needs those from "
                              f"{oldest + 1} on; say which it holds, or restore the folder from a copy")  # fmt: skip
+        self._since = oldest
+        """The writes after this one are in memory."""
         self._records = list(self._journal.read(oldest))
         self._rows = [count_rows(record) for record in self._records]
         self._pending = self._count_pending()
@@ -82,7 +84,7 @@ class Writer:
             await _wait(self._changed, ask["wait_s"])
         state = self._state
         news = {"version": self._version, "held": [one.model_dump() for one in state.held], "current": state.current,
-                "last": self._journal.last}  # fmt: skip
+                "last": self._journal.last, "since": self._since}  # fmt: skip
         return json.dumps(news), self._frames_after(ask["last"])
 
     def _frames_after(self, last: int) -> list[bytes]:
@@ -164,22 +166,30 @@ class Writer:
         """Serve another index: a ``SwitchRequest`` to the ``Generation`` that answers now."""
         request = pb.SwitchRequest.FromString(content)
         async with self._moving:
-            serving = self._state.serving
-            includes = request.includes_writes if request.HasField("includes_writes") else serving.includes_writes
-            if includes > self._journal.last:
-                raise invalid(f"includes_writes={includes} is beyond the last write, {self._journal.last}")
-            if includes + 1 < self._journal.first and self._journal.last:
-                raise invalid(f"includes_writes={includes}: the writes before {self._journal.first} are compacted and "
-                              "gone; the index must hold them")  # fmt: skip
+            if request.HasField("includes_writes") and request.includes_writes > self._journal.last:
+                raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, "
+                              f"{self._journal.last}")  # fmt: skip
             try:
+                includes = request.includes_writes
+                if not request.HasField("includes_writes"):
+                    includes = await asyncio.to_thread(held_writes, request.index, self._folder)
+                self._check_includes(request.index, includes)
                 generation = await asyncio.to_thread(
                     read_generation, request.index, request.plan or None, request.encoder or "auto",
                     includes_writes=includes,
                 )  # fmt: skip
                 self._check_writes(generation)
-            except LookalikeError as error:
+            except (LookalikeError, OSError) as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not switched: {error}") from None
             return write_held(await self._serve(Held.of(generation), request.timeout_s or 600))
+
+    def _check_includes(self, index: str, includes: int) -> None:
+        """Refuse an index to which acknowledged writes would be lost."""
+        compacted = self._state.serving
+        if includes + 1 < self._journal.first:
+            raise UsageError(f"index {index} holds the service's writes up to {includes}, those up to "
+                             f"{self._journal.first - 1} are only in {compacted.index} any more; build it from the "
+                             "embeddings of that one, or set includes_writes if it holds them")  # fmt: skip
 
     def _check_writes(self, generation: Generation) -> None:
         """Refuse another model while writes with vectors of the old one would be lost to it."""
@@ -203,11 +213,13 @@ class Writer:
         before, deadline = self._state, time.monotonic() + timeout_s
         if one == before.serving:
             return one
+        await self._remember(one.includes_writes)
         await self._set(before.holding(one))
         try:
             await self._wait_until(lambda seen: one.key in seen.holds, one.name, deadline)
         except BaseException:
             await self._set(before)
+            self._forget()
             raise
         await self._set(self._state.serving_now(one.name))
         version = self._version
@@ -245,9 +257,18 @@ class Writer:
             self._progress.clear()
             await _wait(self._progress, 0.5)
 
+    async def _remember(self, after: int) -> None:
+        """Have the writes after that one in memory."""
+        if after < self._since:
+            read = await asyncio.to_thread(lambda: list(self._journal.read(after)))
+            older = [record for record in read if record.number <= self._since]
+            self._records[:0], self._rows[:0] = older, [count_rows(record) for record in older]
+            self._since = after
+
     def _forget(self) -> None:
         """Drop writes that every generation held includes."""
         oldest = min(one.includes_writes for one in self._state.held)
+        self._since = max(self._since, oldest)
         first = bisect.bisect_right(self._records, oldest, key=lambda record: record.number)
         del self._records[:first], self._rows[:first]
         self._journal.forget(oldest)
@@ -290,15 +311,19 @@ def adopt(state: State | None, config: ServeConfig, generation: Generation, jour
     """The state to go on from: the one that is stored, unless the configuration names another index than before."""
     configured = (config.index, config.plan, config.encoder)
     if state is None:
-        included = journal.first - 1
-        held = Held.of(generation).model_copy(update={"includes_writes": included})
+        held = Held.of(generation).model_copy(update={"includes_writes": journal.first - 1})
         return State(configured=configured, held=(held,), current=held.name)
     if state.configured == configured:
         return state
     serving = state.serving
-    held = Held.of(generation).model_copy(update={"includes_writes": serving.includes_writes})
-    if held.model_fingerprint != serving.model_fingerprint and journal.last > serving.includes_writes:
-        raise UsageError(f"index {config.index} is of another model than the {journal.last - serving.includes_writes} "
+    includes = held_writes(generation.index, storage.local_path(config.writes.state or ""))
+    if includes + 1 < journal.first:
+        raise UsageError(f"index {config.index} holds the service's writes up to {includes}, those up to "
+                         f"{journal.first - 1} are only in {serving.index} any more; build it from the embeddings of "
+                         "that one, or switch while the service runs, with includes_writes")  # fmt: skip
+    held = Held.of(generation).model_copy(update={"includes_writes": includes})
+    if held.model_fingerprint != serving.model_fingerprint and journal.last > includes:
+        raise UsageError(f"index {config.index} is of another model than the {journal.last - includes} "
                          "writes that wait; compact them first, or switch while the service runs")  # fmt: skip
     state = state.holding(held).serving_now(held.name).trimmed()
     return state.model_copy(update={"configured": configured})

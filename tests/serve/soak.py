@@ -1,0 +1,327 @@
+"""A service under load and faults, every reply checked; prints one JSON object.
+
+    python -m tests.serve.soak [--seconds S] [--seed N] [--root FOLDER]
+
+A simulated cluster of two nodes serves a made-up index with two replicas of everything. Four callers search; one
+writes, overwrites and deletes. Meanwhile replicas are killed at random, a node is taken away and comes back, five
+generations are switched to, one is rolled back, and the writes are compacted; then every process is killed and the
+service starts again from its folder.
+
+Checked: a reply is exactly what brute force finds in the generation it names (so no reply mixes two); errors are of the
+promised kinds; a write is found a second after it was acknowledged, unless the writer was being restarted, and all are
+there after the restart.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from lookalike.artifacts import Artifact
+from lookalike.serve.client import AsyncClient, Client, StoredRow
+from lookalike.serve.config import ServeConfig, Writes
+from lookalike.serve.errors import RetrievalError
+from tests.serve.conftest import publish, publish_embeddings, publish_index
+
+NUM_ROWS, DIM, K = 400, 64, 5
+GENERATIONS = 5
+PROMISED = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+STORED = ["front", "side", "back"]
+"""Views of the rows that the indexes are built with; written rows have another, so that each can be searched alone."""
+
+
+@dataclass
+class Seen:
+    """What the callers saw."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    replies: list[tuple[str, int, list[str]]] = field(default_factory=list)
+    """(generation, number of the query, ids)."""
+    errors: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    late_ms: list[float] = field(default_factory=list)
+
+
+def publish_generations(root: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """URI -> vectors [n, DIM] of the rows img-000, img-001, ... of each generation."""
+    from lookalike.artifacts import Draft
+
+    draft = Draft(root, "encoder", "encoder", "a" * 20)
+    draft.write_json("nothing.json", {})
+    encoder = publish(draft)
+    found = {}
+    for number in range(GENERATIONS):
+        vectors = rng.normal(size=(NUM_ROWS, DIM)).astype(np.float32)
+        named = {f"img-{row:03d}": vector for row, vector in enumerate(vectors)}
+        embeddings = publish_embeddings(root, encoder, named, fingerprint=f"{number:020d}")
+        index = publish_index(root, embeddings, named, encoder.manifest.fingerprint, fingerprint=f"{number:020d}")
+        found[index.uri] = vectors
+    return found
+
+
+def brute_force(vectors: np.ndarray, queries: np.ndarray) -> list[list[str]]:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    order = np.argsort(-(queries @ unit.T), axis=1)[:, :K]
+    return [[f"img-{row:03d}" for row in rows] for rows in order.tolist()]
+
+
+async def search(address: str, queries: np.ndarray, seen: Seen, stop: asyncio.Event, seed: int) -> None:
+    """Search for stored rows until told to stop."""
+    rng = random.Random(seed)
+    async with AsyncClient(address, timeout_s=10) as client:
+        while not stop.is_set():
+            number = rng.randrange(len(queries))
+            try:
+                result = await client.search(vector=queries[number], k=K, where={"view": STORED})
+            except RetrievalError as error:
+                seen.errors[error.code.name] += 1
+                if error.code.name not in PROMISED:
+                    seen.wrong.append(f"search: {error}"[:300])
+                continue
+            seen.counts["searches"] += 1
+            seen.replies.append((result.info.generation, number, result.ids))
+
+
+class Book:
+    """What was written and acknowledged: id -> vector, None for a deleted one."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.kept: dict[str, np.ndarray | None] = {}
+        self.unsure: set[str] = set()
+        """Ids whose last write failed: it may be stored or not."""
+
+
+async def write(address: str, book: Book, seen: Seen, stop: asyncio.Event) -> None:
+    """Upsert, overwrite and delete, one write at a time, and look whether it can be found."""
+    async with AsyncClient(address, timeout_s=15) as client:
+        while not stop.is_set():
+            image_id = f"new-{int(book.rng.integers(60)):03d}"
+            vector = None if book.rng.random() < 0.2 else book.rng.normal(size=DIM).astype(np.float32)
+            try:
+                if vector is None:
+                    await client.delete([image_id])
+                else:
+                    await client.upsert([StoredRow(image_id, vector, {"view": "written"})])
+            except RetrievalError as error:
+                seen.errors[f"write {error.code.name}"] += 1
+                book.unsure.add(image_id)
+                if error.code.name not in PROMISED:
+                    seen.wrong.append(f"write: {error}"[:300])
+                await asyncio.sleep(0.1)
+                continue
+            acknowledged = time.monotonic()
+            book.kept[image_id] = vector
+            book.unsure.discard(image_id)
+            seen.counts["writes"] += 1
+            if vector is not None and not await find(client, vector, image_id, seen):
+                seen.wrong.append(f"{image_id} is not found")
+            seen.late_ms.append((time.monotonic() - acknowledged) * 1000)
+            await asyncio.sleep(0.02)
+
+
+async def find(client: AsyncClient, vector: np.ndarray, image_id: str, seen: Seen, within_s: float = 20.0) -> bool:
+    """Whether a written row is found soon; replicas that start anew take their time."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            result = await client.search(vector=vector, k=1, where={"view": ["written"]})
+            if result.ids == [image_id]:
+                return True
+        except RetrievalError as error:
+            seen.errors[f"find {error.code.name}"] += 1
+        await asyncio.sleep(0.01)
+    return False
+
+
+def replica_names() -> list[tuple[str, str]]:
+    """(name, namespace) of the replicas' actors."""
+    import ray
+
+    return [(one["name"], one["namespace"]) for one in ray.util.list_named_actors(all_namespaces=True)
+            if one["name"].startswith("SERVE_REPLICA::")]  # fmt: skip
+
+
+def kill_one(rng: random.Random, killed: Counter[str]) -> None:
+    """End a replica at random, of those that there are two of, or the writer."""
+    import ray
+
+    names = replica_names()
+    if not names:
+        return
+    name, namespace = rng.choice(names)
+    with contextlib.suppress(ValueError):  # gone meanwhile
+        ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+        killed[name.split("#")[1] if "#" in name else name] += 1
+
+
+async def disturb(cluster: Any, rng: random.Random, stop: asyncio.Event, killed: Counter[str]) -> None:
+    """Kill replicas every few seconds; take a node away, and bring it back."""
+    node = cluster.add_node(num_cpus=2)
+    turn = 0
+    while not stop.is_set():
+        await asyncio.sleep(rng.uniform(3, 5))
+        turn += 1
+        if turn % 4 == 2:
+            cluster.remove_node(node, allow_graceful=False)
+            killed["node"] += 1
+        elif turn % 4 == 3:
+            node = cluster.add_node(num_cpus=2)
+        else:
+            await asyncio.to_thread(kill_one, rng, killed)
+
+
+async def switch_all(address: str, uris: list[str], pause_s: float, seen: Seen) -> None:
+    """Serve one generation after the other, and one of them twice by a rollback."""
+    client = await asyncio.to_thread(Client, address, timeout_s=120)
+    for number, uri in enumerate([*uris[1:], uris[0]]):
+        await asyncio.sleep(pause_s)
+        await again(lambda uri=uri: client.switch(uri, encoder="none", timeout_s=120), seen)
+        seen.counts["switches"] += 1
+        if number == 2:
+            await again(client.rollback, seen)
+            seen.counts["rollbacks"] += 1
+    client.close()
+
+
+async def again(call: Any, seen: Seen, attempts: int = 20) -> Any:
+    """Repeat an operator's call while the writer is away."""
+    for _ in range(attempts):
+        try:
+            return await asyncio.to_thread(call)
+        except RetrievalError as error:
+            seen.errors[f"admin {error.code.name}"] += 1
+            if error.code.name not in {*PROMISED, "INTERNAL"}:  # INTERNAL: the ingress died meanwhile
+                raise
+            await asyncio.sleep(1)
+    raise AssertionError("the writer does not come back")
+
+
+async def check_written(address: str, book: Book, wrong: list[str]) -> int:
+    """Compare what is stored with what was acknowledged; how many rows that is."""
+    checked = 0
+    async with AsyncClient(address, timeout_s=30) as client:
+        for image_id, vector in book.kept.items():
+            if image_id in book.unsure:
+                continue
+            checked += 1
+            try:
+                result = await client.search(image_id=image_id, k=1, where={"view": ["written"]})
+                unit = None if vector is None else vector / np.linalg.norm(vector)
+                again_ = None if unit is None else await client.search(vector=unit, k=1, where={"view": ["written"]})
+                if again_ is None or result.ids != [image_id] or again_.hits[0].score < 0.9999:
+                    wrong.append(f"after the restart {image_id} is not what was acknowledged: {result.ids}")
+            except RetrievalError as error:
+                if error.code != grpc.StatusCode.NOT_FOUND or vector is not None:
+                    wrong.append(f"after the restart {image_id}: {error}"[:200])
+    return checked
+
+
+@contextlib.contextmanager
+def cluster_of_two() -> Iterator[Any]:
+    """Ray with a head node; the caller adds the second."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 150 << 20,
+                                                            "include_dashboard": False})  # fmt: skip
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        os.environ.pop("RAY_ADDRESS", None)
+
+
+def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
+    """The whole soak; what was seen."""
+    from lookalike.serve.app import start, stop
+
+    generator = np.random.default_rng(seed)
+    worlds = publish_generations(f"{root}/artifacts", generator)
+    queries = generator.normal(size=(50, DIM)).astype(np.float32)
+    uris = list(worlds)
+    config = ServeConfig(
+        index=uris[0], encoder="none", placement="sharded", port=0, num_replicas=2, shard_replicas=2, timeout_s=8,
+        cpus_per_replica=0.2, writes=Writes(state=f"{root}/state", compact_rows=None),
+    )  # fmt: skip
+    seen, book, killed = Seen(), Book(seed), Counter[str]()
+    compacted: dict[str, str] = {}
+
+    async def under_load(cluster: Any, address: str) -> None:
+        stopping = asyncio.Event()
+        tasks = [asyncio.ensure_future(search(address, queries, seen, stopping, seed + n)) for n in range(4)]
+        tasks.append(asyncio.ensure_future(write(address, book, seen, stopping)))
+        troubles = asyncio.ensure_future(disturb(cluster, random.Random(seed), stopping, killed))
+        await switch_all(address, uris, seconds / (GENERATIONS + 1), seen)
+        with Client(address, timeout_s=300) as client:
+            before = (await again(client.status, seen)).current
+            compacted[(await again(client.compact, seen)).name] = before
+        stopping.set()
+        await asyncio.gather(*tasks, troubles)
+
+    with cluster_of_two() as cluster:
+        address = start(config)
+        print(f"soak: serving at {address}", file=sys.stderr, flush=True)
+        asyncio.run(under_load(cluster, address))
+        end_all(cluster)
+    with cluster_of_two():
+        address = start(config)
+        seen.counts["rows after restart"] = asyncio.run(check_written(address, book, seen.wrong))
+        stop()
+    expected = {Artifact.open(uri, check=False).manifest.fingerprint: brute_force(vectors, queries)
+                for uri, vectors in worlds.items()}  # fmt: skip
+    expected |= {name: expected[before] for name, before in compacted.items()}
+    for name, number, ids in seen.replies:
+        if ids != expected[name][number]:
+            seen.wrong.append(f"{name} query {number}: {ids} for {expected[name][number]}")
+    late = np.array(seen.late_ms)
+    return {
+        "bench": "serve_soak", "seconds": seconds, "seed": seed, **seen.counts, "errors": dict(seen.errors),
+        "killed": dict(killed), "generations_seen": len({name for name, _, _ in seen.replies}),
+        "found_after_ms": {"p50": round(float(np.median(late)), 1), "p99": round(float(np.percentile(late, 99)), 1)},
+        "num_wrong": len(seen.wrong), "wrong": seen.wrong[:10],
+    }  # fmt: skip
+
+
+def end_all(cluster: Any) -> None:
+    """Kill every replica's process and the controller at once, as a power cut does."""
+    import ray
+
+    names = [(one["name"], one["namespace"]) for one in ray.util.list_named_actors(all_namespaces=True)]
+    for name, namespace in names:
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+    del cluster
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the faults last")
+    parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--root", type=Path, help="where indexes and writes go; default: a temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        print(json.dumps(run(options.seconds, options.seed, str(options.root or temporary))))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    main()
