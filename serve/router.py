@@ -99,7 +99,7 @@ class Router:
         return accept([outcome], allow_partial=False, who=who)[0]
 
     async def _ask_shards(self, method: str, *args: Any, deadline: float) -> list[Any]:
-        return await asyncio.gather(*(_outcome(ask(shard, method, *args), deadline) for shard in self.shards))
+        return await _outcomes([ask(shard, method, *args) for shard in self.shards], deadline)
 
 
 async def ask(worker: Worker, method: str, *args: Any) -> Any:
@@ -116,15 +116,18 @@ async def ask(worker: Worker, method: str, *args: Any) -> Any:
 
 async def _outcome(call: Coroutine[Any, Any, Any], deadline: float) -> Any:
     """What ``call`` returns, or the exception it failed with; ``TimeoutError`` when it is not done by ``deadline``."""
-    task = asyncio.ensure_future(call)
+    return (await _outcomes([call], deadline))[0]
+
+
+async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> list[Any]:
+    """The same for several calls at once."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        await asyncio.wait([task], timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        await asyncio.wait(tasks, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
     finally:  # late, or the caller has gone
-        late = task.cancel()
-    if late:
-        return TimeoutError("no answer before the deadline")
-    error = task.exception()
-    return task.result() if error is None else error
+        late = [task.cancel() for task in tasks]
+    return [TimeoutError("no answer before the deadline") if was_late else task.exception() or task.result()
+            for task, was_late in zip(tasks, late, strict=True)]  # fmt: skip
 
 
 def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:
