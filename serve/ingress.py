@@ -47,7 +47,7 @@ class Ingress(Follows):
             router = open_workers(config, generation, [generation] if writer is None else [])
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
-            router = Router(*workers)
+            router = Router(*workers, retries=config.retries)
         self._service = Service(config, generation, router, writer)
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))

@@ -19,7 +19,9 @@ from ray.serve.handle import DeploymentHandle
 from lookalike.retrieval.filters import Conditions
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.answers import Answer, merge, unpack
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid
+from lookalike.serve.retries import repeat
+from lookalike.serve.tuning import Retries
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -37,10 +39,17 @@ class Found(NamedTuple):
 
 
 class Router:
-    """The workers that serve one index. Deadlines are times of the running loop's clock, in seconds."""
+    """The workers that serve one index. Deadlines are times of the running loop's clock, in seconds.
 
-    def __init__(self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None) -> None:
+    A call whose worker is gone is made again, within the deadline; see ``retries``.
+    """
+
+    def __init__(
+        self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None, *,
+        retries: Retries | None = None,
+    ) -> None:  # fmt: skip
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
+        self.retries = Retries() if retries is None else retries
 
     async def search(
         self, generation: str, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *,
@@ -49,7 +58,7 @@ class Router:
         """The ``k`` best rows of ``generation`` for each query, float32 [n, dim], that meet the ``filters``.
 
         Raises UNAVAILABLE or DEADLINE_EXCEEDED when a shard fails or is late, unless ``allow_partial``; then only when
-        none answered.
+        none answered. ``NotLoadedError``: the workers do not hold ``generation`` any more.
         """
         call = (generation, np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
         method = "search" if self.reranker is None else "shortlist"
@@ -59,7 +68,7 @@ class Router:
         times = {"shards": _since_ms(start)}
         if self.reranker is not None:
             start = time.perf_counter()
-            outcome = await _outcome(ask(self.reranker, "rerank", *call, good), deadline)
+            outcome = await self._ask(self.reranker, "rerank", *call, good, deadline=deadline, who="re-ranker")
             packed = accept([outcome], allow_partial=False, who="re-ranker")[0]
             answer = unpack(packed, len(queries))
             times["rerank"] = _since_ms(start)
@@ -84,22 +93,30 @@ class Router:
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
         """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT says why one is refused."""
-        outcome = await _outcome(ask(self.encoder, "encode", generation, list(images)), deadline)
+        outcome = await self._ask(self.encoder, "encode", generation, list(images), deadline=deadline, who="encoder")
         results = accept([outcome], allow_partial=False, who="encoder")[0]
         for position, result in enumerate(results):
             if isinstance(result, str):
                 raise invalid(result if len(results) == 1 else f"image {position}: {result}")
         return [np.frombuffer(result, "<f4") for result in results]
 
-    async def ask_one(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
-        """What one worker answers; raises as a search does when it fails or is late."""
-        outcome = await _outcome(ask(worker, method, *args), deadline)
-        if isinstance(outcome, RetrievalError):
-            raise outcome
-        return accept([outcome], allow_partial=False, who=who)[0]
+    async def ask_one(
+        self, worker: Worker, method: str, *args: Any, deadline: float, who: str, again: bool = True
+    ) -> Any:
+        """What one worker answers; raises as a search does when it fails or is late.
+
+        ``again`` says that the call may be made twice, so it is repeated when the worker is gone.
+        """
+        call = self._ask(worker, method, *args, deadline=deadline, who=who) if again else \
+            _outcome(ask(worker, method, *args), deadline)  # fmt: skip
+        return accept([await call], allow_partial=False, who=who)[0]
 
     async def _ask_shards(self, method: str, *args: Any, deadline: float) -> list[Any]:
-        return await asyncio.gather(*(_outcome(ask(shard, method, *args), deadline) for shard in self.shards))
+        calls = (self._ask(shard, method, *args, deadline=deadline, who="shard") for shard in self.shards)
+        return await asyncio.gather(*calls)
+
+    async def _ask(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
+        return await _outcome(repeat(lambda: ask(worker, method, *args), self.retries, who), deadline)
 
 
 async def ask(worker: Worker, method: str, *args: Any) -> Any:
@@ -128,14 +145,24 @@ async def _outcome(call: Coroutine[Any, Any, Any], deadline: float) -> Any:
 
 
 def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:
-    """Position -> outcome of those that are no exceptions; raises ``RetrievalError`` when they do not suffice."""
+    """Position -> outcome of those that are no exceptions; raises ``RetrievalError`` when they do not suffice.
+
+    That is a worker's own ``RetrievalError`` where there is one: it says what is wrong with the request.
+    """
     good = {position: outcome for position, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)}
     failed = {position: outcome for position, outcome in enumerate(outcomes) if position not in good}
+    told = sorted((error for error in failed.values() if isinstance(error, RetrievalError)), key=_is_not_loaded)
+    if told and not (allow_partial and good):
+        raise told[0]
     for position, error in failed.items():
         log.warning("failed %s", fields(who=who, number=position, error=repr(error)[:300]))
     if failed and not (allow_partial and good):
         raise _failure(failed, len(outcomes), who)
     return good
+
+
+def _is_not_loaded(error: Exception) -> bool:
+    return isinstance(error, NotLoadedError)
 
 
 def _failure(failed: dict[int, Exception], asked: int, who: str) -> RetrievalError:

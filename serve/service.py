@@ -3,16 +3,16 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
 import lookalike
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid
 from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
@@ -29,6 +29,7 @@ from lookalike.serve.requests import (
 )
 from lookalike.serve.router import Floats, Found, Router
 
+T = TypeVar("T")
 MOVE_S = 86_400.0
 """Longest that a switch or compaction may take, in seconds; the request usually says less."""
 
@@ -36,7 +37,8 @@ MOVE_S = 86_400.0
 class Service:
     """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer.
 
-    A request belongs to the generation that is ``current`` when it begins.
+    A request belongs to the generation that is ``current`` when it begins; if no worker holds that one any more, it
+    begins once again with what is current then.
     """
 
     def __init__(self, config: ServeConfig, current: Generation, router: Router, writer: Any = None) -> None:
@@ -44,16 +46,12 @@ class Service:
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
-        generation = self.current
-        options = self._options(generation, request.options)
-        found = await self._find(generation, [request.query], options)
+        generation, options, found = await self._answer([request.query], request.options)
         return pb.SearchResponse(hits=write_hits(found.answer, 0), info=self._info(generation, options, found))
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
         """``SearchBatch``."""
-        generation = self.current
-        options = self._options(generation, request.options)
-        found = await self._find(generation, request.queries, options)
+        generation, options, found = await self._answer(request.queries, request.options)
         results = [pb.HitList(hits=write_hits(found.answer, query)) for query in range(len(request.queries))]
         return pb.SearchBatchResponse(results=results, info=self._info(generation, options, found))
 
@@ -96,8 +94,12 @@ class Service:
         if not 1 <= len(request.images) <= self.config.limits.max_batch:
             raise invalid(f"{len(request.images)} images in one request; send 1 to {self.config.limits.max_batch}")
         images = [check_image(image, self.config.limits) for image in request.images]
-        generation = self.current
-        vectors = await self._encode(generation, images, _deadline(self.config.timeout_s))
+        deadline = _deadline(self.config.timeout_s)
+
+        async def work(generation: Generation) -> tuple[Generation, list[Floats]]:
+            return generation, await self._encode(generation, images, deadline)
+
+        generation, vectors = await self._with_current(work)
         return pb.EmbedResponse(vectors=[vector.tobytes() for vector in vectors], dim=generation.meta.dim,
                                 model_fingerprint=generation.meta.model_fingerprint)  # fmt: skip
 
@@ -114,8 +116,15 @@ class Service:
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         """``Upsert``: rows get their vectors here, and go to the writer in portions."""
-        generation, deadline = self.current, _deadline(self.config.timeout_s)
         self._require_writer()
+        deadline = _deadline(self.config.timeout_s)
+
+        async def work(generation: Generation) -> pb.UpsertResponse:
+            return await self._upsert(generation, request, deadline)
+
+        return await self._with_current(work)
+
+    async def _upsert(self, generation: Generation, request: pb.UpsertRequest, deadline: float) -> pb.UpsertResponse:
         check_rows(request, limits=self.config.limits, meta=generation.meta)
         images = [row.image for row in request.rows if row.WhichOneof("content") == "image"]
         vectors = iter(await self._encode(generation, images, deadline) if images else [])
@@ -156,12 +165,13 @@ class Service:
 
     async def _move(self, method: str, *args: Any) -> pb.Generation:
         self._require_writer()
-        answer = await self._write(method, *args, deadline=_deadline(MOVE_S))
+        answer = await self._write(method, *args, deadline=_deadline(MOVE_S), again=False)
         generation: pb.Generation = pb.Generation.FromString(answer)
         return generation
 
-    async def _write(self, method: str, *args: Any, deadline: float) -> Any:
-        return await self.router.ask_one(self.writer, method, *args, deadline=deadline, who="writer")
+    async def _write(self, method: str, *args: Any, deadline: float, again: bool = True) -> Any:
+        """Ask the writer; a write may be made ``again``, storing the same twice changes nothing."""
+        return await self.router.ask_one(self.writer, method, *args, deadline=deadline, who="writer", again=again)
 
     def _require_writer(self) -> None:
         if self.writer is None:
@@ -172,8 +182,29 @@ class Service:
         return read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
                             timeout_s=self.config.timeout_s)  # fmt: skip
 
-    async def _find(self, generation: Generation, queries: Sequence[pb.Query], options: Options) -> Found:
-        deadline = _deadline(options.timeout_s)
+    async def _answer(
+        self, queries: Sequence[pb.Query], asked: pb.SearchOptions
+    ) -> tuple[Generation, Options, Found]:
+        start = _deadline(0.0)
+
+        async def work(generation: Generation) -> tuple[Generation, Options, Found]:
+            options = self._options(generation, asked)
+            return generation, options, await self._find(generation, queries, options, start + options.timeout_s)
+
+        return await self._with_current(work)
+
+    async def _with_current(self, work: Callable[[Generation], Awaitable[T]]) -> T:
+        generation = self.current
+        try:
+            return await work(generation)
+        except NotLoadedError:
+            if self.current is generation:
+                raise
+        return await work(self.current)
+
+    async def _find(
+        self, generation: Generation, queries: Sequence[pb.Query], options: Options, deadline: float
+    ) -> Found:
         vectors, times = await self._vectors(generation, queries, deadline)
         found = await self.router.search(generation.name, vectors, options.k, options.plan, options.filters,
                                          deadline=deadline, allow_partial=options.allow_partial)  # fmt: skip

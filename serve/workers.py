@@ -200,10 +200,10 @@ def open_workers(config: ServeConfig, generation: Generation, generations: Seque
     num_groups = generation.meta.num_hash_shards
     shards = [ShardWorker(group, num_groups, generations) for group in range(num_groups)]
     if generation.encoder is None:
-        return Router(shards)
+        return Router(shards, retries=config.retries)
     from lookalike.serve.encoding import EncoderWorker  # torch: only for those who encode
 
-    return Router(shards, encoder=EncoderWorker(config, generations))
+    return Router(shards, encoder=EncoderWorker(config, generations), retries=config.retries)
 
 
 def _merge(parts: Sequence[Hits], k: int) -> Hits:
