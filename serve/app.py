@@ -24,6 +24,8 @@ from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
 APP_NAME = "lookalike"
+UNADMITTED = 100
+"""Calls an ingress replica takes beside those that it works on and those that wait: refusals, administration."""
 DRAIN_S = 5.0
 """How much longer than a request may take a replaced index is kept, in seconds."""
 
@@ -38,7 +40,7 @@ def build(config: ServeConfig) -> serve.Application:
     generation = read_service(config)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
-        "max_queued_requests": config.max_queued_requests,
+        "max_queued_requests": config.max_queued_requests or 1,  # Serve knows no queue of none
         "max_surge_percent": 100,  # an update starts the new replica first: no request is lost
         "ray_actor_options": {"num_cpus": config.cpus_per_replica},
         "logging_config": LoggingConfig(enable_access_log=False),
@@ -52,7 +54,7 @@ def build(config: ServeConfig) -> serve.Application:
         followed = {"role": name, "drain_s": config.timeout_s + DRAIN_S}
         return {"name": name, **shared, **options, **({"user_config": followed} if writer is not None else {})}
 
-    ingress = serve.deployment(**deployment("ingress", num_replicas=config.num_replicas))(Ingress)
+    ingress = serve.deployment(**deployment("ingress", num_replicas=config.num_replicas, **taken(config)))(Ingress)
     if config.placement == "fused":
         return ingress.bind(config, generation, None, writer)
     replicas = config.shard_replicas
@@ -69,6 +71,13 @@ def build(config: ServeConfig) -> serve.Application:
         options = deployment("encoder", num_replicas=own.num_replicas, ray_actor_options=resources)
         encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
     return ingress.bind(config, generation, (shards, reranker, encoder), writer)
+
+
+def taken(config: ServeConfig) -> dict[str, int]:
+    """Bounds of Serve's own for the ingress: beyond the replica's (``overload.py``), which says when to come back."""
+    unbounded = config.max_queued_requests < 0
+    most = 100_000 if unbounded else config.max_ongoing_requests + config.max_queued_requests + UNADMITTED
+    return {"max_ongoing_requests": most}
 
 
 def _writer(shared: dict[str, Any]) -> serve.Deployment:

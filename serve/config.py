@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lookalike import storage
 from lookalike.config import Config
-from lookalike.serve.tuning import Retries
+from lookalike.serve.tuning import Degrade, Retries
 
 
 class Limits(Config):
@@ -89,7 +89,10 @@ class ServeConfig(Config):
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests a replica works on at a time."""
     max_queued_requests: int = Field(default=256, ge=-1)
-    """Requests that wait at a caller for a deployment before RESOURCE_EXHAUSTED; -1 is no bound."""
+    """Requests that wait in an ingress replica, or at a caller for another deployment, before RESOURCE_EXHAUSTED; -1 is
+    no bound."""
+    degrade: Degrade | None = None
+    """Cheaper plans under load; None keeps every request's plan."""
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import grpc
@@ -14,6 +15,7 @@ from lookalike.serve.errors import CODES, RetrievalError
 from lookalike.serve.follower import Follows
 from lookalike.serve.generation import Generation
 from lookalike.serve.journal import Record
+from lookalike.serve.overload import ADMITTED, ShedError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
@@ -54,6 +56,8 @@ class Ingress(Follows):
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
         self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
+        self._shed = Counter("lookalike_shed_total", "Requests refused because the queue was full.", ("method",))
+        self._degraded = Counter("lookalike_degraded_total", "Answers by a cheaper plan because of the load.")
 
     async def Search(self, request: pb.SearchRequest, grpc_context: RayServegRPCContext) -> pb.SearchResponse:
         """RPC."""
@@ -153,11 +157,14 @@ class Ingress(Follows):
         start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: cancelled, or a fault of ours
         try:
             self._check_caller(context)
-            response = await work(request)
+            async with self._service.admission.slot() if rpc in ADMITTED else nullcontext():
+                response = await work(request)
             code = grpc.StatusCode.OK
             return response
         except RetrievalError as error:
             code = error.code
+            if isinstance(error, ShedError):
+                self._shed.inc(1, {"method": rpc})
             _set_status(context, error.code, error.message)
             raise
         finally:
@@ -182,6 +189,8 @@ class Ingress(Follows):
             self._stages.observe(part.duration_ms / 1000, {"stage": part.stage})
         if missing := info.coverage.shards_asked - info.coverage.shards_answered:
             self._missing.inc(missing)
+        if info.degraded:
+            self._degraded.inc(1)
 
 
 def _set_status(context: RayServegRPCContext, code: grpc.StatusCode, message: str) -> None:

@@ -72,6 +72,8 @@ class SearchInfo:
     shards_asked: int
     times_ms: Mapping[str, float]
     """Stage -> milliseconds inside the service."""
+    degraded: bool = False
+    """The service was too busy for the plan it would have taken: ``plan`` is a cheaper one."""
 
     @property
     def coverage(self) -> float:
@@ -249,4 +251,4 @@ def _plan(plan: pb.Plan) -> SearchPlan:
 def _info(info: pb.SearchInfo) -> SearchInfo:
     times = {part.stage: part.duration_ms for part in info.stage_times}
     return SearchInfo(_plan(info.plan), info.index_generation, info.model_fingerprint, info.coverage.shards_answered,
-                      info.coverage.shards_asked, times)  # fmt: skip
+                      info.coverage.shards_asked, times, degraded=info.degraded)  # fmt: skip

@@ -133,9 +133,13 @@ async def ask(worker: Worker, method: str, *args: Any) -> Any:
 
 async def _outcome(call: Coroutine[Any, Any, Any], deadline: float) -> Any:
     """What ``call`` returns, or the exception it failed with; ``TimeoutError`` when it is not done by ``deadline``."""
+    left_s = deadline - asyncio.get_running_loop().time()
+    if left_s <= 0:
+        call.close()  # it never begins
+        return TimeoutError("no time left")
     task = asyncio.ensure_future(call)
     try:
-        await asyncio.wait([task], timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        await asyncio.wait([task], timeout=left_s)
     finally:  # late, or the caller has gone
         late = task.cancel()
     if late:

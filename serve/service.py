@@ -14,6 +14,7 @@ import lookalike
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid
 from lookalike.serve.generation import Generation
+from lookalike.serve.overload import ARRIVED, Admission, Ladder
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
@@ -43,6 +44,8 @@ class Service:
 
     def __init__(self, config: ServeConfig, current: Generation, router: Router, writer: Any = None) -> None:
         self.config, self.current, self.router, self.writer = config, current, router, writer
+        self.admission = Admission(config.max_ongoing_requests, config.max_queued_requests, config.timeout_s)
+        self._ladder = None if config.degrade is None else Ladder(config.degrade)
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
@@ -82,9 +85,10 @@ class Service:
                 task.cancel()
 
     async def stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
-        """The answer to one batch of a stream, or why there is none."""
+        """The answer to one batch of a stream, or why there is none. It waits for a slot: its caller reads on later."""
         try:
-            return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
+            async with self.admission.slot(patient=True):
+                return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
             return pb.SearchStreamResponse(tag=request.tag, failure=failure)
@@ -179,8 +183,12 @@ class Service:
                                  "writes.state to a folder to make it take writes and other indexes")  # fmt: skip
 
     def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
-        return read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
+        read = read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
                             timeout_s=self.config.timeout_s)  # fmt: skip
+        if self._ladder is None or options.HasField("plan") or options.HasField("min_recall"):
+            return read
+        cheaper = self._ladder.choose(generation.plans, self.admission.share)
+        return read if cheaper is None else read._replace(plan=cheaper, degraded=True)
 
     async def _answer(
         self, queries: Sequence[pb.Query], asked: pb.SearchOptions
@@ -238,7 +246,7 @@ class Service:
         coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=len(self.router.shards))
         return pb.SearchInfo(plan=write_plan(options.plan), index_generation=generation.name,
                              model_fingerprint=generation.meta.model_fingerprint, coverage=coverage,
-                             stage_times=write_times(found.times_ms))  # fmt: skip
+                             stage_times=write_times(found.times_ms), degraded=options.degraded)  # fmt: skip
 
 
 async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStreamRequest | None:
@@ -246,4 +254,6 @@ async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStr
 
 
 def _deadline(timeout_s: float) -> float:
-    return asyncio.get_running_loop().time() + timeout_s
+    """``timeout_s`` after the request's arrival, by the loop's clock; after now where nothing tells it."""
+    arrived = ARRIVED.get()
+    return (asyncio.get_running_loop().time() if arrived is None else arrived) + timeout_s

@@ -2,7 +2,7 @@
 
 import random
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lookalike.config import Config
 
@@ -21,3 +21,24 @@ class Retries(Config):
         """Seconds to wait after ``attempt`` (1, 2, ...) has failed."""
         longest = min(self.pause_ms * 2.0 ** (attempt - 1), self.max_pause_ms) / 1000
         return longest * random.uniform(0.5, 1.0)
+
+
+class Degrade(Config):
+    """Cheaper plans under load, for requests that bring neither a plan nor ``min_recall``; the reply says so.
+
+    The load is the requests in an ingress replica per slot (``max_ongoing_requests``). From ``enter`` to 1 the plans
+    that were measured and cost less than the default are taken one after the other.
+    """
+
+    min_recall: float = Field(default=0.9, gt=0.0, le=1.0)
+    """No plan that is not known to reach this recall (the lower end of its interval)."""
+    enter: float = Field(default=0.75, gt=0.0, le=1.0)
+    """Load from which on the first cheaper plan is taken."""
+    leave: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Load below which all requests have the default plan again; a plan taken on the way is left as far below."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "Degrade":
+        if self.leave >= self.enter:
+            raise ValueError(f"leave={self.leave} is not below enter={self.enter}; lower it, or plans would alternate")
+        return self
