@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 
 from lookalike.cluster import ensure_ray
 from lookalike.errors import UsageError
+from lookalike.serve.autoscaling import replica_options
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.ingress import SERVICERS, Ingress
@@ -45,7 +46,7 @@ def build(config: ServeConfig) -> serve.Application:
         "ray_actor_options": {"num_cpus": config.cpus_per_replica},
         "logging_config": LoggingConfig(enable_access_log=False),
     }
-    num_groups = generation.meta.num_hash_shards
+    num_groups, kinds, cpus = generation.meta.num_hash_shards, config.deployments, config.cpus_per_replica
     writer, held = None, [generation]
     if config.writes.state is not None:
         writer, held = _writer(shared).bind(config, generation), []  # replicas learn from the writer what to hold
@@ -54,21 +55,22 @@ def build(config: ServeConfig) -> serve.Application:
         followed = {"role": name, "drain_s": config.timeout_s + DRAIN_S}
         return {"name": name, **shared, **options, **({"user_config": followed} if writer is not None else {})}
 
-    ingress = serve.deployment(**deployment("ingress", num_replicas=config.num_replicas, **taken(config)))(Ingress)
+    front = replica_options(kinds.ingress, config.num_replicas, cpus)
+    ingress = serve.deployment(**deployment("ingress", **front, **taken(config)))(Ingress)
     if config.placement == "fused":
         return ingress.bind(config, generation, None, writer)
-    replicas = config.shard_replicas
-    shards = [serve.deployment(**deployment(f"shard-{group:03d}", num_replicas=replicas))(ShardWorker).bind(
+    parts = replica_options(kinds.shards, config.shard_replicas, cpus)
+    shards = [serve.deployment(**deployment(f"shard-{group:03d}", **parts))(ShardWorker).bind(
         group, num_groups, held, writer) for group in range(num_groups)]  # fmt: skip
     reranker, encoder = None, None
     if config.placement == "staged":
-        reranker = serve.deployment(**deployment("rerank", num_replicas=replicas))(RerankWorker).bind(held, writer)
+        options = deployment("rerank", **replica_options(kinds.rerank, config.shard_replicas, cpus))
+        reranker = serve.deployment(**options)(RerankWorker).bind(held, writer)
     if generation.encoder is not None:
         from lookalike.serve.encoding import BatchingEncoder  # torch: only for those who encode
 
         own = config.encoder_replicas
-        resources = {"num_cpus": config.cpus_per_replica, "num_gpus": own.num_gpus}
-        options = deployment("encoder", num_replicas=own.num_replicas, ray_actor_options=resources)
+        options = deployment("encoder", **replica_options(kinds.encoder, own.num_replicas, cpus, own.num_gpus))
         encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
     return ingress.bind(config, generation, (shards, reranker, encoder), writer)
 

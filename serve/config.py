@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lookalike import storage
 from lookalike.config import Config
-from lookalike.serve.tuning import Degrade, Retries
+from lookalike.serve.tuning import Degrade, Deployments, Retries
 
 
 class Limits(Config):
@@ -96,6 +96,7 @@ class ServeConfig(Config):
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
+    deployments: Deployments = Deployments()
     retries: Retries = Retries()
     writes: Writes = Writes()
 

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.util.metrics import Counter, Histogram
 
+from lookalike.serve.autoscaling import Paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError
 from lookalike.serve.follower import Follows
@@ -35,7 +36,7 @@ Handles = tuple[list[Worker], Worker | None, Worker | None]
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 
-class Ingress(Follows):
+class Ingress(Paced, Follows):
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
@@ -169,7 +170,10 @@ class Ingress(Follows):
             raise
         finally:
             self._requests.inc(1, {"method": rpc, "code": code.name})
-            self._seconds.observe(time.perf_counter() - start, {"method": rpc})
+            seconds = time.perf_counter() - start
+            self._seconds.observe(seconds, {"method": rpc})
+            if rpc in ADMITTED:
+                self.pace.add(seconds)
 
     def _check_caller_or_tell(self, context: RayServegRPCContext) -> None:
         try:

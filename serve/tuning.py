@@ -42,3 +42,50 @@ class Degrade(Config):
         if self.leave >= self.enter:
             raise ValueError(f"leave={self.leave} is not below enter={self.enter}; lower it, or plans would alternate")
         return self
+
+
+class Autoscaling(Config):
+    """Replicas by load: more when requests or latency exceed their target, fewer when both are well below."""
+
+    min_replicas: int = Field(default=1, ge=1, le=10_000)
+    """Never fewer."""
+    max_replicas: int = Field(ge=1, le=10_000)
+    """Never more; the cluster must have room for them."""
+    target_ongoing_requests: float = Field(default=8.0, gt=0.0)
+    """Requests that are worked on or wait, per replica."""
+    target_latency_ms: float | None = Field(default=None, gt=0.0)
+    """Mean time of a call in the replica, in milliseconds; None leaves it out of account."""
+    upscale_delay_s: float = Field(default=10.0, ge=0.0, le=86_400.0)
+    """How long more must be wanted before there are more, in seconds."""
+    downscale_delay_s: float = Field(default=300.0, ge=0.0, le=86_400.0)
+    """How long fewer must suffice before there are fewer, in seconds."""
+    look_back_s: float = Field(default=30.0, gt=0.0, le=3600.0)
+    """Time over which requests and latency are averaged, in seconds; Serve hears of them every ten."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> "Autoscaling":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}; raise it")
+        return self
+
+
+class Deployed(Config):
+    """Replicas of one kind of deployment and what each reserves."""
+
+    autoscaling: Autoscaling | None = None
+    """Replicas by load, starting with the number set for this deployment; None keeps to that number."""
+    num_cpus: float | None = Field(default=None, ge=0.0)
+    """CPUs a replica reserves from Ray; None takes ``cpus_per_replica``."""
+    memory_mb: int | None = Field(default=None, ge=1)
+    """Memory a replica reserves from Ray, in MiB; None reserves none."""
+
+
+class Deployments(Config):
+    """Each kind of deployment; the writer is always one replica."""
+
+    ingress: Deployed = Deployed()
+    shards: Deployed = Deployed()
+    """Every shard's deployment alike; each is scaled by its own load."""
+    rerank: Deployed = Deployed()
+    encoder: Deployed = Deployed()
+    """Its GPUs: ``encoder_replicas.num_gpus``."""

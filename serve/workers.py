@@ -18,6 +18,7 @@ from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Hits, empty_hits, merge_hits
 from lookalike.retrieval.searcher import ShardSearcher
 from lookalike.serve.answers import Entry, Packed, occurring_rows, pack, read_hits, unpack
+from lookalike.serve.autoscaling import Paced, paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.delta import WRITTEN, Ask, Delta, Written, search_all, shortlist_all
 from lookalike.serve.errors import not_loaded
@@ -39,7 +40,7 @@ class Opened(NamedTuple):
     delta: Delta
 
 
-class ShardWorker(Follows):
+class ShardWorker(Paced, Follows):
     """One group of shards: shortlist and re-rank of their own rows, and what was written of them since."""
 
     def __init__(self, group: int, num_groups: int, generations: Sequence[Generation], writer: Any = None) -> None:
@@ -73,6 +74,7 @@ class ShardWorker(Follows):
             raise not_loaded(generation, self._held)
         return self._held[generation]
 
+    @paced
     async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Packed:
         """The group's ``k`` best rows for float32 [n, dim] ``queries``; ``plan`` and ``filters`` are JSON."""
         opened = self._opened(generation)
@@ -84,6 +86,7 @@ class ShardWorker(Follows):
         hits = search_all(shards, written, ask)
         return pack(hits, read_entries(shards, occurring_rows(hits), written))
 
+    @paced
     async def shortlist(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
         """The group's candidates, for the re-ranker."""
         opened = self._opened(generation)
@@ -114,7 +117,7 @@ class ShardWorker(Follows):
         return found
 
 
-class RerankWorker(Follows):
+class RerankWorker(Paced, Follows):
     """Re-ranks the candidates of all groups, each shard's with its own rows, and merges them."""
 
     def __init__(self, generations: Sequence[Generation], writer: Any = None) -> None:
@@ -135,6 +138,7 @@ class RerankWorker(Follows):
         """Let go of a generation; calls under way keep what they use."""
         self._held.pop(name, None)
 
+    @paced
     async def rerank(
         self, generation: str, queries: bytes, k: int, plan: str, candidates: Mapping[int, Shortlisted]
     ) -> Packed:
