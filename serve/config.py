@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lookalike import storage
 from lookalike.config import Config
-from lookalike.serve.tuning import Degrade, Deployments, Retries
+from lookalike.serve.tuning import Batching, Degrade, Deployments, Retries
 
 
 class Limits(Config):
@@ -98,6 +98,7 @@ class ServeConfig(Config):
     encoder_replicas: EncoderReplicas = EncoderReplicas()
     deployments: Deployments = Deployments()
     retries: Retries = Retries()
+    batching: Batching = Batching()
     writes: Writes = Writes()
 
     @model_validator(mode="after")

@@ -50,7 +50,8 @@ class Ingress(Paced, Follows):
             router = open_workers(config, generation, [generation] if writer is None else [])
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
-            router = Router(*workers, retries=config.retries)
+            router = Router(*workers, retries=config.retries,
+                            batching=config.batching if config.batching.enabled else None)
         self._service = Service(config, generation, router, writer)
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))

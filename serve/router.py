@@ -19,9 +19,10 @@ from ray.serve.handle import DeploymentHandle
 from lookalike.retrieval.filters import Conditions
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.answers import Answer, merge, unpack
+from lookalike.serve.batching import BatchedShard
 from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid
 from lookalike.serve.retries import repeat
-from lookalike.serve.tuning import Retries
+from lookalike.serve.tuning import Batching, Retries
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -46,10 +47,11 @@ class Router:
 
     def __init__(
         self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None, *,
-        retries: Retries | None = None,
+        retries: Retries | None = None, batching: Batching | None = None,
     ) -> None:  # fmt: skip
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
         self.retries = Retries() if retries is None else retries
+        self._batched = [BatchedShard(shard, batching, ask) for shard in shards] if batching is not None else []
 
     async def search(
         self, generation: str, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *,
@@ -63,7 +65,8 @@ class Router:
         call = (generation, np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
         method = "search" if self.reranker is None else "shortlist"
         start = time.perf_counter()
-        outcomes = await self._ask_shards(method, *call, json.dumps(filters or {}), deadline=deadline)
+        shared = self._batched if method == "search" and len(queries) == 1 else []
+        outcomes = await self._ask_shards(method, *call, json.dumps(filters or {}), deadline=deadline, shards=shared)
         good = accept(outcomes, allow_partial=allow_partial)
         times = {"shards": _since_ms(start)}
         if self.reranker is not None:
@@ -74,7 +77,8 @@ class Router:
             times["rerank"] = _since_ms(start)
         else:
             start = time.perf_counter()
-            answer = merge([unpack(packed, len(queries)) for packed in good.values()], k)
+            answer = merge([packed if isinstance(packed, Answer) else unpack(packed, len(queries))
+                            for packed in good.values()], k)  # fmt: skip
             times["merge"] = _since_ms(start)
         return Found(answer, len(good), times)
 
@@ -111,8 +115,11 @@ class Router:
             _outcome(ask(worker, method, *args), deadline)  # fmt: skip
         return accept([await call], allow_partial=False, who=who)[0]
 
-    async def _ask_shards(self, method: str, *args: Any, deadline: float) -> list[Any]:
-        calls = (self._ask(shard, method, *args, deadline=deadline, who="shard") for shard in self.shards)
+    async def _ask_shards(
+        self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()
+    ) -> list[Any]:
+        asked = shards or self.shards
+        calls = (self._ask(shard, method, *args, deadline=deadline, who="shard") for shard in asked)
         return await asyncio.gather(*calls)
 
     async def _ask(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:

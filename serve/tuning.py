@@ -89,3 +89,16 @@ class Deployments(Config):
     rerank: Deployed = Deployed()
     encoder: Deployed = Deployed()
     """Its GPUs: ``encoder_replicas.num_gpus``."""
+
+
+class Batching(Config):
+    """Concurrent single searches share calls to the shards."""
+
+    enabled: bool = True
+    """Off, every search makes calls of its own."""
+    max_in_flight: int = Field(default=4, ge=1, le=10_000)
+    """Calls of one ingress replica to one shard that are out at a time while other searches gather."""
+    max_batch: int = Field(default=32, ge=1, le=65_536)
+    """Searches in one call at most."""
+    max_wait_ms: float = Field(default=50.0, ge=0.0, le=60_000.0)
+    """How long searches gather when no call returns, in milliseconds; then they go all the same."""
