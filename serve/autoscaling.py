@@ -67,6 +67,7 @@ class LoadPolicy:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Replicas wanted; no state is kept."""
+        assert context.config is not None, "Serve calls the policy of deployments that have a configuration"
         latencies = list(((context.aggregated_metrics or {}).get(LATENCY) or {}).values())
         mean_ms = sum(latencies) / len(latencies) if latencies else 0.0
         load = Load(context.total_num_requests, mean_ms, context.target_num_replicas)
@@ -91,8 +92,10 @@ def replica_options(settings: Deployed, num_replicas: int, num_cpus: float, num_
 
 def to_serve(settings: Autoscaling, num_replicas: int) -> AutoscalingConfig:
     """Serve's form of ``settings``; ``num_replicas`` are there at first, within the bounds."""
-    policy = AutoscalingPolicy(policy_function="lookalike.serve.autoscaling:LoadPolicy",
-                               policy_kwargs={"target_latency_ms": settings.target_latency_ms})  # fmt: skip
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function="lookalike.serve.autoscaling:LoadPolicy",
+        policy_kwargs={"target_latency_ms": settings.target_latency_ms},
+    )
     return AutoscalingConfig(
         min_replicas=settings.min_replicas, max_replicas=settings.max_replicas,
         initial_replicas=min(max(num_replicas, settings.min_replicas), settings.max_replicas),
