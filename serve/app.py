@@ -17,6 +17,7 @@ from lookalike.cluster import ensure_ray
 from lookalike.errors import UsageError
 from lookalike.serve.autoscaling import replica_options
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.experiment import own_generations, read_arms
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.ingress import SERVICERS, Ingress
 from lookalike.serve.workers import RerankWorker, ShardWorker
@@ -39,6 +40,7 @@ def build(config: ServeConfig) -> serve.Application:
     """
     _check_guard(config)
     generation = read_service(config)
+    arms = read_arms(config, generation)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests or 1,  # Serve knows no queue of none
@@ -47,7 +49,7 @@ def build(config: ServeConfig) -> serve.Application:
         "logging_config": LoggingConfig(enable_access_log=False),
     }
     num_groups, kinds, cpus = generation.meta.num_hash_shards, config.deployments, config.cpus_per_replica
-    writer, held = None, [generation]
+    writer, held = None, [generation, *own_generations(arms, generation)]
     if config.writes.state is not None:
         writer, held = _writer(shared).bind(config, generation), []  # replicas learn from the writer what to hold
 
@@ -58,7 +60,7 @@ def build(config: ServeConfig) -> serve.Application:
     front = replica_options(kinds.ingress, config.num_replicas, cpus)
     ingress = serve.deployment(**deployment("ingress", **front, **taken(config)))(Ingress)
     if config.placement == "fused":
-        return ingress.bind(config, generation, None, writer)
+        return ingress.bind(config, generation, None, writer, arms)
     parts = replica_options(kinds.shards, config.shard_replicas, cpus)
     shards = [serve.deployment(**deployment(f"shard-{group:03d}", **parts))(ShardWorker).bind(
         group, num_groups, held, writer) for group in range(num_groups)]  # fmt: skip
@@ -66,13 +68,13 @@ def build(config: ServeConfig) -> serve.Application:
     if config.placement == "staged":
         options = deployment("rerank", **replica_options(kinds.rerank, config.shard_replicas, cpus))
         reranker = serve.deployment(**options)(RerankWorker).bind(held, writer)
-    if generation.encoder is not None:
+    if any(one.encoder is not None for one in (generation, *held)):
         from lookalike.serve.encoding import BatchingEncoder  # torch: only for those who encode
 
         own = config.encoder_replicas
         options = deployment("encoder", **replica_options(kinds.encoder, own.num_replicas, cpus, own.num_gpus))
         encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
-    return ingress.bind(config, generation, (shards, reranker, encoder), writer)
+    return ingress.bind(config, generation, (shards, reranker, encoder), writer, arms)
 
 
 def taken(config: ServeConfig) -> dict[str, int]:

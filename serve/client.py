@@ -111,6 +111,11 @@ class Client:
         """Vectors of encoded images, one row each."""
         return from_embeddings(self._call("Embed", pb.EmbedRequest(images=images)))
 
+    def feedback(self, request_id: str, kind: str, *, id: str = "") -> None:
+        """Tell what became of an answer (``SearchInfo.request_id``): ``kind`` is a short word such as "click", ``id``
+        the hit that was acted on, if one was."""
+        self._call("Feedback", pb.FeedbackRequest(request_id=request_id, id=id, kind=kind))
+
     def describe(self) -> Description:
         """What the service serves."""
         return from_description(self._call("Describe", pb.DescribeRequest()))
@@ -233,6 +238,10 @@ class AsyncClient:
     async def embed(self, images: Sequence[bytes]) -> Embeddings:
         """As ``Client.embed``."""
         return from_embeddings(await self._call("Embed", pb.EmbedRequest(images=images)))
+
+    async def feedback(self, request_id: str, kind: str, *, id: str = "") -> None:
+        """As ``Client.feedback``."""
+        await self._call("Feedback", pb.FeedbackRequest(request_id=request_id, id=id, kind=kind))
 
     async def describe(self) -> Description:
         """As ``Client.describe``."""

@@ -58,8 +58,9 @@ def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None
         raise UsageError("nothing to serve; give a recipe or --index URI")
     config = parse_config(ServeConfig, values, "serve")
     from lookalike.serve.app import read_service
+    from lookalike.serve.experiment import read_arms
 
-    read_service(config)
+    read_arms(config, read_service(config))
     return config
 
 
@@ -191,6 +192,7 @@ def _plain(result: SearchResult) -> dict[str, Any]:
         "hits": [{"id": hit.id, "score": hit.score, "metadata": dict(hit.metadata)} for hit in result.hits],
         "plan": vars(info.plan), "generation": info.generation, "model_fingerprint": info.model_fingerprint,
         "coverage": info.coverage, "times_ms": dict(info.times_ms),
+        "request_id": info.request_id, "arm": info.arm, "degraded": info.degraded,
     }  # fmt: skip
 
 

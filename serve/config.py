@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lookalike import storage
 from lookalike.config import Config
+from lookalike.serve.observer_config import AccessLogSettings, ExperimentSettings, MonitorSettings
 from lookalike.serve.tuning import Batching, Degrade, Deployments, Retries
 
 
@@ -45,8 +46,8 @@ class Writes(Config):
     """Writes and changes of the index while it is served."""
 
     state: str | None = None
-    """Folder on a disk, for this service alone, that keeps its writes and which index it serves; all its processes on
-    other machines reach it through the writer. Without one the service answers searches only."""
+    """Folder for this service alone that keeps its writes, which index it serves, and the indexes that compaction builds:
+    on a disk, shared where replicas run on several machines. Without one the service answers searches only."""
     compact_rows: int | None = Field(default=20_000, ge=1)
     """Written and deleted rows from which on an index that holds them is built; None leaves that to the operator."""
     max_pending_rows: int = Field(default=200_000, ge=1)
@@ -96,6 +97,10 @@ class ServeConfig(Config):
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
+    access_log: AccessLogSettings = AccessLogSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    experiment: ExperimentSettings | None = None
+    """Arms that share the traffic; None sends all of it to ``index`` and ``plan``."""
     deployments: Deployments = Deployments()
     retries: Retries = Retries()
     batching: Batching = Batching()

@@ -1,5 +1,6 @@
 """The gRPC ingress deployment: methods named like the RPCs, exact status codes, metrics. The work is ``Service``'s."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
@@ -10,9 +11,11 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.util.metrics import Counter, Histogram
 
+from lookalike.serve import trace
 from lookalike.serve.autoscaling import Paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError
+from lookalike.serve.experiment import Arm, own_generations
 from lookalike.serve.follower import Follows
 from lookalike.serve.generation import Generation
 from lookalike.serve.journal import Record
@@ -40,19 +43,22 @@ class Ingress(Paced, Follows):
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
-        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, writer: Any = None
-    ) -> None:
+        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, writer: Any = None,
+        arms: Sequence[Arm] = (),
+    ) -> None:  # fmt: skip
         self.writer = writer
         self._local: list[Any] = []
         """Workers in this process."""
         self._generations = {generation.name: generation}
         if workers is None:
-            router = open_workers(config, generation, [generation] if writer is None else [])
+            held = [generation, *own_generations(arms, generation)] if writer is None else []
+            router = open_workers(config, generation, held)
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
             router = Router(*workers, retries=config.retries,
                             batching=config.batching if config.batching.enabled else None)
-        self._service = Service(config, generation, router, writer)
+        self._service = Service(config, generation, router, writer, arms)
+        self._observer = self._service.observer
         self._loopback_only = config.loopback_only
         self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
@@ -60,6 +66,11 @@ class Ingress(Paced, Follows):
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
         self._shed = Counter("lookalike_shed_total", "Requests refused because the queue was full.", ("method",))
         self._degraded = Counter("lookalike_degraded_total", "Answers by a cheaper plan because of the load.")
+
+    def __del__(self) -> None:
+        """Serve calls it when a replica is stopped: what waits for the access log is written."""
+        if hasattr(self, "_observer"):
+            self._observer.close()
 
     async def Search(self, request: pb.SearchRequest, grpc_context: RayServegRPCContext) -> pb.SearchResponse:
         """RPC."""
@@ -79,6 +90,7 @@ class Ingress(Paced, Follows):
         self, requests: AsyncIterator[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """RPC; counted by its batches."""
+        trace.begin("SearchStream")
         self._check_caller_or_tell(grpc_context)
         async for response in self._service.search_stream(requests):
             failed = response.WhichOneof("outcome") == "failure"
@@ -87,6 +99,10 @@ class Ingress(Paced, Follows):
             if not failed:
                 self._observe(response.batch.info)
             yield response
+
+    async def Feedback(self, request: pb.FeedbackRequest, grpc_context: RayServegRPCContext) -> pb.FeedbackResponse:
+        """RPC."""
+        return await self._answer("Feedback", self._service.feedback, request, grpc_context)
 
     async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
         """RPC."""
@@ -156,7 +172,8 @@ class Ingress(Paced, Follows):
     async def _answer(
         self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
     ) -> Response:
-        start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: cancelled, or a fault of ours
+        start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: a fault of ours
+        seen = self._observer.begin(rpc)
         try:
             self._check_caller(context)
             async with self._service.admission.slot() if rpc in ADMITTED else nullcontext():
@@ -169,7 +186,11 @@ class Ingress(Paced, Follows):
                 self._shed.inc(1, {"method": rpc})
             _set_status(context, error.code, error.message)
             raise
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
         finally:
+            self._observer.end(seen, code)
             self._requests.inc(1, {"method": rpc, "code": code.name})
             seconds = time.perf_counter() - start
             self._seconds.observe(seconds, {"method": rpc})

@@ -8,13 +8,14 @@ from typing import Any
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.experiment import own_generations, read_arms
 from lookalike.serve.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
 
 _METHODS = {"Search": "search", "SearchBatch": "search_batch", "SearchStream": "stream_one", "Embed": "embed",
-            "Describe": "describe"}  # fmt: skip
+            "Describe": "describe", "Feedback": "feedback"}  # fmt: skip
 
 
 class LocalClient(Client):
@@ -28,12 +29,14 @@ class LocalClient(Client):
         self._thread = threading.Thread(target=self._loop.run_forever, name="lookalike-local", daemon=True)
         self._thread.start()
         self._service = self._run(_open_service(config, generation))
+        self.observer = self._service.observer
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Ready since it was made."""
 
     def close(self) -> None:
         """End the thread that answers."""
+        self.observer.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -47,8 +50,13 @@ class LocalClient(Client):
 
     def _call(self, method: str, request: Any) -> Any:
         sent = type(request).FromString(request.SerializeToString())  # what a server would see
-        return self._run(getattr(self._service, _METHODS[method])(sent))
+        work = getattr(self._service, _METHODS[method])
+        if method == "SearchStream":  # watches its batches itself
+            return self._run(work(sent))
+        return self._run(self.observer.watch(method, work, sent))
 
 
 async def _open_service(config: ServeConfig, generation: Generation) -> Service:
-    return Service(config, generation, open_workers(config, generation, [generation]))
+    arms = read_arms(config, generation)
+    router = open_workers(config, generation, [generation, *own_generations(arms, generation)])
+    return Service(config, generation, router, arms=arms)

@@ -58,16 +58,19 @@ class Admission:
             raise ShedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self.ongoing} requests are worked on and "
                             f"{self.waiting} wait; retry after {self.retry_after_ms} ms")  # fmt: skip
         loop = asyncio.get_running_loop()
-        ARRIVED.set(loop.time())
-        await self._wait()
-        start = loop.time()
-        self.ongoing += 1
+        arrived = ARRIVED.set(loop.time())
         try:
-            yield
+            await self._wait()
+            start = loop.time()
+            self.ongoing += 1
+            try:
+                yield
+            finally:
+                self.ongoing -= 1
+                self._slots.release()
+                self._mean_s += SMOOTHING * (loop.time() - start - self._mean_s)
         finally:
-            self.ongoing -= 1
-            self._slots.release()
-            self._mean_s += SMOOTHING * (loop.time() - start - self._mean_s)
+            ARRIVED.reset(arrived)
 
     async def _wait(self) -> None:
         if not self._slots.locked():

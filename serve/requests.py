@@ -16,6 +16,8 @@ from lookalike.serve.errors import RetrievalError, invalid
 from lookalike.serve.proto import retrieval_pb2 as pb
 
 DEFAULT_K = 10
+MAX_SESSION = 1024
+"""Characters of a session's name."""
 MAX_ID_BYTES = 512
 PORTION_BYTES = 1 << 20
 
@@ -61,6 +63,9 @@ def read_options(
     k = options.k if options.HasField("k") else DEFAULT_K
     if not 1 <= k <= limits.max_k:
         raise invalid(f"k={k} is not between 1 and {limits.max_k}; ask for fewer, or raise limits.max_k of the service")
+    if len(options.session) > MAX_SESSION:
+        raise invalid(f"the session has {len(options.session)} characters, at most {MAX_SESSION} are taken; send a "
+                      "hash of it")  # fmt: skip
     if options.model_fingerprint and options.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(
             grpc.StatusCode.FAILED_PRECONDITION,

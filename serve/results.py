@@ -58,6 +58,8 @@ class Hit:
     id: str
     score: float
     metadata: Mapping[str, str] = field(default_factory=dict)
+    arm: str = ""
+    """In an interleaving experiment, the arm that brought it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ class SearchInfo:
     shards_asked: int
     times_ms: Mapping[str, float]
     """Stage -> milliseconds inside the service."""
+    request_id: str = field(default="", compare=False)
+    """Names this answer in ``feedback``."""
+    arm: str = ""
+    """The experiment's arm that answered; empty without one, ``interleave`` when two did."""
     degraded: bool = False
-    """The service was too busy for the plan it would have taken: ``plan`` is a cheaper one."""
+    """The service was too busy for its plan: ``plan`` is a cheaper one."""
 
     @property
     def coverage(self) -> float:
@@ -138,6 +144,8 @@ class SearchSettings(TypedDict, total=False):
     """The model that made the vectors: the service refuses those of another one."""
     allow_partial: bool
     """Answer with the shards that could be reached, with ``coverage`` below 1."""
+    session: str
+    """Whoever searches, as any stable string: in an experiment it decides the arm."""
 
 
 def to_query(query: Query) -> pb.Query:
@@ -167,6 +175,7 @@ def to_options(settings: SearchSettings) -> pb.SearchOptions:
     return pb.SearchOptions(
         k=k, plan=sent, timeout_ms=timeout_ms, model_fingerprint=settings.get("model_fingerprint", ""),
         allow_partial=settings.get("allow_partial", False), filters=filters, min_recall=settings.get("min_recall"),
+        session=settings.get("session", ""),
     )  # fmt: skip
 
 
@@ -238,7 +247,7 @@ def from_description(reply: pb.DescribeResponse) -> Description:
 
 
 def _hits(hits: Any) -> tuple[Hit, ...]:
-    return tuple(Hit(hit.id, hit.score, dict(hit.metadata)) for hit in hits)
+    return tuple(Hit(hit.id, hit.score, dict(hit.metadata), hit.arm) for hit in hits)
 
 
 def _plan(plan: pb.Plan) -> SearchPlan:
@@ -251,4 +260,4 @@ def _plan(plan: pb.Plan) -> SearchPlan:
 def _info(info: pb.SearchInfo) -> SearchInfo:
     times = {part.stage: part.duration_ms for part in info.stage_times}
     return SearchInfo(_plan(info.plan), info.index_generation, info.model_fingerprint, info.coverage.shards_answered,
-                      info.coverage.shards_asked, times, degraded=info.degraded)  # fmt: skip
+                      info.coverage.shards_asked, times, info.request_id, info.arm, info.degraded)  # fmt: skip

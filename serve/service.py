@@ -11,9 +11,13 @@ import grpc
 import numpy as np
 
 import lookalike
+from lookalike.serve import trace
+from lookalike.serve.arms import Answered, answer
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid
+from lookalike.serve.experiment import Arm, Route
 from lookalike.serve.generation import Generation
+from lookalike.serve.observer import Observer
 from lookalike.serve.overload import ARRIVED, Admission, Ladder
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
@@ -42,21 +46,42 @@ class Service:
     begins once again with what is current then.
     """
 
-    def __init__(self, config: ServeConfig, current: Generation, router: Router, writer: Any = None) -> None:
+    def __init__(
+        self, config: ServeConfig, current: Generation, router: Router, writer: Any = None, arms: Sequence[Arm] = ()
+    ) -> None:
         self.config, self.current, self.router, self.writer = config, current, router, writer
         self.admission = Admission(config.max_ongoing_requests, config.max_queued_requests, config.timeout_s)
         self._ladder = None if config.degrade is None else Ladder(config.degrade)
+        self.observer = Observer(config, router, arms)
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
-        generation, options, found = await self._answer([request.query], request.options)
-        return pb.SearchResponse(hits=write_hits(found.answer, 0), info=self._info(generation, options, found))
+        (hits,), info = await self._search([request.query], request.options)
+        return pb.SearchResponse(hits=hits, info=info)
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
         """``SearchBatch``."""
-        generation, options, found = await self._answer(request.queries, request.options)
-        results = [pb.HitList(hits=write_hits(found.answer, query)) for query in range(len(request.queries))]
-        return pb.SearchBatchResponse(results=results, info=self._info(generation, options, found))
+        results, info = await self._search(request.queries, request.options)
+        return pb.SearchBatchResponse(results=[pb.HitList(hits=hits) for hits in results], info=info)
+
+    async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Answered:
+        async def work(served: Generation) -> Answered:
+            return await answer(self.observer.experiment, served, queries, options, self._search_one)
+
+        return await self._with_current(work)
+
+    async def _search_one(
+        self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions
+    ) -> Answered:
+        """The answer of one generation."""
+        generation = route.generation
+        options = self._options(generation, message)
+        vectors, found = await self._find(generation, queries, options)
+        info = self._info(generation, options, found)
+        own_plan = message.HasField("plan") or message.HasField("min_recall")
+        searched = trace.Searched(generation, options, vectors, found, route.arm, own_plan, info.degraded)
+        trace.current().searches.append(searched)
+        return [write_hits(found.answer, query) for query in range(len(queries))], info
 
     async def search_stream(
         self, requests: AsyncIterator[pb.SearchStreamRequest]
@@ -87,11 +112,19 @@ class Service:
     async def stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none. It waits for a slot: its caller reads on later."""
         try:
-            async with self.admission.slot(patient=True):
-                return pb.SearchStreamResponse(tag=request.tag, batch=await self.search_batch(request.batch))
+            batch = await self.observer.watch("SearchStream", self._patiently, request.batch)
+            return pb.SearchStreamResponse(tag=request.tag, batch=batch)
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
             return pb.SearchStreamResponse(tag=request.tag, failure=failure)
+
+    async def _patiently(self, batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+        async with self.admission.slot(patient=True):
+            return await self.search_batch(batch)
+
+    async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
+        """``Feedback``."""
+        return await self.observer.feedback(request)
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """``Embed``."""
@@ -165,6 +198,8 @@ class Service:
         self._require_writer()
         deadline = _deadline(self.config.timeout_s)
         response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
+        if (recall := self.observer.estimate(self.current)) is not None:
+            response.recall.CopyFrom(recall)
         return response
 
     async def _move(self, method: str, *args: Any) -> pb.Generation:
@@ -190,17 +225,6 @@ class Service:
         cheaper = self._ladder.choose(generation.plans, self.admission.share)
         return read if cheaper is None else read._replace(plan=cheaper, degraded=True)
 
-    async def _answer(
-        self, queries: Sequence[pb.Query], asked: pb.SearchOptions
-    ) -> tuple[Generation, Options, Found]:
-        start = _deadline(0.0)
-
-        async def work(generation: Generation) -> tuple[Generation, Options, Found]:
-            options = self._options(generation, asked)
-            return generation, options, await self._find(generation, queries, options, start + options.timeout_s)
-
-        return await self._with_current(work)
-
     async def _with_current(self, work: Callable[[Generation], Awaitable[T]]) -> T:
         generation = self.current
         try:
@@ -211,12 +235,13 @@ class Service:
         return await work(self.current)
 
     async def _find(
-        self, generation: Generation, queries: Sequence[pb.Query], options: Options, deadline: float
-    ) -> Found:
+        self, generation: Generation, queries: Sequence[pb.Query], options: Options
+    ) -> tuple[Floats, Found]:
+        deadline = _deadline(options.timeout_s)
         vectors, times = await self._vectors(generation, queries, deadline)
         found = await self.router.search(generation.name, vectors, options.k, options.plan, options.filters,
                                          deadline=deadline, allow_partial=options.allow_partial)  # fmt: skip
-        return found._replace(times_ms={**times, **found.times_ms})
+        return vectors, found._replace(times_ms={**times, **found.times_ms})
 
     async def _vectors(
         self, generation: Generation, queries: Sequence[pb.Query], deadline: float

@@ -199,11 +199,11 @@ def read_entries(
 def open_workers(config: ServeConfig, generation: Generation, generations: Sequence[Generation]) -> Router:
     """All workers in this process, holding ``generations`` (placement ``fused``, and local mode).
 
-    There are as many groups as ``generation`` has hash shards, and an encoder if it has one.
+    There are as many groups as ``generation`` has hash shards, and an encoder if one of them has.
     """
     num_groups = generation.meta.num_hash_shards
     shards = [ShardWorker(group, num_groups, generations) for group in range(num_groups)]
-    if generation.encoder is None:
+    if all(one.encoder is None for one in (generation, *generations)):
         return Router(shards, retries=config.retries)
     from lookalike.serve.encoding import EncoderWorker  # torch: only for those who encode
 

@@ -30,6 +30,8 @@ COMMANDS = {
     "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
     "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
     "admin": ("show or change what a running service serves", "lookalike.serve.admin:admin"),
+    "experiment": ("compare the arms of a serving experiment by the access logs",
+                   "lookalike.serve.experiment_report:experiment"),
     "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.export:export"),
     "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
     "verify": ("compare every file of artifacts with their manifests", "lookalike.verify:verify"),

@@ -22,6 +22,7 @@ FLAGS = {
     "export": {"--help", "--to", "--onnx", "--images", "--report", "--licence", "--public"},
     "show": {"--help", "--json", "--verify"},
     "quickstart": {"--help", "--dry-run"},
+    "experiment": {"--help", "--experiment", "--kind", "--json"},
     "serve": {"--help", "--index", "--dry-run", "--emit-config"},
 }
 

@@ -124,8 +124,8 @@ def publish_index(
     return publish(draft, embeddings=[embeddings])
 
 
-def publish_plan(root: str, index: Artifact, plan: dict[str, object]) -> Artifact:
-    draft = Draft(root, "plan", "plan", "2" * 20)
+def publish_plan(root: str, index: Artifact, plan: dict[str, object], name: str = "plan") -> Artifact:
+    draft = Draft(root, "plan", name, "2" * 20)
     Path(draft.uri).mkdir(parents=True)
     figures = ((0.91, 20.0, {**plan, "shortlist_k": 6}), (0.97, 40.0, plan), (0.5, 30.0, {**plan, "shortlist_dim": 8}))
     candidates = [{"recall_low": low, "model_us": cost, "plan": one} for low, cost, one in figures]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from lookalike.cli import main
-from lookalike.errors import UsageError
-from lookalike.serve.commands import is_setting, resolve
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.serve.commands import emit_config, is_setting, resolve
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
@@ -76,6 +76,15 @@ def test_serve_dry_run_and_emit(world: "World", capsys: pytest.CaptureFixture[st
     assert (config["index"], config["port"], config["limits"]["max_k"]) == (world.index, 0, 7)
     assert main(["serve", "--index", world.index, "--emit-config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["applications"][0]["args"]["index"] == world.index
+
+
+def test_serve_checks_the_arms_of_an_experiment(world: "World", tmp_path: Path) -> None:
+    arms = f"[{{name: a}}, {{name: b, index: {tmp_path}/nothing}}]"
+    with pytest.raises(ArtifactError, match="it is not there"):
+        resolve(None, [f"experiment={{name: trial, arms: {arms}}}"], world.index)
+    config = resolve(None, ["experiment={name: trial, arms: [{name: a}, {name: b, plan: none}]}"], world.index)
+    assert config.experiment is not None
+    assert "name: trial" in emit_config(config)
 
 
 def test_serve_reads_the_recipe(world: "World", tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""Guardrails: an arm that is shown to break its limits gets no more traffic. Each replica judges what it answered."""
+
+from collections import deque
+from collections.abc import Callable
+
+from lookalike.serve.intervals import wilson
+from lookalike.serve.observer_config import ExperimentSettings
+from lookalike.serve.recall_monitor import Estimate
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+WINDOW = 1000
+"""The last requests of an arm that are judged (or ``min_requests``, where that is more)."""
+SERVICE_ERRORS = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS", "UNIMPLEMENTED",
+                  "RESOURCE_EXHAUSTED")  # fmt: skip
+"""Status codes that are no fault of the caller."""
+P99_SHARE = 0.01
+
+
+class Guard:
+    """The arms of one replica that may still be asked; ``closed`` is called once for each that may not, with why."""
+
+    def __init__(self, settings: ExperimentSettings) -> None:
+        self.settings = settings
+        self.reasons: dict[str, str] = {}
+        """Closed arm -> what it broke."""
+        self.closed: Callable[[str, str], None] = lambda arm, reason: None
+        size = max(WINDOW, settings.guardrails.min_requests)
+        names = [arm.name for arm in settings.arms[1:]]  # control is never closed: there is nowhere else to go
+        self._failed: dict[str, deque[bool]] = {name: deque(maxlen=size) for name in names}
+        self._slow: dict[str, deque[bool]] = {name: deque(maxlen=size) for name in names}
+
+    def is_closed(self, arm: str) -> bool:
+        """Whether ``arm`` gets no more traffic here."""
+        return arm in self.reasons
+
+    def count(self, arm: str, code: str, duration_ms: float) -> None:
+        """One request that ``arm`` has answered, or failed to."""
+        limits = self.settings.guardrails
+        if arm not in self._failed or self.is_closed(arm) or code == "CANCELLED":
+            return
+        failed, slow = self._failed[arm], self._slow[arm]
+        failed.append(code in SERVICE_ERRORS)
+        slow.append(limits.max_p99_ms is not None and duration_ms > limits.max_p99_ms)
+        if len(failed) < limits.min_requests:
+            return
+        if limits.max_error_share is not None and wilson(sum(failed), len(failed))[0] > limits.max_error_share:
+            self._close(arm, f"{sum(failed)} of {len(failed)} requests failed, max_error_share is "
+                             f"{limits.max_error_share:g}")  # fmt: skip
+        elif limits.max_p99_ms is not None and wilson(sum(slow), len(slow))[0] > P99_SHARE:
+            self._close(arm, f"{sum(slow)} of {len(slow)} requests took longer than max_p99_ms, {limits.max_p99_ms:g}")
+
+    def recall(self, arm: str, estimate: Estimate) -> None:
+        """The recall of ``arm`` as it is known now."""
+        limits = self.settings.guardrails
+        if arm not in self._failed or self.is_closed(arm) or limits.min_recall is None:
+            return
+        if estimate.queries >= limits.min_requests and estimate.high < limits.min_recall:
+            self._close(arm, f"recall is {estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f}), min_recall "
+                             f"{limits.min_recall:g}")  # fmt: skip
+
+    def _close(self, arm: str, reason: str) -> None:
+        self.reasons[arm] = reason
+        log.warning("arm closed %s", fields(experiment=self.settings.name, arm=arm, reason=reason))
+        self.closed(arm, reason)

@@ -1,0 +1,295 @@
+"""Writer and followers in one process: what happens when they fail, fall behind or start anew."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from lookalike.artifacts import Artifact
+from lookalike.errors import UsageError
+from lookalike.serve import follower, journal
+from lookalike.serve import writer as module
+from lookalike.serve.compaction import ROOT, compact
+from lookalike.serve.config import ServeConfig, Writes
+from lookalike.serve.errors import RetrievalError
+from lookalike.serve.follower import Follower
+from lookalike.serve.generation import Generation, read_generation
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.router import Router
+from lookalike.serve.workers import ShardWorker
+from lookalike.serve.writer import Writer
+from tests.serve.conftest import publish_embeddings, publish_index
+
+if TYPE_CHECKING:
+    from tests.serve.conftest import World
+
+VECTOR = np.arange(1, 65, dtype=np.float32)
+
+
+class Handle:
+    """Calls an object as a Serve handle does; ``target`` None is a process that is gone."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            def __init__(self, handle: Handle) -> None:
+                self.handle = handle
+
+            async def remote(self, *args: Any) -> Any:
+                if self.handle.target is None:
+                    raise ConnectionError("gone")
+                return await getattr(self.handle.target, name)(*args)
+
+        return Method(self)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polls short enough for tests."""
+    for place in (follower, module):
+        monkeypatch.setattr(place, "POLL_S", 0.2)
+    monkeypatch.setattr(module, "SILENCE_S", 0.6)
+    monkeypatch.setattr(follower, "RETRY_S", 0.02)
+
+
+@pytest.fixture
+def config(world: "World", tmp_path: Path) -> ServeConfig:
+    return ServeConfig(index=world.index, encoder="none", writes=Writes(state=str(tmp_path / "state")))
+
+
+@pytest.fixture(scope="module")
+def indexes(world: "World") -> list[str]:
+    """Two more indexes of the same model, of forty and of thirty pictures."""
+    encoder, uris = Artifact.open(world.encoder_uri), []
+    for number, size in enumerate((40, 30)):
+        vectors = dict(list(world.vectors.items())[:size])
+        embeddings = publish_embeddings(world.root, encoder, vectors, fingerprint=f"{number:04d}" + "b" * 16)
+        uris.append(publish_index(world.root, embeddings, vectors, encoder.manifest.fingerprint,
+                                  fingerprint=f"{number:04d}" + "c" * 16).uri)  # fmt: skip
+    return uris
+
+
+def open_writer(config: ServeConfig) -> Writer:
+    return Writer(config, read_generation(config.index, config.plan, config.encoder))
+
+
+async def follow(handle: Handle, group: int = 0, num_groups: int = 1) -> ShardWorker:
+    worker = ShardWorker(group, num_groups, [], handle)
+    worker.follower = Follower(worker, handle, role=f"shard-{group:03d}", drain_s=0.2)  # type: ignore[arg-type]
+    await worker.follower.start()
+    return worker
+
+
+async def leave(*workers: ShardWorker) -> None:
+    for worker in workers:
+        task = worker.follower._task  # type: ignore[union-attr]
+        assert task is not None
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+def upsert(*ids: str, model: str, vector: np.ndarray = VECTOR) -> bytes:
+    rows = [pb.Row(id=image_id, vector=vector.tobytes()) for image_id in ids]
+    return pb.UpsertRequest(rows=rows, model_fingerprint=model).SerializeToString()
+
+
+async def ids(worker: ShardWorker, name: str, k: int = 3) -> list[str]:
+    plan = read_plan()
+    deadline = asyncio.get_running_loop().time() + 10
+    found = await Router([worker]).search(name, VECTOR[None], k, plan, {}, deadline=deadline, allow_partial=False)
+    return [found.answer.entries[row][0] for row in found.answer.hits.rows[0].tolist() if row >= 0]
+
+
+def read_plan() -> Any:
+    from lookalike.retrieval.plan import Plan
+
+    return Plan.exact(64)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(200):
+        if await condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it does not happen")
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_writes_outlive_the_writer_and_reach_those_who_wait(config: ServeConfig, world: "World") -> None:
+    model = world.encoder.fingerprint
+
+    async def work() -> None:
+        writer = open_writer(config)
+        handle = Handle(writer)
+        worker, name = await follow(handle), world.searcher.meta.generation
+        assert await asyncio.gather(*(writer.upsert(upsert(f"n{n}", model=model)) for n in range(5))) == [1, 2, 3, 4, 5]
+
+        async def all_seen() -> bool:
+            return {"n0", "n1", "n2", "n3", "n4"} == set(await ids(worker, name, 5))
+
+        await until(all_seen)
+        handle.target = None  # killed
+        writer._journal.close()
+        await asyncio.sleep(0.1)
+        assert await all_seen()
+        handle.target = again = open_writer(config)
+        assert await again.delete(pb.DeleteRequest(ids=["n1"]).SerializeToString()) == 6
+
+        async def one_less() -> bool:
+            return "n1" not in await ids(worker, name, 5)
+
+        await until(one_less)
+        late = await follow(handle)
+        assert sorted(await ids(late, name, 4)) == ["n0", "n2", "n3", "n4"]
+        await leave(worker, late)
+        again._journal.close()
+
+    run(work)
+
+
+def test_a_switch_waits_for_all_and_fails_for_all(config: ServeConfig, world: "World", indexes: list[str]) -> None:
+    async def work() -> None:
+        writer = open_writer(config)
+        workers = [await follow(Handle(writer), group, 2) for group in range(2)]
+        before = world.searcher.meta.generation
+        moved = pb.Generation.FromString(await writer.switch(switch_to(indexes[0])))
+        assert moved.num_rows == 40
+        assert all(moved.name in worker._held for worker in workers)
+        workers[1].open = broken  # type: ignore[method-assign]
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*shard-001: no memory.*nothing has changed"):
+            await writer.switch(switch_to(indexes[1]))
+        status = pb.StatusResponse.FromString(await writer.status())
+        assert (status.current, status.previous) == (moved.name, before)
+        assert pb.Generation.FromString(await writer.rollback()).name == before
+        assert pb.Generation.FromString(await writer.rollback()).name == moved.name  # and back
+        await leave(*workers)
+        writer._journal.close()
+        again = open_writer(config)
+        assert again._state.current == moved.name
+        again._journal.close()
+
+    run(work)
+
+
+def broken(generation: Generation) -> Any:
+    raise MemoryError("no memory")
+
+
+def switch_to(index: str, **settings: Any) -> bytes:
+    return pb.SwitchRequest(index=index, encoder="none", **settings).SerializeToString()
+
+
+def test_a_replaced_generation_is_let_go(config: ServeConfig, world: "World", indexes: list[str]) -> None:
+    async def work() -> None:
+        writer = open_writer(config)
+        worker = await follow(Handle(writer))
+        for index in indexes:
+            await writer.switch(switch_to(index))
+
+        async def two_left() -> bool:
+            return set(worker._held) == {Artifact.open(index).manifest.fingerprint for index in indexes}
+
+        await until(two_left)
+        with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*NotLoadedError"):
+            await ids(worker, world.searcher.meta.generation)
+        await leave(worker)
+        writer._journal.close()
+
+    run(work)
+
+
+def test_an_index_without_the_writes_gets_them_and_none_may_be_lost(
+    config: ServeConfig, world: "World", indexes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a compaction the log may go on from there only if no index without the writes is to be served."""
+    model = world.encoder.fingerprint
+    monkeypatch.setattr(journal, "FILE_BYTES", 1)  # every write a file of its own
+    folder = config.writes.state or ""
+
+    async def in_process(index: str, records: Any, where: str) -> str:
+        return await asyncio.to_thread(compact, index, records, where)
+
+    monkeypatch.setattr(module, "compact_in_task", in_process)
+    monkeypatch.setattr("lookalike.serve.index._map_tasks", lambda function, tasks, _: [function(*t) for t in tasks])
+    monkeypatch.setattr("lookalike.serve.index.ensure_ray", lambda: None)
+
+    async def work() -> None:
+        writer = open_writer(config)
+        worker = await follow(Handle(writer))
+        for number in range(3):
+            await writer.upsert(upsert(f"n{number}", model=model, vector=VECTOR * (-1) ** number))
+        compacted = pb.Generation.FromString(await writer.compact(0))
+        assert (compacted.includes_writes, compacted.num_rows) == (3, 63)
+        assert compacted.index.startswith(f"{folder}/{ROOT}/")
+        assert set(await ids(worker, compacted.name, 2)) == {"n0", "n2"}
+        # the index before it is still held for a rollback, so the log has all, and another index can get them
+        moved = pb.Generation.FromString(await writer.switch(switch_to(indexes[0])))
+        assert moved.includes_writes == 0
+        assert set(await ids(worker, moved.name, 2)) == {"n0", "n2"}
+        assert pb.Generation.FromString(await writer.switch(switch_to(compacted.index))).includes_writes == 3
+        await writer.upsert(upsert("n3", model=model))
+        again = pb.Generation.FromString(await writer.compact(0))
+        assert (again.includes_writes, again.num_rows) == (4, 64)
+        assert writer._journal.first == 4  # both that are held have the first three
+        with pytest.raises(RetrievalError, match=r"holds the service's writes up to 0, those up to 3 are only in"):
+            await writer.switch(switch_to(indexes[0]))
+        assert pb.Generation.FromString(await writer.switch(switch_to(indexes[0], includes_writes=4))).num_rows == 40
+        await leave(worker)
+        writer._journal.close()
+
+    run(work)
+
+
+def test_another_model_is_refused_while_writes_wait(config: ServeConfig, world: "World") -> None:
+    model = world.encoder.fingerprint
+
+    async def work() -> None:
+        writer = open_writer(config)
+        await writer.upsert(upsert("n", model=model))
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*of model another"):
+            await writer.upsert(upsert("m", model="another"))
+        writer._journal.close()
+
+    run(work)
+    other = config.model_copy(update={"index": world.index + "/"})  # another configuration of the same index
+    with pytest.raises(UsageError, match="another model"):
+        Writer(other, other_model(world))
+    open_writer(other)._journal.close()
+
+
+def other_model(world: "World") -> Generation:
+    from dataclasses import replace
+
+    generation = read_generation(world.index, None, "none")
+    encoder = generation.meta.encoder.model_copy(update={"fingerprint": "another"})
+    return replace(generation, meta=generation.meta.model_copy(update={"encoder": encoder}))
+
+
+def test_rows_that_compaction_would_lose_are_refused() -> None:
+    row = pb.Row(id="a", metadata={"view": "front"})
+    module.check_kept(row, {})
+    module.check_kept(row, {"view": ["icon", "front"]})
+    with pytest.raises(RetrievalError, match=r"INVALID_ARGUMENT.*view='front'.*\['icon'\]"):
+        module.check_kept(row, {"view": ["icon"]})
+
+
+def test_too_many_waiting_rows_are_refused(config: ServeConfig, world: "World") -> None:
+    writes = config.writes.model_copy(update={"max_pending_rows": 2, "compact_rows": None})
+
+    async def work() -> None:
+        writer = open_writer(config.model_copy(update={"writes": writes}))
+        await writer.upsert(upsert("a", "b", model=world.encoder.fingerprint))
+        with pytest.raises(RetrievalError, match=r"RESOURCE_EXHAUSTED.*2 rows wait.*compact"):
+            await writer.upsert(upsert("c", model=world.encoder.fingerprint))
+        writer._journal.close()
+
+    run(work)
