@@ -8,6 +8,7 @@ from pathlib import Path
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
 
 from lookalike.errors import UsageError
+from lookalike.serve import credentials
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, StoredRow
 from lookalike.serve.proto import retrieval_pb2 as pb
 
@@ -15,7 +16,8 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 def admin(args: Sequence[str]) -> int:
     """Show or change what a service serves."""
     options = _parse(args)
-    with Client(options.address, timeout_s=options.timeout) as client:
+    token, tls = credentials.read_token(options.token_file), credentials.read_tls(options)
+    with Client(options.address, timeout_s=options.timeout, token=token, tls=tls) as client:
         print(run(client, options))
     return 0
 
@@ -25,6 +27,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     shared.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
     shared.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
+    credentials.add_arguments(shared)
     parser = argparse.ArgumentParser(
         prog="lookalike admin", description="Show or change what a running service serves; it must have writes.state.",
     )  # fmt: skip

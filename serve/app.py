@@ -20,6 +20,8 @@ from lookalike.serve.config import ServeConfig
 from lookalike.serve.experiment import own_generations, read_arms
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.ingress import SERVICERS, Ingress
+from lookalike.serve.tenants import read_tenants
+from lookalike.serve.tls import LOOPBACK, Tls, check_files
 from lookalike.serve.workers import RerankWorker, ShardWorker
 from lookalike.serve.writer import Writer
 from lookalike.telemetry import fields, get_logger
@@ -38,7 +40,10 @@ def build(config: ServeConfig) -> serve.Application:
     Raises ``ArtifactError`` for one that is missing or damaged and ``UsageError`` when plan, encoder and index do not
     belong together.
     """
-    _check_guard(config)
+    check_guard(config)
+    if config.tls.enabled:
+        raise UsageError("tls is for `lookalike serve`, a Serve application cannot open it; leave it out and put a "
+                         "proxy before the gRPC port, as deploy/kuberay/retrieval.yaml does")  # fmt: skip
     generation = read_service(config)
     arms = read_arms(config, generation)
     shared: dict[str, Any] = {
@@ -90,10 +95,19 @@ def _writer(shared: dict[str, Any]) -> serve.Deployment:
     return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 
-def _check_guard(config: ServeConfig) -> None:
+def check_guard(config: ServeConfig) -> None:
+    """Raise ``UsageError`` unless what keeps callers out can be: the files are there and no setting undoes another."""
     if config.loopback_only and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise UsageError("loopback_only=true cannot hold behind HAProxy, where every caller looks local; set "
                          "serve.loopback_only=false and guard the port by network policy")  # fmt: skip
+    if config.tenants is not None:
+        read_tenants(config.tenants)
+    check_files(config.tls)
+    guarded = config.tenants is not None or config.tls.client_ca is not None
+    if config.tls.enabled and config.tls.host not in LOOPBACK and config.loopback_only and not guarded:
+        raise UsageError(f"tls.host={config.tls.host} admits callers from other machines, who look local to "
+                         "loopback_only=true; set serve.tenants or tls.client_ca, or loopback_only=false to admit "
+                         "everyone")  # fmt: skip
 
 
 def read_service(config: ServeConfig) -> Generation:
@@ -108,7 +122,7 @@ def start(config: ServeConfig) -> str:
     Serve runs already.
     """
     port = free_port(config.port)
-    application = build(config)
+    application = build(config.model_copy(update={"tls": Tls()}))
     ensure_ray()
     _check_no_serve()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

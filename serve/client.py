@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 
 from lookalike.serve.attempts import Attempts, to_error
+from lookalike.serve.credentials import ClientTls, call_metadata, open_channel
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc
@@ -45,8 +46,8 @@ from lookalike.serve.results import (
     to_upsert,
 )
 
-__all__ = ["AsyncClient", "Client", "Description", "Embeddings", "Hit", "PlanLike", "Query", "SearchInfo", "SearchPlan",
-           "SearchResult", "SearchSettings", "StoredRow"]  # fmt: skip
+__all__ = ["AsyncClient", "Client", "ClientTls", "Description", "Embeddings", "Hit", "PlanLike", "Query", "SearchInfo",
+           "SearchPlan", "SearchResult", "SearchSettings", "StoredRow"]  # fmt: skip
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 MAX_MESSAGE_BYTES = 64 << 20
@@ -65,16 +66,17 @@ class Client:
     """Blocking client; safe to share between threads. Every method raises ``RetrievalError`` with a gRPC status.
 
     ``address`` is ``host:port``; ``timeout_s`` the deadline of each call; ``application`` the Serve application to
-    ask where several share the port; ``channel`` replaces the plain-text channel (TLS, interceptors).
+    ask where several share the port; ``token`` the bearer token, which travels in clear text without ``tls``;
+    ``channel`` replaces the channel (interceptors).
     """
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 30.0, application: str = "",
-        channel: grpc.Channel | None = None,
+        token: str | None = None, tls: ClientTls | None = None, channel: grpc.Channel | None = None,
     ) -> None:  # fmt: skip
-        self._metadata = (("application", application),) if application else ()
+        self._metadata = call_metadata(application, token)
         self.address, self.timeout_s = address, timeout_s
-        self._channel = grpc.insecure_channel(address, options=OPTIONS) if channel is None else channel
+        self._channel = open_channel(grpc, address, tls, OPTIONS) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def search(
@@ -200,11 +202,11 @@ class AsyncClient:
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 30.0, application: str = "",
-        channel: grpc.aio.Channel | None = None,
+        token: str | None = None, tls: ClientTls | None = None, channel: grpc.aio.Channel | None = None,
     ) -> None:  # fmt: skip
-        self._metadata = (("application", application),) if application else ()
+        self._metadata = call_metadata(application, token)
         self.address, self.timeout_s = address, timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS) if channel is None else channel
+        self._channel = open_channel(grpc.aio, address, tls, OPTIONS) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def search(

@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.serve import credentials
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, SearchResult
 from lookalike.serve.config import ServeConfig
 
@@ -25,10 +27,17 @@ def serve(args: Sequence[str]) -> int:
                         "limits.max_k=50; with a recipe also the recipe's, as in root=...")  # fmt: skip
     parser.add_argument("--index", help="URI of the index to serve; default: the recipe's step of stage index")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the settings; serve nothing")
+    parser.add_argument("--check-config", metavar="FILE", help="read a Serve config file or a RayService manifest, "
+                        "refuse what Serve would ignore or fail on, and serve nothing")  # fmt: skip
     parser.add_argument("--emit-config", action="store_true", help="print the YAML for `serve deploy` (serveConfigV2)")
     options = parser.parse_intermixed_args(args)
     if options.recipe and "=" in options.recipe and not Path(options.recipe).exists():
         options.overrides, options.recipe = [options.recipe, *options.overrides], None
+    if options.check_config:
+        from lookalike.serve.serve_config import check_file
+
+        print("\n".join(check_file(options.check_config)))
+        return 0
     config = resolve(options.recipe, options.overrides, options.index)
     if options.emit_config:
         print(emit_config(config), end="")
@@ -57,9 +66,10 @@ def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None
     if "index" not in values:
         raise UsageError("nothing to serve; give a recipe or --index URI")
     config = parse_config(ServeConfig, values, "serve")
-    from lookalike.serve.app import read_service
+    from lookalike.serve.app import check_guard, read_service
     from lookalike.serve.experiment import read_arms
 
+    check_guard(config)
     read_arms(config, read_service(config))
     return config
 
@@ -97,7 +107,7 @@ def emit_config(config: ServeConfig, *, name: str = "lookalike") -> str:
     """
     from lookalike.serve.ingress import SERVICERS
 
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"port"})
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"port", "tls"})
     given["loopback_only"] = config.loopback_only and "loopback_only" in config.model_fields_set
     document = {
         "proxy_location": "EveryNode",
@@ -112,18 +122,22 @@ def emit_config(config: ServeConfig, *, name: str = "lookalike") -> str:
 
 
 def _serve_until_told(config: ServeConfig) -> int:
-    from lookalike.serve.app import start, stop
+    from lookalike.serve.app import free_port, start, stop
+    from lookalike.serve.tls import proxy
 
     told = threading.Event()
-    address = start(config)
-    try:
+    tls = config.tls.model_copy(update={"port": free_port(config.tls.port)}) if config.tls.enabled else None
+    with ExitStack() as stack:
+        address = start(config)
+        stack.callback(stop)
         for number in (signal.SIGINT, signal.SIGTERM):  # after start: Ray sets its own SIGTERM handler there
             signal.signal(number, lambda *_: told.set())
-        print(f"serving {config.index} at {address}; Ctrl-C stops it", flush=True)
+        encrypted = None if tls is None else stack.enter_context(proxy(tls, int(address.rpartition(":")[2])))
+        also = "" if encrypted is None else f" and by TLS at {encrypted.address}"
+        print(f"serving {config.index} at {address}{also}; Ctrl-C stops it", flush=True)
         while not told.wait(0.5):
-            pass
-    finally:
-        stop()
+            if encrypted is not None:
+                encrypted.check()
     return 0
 
 
@@ -143,6 +157,7 @@ def search(args: Sequence[str]) -> int:
     parser.add_argument("--min-recall", type=float, help="let the service choose the cheapest plan of this recall")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    credentials.add_arguments(parser)
     options = parser.parse_intermixed_args(args)
     asked = _read_query(options)
     with _open_client(options) as client:
@@ -153,7 +168,8 @@ def search(args: Sequence[str]) -> int:
 
 def _open_client(options: argparse.Namespace) -> Client:
     if options.local is None:
-        return Client(options.address, timeout_s=options.timeout)
+        tls, token = credentials.read_tls(options), credentials.read_token(options.token_file)
+        return Client(options.address, timeout_s=options.timeout, token=token, tls=tls)
     from lookalike.serve.local import LocalClient
 
     return LocalClient(options.local, timeout_s=options.timeout)

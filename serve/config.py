@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from lookalike import storage
 from lookalike.config import Config
 from lookalike.serve.observer_config import AccessLogSettings, ExperimentSettings, MonitorSettings
+from lookalike.serve.tls import Tls
 from lookalike.serve.tuning import Batching, Degrade, Deployments, Retries
 
 
@@ -25,6 +26,12 @@ class Limits(Config):
     """Candidates in each shard's shortlist."""
     max_filter_values: int = Field(default=1000, ge=1, le=1_000_000)
     """Values of all filters of a request together."""
+    max_request_bytes: int = Field(default=64 << 20, ge=1024, le=(1 << 31) - 1)
+    """Encoded size of one request, or of one batch of a stream, in bytes."""
+    max_id_bytes: int = Field(default=512, ge=1, le=65_536)
+    """Length of an id in bytes of UTF-8; none is empty."""
+    max_metadata_bytes: int = Field(default=16_384, ge=0, le=16 << 20)
+    """Names and values of a written row's columns together, in bytes of UTF-8."""
 
 
 class EncoderReplicas(Config):
@@ -46,8 +53,8 @@ class Writes(Config):
     """Writes and changes of the index while it is served."""
 
     state: str | None = None
-    """Folder for this service alone that keeps its writes, which index it serves, and the indexes that compaction builds:
-    on a disk, shared where replicas run on several machines. Without one the service answers searches only."""
+    """Folder for this service alone that keeps its writes, which index it serves, and the indexes that compaction
+    builds: on a disk, shared where replicas run on several machines. Without one the service answers searches only."""
     compact_rows: int | None = Field(default=20_000, ge=1)
     """Written and deleted rows from which on an index that holds them is built; None leaves that to the operator."""
     max_pending_rows: int = Field(default=200_000, ge=1)
@@ -79,6 +86,10 @@ class ServeConfig(Config):
     loopback_only: bool = True
     """Refuse callers from other machines. Ray's gRPC listener always binds every interface, so this is checked per
     request; set it to false in a cluster, and guard the port by network policy."""
+    tenants: str | None = None
+    """URI of the YAML or JSON file of the tenants (``lookalike.serve.tenants``): every call then needs a token. None
+    asks for none."""
+    tls: Tls = Tls()
     port: int = Field(default=9000, ge=0, le=65_535)
     """gRPC port of ``lookalike serve``; 0 takes a free one. Under a Serve config ``grpc_options.port`` decides."""
     num_replicas: int = Field(default=1, ge=1)
@@ -108,7 +119,7 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _check_artifacts(self) -> "ServeConfig":
-        for name in ("index", "plan", "encoder"):
+        for name in ("index", "plan", "encoder", "tenants"):
             if getattr(self, name) == "":
-                raise ValueError(f"{name!r} is empty; give the URI of an artifact")
+                raise ValueError(f"{name!r} is empty; give a URI")
         return self

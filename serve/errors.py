@@ -8,13 +8,16 @@ from lookalike.errors import LookalikeError
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 """The gRPC status of each number on the wire."""
+MAX_SHOWN = 60
+"""Characters of a caller's text that a message repeats."""
 
 
 class RetrievalError(LookalikeError):
     """A request that was not answered: ``code`` is the gRPC status, the message names value, rule and remedy.
 
     INVALID_ARGUMENT (the request is wrong), NOT_FOUND (no such image), FAILED_PRECONDITION (another model, or no
-    encoder), UNAVAILABLE (shards lost), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queues full), PERMISSION_DENIED.
+    encoder), UNAVAILABLE (shards lost), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queues full, a tenant over its
+    quota), UNAUTHENTICATED (no valid token), PERMISSION_DENIED (from another machine, or the token's role is short).
     """
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
@@ -28,7 +31,8 @@ class RetrievalError(LookalikeError):
     @property
     def exit_code(self) -> int:  # type: ignore[override]
         """2 when the request is at fault, 1 when the service is."""
-        mistakes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+        mistakes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION,
+                    grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)  # fmt: skip
         return 2 if self.code in mistakes else 1
 
 
@@ -45,3 +49,9 @@ def not_loaded(generation: str, held: Collection[str]) -> NotLoadedError:
 def invalid(message: str) -> RetrievalError:
     """An INVALID_ARGUMENT error."""
     return RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def shorten(text: str) -> str:
+    """``text`` quoted, in ASCII, its middle left out: fit for a message, whatever was sent."""
+    shown = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 10]}...{text[-7:]}"
+    return ascii(shown)

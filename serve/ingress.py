@@ -1,22 +1,23 @@
 """The gRPC ingress deployment: methods named like the RPCs, exact status codes, metrics. The work is ``Service``'s."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
-from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from ray.util.metrics import Counter, Histogram
 
 from lookalike.serve import trace
 from lookalike.serve.autoscaling import Paced
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import CODES, RetrievalError
+from lookalike.serve.errors import CODES, RetrievalError, invalid, shorten
 from lookalike.serve.experiment import Arm, own_generations
 from lookalike.serve.follower import Follows
+from lookalike.serve.gate import Caller, Gate
 from lookalike.serve.generation import Generation
 from lookalike.serve.journal import Record
 from lookalike.serve.overload import ADMITTED, ShedError
@@ -24,7 +25,9 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
+from lookalike.telemetry import get_logger
 
+log = get_logger(__name__)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
@@ -36,6 +39,7 @@ SERVICERS = [
 """What Serve's gRPC listener must be started with (``grpc_options.grpc_servicer_functions``)."""
 Handles = tuple[list[Worker], Worker | None, Worker | None]
 """Serve handles of the shards, the re-ranker and the encoder."""
+MAX_DETAILS = 2000
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 
@@ -59,8 +63,10 @@ class Ingress(Paced, Follows):
                             batching=config.batching if config.batching.enabled else None)
         self._service = Service(config, generation, router, writer, arms)
         self._observer = self._service.observer
+        self._gate = Gate(config)
         self._loopback_only = config.loopback_only
-        self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code"))
+        self._requests = Counter("lookalike_requests_total", "Requests by status.",
+                                 ("method", "code", "tenant"))  # fmt: skip
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
         self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
@@ -87,18 +93,28 @@ class Ingress(Paced, Follows):
         return response
 
     async def SearchStream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
+        self, requests: gRPCInputStream[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """RPC; counted by its batches."""
         trace.begin("SearchStream")
-        self._check_caller_or_tell(grpc_context)
-        async for response in self._service.search_stream(requests):
-            failed = response.WhichOneof("outcome") == "failure"
-            code = CODES[response.failure.code].name if failed else "OK"
-            self._requests.inc(1, {"method": "SearchStream", "code": code})
-            if not failed:
-                self._observe(response.batch.info)
-            yield response
+        tenant = ""
+        try:
+            caller = self._identify("SearchStream", grpc_context)
+            tenant = trace.current().tenant = caller.name
+            with caller.under_way():
+                async for response in self._service.search_stream(requests, partial(caller.check, "SearchStream")):
+                    failed = response.WhichOneof("outcome") == "failure"
+                    code = CODES[response.failure.code].name if failed else "OK"
+                    self._requests.inc(1, {"method": "SearchStream", "code": code, "tenant": tenant})
+                    if not failed:
+                        self._observe(response.batch.info)
+                    yield response
+            if requests.is_cancelled():  # so Serve ends a stream whose caller left, or whose bytes are no message
+                raise invalid("the stream broke off: it ended, or went on with bytes that are no SearchStreamRequest")
+        except Exception as error:  # noqa: BLE001
+            failure = as_retrieval_error(error)
+            self._requests.inc(1, {"method": "SearchStream", "code": failure.code.name, "tenant": tenant})
+            raise tell(grpc_context, failure) from None
 
     async def Feedback(self, request: pb.FeedbackRequest, grpc_context: RayServegRPCContext) -> pb.FeedbackResponse:
         """RPC."""
@@ -164,45 +180,46 @@ class Ingress(Paced, Follows):
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
         """``grpc.health.v1.Health/Check``: a replica that answers serves."""
         if request.service not in ("", SERVICE_NAME):
-            message = f"no service {request.service!r}; ask for {SERVICE_NAME!r}"
-            _set_status(grpc_context, grpc.StatusCode.NOT_FOUND, message)
-            raise RetrievalError(grpc.StatusCode.NOT_FOUND, message)
+            message = f"no service {shorten(request.service)}; ask for {SERVICE_NAME!r}"
+            raise tell(grpc_context, RetrievalError(grpc.StatusCode.NOT_FOUND, message))
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
+        """``grpc.health.v1.Health/Watch``: UNIMPLEMENTED, on which clients go on without it."""
+        message = "Watch is not implemented; ask with Check"
+        raise tell(grpc_context, RetrievalError(grpc.StatusCode.UNIMPLEMENTED, message))
+        yield
 
     async def _answer(
         self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
     ) -> Response:
-        start, code = time.perf_counter(), grpc.StatusCode.UNKNOWN  # UNKNOWN: a fault of ours
+        start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         seen = self._observer.begin(rpc)
         try:
-            self._check_caller(context)
-            async with self._service.admission.slot() if rpc in ADMITTED else nullcontext():
-                response = await work(request)
+            caller = self._identify(rpc, context)
+            seen.tenant = caller.name
+            with caller.request(rpc, request):
+                async with self._service.admission.slot() if rpc in ADMITTED else nullcontext():
+                    response = await work(request)
             code = grpc.StatusCode.OK
             return response
-        except RetrievalError as error:
-            code = error.code
+        except Exception as error:  # noqa: BLE001
+            failure = as_retrieval_error(error)
+            code = failure.code
             if isinstance(error, ShedError):
                 self._shed.inc(1, {"method": rpc})
-            _set_status(context, error.code, error.message)
-            raise
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
-            raise
+            raise tell(context, failure) from None
         finally:
             self._observer.end(seen, code)
-            self._requests.inc(1, {"method": rpc, "code": code.name})
+            self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": seen.tenant})
             seconds = time.perf_counter() - start
             self._seconds.observe(seconds, {"method": rpc})
             if rpc in ADMITTED:
                 self.pace.add(seconds)
 
-    def _check_caller_or_tell(self, context: RayServegRPCContext) -> None:
-        try:
-            self._check_caller(context)
-        except RetrievalError as error:
-            _set_status(context, error.code, error.message)
-            raise
+    def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:
+        self._check_caller(context)
+        return self._gate.identify(rpc, context.invocation_metadata())
 
     def _check_caller(self, context: RayServegRPCContext) -> None:
         peer = context.peer()
@@ -219,6 +236,17 @@ class Ingress(Paced, Follows):
             self._degraded.inc(1)
 
 
-def _set_status(context: RayServegRPCContext, code: grpc.StatusCode, message: str) -> None:
-    context.set_code(code)
-    context.set_details(message)
+def as_retrieval_error(error: Exception) -> RetrievalError:
+    """``error``, or INTERNAL for a fault of ours: its traceback is for the log, not for callers."""
+    if isinstance(error, RetrievalError):
+        return error
+    log.error("fault", exc_info=error)
+    return RetrievalError(grpc.StatusCode.INTERNAL, f"the service failed ({type(error).__name__}); its log says more")
+
+
+def tell(context: RayServegRPCContext, error: RetrievalError) -> RetrievalError:
+    """Set the status that the caller gets when ``error`` is raised; its message must fit a header of HTTP/2."""
+    text = error.message.encode("ascii", "backslashreplace").decode()
+    context.set_code(error.code)
+    context.set_details(text if len(text) <= MAX_DETAILS else f"{text[: MAX_DETAILS - 3]}...")
+    return error

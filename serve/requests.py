@@ -1,5 +1,6 @@
 """Requests of the wire, checked: bytes become arrays and plans, or INVALID_ARGUMENT with value, rule and remedy."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,13 +13,13 @@ from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan, parse_plan
 from lookalike.serve.answers import Answer
 from lookalike.serve.config import Limits
-from lookalike.serve.errors import RetrievalError, invalid
+from lookalike.serve.errors import RetrievalError, invalid, shorten
 from lookalike.serve.proto import retrieval_pb2 as pb
 
 DEFAULT_K = 10
 MAX_SESSION = 1024
 """Characters of a session's name."""
-MAX_ID_BYTES = 512
+MAX_URI_CHARS = 4096
 PORTION_BYTES = 1 << 20
 
 
@@ -69,7 +70,7 @@ def read_options(
     if options.model_fingerprint and options.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(
             grpc.StatusCode.FAILED_PRECONDITION,
-            f"the query is of model {options.model_fingerprint}, the index of "
+            f"the query is of model {shorten(options.model_fingerprint)}, the index of "
             f"{meta.model_fingerprint}; embed the query with the index's model (Embed does), or send the image itself",
         )
     if options.HasField("plan") and options.HasField("min_recall"):
@@ -91,9 +92,9 @@ def read_filters(filters: Sequence[pb.Filter], *, limits: Limits, meta: IndexMet
     read: dict[str, list[str]] = {}
     for condition in filters:
         if condition.column not in meta.columns:
-            raise invalid(f"filter on {condition.column!r}: the index has the columns {', '.join(meta.columns)}")
+            raise invalid(f"filter on {shorten(condition.column)}: the index has the columns {', '.join(meta.columns)}")
         if condition.column in read:
-            raise invalid(f"two filters on {condition.column!r}; put the values into one")
+            raise invalid(f"two filters on {shorten(condition.column)}; put the values into one")
         read[condition.column] = list(condition.values)
     num = sum(len(values) for values in read.values())
     if num > limits.max_filter_values:
@@ -107,6 +108,10 @@ def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:
     if message.shortlist_k > limits.max_shortlist_k:
         raise invalid(f"plan.shortlist_k={message.shortlist_k} exceeds {limits.max_shortlist_k}; shortlist fewer, or "
                       "raise limits.max_shortlist_k of the service")  # fmt: skip
+    for name, given in (("stages", message.stages), ("margins", message.margins)):
+        if len(given) > len(meta.dims):
+            raise invalid(f"plan.{name} has {len(given)} entries; an index of {len(meta.dims)} nested dims takes no "
+                          "more than that")  # fmt: skip
     values = {"shortlist_dim": message.shortlist_dim, "shortlist_k": message.shortlist_k, "scan": message.scan,
               "stages": tuple((step.dim, step.keep) for step in message.stages), "rerank_dim": message.rerank_dim,
               "ef_search": message.ef_search if message.HasField("ef_search") else None,
@@ -137,8 +142,7 @@ def write_plan(plan: Plan) -> pb.Plan:
 
 def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Queries:
     """Queries sorted by kind; images are checked for size only, their decoding is the encoder's work."""
-    if not 1 <= len(queries) <= limits.max_batch:
-        raise invalid(f"{len(queries)} queries in one request; send 1 to {limits.max_batch}")
+    check_num(queries, "queries", limits)
     read = Queries({}, {}, {})
     for position, query in enumerate(queries):
         kind = query.WhichOneof("kind")
@@ -147,7 +151,7 @@ def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Qu
         elif kind == "image":
             read.images[position] = check_image(query.image, limits)
         elif kind == "image_id":
-            read.image_ids[position] = query.image_id
+            read.image_ids[position] = check_id(query.image_id, limits)
         else:
             raise invalid(f"query {position} is empty; set vector, image or image_id")
     return read
@@ -176,12 +180,27 @@ def check_image(data: bytes, limits: Limits) -> bytes:
     return data
 
 
+def check_id(image_id: str, limits: Limits) -> str:
+    """``image_id``, unless it is empty or longer than the service takes."""
+    size = len(image_id.encode())
+    if not 1 <= size <= limits.max_id_bytes:
+        raise invalid(f"the id {shorten(image_id)} has {size} bytes; ids have 1 to {limits.max_id_bytes} "
+                      "(limits.max_id_bytes of the service)")  # fmt: skip
+    return image_id
+
+
+def check_num(items: Sequence[object], what: str, limits: Limits) -> None:
+    """Refuse an empty request and one of more items than the service takes."""
+    if not 1 <= len(items) <= limits.max_batch:
+        raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
+
+
 def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) -> None:
     """Refuse rows that cannot be stored: ids, content, columns, and another model."""
     if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"the vectors are of model "
-                             f"{request.model_fingerprint}, the index of {meta.model_fingerprint}; embed with the "
-                             "index's model, or send images")  # fmt: skip
+                             f"{shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; embed with "
+                             "the index's model, or send images")  # fmt: skip
     _check_written([row.id for row in request.rows], limits)
     for row in request.rows:
         kind = row.WhichOneof("content")
@@ -190,11 +209,19 @@ def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) ->
         elif kind == "image":
             check_image(row.image, limits)
         else:
-            raise invalid(f"row {row.id!r} is empty; set vector or image")
-        unknown = [name for name in row.metadata if name not in meta.columns or name == "image_id"]
-        if unknown:
-            columns = ", ".join(name for name in meta.columns if name != "image_id")
-            raise invalid(f"row {row.id!r} has metadata {unknown[0]!r}; the index has the columns {columns}")
+            raise invalid(f"row {shorten(row.id)} is empty; set vector or image")
+        _check_metadata(row, limits, meta)
+
+
+def _check_metadata(row: pb.Row, limits: Limits, meta: IndexMeta) -> None:
+    columns = [name for name in meta.columns if name != "image_id"]
+    if unknown := [name for name in row.metadata if name not in columns]:
+        raise invalid(f"row {shorten(row.id)} has metadata {shorten(unknown[0])}; the index has the columns "
+                      f"{', '.join(columns)}")  # fmt: skip
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in row.metadata.items())
+    if size > limits.max_metadata_bytes:
+        raise invalid(f"row {shorten(row.id)} has {size} bytes of metadata, the limit is {limits.max_metadata_bytes}; "
+                      "store less, or raise limits.max_metadata_bytes of the service")  # fmt: skip
 
 
 def check_ids(request: pb.DeleteRequest, *, limits: Limits) -> None:
@@ -202,15 +229,24 @@ def check_ids(request: pb.DeleteRequest, *, limits: Limits) -> None:
     _check_written(list(request.ids), limits)
 
 
+def check_uris(request: pb.SwitchRequest) -> None:
+    """Refuse URIs that cannot be any artifact's."""
+    if not request.index:
+        raise invalid("the index to switch to is not named; send the URI of its artifact")
+    for name in ("index", "plan", "encoder"):
+        uri: str = getattr(request, name)
+        if len(uri) > MAX_URI_CHARS or not uri.isprintable():
+            raise invalid(f"{name}={shorten(uri)} has {len(uri)} characters; a URI has at most {MAX_URI_CHARS}, all "
+                          "printable")  # fmt: skip
+
+
 def _check_written(ids: Sequence[str], limits: Limits) -> None:
-    if not 1 <= len(ids) <= limits.max_batch:
-        raise invalid(f"{len(ids)} rows in one request; send 1 to {limits.max_batch}")
+    check_num(ids, "rows", limits)
     for image_id in ids:
-        if not 1 <= len(image_id.encode()) <= MAX_ID_BYTES:
-            raise invalid(f"an id of {len(image_id.encode())} bytes ({image_id[:40]!r}); it takes 1 to {MAX_ID_BYTES}")
+        check_id(image_id, limits)
     if len(set(ids)) < len(ids):
-        twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
-        raise invalid(f"id {twice!r} occurs twice in one request; send each once")
+        twice = next(image_id for image_id, num in Counter(ids).items() if num > 1)
+        raise invalid(f"id {shorten(twice)} occurs twice in one request; send each once")
 
 
 def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:

@@ -20,7 +20,7 @@ from lookalike.retrieval.filters import Conditions
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.answers import Answer, merge, unpack
 from lookalike.serve.batching import BatchedShard
-from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid
+from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid, shorten
 from lookalike.serve.retries import repeat
 from lookalike.serve.tuning import Batching, Retries
 from lookalike.telemetry import fields, get_logger
@@ -91,8 +91,8 @@ class Router:
         missing = [image_id for image_id in image_ids if image_id not in found]
         if missing:
             accept(outcomes, allow_partial=False)  # a lost shard may hold it: that is no NOT_FOUND
-            raise RetrievalError(grpc.StatusCode.NOT_FOUND, f"no image {missing[0]!r} in the index; search by the "
-                                 "image itself")  # fmt: skip
+            raise RetrievalError(grpc.StatusCode.NOT_FOUND, f"no image {shorten(missing[0])} in the index; search by "
+                                 "the image itself")  # fmt: skip
         return [np.frombuffer(found[image_id], "<f4") for image_id in image_ids]
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:

@@ -14,7 +14,7 @@ import lookalike
 from lookalike.serve import trace
 from lookalike.serve.arms import Answered, answer
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid
+from lookalike.serve.errors import NotLoadedError, RetrievalError
 from lookalike.serve.experiment import Arm, Route
 from lookalike.serve.generation import Generation
 from lookalike.serve.observer import Observer
@@ -24,7 +24,9 @@ from lookalike.serve.requests import (
     Options,
     check_ids,
     check_image,
+    check_num,
     check_rows,
+    check_uris,
     portions,
     read_options,
     read_queries,
@@ -37,6 +39,7 @@ from lookalike.serve.router import Floats, Found, Router
 T = TypeVar("T")
 MOVE_S = 86_400.0
 """Longest that a switch or compaction may take, in seconds; the request usually says less."""
+Check = Callable[[pb.SearchStreamRequest], None]
 
 
 class Service:
@@ -84,9 +87,12 @@ class Service:
         return [write_hits(found.answer, query) for query in range(len(queries))], info
 
     async def search_stream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest]
+        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests."""
+        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests.
+
+        ``check`` may refuse a batch before it is worked on.
+        """
         begun: deque[asyncio.Task[pb.SearchStreamResponse]] = deque()
         reading: asyncio.Future[pb.SearchStreamRequest | None] | None = None
         ended = False
@@ -100,7 +106,7 @@ class Service:
                     request, reading = reading.result(), None
                     ended = request is None
                     if request is not None:
-                        begun.append(asyncio.ensure_future(self.stream_one(request)))
+                        begun.append(asyncio.ensure_future(self.stream_one(request, check)))
                 while begun and begun[0].done():
                     yield begun.popleft().result()
         finally:  # the caller may have gone
@@ -109,18 +115,20 @@ class Service:
             for task in begun:
                 task.cancel()
 
-    async def stream_one(self, request: pb.SearchStreamRequest) -> pb.SearchStreamResponse:
+    async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none. It waits for a slot: its caller reads on later."""
+        async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+            if check is not None:
+                check(request)
+            async with self.admission.slot(patient=True):
+                return await self.search_batch(batch)
+
         try:
-            batch = await self.observer.watch("SearchStream", self._patiently, request.batch)
+            batch = await self.observer.watch("SearchStream", work, request.batch)
             return pb.SearchStreamResponse(tag=request.tag, batch=batch)
         except RetrievalError as error:
             failure = pb.Failure(code=error.code.value[0], message=error.message)
             return pb.SearchStreamResponse(tag=request.tag, failure=failure)
-
-    async def _patiently(self, batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
-        async with self.admission.slot(patient=True):
-            return await self.search_batch(batch)
 
     async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
         """``Feedback``."""
@@ -128,8 +136,7 @@ class Service:
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """``Embed``."""
-        if not 1 <= len(request.images) <= self.config.limits.max_batch:
-            raise invalid(f"{len(request.images)} images in one request; send 1 to {self.config.limits.max_batch}")
+        check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
         deadline = _deadline(self.config.timeout_s)
 
@@ -183,6 +190,7 @@ class Service:
 
     async def switch(self, request: pb.SwitchRequest) -> pb.SwitchResponse:
         """``AdminService.Switch``."""
+        check_uris(request)
         return pb.SwitchResponse(current=await self._move("switch", request.SerializeToString()))
 
     async def rollback(self, request: pb.RollbackRequest) -> pb.RollbackResponse:

@@ -96,7 +96,7 @@ class Batching(Config):
 
     enabled: bool = True
     """Off, every search makes calls of its own."""
-    max_in_flight: int = Field(default=4, ge=1, le=10_000)
+    max_in_flight: int = Field(default=2, ge=1, le=10_000)
     """Calls of one ingress replica to one shard that are out at a time while other searches gather."""
     max_batch: int = Field(default=32, ge=1, le=65_536)
     """Searches in one call at most."""

@@ -179,7 +179,7 @@ class Writer:
                     includes_writes=includes,
                 )  # fmt: skip
                 self._check_writes(generation)
-            except LookalikeError as error:
+            except (LookalikeError, OSError) as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not switched: {error}") from None
             return write_held(await self._serve(Held.of(generation), request.timeout_s or 600))
 

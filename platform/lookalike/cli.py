@@ -29,6 +29,7 @@ STAGE_HELP = {
 COMMANDS = {
     "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
     "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
+    "token": ("make a bearer token of a tenant of the service", "lookalike.serve.tenants:token"),
     "admin": ("show or change what a running service serves", "lookalike.serve.admin:admin"),
     "experiment": ("compare the arms of a serving experiment by the access logs",
                    "lookalike.serve.experiment_report:experiment"),

@@ -212,20 +212,26 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_k", "max_batch", "max_image_bytes", "max_pixels", "max_shortlist_k", "max_filter_values")
+    __slots__ = ("max_k", "max_batch", "max_image_bytes", "max_pixels", "max_shortlist_k", "max_filter_values", "max_request_bytes", "max_id_bytes", "max_metadata_bytes")
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_SHORTLIST_K_FIELD_NUMBER: _ClassVar[int]
     MAX_FILTER_VALUES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ID_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_k: int
     max_batch: int
     max_image_bytes: int
     max_pixels: int
     max_shortlist_k: int
     max_filter_values: int
-    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ..., max_filter_values: _Optional[int] = ...) -> None: ...
+    max_request_bytes: int
+    max_id_bytes: int
+    max_metadata_bytes: int
+    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ..., max_filter_values: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_id_bytes: _Optional[int] = ..., max_metadata_bytes: _Optional[int] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
     __slots__ = ("version", "index_generation", "model_fingerprint", "dim", "dims", "num_rows", "num_shards", "plan", "placement", "limits", "has_encoder", "columns", "writable")

@@ -12,8 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lookalike.config import parse_config
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.serve_config import check_serve_config
 
 Document = dict[str, Any]
 Schemas = Mapping[str, Document]
@@ -79,15 +79,11 @@ def pod_templates(document: Document) -> list[Document]:
     return [group["template"] for group in groups]
 
 
-def check_serve_config(text: str) -> ServeConfig:
-    """The settings in a Serve config; raises for what Serve refuses, keys it would ignore, and args not ours."""
-    from ray.serve.schema import ServeDeploySchema
-
-    document = yaml.safe_load(text)
-    ServeDeploySchema.model_validate(document)  # ignores keys it does not know, so:
-    jsonschema.Draft202012Validator(close(ServeDeploySchema.model_json_schema())).validate(document)
-    (application,) = document["applications"]
-    return parse_config(ServeConfig, application["args"], application["name"])
+def check_own_config(text: str) -> ServeConfig:
+    """The settings in the Serve config of a manifest; raises as ``check_serve_config`` does."""
+    (settings,) = check_serve_config(yaml.safe_load(text), "serveConfigV2").values()
+    assert settings is not None
+    return settings
 
 
 @pytest.fixture(scope="session")
@@ -107,12 +103,12 @@ def check(schemas: Schemas) -> Callable[[Document], None]:
         else:
             check_core(document)
         if document["kind"] == "RayService":
-            check_serve_config(document["spec"]["serveConfigV2"])
+            check_own_config(document["spec"]["serveConfigV2"])
 
     return check_document
 
 
 @pytest.fixture
 def serve_settings() -> Callable[[str], ServeConfig]:
-    """See ``check_serve_config``."""
-    return check_serve_config
+    """See ``check_own_config``."""
+    return check_own_config

@@ -12,13 +12,13 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from lookalike.cli import STAGE_HELP
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe
 from lookalike.serve.commands import emit_config
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.tls import render
 from lookalike.stages import load_object, stage_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,12 +96,13 @@ def test_cluster_and_service_run_the_same_image_and_ray() -> None:
     pods = [group["template"]["spec"] for spec in (cluster, service)
             for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]  # fmt: skip
     containers = [container for pod in pods for container in pod["containers"]]
-    assert len(containers) == 4
+    assert len(containers) == 5  # the service's workers have a proxy beside Ray
     assert len({container["image"] for container in containers}) == 1
     pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ray=="))
     assert {cluster["rayVersion"], service["rayVersion"]} == {pinned.removeprefix("ray==")}
     claim = only("PersistentVolumeClaim")["metadata"]["name"]
-    for pod, container in zip(pods, containers, strict=True):
+    for pod in pods:
+        container = pod["containers"][0]
         assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim
         assert container["volumeMounts"][0]["mountPath"] == "/artifacts"
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
@@ -133,16 +134,50 @@ def test_serve_config_names_what_exists(serve_settings: Callable[[str], ServeCon
     assert settings.index.startswith("/artifacts/quickstart/index/index/")
 
 
-def test_grpc_port_is_exposed_and_guarded() -> None:
+def mounted(pod: Document, container: Document) -> dict[str, Document]:
+    """Mount path -> volume of a container."""
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    return {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+
+
+def test_clients_reach_the_tls_proxy_alone() -> None:
     spec = only("RayService")["spec"]
-    grpc_port = yaml.safe_load(spec["serveConfigV2"])["grpc_options"]["port"]
-    head = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
-    assert {"containerPort": grpc_port, "name": "serve-grpc"} in head["ports"]
+    pod = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    (proxy,) = [container for container in pod["containers"] if container["name"] == "tls"]
+    (port,) = [port["containerPort"] for port in proxy["ports"]]
     service = spec["serveService"]["spec"]
     assert service["clusterIP"] == "None"
-    assert {"name": "serve-grpc", "port": grpc_port, "appProtocol": "kubernetes.io/h2c"} in service["ports"]
+    assert [one["port"] for one in service["ports"]] == [8000, port]
     last = only("NetworkPolicy")["spec"]["ingress"][-1]
-    assert [port["port"] for port in last["ports"]] == [grpc_port]
+    assert [one["port"] for one in last["ports"]] == [port]
+    assert spec["excludeHeadPodFromServeSvc"]  # the head has no proxy
+
+
+def test_the_proxy_is_the_one_that_the_program_runs() -> None:
+    spec = only("RayService")["spec"]
+    pod = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    proxy = pod["containers"][1]
+    *program, config = proxy["command"]
+    assert program == ["python", "-m", "lookalike.serve.tls"]
+    mounts = mounted(pod, proxy)
+    (folder,) = [path for path, volume in mounts.items() if "secret" in volume]
+    folder_of_config, _, name = config.rpartition("/")
+    configs = only("ConfigMap")
+    assert mounts[folder_of_config]["configMap"]["name"] == configs["metadata"]["name"]
+    grpc_port = yaml.safe_load(spec["serveConfigV2"])["grpc_options"]["port"]
+    wanted = render(folder, bind="*:9443", backend=f"127.0.0.1:{grpc_port}", mutual=False)
+    assert configs["data"] == {name: wanted}
+
+
+def test_every_ray_pod_has_the_tenants(serve_settings: Callable[[str], ServeConfig]) -> None:
+    spec = only("RayService")["spec"]
+    path = serve_settings(spec["serveConfigV2"]).tenants
+    assert path is not None
+    cluster = spec["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        mounts = mounted(pod, pod["containers"][0])
+        assert mounts[path.rpartition("/")[0]]["secret"]["secretName"] == "lookalike-tenants"
 
 
 def test_selectors_meet_the_pods() -> None:
@@ -221,27 +256,25 @@ def test_integer_or_string_takes_both(check: Check) -> None:
 
 
 BAD_SERVE = [
-    (put("applications.0.args.index", 7), UsageError),
-    (put("applications.0.args.indx", "/artifacts"), UsageError),
-    (put("applications.0.args.limits", {"max_kk": 5}), UsageError),
-    (put("applications.0.args.num_replicas", 0), UsageError),
-    (put("applications.0.import_paths", "lookalike.serve.app:build"), jsonschema.ValidationError),
-    (put("grpc_options.prt", 9000), jsonschema.ValidationError),
-    (put("htp_options", {}), jsonschema.ValidationError),
-    (put("applications.0.deployments", [{"name": "ingress", "replicas": 2}]), jsonschema.ValidationError),
-    (put("grpc_options.port", "many"), ValidationError),
-    (put("proxy_location", "Everywhere"), ValidationError),
-    (put("applications.0.deployments", [{"name": "ingress", "num_replicas": -1}]), ValidationError),
+    put("applications.0.args.index", 7),
+    put("applications.0.args.indx", "/artifacts"),
+    put("applications.0.args.limits", {"max_kk": 5}),
+    put("applications.0.args.num_replicas", 0),
+    put("applications.0.import_paths", "lookalike.serve.app:build"),
+    put("grpc_options.prt", 9000),
+    put("htp_options", {}),
+    put("applications.0.deployments", [{"name": "ingress", "replicas": 2}]),
+    put("grpc_options.port", "many"),
+    put("proxy_location", "Everywhere"),
+    put("applications.0.deployments", [{"name": "ingress", "num_replicas": -1}]),
 ]
 
 
-@pytest.mark.parametrize(("mutate", "error"), BAD_SERVE)
-def test_damaged_serve_config_is_refused(
-    mutate: Callable[[Document], None], error: type[Exception], check: Check
-) -> None:
+@pytest.mark.parametrize("mutate", BAD_SERVE)
+def test_damaged_serve_config_is_refused(mutate: Callable[[Document], None], check: Check) -> None:
     service = only("RayService")
     document = yaml.safe_load(service["spec"]["serveConfigV2"])
     mutate(document)
     service["spec"]["serveConfigV2"] = yaml.safe_dump(document)
-    with pytest.raises(error):
+    with pytest.raises(UsageError):
         check(service)

@@ -21,7 +21,7 @@ from lookalike.serve.errors import RetrievalError
 from lookalike.serve.experiment import hash_share
 from lookalike.serve.guardrails import Guard
 from lookalike.serve.local import LocalClient
-from lookalike.serve.observer_config import AccessLogSettings, ExperimentSettings
+from lookalike.serve.observer_config import ExperimentSettings
 from lookalike.serve.recall_monitor import Estimate
 from tests.serve.conftest import publish_embeddings, publish_index, publish_plan
 
@@ -279,5 +279,8 @@ def test_arms_are_checked_before_anything_is_served(world: "World", index_b: str
         build(config_of(world, {"name": "b", "plan": world.index}))
     with pytest.raises(UsageError, match="would miss the writes"):
         build(config_of(world, {"name": "b", "index": index_b}, writes={"state": str(tmp_path / "state")}))
-    assert AccessLogSettings().folder is None
+    rails = {"guardrails": {"min_recall": 0.9}}
+    with pytest.raises(UsageError, match=r"min_recall=0.9 is never judged with monitor.share=0,"):
+        build(config_of(world, {"name": "b", "plan": "none"}, experiment=rails))
+    build(config_of(world, {"name": "b", "plan": "none"}, experiment=rails, monitor={"share": 0.1}))
     build(config_of(world, {"name": "b", "index": index_b, "encoder": "none"}))

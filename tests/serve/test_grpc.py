@@ -108,7 +108,7 @@ VECTOR = np.ones(64, np.float32)
         ({"vector": VECTOR, "plan": SearchPlan(8, 5, 32)}, grpc.StatusCode.INVALID_ARGUMENT, "[32]"),
         ({"image": b"no image at all"}, grpc.StatusCode.INVALID_ARGUMENT, "15 bytes are no image"),
         ({"image_id": "img-999"}, grpc.StatusCode.NOT_FOUND, "'img-999'"),
-        ({"vector": VECTOR, "model_fingerprint": "f00"}, grpc.StatusCode.FAILED_PRECONDITION, "model f00"),
+        ({"vector": VECTOR, "model_fingerprint": "f00"}, grpc.StatusCode.FAILED_PRECONDITION, "model 'f00'"),
         ({"vector": VECTOR, "timeout_ms": 1}, grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time"),
     ],
 )  # fmt: skip

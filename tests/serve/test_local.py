@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[Callable[[Client], Any], grpc.StatusCode, str]] = {
     "recall of zero": (lambda c: c.search(vector=VECTOR, min_recall=0.0), INVALID, "min_recall=0 "),
     "recall and plan": (lambda c: c.search(vector=VECTOR, min_recall=0.9, plan=PLAN), INVALID, "both set"),
     "another model": (lambda c: c.search(vector=VECTOR, model_fingerprint="f00"),
-                      grpc.StatusCode.FAILED_PRECONDITION, "model f00"),
+                      grpc.StatusCode.FAILED_PRECONDITION, "model 'f00'"),
 }  # fmt: skip
 
 
