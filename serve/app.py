@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 
 from lookalike.cluster import ensure_ray
 from lookalike.errors import UsageError
+from lookalike.serve.autoscaling import replica_options
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.experiment import own_generations, read_arms
 from lookalike.serve.generation import Generation, read_generation
@@ -27,6 +28,8 @@ from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
 APP_NAME = "lookalike"
+UNADMITTED = 100
+"""Calls an ingress replica takes beside those that it works on and those that wait: refusals, administration."""
 DRAIN_S = 5.0
 """How much longer than a request may take a replaced index is kept, in seconds."""
 
@@ -45,12 +48,12 @@ def build(config: ServeConfig) -> serve.Application:
     arms = read_arms(config, generation)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
-        "max_queued_requests": config.max_queued_requests,
+        "max_queued_requests": config.max_queued_requests or 1,  # Serve knows no queue of none
         "max_surge_percent": 100,  # an update starts the new replica first: no request is lost
         "ray_actor_options": {"num_cpus": config.cpus_per_replica},
         "logging_config": LoggingConfig(enable_access_log=False),
     }
-    num_groups = generation.meta.num_hash_shards
+    num_groups, kinds, cpus = generation.meta.num_hash_shards, config.deployments, config.cpus_per_replica
     writer, held = None, [generation, *own_generations(arms, generation)]
     if config.writes.state is not None:
         writer, held = _writer(shared).bind(config, generation), []  # replicas learn from the writer what to hold
@@ -59,23 +62,31 @@ def build(config: ServeConfig) -> serve.Application:
         followed = {"role": name, "drain_s": config.timeout_s + DRAIN_S}
         return {"name": name, **shared, **options, **({"user_config": followed} if writer is not None else {})}
 
-    ingress = serve.deployment(**deployment("ingress", num_replicas=config.num_replicas))(Ingress)
+    front = replica_options(kinds.ingress, config.num_replicas, cpus)
+    ingress = serve.deployment(**deployment("ingress", **front, **taken(config)))(Ingress)
     if config.placement == "fused":
         return ingress.bind(config, generation, None, writer, arms)
-    replicas = config.shard_replicas
-    shards = [serve.deployment(**deployment(f"shard-{group:03d}", num_replicas=replicas))(ShardWorker).bind(
+    parts = replica_options(kinds.shards, config.shard_replicas, cpus)
+    shards = [serve.deployment(**deployment(f"shard-{group:03d}", **parts))(ShardWorker).bind(
         group, num_groups, held, writer) for group in range(num_groups)]  # fmt: skip
     reranker, encoder = None, None
     if config.placement == "staged":
-        reranker = serve.deployment(**deployment("rerank", num_replicas=replicas))(RerankWorker).bind(held, writer)
+        options = deployment("rerank", **replica_options(kinds.rerank, config.shard_replicas, cpus))
+        reranker = serve.deployment(**options)(RerankWorker).bind(held, writer)
     if any(one.encoder is not None for one in (generation, *held)):
         from lookalike.serve.encoding import BatchingEncoder  # torch: only for those who encode
 
         own = config.encoder_replicas
-        resources = {"num_cpus": config.cpus_per_replica, "num_gpus": own.num_gpus}
-        options = deployment("encoder", num_replicas=own.num_replicas, ray_actor_options=resources)
+        options = deployment("encoder", **replica_options(kinds.encoder, own.num_replicas, cpus, own.num_gpus))
         encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
     return ingress.bind(config, generation, (shards, reranker, encoder), writer, arms)
+
+
+def taken(config: ServeConfig) -> dict[str, int]:
+    """Bounds of Serve's own for the ingress: beyond the replica's (``overload.py``), which says when to come back."""
+    unbounded = config.max_queued_requests < 0
+    most = 100_000 if unbounded else config.max_ongoing_requests + config.max_queued_requests + UNADMITTED
+    return {"max_ongoing_requests": most}
 
 
 def _writer(shared: dict[str, Any]) -> serve.Deployment:

@@ -7,7 +7,9 @@
 ``lookalike.serve.local.LocalClient`` has the same interface over an index on disk, without a server.
 """
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -15,6 +17,7 @@ from typing import Any, Unpack
 import grpc
 import grpc.aio
 
+from lookalike.serve.attempts import Attempts, to_error
 from lookalike.serve.credentials import ClientTls, call_metadata, open_channel
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
@@ -53,7 +56,8 @@ RETRY = json.dumps({"methodConfig": [{
     "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.05s", "maxBackoff": "1s", "backoffMultiplier": 2.0,
                     "retryableStatusCodes": ["UNAVAILABLE"]},
 }]})  # fmt: skip
-"""gRPC service config: calls are reads, so one that found no server is repeated, within its deadline."""
+"""gRPC service config: calls are reads, or writes that may be made twice, so one that found no server is repeated,
+within its deadline. What else is repeated: ``lookalike.serve.attempts``."""
 OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 1),
            ("grpc.lb_policy_name", "round_robin"), ("grpc.service_config", RETRY)]  # fmt: skip
 
@@ -103,7 +107,7 @@ class Client:
         try:
             yield from map(from_stream, self._stream(requests))
         except grpc.RpcError as error:
-            raise RetrievalError(error.code(), error.details() or "no details") from None
+            raise to_error(error) from None
 
     def embed(self, images: Sequence[bytes]) -> Embeddings:
         """Vectors of encoded images, one row each."""
@@ -177,17 +181,20 @@ class Client:
         return answers
 
     def _call(self, method: str, request: Any) -> Any:
-        try:
-            return getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise RetrievalError(error.code(), error.details() or "no details") from None
+        attempts = Attempts(self.timeout_s)
+        while True:
+            try:
+                return getattr(self._stub, method)(request, timeout=attempts.left_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                pause_s = attempts.failed(error)
+            time.sleep(pause_s)
 
     def _admin(self, method: str, request: Any, timeout_s: float) -> Any:
         stub = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
         try:
             return getattr(stub, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise RetrievalError(error.code(), error.details() or "no details") from None
+            raise to_error(error) from None
 
 
 class AsyncClient:
@@ -226,7 +233,7 @@ class AsyncClient:
             async for reply in call:
                 yield from_stream(reply)
         except grpc.RpcError as error:
-            raise RetrievalError(error.code(), error.details() or "no details") from None
+            raise to_error(error) from None
         finally:
             call.cancel()
 
@@ -263,7 +270,10 @@ class AsyncClient:
         await self.close()
 
     async def _call(self, method: str, request: Any) -> Any:
-        try:
-            return await getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise RetrievalError(error.code(), error.details() or "no details") from None
+        attempts = Attempts(self.timeout_s)
+        while True:
+            try:
+                return await getattr(self._stub, method)(request, timeout=attempts.left_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                pause_s = attempts.failed(error)
+            await asyncio.sleep(pause_s)

@@ -8,6 +8,7 @@ from lookalike import storage
 from lookalike.config import Config
 from lookalike.serve.observer_config import AccessLogSettings, ExperimentSettings, MonitorSettings
 from lookalike.serve.tls import Tls
+from lookalike.serve.tuning import Batching, Degrade, Deployments, Retries
 
 
 class Limits(Config):
@@ -100,7 +101,10 @@ class ServeConfig(Config):
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests a replica works on at a time."""
     max_queued_requests: int = Field(default=256, ge=-1)
-    """Requests that wait at a caller for a deployment before RESOURCE_EXHAUSTED; -1 is no bound."""
+    """Requests that wait in an ingress replica, or at a caller for another deployment, before RESOURCE_EXHAUSTED; -1 is
+    no bound."""
+    degrade: Degrade | None = None
+    """Cheaper plans under load; None keeps every request's plan."""
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
@@ -108,6 +112,9 @@ class ServeConfig(Config):
     monitor: MonitorSettings = MonitorSettings()
     experiment: ExperimentSettings | None = None
     """Arms that share the traffic; None sends all of it to ``index`` and ``plan``."""
+    deployments: Deployments = Deployments()
+    retries: Retries = Retries()
+    batching: Batching = Batching()
     writes: Writes = Writes()
 
     @model_validator(mode="after")

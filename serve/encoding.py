@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from ray import serve
 
+from lookalike.serve.autoscaling import Paced, paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import not_loaded
 from lookalike.serve.follower import Follows
@@ -16,7 +17,7 @@ from lookalike.vision.encoder import Encoder
 from lookalike.vision.images import ImageError, decode
 
 
-class EncoderWorker(Follows):
+class EncoderWorker(Paced, Follows):
     """The image encoders of the generations held; those of one model share one."""
 
     def __init__(self, config: ServeConfig, generations: Sequence[Generation], writer: Any = None) -> None:
@@ -50,6 +51,7 @@ class EncoderWorker(Follows):
         if model not in self._models.values():
             self._encoders.pop(model, None)
 
+    @paced
     async def encode(self, generation: str, images: Sequence[bytes]) -> list[bytes | str]:
         """A vector (float32 bytes, not normalised) for each image, or the reason why it is refused."""
         if generation not in self._models:

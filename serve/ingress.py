@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from ray.util.metrics import Counter, Histogram
 
 from lookalike.serve import trace
+from lookalike.serve.autoscaling import Paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import CODES, RetrievalError, invalid, shorten
 from lookalike.serve.experiment import Arm, own_generations
@@ -18,6 +20,7 @@ from lookalike.serve.follower import Follows
 from lookalike.serve.gate import Caller, Gate
 from lookalike.serve.generation import Generation
 from lookalike.serve.journal import Record
+from lookalike.serve.overload import ADMITTED, ShedError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
@@ -40,7 +43,7 @@ MAX_DETAILS = 2000
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 
-class Ingress(Follows):
+class Ingress(Paced, Follows):
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
@@ -56,7 +59,8 @@ class Ingress(Follows):
             router = open_workers(config, generation, held)
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
-            router = Router(*workers)
+            router = Router(*workers, retries=config.retries,
+                            batching=config.batching if config.batching.enabled else None)
         self._service = Service(config, generation, router, writer, arms)
         self._observer = self._service.observer
         self._gate = Gate(config)
@@ -66,6 +70,8 @@ class Ingress(Follows):
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
         self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
+        self._shed = Counter("lookalike_shed_total", "Requests refused because the queue was full.", ("method",))
+        self._degraded = Counter("lookalike_degraded_total", "Answers by a cheaper plan because of the load.")
 
     def __del__(self) -> None:
         """Serve calls it when a replica is stopped: what waits for the access log is written."""
@@ -192,17 +198,23 @@ class Ingress(Follows):
             caller = self._identify(rpc, context)
             seen.tenant = caller.name
             with caller.request(rpc, request):
-                response = await work(request)
+                async with self._service.admission.slot() if rpc in ADMITTED else nullcontext():
+                    response = await work(request)
             code = grpc.StatusCode.OK
             return response
         except Exception as error:  # noqa: BLE001
             failure = as_retrieval_error(error)
             code = failure.code
+            if isinstance(error, ShedError):
+                self._shed.inc(1, {"method": rpc})
             raise tell(context, failure) from None
         finally:
             self._observer.end(seen, code)
             self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": seen.tenant})
-            self._seconds.observe(time.perf_counter() - start, {"method": rpc})
+            seconds = time.perf_counter() - start
+            self._seconds.observe(seconds, {"method": rpc})
+            if rpc in ADMITTED:
+                self.pace.add(seconds)
 
     def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:
         self._check_caller(context)
@@ -219,6 +231,8 @@ class Ingress(Follows):
             self._stages.observe(part.duration_ms / 1000, {"stage": part.stage})
         if missing := info.coverage.shards_asked - info.coverage.shards_answered:
             self._missing.inc(missing)
+        if info.degraded:
+            self._degraded.inc(1)
 
 
 def as_retrieval_error(error: Exception) -> RetrievalError:

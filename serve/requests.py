@@ -45,6 +45,8 @@ class Options(NamedTuple):
     allow_partial: bool
     filters: dict[str, list[str]]
     """Column -> values of which a hit holds one; no condition when empty."""
+    degraded: bool = False
+    """Whether ``plan`` is a cheaper one than the request would have had, because of the load."""
 
 
 class Queries(NamedTuple):

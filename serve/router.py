@@ -19,7 +19,10 @@ from ray.serve.handle import DeploymentHandle
 from lookalike.retrieval.filters import Conditions
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.answers import Answer, merge, unpack
-from lookalike.serve.errors import RetrievalError, invalid, shorten
+from lookalike.serve.batching import BatchedShard
+from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid, shorten
+from lookalike.serve.retries import repeat
+from lookalike.serve.tuning import Batching, Retries
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -37,10 +40,18 @@ class Found(NamedTuple):
 
 
 class Router:
-    """The workers that serve one index. Deadlines are times of the running loop's clock, in seconds."""
+    """The workers that serve one index. Deadlines are times of the running loop's clock, in seconds.
 
-    def __init__(self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None) -> None:
+    A call whose worker is gone is made again, within the deadline; see ``retries``.
+    """
+
+    def __init__(
+        self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None, *,
+        retries: Retries | None = None, batching: Batching | None = None,
+    ) -> None:  # fmt: skip
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
+        self.retries = Retries() if retries is None else retries
+        self._batched = [BatchedShard(shard, batching, ask) for shard in shards] if batching is not None else []
 
     async def search(
         self, generation: str, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *,
@@ -49,23 +60,25 @@ class Router:
         """The ``k`` best rows of ``generation`` for each query, float32 [n, dim], that meet the ``filters``.
 
         Raises UNAVAILABLE or DEADLINE_EXCEEDED when a shard fails or is late, unless ``allow_partial``; then only when
-        none answered.
+        none answered. ``NotLoadedError``: the workers do not hold ``generation`` any more.
         """
         call = (generation, np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
         method = "search" if self.reranker is None else "shortlist"
         start = time.perf_counter()
-        outcomes = await self._ask_shards(method, *call, json.dumps(filters or {}), deadline=deadline)
+        shared = self._batched if method == "search" and len(queries) == 1 else []
+        outcomes = await self._ask_shards(method, *call, json.dumps(filters or {}), deadline=deadline, shards=shared)
         good = accept(outcomes, allow_partial=allow_partial)
         times = {"shards": _since_ms(start)}
         if self.reranker is not None:
             start = time.perf_counter()
-            outcome = await _outcome(ask(self.reranker, "rerank", *call, good), deadline)
+            outcome = await _outcome(self._ask(self.reranker, "rerank", *call, good, who="re-ranker"), deadline)
             packed = accept([outcome], allow_partial=False, who="re-ranker")[0]
             answer = unpack(packed, len(queries))
             times["rerank"] = _since_ms(start)
         else:
             start = time.perf_counter()
-            answer = merge([unpack(packed, len(queries)) for packed in good.values()], k)
+            answer = merge([packed if isinstance(packed, Answer) else unpack(packed, len(queries))
+                            for packed in good.values()], k)  # fmt: skip
             times["merge"] = _since_ms(start)
         return Found(answer, len(good), times)
 
@@ -84,22 +97,32 @@ class Router:
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
         """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT says why one is refused."""
-        outcome = await _outcome(ask(self.encoder, "encode", generation, list(images)), deadline)
+        calling = self._ask(self.encoder, "encode", generation, list(images), who="encoder")
+        outcome = await _outcome(calling, deadline)
         results = accept([outcome], allow_partial=False, who="encoder")[0]
         for position, result in enumerate(results):
             if isinstance(result, str):
                 raise invalid(result if len(results) == 1 else f"image {position}: {result}")
         return [np.frombuffer(result, "<f4") for result in results]
 
-    async def ask_one(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
-        """What one worker answers; raises as a search does when it fails or is late."""
-        outcome = await _outcome(ask(worker, method, *args), deadline)
-        if isinstance(outcome, RetrievalError):
-            raise outcome
-        return accept([outcome], allow_partial=False, who=who)[0]
+    async def ask_one(
+        self, worker: Worker, method: str, *args: Any, deadline: float, who: str, again: bool = True
+    ) -> Any:
+        """What one worker answers; raises as a search does when it fails or is late.
 
-    async def _ask_shards(self, method: str, *args: Any, deadline: float) -> list[Any]:
-        return await _outcomes([ask(shard, method, *args) for shard in self.shards], deadline)
+        ``again`` says that the call may be made twice, so it is repeated when the worker is gone.
+        """
+        call = self._ask(worker, method, *args, who=who) if again else ask(worker, method, *args)
+        return accept([await _outcome(call, deadline)], allow_partial=False, who=who)[0]
+
+    async def _ask_shards(
+        self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()
+    ) -> list[Any]:
+        asked = shards or self.shards
+        return await _outcomes([self._ask(shard, method, *args, who="shard") for shard in asked], deadline)
+
+    async def _ask(self, worker: Worker, method: str, *args: Any, who: str) -> Any:
+        return await repeat(lambda: ask(worker, method, *args), self.retries, who)
 
 
 async def ask(worker: Worker, method: str, *args: Any) -> Any:
@@ -121,9 +144,14 @@ async def _outcome(call: Coroutine[Any, Any, Any], deadline: float) -> Any:
 
 async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> list[Any]:
     """The same for several calls at once."""
+    left_s = deadline - asyncio.get_running_loop().time()
+    if left_s <= 0:
+        for call in calls:
+            call.close()  # it never begins
+        return [TimeoutError("no time left") for _ in calls]
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        await asyncio.wait(tasks, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        await asyncio.wait(tasks, timeout=left_s)
     finally:  # late, or the caller has gone
         late = [task.cancel() for task in tasks]
     return [TimeoutError("no answer before the deadline") if was_late else task.exception() or task.result()
@@ -131,14 +159,24 @@ async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) 
 
 
 def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:
-    """Position -> outcome of those that are no exceptions; raises ``RetrievalError`` when they do not suffice."""
+    """Position -> outcome of those that are no exceptions; raises ``RetrievalError`` when they do not suffice.
+
+    That is a worker's own ``RetrievalError`` where there is one: it says what is wrong with the request.
+    """
     good = {position: outcome for position, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)}
     failed = {position: outcome for position, outcome in enumerate(outcomes) if position not in good}
+    told = sorted((error for error in failed.values() if isinstance(error, RetrievalError)), key=_is_not_loaded)
+    if told and not (allow_partial and good):
+        raise told[0]
     for position, error in failed.items():
         log.warning("failed %s", fields(who=who, number=position, error=repr(error)[:300]))
     if failed and not (allow_partial and good):
         raise _failure(failed, len(outcomes), who)
     return good
+
+
+def _is_not_loaded(error: Exception) -> bool:
+    return isinstance(error, NotLoadedError)
 
 
 def _failure(failed: dict[int, Exception], asked: int, who: str) -> RetrievalError:

@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -14,10 +14,11 @@ import lookalike
 from lookalike.serve import trace
 from lookalike.serve.arms import Answered, answer
 from lookalike.serve.config import ServeConfig
-from lookalike.serve.errors import RetrievalError
+from lookalike.serve.errors import NotLoadedError, RetrievalError
 from lookalike.serve.experiment import Arm, Route
 from lookalike.serve.generation import Generation
 from lookalike.serve.observer import Observer
+from lookalike.serve.overload import ARRIVED, Admission, Ladder
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import (
     Options,
@@ -35,6 +36,7 @@ from lookalike.serve.requests import (
 )
 from lookalike.serve.router import Floats, Found, Router
 
+T = TypeVar("T")
 MOVE_S = 86_400.0
 """Longest that a switch or compaction may take, in seconds; the request usually says less."""
 Check = Callable[[pb.SearchStreamRequest], None]
@@ -43,13 +45,16 @@ Check = Callable[[pb.SearchStreamRequest], None]
 class Service:
     """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer.
 
-    A request belongs to the generation that is ``current`` when it begins.
+    A request belongs to the generation that is ``current`` when it begins; if no worker holds that one any more, it
+    begins once again with what is current then.
     """
 
     def __init__(
         self, config: ServeConfig, current: Generation, router: Router, writer: Any = None, arms: Sequence[Arm] = ()
     ) -> None:
         self.config, self.current, self.router, self.writer = config, current, router, writer
+        self.admission = Admission(config.max_ongoing_requests, config.max_queued_requests, config.timeout_s)
+        self._ladder = None if config.degrade is None else Ladder(config.degrade)
         self.observer = Observer(config, router, arms)
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
@@ -63,7 +68,10 @@ class Service:
         return pb.SearchBatchResponse(results=[pb.HitList(hits=hits) for hits in results], info=info)
 
     async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Answered:
-        return await answer(self.observer.experiment, self.current, queries, options, self._search_one)
+        async def work(served: Generation) -> Answered:
+            return await answer(self.observer.experiment, served, queries, options, self._search_one)
+
+        return await self._with_current(work)
 
     async def _search_one(
         self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions
@@ -108,11 +116,12 @@ class Service:
                 task.cancel()
 
     async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
-        """The answer to one batch of a stream, or why there is none."""
+        """The answer to one batch of a stream, or why there is none. It waits for a slot: its caller reads on later."""
         async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
             if check is not None:
                 check(request)
-            return await self.search_batch(batch)
+            async with self.admission.slot(patient=True):
+                return await self.search_batch(batch)
 
         try:
             batch = await self.observer.watch("SearchStream", work, request.batch)
@@ -129,8 +138,12 @@ class Service:
         """``Embed``."""
         check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
-        generation = self.current
-        vectors = await self._encode(generation, images, _deadline(self.config.timeout_s))
+        deadline = _deadline(self.config.timeout_s)
+
+        async def work(generation: Generation) -> tuple[Generation, list[Floats]]:
+            return generation, await self._encode(generation, images, deadline)
+
+        generation, vectors = await self._with_current(work)
         return pb.EmbedResponse(vectors=[vector.tobytes() for vector in vectors], dim=generation.meta.dim,
                                 model_fingerprint=generation.meta.model_fingerprint)  # fmt: skip
 
@@ -147,8 +160,15 @@ class Service:
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         """``Upsert``: rows get their vectors here, and go to the writer in portions."""
-        generation, deadline = self.current, _deadline(self.config.timeout_s)
         self._require_writer()
+        deadline = _deadline(self.config.timeout_s)
+
+        async def work(generation: Generation) -> pb.UpsertResponse:
+            return await self._upsert(generation, request, deadline)
+
+        return await self._with_current(work)
+
+    async def _upsert(self, generation: Generation, request: pb.UpsertRequest, deadline: float) -> pb.UpsertResponse:
         check_rows(request, limits=self.config.limits, meta=generation.meta)
         images = [row.image for row in request.rows if row.WhichOneof("content") == "image"]
         vectors = iter(await self._encode(generation, images, deadline) if images else [])
@@ -192,12 +212,13 @@ class Service:
 
     async def _move(self, method: str, *args: Any) -> pb.Generation:
         self._require_writer()
-        answer = await self._write(method, *args, deadline=_deadline(MOVE_S))
+        answer = await self._write(method, *args, deadline=_deadline(MOVE_S), again=False)
         generation: pb.Generation = pb.Generation.FromString(answer)
         return generation
 
-    async def _write(self, method: str, *args: Any, deadline: float) -> Any:
-        return await self.router.ask_one(self.writer, method, *args, deadline=deadline, who="writer")
+    async def _write(self, method: str, *args: Any, deadline: float, again: bool = True) -> Any:
+        """Ask the writer; a write may be made ``again``, storing the same twice changes nothing."""
+        return await self.router.ask_one(self.writer, method, *args, deadline=deadline, who="writer", again=again)
 
     def _require_writer(self) -> None:
         if self.writer is None:
@@ -205,8 +226,21 @@ class Service:
                                  "writes.state to a folder to make it take writes and other indexes")  # fmt: skip
 
     def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
-        return read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
+        read = read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
                             timeout_s=self.config.timeout_s)  # fmt: skip
+        if self._ladder is None or options.HasField("plan") or options.HasField("min_recall"):
+            return read
+        cheaper = self._ladder.choose(generation.plans, self.admission.share)
+        return read if cheaper is None else read._replace(plan=cheaper, degraded=True)
+
+    async def _with_current(self, work: Callable[[Generation], Awaitable[T]]) -> T:
+        generation = self.current
+        try:
+            return await work(generation)
+        except NotLoadedError:
+            if self.current is generation:
+                raise
+        return await work(self.current)
 
     async def _find(
         self, generation: Generation, queries: Sequence[pb.Query], options: Options
@@ -245,7 +279,7 @@ class Service:
         coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=len(self.router.shards))
         return pb.SearchInfo(plan=write_plan(options.plan), index_generation=generation.name,
                              model_fingerprint=generation.meta.model_fingerprint, coverage=coverage,
-                             stage_times=write_times(found.times_ms))  # fmt: skip
+                             stage_times=write_times(found.times_ms), degraded=options.degraded)  # fmt: skip
 
 
 async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStreamRequest | None:
@@ -253,4 +287,6 @@ async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStr
 
 
 def _deadline(timeout_s: float) -> float:
-    return asyncio.get_running_loop().time() + timeout_s
+    """``timeout_s`` after the request's arrival, by the loop's clock; after now where nothing tells it."""
+    arrived = ARRIVED.get()
+    return (asyncio.get_running_loop().time() if arrived is None else arrived) + timeout_s

@@ -18,6 +18,7 @@ from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Hits, empty_hits, merge_hits
 from lookalike.retrieval.searcher import ShardSearcher
 from lookalike.serve.answers import Answer, Entry, Packed, occurring_rows, pack, read_hits, unpack
+from lookalike.serve.autoscaling import Paced, paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.delta import WRITTEN, Ask, Delta, Written, search_all, shortlist_all
 from lookalike.serve.errors import not_loaded
@@ -39,7 +40,7 @@ class Opened(NamedTuple):
     delta: Delta
 
 
-class ShardWorker(Follows):
+class ShardWorker(Paced, Follows):
     """One group of shards: shortlist and re-rank of their own rows, and what was written of them since."""
 
     packs = True
@@ -76,6 +77,7 @@ class ShardWorker(Follows):
             raise not_loaded(generation, self._held)
         return self._held[generation]
 
+    @paced
     async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Packed | Answer:
         """The group's ``k`` best rows for float32 [n, dim] ``queries``; ``plan`` and ``filters`` are JSON."""
         opened = self._opened(generation)
@@ -89,6 +91,7 @@ class ShardWorker(Follows):
         entries = read_entries(shards, rows, written)
         return pack(hits, entries) if self.packs else Answer(hits, dict(zip(rows.tolist(), entries, strict=True)))
 
+    @paced
     async def shortlist(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
         """The group's candidates, for the re-ranker."""
         opened = self._opened(generation)
@@ -125,7 +128,7 @@ class LocalShardWorker(ShardWorker):
     packs = False
 
 
-class RerankWorker(Follows):
+class RerankWorker(Paced, Follows):
     """Re-ranks the candidates of all groups, each shard's with its own rows, and merges them."""
 
     def __init__(self, generations: Sequence[Generation], writer: Any = None) -> None:
@@ -146,6 +149,7 @@ class RerankWorker(Follows):
         """Let go of a generation; calls under way keep what they use."""
         self._held.pop(name, None)
 
+    @paced
     async def rerank(
         self, generation: str, queries: bytes, k: int, plan: str, candidates: Mapping[int, Shortlisted]
     ) -> Packed:
@@ -209,10 +213,10 @@ def open_workers(config: ServeConfig, generation: Generation, generations: Seque
     num_groups = generation.meta.num_hash_shards
     shards = [LocalShardWorker(group, num_groups, generations) for group in range(num_groups)]
     if all(one.encoder is None for one in (generation, *generations)):
-        return Router(shards)
+        return Router(shards, retries=config.retries)
     from lookalike.serve.encoding import EncoderWorker  # torch: only for those who encode
 
-    return Router(shards, encoder=EncoderWorker(config, generations))
+    return Router(shards, encoder=EncoderWorker(config, generations), retries=config.retries)
 
 
 def _merge(parts: Sequence[Hits], k: int) -> Hits:

@@ -199,7 +199,7 @@ def test_a_replaced_generation_is_let_go(config: ServeConfig, world: "World", in
             return set(worker._held) == {Artifact.open(index).manifest.fingerprint for index in indexes}
 
         await until(two_left)
-        with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*NotLoadedError"):
+        with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*is not loaded here"):
             await ids(worker, world.searcher.meta.generation)
         await leave(worker)
         writer._journal.close()

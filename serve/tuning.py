@@ -1,0 +1,104 @@
+"""Settings of how the service meets faults and load. Plain values: nothing here needs Ray."""
+
+import random
+
+from pydantic import Field, model_validator
+
+from lookalike.config import Config
+
+
+class Retries(Config):
+    """How a call between the service's processes is repeated when the process that had it is gone."""
+
+    max_attempts: int = Field(default=4, ge=1, le=100)
+    """Calls made at most, the first included; 1 never repeats. The request's deadline ends them sooner."""
+    pause_ms: float = Field(default=20.0, ge=0.0, le=60_000.0)
+    """Pause before the first repetition, in milliseconds; it doubles each time, and half of it is left to chance."""
+    max_pause_ms: float = Field(default=500.0, ge=0.0, le=60_000.0)
+    """Longest pause, in milliseconds."""
+
+    def pause_s(self, attempt: int) -> float:
+        """Seconds to wait after ``attempt`` (1, 2, ...) has failed."""
+        longest = min(self.pause_ms * 2.0 ** (attempt - 1), self.max_pause_ms) / 1000
+        return longest * random.uniform(0.5, 1.0)
+
+
+class Degrade(Config):
+    """Cheaper plans under load, for requests that bring neither a plan nor ``min_recall``; the reply says so.
+
+    The load is the requests in an ingress replica per slot (``max_ongoing_requests``). From ``enter`` to 1 the plans
+    that were measured and cost less than the default are taken one after the other.
+    """
+
+    min_recall: float = Field(default=0.9, gt=0.0, le=1.0)
+    """No plan that is not known to reach this recall (the lower end of its interval)."""
+    enter: float = Field(default=0.75, gt=0.0, le=1.0)
+    """Load from which on the first cheaper plan is taken."""
+    leave: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Load below which all requests have the default plan again; a plan taken on the way is left as far below."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "Degrade":
+        if self.leave >= self.enter:
+            raise ValueError(f"leave={self.leave} is not below enter={self.enter}; lower it, or plans would alternate")
+        return self
+
+
+class Autoscaling(Config):
+    """Replicas by load: more when requests or latency exceed their target, fewer when both are well below."""
+
+    min_replicas: int = Field(default=1, ge=1, le=10_000)
+    """Never fewer."""
+    max_replicas: int = Field(ge=1, le=10_000)
+    """Never more; the cluster must have room for them."""
+    target_ongoing_requests: float = Field(default=8.0, gt=0.0)
+    """Requests that are worked on or wait, per replica."""
+    target_latency_ms: float | None = Field(default=None, gt=0.0)
+    """Mean time of a call in the replica, in milliseconds; None leaves it out of account."""
+    upscale_delay_s: float = Field(default=10.0, ge=0.0, le=86_400.0)
+    """How long more must be wanted before there are more, in seconds."""
+    downscale_delay_s: float = Field(default=300.0, ge=0.0, le=86_400.0)
+    """How long fewer must suffice before there are fewer, in seconds."""
+    look_back_s: float = Field(default=30.0, gt=0.0, le=3600.0)
+    """Time over which requests and latency are averaged, in seconds; Serve hears of them every ten."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> "Autoscaling":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}; raise it")
+        return self
+
+
+class Deployed(Config):
+    """Replicas of one kind of deployment and what each reserves."""
+
+    autoscaling: Autoscaling | None = None
+    """Replicas by load, starting with the number set for this deployment; None keeps to that number."""
+    num_cpus: float | None = Field(default=None, ge=0.0)
+    """CPUs a replica reserves from Ray; None takes ``cpus_per_replica``."""
+    memory_mb: int | None = Field(default=None, ge=1)
+    """Memory a replica reserves from Ray, in MiB; None reserves none."""
+
+
+class Deployments(Config):
+    """Each kind of deployment; the writer is always one replica."""
+
+    ingress: Deployed = Deployed()
+    shards: Deployed = Deployed()
+    """Every shard's deployment alike; each is scaled by its own load."""
+    rerank: Deployed = Deployed()
+    encoder: Deployed = Deployed()
+    """Its GPUs: ``encoder_replicas.num_gpus``."""
+
+
+class Batching(Config):
+    """Concurrent single searches share calls to the shards."""
+
+    enabled: bool = True
+    """Off, every search makes calls of its own."""
+    max_in_flight: int = Field(default=2, ge=1, le=10_000)
+    """Calls of one ingress replica to one shard that are out at a time while other searches gather."""
+    max_batch: int = Field(default=32, ge=1, le=65_536)
+    """Searches in one call at most."""
+    max_wait_ms: float = Field(default=50.0, ge=0.0, le=60_000.0)
+    """How long searches gather when no call returns, in milliseconds; then they go all the same."""

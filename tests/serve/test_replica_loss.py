@@ -1,0 +1,88 @@
+"""Replicas killed in the middle of requests: searches and writes go on, without an error to a Python client."""
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import ray
+
+from lookalike.serve.app import start, stop
+from lookalike.serve.client import Client, StoredRow
+from lookalike.serve.config import ServeConfig, Writes
+from lookalike.serve.errors import RetrievalError
+
+if TYPE_CHECKING:
+    from tests.serve.conftest import World
+
+pytestmark = pytest.mark.ray
+
+
+def kill(role: str) -> None:
+    """End one replica of ``role``."""
+    names = [(one["name"], one["namespace"]) for one in ray.util.list_named_actors(all_namespaces=True)
+             if one["name"].startswith("SERVE_REPLICA::") and f"#{role}#" in one["name"]]  # fmt: skip
+    name, namespace = names[0]
+    ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+
+
+class Callers:
+    """Two that search and one that writes, each one call after the other."""
+
+    def __init__(self, address: str, vector: np.ndarray, expected: list[str]) -> None:
+        self._address, self._vector, self._expected = address, vector, expected
+        self.wrong: list[str] = []
+        self.answered = [0, 0, 0]
+        self._done = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True)
+                         for number in range(3)]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        with Client(self._address, timeout_s=60) as client:
+            while not self._done.is_set():
+                try:
+                    self._call(client, number)
+                    self.answered[number] += 1
+                except RetrievalError as error:
+                    self.wrong.append(str(error)[:300])
+
+    def _call(self, client: Client, number: int) -> None:
+        if number == 2:
+            client.upsert([StoredRow("written", -self._vector)])
+        elif (ids := client.search(vector=self._vector, k=5).ids) != self._expected:
+            self.wrong.append(f"{ids} for {self._expected}")
+
+    def wait_for_more(self) -> None:
+        """Return when each has had three more answers, or something is wrong."""
+        goal = [count + 3 for count in self.answered]
+        while not self.wrong and any(now < wanted for now, wanted in zip(self.answered, goal, strict=True)):
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End when the calls under way have."""
+        self._done.set()
+        for thread in self._threads:
+            thread.join(90)
+
+
+def test_no_search_or_write_fails_for_a_killed_replica(ray_session: None, world: "World", tmp_path: Path) -> None:
+    config = ServeConfig(index=world.index, encoder="none", port=0, num_replicas=2, shard_replicas=2, timeout_s=60,
+                         cpus_per_replica=0.1, writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    address, vector = start(config), np.arange(1, 65, dtype=np.float32)
+    try:
+        with Client(address) as client:
+            client.wait_ready()
+            callers = Callers(address, vector, client.search(vector=vector, k=5).ids)
+        for role in ("shard-000", "ingress", "writer", "shard-001"):
+            callers.wait_for_more()
+            kill(role)
+        callers.wait_for_more()
+        callers.stop()
+    finally:
+        stop()
+    assert not callers.wrong
+    assert min(callers.answered) >= 15
