@@ -116,7 +116,7 @@ def test_a_deadline_expires(answers: dict[str, Any]) -> None:
         ("short", INVALID_ARGUMENT, "64 float32 numbers are 256"), ("empty", INVALID_ARGUMENT, "is empty"),
         ("k", INVALID_ARGUMENT, "k=100000"), ("column", INVALID_ARGUMENT, "no such column"),
         ("picture", INVALID_ARGUMENT, "15 bytes are no image"), ("unknown", NOT_FOUND, "'no such image'"),
-        ("model", FAILED_PRECONDITION, "model another"),
+        ("model", FAILED_PRECONDITION, "of model 'another'"),
     ],
 )  # fmt: skip
 def test_bad_requests_get_exact_codes(answers: dict[str, Any], name: str, code: int, words: str) -> None:
