@@ -7,11 +7,15 @@ its own.
 """
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
+import grpc
+
 from lookalike.retrieval.ranking import Hits
 from lookalike.serve.answers import Answer, occurring_rows, unpack
+from lookalike.serve.errors import RetrievalError
 from lookalike.serve.tuning import Batching
 
 Key = tuple[str, int, str, str]
@@ -61,7 +65,8 @@ class BatchedShard:
         self._send(all_of_them=True)
 
     def _call(self, key: Key, batch: Sequence[Asked]) -> None:
-        task = asyncio.ensure_future(self._answer(key, batch))
+        # in a context of its own: Serve ends the calls that a request's context made when its caller leaves
+        task = asyncio.get_running_loop().create_task(self._answer(key, batch), context=contextvars.Context())
         self._sent.add(task)
 
         def left(_: Any) -> None:
@@ -85,6 +90,12 @@ class BatchedShard:
         try:
             packed = await self._ask(self._shard, "search", generation, queries, k, plan, filters)
             answers = split(unpack(packed, len(batch)))
+        except asyncio.CancelledError:
+            for asked in batch:
+                if not asked.answer.done():
+                    message = "the call that this search shared was ended; try again"
+                    asked.answer.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, message))
+            raise
         except Exception as error:  # noqa: BLE001  # each caller is told
             for asked in batch:
                 if not asked.answer.done():

@@ -20,7 +20,7 @@ from lookalike.serve.follower import Follows
 from lookalike.serve.gate import Caller, Gate
 from lookalike.serve.generation import Generation
 from lookalike.serve.journal import Record
-from lookalike.serve.overload import ADMITTED, ShedError
+from lookalike.serve.overload import ADMITTED, ShedError, allowed_ms
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.router import Router, Worker
 from lookalike.serve.service import Service
@@ -198,7 +198,7 @@ class Ingress(Paced, Follows):
             caller = self._identify(rpc, context)
             seen.tenant = caller.name
             with caller.request(rpc, request):
-                async with self._service.admission.slot() if rpc in ADMITTED else nullcontext():
+                async with self._service.admission.slot(allowed_ms(request)) if rpc in ADMITTED else nullcontext():
                     response = await work(request)
             code = grpc.StatusCode.OK
             return response

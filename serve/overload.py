@@ -10,6 +10,7 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import grpc
 
@@ -51,16 +52,17 @@ class Admission:
         return math.ceil(1000 * self._mean_s * (self.waiting + 1) / self.max_ongoing)
 
     @asynccontextmanager
-    async def slot(self, *, patient: bool = False) -> AsyncIterator[None]:
+    async def slot(self, timeout_ms: int = 0, *, patient: bool = False) -> AsyncIterator[None]:
         """A slot for as long as the block runs. Raises ``ShedError`` when too many wait already, unless ``patient``,
-        and DEADLINE_EXCEEDED when none came free in the time that a request may take."""
+        and DEADLINE_EXCEEDED when none came free in the time that the request (``timeout_ms``, 0 says nothing) or the
+        service allows."""
         if self._slots.locked() and not patient and 0 <= self.max_queued <= self.waiting:
             raise ShedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self.ongoing} requests are worked on and "
                             f"{self.waiting} wait; retry after {self.retry_after_ms} ms")  # fmt: skip
         loop = asyncio.get_running_loop()
         arrived = ARRIVED.set(loop.time())
         try:
-            await self._wait()
+            await self._wait(min(timeout_ms / 1000 or self._timeout_s, self._timeout_s))
             start = loop.time()
             self.ongoing += 1
             try:
@@ -72,16 +74,16 @@ class Admission:
         finally:
             ARRIVED.reset(arrived)
 
-    async def _wait(self) -> None:
+    async def _wait(self, timeout_s: float) -> None:
         if not self._slots.locked():
             await self._slots.acquire()
             return
         self.waiting += 1
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
-            raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the request waited {self._timeout_s:g} s for its "
+            raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the request waited {timeout_s:g} s for its "
                                  "turn; slow down, or add replicas") from None  # fmt: skip
         finally:
             self.waiting -= 1
@@ -115,3 +117,8 @@ def find_rungs(plans: Plans, min_recall: float) -> list[Plan]:
             best = recall
             found.append(plan)
     return found[::-1]
+
+
+def allowed_ms(request: Any) -> int:
+    """``timeout_ms`` of a request that has search options, 0 for others."""
+    return int(request.options.timeout_ms) if "options" in request.DESCRIPTOR.fields_by_name else 0

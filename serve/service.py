@@ -120,7 +120,7 @@ class Service:
         async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
             if check is not None:
                 check(request)
-            async with self.admission.slot(patient=True):
+            async with self.admission.slot(batch.options.timeout_ms, patient=True):
                 return await self.search_batch(batch)
 
         try:
