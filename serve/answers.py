@@ -33,8 +33,10 @@ def pack(hits: Hits, entries: Sequence[Entry]) -> Packed:
     return hits.rows.astype("<i8").tobytes(), hits.scores.astype("<f4").tobytes(), json.dumps(entries).encode()
 
 
-def unpack(packed: Packed, num_queries: int) -> Answer:
-    """The answer to ``num_queries`` queries that ``packed`` holds."""
+def unpack(packed: Packed | Answer, num_queries: int) -> Answer:
+    """The answer to ``num_queries`` queries that ``packed`` holds, if it is not one already."""
+    if isinstance(packed, Answer):
+        return packed
     rows, scores, entries = packed
     hits = read_hits(rows, scores, num_queries)
     pairs = zip(occurring_rows(hits).tolist(), json.loads(entries), strict=True)
@@ -49,5 +51,7 @@ def read_hits(rows: bytes, scores: bytes, num_queries: int) -> Hits:
 
 def merge(answers: Sequence[Answer], k: int) -> Answer:
     """The ``k`` best of several shards' answers to the same queries."""
+    if len(answers) == 1 and answers[0].hits.rows.shape[1] == k:
+        return answers[0]
     entries = {row: entry for answer in answers for row, entry in answer.entries.items()}
     return Answer(merge_hits([answer.hits for answer in answers], k), entries)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -15,8 +16,11 @@ import yaml
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve import credentials
-from lookalike.serve.client import DEFAULT_ADDRESS, Client, SearchResult
+from lookalike.serve.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, Client, SearchResult
 from lookalike.serve.config import ServeConfig
+
+MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+"""Ray's bound of one gRPC message in bytes, read by its processes as they start; 2 GiB without it."""
 
 
 def serve(args: Sequence[str]) -> int:
@@ -125,6 +129,8 @@ def _serve_until_told(config: ServeConfig) -> int:
     from lookalike.serve.app import free_port, start, stop
     from lookalike.serve.tls import proxy
 
+    message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
+    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for the processes of a Ray that starts here
     told = threading.Event()
     tls = config.tls.model_copy(update={"port": free_port(config.tls.port)}) if config.tls.enabled else None
     with ExitStack() as stack:

@@ -96,16 +96,15 @@ class Ingress(Paced, Follows):
         self, requests: gRPCInputStream[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """RPC; counted by its batches."""
-        trace.begin("SearchStream")
-        tenant = ""
+        seen = trace.begin("SearchStream")
         try:
             caller = self._identify("SearchStream", grpc_context)
-            tenant = trace.current().tenant = caller.name
+            seen.tenant = caller.name
             with caller.under_way():
                 async for response in self._service.search_stream(requests, partial(caller.check, "SearchStream")):
                     failed = response.WhichOneof("outcome") == "failure"
                     code = CODES[response.failure.code].name if failed else "OK"
-                    self._requests.inc(1, {"method": "SearchStream", "code": code, "tenant": tenant})
+                    self._requests.inc(1, {"method": "SearchStream", "code": code, "tenant": seen.tenant})
                     if not failed:
                         self._observe(response.batch.info)
                     yield response
@@ -113,7 +112,7 @@ class Ingress(Paced, Follows):
                 raise invalid("the stream broke off: it ended, or went on with bytes that are no SearchStreamRequest")
         except Exception as error:  # noqa: BLE001
             failure = as_retrieval_error(error)
-            self._requests.inc(1, {"method": "SearchStream", "code": failure.code.name, "tenant": tenant})
+            self._requests.inc(1, {"method": "SearchStream", "code": failure.code.name, "tenant": seen.tenant})
             raise tell(grpc_context, failure) from None
 
     async def Feedback(self, request: pb.FeedbackRequest, grpc_context: RayServegRPCContext) -> pb.FeedbackResponse:

@@ -163,6 +163,8 @@ def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
         raise invalid(f"the vector has {len(data)} bytes; {dim} float32 numbers are {4 * dim}: send the whole "
                       "embedding, the plan cuts prefixes")  # fmt: skip
     vector = np.frombuffer(data, "<f4").astype(np.float32)
+    if 0 < _squared_length(vector) < np.inf:  # then all numbers are finite
+        return vector
     if not np.isfinite(vector).all():
         bad = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise invalid(f"the vector holds {vector[bad]} at position {bad}; send finite numbers")
@@ -171,6 +173,11 @@ def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
     if not 0 < norm < np.inf:
         raise invalid(f"the vector has length {norm} in float32 and so no direction; send the encoder's output")
     return vector
+
+
+def _squared_length(vector: npt.NDArray[np.float32]) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(vector.dot(vector))
 
 
 def check_image(data: bytes, limits: Limits) -> bytes:
@@ -266,8 +273,16 @@ def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:
 def write_hits(answer: Answer, query: int) -> list[pb.Hit]:
     """The hits of one query of ``answer``, best first."""
     rows, scores = answer.hits.rows[query], answer.hits.scores[query]
-    return [pb.Hit(id=answer.entries[row][0], score=score, metadata=answer.entries[row][1])
-            for row, score in zip(rows.tolist(), scores.tolist(), strict=True) if row >= 0]  # fmt: skip
+    hits = []
+    for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
+        if row >= 0:
+            image_id, metadata = answer.entries[row]
+            hit = pb.Hit(id=image_id, score=score)
+            written = hit.metadata  # filled one by one takes less than half the time of metadata= above
+            for name, value in metadata.items():
+                written[name] = value
+            hits.append(hit)
+    return hits
 
 
 def write_times(times_ms: Mapping[str, float]) -> list[pb.StageTime]:

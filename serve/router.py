@@ -77,8 +77,7 @@ class Router:
             times["rerank"] = _since_ms(start)
         else:
             start = time.perf_counter()
-            answer = merge([packed if isinstance(packed, Answer) else unpack(packed, len(queries))
-                            for packed in good.values()], k)  # fmt: skip
+            answer = merge([unpack(packed, len(queries)) for packed in good.values()], k)
             times["merge"] = _since_ms(start)
         return Found(answer, len(good), times)
 
@@ -111,19 +110,20 @@ class Router:
 
         ``again`` says that the call may be made twice, so it is repeated when the worker is gone.
         """
-        call = self._ask(worker, method, *args, deadline=deadline, who=who) if again else \
-            _outcome(ask(worker, method, *args), deadline)  # fmt: skip
-        return accept([await call], allow_partial=False, who=who)[0]
+        call = self._repeated(worker, method, *args, who=who) if again else ask(worker, method, *args)
+        return accept([await _outcome(call, deadline)], allow_partial=False, who=who)[0]
 
     async def _ask_shards(
         self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()
     ) -> list[Any]:
-        asked = shards or self.shards
-        calls = (self._ask(shard, method, *args, deadline=deadline, who="shard") for shard in asked)
-        return await asyncio.gather(*calls)
+        calls = [self._repeated(shard, method, *args, who="shard") for shard in shards or self.shards]
+        return await _outcomes(calls, deadline)
 
     async def _ask(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
-        return await _outcome(repeat(lambda: ask(worker, method, *args), self.retries, who), deadline)
+        return await _outcome(self._repeated(worker, method, *args, who=who), deadline)
+
+    def _repeated(self, worker: Worker, method: str, *args: Any, who: str) -> Coroutine[Any, Any, Any]:
+        return repeat(lambda: ask(worker, method, *args), self.retries, who)
 
 
 async def ask(worker: Worker, method: str, *args: Any) -> Any:
@@ -140,19 +140,23 @@ async def ask(worker: Worker, method: str, *args: Any) -> Any:
 
 async def _outcome(call: Coroutine[Any, Any, Any], deadline: float) -> Any:
     """What ``call`` returns, or the exception it failed with; ``TimeoutError`` when it is not done by ``deadline``."""
+    return (await _outcomes([call], deadline))[0]
+
+
+async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> list[Any]:
+    """The same for several calls at once."""
     left_s = deadline - asyncio.get_running_loop().time()
     if left_s <= 0:
-        call.close()  # it never begins
-        return TimeoutError("no time left")
-    task = asyncio.ensure_future(call)
+        for call in calls:
+            call.close()  # it never begins
+        return [TimeoutError("no time left") for _ in calls]
+    tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        await asyncio.wait([task], timeout=left_s)
+        await asyncio.wait(tasks, timeout=left_s)
     finally:  # late, or the caller has gone
-        late = task.cancel()
-    if late:
-        return TimeoutError("no answer before the deadline")
-    error = task.exception()
-    return task.result() if error is None else error
+        late = [task.cancel() for task in tasks]
+    return [TimeoutError("no answer before the deadline") if was_late else task.exception() or task.result()
+            for task, was_late in zip(tasks, late, strict=True)]  # fmt: skip
 
 
 def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:

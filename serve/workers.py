@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Hits, empty_hits, merge_hits
 from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.serve.answers import Entry, Packed, occurring_rows, pack, read_hits, unpack
+from lookalike.serve.answers import Answer, Entry, Packed, occurring_rows, pack, read_hits, unpack
 from lookalike.serve.autoscaling import Paced, paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.delta import WRITTEN, Ask, Delta, Written, search_all, shortlist_all
@@ -42,6 +42,9 @@ class Opened(NamedTuple):
 
 class ShardWorker(Paced, Follows):
     """One group of shards: shortlist and re-rank of their own rows, and what was written of them since."""
+
+    packs = True
+    """Whether what ``search`` found leaves the process."""
 
     def __init__(self, group: int, num_groups: int, generations: Sequence[Generation], writer: Any = None) -> None:
         self._group, self._num_groups, self.writer = group, num_groups, writer
@@ -75,16 +78,18 @@ class ShardWorker(Paced, Follows):
         return self._held[generation]
 
     @paced
-    async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Packed:
+    async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Packed | Answer:
         """The group's ``k`` best rows for float32 [n, dim] ``queries``; ``plan`` and ``filters`` are JSON."""
         opened = self._opened(generation)
         return await asyncio.to_thread(self._search, opened, queries, k, plan, filters)
 
-    def _search(self, opened: Opened, queries: bytes, k: int, plan: str, filters: str) -> Packed:
+    def _search(self, opened: Opened, queries: bytes, k: int, plan: str, filters: str) -> Packed | Answer:
         shards, written = opened.shards, opened.delta.written()
         ask = Ask(_vectors(queries, opened.delta.dim), k, Plan.model_validate_json(plan), json.loads(filters))
         hits = search_all(shards, written, ask)
-        return pack(hits, read_entries(shards, occurring_rows(hits), written))
+        rows = occurring_rows(hits)
+        entries = read_entries(shards, rows, written)
+        return pack(hits, entries) if self.packs else Answer(hits, dict(zip(rows.tolist(), entries, strict=True)))
 
     @paced
     async def shortlist(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
@@ -115,6 +120,12 @@ class ShardWorker(Paced, Follows):
             vectors = shard.store.read(local)
             found |= {image_id: vector.astype("<f4").tobytes() for image_id, vector in zip(rows, vectors, strict=True)}
         return found
+
+
+class LocalShardWorker(ShardWorker):
+    """The same for a caller in this process."""
+
+    packs = False
 
 
 class RerankWorker(Paced, Follows):
@@ -188,9 +199,7 @@ def read_entries(
         first = shard.meta.row_offset
         own = rows[slice(*np.searchsorted(rows, [first, first + shard.meta.num_rows]))]
         if len(own):
-            entries += [(record.pop("image_id"), {name: str(value) for name, value in record.items()
-                                                  if value is not None})
-                        for record in shard.store.table.take(own - first).to_pylist()]  # fmt: skip
+            entries += [(record.pop("image_id"), record) for record in shard.store.read_rows(own - first)]
     if written is not None:
         entries += [written.entry(row) for row in rows[np.searchsorted(rows, WRITTEN) :].tolist()]
     return entries
@@ -202,7 +211,7 @@ def open_workers(config: ServeConfig, generation: Generation, generations: Seque
     There are as many groups as ``generation`` has hash shards, and an encoder if one of them has.
     """
     num_groups = generation.meta.num_hash_shards
-    shards = [ShardWorker(group, num_groups, generations) for group in range(num_groups)]
+    shards = [LocalShardWorker(group, num_groups, generations) for group in range(num_groups)]
     if all(one.encoder is None for one in (generation, *generations)):
         return Router(shards, retries=config.retries)
     from lookalike.serve.encoding import EncoderWorker  # torch: only for those who encode

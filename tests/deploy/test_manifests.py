@@ -16,8 +16,8 @@ import yaml
 from lookalike.cli import STAGE_HELP
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe
-from lookalike.serve.commands import emit_config
-from lookalike.serve.config import ServeConfig
+from lookalike.serve.commands import MESSAGE_VARIABLE, emit_config
+from lookalike.serve.config import Limits, ServeConfig
 from lookalike.serve.tls import render
 from lookalike.stages import load_object, stage_names
 
@@ -196,7 +196,8 @@ def test_every_ray_pod_has_both_serve_flags() -> None:
     spec = only("RayService")["spec"]["rayClusterConfig"]
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         env = {entry["name"]: entry["value"] for entry in group["template"]["spec"]["containers"][0]["env"]}
-        assert env == {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
+        assert env["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == env["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert int(env[MESSAGE_VARIABLE]) == Limits().max_request_bytes
 
 
 def put(path: str, value: Any) -> Callable[[Document], None]:

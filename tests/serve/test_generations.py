@@ -118,10 +118,10 @@ def check_commands(address: str, folder: Path) -> None:
 def check_refusals(client: Client, world: "World") -> None:
     vector = np.ones(64, np.float32)
     for rows, words in [
-        ([StoredRow("", vector)], "id of 0 bytes"), ([StoredRow("a", vector[:3])], "64 float32 numbers"),
+        ([StoredRow("", vector)], "has 0 bytes"), ([StoredRow("a", vector[:3])], "64 float32 numbers"),
         ([StoredRow("a", vector), StoredRow("a", vector)], "twice"), ([], "0 rows"),
         ([StoredRow("a", vector, {"colour": "red"})], "'colour'"), ([StoredRow("a", vector * np.nan)], "nan"),
-        ([StoredRow("a", b"no picture")], "no image"), ([StoredRow("x" * 600, vector)], "600 bytes"),
+        ([StoredRow("a", b"no picture")], "no image"), ([StoredRow("x" * 600, vector)], "has 600 bytes"),
     ]:  # fmt: skip
         with pytest.raises(RetrievalError, match=f"INVALID_ARGUMENT.*{words}"):
             client.upsert(rows)

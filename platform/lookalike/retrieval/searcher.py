@@ -310,9 +310,9 @@ class Searcher:
         result: list[dict[str, str]] = [{} for _ in wanted]
         for shard, places in self._by_shard(wanted):
             if len(places):
-                taken = shard.store.table.select(columns).take(pa.array(wanted[places] - shard.meta.row_offset))
-                for place, record in zip(places, taken.to_pylist(), strict=True):
-                    result[place] = {name: str(value) for name, value in record.items() if value is not None}
+                records = shard.store.read_rows(wanted[places] - shard.meta.row_offset, columns)
+                for place, record in zip(places, records, strict=True):
+                    result[place] = record
         return result
 
     def column(self, name: str) -> list[Any]:

@@ -269,6 +269,23 @@ class PrefixStore:
             raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
 
     @cached_property
+    def _rows(self) -> pa.RecordBatch | pa.Table:
+        """The table as its one batch, if it has one: rows are taken out of it in less than half the time."""
+        batches = self.table.to_batches()
+        return batches[0] if len(batches) == 1 else self.table
+
+    def read_rows(self, rows: Rows, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
+        """What some rows, numbered within the shard, hold in ``columns`` (all by default), nulls left out."""
+        source = self._rows if columns is None else self._rows.select(columns)
+        taken = source.take(pa.array(rows))
+        read: list[dict[str, str]] = [{} for _ in range(len(rows))]
+        for name, column in zip(taken.schema.names, taken.columns, strict=True):
+            for record, value in zip(read, column.to_pylist(), strict=True):
+                if value is not None:
+                    record[name] = str(value)
+        return read
+
+    @cached_property
     def live(self) -> Mask | None:
         """Which rows are not deleted, bool [n]; None when all are there."""
         if not self.meta.num_deleted:
