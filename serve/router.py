@@ -71,14 +71,13 @@ class Router:
         times = {"shards": _since_ms(start)}
         if self.reranker is not None:
             start = time.perf_counter()
-            outcome = await _outcome(self._ask(self.reranker, "rerank", *call, good, who="re-ranker"), deadline)
+            outcome = await self._ask(self.reranker, "rerank", *call, good, deadline=deadline, who="re-ranker")
             packed = accept([outcome], allow_partial=False, who="re-ranker")[0]
             answer = unpack(packed, len(queries))
             times["rerank"] = _since_ms(start)
         else:
             start = time.perf_counter()
-            answer = merge([packed if isinstance(packed, Answer) else unpack(packed, len(queries))
-                            for packed in good.values()], k)  # fmt: skip
+            answer = merge([unpack(packed, len(queries)) for packed in good.values()], k)
             times["merge"] = _since_ms(start)
         return Found(answer, len(good), times)
 
@@ -97,8 +96,7 @@ class Router:
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
         """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT says why one is refused."""
-        calling = self._ask(self.encoder, "encode", generation, list(images), who="encoder")
-        outcome = await _outcome(calling, deadline)
+        outcome = await self._ask(self.encoder, "encode", generation, list(images), deadline=deadline, who="encoder")
         results = accept([outcome], allow_partial=False, who="encoder")[0]
         for position, result in enumerate(results):
             if isinstance(result, str):
@@ -112,17 +110,20 @@ class Router:
 
         ``again`` says that the call may be made twice, so it is repeated when the worker is gone.
         """
-        call = self._ask(worker, method, *args, who=who) if again else ask(worker, method, *args)
+        call = self._repeated(worker, method, *args, who=who) if again else ask(worker, method, *args)
         return accept([await _outcome(call, deadline)], allow_partial=False, who=who)[0]
 
     async def _ask_shards(
         self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()
     ) -> list[Any]:
-        asked = shards or self.shards
-        return await _outcomes([self._ask(shard, method, *args, who="shard") for shard in asked], deadline)
+        calls = [self._repeated(shard, method, *args, who="shard") for shard in shards or self.shards]
+        return await _outcomes(calls, deadline)
 
-    async def _ask(self, worker: Worker, method: str, *args: Any, who: str) -> Any:
-        return await repeat(lambda: ask(worker, method, *args), self.retries, who)
+    async def _ask(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
+        return await _outcome(self._repeated(worker, method, *args, who=who), deadline)
+
+    def _repeated(self, worker: Worker, method: str, *args: Any, who: str) -> Coroutine[Any, Any, Any]:
+        return repeat(lambda: ask(worker, method, *args), self.retries, who)
 
 
 async def ask(worker: Worker, method: str, *args: Any) -> Any:

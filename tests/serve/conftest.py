@@ -88,7 +88,8 @@ def publish_embeddings(
     draft = Draft(root, "embeddings", "embed", fingerprint)
     reference = {"fingerprint": encoder.manifest.fingerprint, "name": "encoder", "uri": encoder.uri}
     draft.write_json("meta.json", {"dim": 64, "dims": DIMS, "encoder": reference, "rows": len(vectors)})
-    rows = [{"image_id": name, "vector": vector.tolist(), "title": f"picture {name}", "category": None}
+    rows = [{"image_id": name, "vector": vector.tolist(), "title": f"picture {name}", "category": None,
+             "view": view_of(name)}
             for name, vector in vectors.items()]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, schemas.embeddings(64)), draft.path("part-0.parquet"))
     return publish(draft, encoder=[encoder])

@@ -223,3 +223,29 @@ def test_serves_own_bound_lies_beyond(busy: ServeConfig) -> None:
 
     assert bound(busy) > 4
     assert bound(busy.model_copy(update={"max_queued_requests": -1})) == 100_000
+
+
+def test_a_caller_that_leaves_ends_its_work_and_frees_its_slot(busy: ServeConfig, world: "World") -> None:
+    async def run() -> None:
+        ingress = Ingress(busy, read_service(busy))
+        ended: list[str] = []
+
+        async def hang(*_: Any) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append("shard")
+
+        for shard in ingress._local:
+            shard.search = hang
+        caller = asyncio.create_task(search(ingress, world)[0])
+        while not ingress._service.admission.ongoing:
+            await asyncio.sleep(0)
+        await settle()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        await settle()
+        assert (ingress._service.admission.ongoing, ended) == (0, ["shard", "shard"])
+
+    asyncio.run(run())

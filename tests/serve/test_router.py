@@ -45,7 +45,7 @@ class Shard:
                 raise
 
 
-def search(shards: list[Shard], allow_partial: bool, timeout_s: float = 0.05) -> Found:
+def search(shards: list[Shard], allow_partial: bool, timeout_s: float = 0.5) -> Found:
     async def run() -> Found:
         deadline = asyncio.get_running_loop().time() + timeout_s
         return await Router(shards).search("g", QUERY, 3, Plan.exact(4), deadline=deadline, allow_partial=allow_partial)
