@@ -17,7 +17,7 @@ from lookalike.serve.state import Held
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
-POLL_S = 5.0
+POLL_S = 2.0
 """How long the writer lets a replica wait for news."""
 RETRY_S = 0.5
 """Pause before the writer is asked again after it failed to answer."""

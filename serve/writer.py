@@ -31,7 +31,7 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 NEWS_BYTES = 1 << 20
 """Writes that one answer to a follower holds, about: calls between replicas take 4 MiB at most."""
-SILENCE_S = 3 * POLL_S
+SILENCE_S = 4 * POLL_S
 """A follower that has not asked for so long is gone."""
 
 
