@@ -102,6 +102,9 @@ def check_guard(config: ServeConfig) -> None:
                          "serve.loopback_only=false and guard the port by network policy")  # fmt: skip
     if config.tenants is not None:
         read_tenants(config.tenants)
+    if config.writes.state is not None and not config.loopback_only and config.tenants is None:
+        raise UsageError("writes.state lets whoever reaches the port write and switch indexes, and loopback_only=false "
+                         "admits every machine; set serve.tenants, so that it takes a token")  # fmt: skip
     check_files(config.tls)
     guarded = config.tenants is not None or config.tls.client_ca is not None
     if config.tls.enabled and config.tls.host not in LOOPBACK and config.loopback_only and not guarded:

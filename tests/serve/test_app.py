@@ -13,7 +13,7 @@ from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.app import build, free_port
 from lookalike.serve.commands import emit_config
-from lookalike.serve.config import ServeConfig
+from lookalike.serve.config import ServeConfig, Writes
 from lookalike.serve.generation import find_encoder
 
 if TYPE_CHECKING:
@@ -76,6 +76,15 @@ def test_the_loopback_guard_is_not_claimed_behind_haproxy(world: "World", monkey
     with pytest.raises(UsageError, match="loopback_only=false"):
         build(ServeConfig(index=world.index))
     build(ServeConfig(index=world.index, loopback_only=False))
+
+
+def test_nobody_writes_from_elsewhere_without_a_token(world: "World", tmp_path: Path) -> None:
+    open_to_all = ServeConfig(index=world.index, loopback_only=False, writes=Writes(state=str(tmp_path / "state")))
+    with pytest.raises(UsageError, match=r"set serve\.tenants"):
+        build(open_to_all)
+    tenants = tmp_path / "tenants.yaml"
+    tenants.write_text("tenants:\n- {name: a, token_sha256: [" + "0" * 64 + "], role: write}\n")
+    build(open_to_all.model_copy(update={"tenants": str(tenants)}))
 
 
 def test_a_port_in_use_is_named() -> None:
