@@ -68,7 +68,8 @@ class LoadPolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Replicas wanted; no state is kept."""
         assert context.config is not None, "Serve calls the policy of deployments that have a configuration"
-        latencies = list(((context.aggregated_metrics or {}).get(LATENCY) or {}).values())
+        told = ((context.aggregated_metrics or {}).get(LATENCY) or {}).values()
+        latencies = [latency for latency in told if latency > 0]  # a replica without calls says nothing
         mean_ms = sum(latencies) / len(latencies) if latencies else 0.0
         load = Load(context.total_num_requests, mean_ms, context.target_num_replicas)
         wanted = count_replicas(

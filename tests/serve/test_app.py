@@ -83,7 +83,7 @@ def test_nobody_writes_from_elsewhere_without_a_token(world: "World", tmp_path: 
     with pytest.raises(UsageError, match=r"set serve\.tenants"):
         build(open_to_all)
     tenants = tmp_path / "tenants.yaml"
-    tenants.write_text("tenants:\n- {name: a, token_sha256: [" + "0" * 64 + "], role: write}\n")
+    tenants.write_text("tenants:\n- {name: a, token_sha256: ['" + "0" * 64 + "'], role: write}\n")
     build(open_to_all.model_copy(update={"tenants": str(tenants)}))
 
 
