@@ -6,7 +6,6 @@ until Serve has started it again, and it then knows everything it has acknowledg
 """
 
 import asyncio
-import bisect
 import json
 import time
 from collections.abc import Callable
@@ -23,14 +22,13 @@ from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError, invalid
 from lookalike.serve.follower import POLL_S
 from lookalike.serve.generation import Generation, read_generation
-from lookalike.serve.journal import DELETE, UPSERT, Journal, Record
+from lookalike.serve.journal import DELETE, UPSERT, Journal
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.state import Held, State, load_state, save_state
+from lookalike.serve.write_log import WriteLog, find_foreign
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
-NEWS_BYTES = 1 << 20
-"""Writes that one answer to a follower holds, about: calls between replicas take 4 MiB at most."""
 SILENCE_S = 4 * POLL_S
 """A follower that has not asked for so long is gone."""
 
@@ -52,21 +50,14 @@ class Writer:
     def __init__(self, config: ServeConfig, generation: Generation) -> None:
         assert config.writes.state is not None, "without a folder there is nothing to write to"
         self._config, self._folder = config, storage.local_path(config.writes.state)
-        self._journal = Journal(self._folder)
-        self._state = adopt(load_state(self._folder), config, generation, self._journal)
+        journal = Journal(self._folder)
+        self._state = adopt(load_state(self._folder), config, generation, journal)
         save_state(self._folder, self._state)
-        oldest = min(one.includes_writes for one in self._state.held)
-        if oldest + 1 < self._journal.first:
-            raise UsageError(f"{self._folder} has the writes from {self._journal.first} on, the index needs those from "
-                             f"{oldest + 1} on; say which it holds, or restore the folder from a copy")  # fmt: skip
-        self._since = oldest
-        """The writes after this one are in memory."""
-        self._records = list(self._journal.read(oldest))
-        self._rows = [count_rows(record) for record in self._records]
-        self._pending = self._count_pending()
+        self._log = WriteLog(journal, min(one.includes_writes for one in self._state.held), self._stored)
+        self._pending = 0
         """Rows of the writes that the current index does not hold."""
-        self._waiting: list[tuple[int, bytes, asyncio.Future[int]]] = []
-        self._committing: asyncio.Task[None] | None = None
+        self._count_pending()
+        self._is_changing_model = False
         self._version, self._changed, self._progress = (time.time_ns(), 0), asyncio.Event(), asyncio.Event()
         self._followers: dict[str, Seen] = {}
         self._started = time.monotonic()
@@ -80,22 +71,12 @@ class Writer:
         seen = Seen(ask["role"], (version[0], version[1]), set(ask["holds"]), ask["failed"])
         self._followers[ask["id"]] = seen
         self._progress.set()
-        if version == self._version and ask["last"] >= self._journal.last and ask["wait_s"]:
+        if version == self._version and ask["last"] >= self._log.last and ask["wait_s"]:
             await _wait(self._changed, ask["wait_s"])
         state = self._state
         news = {"version": self._version, "held": [one.model_dump() for one in state.held], "current": state.current,
-                "last": self._journal.last, "since": self._since}  # fmt: skip
-        return json.dumps(news), self._frames_after(ask["last"])
-
-    def _frames_after(self, last: int) -> list[bytes]:
-        frames, size = [], 0
-        first = bisect.bisect_right(self._records, last, key=lambda record: record.number)
-        for record in self._records[first:]:
-            frames.append(record.to_bytes())
-            size += len(frames[-1])
-            if size > NEWS_BYTES:
-                break
-        return frames
+                "last": self._log.last, "since": self._log.since}  # fmt: skip
+        return json.dumps(news), self._log.frames_after(ask["last"])
 
     def _tell(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -110,6 +91,9 @@ class Writer:
                                  f"{message.model_fingerprint}, the index of {serving.model_fingerprint}")  # fmt: skip
         for row in message.rows:
             check_kept(row, read_where(serving.index))
+        if self._is_changing_model:
+            raise RetrievalError(grpc.StatusCode.UNAVAILABLE, "an index of another model is being loaded, for which "
+                                 "vectors of this one would be lost; write again when it is served")  # fmt: skip
         return await self._store(UPSERT, content)
 
     async def delete(self, content: bytes) -> int:
@@ -121,40 +105,18 @@ class Writer:
             raise RetrievalError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._pending} rows wait for compaction, "
                                  f"the limit is {self._config.writes.max_pending_rows}; compact, or raise "
                                  "writes.max_pending_rows of the service")  # fmt: skip
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((kind, content, done))
-        if self._committing is None or self._committing.done():
-            self._committing = asyncio.ensure_future(self._commit())
-        return await asyncio.shield(done)
+        return await self._log.store(kind, content)
 
-    async def _commit(self) -> None:
-        """Store what waits, all that came during one sync with the next."""
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            first = self._journal.last + 1
-            try:
-                await asyncio.to_thread(self._journal.append, [(kind, content) for kind, content, _ in batch])
-            except Exception as error:  # noqa: BLE001  # whatever it is, those who wait are told
-                reason = f"the write could not be stored ({error}); nothing of it was kept"
-                for _, _, done in batch:
-                    done.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, reason))
-                continue
-            records = [Record(first + place, kind, content) for place, (kind, content, _) in enumerate(batch)]
-            self._records += records
-            self._rows += map(count_rows, records)
-            self._pending += sum(map(count_rows, records))
-            for record, (_, _, done) in zip(records, batch, strict=True):
-                if not done.done():
-                    done.set_result(record.number)
-            self._tell()
+    def _stored(self) -> None:
+        """Tell who follows, and compact where enough waits."""
+        self._count_pending()
+        self._tell()
         limit = self._config.writes.compact_rows
         if limit is not None and self._pending >= limit and (self._compacting is None or self._compacting.done()):
             self._compacting = asyncio.ensure_future(self._compact_alone())
 
-    def _count_pending(self) -> int:
-        included = self._state.serving.includes_writes
-        first = bisect.bisect_right(self._records, included, key=lambda record: record.number)
-        return sum(self._rows[first:])
+    def _count_pending(self) -> None:
+        self._pending = self._log.num_rows_after(self._state.serving.includes_writes)
 
     async def _compact_alone(self) -> None:
         try:
@@ -166,9 +128,9 @@ class Writer:
         """Serve another index: a ``SwitchRequest`` to the ``Generation`` that answers now."""
         request = pb.SwitchRequest.FromString(content)
         async with self._moving:
-            if request.HasField("includes_writes") and request.includes_writes > self._journal.last:
+            if request.HasField("includes_writes") and request.includes_writes > self._log.last:
                 raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, "
-                              f"{self._journal.last}")  # fmt: skip
+                              f"{self._log.last}")  # fmt: skip
             try:
                 includes = request.includes_writes
                 if not request.HasField("includes_writes"):
@@ -186,17 +148,15 @@ class Writer:
     def _check_includes(self, index: str, includes: int) -> None:
         """Refuse an index to which acknowledged writes would be lost."""
         compacted = self._state.serving
-        if includes + 1 < self._journal.first:
+        if includes + 1 < self._log.journal.first:
             raise UsageError(f"index {index} holds the service's writes up to {includes}, those up to "
-                             f"{self._journal.first - 1} are only in {compacted.index} any more; build it from the "
+                             f"{self._log.journal.first - 1} are only in {compacted.index} any more; build it from the "
                              "embeddings of that one, or set includes_writes if it holds them")  # fmt: skip
 
     def _check_writes(self, generation: Generation) -> None:
         """Refuse another model while writes with vectors of the old one would be lost to it."""
-        model, after = generation.meta.model_fingerprint, generation.includes_writes
-        lost = sum(rows for record, rows in zip(self._records, self._rows, strict=True)
-                   if record.number > after and record.kind == UPSERT)  # fmt: skip
-        if lost and model != self._state.serving.model_fingerprint:
+        lost = find_foreign(self._log.after(generation.includes_writes), generation.meta.model_fingerprint)
+        if lost:
             raise UsageError(f"{lost} written rows have vectors of another model than index {generation.index}; embed "
                              "them for it and set includes_writes to the last write that it then holds")  # fmt: skip
 
@@ -210,10 +170,17 @@ class Writer:
 
     async def _serve(self, one: Held, timeout_s: float) -> Held:
         """Have ``one`` loaded by all, then let it answer; what fails leaves all as it was."""
-        before, deadline = self._state, time.monotonic() + timeout_s
-        if one == before.serving:
+        if one == self._state.serving:
             return one
-        await self._remember(one.includes_writes)
+        self._is_changing_model = one.model_fingerprint != self._state.serving.model_fingerprint
+        try:
+            return await self._load_and_move(one, time.monotonic() + timeout_s)
+        finally:
+            self._is_changing_model = False
+
+    async def _load_and_move(self, one: Held, deadline: float) -> Held:
+        before = self._state
+        await self._log.remember(one.includes_writes)
         await self._set(before.holding(one))
         try:
             await self._wait_until(lambda seen: one.key in seen.holds, one.name, deadline)
@@ -234,7 +201,7 @@ class Writer:
     async def _set(self, state: State) -> None:
         await asyncio.to_thread(save_state, self._folder, state)
         self._state = state
-        self._pending = self._count_pending()
+        self._count_pending()
         self._version = (self._version[0], self._version[1] + 1)
         self._tell()
 
@@ -257,29 +224,20 @@ class Writer:
             self._progress.clear()
             await _wait(self._progress, 0.5)
 
-    async def _remember(self, after: int) -> None:
-        """Have the writes after that one in memory."""
-        if after < self._since:
-            read = await asyncio.to_thread(lambda: list(self._journal.read(after)))
-            older = [record for record in read if record.number <= self._since]
-            self._records[:0], self._rows[:0] = older, [count_rows(record) for record in older]
-            self._since = after
-
     def _forget(self) -> None:
         """Drop writes that every generation held includes."""
-        oldest = min(one.includes_writes for one in self._state.held)
-        self._since = max(self._since, oldest)
-        first = bisect.bisect_right(self._records, oldest, key=lambda record: record.number)
-        del self._records[:first], self._rows[:first]
-        self._journal.forget(oldest)
+        self._log.forget(min(one.includes_writes for one in self._state.held))
 
     async def compact(self, timeout_s: float) -> bytes:
         """Build an index that holds all writes so far, and serve it."""
         async with self._moving:
-            serving, last = self._state.serving, self._journal.last
-            records = [record for record in self._records if serving.includes_writes < record.number <= last]
+            serving, last = self._state.serving, self._log.last
+            records = self._log.after(serving.includes_writes, last)
             if not records:
                 return write_held(serving)
+            if foreign := find_foreign(records, serving.model_fingerprint):
+                raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {foreign} written rows have "
+                                     "vectors of another model than the index; serve the one of theirs")  # fmt: skip
             try:
                 index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), timeout_s or 3600)
                 generation = await asyncio.to_thread(
@@ -302,7 +260,7 @@ class Writer:
                      for role in roles]  # fmt: skip
         response = pb.StatusResponse(
             generations=[_message(one) for one in state.held], current=state.current, previous=state.previous or "",
-            last_write=self._journal.last, pending_rows=self._pending, followers=followers,
+            last_write=self._log.last, pending_rows=self._pending, followers=followers,
         )  # fmt: skip
         return bytes(response.SerializeToString())
 
@@ -342,12 +300,6 @@ def check_kept(row: pb.Row, where: dict[str, list[str]]) -> None:
         if row.metadata.get(column) not in values:
             raise invalid(f"row {row.id!r} has {column}={row.metadata.get(column)!r}; this index holds only rows with "
                           f"{column} in {values}: set it in the metadata")  # fmt: skip
-
-
-def count_rows(record: Record) -> int:
-    """Rows that a write stores or deletes."""
-    message = record.message
-    return len(message.rows) if isinstance(message, pb.UpsertRequest) else len(message.ids)
 
 
 def write_held(one: Held) -> bytes:

@@ -138,7 +138,7 @@ def test_writes_outlive_the_writer_and_reach_those_who_wait(config: ServeConfig,
 
         await until(all_seen)
         handle.target = None  # killed
-        writer._journal.close()
+        writer._log.journal.close()
         await asyncio.sleep(0.1)
         assert await all_seen()
         handle.target = again = open_writer(config)
@@ -151,7 +151,7 @@ def test_writes_outlive_the_writer_and_reach_those_who_wait(config: ServeConfig,
         late = await follow(handle)
         assert sorted(await ids(late, name, 4)) == ["n0", "n2", "n3", "n4"]
         await leave(worker, late)
-        again._journal.close()
+        again._log.journal.close()
 
     run(work)
 
@@ -172,10 +172,10 @@ def test_a_switch_waits_for_all_and_fails_for_all(config: ServeConfig, world: "W
         assert pb.Generation.FromString(await writer.rollback()).name == before
         assert pb.Generation.FromString(await writer.rollback()).name == moved.name  # and back
         await leave(*workers)
-        writer._journal.close()
+        writer._log.journal.close()
         again = open_writer(config)
         assert again._state.current == moved.name
-        again._journal.close()
+        again._log.journal.close()
 
     run(work)
 
@@ -202,7 +202,7 @@ def test_a_replaced_generation_is_let_go(config: ServeConfig, world: "World", in
         with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*is not loaded here"):
             await ids(worker, world.searcher.meta.generation)
         await leave(worker)
-        writer._journal.close()
+        writer._log.journal.close()
 
     run(work)
 
@@ -239,12 +239,12 @@ def test_an_index_without_the_writes_gets_them_and_none_may_be_lost(
         await writer.upsert(upsert("n3", model=model))
         again = pb.Generation.FromString(await writer.compact(0))
         assert (again.includes_writes, again.num_rows) == (4, 64)
-        assert writer._journal.first == 4  # both that are held have the first three
+        assert writer._log.journal.first == 4  # both that are held have the first three
         with pytest.raises(RetrievalError, match=r"holds the service's writes up to 0, those up to 3 are only in"):
             await writer.switch(switch_to(indexes[0]))
         assert pb.Generation.FromString(await writer.switch(switch_to(indexes[0], includes_writes=4))).num_rows == 40
         await leave(worker)
-        writer._journal.close()
+        writer._log.journal.close()
 
     run(work)
 
@@ -257,13 +257,21 @@ def test_another_model_is_refused_while_writes_wait(config: ServeConfig, world: 
         await writer.upsert(upsert("n", model=model))
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*of model another"):
             await writer.upsert(upsert("m", model="another"))
-        writer._journal.close()
+        writer._is_changing_model = True
+        with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*index of another model is being loaded"):
+            await writer.upsert(upsert("m", model=model))
+        writer._is_changing_model = False
+        await writer._log.store(journal.UPSERT, upsert("m", model="another"))  # as after a rollback to another model
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*1 written rows have vectors of another model"):
+            await writer.compact(0)
+        assert pb.StatusResponse.FromString(await writer.status()).pending_rows == 2
+        writer._log.journal.close()
 
     run(work)
     other = config.model_copy(update={"index": world.index + "/"})  # another configuration of the same index
     with pytest.raises(UsageError, match="another model"):
         Writer(other, other_model(world))
-    open_writer(other)._journal.close()
+    open_writer(other)._log.journal.close()
 
 
 def other_model(world: "World") -> Generation:
@@ -290,6 +298,6 @@ def test_too_many_waiting_rows_are_refused(config: ServeConfig, world: "World") 
         await writer.upsert(upsert("a", "b", model=world.encoder.fingerprint))
         with pytest.raises(RetrievalError, match=r"RESOURCE_EXHAUSTED.*2 rows wait.*compact"):
             await writer.upsert(upsert("c", model=world.encoder.fingerprint))
-        writer._journal.close()
+        writer._log.journal.close()
 
     run(work)
