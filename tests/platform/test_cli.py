@@ -23,7 +23,7 @@ FLAGS = {
     "show": {"--help", "--json", "--verify"},
     "quickstart": {"--help", "--dry-run"},
     "experiment": {"--help", "--experiment", "--kind", "--json"},
-    "serve": {"--help", "--index", "--dry-run", "--emit-config"},
+    "serve": {"--help", "--index", "--dry-run", "--emit-config", "--check-config"},
 }
 
 

@@ -156,11 +156,11 @@ def replica_names() -> list[tuple[str, str]]:
             if one["name"].startswith("SERVE_REPLICA::")]  # fmt: skip
 
 
-def kill_one(rng: random.Random, killed: Counter[str]) -> None:
-    """End a replica at random, of those that there are two of, or the writer."""
+def kill_one(rng: random.Random, killed: Counter[str], role: str = "") -> None:
+    """End a replica at random, or one of ``role``."""
     import ray
 
-    names = replica_names()
+    names = [one for one in replica_names() if role in one[0]]
     if not names:
         return
     name, namespace = rng.choice(names)
@@ -182,7 +182,7 @@ async def disturb(cluster: Any, rng: random.Random, stop: asyncio.Event, killed:
         elif turn % 4 == 3:
             node = cluster.add_node(num_cpus=2)
         else:
-            await asyncio.to_thread(kill_one, rng, killed)
+            await asyncio.to_thread(kill_one, rng, killed, "#writer#" if turn % 8 == 4 else "")
 
 
 async def switch_all(address: str, uris: list[str], pause_s: float, seen: Seen) -> None:
