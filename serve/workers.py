@@ -8,7 +8,7 @@ and other requests.
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,8 +138,13 @@ class RerankWorker(Paced, Follows):
             self.add(generation, self.open(generation))
 
     def open(self, generation: Generation) -> list[ShardSearcher]:
-        """Open all shards of ``generation``, without their shortlists."""
-        return [ShardSearcher.open(uri) for uri in generation.folders(0, 1)]
+        """Open all shards of ``generation``, without their shortlists, and re-rank what they store."""
+        shards = [ShardSearcher.open(uri) for uri in generation.folders(0, 1)]
+        for shard in shards:
+            for row, vector in sample(shard):
+                found = Hits(np.array([[row]]), np.zeros((1, 1), np.float32))
+                shard.rerank(vector, found, 10, generation.plans.default)
+        return shards
 
     def add(self, generation: Generation, opened: list[ShardSearcher]) -> None:
         """Answer for an opened generation from now on."""
@@ -184,10 +189,16 @@ class RerankWorker(Paced, Follows):
 
 def warm_up(shard: ShardSearcher, plan: Plan) -> None:
     """Search for some stored vectors, so that the first callers do not wait for pages and packed steps."""
+    for _, vector in sample(shard):
+        shard.search(vector, 10, plan)
+
+
+def sample(shard: ShardSearcher) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """Some stored rows: global number, vector float32 [1, dim]."""
     for row in {number * shard.meta.num_rows // WARM_UP for number in range(WARM_UP if shard.meta.num_rows else 0)}:
         vector = shard.store.read(np.array([row]))
         if vector.any():
-            shard.search(vector, 10, plan)
+            yield row + shard.meta.row_offset, vector
 
 
 def read_entries(
