@@ -24,6 +24,8 @@ from lookalike.stages import execute, get_stage
 
 ROOT = "artifacts"
 """Where in the service's folder the artifacts of compactions are."""
+BATCH_ROWS = 8192
+"""Rows of a part that are held at a time."""
 VERSION = 1
 """Raised when the same writes are merged otherwise."""
 
@@ -78,7 +80,10 @@ def _copy_part(source: str, target: str, touched: pa.Array) -> int:
     if num_kept == len(ids):
         storage.share_file(source, target)
     elif num_kept:
-        _write(pq.read_table(path, filesystem=filesystem).filter(keep), target)
+        file, (out, to) = pq.ParquetFile(path, filesystem=filesystem), storage.arrow_filesystem(target)
+        with pq.ParquetWriter(to, file.schema_arrow, filesystem=out, use_dictionary=False) as writer:
+            for batch in file.iter_batches(BATCH_ROWS):
+                writer.write_batch(batch.filter(pc.invert(pc.is_in(batch.column("image_id"), touched))))
     return num_kept
 
 
