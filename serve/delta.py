@@ -75,9 +75,7 @@ class Written:
     def _matching(self, conditions: Conditions | None) -> npt.NDArray[np.intp]:
         if not conditions:
             return self.alive
-        return np.array([place for place in self.alive.tolist()
-                         if all(self.entries[place][1].get(name) in values for name, values in conditions.items())],
-                        np.intp)  # fmt: skip
+        return np.array([place for place in self.alive.tolist() if meets(self.entries[place], conditions)], np.intp)
 
     def search_stored(self, position: int, shard: ShardSearcher, ask: Ask) -> Hits:
         """What ``shard`` finds among its rows that are still there; ``position`` is its place in ``replaced``."""
@@ -111,6 +109,12 @@ class Written:
     def entry(self, number: int) -> Entry:
         """Id and columns of the written row ``number``."""
         return self.entries[int(np.searchsorted(self.numbers, number))]
+
+
+def meets(entry: Entry, conditions: Conditions) -> bool:
+    """Whether a row's id and columns meet all conditions; a column that it has not meets none."""
+    image_id, columns = entry
+    return all((image_id if name == "image_id" else columns.get(name)) in values for name, values in conditions.items())
 
 
 class Delta:

@@ -112,6 +112,16 @@ def test_stored_vectors_are_the_newest(world: "World") -> None:
             asyncio.run(look(gone))
 
 
+def test_a_filter_by_id_finds_written_rows_too(world: "World") -> None:
+    generation = read_generation(world.index, None, "none", check=False)
+    records = records_of([(["img-001", "new"], False), (["img-002"], True)], 3, generation.meta.model_fingerprint, {})
+    for router in routers(generation, records):
+        wanted = {"image_id": ["img-001", "img-002", "img-003", "new", "nobody"]}
+        found = asyncio.run(ask(router, generation.name, np.ones((1, 64), np.float32), Plan.exact(64), wanted))
+        ids = {found.entries[row][0] for row in found.hits.rows[0].tolist() if row >= 0}
+        assert ids == {"img-001", "img-003", "new"}
+
+
 def test_vectors_of_another_model_are_left_out(world: "World") -> None:
     generation = read_generation(world.index, None, "none", check=False)
     (router, _) = routers(generation, records_of([(["img-001"], False)], 3, "another", {}))
