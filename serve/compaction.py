@@ -103,8 +103,7 @@ def make_table(rows: Sequence[pb.Row], schema: pa.Schema) -> pa.Table:
     }
     for field in schema:
         if field.name not in columns:
-            texts = pa.array([row.metadata.get(field.name) if field.name in row.metadata else None for row in rows],
-                             pa.string())  # fmt: skip
+            texts = pa.array([row.metadata.get(field.name) for row in rows], pa.string())
             columns[field.name] = texts.cast(field.type)
     return pa.table([columns[field.name] for field in schema], schema=schema)
 
@@ -131,14 +130,13 @@ def held_writes(index: str, folder: str) -> int:
 
 def find_embeddings(index: Artifact) -> Artifact:
     """The embeddings that an index was made from; ``ArtifactError`` when they are gone."""
-    for name, entry, uri in index.parents():
+    for name, _, uri in index.parents():
         if name == "embeddings":
             try:
                 return Artifact.open(uri, "embeddings", check=False)
             except ArtifactError as error:
                 raise ArtifactError(f"the writes cannot be merged: the embeddings that {index.uri} was made from are "
                                     f"needed, and {error}") from None  # fmt: skip
-        del entry
     raise ArtifactError(f"{index.uri} names no embeddings that it was made from; build it with `lookalike index`")
 
 

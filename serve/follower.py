@@ -163,7 +163,9 @@ class Follower:
             if not is_here and name not in self._loading and name not in self._failed:
                 self._loading[name] = asyncio.ensure_future(self._load(one))
         oldest = min(one.includes_writes for one in held)
-        if oldest >= self._since:
+        if oldest == self._since:
+            return
+        if oldest > self._since:
             self._records = [record for record in self._records if record.number > oldest]
         else:  # one is new that lacks writes which all others have: from there on anew
             self._records, self._last = [], oldest

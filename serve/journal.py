@@ -3,7 +3,7 @@
 ``writes-<number>.log`` holds the writes from that number on: a magic line, then frames of a header (number, kind,
 length), 16 bytes of BLAKE2b over header and content, and the content: an ``UpsertRequest`` with vectors, or a
 ``DeleteRequest``. A crash can leave an incomplete frame at the very end, which was not acknowledged: it is cut off, and
-kept aside. Damage anywhere else is an error.
+kept aside. Damage anywhere else is an error; damage of the very last frame looks like such a crash.
 """
 
 import fcntl
@@ -16,6 +16,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from lookalike import storage
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.telemetry import fields, get_logger
@@ -146,7 +147,7 @@ class Journal:
             with path.open("xb") as file:
                 file.write(MAGIC)
                 _sync(file)
-            _sync_folder(self.folder)
+            storage.sync_directory(str(self.folder))
         self._file = path.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
         return self._file
@@ -213,11 +214,3 @@ def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

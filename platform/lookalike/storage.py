@@ -105,7 +105,7 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         if local:
             os.replace(temporary, path)
-            _sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
         else:
             fs.put_file(temporary, path)
     except OSError as error:
@@ -118,7 +118,8 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
             os.unlink(temporary)
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """Make the entries of a local folder survive a crash: a new file in it, or one renamed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
