@@ -72,7 +72,7 @@ def _answered(trace: Trace) -> dict[str, Any]:
     }  # fmt: skip
     if trace.arm == INTERLEAVED:
         shown: dict[str, list[str]] = {}
-        hits = [hit for result in trace.results for hit in result if hit.arm]
+        hits = [hit for result in trace.results for hit in result.hits if hit.arm]
         for hit in hits[:MAX_SHOWN]:
             shown.setdefault(hit.arm, []).append(hash_text(hit.id))
         line["shown"] = shown

@@ -13,7 +13,7 @@ from lookalike.serve.observer_config import INTERLEAVED
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.requests import DEFAULT_K
 
-Answered = tuple[list[list[pb.Hit]], pb.SearchInfo]
+Answered = tuple[list[pb.HitList], pb.SearchInfo]
 """The hits of each query, and what produced them."""
 Search = Callable[[Route, Sequence[pb.Query], pb.SearchOptions], Awaitable[Answered]]
 
@@ -82,9 +82,10 @@ async def _together(
     (first, (hits, info)), (second, (other_hits, other_info)) = good
     k = seen.k or DEFAULT_K
     results = [
-        draft(one, other, (first, second), k, coins(experiment, options.session, seen.request_id, str(position)))
+        draft(one.hits, other.hits, (first, second), k,
+              coins(experiment, options.session, seen.request_id, str(position)))
         for position, (one, other) in enumerate(zip(hits, other_hits, strict=True))
-    ]
+    ]  # fmt: skip
     return results, _joined(info, other_info)
 
 

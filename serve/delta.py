@@ -18,10 +18,11 @@ from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, merge_hits, sort_keys
 from lookalike.retrieval.searcher import ShardSearcher
 from lookalike.retrieval.store import inverse_norms, normalise
-from lookalike.serve.answers import Entry
 from lookalike.serve.journal import Record
 from lookalike.serve.proto import retrieval_pb2 as pb
 
+Stored = tuple[str, dict[str, str]]
+"""Id and columns of a written row."""
 WRITTEN = 1 << 62
 """Global numbers of written rows begin here: behind all stored ones, in the order in which they were written."""
 ROOM = 256
@@ -53,7 +54,7 @@ class Written:
     """float32 [m, dim], unit length."""
     lengths: Floats
     """float32 [m, nested dims]: of their prefixes."""
-    entries: Sequence[Entry]
+    entries: Sequence[Stored]
     replaced: Sequence[Rows]
     """Per shard, its rows (numbered within it, rising) that are no more."""
     _masks: dict[tuple[int, str], npt.NDArray[np.bool_]] = field(default_factory=dict)
@@ -106,15 +107,20 @@ class Written:
             self._masks[key] = mask
         return self._masks[key]
 
-    def entry(self, number: int) -> Entry:
-        """Id and columns of the written row ``number``."""
-        return self.entries[int(np.searchsorted(self.numbers, number))]
+    def read_columns(self, rows: Rows, names: Sequence[str]) -> list[list[str | None]]:
+        """What the written ``rows``, by global number, hold in some columns; the id is one of them."""
+        entries = [self.entries[place] for place in np.searchsorted(self.numbers, rows).tolist()]
+        return [[_value(entry, name) for entry in entries] for name in names]
 
 
-def meets(entry: Entry, conditions: Conditions) -> bool:
+def meets(entry: Stored, conditions: Conditions) -> bool:
     """Whether a row's id and columns meet all conditions; a column that it has not meets none."""
+    return all(_value(entry, name) in values for name, values in conditions.items())
+
+
+def _value(entry: Stored, name: str) -> str | None:
     image_id, columns = entry
-    return all((image_id if name == "image_id" else columns.get(name)) in values for name, values in conditions.items())
+    return image_id if name == "image_id" else columns.get(name)
 
 
 class Delta:
@@ -131,7 +137,7 @@ class Delta:
         self._numbers = np.empty(ROOM, np.int64)
         self._vectors = np.empty((ROOM, meta.dim), np.float32)
         self._lengths = np.empty((ROOM, len(meta.dims)), np.float32)
-        self._entries: list[Entry] = []
+        self._entries: list[Stored] = []
         self._replaced: list[Rows] = [np.empty(0, np.int64) for _ in shards]
         self._written: Written | None = None
 

@@ -18,30 +18,31 @@ def coins(*names: str) -> random.Random:
 
 
 def draft(first: Sequence[pb.Hit], second: Sequence[pb.Hit], arms: tuple[str, str], k: int,
-          flips: random.Random) -> list[pb.Hit]:  # fmt: skip
+          flips: random.Random) -> pb.HitList:  # fmt: skip
     """At most ``k`` hits, each with the arm that brought it.
 
     Once one arm has no more hits the draft is over; what the other still has follows without an arm, since feedback on
     it would tell nothing but that there was more of it.
     """
     sizes = [0, 0]
-    drafted: list[pb.Hit] = []
+    drafted = pb.HitList()
     taken: set[str] = set()
     left = [iter(first), iter(second)]
-    while len(drafted) < k:
+    while len(drafted.hits) < k:
         team = int(flips.random() < 0.5) if sizes[0] == sizes[1] else int(sizes[1] < sizes[0])
         hit = next((hit for hit in left[team] if hit.id not in taken), None)
         if hit is None:
             rest = [hit for hit in left[1 - team] if hit.id not in taken]
-            return drafted + [_marked(hit, "") for hit in rest[: k - len(drafted)]]
+            for hit in rest[: k - len(drafted.hits)]:
+                _add(drafted, hit, "")
+            break
         taken.add(hit.id)
         sizes[team] += 1
-        drafted.append(_marked(hit, arms[team]))
+        _add(drafted, hit, arms[team])
     return drafted
 
 
-def _marked(hit: pb.Hit, arm: str) -> pb.Hit:
-    copy = pb.Hit()
+def _add(drafted: pb.HitList, hit: pb.Hit, arm: str) -> None:
+    copy = drafted.hits.add()
     copy.CopyFrom(hit)
     copy.arm = arm
-    return copy

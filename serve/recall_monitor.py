@@ -152,7 +152,7 @@ def recall_of(given: Answer, query: int, exact: Answer, *, same_dim: bool) -> fl
     numbers: dict[str, int] = {}
 
     def by_id(answer: Answer, line: int) -> Hits:
-        rows = [NO_ROW if row < 0 else numbers.setdefault(answer.entries[row][0], len(numbers))
+        rows = [NO_ROW if row < 0 else numbers.setdefault(str(answer.entries[row][0]), len(numbers))
                 for row in answer.hits.rows[line].tolist()]  # fmt: skip
         return Hits(np.array([rows]), np.where(np.array(rows) < 0, NO_SCORE, answer.hits.scores[line])[None])
 

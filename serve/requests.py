@@ -270,19 +270,18 @@ def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:
         yield portion
 
 
-def write_hits(answer: Answer, query: int) -> list[pb.Hit]:
+def write_hits(answer: Answer, query: int) -> pb.HitList:
     """The hits of one query of ``answer``, best first."""
-    rows, scores = answer.hits.rows[query], answer.hits.scores[query]
-    hits = []
-    for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
+    written = pb.HitList()
+    add, others = written.hits.add, list(enumerate(answer.names))[1:]
+    for row, score in zip(answer.hits.rows[query].tolist(), answer.hits.scores[query].tolist(), strict=True):
         if row >= 0:
-            image_id, metadata = answer.entries[row]
-            hit = pb.Hit(id=image_id, score=score)
-            written = hit.metadata  # filled one by one takes less than half the time of metadata= above
-            for name, value in metadata.items():
-                written[name] = value
-            hits.append(hit)
-    return hits
+            entry = answer.entries[row]
+            metadata = add(id=entry[0], score=score).metadata  # filled where it is: copying takes twice the time
+            for place, name in others:
+                if (value := entry[place]) is not None:
+                    metadata[name] = value
+    return written
 
 
 def write_times(times_ms: Mapping[str, float]) -> list[pb.StageTime]:

@@ -59,13 +59,15 @@ class Service:
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
         """``Search``."""
-        (hits,), info = await self._search([request.query], request.options)
-        return pb.SearchResponse(hits=hits, info=info)
+        (found,), info = await self._search([request.query], request.options)
+        response = pb.SearchResponse(info=info)
+        response.hits.MergeFrom(found.hits)
+        return response
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
         """``SearchBatch``."""
         results, info = await self._search(request.queries, request.options)
-        return pb.SearchBatchResponse(results=[pb.HitList(hits=hits) for hits in results], info=info)
+        return pb.SearchBatchResponse(results=results, info=info)
 
     async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Answered:
         async def work(served: Generation) -> Answered:

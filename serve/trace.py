@@ -52,7 +52,7 @@ class Trace:
     """Why the arm is not the one that chance, or the session, would have given; such requests compare nothing."""
     session: str = ""
     info: pb.SearchInfo | None = None
-    results: list[list[pb.Hit]] = field(default_factory=list)
+    results: list[pb.HitList] = field(default_factory=list)
     """Hits of each query, in the order they were sent."""
     searches: list[Searched] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)

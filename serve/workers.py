@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Hits, empty_hits, merge_hits
 from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.serve.answers import Answer, Entry, Packed, occurring_rows, pack, read_hits, unpack
+from lookalike.serve.answers import Answer, Column, Entry, Packed, compose, occurring_rows, pack, read_hits, unpack
 from lookalike.serve.autoscaling import Paced, paced
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.delta import WRITTEN, Ask, Delta, Written, search_all, shortlist_all
@@ -87,9 +87,9 @@ class ShardWorker(Paced, Follows):
         shards, written = opened.shards, opened.delta.written()
         ask = Ask(_vectors(queries, opened.delta.dim), k, Plan.model_validate_json(plan), json.loads(filters))
         hits = search_all(shards, written, ask)
-        rows = occurring_rows(hits)
-        entries = read_entries(shards, rows, written)
-        return pack(hits, entries) if self.packs else Answer(hits, dict(zip(rows.tolist(), entries, strict=True)))
+        names = column_names(shards)
+        columns = read_columns(shards, names, occurring_rows(hits), written)
+        return (pack if self.packs else compose)(hits, names, columns)
 
     @paced
     async def shortlist(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
@@ -102,8 +102,8 @@ class ShardWorker(Paced, Follows):
         ask = Ask(_vectors(queries, opened.delta.dim), k, Plan.model_validate_json(plan), json.loads(filters))
         found, final = shortlist_all(opened.shards, written, ask), None
         if written is not None:
-            hits = written.search(ask)
-            final = pack(hits, read_entries([], occurring_rows(hits), written))
+            hits, names = written.search(ask), column_names(opened.shards)
+            final = pack(hits, names, written.read_columns(occurring_rows(hits), names))
         return found.rows.astype("<i8").tobytes(), found.scores.astype("<f4").tobytes(), final
 
     async def vectors(self, generation: str, image_ids: Sequence[str]) -> dict[str, bytes]:
@@ -169,22 +169,24 @@ class RerankWorker(Paced, Follows):
     ) -> Packed:  # fmt: skip
         vectors, parsed = _vectors(queries, shards[0].meta.dim), Plan.model_validate_json(plan)
         offsets = np.array([shard.meta.row_offset for shard in shards])
-        parts, entries = [], dict[int, Entry]()
+        parts, written = [], dict[int, Entry]()
         for rows, scores, final in candidates.values():
             if final is not None:
-                written = unpack(final, len(vectors))
-                parts.append(written.hits)
-                entries |= written.entries
+                answer = unpack(final, len(vectors))
+                parts.append(answer.hits)
+                written |= answer.entries
             found = read_hits(rows, scores, len(vectors))
             owners = np.searchsorted(offsets, found.rows, side="right") - 1  # -1 for no row
             for owner in np.unique(owners[owners >= 0]).tolist():
                 own = Hits(np.where(owners == owner, found.rows, NO_ROW), found.scores)
                 parts.append(shards[owner].rerank(vectors, own, k, parsed))
         hits = _merge(parts, k) if parts else empty_hits(len(vectors), k)
-        found_rows = occurring_rows(hits)
-        stored = found_rows[found_rows < WRITTEN]
-        since = found_rows[len(stored) :].tolist()
-        return pack(hits, [*read_entries(shards, stored), *(entries[row] for row in since)])
+        names, best = column_names(shards), occurring_rows(hits)
+        columns = read_columns(shards, names, best)
+        for row in best[np.searchsorted(best, WRITTEN) :].tolist():
+            for column, value in zip(columns, written[row], strict=True):
+                column.append(value)
+        return pack(hits, names, columns)
 
 
 def warm_up(shard: ShardSearcher, plan: Plan) -> None:
@@ -201,19 +203,29 @@ def sample(shard: ShardSearcher) -> Iterator[tuple[int, npt.NDArray[np.float32]]
             yield row + shard.meta.row_offset, vector
 
 
-def read_entries(
-    shards: Sequence[ShardSearcher], rows: npt.NDArray[np.int64], written: Written | None = None
-) -> list[Entry]:
-    """Id and columns (nulls left out) of rising global ``rows``, stored in some shards or written since."""
-    entries: list[Entry] = []
+def column_names(shards: Sequence[ShardSearcher]) -> list[str]:
+    """The stored columns, the id first; all shards of an index have the same."""
+    return sorted(shards[0].store.table.schema.names, key="image_id".__ne__)
+
+
+def read_columns(
+    shards: Sequence[ShardSearcher], names: Sequence[str], rows: npt.NDArray[np.int64], written: Written | None = None
+) -> list[list[str | None]]:
+    """What rising global ``rows``, stored in some shards or written since, hold in some columns."""
+    columns: list[list[str | None]] = [[] for _ in names]
     for shard in shards:
         first = shard.meta.row_offset
         own = rows[slice(*np.searchsorted(rows, [first, first + shard.meta.num_rows]))]
         if len(own):
-            entries += [(record.pop("image_id"), record) for record in shard.store.read_rows(own - first)]
+            _extend(columns, shard.store.read_columns(own - first, names))
     if written is not None:
-        entries += [written.entry(row) for row in rows[np.searchsorted(rows, WRITTEN) :].tolist()]
-    return entries
+        _extend(columns, written.read_columns(rows[np.searchsorted(rows, WRITTEN) :], names))
+    return columns
+
+
+def _extend(columns: Sequence[list[str | None]], more: Sequence[Column]) -> None:
+    for column, values in zip(columns, more, strict=True):
+        column.extend(values)
 
 
 def open_workers(config: ServeConfig, generation: Generation, generations: Sequence[Generation]) -> Router:

@@ -53,7 +53,7 @@ class Failing:
         from lookalike.serve.answers import pack
 
         await self._fail()
-        return pack(Hits(np.array([[7]]), np.array([[0.5]], np.float32)), [("seven", {})])
+        return pack(Hits(np.array([[7]]), np.array([[0.5]], np.float32)), ["image_id"], [["seven"]])
 
     async def upsert(self, content: bytes) -> int:
         await self._fail()

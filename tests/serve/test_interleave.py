@@ -16,7 +16,7 @@ def hits(ids: str | list[str]) -> list[pb.Hit]:
 
 
 def drafted(first: str, second: str, seed: str, k: int = 4) -> list[tuple[str, str]]:
-    return [(hit.id, hit.arm) for hit in draft(hits(first), hits(second), ("A", "B"), k, coins(seed))]
+    return [(hit.id, hit.arm) for hit in draft(hits(first), hits(second), ("A", "B"), k, coins(seed)).hits]
 
 
 def test_the_four_drafts_of_two_rounds() -> None:
@@ -31,7 +31,7 @@ def test_the_four_drafts_of_two_rounds() -> None:
 
 @given(lists, lists, st.integers(1, 10), st.integers())
 def test_every_draft(first: list[str], second: list[str], k: int, seed: int) -> None:
-    found = draft(hits(first), hits(second), ("A", "B"), k, coins(str(seed)))
+    found = draft(hits(first), hits(second), ("A", "B"), k, coins(str(seed))).hits
     ids = [hit.id for hit in found]
     assert len(set(ids)) == len(ids) == min(k, len({*first, *second}))
     teams = Counter(hit.arm for hit in found)

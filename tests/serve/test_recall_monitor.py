@@ -188,7 +188,8 @@ def test_off_by_default(world: "World", poor_plan: str) -> None:
 def answer(ids: str, scores: list[float]) -> Answer:
     """One query's hits: a letter is an id, rows are arbitrary."""
     rows = np.arange(len(ids))[None]
-    return Answer(Hits(rows, np.array([scores], np.float32)), {row: (ids[row], {}) for row in range(len(ids))})
+    entries = {row: (image_id,) for row, image_id in enumerate(ids)}
+    return Answer(Hits(rows, np.array([scores], np.float32)), ["image_id"], entries)
 
 
 @pytest.mark.parametrize(("given", "recall"), [

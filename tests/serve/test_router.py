@@ -28,7 +28,7 @@ class Shard:
     async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Any:
         await self._suffer()
         score = 1.0 / (1 + self.row)
-        return pack(Hits(np.array([[self.row]]), np.array([[score]], np.float32)), [(f"id{self.row}", {})])
+        return pack(Hits(np.array([[self.row]]), np.array([[score]], np.float32)), ["image_id"], [[f"id{self.row}"]])
 
     async def vectors(self, generation: str, image_ids: list[str]) -> dict[str, bytes]:
         await self._suffer()
@@ -113,8 +113,9 @@ def test_packed_answers_merge_to_the_best_of_all(shards: list[list[int]], k: int
         rows = [100 * number + place for place in range(len(scores))]
         everything += [(-score, row) for score, row in zip(scores, rows, strict=True)]
         padded = Hits(np.array([[*rows, -1]]), np.array([[*scores, -np.inf]], np.float32))
-        answers.append(unpack(pack(padded, [(str(row), {"n": "1"}) for row in occurring_rows(padded).tolist()]), 1))
+        columns = [[str(row) for row in occurring_rows(padded).tolist()], [None] * len(rows)]
+        answers.append(unpack(pack(padded, ["image_id", "n"], columns), 1))
     merged = merge(answers, k)
     best = [row for _, row in sorted(everything)[:k]]
     assert [row for row in merged.hits.rows[0].tolist() if row >= 0] == best
-    assert [merged.entries[row][0] for row in best] == [str(row) for row in best]
+    assert [merged.entries[row] for row in best] == [(str(row), None) for row in best]

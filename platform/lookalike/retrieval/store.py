@@ -276,13 +276,22 @@ class PrefixStore:
 
     def read_rows(self, rows: Rows, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
         """What some rows, numbered within the shard, hold in ``columns`` (all by default), nulls left out."""
-        source = self._rows if columns is None else self._rows.select(columns)
-        taken = source.take(pa.array(rows))
+        names = self.table.schema.names if columns is None else columns
         read: list[dict[str, str]] = [{} for _ in range(len(rows))]
-        for name, column in zip(taken.schema.names, taken.columns, strict=True):
-            for record, value in zip(read, column.to_pylist(), strict=True):
+        for name, column in zip(names, self.read_columns(rows, names), strict=True):
+            for record, value in zip(read, column, strict=True):
                 if value is not None:
-                    record[name] = str(value)
+                    record[name] = value
+        return read
+
+    def read_columns(self, rows: Rows, columns: Sequence[str]) -> list[list[str | None]]:
+        """The same by column, None for a null."""
+        taken = self._rows.select(columns).take(pa.array(rows))
+        read = []
+        for column in taken.columns:
+            values = column.to_pylist()
+            text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+            read.append(values if text else [None if value is None else str(value) for value in values])
         return read
 
     @cached_property
