@@ -2,10 +2,11 @@
 
     python -m tests.serve.soak [--seconds S] [--seed N] [--root FOLDER]
 
-A simulated cluster of two nodes serves a made-up index with two replicas of everything. Four callers search; one
-writes, overwrites and deletes. Meanwhile replicas are killed at random, a node is taken away and comes back, five
-generations are switched to, one is rolled back, and the writes are compacted; then every process is killed and the
-service starts again from its folder.
+A simulated cluster of two nodes serves a made-up index with two replicas of each shard and one to three ingresses.
+Two callers search, and many more come for a while, until there are three ingresses; one writes, overwrites and deletes.
+Meanwhile replicas are killed at random, a node is taken away and comes back, five generations are switched to, one is
+rolled back, and the writes are compacted. Once the many have left and there is one ingress again, every process is
+killed and the service starts again from its folder.
 
 Checked: a reply is exactly what brute force finds in the generation it names (so no reply mixes two); errors are of the
 promised kinds; a write is found a second after it was acknowledged, unless the writer was being restarted, and all are
@@ -35,10 +36,16 @@ from lookalike.artifacts import Artifact
 from lookalike.serve.client import AsyncClient, Client, StoredRow
 from lookalike.serve.config import ServeConfig, Writes
 from lookalike.serve.errors import RetrievalError
+from lookalike.serve.tuning import Autoscaling, Deployed, Deployments
 from tests.serve.conftest import publish, publish_embeddings, publish_index
+from tests.serve.scaling import until
 
 NUM_ROWS, DIM, K = 400, 64, 5
 GENERATIONS = 5
+CALLERS, SURGE = 2, 16
+"""Callers that search all the time, and those that come for a while."""
+SCALING = Autoscaling(max_replicas=3, target_ongoing_requests=5, upscale_delay_s=1, downscale_delay_s=3, look_back_s=3)
+SCALED_WITHIN_S = 120.0
 PROMISED = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
 STORED = ["front", "side", "back"]
 """Views of the rows that the indexes are built with; written rows have another, so that each can be searched alone."""
@@ -54,6 +61,7 @@ class Seen:
     errors: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     late_ms: list[float] = field(default_factory=list)
+    ingresses: list[int] = field(default_factory=list)
 
 
 def publish_generations(root: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -94,6 +102,19 @@ async def search(address: str, queries: np.ndarray, seen: Seen, stop: asyncio.Ev
                 continue
             seen.counts["searches"] += 1
             seen.replies.append((result.info.generation, number, result.ids))
+
+
+async def surge(address: str, queries: np.ndarray, seen: Seen, pause_s: float, seed: int) -> None:
+    """Let many more search, and count the ingresses before they come, while they search and after they have left."""
+    seen.ingresses.append(await until(1, SCALED_WITHIN_S))
+    await asyncio.sleep(pause_s)
+    stop = asyncio.Event()
+    callers = [asyncio.ensure_future(search(address, queries, seen, stop, seed + number)) for number in range(SURGE)]
+    seen.ingresses.append(await until(3, SCALED_WITHIN_S))
+    await asyncio.sleep(pause_s)
+    stop.set()
+    await asyncio.gather(*callers)
+    seen.ingresses.append(await until(1, SCALED_WITHIN_S))
 
 
 class Book:
@@ -258,8 +279,9 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
     queries = generator.normal(size=(50, DIM)).astype(np.float32)
     uris = list(worlds)
     config = ServeConfig(
-        index=uris[0], encoder="none", placement="sharded", port=0, num_replicas=2, shard_replicas=2, timeout_s=8,
-        cpus_per_replica=0.2, writes=Writes(state=f"{root}/state", compact_rows=None),
+        index=uris[0], encoder="none", placement="sharded", port=0, shard_replicas=2, timeout_s=8, cpus_per_replica=0.2,
+        deployments=Deployments(ingress=Deployed(autoscaling=SCALING)),
+        writes=Writes(state=f"{root}/state", compact_rows=None),
     )  # fmt: skip
     seen, book, killed = Seen(), Book(seed), Counter[str]()
     before: list[str] = []
@@ -267,13 +289,15 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
 
     async def under_load(cluster: Any, address: str) -> None:
         stopping = asyncio.Event()
-        tasks = [asyncio.ensure_future(search(address, queries, seen, stopping, seed + n)) for n in range(4)]
+        tasks = [asyncio.ensure_future(search(address, queries, seen, stopping, seed + n)) for n in range(CALLERS)]
         tasks.append(asyncio.ensure_future(write(address, book, seen, stopping)))
         troubles = asyncio.ensure_future(disturb(cluster, random.Random(seed), stopping, killed))
+        many = asyncio.ensure_future(surge(address, queries, seen, seconds / 4, seed + CALLERS))
         await switch_all(address, uris, seconds / (GENERATIONS + 1), seen)
         with Client(address, timeout_s=300) as client:
             before.append((await again(client.status, seen)).current)
             await again(client.compact, seen)
+        await many
         stopping.set()
         await asyncio.gather(*tasks, troubles)
 
@@ -295,7 +319,7 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
     late = np.array(seen.late_ms)
     return {
         "bench": "serve_soak", "seconds": seconds, "seed": seed, **seen.counts, "errors": dict(seen.errors),
-        "killed": dict(killed), "generations_seen": len({name for name, _, _ in seen.replies}),
+        "killed": dict(killed), "ingresses": seen.ingresses, "generations_seen": len({name for name, _, _ in seen.replies}),
         "found_after_ms": {"p50": round(float(np.median(late)), 1), "p99": round(float(np.percentile(late, 99)), 1)},
         "num_wrong": len(seen.wrong), "wrong": seen.wrong[:10],
     }  # fmt: skip
@@ -325,4 +349,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     main()

@@ -24,6 +24,7 @@ def test_faults_change_no_answer_and_lose_no_write() -> None:
     seen = read_result(done.stdout)
     assert not seen["wrong"], seen
     assert seen["generations_seen"] >= 5
+    assert seen["ingresses"] == [1, 3, 1]
     assert min(seen["switches"], seen["searches"], seen["writes"], seen["rows after restart"]) > 4
     assert seen["killed"]
 
