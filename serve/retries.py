@@ -1,10 +1,11 @@
 """Asking again: a call that failed because its replica, process or node is gone is repeated, and Serve takes another.
 
-A wrong request is not repeated, nor is one that a full queue refused.
+A wrong request is not repeated, nor is one that a full queue refused. A call that takes too long is hedged (Dean and
+Barroso, The Tail at Scale, CACM 2013): made a second time beside the first, and whichever ends first counts.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +28,9 @@ GONE = (RayActorError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, 
         ReplicaUnavailableError, DeploymentUnavailableError, NotLoadedError)  # fmt: skip
 """What a call fails with that another replica may answer."""
 
+MOST_HEDGES = 10.0
+"""Second calls that may be made at once."""
+
 
 def is_gone(error: BaseException) -> bool:
     """Whether a call failed because its process is gone, or does not hold the generation."""
@@ -47,6 +51,37 @@ async def repeat(call: Callable[[], Awaitable[Any]], retries: Retries, who: str)
         _counter().inc(1, {"who": who})
         await asyncio.sleep(retries.pause_s(attempt))
         attempt += 1
+
+
+class Hedges:
+    """Makes slow calls twice, as far as their share of all calls allows."""
+
+    def __init__(self, retries: Retries) -> None:
+        self._after_s = None if retries.hedge_ms is None else retries.hedge_ms / 1000
+        self._share, self._left = retries.hedge_share, MOST_HEDGES
+
+    async def fastest(self, call: Callable[[], Coroutine[Any, Any, Any]], who: str) -> Any:
+        """What ``call`` returns, or a second one of it where the first is slow; the other is cancelled."""
+        if self._after_s is None:
+            return await call()
+        self._left = min(MOST_HEDGES, self._left + self._share)
+        calls = [asyncio.ensure_future(call())]
+        try:
+            done, _ = await asyncio.wait(calls, timeout=self._after_s)
+            if not done and self._left >= 1:
+                self._left -= 1
+                _hedged().inc(1, {"who": who})
+                calls.append(asyncio.ensure_future(call()))
+            done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for one in calls:
+                one.cancel()
+
+
+@lru_cache(1)
+def _hedged() -> Counter:
+    return Counter("lookalike_hedges_total", "Calls made a second time because the first was slow.", ("who",))
 
 
 @lru_cache(1)

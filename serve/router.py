@@ -21,7 +21,7 @@ from lookalike.retrieval.plan import Plan
 from lookalike.serve.answers import Answer, merge, unpack
 from lookalike.serve.batching import BatchedShard
 from lookalike.serve.errors import NotLoadedError, RetrievalError, invalid, shorten
-from lookalike.serve.retries import repeat
+from lookalike.serve.retries import Hedges, repeat
 from lookalike.serve.tuning import Batching, Retries
 from lookalike.telemetry import fields, get_logger
 
@@ -51,6 +51,7 @@ class Router:
     ) -> None:  # fmt: skip
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
         self.retries = Retries() if retries is None else retries
+        self._hedges = Hedges(self.retries)
         self._batched = [BatchedShard(shard, batching, ask) for shard in shards] if batching is not None else []
 
     async def search(
@@ -116,11 +117,14 @@ class Router:
     async def _ask_shards(
         self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()
     ) -> list[Any]:
-        calls = [self._repeated(shard, method, *args, who="shard") for shard in shards or self.shards]
+        calls = [self._hedged(shard, method, *args, who="shard") for shard in shards or self.shards]
         return await _outcomes(calls, deadline)
 
     async def _ask(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
-        return await _outcome(self._repeated(worker, method, *args, who=who), deadline)
+        return await _outcome(self._hedged(worker, method, *args, who=who), deadline)
+
+    def _hedged(self, worker: Worker, method: str, *args: Any, who: str) -> Coroutine[Any, Any, Any]:
+        return self._hedges.fastest(lambda: self._repeated(worker, method, *args, who=who), who)
 
     def _repeated(self, worker: Worker, method: str, *args: Any, who: str) -> Coroutine[Any, Any, Any]:
         return repeat(lambda: ask(worker, method, *args), self.retries, who)

@@ -16,6 +16,11 @@ class Retries(Config):
     """Pause before the first repetition, in milliseconds; it doubles each time, and half of it is left to chance."""
     max_pause_ms: float = Field(default=500.0, ge=0.0, le=60_000.0)
     """Longest pause, in milliseconds."""
+    hedge_ms: float | None = Field(default=1000.0, gt=0.0, le=3_600_000.0)
+    """How long a search of a shard, a re-rank or an encoding may take before another replica is asked as well, in
+    milliseconds: one that hangs, or whose node is out of reach, fails no call. None asks one only."""
+    hedge_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of calls that may be made twice so: when all are slow, more calls would make them slower."""
 
     def pause_s(self, attempt: int) -> float:
         """Seconds to wait after ``attempt`` (1, 2, ...) has failed."""

@@ -233,13 +233,13 @@ def open_workers(config: ServeConfig, generation: Generation, generations: Seque
 
     There are as many groups as ``generation`` has hash shards, and an encoder if one of them has.
     """
-    num_groups = generation.meta.num_hash_shards
+    num_groups, retries = generation.meta.num_hash_shards, config.retries.model_copy(update={"hedge_ms": None})
     shards = [LocalShardWorker(group, num_groups, generations) for group in range(num_groups)]
     if all(one.encoder is None for one in (generation, *generations)):
-        return Router(shards, retries=config.retries)
+        return Router(shards, retries=retries)
     from lookalike.serve.encoding import EncoderWorker  # torch: only for those who encode
 
-    return Router(shards, encoder=EncoderWorker(config, generations), retries=config.retries)
+    return Router(shards, encoder=EncoderWorker(config, generations), retries=retries)
 
 
 def _merge(parts: Sequence[Hits], k: int) -> Hits:

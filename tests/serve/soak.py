@@ -319,7 +319,8 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
     late = np.array(seen.late_ms)
     return {
         "bench": "serve_soak", "seconds": seconds, "seed": seed, **seen.counts, "errors": dict(seen.errors),
-        "killed": dict(killed), "ingresses": seen.ingresses, "generations_seen": len({name for name, _, _ in seen.replies}),
+        "killed": dict(killed), "ingresses": seen.ingresses,
+        "generations_seen": len({name for name, _, _ in seen.replies}),
         "found_after_ms": {"p50": round(float(np.median(late)), 1), "p99": round(float(np.percentile(late, 99)), 1)},
         "num_wrong": len(seen.wrong), "wrong": seen.wrong[:10],
     }  # fmt: skip

@@ -1,9 +1,11 @@
 """Replicas killed in the middle of requests: searches and writes go on, without an error to a Python client."""
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from lookalike.serve.app import start, stop
 from lookalike.serve.client import Client, StoredRow
 from lookalike.serve.config import ServeConfig, Writes
 from lookalike.serve.errors import RetrievalError
+from lookalike.serve.tuning import Retries
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
@@ -20,12 +23,17 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 
 
-def kill(role: str) -> None:
-    """End one replica of ``role``."""
+def replica(role: str) -> Any:
+    """One actor of ``role``."""
     names = [(one["name"], one["namespace"]) for one in ray.util.list_named_actors(all_namespaces=True)
              if one["name"].startswith("SERVE_REPLICA::") and f"#{role}#" in one["name"]]  # fmt: skip
     name, namespace = names[0]
-    ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+    return ray.get_actor(name, namespace=namespace)
+
+
+def kill(role: str) -> None:
+    """End one replica of ``role``."""
+    ray.kill(replica(role), no_restart=True)
 
 
 class Callers:
@@ -86,3 +94,31 @@ def test_no_search_or_write_fails_for_a_killed_replica(ray_session: None, world:
         stop()
     assert not callers.wrong
     assert min(callers.answered) >= 15
+
+
+def test_no_search_fails_for_a_replica_that_hangs(ray_session: None, world: "World") -> None:
+    """As one does whose node is out of reach: it stays connected, and answers nothing."""
+    retries = Retries(hedge_ms=200, hedge_share=1)
+    config = ServeConfig(index=world.index, encoder="none", port=0, shard_replicas=2, timeout_s=10,
+                         cpus_per_replica=0.1, retries=retries)  # fmt: skip
+    address, vector = start(config), np.arange(1, 65, dtype=np.float32)
+    try:
+        with Client(address) as client:
+            client.wait_ready()
+            expected = client.search(vector=vector, k=5).ids
+            process = find_process("shard-000")
+            os.kill(process, signal.SIGSTOP)
+            try:
+                found = [client.search(vector=vector, k=5).ids for _ in range(30)]
+                found += [one.ids for one in client.search_batch(np.stack([vector] * 30), k=5)]
+            finally:
+                os.kill(process, signal.SIGCONT)
+    finally:
+        stop()
+    assert found == [expected] * 60
+
+
+def find_process(role: str) -> int:
+    """The process of one replica of ``role``."""
+    state = ray._private.state.actors(replica(role)._actor_id.hex())
+    return int(state["Pid"])
