@@ -77,9 +77,10 @@ class ServeConfig(Config):
     """URI of a ``plan`` artifact made for this index; without one, search is exact at full dimension."""
     encoder: str = "auto"
     """URI of the ``encoder`` artifact; ``auto`` takes the index's ancestor, ``none`` serves vectors and ids only."""
-    placement: Literal["fused", "sharded", "staged"] = "sharded"
-    """``fused``: all in the ingress replica. ``sharded``: a deployment a shard, which re-ranks its own candidates.
-    ``staged``: the same with re-ranking in a deployment of its own. The answers are the same."""
+    placement: Literal["fused", "sharded", "staged"] = "fused"
+    """``fused``: all in the ingress replica, the fastest where its node can hold the whole index. ``sharded``: a
+    deployment a shard, which re-ranks its own candidates. ``staged``: the same with re-ranking in a deployment of its
+    own. The answers are the same."""
     limits: Limits = Limits()
     timeout_s: float = Field(default=10.0, gt=0.0, le=3600.0)
     """Longest time a request may take in the service, in seconds; requests may ask for less."""

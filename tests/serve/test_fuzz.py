@@ -60,8 +60,8 @@ def service(ray_session: None, world: "World", tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
     path.write_text(yaml.safe_dump({"tenants": [{"name": "t", "role": "admin", "token_sha256": [hash_token(TOKEN)]}]}))
     writes = Writes(state=str(tmp_path_factory.mktemp("state")))
-    address = start(ServeConfig(index=world.index, plan=world.plan, port=0, cpus_per_replica=0.1, limits=LIMITS,
-                                tenants=str(path), writes=writes))  # fmt: skip
+    address = start(ServeConfig(index=world.index, plan=world.plan, placement="sharded", port=0, cpus_per_replica=0.1,
+                                limits=LIMITS, tenants=str(path), writes=writes))  # fmt: skip
     with Client(address, token=TOKEN) as client, grpc.insecure_channel(address) as channel:
         client.wait_ready()
         stubs = pb_grpc.RetrievalServiceStub, pb_grpc.AdminServiceStub

@@ -134,8 +134,8 @@ def check_refusals(client: Client, world: "World") -> None:
 
 def test_switches_under_load_mix_nothing(ray_session: None, world: "World", other: Artifact, tmp_path: Path) -> None:
     """Every answer is that of the generation it names, while generations change back and forth."""
-    config = ServeConfig(index=world.index, port=0, timeout_s=5.0, encoder="none", cpus_per_replica=0.1,
-                         writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    config = ServeConfig(index=world.index, placement="sharded", port=0, timeout_s=5.0, encoder="none",
+                         cpus_per_replica=0.1, writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
     address = start(config)
     vectors = np.stack([world.vectors[name] for name in list(world.images)[45:60]])
     generations = {Artifact.open(uri).manifest.fingerprint: searched(uri, vectors) for uri in (world.index, other.uri)}

@@ -78,8 +78,9 @@ class Callers:
 
 
 def test_no_search_or_write_fails_for_a_killed_replica(ray_session: None, world: "World", tmp_path: Path) -> None:
-    config = ServeConfig(index=world.index, encoder="none", port=0, num_replicas=2, shard_replicas=2, timeout_s=60,
-                         cpus_per_replica=0.1, writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    config = ServeConfig(index=world.index, encoder="none", placement="sharded", port=0, num_replicas=2,
+                         shard_replicas=2, timeout_s=60, cpus_per_replica=0.1,
+                         writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
     address, vector = start(config), np.arange(1, 65, dtype=np.float32)
     try:
         with Client(address) as client:
@@ -99,7 +100,7 @@ def test_no_search_or_write_fails_for_a_killed_replica(ray_session: None, world:
 def test_no_search_fails_for_a_replica_that_hangs(ray_session: None, world: "World") -> None:
     """As one does whose node is out of reach: it stays connected, and answers nothing."""
     retries = Retries(hedge_ms=200, hedge_share=1)
-    config = ServeConfig(index=world.index, encoder="none", port=0, shard_replicas=2, timeout_s=10,
+    config = ServeConfig(index=world.index, encoder="none", placement="sharded", port=0, shard_replicas=2, timeout_s=10,
                          cpus_per_replica=0.1, retries=retries)  # fmt: skip
     address, vector = start(config), np.arange(1, 65, dtype=np.float32)
     try:
