@@ -3,9 +3,13 @@ goes on as if nothing had been.
 
 Bytes that are no message never reach us: Serve's gRPC server answers UNKNOWN with protobuf's ``DecodeError``, and ends
 a stream as if its caller had left, which we answer with INVALID_ARGUMENT. Bytes that parse meet our own checks.
+
+With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_HA_PROXY=1`` in the environment the same holds in the mode of
+clusters.
 """
 
 import io
+import os
 import random
 import struct
 import time
@@ -60,8 +64,9 @@ def service(ray_session: None, world: "World", tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
     path.write_text(yaml.safe_dump({"tenants": [{"name": "t", "role": "admin", "token_sha256": [hash_token(TOKEN)]}]}))
     writes = Writes(state=str(tmp_path_factory.mktemp("state")))
+    open_to_all = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # behind it every caller looks local
     address = start(ServeConfig(index=world.index, plan=world.plan, placement="sharded", port=0, cpus_per_replica=0.1,
-                                limits=LIMITS, tenants=str(path), writes=writes))  # fmt: skip
+                                limits=LIMITS, tenants=str(path), writes=writes, loopback_only=not open_to_all))
     with Client(address, token=TOKEN) as client, grpc.insecure_channel(address) as channel:
         client.wait_ready()
         stubs = pb_grpc.RetrievalServiceStub, pb_grpc.AdminServiceStub
