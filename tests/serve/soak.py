@@ -22,8 +22,10 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +90,24 @@ def kill_one(rng: random.Random, killed: Counter[str], role: str = "") -> None:
         killed[name.split("#")[1] if "#" in name else name] += 1
 
 
-async def disturb(cluster: Any, rng: random.Random, stop: asyncio.Event, killed: Counter[str]) -> None:
-    """Kill replicas every few seconds; take a node away, and bring it back."""
-    node = cluster.add_node(num_cpus=2)
+def disturb(cluster: Any, rng: random.Random, load: "Future[None]", killed: Counter[str]) -> None:
+    """Kill replicas every few seconds, take a node away and bring it back, until the load is over."""
+    node = cluster.add_node(num_cpus=2)  # in the main thread, since Ray sets signal handlers
     turn = 0
-    while not stop.is_set():
-        await asyncio.sleep(rng.uniform(3, 5))
+    while not load.done():
+        time.sleep(rng.uniform(3, 5))
         turn += 1
-        if turn % 4 == 2:
+        if turn % 4 == 2 and node is not None:
             cluster.remove_node(node, allow_graceful=False)
+            node = None
             killed["node"] += 1
-        elif turn % 4 == 3:
-            node = cluster.add_node(num_cpus=2)
+        elif node is None:
+            try:
+                node = cluster.add_node(num_cpus=2)
+            except Exception as error:  # noqa: BLE001  # Ray raises no other; the next turn tries again
+                tell(f"no node yet: {error}")
         else:
-            await asyncio.to_thread(kill_one, rng, killed, "#writer#" if turn % 8 == 4 else "")
+            kill_one(rng, killed, "#writer#" if turn % 8 == 4 else "")
 
 
 async def switch_all(address: str, uris: list[str], pause_s: float, seen: Seen) -> None:
@@ -111,6 +117,7 @@ async def switch_all(address: str, uris: list[str], pause_s: float, seen: Seen) 
         await asyncio.sleep(pause_s)
         await again(lambda uri=uri: client.switch(uri, encoder="none", timeout_s=120), seen)
         seen.counts["switches"] += 1
+        tell(f"switched {number + 1} times")
         if number == 2:
             await again(client.rollback, seen)
             seen.counts["rollbacks"] += 1
@@ -165,27 +172,32 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
     before: list[str] = []
     """The generation that is compacted: whatever came of it has the same rows, beside the written ones."""
 
-    async def under_load(cluster: Any, address: str) -> None:
+    async def under_load(address: str) -> None:
         stopping = asyncio.Event()
         tasks = [asyncio.ensure_future(search(address, queries, seen, stopping, seed + n)) for n in range(CALLERS)]
         tasks.append(asyncio.ensure_future(write(address, book, seen, stopping)))
-        troubles = asyncio.ensure_future(disturb(cluster, random.Random(seed), stopping, killed))
         many = asyncio.ensure_future(surge(address, queries, seen, seconds / 4, seed + CALLERS))
         await switch_all(address, uris, seconds / (GENERATIONS + 1), seen)
         with Client(address, timeout_s=300) as client:
             before.append((await again(client.status, seen)).current)
             await again(client.compact, seen)
+        tell("compacted")
         await many
+        tell(f"ingresses {seen.ingresses}")
         stopping.set()
-        await asyncio.gather(*tasks, troubles)
+        await asyncio.gather(*tasks)
 
     with cluster_of_two() as cluster:
         address = start(config)
-        print(f"soak: serving at {address}", file=sys.stderr, flush=True)
-        asyncio.run(under_load(cluster, address))
+        tell(f"serving at {address}")
+        with ThreadPoolExecutor(1) as pool:
+            load = pool.submit(asyncio.run, under_load(address))
+            disturb(cluster, random.Random(seed), load, killed)
+            load.result()
         end_all(cluster)
     with cluster_of_two():
         address = start(config)
+        tell("everything was killed, and serves again")
         seen.counts["rows after restart"] = asyncio.run(check_written(address, book, seen.wrong))
         stop()
     expected = {Artifact.open(uri, check=False).manifest.fingerprint: brute_force(vectors, queries)
@@ -202,6 +214,11 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
         "found_after_ms": {"p50": round(float(np.median(late)), 1), "p99": round(float(np.percentile(late, 99)), 1)},
         "num_wrong": len(seen.wrong), "wrong": seen.wrong[:10],
     }  # fmt: skip
+
+
+def tell(what: str) -> None:
+    """Progress, with the time."""
+    print(f"{time.strftime('%X')} soak: {what}", file=sys.stderr, flush=True)
 
 
 def end_all(cluster: Any) -> None:

@@ -16,7 +16,7 @@ from tests.serve.scaling import until
 DIM, K = 64, 5
 SURGE = 16
 """Callers that come for a while."""
-SCALED_WITHIN_S = 120.0
+SCALED_WITHIN_S = 240.0
 PROMISED = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
 STORED = ["front", "side", "back"]
 """Views of the rows that the indexes are built with; written rows have another, so that each can be searched alone."""
