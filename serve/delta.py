@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lookalike.retrieval.filters import Conditions
+from lookalike.retrieval.filters import FILTERS_KEPT, Conditions
 from lookalike.retrieval.index_meta import IndexMeta, shard_of
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, merge_hits, sort_keys
@@ -101,11 +101,14 @@ class Written:
 
     def _mask(self, position: int, shard: ShardSearcher, conditions: Conditions | None) -> npt.NDArray[np.bool_]:
         key = (position, repr(sorted((conditions or {}).items())))
-        if key not in self._masks:
+        mask = self._masks.get(key)
+        if mask is None:
             mask = shard.match(conditions)
             mask[self.replaced[position]] = False
+            if len(self._masks) >= FILTERS_KEPT * len(self.replaced):
+                self._masks.clear()
             self._masks[key] = mask
-        return self._masks[key]
+        return mask
 
     def read_columns(self, rows: Rows, names: Sequence[str]) -> list[list[str | None]]:
         """What the written ``rows``, by global number, hold in some columns; the id is one of them."""
