@@ -21,7 +21,9 @@ from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.serve.journal import Record, read_frame
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.stages import execute, get_stage
+from lookalike.telemetry import fields, get_logger
 
+log = get_logger(__name__)
 ROOT = "artifacts"
 """Where in the service's folder the artifacts of compactions are."""
 BATCH_ROWS = 8192
@@ -44,13 +46,21 @@ def final_rows(records: Iterable[Record]) -> dict[str, pb.Row | None]:
 
 def merge_embeddings(embeddings: Artifact, records: Sequence[Record], root: str) -> Artifact:
     """Publish ``embeddings`` with the writes merged in under ``root``; parts without touched rows are shared."""
-    writes = hashlib.sha256(b"".join(record.to_bytes() for record in records)).hexdigest()
-    mark = hash_json([VERSION, embeddings.digest, writes])[:20]
-    name = embeddings.manifest.name
-    if (done := find(root, "embeddings", name, mark)) is not None:
-        return done
+    writes = hashlib.sha256()
+    for record in records:
+        writes.update(record.to_bytes())
+    mark, name = hash_json([VERSION, embeddings.digest, writes.hexdigest()])[:20], embeddings.manifest.name
+
+    def waiting() -> None:
+        log.warning("wait %s", fields(reason="an earlier attempt is still merging the same writes", name=name))
+
+    with storage.exclusive(storage.join(root, ".locks", f"embeddings-{name}-{mark}"), waiting):
+        done = find(root, "embeddings", name, mark)
+        return _merge(embeddings, records, Draft(root, "embeddings", name, mark)) if done is None else done
+
+
+def _merge(embeddings: Artifact, records: Sequence[Record], draft: Draft) -> Artifact:
     rows = final_rows(records)
-    draft = Draft(root, "embeddings", name, mark)
     draft.clear()
     storage.make_directory(draft.uri)
     parts = embeddings.files("part-", ".parquet")

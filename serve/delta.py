@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lookalike.retrieval.filters import Conditions
+from lookalike.retrieval.filters import FILTERS_KEPT, Conditions
 from lookalike.retrieval.index_meta import IndexMeta, shard_of
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, merge_hits, sort_keys
@@ -27,6 +27,8 @@ WRITTEN = 1 << 62
 """Global numbers of written rows begin here: behind all stored ones, in the order in which they were written."""
 ROOM = 256
 """Written rows that there is room for at first."""
+COPY = 20
+"""Products with a row that take as long as copying it."""
 PLACES = 16
 """Bits of a written row's number that count the rows of one write."""
 
@@ -65,13 +67,20 @@ class Written:
         if not len(keep):
             return empty_hits(len(queries), k)
         inverse = inverse_norms(self.lengths[keep, list(self.dims).index(dim)])
-        scores = normalise(queries[:, :dim]) @ self.vectors[keep, :dim].T * inverse
+        scores = self._products(normalise(queries[:, :dim]), keep) * inverse
         keys = sort_keys(scores.astype(np.float32), np.arange(len(keep)))
         if keys.shape[1] > k:
             keys = np.partition(keys, k - 1, axis=1)[:, :k]
         keys.sort(axis=1)
         hits = from_keys(keys)
         return Hits(self.numbers[keep[hits.rows]], hits.scores)
+
+    def _products(self, queries: Floats, keep: npt.NDArray[np.intp]) -> Floats:
+        """Inner products [n, rows to ``keep``] of ``queries`` [n, dim], by way of all rows where that costs less."""
+        num_rows, (num_queries, dim) = len(self.numbers), queries.shape
+        if num_queries * num_rows <= (num_queries + COPY) * len(keep):
+            return np.asarray((queries @ self.vectors[:num_rows, :dim].T)[:, keep])
+        return np.asarray(queries @ self.vectors[keep, :dim].T)
 
     def _matching(self, conditions: Conditions | None) -> npt.NDArray[np.intp]:
         if not conditions:
@@ -101,11 +110,14 @@ class Written:
 
     def _mask(self, position: int, shard: ShardSearcher, conditions: Conditions | None) -> npt.NDArray[np.bool_]:
         key = (position, repr(sorted((conditions or {}).items())))
-        if key not in self._masks:
+        mask = self._masks.get(key)
+        if mask is None:
             mask = shard.match(conditions)
             mask[self.replaced[position]] = False
+            if len(self._masks) >= FILTERS_KEPT * len(self.replaced):
+                self._masks.clear()
             self._masks[key] = mask
-        return self._masks[key]
+        return mask
 
     def read_columns(self, rows: Rows, names: Sequence[str]) -> list[list[str | None]]:
         """What the written ``rows``, by global number, hold in some columns; the id is one of them."""

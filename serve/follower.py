@@ -82,6 +82,7 @@ class Follower:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[str, asyncio.TimerHandle] = {}
         self._failed: dict[str, str] = {}
+        """Key of what could not be opened -> why."""
         self._taking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
@@ -96,7 +97,7 @@ class Follower:
                 await asyncio.sleep(RETRY_S)
         await asyncio.gather(*self._loading.values())
         if current not in self._opened:
-            raise RuntimeError(f"{self._role} cannot open index {current}: {self._failed.get(current)}")
+            raise RuntimeError(f"{self._role} cannot open index {current}: {'; '.join(self._failed.values())}")
         self._member.switch(current)
         self._task = asyncio.ensure_future(self._run())
 
@@ -127,8 +128,8 @@ class Follower:
             news = json.loads(answer)
             async with self._taking:
                 self._last = max(self._last, news["since"])  # what is before that, every generation holds
+                self._target = max(self._target, news["last"])  # first: what is being loaded waits for these writes
                 await self._take_writes(frames)
-                self._target = max(self._target, news["last"])
                 if (version := tuple(news["version"])) >= self._version:  # else it was overtaken on the way
                     self._hold([Held.model_validate(one) for one in news["held"]])
                     if news["current"] in self._opened:
@@ -157,10 +158,11 @@ class Follower:
             self._leaving[name] = asyncio.get_running_loop().call_later(self._drain_s, self._let_go, name)
         for name in set(self._leaving) & set(wanted):
             self._leaving.pop(name).cancel()
-        self._failed = {name: reason for name, reason in self._failed.items() if name in wanted}
+        keys = {one.key for one in held}
+        self._failed = {key: reason for key, reason in self._failed.items() if key in keys}
         for name, one in wanted.items():
             is_here = name in self._opened and Held.of(self._opened[name][0]).key == one.key
-            if not is_here and name not in self._loading and name not in self._failed:
+            if not is_here and name not in self._loading and one.key not in self._failed:
                 self._loading[name] = asyncio.ensure_future(self._load(one))
         oldest = min(one.includes_writes for one in held)
         if oldest == self._since:
@@ -190,7 +192,7 @@ class Follower:
             self._opened[name] = (generation, opened)
         except Exception as error:  # noqa: BLE001  # the writer is told
             log.warning("cannot hold %s", fields(role=self._role, index=one.index, error=repr(error)[:300]))
-            self._failed[name] = f"{self._role}: {error}"[:500]
+            self._failed[one.key] = f"{self._role}: {error}"[:500]
         finally:
             self._loading.pop(name, None)
             if self._task is not None:

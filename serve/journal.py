@@ -104,7 +104,7 @@ class Journal:
                 self.last, end = found[0].number, found[1]
         elif not is_last or MAGIC[: len(data)] != data:
             raise ArtifactError(f"{path} is no log of writes of this version; restore it from a copy")
-        if end >= len(data) and data:
+        if data.startswith(MAGIC) and end >= len(data):
             return
         rest = data[end:]
         if not is_last or _holds_frame(rest, self.last):
@@ -142,15 +142,24 @@ class Journal:
         path = files[-1] if files and files[-1].stat().st_size < FILE_BYTES else None
         if self._file is not None:
             self._file.close()
-        if path is None:
-            path = self.folder / f"writes-{self.last + 1:020d}.log"
-            with path.open("xb") as file:
-                file.write(MAGIC)
-                _sync(file)
-            storage.sync_directory(str(self.folder))
+            self._file = None
+        path = self._begin_file() if path is None else path
         self._file = path.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
         return self._file
+
+    def _begin_file(self) -> Path:
+        """A new file for the next writes; what fails leaves none, which would be taken for one with its first line."""
+        path = self.folder / f"writes-{self.last + 1:020d}.log"
+        with path.open("xb") as file:
+            try:
+                file.write(MAGIC)
+                _sync(file)
+            except BaseException:
+                path.unlink()
+                raise
+        storage.sync_directory(str(self.folder))
+        return path
 
     def read(self, after: int = 0) -> Iterator[Record]:
         """The writes with larger numbers than ``after``, in order."""
@@ -206,8 +215,8 @@ def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.close()
-                raise UsageError(f"another service writes to {path.parent}; stop it, or set serve.state to a folder of "
-                                 "this service's own") from None  # fmt: skip
+                raise UsageError(f"another service writes to {path.parent}; stop it, or set writes.state to a folder "
+                                 "of this service's own") from None  # fmt: skip
             time.sleep(0.1)
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from lookalike.config import parse_config
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.config import ServeConfig
@@ -15,14 +16,19 @@ from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
 
 _METHODS = {"Search": "search", "SearchBatch": "search_batch", "SearchStream": "stream_one", "Embed": "embed",
-            "Describe": "describe", "Feedback": "feedback"}  # fmt: skip
+            "Describe": "describe", "Feedback": "feedback", "Upsert": "upsert", "Delete": "delete", "Switch": "switch",
+            "Rollback": "rollback", "Compact": "compact", "Status": "status"}  # fmt: skip
 
 
 class LocalClient(Client):
-    """A ``Client`` that answers by itself: the same checks, the same work and the same errors as the service."""
+    """A ``Client`` that answers by itself: the same checks, the same work and the same errors as the service.
+
+    ``timeout_s`` bounds a call where only the index is given; a configuration has its own.
+    """
 
     def __init__(self, index: str | ServeConfig, *, timeout_s: float = 30.0) -> None:
-        config = index if isinstance(index, ServeConfig) else ServeConfig(index=index)
+        settings = {"index": index, "timeout_s": timeout_s}
+        config = index if isinstance(index, ServeConfig) else parse_config(ServeConfig, settings, "local")
         generation = read_service(config)
         self.address, self.timeout_s = config.index, timeout_s
         self._loop = asyncio.new_event_loop()
@@ -47,6 +53,9 @@ class LocalClient(Client):
     def _stream(self, requests: Iterator[pb.SearchStreamRequest]) -> Iterator[pb.SearchStreamResponse]:
         """One batch after the other."""
         return (self._call("SearchStream", request) for request in requests)
+
+    def _admin(self, method: str, request: Any, timeout_s: float) -> Any:
+        return self._call(method, request)
 
     def _call(self, method: str, request: Any) -> Any:
         sent = type(request).FromString(request.SerializeToString())  # what a server would see

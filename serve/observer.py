@@ -89,8 +89,8 @@ class Observer:
             response = await work(request)
             code = grpc.StatusCode.OK
             return response
-        except RetrievalError as error:
-            code = error.code
+        except Exception as error:
+            code = error.code if isinstance(error, RetrievalError) else grpc.StatusCode.INTERNAL
             raise
         finally:
             self.end(seen, code)

@@ -1,11 +1,12 @@
 """Asking again: a call that failed because its replica, process or node is gone is repeated, and Serve takes another.
 
 A wrong request is not repeated, nor is one that a full queue refused. A call that takes too long is hedged (Dean and
-Barroso, The Tail at Scale, CACM 2013): made a second time beside the first, and whichever ends first counts.
+Barroso, The Tail at Scale, CACM 2013): made a second time beside the first, and whichever ends first counts; one that
+no replica took says nothing while the other goes on.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray.exceptions import (
     RpcError,
     WorkerCrashedError,
 )
-from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.util.metrics import Counter
 
 from lookalike.serve.errors import NotLoadedError
@@ -30,6 +31,8 @@ GONE = (RayActorError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, 
 
 MOST_HEDGES = 10.0
 """Second calls that may be made at once."""
+NOT_TAKEN = 2
+"""Rank of a call that no replica has taken; an answer is 0."""
 
 
 def is_gone(error: BaseException) -> bool:
@@ -57,7 +60,7 @@ class Hedges:
     """Makes slow calls twice, as far as their share of all calls allows."""
 
     def __init__(self, retries: Retries) -> None:
-        self._after_s = None if retries.hedge_ms is None else retries.hedge_ms / 1000
+        self._after_s = None if retries.hedge_ms is None or not retries.hedge_share else retries.hedge_ms / 1000
         self._share, self._left = retries.hedge_share, MOST_HEDGES
 
     async def fastest(self, call: Callable[[], Coroutine[Any, Any, Any]], who: str) -> Any:
@@ -72,11 +75,26 @@ class Hedges:
                 self._left -= 1
                 _hedged().inc(1, {"who": who})
                 calls.append(asyncio.ensure_future(call()))
-            done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
+            return (await _first_told(calls)).result()
         finally:
             for one in calls:
                 one.cancel()
+
+
+async def _first_told(calls: Sequence[asyncio.Future[Any]]) -> asyncio.Future[Any]:
+    """The first of ``calls`` that some replica has answered, or refused; the last to end where none has."""
+    left = set(calls)
+    while True:
+        done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+        best = min(done, key=_rank)
+        if _rank(best) < NOT_TAKEN or not left:
+            return best
+
+
+def _rank(call: asyncio.Future[Any]) -> int:
+    if call.cancelled() or (error := call.exception()) is None:
+        return 0
+    return NOT_TAKEN if is_gone(error) or isinstance(error, BackPressureError) else 1
 
 
 @lru_cache(1)

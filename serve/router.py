@@ -52,7 +52,8 @@ class Router:
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
         self.retries = Retries() if retries is None else retries
         self._hedges = Hedges(self.retries)
-        self._batched = [BatchedShard(shard, batching, ask) for shard in shards] if batching is not None else []
+        shared = shards if batching is not None else []
+        self._batched = [BatchedShard(shard, batching or Batching(), self._ask_shard) for shard in shared]
 
     async def search(
         self, generation: str, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *,
@@ -117,8 +118,14 @@ class Router:
     async def _ask_shards(
         self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()
     ) -> list[Any]:
-        calls = [self._hedged(shard, method, *args, who="shard") for shard in shards or self.shards]
+        """``shards`` are those that share calls: they see to hedges and repetitions themselves, for all who share."""
+        calls = [ask(shard, method, *args) for shard in shards] or [
+            self._ask_shard(shard, method, *args) for shard in self.shards
+        ]
         return await _outcomes(calls, deadline)
+
+    def _ask_shard(self, shard: Worker, method: str, *args: Any) -> Coroutine[Any, Any, Any]:
+        return self._hedged(shard, method, *args, who="shard")
 
     async def _ask(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
         return await _outcome(self._hedged(worker, method, *args, who=who), deadline)

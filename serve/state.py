@@ -26,8 +26,8 @@ class Held(Config):
 
     @property
     def key(self) -> str:
-        """What tells it from others: the same index with another plan is another."""
-        return f"{self.name} {self.plan or ''}"
+        """What tells it from others: the same index with another plan, encoder or share of the writes is another."""
+        return f"{self.name} {self.plan or ''} {self.encoder or ''} {self.includes_writes}"
 
     @classmethod
     def of(cls, generation: Generation) -> "Held":

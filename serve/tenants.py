@@ -126,8 +126,10 @@ class Meter:
         rule, wait = max(waits.items(), key=lambda one: one[1], default=("", 0.0))
         if wait > 0:
             return f"{rule}; retry after {max(1, round(wait * 1000))} ms"
-        self.requests.take(1)
-        self.queries.take(num_queries)
+        if quota.requests_per_s is not None:  # else what was used would wait for a quota that may come
+            self.requests.take(1)
+        if quota.queries_per_s is not None:
+            self.queries.take(num_queries)
         return None
 
 

@@ -27,25 +27,31 @@ class WriteLog:
             raise UsageError(f"{journal.folder} has the writes from {journal.first} on, the index needs those from "
                              f"{after + 1} on; say which it holds, or restore the folder from a copy")  # fmt: skip
         self.journal, self._stored = journal, stored
+        self.last = journal.last
+        """Number of the last write that is stored and in memory: the journal is ahead of it while its thread ends."""
         self.since = after
         """The writes after this one are in memory."""
         self._records = list(journal.read(after))
         self._rows = [count_rows(record) for record in self._records]
         self._waiting: list[tuple[int, bytes, asyncio.Future[int]]] = []
+        self._begun: set[asyncio.Future[int]] = set()
+        """Writes that are being stored, or wait for it."""
         self._committing: asyncio.Task[None] | None = None
-
-    @property
-    def last(self) -> int:
-        """Number of the last write."""
-        return self.journal.last
 
     async def store(self, kind: int, content: bytes) -> int:
         """The write's number, once it is on the disk. UNAVAILABLE when it could not be stored; nothing of it is."""
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._begun.add(done)
+        done.add_done_callback(self._begun.discard)
         self._waiting.append((kind, content, done))
         if self._committing is None or self._committing.done():
             self._committing = asyncio.ensure_future(self._commit())
         return await asyncio.shield(done)
+
+    async def settle(self) -> None:
+        """Return when the writes that have begun are stored, or have failed."""
+        if self._begun:
+            await asyncio.wait(set(self._begun))
 
     async def _commit(self) -> None:
         while self._waiting:
@@ -61,6 +67,7 @@ class WriteLog:
             records = [Record(first + place, kind, content) for place, (kind, content, _) in enumerate(batch)]
             self._records += records
             self._rows += map(count_rows, records)
+            self.last = records[-1].number
             for record, (_, _, done) in zip(records, batch, strict=True):
                 if not done.done():
                     done.set_result(record.number)

@@ -8,7 +8,8 @@ until Serve has started it again, and it then knows everything it has acknowledg
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -31,6 +32,8 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 SILENCE_S = 4 * POLL_S
 """A follower that has not asked for so long is gone."""
+COMPACT_PAUSE_S = 60.0
+"""Pause before the writer compacts by itself again after it could not, in seconds."""
 
 
 @dataclass
@@ -63,12 +66,16 @@ class Writer:
         self._started = time.monotonic()
         self._moving = asyncio.Lock()
         self._compacting: asyncio.Task[None] | None = None
+        self._compact_after = 0.0
+        """Time of the monotonic clock before which the writer does not compact by itself."""
 
     async def follow(self, asked: str) -> tuple[str, list[bytes]]:
         """News for a follower (JSON) and the writes that it lacks; see ``follower.py``."""
         ask = json.loads(asked)
         version = tuple(ask["version"])
         seen = Seen(ask["role"], (version[0], version[1]), set(ask["holds"]), ask["failed"])
+        if ask["id"] not in self._followers:
+            self._drop_silent()  # as many as there are replicas, however many come and go
         self._followers[ask["id"]] = seen
         self._progress.set()
         if version == self._version and ask["last"] >= self._log.last and ask["wait_s"]:
@@ -112,7 +119,8 @@ class Writer:
         self._count_pending()
         self._tell()
         limit = self._config.writes.compact_rows
-        if limit is not None and self._pending >= limit and (self._compacting is None or self._compacting.done()):
+        is_free = self._compacting is None or self._compacting.done()
+        if limit is not None and self._pending >= limit and is_free and time.monotonic() >= self._compact_after:
             self._compacting = asyncio.ensure_future(self._compact_alone())
 
     def _count_pending(self) -> None:
@@ -121,8 +129,9 @@ class Writer:
     async def _compact_alone(self) -> None:
         try:
             await self.compact(0)
-        except RetrievalError as error:
-            log.warning("not compacted %s", fields(reason=error.message[:500]))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the writer goes on
+            self._compact_after = time.monotonic() + COMPACT_PAUSE_S
+            log.warning("not compacted %s", fields(reason=str(error)[:500], again_after_s=COMPACT_PAUSE_S))
 
     async def switch(self, content: bytes) -> bytes:
         """Serve another index: a ``SwitchRequest`` to the ``Generation`` that answers now."""
@@ -140,10 +149,12 @@ class Writer:
                     read_generation, request.index, request.plan or None, request.encoder or "auto",
                     includes_writes=includes,
                 )  # fmt: skip
-                self._check_writes(generation)
             except (LookalikeError, OSError) as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not switched: {error}") from None
-            return write_held(await self._serve(Held.of(generation), request.timeout_s or 600))
+            with self._changing_model(generation.meta.model_fingerprint):
+                await self._log.settle()  # no vectors come any more that the check does not see
+                self._check_writes(generation)
+                return write_held(await self._serve(Held.of(generation), request.timeout_s or 600))
 
     def _check_includes(self, index: str, includes: int) -> None:
         """Refuse an index to which acknowledged writes would be lost."""
@@ -157,8 +168,18 @@ class Writer:
         """Refuse another model while writes with vectors of the old one would be lost to it."""
         lost = find_foreign(self._log.after(generation.includes_writes), generation.meta.model_fingerprint)
         if lost:
-            raise UsageError(f"{lost} written rows have vectors of another model than index {generation.index}; embed "
-                             "them for it and set includes_writes to the last write that it then holds")  # fmt: skip
+            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not switched: {lost} written rows have vectors "
+                                 f"of another model than index {generation.index}; embed them for it and set "
+                                 "includes_writes to the last write that it then holds")  # fmt: skip
+
+    @contextmanager
+    def _changing_model(self, model: str) -> Iterator[None]:
+        """Take no vectors while an index of another model than theirs is being loaded."""
+        self._is_changing_model = model != self._state.serving.model_fingerprint
+        try:
+            yield
+        finally:
+            self._is_changing_model = False
 
     async def rollback(self) -> bytes:
         """Serve the previous generation again."""
@@ -172,18 +193,15 @@ class Writer:
         """Have ``one`` loaded by all, then let it answer; what fails leaves all as it was."""
         if one == self._state.serving:
             return one
-        self._is_changing_model = one.model_fingerprint != self._state.serving.model_fingerprint
-        try:
+        with self._changing_model(one.model_fingerprint):
             return await self._load_and_move(one, time.monotonic() + timeout_s)
-        finally:
-            self._is_changing_model = False
 
     async def _load_and_move(self, one: Held, deadline: float) -> Held:
         before = self._state
         await self._log.remember(one.includes_writes)
         await self._set(before.holding(one))
         try:
-            await self._wait_until(lambda seen: one.key in seen.holds, one.name, deadline)
+            await self._wait_until(lambda seen: one.key in seen.holds, one, deadline)
         except BaseException:
             await self._set(before)
             self._forget()
@@ -191,7 +209,7 @@ class Writer:
         await self._set(self._state.serving_now(one.name))
         version = self._version
         try:
-            await self._wait_until(lambda seen: seen.version >= version, one.name, deadline)
+            await self._wait_until(lambda seen: seen.version >= version, one, deadline)
         finally:
             await self._set(self._state.trimmed())
             self._forget()
@@ -205,12 +223,17 @@ class Writer:
         self._version = (self._version[0], self._version[1] + 1)
         self._tell()
 
-    async def _wait_until(self, ready: Callable[[Seen], bool], name: str, deadline: float) -> None:
-        """Return when all followers are ``ready``; raises when one cannot hold ``name``, or at the deadline."""
+    def _drop_silent(self) -> None:
+        """Forget the followers that are gone."""
+        now = time.monotonic()
+        self._followers = {key: seen for key, seen in self._followers.items() if now - seen.at < SILENCE_S}
+
+    async def _wait_until(self, ready: Callable[[Seen], bool], one: Held, deadline: float) -> None:
+        """Return when all followers are ``ready``; raises when one cannot hold ``one``, or at the deadline."""
         while True:
             now = time.monotonic()
-            self._followers = {key: seen for key, seen in self._followers.items() if now - seen.at < SILENCE_S}
-            failed = [seen.failed[name] for seen in self._followers.values() if name in seen.failed]
+            self._drop_silent()
+            failed = [seen.failed[one.key] for seen in self._followers.values() if one.key in seen.failed]
             if failed:
                 code = grpc.StatusCode.FAILED_PRECONDITION
                 raise RetrievalError(code, f"not switched: {failed[0]}; nothing has changed")
@@ -219,8 +242,8 @@ class Writer:
                 return
             if now > deadline:
                 late = sorted({seen.role for seen in self._followers.values() if not ready(seen)})
-                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"index {name} is not loaded by all in time "
-                                     f"({', '.join(late)}); allow more with timeout_s")  # fmt: skip
+                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"index {one.name} is not loaded by all in "
+                                     f"time ({', '.join(late)}); allow more with timeout_s")  # fmt: skip
             self._progress.clear()
             await _wait(self._progress, 0.5)
 
@@ -230,6 +253,7 @@ class Writer:
 
     async def compact(self, timeout_s: float) -> bytes:
         """Build an index that holds all writes so far, and serve it."""
+        allowed_s = timeout_s or 3600
         async with self._moving:
             serving, last = self._state.serving, self._log.last
             records = self._log.after(serving.includes_writes, last)
@@ -239,21 +263,21 @@ class Writer:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {foreign} written rows have "
                                      "vectors of another model than the index; serve the one of theirs")  # fmt: skip
             try:
-                index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), timeout_s or 3600)
+                index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), allowed_s)
                 generation = await asyncio.to_thread(
                     read_generation, index, serving.plan, serving.encoder or "none", includes_writes=last, check=False
                 )
             except TimeoutError:
-                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"not compacted in {timeout_s} s; nothing has "
-                                     "changed, and the next attempt goes on from there") from None  # fmt: skip
+                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"not compacted in {allowed_s:g} s; nothing "
+                                     "has changed, and the next attempt goes on from there") from None  # fmt: skip
             except LookalikeError as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {error}") from None
-            return write_held(await self._serve(Held.of(generation), timeout_s or 3600))
+            return write_held(await self._serve(Held.of(generation), allowed_s))
 
     async def status(self) -> bytes:
         """A ``StatusResponse``."""
-        now, state = time.monotonic(), self._state
-        alive = [seen for seen in self._followers.values() if now - seen.at < SILENCE_S]
+        self._drop_silent()
+        state, alive = self._state, list(self._followers.values())
         roles = sorted({seen.role for seen in alive})
         followers = [pb.Followers(role=role, replicas=sum(seen.role == role for seen in alive),
                                   current=sum(seen.role == role and state.serving.key in seen.holds for seen in alive))
@@ -313,6 +337,7 @@ def _message(one: Held) -> pb.Generation:
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may pass over being cancelled
+            await event.wait()
     except TimeoutError:
         return

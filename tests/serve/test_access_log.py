@@ -60,6 +60,21 @@ def test_a_line_a_request_and_no_payload(logged: tuple[LocalClient, Path], world
     assert not any(secret in text for secret in ("someone", hash_text("someone"), "img-"))
 
 
+def test_a_fault_of_ours_is_no_cancelled_call(
+    logged: tuple[LocalClient, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, folder = logged
+
+    async def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("broken")
+
+    monkeypatch.setattr(client._service, "_search_one", broken)
+    with pytest.raises(KeyError, match="broken"):
+        list(client.search_stream([["img-001"]]))
+    client.observer.close()
+    assert [line["code"] for line in read_lines(folder)] == ["INTERNAL"]
+
+
 def test_feedback_is_a_line_with_the_answers_id(logged: tuple[LocalClient, Path]) -> None:
     client, folder = logged
     found = client.search(image_id="img-001", k=2)

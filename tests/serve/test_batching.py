@@ -33,11 +33,15 @@ class Watched:
         self.cancelled = 0
         self.gate = asyncio.Event()
         self.errors: list[Exception] = []
+        self.hang = 0
+        """Number of the call that never returns."""
 
     async def search(self, generation: str, queries: bytes, *rest: Any) -> Any:
         self.sizes.append(len(queries) // 256)
         try:
             await self.gate.wait()
+            if len(self.sizes) == self.hang:
+                await asyncio.sleep(3600)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -49,10 +53,12 @@ class Watched:
 class Bench:
     """A router over watched shards of the world."""
 
-    def __init__(self, generation: Generation, batching: Batching | None = ONE_AT_A_TIME) -> None:
+    def __init__(
+        self, generation: Generation, batching: Batching | None = ONE_AT_A_TIME, retries: Retries | None = None
+    ) -> None:
         self.name = generation.name
         self.shards = [Watched(ShardWorker(group, 2, [generation])) for group in range(2)]
-        self.router = Router(self.shards, retries=Retries(pause_ms=1), batching=batching)
+        self.router = Router(self.shards, retries=retries or Retries(pause_ms=1), batching=batching)
 
     def ask(self, vector: np.ndarray, plan: Plan = DEFAULT, k: int = 6, timeout_s: float = 60.0,
             **where: list[str]) -> "asyncio.Task[Found]":  # fmt: skip
@@ -185,5 +191,20 @@ def test_when_calls_hang_the_others_go_all_the_same(generation: Generation, worl
         assert bench.shards[0].sizes == [1, 3]
         bench.open()
         await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+
+
+def test_a_shared_call_that_hangs_is_made_again_as_one(generation: Generation, world: "World") -> None:
+    """More callers share it than second calls may be made at once."""
+    async def run() -> None:
+        bench = Bench(generation, Batching(max_in_flight=1, max_batch=64, max_wait_ms=60_000),
+                      Retries(hedge_ms=50, hedge_share=0.01))  # fmt: skip
+        for shard in bench.shards:
+            shard.hang = 2  # the second call
+        bench.open()
+        tasks = [bench.ask(world.vectors["img-001"], timeout_s=5) for _ in range(40)]
+        assert [one.shards_answered for one in await asyncio.gather(*tasks)] == [2] * 40
+        assert bench.shards[0].sizes == [1, 39, 39]
 
     asyncio.run(run())

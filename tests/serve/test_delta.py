@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lookalike.retrieval.filters import FILTERS_KEPT
 from lookalike.retrieval.plan import Plan
+from lookalike.serve.delta import Ask, search_all
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.journal import DELETE, UPSERT, Record
 from lookalike.serve.proto import retrieval_pb2 as pb
@@ -129,3 +131,18 @@ def test_vectors_of_another_model_are_left_out(world: "World") -> None:
     found = asyncio.run(ask(router, generation.name, query, Plan.exact(64), {}))
     assert found.entries[int(found.hits.rows[0, 0])][0] == "img-001"
     assert found.hits.scores[0, 0] == pytest.approx(1, abs=1e-5)
+
+
+def test_masks_of_many_filters_are_not_kept(world: "World") -> None:
+    generation = read_generation(world.index, None, "none", check=False)
+    shard = ShardWorker(0, 1, [generation])
+    opened = shard._held[generation.name]
+    shard.apply(opened, records_of([(["img-001"], True)], 3, generation.meta.model_fingerprint, {}))
+    written = opened.delta.written()
+    assert written is not None
+    gone = "img-001"
+    for number in range(500):
+        wanted = {"image_id": [gone, f"nobody-{number}"]}
+        ask_for = Ask(world.vectors[gone][None], 3, Plan.exact(64), wanted)
+        assert (search_all(opened.shards, written, ask_for).rows == -1).all()
+    assert 0 < len(written._masks) <= FILTERS_KEPT * len(opened.shards)

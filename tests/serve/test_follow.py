@@ -1,6 +1,7 @@
 """Writer and followers in one process: what happens when they fail, fall behind or start anew."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,6 +299,143 @@ def test_too_many_waiting_rows_are_refused(config: ServeConfig, world: "World") 
         await writer.upsert(upsert("a", "b", model=world.encoder.fingerprint))
         with pytest.raises(RetrievalError, match=r"RESOURCE_EXHAUSTED.*2 rows wait.*compact"):
             await writer.upsert(upsert("c", model=world.encoder.fingerprint))
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_a_write_that_comes_at_the_end_of_loading_is_not_passed_over(
+    config: ServeConfig, world: "World", indexes: list[str]
+) -> None:
+    model, new_goes, old_goes, old_waits = world.encoder.fingerprint, threading.Event(), threading.Event(), []
+
+    async def work() -> None:
+        writer = open_writer(config)
+        worker = await follow(Handle(writer))
+        await writer.upsert(upsert("n1", model=model))
+        apply, old = worker.apply, worker._held[world.searcher.meta.generation]
+        while old.delta.last < 1:
+            await asyncio.sleep(0.01)
+
+        def slow(opened: Any, records: Any) -> None:
+            old_waits.append(opened is old)
+            assert (old_goes if opened is old else new_goes).wait(10)
+            apply(opened, records)
+
+        worker.apply = slow  # type: ignore[method-assign]
+        switching = asyncio.ensure_future(writer.switch(switch_to(indexes[0])))
+        while not old_waits:  # the new one is being given the first write
+            await asyncio.sleep(0.01)
+        await writer.upsert(upsert("n2", model=model))
+        while True not in old_waits:  # the old one is being given the second
+            await asyncio.sleep(0.01)
+        new_goes.set()
+        await asyncio.sleep(0.1)
+        old_goes.set()
+        moved = pb.Generation.FromString(await switching)
+        assert {"n1", "n2"} <= set(await ids(worker, moved.name, 5))
+        await leave(worker)
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_another_plan_may_be_tried_again_after_one_could_not_be_held(config: ServeConfig, world: "World") -> None:
+    async def work() -> None:
+        writer = open_writer(config)
+        worker = await follow(Handle(writer))
+        whole, worker.open = worker.open, broken  # type: ignore[method-assign]
+        with pytest.raises(RetrievalError, match="no memory"):
+            await writer.switch(switch_to(world.index, plan=world.plan))
+        worker.open = whole  # type: ignore[method-assign]
+        await asyncio.sleep(0.5)
+        assert pb.Generation.FromString(await writer.switch(switch_to(world.index, plan=world.plan))).plan == world.plan
+        await leave(worker)
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_what_an_index_is_said_to_hold_can_be_put_right(config: ServeConfig, world: "World") -> None:
+    async def work() -> None:
+        writer = open_writer(config)
+        worker, name = await follow(Handle(writer)), world.searcher.meta.generation
+        await writer.upsert(upsert("n", model=world.encoder.fingerprint))
+        await writer.switch(switch_to(world.index, includes_writes=1))
+        assert "n" not in await ids(worker, name)
+        await writer.switch(switch_to(world.index, includes_writes=0))
+        assert "n" in await ids(worker, name)
+        await leave(worker)
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_a_write_under_way_keeps_another_model_out(
+    config: ServeConfig, world: "World", indexes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, go = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        writer = open_writer(config)
+        append = writer._log.journal.append
+
+        def slow(writes: Any) -> int:
+            stored.set()
+            go.wait(10)
+            return append(writes)
+
+        monkeypatch.setattr(writer._log.journal, "append", slow)
+        monkeypatch.setattr(module, "read_generation", lambda *_, **__: other_model(world))
+        storing = asyncio.ensure_future(writer.upsert(upsert("n", model=world.encoder.fingerprint)))
+        await asyncio.to_thread(stored.wait, 10)
+        asyncio.get_running_loop().call_later(0.1, go.set)
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*not switched: 1 written rows have vectors"):
+            await writer.switch(switch_to(indexes[0]))
+        assert await storing == 1
+        assert await writer.upsert(upsert("m", model=world.encoder.fingerprint)) == 2
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_a_compaction_that_fails_is_not_tried_again_at_every_write(
+    config: ServeConfig, world: "World", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[str] = []
+
+    async def full(index: str, records: Any, folder: str) -> str:
+        tried.append(index)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "compact_in_task", full)
+    writes = config.writes.model_copy(update={"compact_rows": 1})
+
+    async def work() -> None:
+        writer = open_writer(config.model_copy(update={"writes": writes}))
+        for number in range(5):
+            await writer.upsert(upsert(f"n{number}", model=world.encoder.fingerprint))
+            await asyncio.sleep(0.02)
+        assert len(tried) == 1
+        assert "No space left" in caplog.text
+        writer._compact_after = 0  # later
+        await writer.upsert(upsert("n", model=world.encoder.fingerprint))
+        await asyncio.sleep(0.02)
+        assert len(tried) == 2
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_replicas_that_come_and_go_are_not_remembered(config: ServeConfig) -> None:
+    async def work() -> None:
+        writer = open_writer(config)
+        for _ in range(3):
+            await leave(await follow(Handle(writer)))
+        await asyncio.sleep(1)  # longer than a silent one is waited for
+        worker = await follow(Handle(writer))
+        assert len(writer._followers) == 1
+        await leave(worker)
         writer._log.journal.close()
 
     run(work)

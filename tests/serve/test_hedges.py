@@ -3,6 +3,8 @@
 import asyncio
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
 
 from lookalike.serve.retries import MOST_HEDGES, Hedges
 from lookalike.serve.tuning import Retries
@@ -11,8 +13,8 @@ from lookalike.serve.tuning import Retries
 class Slow:
     """Calls take the given seconds, one after the other, and answer with their number or fail."""
 
-    def __init__(self, *seconds: float, fail: tuple[int, ...] = ()) -> None:
-        self.seconds, self.fail = seconds, fail
+    def __init__(self, *seconds: float, fail: tuple[int, ...] = (), error: Exception | None = None) -> None:
+        self.seconds, self.fail, self.error = seconds, fail, error
         self.begun = self.cancelled = 0
 
     async def __call__(self) -> int:
@@ -24,7 +26,7 @@ class Slow:
             self.cancelled += 1
             raise
         if number in self.fail:
-            raise ValueError(f"call {number}")
+            raise self.error or ValueError(f"call {number}")
         return number
 
 
@@ -91,3 +93,19 @@ def test_whoever_leaves_ends_both() -> None:
 
     asyncio.run(run())
     assert call.cancelled == 2
+
+
+@pytest.mark.parametrize("error", [BackPressureError(num_queued_requests=1, max_queued_requests=1), RayActorError()])
+def test_a_second_call_that_no_replica_took_does_not_end_the_first(error: Exception) -> None:
+    call = Slow(0.1, 0, fail=(1,), error=error)
+    assert ask(call, hedges()) == 0
+    assert call.begun == 2
+    both = Slow(0.1, 0, fail=(0, 1), error=error)
+    with pytest.raises(type(error)):
+        ask(both, hedges())
+
+
+def test_a_share_of_nothing_is_none() -> None:
+    call = Slow(0.05, 0)
+    assert ask(call, hedges(after_ms=1, share=0)) == 0
+    assert call.begun == 1

@@ -1,8 +1,11 @@
 """The log of writes: what was acknowledged is there after any crash, and damage is told."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve import journal as module
 from lookalike.serve.journal import DELETE, MAGIC, UPSERT, Journal, read_frame
+from lookalike.serve.write_log import WriteLog
 
 
 def contents(journal: Journal, after: int = 0) -> list[tuple[int, int, bytes]]:
@@ -143,3 +147,55 @@ def test_frames_are_whole_or_nothing() -> None:
     for place in range(len(frame)):
         assert read_frame(frame[:place]) is None
         assert read_frame(frame[:place] + bytes([frame[place] ^ 64]) + frame[place + 1 :]) is None
+
+
+def test_a_file_that_could_not_be_begun_costs_no_later_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full just when a file is begun: the first one, and one after others."""
+    monkeypatch.setattr(module, "FILE_BYTES", 100)
+    journal = Journal(str(tmp_path))
+
+    def full(file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for number in range(1, 4):
+        with monkeypatch.context() as broken:
+            broken.setattr(module, "_sync", full)
+            with pytest.raises(OSError, match="No space"):
+                journal.append([(UPSERT, b"lost")])
+        assert journal.append([(UPSERT, b"x" * 60)]) == number
+    journal.close()
+    again = Journal(str(tmp_path))
+    assert [(number, content) for number, _, content in contents(again)] == [(n, b"x" * 60) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("size", [0, 1, len(MAGIC) - 1])
+def test_a_first_line_cut_by_a_crash_is_written_anew(tmp_path: Path, size: int) -> None:
+    (tmp_path / f"writes-{1:020d}.log").write_bytes(MAGIC[:size])
+    journal = Journal(str(tmp_path))
+    assert journal.append([(UPSERT, b"a")]) == 1
+    journal.close()
+    assert contents(Journal(str(tmp_path))) == [(1, UPSERT, b"a")]
+
+
+def test_the_last_write_is_one_that_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever compacts up to it takes all writes up to it: the journal itself is ahead while its thread ends."""
+    log = WriteLog(Journal(str(tmp_path)), 0, lambda: None)
+    append, stored, go = log.journal.append, threading.Event(), threading.Event()
+
+    def slow(writes: Sequence[tuple[int, bytes]]) -> int:
+        number = append(writes)
+        stored.set()
+        go.wait(10)
+        return number
+
+    monkeypatch.setattr(log.journal, "append", slow)
+
+    async def run() -> None:
+        storing = asyncio.ensure_future(log.store(DELETE, b""))
+        await asyncio.to_thread(stored.wait, 10)
+        assert (log.last, log.after(0)) == (0, [])
+        go.set()
+        assert await storing == log.last == 1
+        assert [record.number for record in log.after(0, log.last)] == [1]
+
+    asyncio.run(run())

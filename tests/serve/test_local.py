@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lookalike.errors import UsageError
 from lookalike.retrieval.plan import Plan
-from lookalike.serve.client import Client, SearchPlan
+from lookalike.serve.client import Client, SearchPlan, StoredRow
 from lookalike.serve.config import Limits, ServeConfig
 from lookalike.serve.errors import RetrievalError
+from lookalike.serve.generation import read_generation
 from lookalike.serve.local import LocalClient
 from lookalike.vision.encoder import to_bytes
 
@@ -186,3 +188,25 @@ def test_exactly_one_query(client: Client) -> None:
         client.search(vector=VECTOR, image_id="img-000")
     with pytest.raises(ValueError, match="0 queries given"):
         client.search()
+
+
+def test_writes_and_switches_are_refused_as_a_service_refuses_them(client: Client) -> None:
+    for send in (lambda: client.upsert([StoredRow("a", VECTOR)]), lambda: client.delete(["a"]), client.status,
+                 lambda: client.switch("x"), client.rollback, client.compact):  # fmt: skip
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*writes\.state"):
+            send()
+
+
+def test_a_service_that_started_without_an_encoder_has_none_after_a_switch(world: "World") -> None:
+    with LocalClient(ServeConfig(index=world.index, encoder="none")) as client:
+        client._service.current = read_generation(world.index, None)
+        assert not client.describe().has_encoder
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*without an encoder"):
+            client.search(image=world.images["img-000"])
+
+
+def test_a_call_may_take_as_long_as_is_asked_for(world: "World") -> None:
+    with LocalClient(world.index, timeout_s=77) as client:
+        assert client._service.config.timeout_s == 77
+    with pytest.raises(UsageError, match="timeout_s"):
+        LocalClient(world.index, timeout_s=0)

@@ -281,3 +281,12 @@ def test_a_token_is_shown_once_and_its_entry_fits_the_file(
     assert main(["token", "x", "--out", str(secret)]) == 2  # never written over
     assert main(["token", "a b"]) == 2
     assert "is no name of a tenant" in capsys.readouterr().err
+
+
+def test_what_was_used_without_a_quota_does_not_count_once_there_is_one() -> None:
+    meter, now = tenants.Meter(), 1000.0
+    for _ in range(100_000):
+        assert meter.charge(tenants.Quota(), 10, now) is None
+    quota = tenants.Quota(requests_per_s=1, burst=2, queries_per_s=20)
+    assert [meter.charge(quota, 10, now) for _ in range(2)] == [None, None]
+    assert meter.charge(quota, 10, now) is not None
