@@ -61,11 +61,14 @@ def read_experiment_log(folder: str, name: str | None, kind: str | None = None) 
                          "which you have collected those of all replicas")  # fmt: skip
     log = ExperimentLog(_read_settings(root, name))
     for line in _read_lines(paths, log):
-        if line.get("method") == "Feedback" and line.get("code") == "OK":
-            if kind in (None, line.get("kind")):
-                log.feedback.add((line["request_id"], line.get("id", ""), line["kind"]))
-        elif line.get("experiment") == log.settings.name:
-            _take(line, log)
+        try:
+            if line.get("method") == "Feedback" and line.get("code") == "OK":
+                if kind in (None, line.get("kind")):
+                    log.feedback.add((line["request_id"], line.get("id", ""), line["kind"]))
+            elif line.get("experiment") == log.settings.name:
+                _take(line, log)
+        except (KeyError, TypeError, AttributeError):  # JSON, and no line of ours
+            log.unreadable += 1
     if not log.requests:
         raise UsageError(f"the access logs in {folder} have no request of experiment {log.settings.name!r}")
     return log

@@ -142,10 +142,14 @@ class Follower:
         found = [read_frame(frame) for frame in frames]
         records = [one[0] for one in found if one is not None and one[0].number > self._last]
         if records and records[0].number == self._last + 1:  # else some before it were asked for anew
-            self._records += records
-            self._last = records[-1].number
-            for generation, opened in list(self._opened.values()):
-                await self._give(generation, opened, records)
+            before = self._records, self._last
+            self._records, self._last = [*self._records, *records], records[-1].number
+            try:
+                for generation, opened in list(self._opened.values()):
+                    await self._give(generation, opened, records)
+            except Exception:  # asked for once more: who has them passes them over
+                self._records, self._last = before
+                raise
 
     async def _give(self, generation: Generation, opened: Any, records: Sequence[Record]) -> None:
         lacking = [record for record in records if record.number > generation.includes_writes]

@@ -55,6 +55,11 @@ class Router:
         shared = shards if batching is not None else []
         self._batched = [BatchedShard(shard, batching or Batching(), self._ask_shard) for shard in shared]
 
+    def patient(self) -> "Router":
+        """The same workers for who can wait: a slow call is made once, and none is shared with others."""
+        retries = self.retries.model_copy(update={"hedge_ms": None})
+        return Router(self.shards, self.reranker, self.encoder, retries=retries)
+
     async def search(
         self, generation: str, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *,
         deadline: float, allow_partial: bool,

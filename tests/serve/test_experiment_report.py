@@ -164,7 +164,7 @@ def write_logs(folder: Path, experiment: ExperimentSettings) -> None:
         log.add({"request_id": "0-4", "method": "Feedback", "code": "OK", "ms": 0.1, "kind": "save"})
         log.close()
         with log.path.open("a") as file:
-            file.write('{"request_id": "cut o')
+            file.write(json.dumps({"experiment": experiment.name, "method": "Search"}) + '\n{"request_id": "cut o')
 
 
 def test_the_command_reads_all_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +173,7 @@ def test_the_command_reads_all_replicas(tmp_path: Path, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert "arm b leads: feedback in 100.00% of 40 sessions, 10.00% of 40 with a" in text
     assert "left out: 2 requests, an arm could not have answered them" in text
-    assert "left out: 2 lines that are cut off or damaged" in text
+    assert "left out: 4 lines that are cut off or damaged" in text
     assert main(["experiment", str(tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     figures = {arm["name"]: (arm["requests"], arm["sessions"], arm["answers_with_feedback"]) for arm in report["arms"]}

@@ -439,3 +439,30 @@ def test_replicas_that_come_and_go_are_not_remembered(config: ServeConfig) -> No
         writer._log.journal.close()
 
     run(work)
+
+
+def test_a_write_that_could_not_be_taken_in_is_asked_for_again(config: ServeConfig, world: "World") -> None:
+    model, name = world.encoder.fingerprint, world.searcher.meta.generation
+
+    async def work() -> None:
+        writer = open_writer(config)
+        worker = await follow(Handle(writer))
+        taken, failures = worker.apply, [MemoryError()]
+
+        def apply(*args: Any) -> None:
+            if failures:
+                raise failures.pop()
+            taken(*args)
+
+        worker.apply = apply  # type: ignore[method-assign]
+        await writer.upsert(upsert("n0", model=model))
+
+        async def is_found() -> bool:
+            return await ids(worker, name, 1) == ["n0"]
+
+        await until(is_found)
+        assert not failures
+        await leave(worker)
+        writer._log.journal.close()
+
+    run(work)
