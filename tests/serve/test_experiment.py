@@ -253,7 +253,7 @@ def test_callers_mistakes_and_control_are_not_judged() -> None:
 def test_guardrail_of_latency() -> None:
     watching = guard(max_p99_ms=50.0, min_requests=100)
     for number in range(1000):
-        watching.count("b", "OK", 60.0 if number % 200 == 0 else 10.0)
+        watching.count("b", "OK", 60.0 if number % 85 == 0 else 10.0)  # 1.2%: no proof
     assert not watching.is_closed("b")
     for number in range(1000):
         watching.count("b", "OK", 60.0 if number % 20 == 0 else 10.0)
