@@ -62,8 +62,8 @@ class IndexConfig(StageConfig, SegmentOptions, ShortlistOptions):
     dims: tuple[int, ...] | None = None
     """Prefixes that can be searched; the model's nested dims by default. The full dim is always among them."""
     shortlist: str = "graph"
-    """Index type of the shortlists: flat, hnsw, graph, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary or
-    one registered."""
+    """Index type of the shortlists: flat, hnsw, graph, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary, binary-signs or one
+    registered."""
     shortlist_dims: tuple[int, ...] | None = None
     """Prefixes to build a shortlist index over; all dims but the full one by default. The plan picks among them."""
     dtype: Dtype = "float32"

@@ -10,13 +10,13 @@ Z = 1.959964
 Interval = tuple[float, float]
 
 
-def wilson(hits: int, trials: int) -> Interval:
-    """Wilson's score interval of a share; [0, 1] of no trials."""
+def wilson(hits: int, trials: int, z: float = Z) -> Interval:
+    """Wilson's score interval of a share, ``z`` standard errors wide each way; [0, 1] of no trials."""
     if not trials:
         return 0.0, 1.0
-    share, spread = hits / trials, Z * Z / trials
+    share, spread = hits / trials, z * z / trials
     middle = share + spread / 2
-    half = Z * np.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    half = z * np.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, float((middle - half) / (1 + spread))), min(1.0, float((middle + half) / (1 + spread)))
 
 

@@ -39,8 +39,9 @@ class MonitorSettings(Config):
 
 
 class Guardrails(Config):
-    """Limits of an arm other than control. One that is shown to break them gets no more traffic: the lower end of the
-    95% interval of its share of bad answers lies above the limit, or the upper end of its recall's below."""
+    """Limits of an arm other than control. One that is shown to break them gets no more traffic: the lower end of an
+    interval of its share of bad answers lies above the limit, or the upper end of its recall's below. The interval is
+    one of three standard errors each way (99.7%), since it is looked at after every request."""
 
     max_error_share: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Requests that failed through no fault of the caller, as a share."""

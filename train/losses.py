@@ -87,7 +87,7 @@ class _Binarize(torch.autograd.Function):
 
 
 def binarize(values: torch.Tensor) -> torch.Tensor:
-    """The codes -1 and +1 (``x > 0``, as binary search packs them), with the gradient passed straight through
-    (Bengio et al. 2013, section 4)."""
+    """The codes -1 and +1 (``x > 0``, as the shortlist ``binary-signs`` packs them), with the gradient passed straight
+    through (Bengio et al. 2013, section 4)."""
     codes: torch.Tensor = _Binarize.apply(values)  # type: ignore[no-untyped-call]
     return codes

@@ -101,3 +101,9 @@ def test_matching_is_one_to_one_and_the_best(left: list[frozenset[str]], right: 
     best = max((sum(len(a & b) / len(a | b) for a, b in zip(short, order, strict=False))
                 for order in permutations(long)), default=0.0)  # fmt: skip
     assert value == pytest.approx(best)
+
+
+def test_sets_match_by_the_jaccard_index() -> None:
+    left, right = frozenset("abcd"), frozenset("cdef")  # two of six
+    assert match_sets([left], [right], 0.33) == {0: 0}
+    assert match_sets([left], [right], 0.34) == {}

@@ -66,6 +66,7 @@ def test_interest_restriction_tells_the_senses_of_jaguar_apart() -> None:
     own = image_interests([("jaguar", 0.9)], VOTES, 0.5)
     assert restrict([0, 1], interest_of, own) == [0, 1]
     assert image_interests([("unknown", 1.0)], VOTES, 0.5).tolist() == []
+    assert image_interests([("jaguar", 0.9), ("cat", 0.5)], VOTES, 0.5).tolist() == [0, 1]  # .90 and .50
 
 
 def test_what_people_searched_for_decides_like_text_does() -> None:

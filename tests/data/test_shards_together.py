@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lookalike.data.shards import Classes, ShardsConfig, pack_groups, take_census, write_shard
+from lookalike.data.shards import Classes, ShardsConfig, copies_of_labels, pack_groups, take_census, write_shard
 from lookalike.schemas import SHARD
 
 
@@ -33,6 +33,11 @@ def test_a_label_s_frequency_is_its_share_of_the_labelled_images_and_repeats_hav
     classes = Classes(counts, 4, ShardsConfig(threshold=0.16, max_repeat=5.0), 0)
     assert classes.label_frequency.tolist() == [1.0, 0.04, 0.0025, 0.0]
     assert classes.repeats.tolist() == [1.0, 2.0, 5.0, 1.0]  # sqrt(64) = 8 without the bound
+
+
+def test_copies_of_a_label_are_the_repeats_of_its_images() -> None:
+    labels = pa.chunked_array([pa.array([[0, 1], [1], []], pa.list_(pa.int32()))])
+    assert copies_of_labels(labels, np.array([2.0, 1.5, 7.0]), 3).tolist() == [2.0, 3.5, 0.0]
 
 
 def corpus(num: int, groups: int) -> pa.Table:

@@ -65,6 +65,27 @@ def test_map_over_the_whole_database_is_that_of_torchmetrics(ranking):
     assert ours == pytest.approx(torch_mean("retrieval_average_precision", neighbours, labels))
 
 
+@pytest.mark.parametrize("k", [1, 3, 10, 60])
+def test_map_by_relevant_divides_by_k_or_all_there_is_to_find(ranking, k):
+    """min(k, R): 60 items of 6 classes have more to find than a short list can hold."""
+    neighbours, labels, database = ranking
+    relevant = metrics.count_relevant(database, labels)
+    assert relevant.min() > 3
+    expected = np.mean([ap_by_k(line, label, k) * k / min(k, total)
+                        for line, label, total in zip(neighbours, labels, relevant, strict=True)])  # fmt: skip
+    assert metrics.map_at_k_by_relevant(neighbours, labels, k, num_relevant=relevant) == pytest.approx(expected)
+
+
+def test_queries_with_nothing_to_find_are_left_out_of_what_divides_by_it(ranking):
+    neighbours, labels, database = ranking
+    more, lines = np.append(labels, 99), np.vstack([neighbours, neighbours[:1]])
+    relevant = metrics.count_relevant(database, more)
+    assert relevant[-1] == 0
+    for figure in (metrics.map_at_k_by_relevant, metrics.recall_at_k):
+        wanted = figure(neighbours, labels, 10, num_relevant=relevant[:-1])
+        assert figure(lines, more, 10, num_relevant=relevant) == pytest.approx(wanted)
+
+
 def test_the_denominator_changes_the_figure(ranking):
     """The trap: the same ranking, "mAP@10" three times."""
     neighbours, labels, _ = ranking
@@ -112,3 +133,5 @@ def test_overlap_is_the_share_of_exact_rows_found():
     found = np.array([[5, 1, 9], [-1, -1, -1], [1, 2, 3]])
     exact = np.array([[1, 5, 7], [0, 1, 2], [-1, -1, -1]])
     assert metrics.per_query_overlap(found, exact).tolist() == [2 / 3, 0, 1]
+    few = np.array([[9, 4, -1], [3, -1, -1], [1, 2, 3]])  # a small database has no more
+    assert metrics.per_query_overlap(found, few).tolist() == [0.5, 0, 1]

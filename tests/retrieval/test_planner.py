@@ -107,17 +107,48 @@ def test_the_pareto_front_is_what_nothing_beats():
         assert not (place in front and beaten)
 
 
-def test_mflops_are_those_the_mrl_paper_prints():
-    """1K: D_s 16, K 200, D_r 2048 -> 20.91; funnel 8 -> 16..2048 with 800, 400, 200, 50, 10 -> 10.31."""
-    dims = (8, 16, 32, 64, 128, 2048)
-    meta = IndexMeta(dims=dims, num_rows=1_281_167, shards=("a",), shard_rows=(1_281_167,), dtype="float32",
-                     shortlist="flat", shortlist_dims=dims, columns=(),
+PAPER_DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+IN_1K, IN_4K = 1_281_167, 4_202_000
+
+
+def paper_meta(*shard_rows):
+    names = tuple(f"s{number}" for number in range(len(shard_rows)))
+    return IndexMeta(dims=PAPER_DIMS, num_rows=sum(shard_rows), shards=names, shard_rows=shard_rows, dtype="float32",
+                     shortlist="flat", shortlist_dims=PAPER_DIMS, columns=(),
                      encoder=EncoderRef(fingerprint="m"))  # fmt: skip
-    plan = Plan(shortlist_dim=16, shortlist_k=200, rerank_dim=2048)
-    assert costs.paper_mflops(meta, plan) == pytest.approx(20.91, abs=0.005)
-    stages = ((16, 400), (32, 200), (64, 50), (128, 10))
-    funnel = Plan(shortlist_dim=8, shortlist_k=800, stages=stages, rerank_dim=2048)
-    assert costs.paper_mflops(meta, funnel) == pytest.approx(10.31, abs=0.02)
+
+
+@pytest.mark.parametrize(("rows", "dim", "dims", "sizes", "mflops"), [
+    (IN_1K, 8, (2048,), (200,), 10.66), (IN_1K, 16, (2048,), (200,), 20.91), (IN_1K, 64, (2048,), (200,), 82.40),
+    (IN_4K, 8, (2048,), (200,), 34.03), (IN_4K, 64, (2048,), (200,), 269.34),
+    (IN_1K, 8, (16, 32, 64, 128, 2048), (800, 400, 200, 50, 10), 10.31),
+    (IN_1K, 16, (32, 64, 128, 256, 2048), (200, 100, 50, 25, 10), 20.54),
+    (IN_1K, 32, (64, 128, 256, 512, 2048), (200, 100, 50, 25, 10), 41.07),
+    (IN_4K, 32, (64, 128, 256, 512, 2048), (800, 400, 200, 50, 10), 134.66),
+    (IN_4K, 64, (128, 256, 512, 1024, 2048), (800, 400, 200, 50, 10), 269.31),
+])  # fmt: skip
+def test_mflops_are_those_the_mrl_paper_prints(rows, dim, dims, sizes, mflops):
+    """Adaptive and funnel retrieval on ImageNet-1K and 4K, to the digit: ``sizes`` rows are read at ``dims``."""
+    plan = Plan(shortlist_dim=dim, shortlist_k=sizes[0], stages=tuple(zip(dims[:-1], sizes[1:], strict=True)),
+                rerank_dim=dims[-1])  # fmt: skip
+    assert costs.paper_mflops(paper_meta(rows), plan) == pytest.approx(mflops, abs=0.005)
+
+
+def test_mflops_of_the_paper_add_up_over_shards_and_count_no_rows_that_are_not_there():
+    plan = Plan(shortlist_dim=8, shortlist_k=200, stages=((64, 100),), rerank_dim=2048)
+    small = (150 * 8 + 150 * 64 + 100 * 2048) / 1e6
+    large = (1000 * 8 + 200 * 64 + 100 * 2048) / 1e6
+    assert costs.paper_mflops(paper_meta(150, 1000), plan) == pytest.approx(small + large)
+    assert costs.paper_mflops(paper_meta(150, 1000), Plan.exact(256)) == pytest.approx(1150 * 256 / 1e6)
+
+
+def test_the_bootstrap_interval_is_the_normal_one_where_queries_are_many():
+    recall = np.random.default_rng(2).choice([0.6, 0.8, 0.9, 1.0], 400, p=[0.1, 0.2, 0.3, 0.4])
+    half = 1.96 * recall.std() / np.sqrt(400)
+    low, high = planner.bootstrap_interval(recall, 5)
+    assert (recall.mean() - low, high - recall.mean()) == pytest.approx((half, half), rel=0.12)
+    assert planner.bootstrap_interval(recall, 5) == (low, high)
+    assert planner.bootstrap_interval(recall, 6) != (low, high)
 
 
 def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
@@ -294,7 +325,7 @@ def test_the_model_counts_the_rows_of_the_lists_and_the_prefixes_of_coded_types(
     queries, nobody = data[3000:], np.full(30, -1)
     plan = Plan(shortlist_dim=16, shortlist_k=20, rerank_dim=32, nprobe=4)
     cost = {}
-    for kind in ("ivf", "ivf-rabitq", "binary"):
+    for kind in ("ivf", "ivf-rabitq", "binary", "binary-signs"):
         shard = make_shard(data[:3000], kind=kind, name=kind)
         meta = IndexMeta(dims=DIMS, num_rows=3000, shards=("a",), shard_rows=(3000,), dtype="float32", shortlist=kind,
                          shortlist_dims=DIMS, columns=("image_id",), encoder=EncoderRef(fingerprint="m"))  # fmt: skip
@@ -302,7 +333,7 @@ def test_the_model_counts_the_rows_of_the_lists_and_the_prefixes_of_coded_types(
         _, few, many = planner.measure(Searcher(meta, [shard]), queries, 10, plans, own_rows=nobody, seed=1)
         cost[kind] = few
         index = shard.index_over(16)
-        if kind == "binary":
+        if kind.startswith("binary"):
             assert few.mflops_done == pytest.approx((3000 * 16 + 20 * 16 + 20 * 16) / 1e6)
             assert few.model_us == many.model_us
             continue
@@ -315,6 +346,7 @@ def test_the_model_counts_the_rows_of_the_lists_and_the_prefixes_of_coded_types(
         again = 20 * 16 * (kind == "ivf-rabitq")
         assert few.mflops_done == pytest.approx(((rows + lists.nlist) * 16 + again + 20 * 16) / 1e6)
     assert cost["binary"].mflops_done > cost["ivf"].mflops_done
+    assert cost["binary-signs"].model_us == cost["binary"].model_us
 
 
 def test_a_query_that_is_indexed_does_not_find_itself(searcher):

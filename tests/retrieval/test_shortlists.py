@@ -5,6 +5,7 @@ from itertools import count
 import faiss
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +23,10 @@ from lookalike.retrieval.shortlist import (
 )
 from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors
+from lookalike.train.losses import binarize
 
-KINDS = ("flat", "hnsw", "graph", "hnsw-sq8", "ivf", "ivf-pq", "ivf-rabitq", "binary")
-CODED = {"graph", "hnsw-sq8", "ivf-pq", "ivf-rabitq", "binary"}
+KINDS = ("flat", "hnsw", "graph", "hnsw-sq8", "ivf", "ivf-pq", "ivf-rabitq", "binary", "binary-signs")
+CODED = {"graph", "hnsw-sq8", "ivf-pq", "ivf-rabitq", "binary", "binary-signs"}
 NUM = 3000
 NUMBERS = count()
 DATA, _ = make_vectors(NUM + 40, 32, num_classes=60, seed=2)
@@ -77,7 +79,7 @@ def test_every_plan_ranks_the_candidates_of_its_type_as_brute_force_does(make_sh
 @pytest.mark.parametrize(("kind", "least"), [
     ("flat", 1.0), ("hnsw", 0.99), ("graph", 0.98), ("hnsw-sq8", 0.97),
     ("ivf", 0.97), ("ivf-pq", 0.95), ("ivf-rabitq", 0.9),
-    ("binary", 0.5),  # 16 bits
+    ("binary", 0.5), ("binary-signs", 0.5),  # 16 bits
 ])  # fmt: skip
 def test_every_type_finds_most_of_what_a_flat_one_finds(make_shard, kind, least):
     plan = Plan(shortlist_dim=16, shortlist_k=100, rerank_dim=32)
@@ -86,6 +88,18 @@ def test_every_type_finds_most_of_what_a_flat_one_finds(make_shard, kind, least)
     full = cosines(QUERIES, STORED, 32)
     best = [rank(rows, full[n, rows], 10) for n, rows in enumerate(candidates)]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(hits.rows, best, strict=True)]) >= least
+
+
+def test_sign_codes_are_those_that_the_binary_task_trains():
+    """By the Hamming distance of ``x > 0``; ``binary`` compares the bits of a rotation, another order."""
+    unit, queries = (normalise(np.ascontiguousarray(rows[:, :16])) for rows in (STORED, QUERIES))
+    codes = [binarize(torch.from_numpy(rows)).numpy() for rows in (queries, unit)]
+    differing = (16 - codes[0] @ codes[1].T) / 2
+    nearest = np.sort(differing, axis=1)[:, :50]
+    own, rotated = (build_shortlist(kind, unit, ShortlistOptions()).search(queries, 50).rows
+                    for kind in ("binary-signs", "binary"))  # fmt: skip
+    np.testing.assert_array_equal(np.take_along_axis(differing, own, axis=1), nearest)
+    assert (np.take_along_axis(differing, rotated, axis=1) > nearest).any()
 
 
 @pytest.mark.parametrize("kind", ["ivf", "ivf-rabitq", "hnsw-sq8"])

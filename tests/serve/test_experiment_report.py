@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from scipy.stats import chi2_contingency, fisher_exact
 
 from lookalike.artifacts import Artifact
 from lookalike.cli import main
@@ -89,6 +90,31 @@ def test_three_arms_share_the_five_percent() -> None:
         log = split_log(seed, dict.fromkeys("abcd", 0.3), sessions=500, arms=arms)
         shown.append(any(one["shown"] for one in analyse(log)["comparisons"]))
     assert np.mean(shown) < 0.075
+
+
+@pytest.mark.parametrize("table", [(30, 200, 50, 210), (300, 2000, 280, 1990), (5, 20, 11, 20)])
+def test_large_counts_are_compared_by_scipys_chi_square(table: tuple[int, int, int, int]) -> None:
+    """The pooled z test of two shares is the chi-square test of their table."""
+    hits, trials, others, other_trials = table
+    wanted = chi2_contingency([[hits, trials - hits], [others, other_trials - others]], correction=False).pvalue
+    assert two_proportions(*table) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("table", [(1, 12, 6, 14), (0, 50, 4, 40), (39, 40, 32, 40)])
+def test_small_counts_are_compared_by_fishers_exact_test(table: tuple[int, int, int, int]) -> None:
+    hits, trials, others, other_trials = table
+    wanted = fisher_exact([[hits, trials - hits], [others, other_trials - others]]).pvalue
+    assert two_proportions(*table) == pytest.approx(wanted)
+
+
+def test_what_is_called_detectable_is_shown_four_times_in_five() -> None:
+    log = ExperimentLog(settings(), [Shown(str(n), "ab"[n % 2], "", "OK", 1.0) for n in range(4000)])
+    log.feedback = {(str(n), "", "click") for n in range(4000) if n % 4 < 2}  # half of each arm
+    (one,) = analyse(log)["comparisons"]
+    rng, apart = np.random.default_rng(3), one["detectable"]
+    trials = zip(rng.binomial(2000, 0.5 + apart / 2, 1500), rng.binomial(2000, 0.5 - apart / 2, 1500), strict=True)
+    shown = [two_proportions(int(hits), 2000, int(others), 2000) < 0.05 for hits, others in trials]
+    assert 0.77 < np.mean(shown) < 0.83
 
 
 def test_holm_against_a_worked_example() -> None:

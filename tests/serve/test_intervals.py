@@ -29,6 +29,14 @@ def test_all_ones_leave_room_for_what_was_not_seen() -> None:
     assert mean_interval(np.ones(10_000))[0] > 0.999
 
 
+@pytest.mark.parametrize(("hits", "trials"), [(3, 7), (40, 100), (650, 1000)])
+def test_of_zeros_and_ones_it_is_agresti_and_coulls(hits: int, trials: int) -> None:
+    size = trials + 1.959964**2
+    share = (hits + 1.959964**2 / 2) / size
+    half = 1.959964 * (share * (1 - share) / size) ** 0.5
+    assert mean_interval(np.repeat([1.0, 0.0], [hits, trials - hits])) == pytest.approx((share - half, share + half))
+
+
 def test_values_that_differ_less_give_a_narrower_interval() -> None:
     low, high = mean_interval(np.tile([0.8, 0.9], 500))
     binary_low, binary_high = wilson(850, 1000)

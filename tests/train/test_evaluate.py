@@ -86,6 +86,9 @@ def test_figures_are_those_of_brute_force(tmp_path: Path) -> None:
     for figures in measure_task(embedded, embedded.vectors, [3, 12], TASK):
         for name, value in brute_force(corpus(), vectors(), figures["dim"]).items():
             assert figures[name] == pytest.approx(value, abs=1e-9), (figures["dim"], name)
+        share = figures["p_at_1"]
+        answers = np.repeat([1.0, 0.0], [round(share * figures["queries"]), round((1 - share) * figures["queries"])])
+        assert figures["p_at_1_standard_error"] == pytest.approx(answers.std() / np.sqrt(len(answers)))
     assert figures["database"] == 48
 
 

@@ -83,7 +83,7 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "multilabel_sigmoid", "field": "labels"},
     {"kind": "normalized_softmax", "field": "group"},
     {"kind": "binary", "field": "category"},
-    {"kind": "softmax", "field": "category", "sample_classes": 12},
+    {"kind": "softmax", "field": "category", "sample_classes": 12, "label_smoothing": 0.1},
     {"kind": "normalized_softmax", "field": "group", "sample_classes": 12},
 ]
 

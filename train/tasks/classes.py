@@ -200,7 +200,8 @@ class MultilabelSigmoidTask(ClassTask):
 
 @TASKS.register("normalized_softmax")
 class NormalizedSoftmaxTask(ClassTask):
-    """Classification by cosine to class proxies: the metric-learning task for instances."""
+    """Classification by cosine to class proxies: the metric-learning task for instances (Zhai and Wu 2019), without
+    their layer norm before it: taken over the whole embedding it would make a prefix depend on what follows."""
 
     fields = ONE_CLASS
     settings = (*SCALE, "temperature", "sample_classes")
@@ -225,8 +226,8 @@ class NormalizedSoftmaxTask(ClassTask):
 
 @TASKS.register("binary")
 class BinaryTask(NormalizedSoftmaxTask):
-    """Normalised softmax of the code ``x > 0`` of every prefix, so that what is trained is what Hamming search will
-    compare (Zhai and Wu 2019, section 3.4, quantise after training instead)."""
+    """Normalised softmax of the code ``x > 0`` of every prefix, so that what is trained is what Hamming search over
+    ``binary-signs`` will compare (Zhai and Wu 2019 binarise after training instead; their layer norm centres at 0)."""
 
     def transform(self, embedding: torch.Tensor) -> torch.Tensor:
         """Codes -1 and 1, the gradient passed straight through."""

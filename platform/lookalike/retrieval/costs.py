@@ -71,6 +71,7 @@ TYPE_PRICES: Mapping[str, Mapping[str, float]] = {
     "ivf-pq": {"rows": 1, "row_numbers": 0.033},
     "ivf-rabitq": {"rows": 4, "row_numbers": 0.018},
     "binary": {"rows": 0.7, "row_numbers": 0.006},
+    "binary-signs": {"rows": 0.7, "row_numbers": 0.006},
 }
 """Prices that a type's shortlist has of its own."""
 
@@ -109,7 +110,7 @@ def count_query(
     else:
         indexes = [shard.index_over(dim) for shard in shards]
         found = (work.distances or work.listed) / len(queries)
-        if not found and kind != "binary":
+        if not found and not kind.startswith("binary"):
             kind = "flat"  # shards too small for their type are flat
         looked = found or searcher.meta.num_rows
         wanted = [min(shard.meta.num_rows, max(k, plan.shortlist_k, plan.ef_search or 0)) for shard in shards]

@@ -14,6 +14,7 @@ seeded sample to train on.
 | ``ivf-pq`` | 1/2 per ``pq_dims`` dimensions, 8 | the same over 4-bit codes, in registers (fast-scan) |
 | ``ivf-rabitq`` | ``rabitq_bits``/8 a dimension, 16 | the same over rotated sign bits with error-corrected scores |
 | ``binary`` | 1/8 a dimension | every row, by Hamming distance of rotated sign bits |
+| ``binary-signs`` | 1/8 a dimension | the same of the prefix's own sign bits, which tasks of kind ``binary`` train |
 
 Scores of the types that store something else than the vectors are no cosines (``Shortlist.is_exact``); whoever makes
 an answer of them reads the stored prefix first. A shard of fewer than ``MIN_TRAINED`` rows has too few to train
@@ -128,10 +129,14 @@ def build_ivf_rabitq(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
 @SHORTLISTS.register("binary")
 def build_binary(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     """Sign bits of the rotated prefix (seed fixed in faiss), one a dimension; all are compared."""
-    dim = vectors.shape[1]
-    index = faiss.IndexLSH(dim, dim, True, False)
-    index.add(vectors)
-    return index
+    return _signs(vectors, rotate=True)
+
+
+@SHORTLISTS.register("binary-signs")
+def build_binary_signs(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
+    """Sign bits of the prefix as it is: the codes of an embedding that a task of kind ``binary`` has trained (Zhai and
+    Wu 2019 binarise at zero too). A rotation would mix what the task has made of each dimension."""
+    return _signs(vectors, rotate=False)
 
 
 def effort_of(kind: str) -> Literal["ef_search", "nprobe"] | None:
@@ -143,6 +148,13 @@ def choose_nlist(num_rows: int, options: ShortlistOptions) -> int:
     """Lists of an IVF type over ``num_rows``: as asked for, or 2 * sqrt(n); at most n / 39, at least 1."""
     wanted = round(2 * math.sqrt(num_rows)) if options.nlist is None else options.nlist
     return max(1, min(wanted, num_rows // MIN_PER_LIST))
+
+
+def _signs(vectors: Floats, *, rotate: bool) -> faiss.Index:
+    dim = vectors.shape[1]
+    index = faiss.IndexLSH(dim, dim, rotate, False)
+    index.add(vectors)
+    return index
 
 
 def _flat(vectors: Floats) -> faiss.Index:
