@@ -91,6 +91,37 @@ def test_a_stage_prints_what_it_published_and_skips_it_the_next_time(
     assert states == {"small": ("published already", uri), "other": ("would run", None)}
 
 
+def test_ray_starts_for_work_alone(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("lookalike.cluster.ensure_ray", lambda config: started.append(True))
+    assert main(["encoder", recipe, "--step", "small"]) == 0
+    assert len(started) == 1
+    assert main(["encoder", recipe, "--step", "small"]) == 0  # published: skipped
+    assert len(started) == 1
+
+
+def test_a_missing_input_is_found_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("lookalike.cluster.ensure_ray", refuse)
+    steps = {"small": {"stage": "encoder", "settings": {"backbone": "test_efficientnet"}},
+             "vectors": {"stage": "embed", "inputs": {"corpus": str(tmp_path / "corpus"), "encoder": "small"}}}
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({"name": "r", "root": str(tmp_path / "runs"), "steps": steps}, sort_keys=False))
+    assert main(["embed", str(file)]) == 3
+    assert "no artifact at" in capsys.readouterr().err
+
+
+def test_only_the_recipe_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("encoder", "run"):
+        with pytest.raises(SystemExit):
+            main([verb])
+        assert "required: recipe\n" in capsys.readouterr().err
+
+
 def test_describe_prints_the_schema_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encoder", "--describe"]) == 0
     schema = json.loads(capsys.readouterr().out)

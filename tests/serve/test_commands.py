@@ -102,6 +102,19 @@ def test_a_steps_setting_is_not_the_services() -> None:
     assert [is_setting(key) for key in keys] == [True, True, True, False, False, False, False]
 
 
+def test_a_setting_of_neither_service_nor_recipe_is_named(world: "World", tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    values = {"name": "r", "root": str(tmp_path), "steps": {}, "serve": {"index": world.index}}
+    recipe.write_text(yaml.safe_dump(values))
+    for wrong in ("limit.max_k=3", "prot=0"):
+        words = rf"'{wrong}' is no setting of the service, nor of the recipe \(did you mean"
+        with pytest.raises(UsageError, match=words):
+            resolve(str(recipe), [wrong], None)
+    recipe.write_text("{name: r, root: r, steps: 3}")
+    with pytest.raises(UsageError, match="'steps' is 3"):
+        resolve(str(recipe), ["seed=3"], None)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [([], "nothing to serve"), (["colour=red"], "'colour=red' is no setting of the service"),
