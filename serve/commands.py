@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import yaml
 
@@ -19,6 +20,7 @@ from lookalike.registry import nearest
 from lookalike.serve import credentials
 from lookalike.serve.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, Client, SearchResult
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.errors import RetrievalError
 
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 """Ray's bound of one gRPC message in bytes, read by its processes as they start; 2 GiB without it."""
@@ -180,11 +182,22 @@ def search(args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     credentials.add_arguments(parser)
     options = parser.parse_intermixed_args(args)
-    asked = _read_query(options)
+    asked = {**_read_query(options), "where": _read_where(options.where)}
     with _open_client(options) as client:
-        result = client.search(**asked, k=options.k, where=_read_where(options.where), min_recall=options.min_recall)
+        try:
+            result = client.search(**asked, k=options.k, min_recall=options.min_recall)
+        except RetrievalError as error:
+            raise _with_remedy(error, options) from None
     print(json.dumps(_plain(result), indent=1) if options.json else render(result))
     return 0
+
+
+def _with_remedy(error: RetrievalError, options: argparse.Namespace) -> RetrievalError:
+    """``error``, which gRPC itself words where nothing listens, with what to do then."""
+    if options.local is not None or error.code != grpc.StatusCode.UNAVAILABLE:
+        return error
+    remedy = "start a service with `lookalike serve RECIPE`, or name the host:port of one with --address"
+    return RetrievalError(error.code, f"{error.message}; if none runs at {options.address}, {remedy}")
 
 
 def _open_client(options: argparse.Namespace) -> Client:

@@ -163,6 +163,9 @@ def test_unknown_verbs_and_flags_exit_2(recipe: str, capsys: pytest.CaptureFixtu
 def test_a_missing_artifact_exits_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path / "encoder" / "x" / "y")]) == 3
     assert "no artifact at" in capsys.readouterr().err
+    (tmp_path / "picture.png").write_bytes(b"x")
+    assert main(["show", str(tmp_path / "picture.png")]) == 3
+    assert "picture.png: it is a file; give the folder of one (<root>/" in capsys.readouterr().err
     assert main(["show", "nosuch://bucket/x"]) == 2  # not a damaged artifact: nothing here opens it
     assert "Protocol not known: nosuch" in capsys.readouterr().err
 
