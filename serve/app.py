@@ -167,5 +167,6 @@ def free_port(port: int = 0) -> int:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             reason = error.strerror
-            raise UsageError(f"port {port} cannot be used ({reason}); set serve.port to another, or to 0") from None
+            raise UsageError(f"port {port} cannot be used ({reason}); set port to another, or to 0 "
+                             "(in a recipe: serve.port)") from None
         return int(probe.getsockname()[1])

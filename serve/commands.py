@@ -10,14 +10,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import yaml
 
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.registry import nearest
 from lookalike.serve import credentials
 from lookalike.serve.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, Client, SearchResult
 from lookalike.serve.config import ServeConfig
+from lookalike.serve.errors import RetrievalError
 
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 """Ray's bound of one gRPC message in bytes, read by its processes as they start; 2 GiB without it."""
@@ -27,8 +30,8 @@ def serve(args: Sequence[str]) -> int:
     """Serve an index from this machine until Ctrl-C or SIGTERM, or print what would be served."""
     parser = argparse.ArgumentParser(prog="lookalike serve", description="Serve an index over gRPC.")
     parser.add_argument("recipe", nargs="?", help="recipe YAML; its serve: section holds the settings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the service, as in port=0 "
-                        "limits.max_k=50; with a recipe also the recipe's, as in root=...")  # fmt: skip
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings of the service, as "
+                        "in port=0 limits.max_k=50; with a recipe also the recipe's, as in root=...")  # fmt: skip
     parser.add_argument("--index", help="URI of the index to serve; default: the recipe's step of stage index")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the settings; serve nothing")
     parser.add_argument("--check-config", metavar="FILE", help="read a Serve config file or a RayService manifest, "
@@ -58,12 +61,9 @@ def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None
     An override whose first key is a setting of the service counts as one; the others are the recipe's.
     """
     own = [text for text in overrides if is_setting(text.partition("=")[0])]
-    values: dict[str, Any] = {}
-    if recipe_path is not None:
-        values = _from_recipe(recipe_path, [text for text in overrides if text not in own])
-    elif len(own) < len(overrides):
-        strange = next(text for text in overrides if text not in own)
-        raise UsageError(f"{strange!r} is no setting of the service; it has {', '.join(ServeConfig.model_fields)}")
+    others = [text for text in overrides if text not in own]
+    _refuse_unknown(others, recipe_path)
+    values = {} if recipe_path is None else _from_recipe(recipe_path, others)
     if index is not None:  # the recipe's plan and encoder were made for its own index
         values = {key: value for key, value in values.items() if key not in ("plan", "encoder")} | {"index": index}
     values = apply_overrides(values, list(own))
@@ -83,6 +83,23 @@ def is_setting(key: str) -> bool:
     head, dot, _ = key.partition(".")
     field = ServeConfig.model_fields.get(head)
     return field is not None and (not dot or isinstance(field.default, Config))
+
+
+def _refuse_unknown(overrides: list[str], recipe_path: str | None) -> None:
+    """Raise ``UsageError`` for an override of neither the service nor a key or step of the recipe."""
+    known: set[str] = set()
+    if recipe_path is not None:
+        from lookalike.recipe import Recipe, read_values
+
+        steps = read_values(recipe_path).get("steps")
+        known = {*Recipe.model_fields, *(steps if isinstance(steps, dict) else ())}
+    settings = list(ServeConfig.model_fields)
+    for text in overrides:
+        head = text.partition("=")[0].partition(".")[0]
+        if head not in known:
+            also = ", nor of the recipe" if known else ""
+            raise UsageError(f"{text!r} is no setting of the service{also}{nearest(head, settings)}; the service has "
+                             f"{', '.join(settings)}")  # fmt: skip
 
 
 def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
@@ -165,11 +182,22 @@ def search(args: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     credentials.add_arguments(parser)
     options = parser.parse_intermixed_args(args)
-    asked = _read_query(options)
+    asked = {**_read_query(options), "where": _read_where(options.where)}
     with _open_client(options) as client:
-        result = client.search(**asked, k=options.k, where=_read_where(options.where), min_recall=options.min_recall)
+        try:
+            result = client.search(**asked, k=options.k, min_recall=options.min_recall)
+        except RetrievalError as error:
+            raise _with_remedy(error, options) from None
     print(json.dumps(_plain(result), indent=1) if options.json else render(result))
     return 0
+
+
+def _with_remedy(error: RetrievalError, options: argparse.Namespace) -> RetrievalError:
+    """``error``, which gRPC itself words where nothing listens, with what to do then."""
+    if options.local is not None or error.code != grpc.StatusCode.UNAVAILABLE:
+        return error
+    remedy = "start a service with `lookalike serve RECIPE`, or name the host:port of one with --address"
+    return RetrievalError(error.code, f"{error.message}; if none runs at {options.address}, {remedy}")
 
 
 def _open_client(options: argparse.Namespace) -> Client:

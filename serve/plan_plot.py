@@ -24,6 +24,7 @@ def plot(
     one that breaks a limit. The line is the Pareto front, dots mark the target, the star the choice.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -43,6 +44,8 @@ def plot(
     axes.plot(costs[chosen], missed[chosen], "*", color="crimson", ms=15, mec="white", label="chosen", zorder=5)
     axes.set(xscale="log", yscale="log", xlabel=f"cost of a query [us], {_CAPTIONS[rank_by]}",
              ylabel=f"recall@{k} against exact")  # fmt: skip
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(f"chosen: {measured[chosen].plan.describe()}", fontsize=9)
     _label_recall(axes, finest)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

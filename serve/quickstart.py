@@ -34,7 +34,7 @@ def quickstart(args: Sequence[str]) -> int:
         prog="lookalike quickstart", description="Run every step of a recipe, serve its index, query it over gRPC and "
         "write report.html and report.json under the recipe's root.")  # fmt: skip
     parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"recipe YAML (default: {DEFAULT_RECIPE})")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for every stage")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for every stage")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
     options = parser.parse_intermixed_args(args)
     if "=" in options.recipe and not Path(options.recipe).exists():

@@ -163,9 +163,11 @@ def to_query(query: Query) -> pb.Query:
 def to_options(settings: SearchSettings) -> pb.SearchOptions:
     """The message of ``settings``."""
     k, timeout_ms, plan = settings.get("k", 10), settings.get("timeout_ms", 0), settings.get("plan")
-    if k < 1 or timeout_ms < 0:  # unsigned on the wire
-        raise RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, f"k={k}, timeout_ms={timeout_ms}: k must be at least 1 "
-                             "and timeout_ms not negative")  # fmt: skip
+    if k < 1:  # unsigned on the wire, as is timeout_ms
+        raise RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, f"k={k} is less than 1; ask for 1 or more")
+    if timeout_ms < 0:
+        raise RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, f"timeout_ms={timeout_ms} is negative; give "
+                             "milliseconds, or 0 for the service's own limit")  # fmt: skip
     sent = None if plan is None else pb.Plan(
         shortlist_dim=plan.shortlist_dim, shortlist_k=plan.shortlist_k, rerank_dim=plan.rerank_dim,
         stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages], ef_search=plan.ef_search,

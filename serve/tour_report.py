@@ -78,6 +78,9 @@ def _plan_text(plan: Mapping[str, Any]) -> list[str]:
     lines = [f"Plan: {plan['description']}",
              f"  recall@{plan['k']} against exact search {told['recall']:.4f} on {told['num_queries']} queries {whose} "
              f"(target {plan['target']})"]  # fmt: skip
+    if chosen["query_us"]:
+        lines.append(f"  a query alone took {chosen['query_us']:.0f} us when plans were measured, an exact one "
+                     f"{chosen['query_us'] * chosen['exact_ratio']:.0f} us")  # fmt: skip
     if check:
         k = check["k"]
         plan_map, exact_map = (100 * check[f"{name}_map_at_{k}_by_k"] for name in ("plan", "exact"))

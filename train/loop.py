@@ -85,6 +85,7 @@ def train_worker(values: dict[str, Any]) -> None:
     torch.set_num_threads(train.cpus_per_worker)
     torch.manual_seed(derive_seed(train.seed, "model"))
     found = agree(last_checkpoint(place.folder))
+    announce(place, found)
     model = build_multitask_model(place.config, initialise=found is None)
     if train.activation_checkpointing:
         recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
@@ -107,6 +108,12 @@ def require_even_rounds(train: TrainConfig, world: int) -> None:
         raise UsageError(f"task {together[0]!r} needs all workers at once, but {world} of them cannot share "
                          f"{train.num_workers} data streams evenly; wait for all (min_workers=null), or for a number "
                          f"that divides {train.num_workers}")  # fmt: skip
+
+
+def announce(place: Place, found: Checkpoint | None) -> None:
+    """Say what comes before the first step, which can take minutes, in the run's progress."""
+    if place.rank == 0 and place.progress is not None:
+        place.progress.update.remote(found.step if found else 0, "resuming" if found else "initialising")
 
 
 def agree(found: Checkpoint | None) -> Checkpoint | None:

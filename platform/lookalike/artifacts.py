@@ -22,6 +22,7 @@ from lookalike.errors import ArtifactError, UsageError
 
 FORMAT_VERSION = 2  # 2 has a checksum
 MANIFEST = "manifest.json"
+FOLDER = "<root>/<kind>/<name>/<fingerprint>"
 REMEDY = "remove the folder and run its stage again, or restore it from a copy"
 WORK = "_work"  # a draft's private folder: resumption state, never published
 FULL_CHECK_BYTES = 2 << 30  # artifacts up to this size are checked by content, larger ones by file size
@@ -167,8 +168,14 @@ def _read_manifest(uri: str) -> Manifest:
         content = storage.read_bytes(storage.join(uri, MANIFEST))
         raw = json.loads(content)
     except FileNotFoundError:
-        state = "an unfinished draft (no manifest.json)" if storage.exists(uri) else "not there"
+        state = "not there"
+        if storage.exists(uri):
+            state = f"an unfinished draft (no {MANIFEST}), or no artifact's folder ({FOLDER})"
         raise ArtifactError(f"no artifact at {uri}: it is {state}; run the stage that makes it") from None
+    except NotADirectoryError:
+        raise ArtifactError(f"no artifact at {uri}: it is a file; give the folder of one ({FOLDER})") from None
+    except PermissionError as error:
+        raise ArtifactError(f"{uri} cannot be read ({error.strerror or error}); give this user access") from None
     except UsageError:  # a scheme that nothing here opens
         raise
     except (ValueError, UnicodeDecodeError) as error:

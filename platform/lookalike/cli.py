@@ -28,7 +28,7 @@ STAGE_HELP = {
 }
 COMMANDS = {
     "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
-    "search": ("query a running service by image or vector", "lookalike.serve.commands:search"),
+    "search": ("query a running service or an index on disk by image, vector or id", "lookalike.serve.commands:search"),
     "token": ("make a bearer token of a tenant of the service", "lookalike.serve.tenants:token"),
     "admin": ("show or change what a running service serves", "lookalike.serve.admin:admin"),
     "experiment": ("compare the arms of a serving experiment by the access logs",
@@ -82,7 +82,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _top_level(args: list[str], plugins: dict[str, Any]) -> int:
-    parser = argparse.ArgumentParser(prog="lookalike", description=lookalike.__doc__,
+    parser = argparse.ArgumentParser(prog="lookalike", description=(lookalike.__doc__ or "").partition("\n")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="`lookalike VERB --help` explains a verb. Stages take a recipe and skip "
                                             "what is published already.")  # fmt: skip
@@ -105,7 +105,7 @@ def _run_stage(verb: str, args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"lookalike {verb}", description=STAGE_HELP[verb][0].upper()
                                      + STAGE_HELP[verb][1:] + ".")  # fmt: skip
     parser.add_argument("recipe", help=f"recipe YAML, for example {DEFAULT_RECIPE}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting")
     parser.add_argument("--step", action="append", help=f"run only this step (default: every {verb!r} step)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, run nothing")
@@ -136,8 +136,9 @@ def _stage_steps(verb: str, options: argparse.Namespace) -> int:
         return 0
     from lookalike.cluster import ensure_ray
 
-    ensure_ray(recipe.cluster)
     for name in names:
+        if recipe.published(name) is None:  # raises when inputs are missing: no reason to start Ray either
+            ensure_ray(recipe.cluster)
         print(recipe.run_step(name).uri)
     return 0
 

@@ -18,7 +18,16 @@ from lookalike.cluster import ClusterConfig
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import nearest
-from lookalike.stages import Stage, StageConfig, StageRun, check_inputs, execute, fingerprint, get_stage
+from lookalike.stages import (
+    Stage,
+    StageConfig,
+    StageRun,
+    check_input_names,
+    check_inputs,
+    execute,
+    fingerprint,
+    get_stage,
+)
 
 DEEPEST = 8
 """Recipes that may extend each other in a row."""
@@ -71,7 +80,23 @@ class Recipe(Config):
                 if "/" not in source and source not in seen:
                     where = "comes later; move it up" if source in self.steps else "is not in this recipe"
                     raise UsageError(f"step {name!r} reads {source!r}, which {where}{nearest(source, sorted(seen))}")
+            self._check_inputs(name)
             seen.add(name)
+
+    def _check_inputs(self, name: str) -> None:
+        """Inputs as the stage declares them, before anything has run: a wrong name may not cost the steps before."""
+        stage = self.stage(name)
+        given = {key: _as_list(sources) for key, sources in self.steps[name].inputs.items()}
+        try:
+            check_input_names(stage, given)
+        except UsageError as error:
+            raise UsageError(f"step {name!r}: {error}") from None
+        for key, sources in given.items():
+            for source in (source for source in sources if source in self.steps):
+                wanted, made = stage.inputs[key].kind, self.stage(source).kind
+                if made != wanted:
+                    raise UsageError(f"step {name!r}: stage {stage.name!r} takes an artifact of kind {wanted!r} as "
+                                     f"{key!r}, step {source!r} makes one of kind {made!r}")  # fmt: skip
 
     def stage(self, name: str) -> Stage[Any]:
         """The stage of a step."""
@@ -104,7 +129,8 @@ class Recipe(Config):
         if artifact is None:
             stage = self.steps[source].stage
             raise ArtifactError(f"step {source!r} is not published under {self.root} with these settings; run "
-                                f"`lookalike {stage} RECIPE --step {source}` first")  # fmt: skip
+                                f"`lookalike {stage} RECIPE --step {source}` first, or `lookalike run RECIPE` for "
+                                "every step")  # fmt: skip
         return artifact
 
     def published(self, name: str) -> Artifact | None:
@@ -190,8 +216,13 @@ def _as_list(sources: str | list[str]) -> list[str]:
 
 
 def _expand(override: str, steps: Mapping[str, Any]) -> str:
+    key, separator, _ = override.partition("=")
+    if separator and "." not in key and key not in Recipe.model_fields:
+        known = sorted(Recipe.model_fields)
+        raise UsageError(f"override {override!r}: unknown key {key!r}{nearest(key, known)}; valid keys: "
+                         f"{', '.join(known)}; a setting of a step is STEP.{key}=value")  # fmt: skip
     head, dot, rest = override.partition(".")
     if dot and head not in steps and head not in Recipe.model_fields and "=" not in head:
         raise UsageError(f"override {override!r}: no step {head!r}{nearest(head, list(steps))}; steps: "
                          f"{', '.join(steps)}")  # fmt: skip
-    return f"steps.{head}.settings.{rest}" if dot and head in steps else override
+    return f"steps.{head}.settings.{rest}" if separator and dot and head in steps else override

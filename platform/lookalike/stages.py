@@ -7,7 +7,7 @@ upward. Third parties add one through an entry point of group ``lookalike.stage`
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,7 @@ from lookalike import storage
 from lookalike.artifacts import Artifact, Draft, find, hash_json
 from lookalike.config import Config
 from lookalike.errors import UsageError
-from lookalike.registry import Registry
+from lookalike.registry import Registry, nearest
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -129,19 +129,26 @@ def _digest_of_source(uri: str) -> str:
     return digest.hexdigest()
 
 
-def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> None:
-    """Raise ``UsageError`` unless the inputs are those that the stage declares."""
+def check_input_names(stage: Stage[Any], inputs: Mapping[str, Sequence[object]]) -> None:
+    """Raise ``UsageError`` for an input that the stage does not have, one that it misses, and one too many."""
     for name in inputs:
         if name not in stage.inputs:
             takes = ", ".join(stage.inputs) or "none"
-            raise UsageError(f"stage {stage.name!r} has no input {name!r}; it takes {takes}")
+            close = nearest(name, list(stage.inputs))
+            raise UsageError(f"stage {stage.name!r} has no input {name!r}{close}; it takes {takes}")
     for name, wanted in stage.inputs.items():
         given = inputs.get(name, [])
         if not given and not wanted.optional:
             raise UsageError(f"stage {stage.name!r} needs input {name!r} (an artifact of kind {wanted.kind!r})")
         if len(given) > 1 and not wanted.many:
             raise UsageError(f"stage {stage.name!r} takes one artifact as {name!r}, not {len(given)}")
-        for artifact in given:
+
+
+def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> None:
+    """Raise ``UsageError`` unless the inputs are those that the stage declares."""
+    check_input_names(stage, inputs)
+    for name, wanted in stage.inputs.items():
+        for artifact in inputs.get(name, []):
             if artifact.manifest.kind != wanted.kind:
                 raise UsageError(f"stage {stage.name!r} takes an artifact of kind {wanted.kind!r} as {name!r}, "
                                  f"{artifact.uri} is of kind {artifact.manifest.kind!r}")  # fmt: skip

@@ -91,6 +91,37 @@ def test_a_stage_prints_what_it_published_and_skips_it_the_next_time(
     assert states == {"small": ("published already", uri), "other": ("would run", None)}
 
 
+def test_ray_starts_for_work_alone(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("lookalike.cluster.ensure_ray", lambda config: started.append(True))
+    assert main(["encoder", recipe, "--step", "small"]) == 0
+    assert len(started) == 1
+    assert main(["encoder", recipe, "--step", "small"]) == 0  # published: skipped
+    assert len(started) == 1
+
+
+def test_a_missing_input_is_found_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("lookalike.cluster.ensure_ray", refuse)
+    steps = {"small": {"stage": "encoder", "settings": {"backbone": "test_efficientnet"}},
+             "vectors": {"stage": "embed", "inputs": {"corpus": str(tmp_path / "corpus"), "encoder": "small"}}}
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({"name": "r", "root": str(tmp_path / "runs"), "steps": steps}, sort_keys=False))
+    assert main(["embed", str(file)]) == 3
+    assert "no artifact at" in capsys.readouterr().err
+
+
+def test_only_the_recipe_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("encoder", "run"):
+        with pytest.raises(SystemExit):
+            main([verb])
+        assert "required: recipe\n" in capsys.readouterr().err
+
+
 def test_describe_prints_the_schema_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encoder", "--describe"]) == 0
     schema = json.loads(capsys.readouterr().out)
@@ -132,6 +163,9 @@ def test_unknown_verbs_and_flags_exit_2(recipe: str, capsys: pytest.CaptureFixtu
 def test_a_missing_artifact_exits_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path / "encoder" / "x" / "y")]) == 3
     assert "no artifact at" in capsys.readouterr().err
+    (tmp_path / "picture.png").write_bytes(b"x")
+    assert main(["show", str(tmp_path / "picture.png")]) == 3
+    assert "picture.png: it is a file; give the folder of one (<root>/" in capsys.readouterr().err
     assert main(["show", "nosuch://bucket/x"]) == 2  # not a damaged artifact: nothing here opens it
     assert "Protocol not known: nosuch" in capsys.readouterr().err
 

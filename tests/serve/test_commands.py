@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 import pytest
 import yaml
 
 from lookalike.cli import main
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.serve.client import Client
 from lookalike.serve.commands import emit_config, is_setting, resolve
+from lookalike.serve.errors import RetrievalError
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
@@ -50,7 +53,7 @@ def test_what_would_stop_a_quickstart_at_its_end_stops_it_at_once(
 @pytest.mark.parametrize(
     ("args", "words", "code"),
     [(["--id", "img-777"], "no image 'img-777'", 2), (["--image", "/no/such.png"], "/no/such.png cannot be read", 2),
-     (["--vector", __file__], "is no .npy file", 2), (["--id", "img-000", "-k", "0"], "k=0", 2)],
+     (["--vector", __file__], "is no .npy file", 2), (["--id", "img-000", "-k", "0"], "k=0 is less than 1", 2)],
 )  # fmt: skip
 def test_search_explains_mistakes(
     world: "World", capsys: pytest.CaptureFixture[str], args: list[str], words: str, code: int
@@ -63,6 +66,18 @@ def test_search_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "--id", "x", "--address", "127.0.0.1:1", "--timeout", "1"]) == 1
     error = capsys.readouterr().err
     assert "UNAVAILABLE" in error or "DEADLINE_EXCEEDED" in error
+
+
+def test_search_says_what_to_do_where_no_service_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Client, **asked: Any) -> None:
+        raise RetrievalError(grpc.StatusCode.UNAVAILABLE, "Connection refused")
+
+    monkeypatch.setattr(Client, "search", refuse)
+    assert main(["search", "--id", "x", "--address", "127.0.0.1:7"]) == 1
+    told = capsys.readouterr().err
+    assert "Connection refused; if none runs at 127.0.0.1:7, start a service with `lookalike serve RECIPE`" in told
 
 
 def test_search_in_a_missing_index(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +115,19 @@ def test_serve_reads_the_recipe(world: "World", tmp_path: Path) -> None:
 def test_a_steps_setting_is_not_the_services() -> None:
     keys = ["index", "limits.max_k", "placement", "index.num_shards", "plan.target", "root", "finetune.seed"]
     assert [is_setting(key) for key in keys] == [True, True, True, False, False, False, False]
+
+
+def test_a_setting_of_neither_service_nor_recipe_is_named(world: "World", tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    values = {"name": "r", "root": str(tmp_path), "steps": {}, "serve": {"index": world.index}}
+    recipe.write_text(yaml.safe_dump(values))
+    for wrong in ("limit.max_k=3", "prot=0"):
+        words = rf"'{wrong}' is no setting of the service, nor of the recipe \(did you mean"
+        with pytest.raises(UsageError, match=words):
+            resolve(str(recipe), [wrong], None)
+    recipe.write_text("{name: r, root: r, steps: 3}")
+    with pytest.raises(UsageError, match="'steps' is 3"):
+        resolve(str(recipe), ["seed=3"], None)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from lookalike.train import loop
-from lookalike.train.checkpoints import find_checkpoints, last_checkpoint
+from lookalike.train.checkpoints import Checkpoint, find_checkpoints, last_checkpoint
 from lookalike.train.curves import CURVE_POINTS, Curve, NonFiniteLossError, StepValues
 from lookalike.train.loop import Place
 from lookalike.train.settings import LoopConfig
@@ -244,6 +245,16 @@ def test_a_scaled_loss_changes_nothing_and_an_overflow_skips_the_step(bench: Ben
     again.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
     again.resume(found, 0, 1)
     assert again.scaler.get_scale() == wild.scaler.get_scale() < 1e37
+
+
+def test_the_progress_says_what_comes_before_the_first_step(bench: Bench) -> None:
+    told: list[tuple[int, str]] = []
+    progress = SimpleNamespace(update=SimpleNamespace(remote=lambda *position: told.append(position)))
+    for rank in (0, 1):
+        place = Place(bench.config(), rank, 2, torch.device("cpu"), "unused", progress)
+        loop.announce(place, None)
+        loop.announce(place, Checkpoint("unused", 50, 2))
+    assert told == [(0, "initialising"), (50, "resuming")]
 
 
 def test_a_curve_has_a_bounded_number_of_points() -> None:
