@@ -122,6 +122,10 @@ class Journal:
     def append(self, writes: Sequence[tuple[int, bytes]]) -> int:
         """Store (kind, content) of some writes with one sync; the number of the last. What fails leaves nothing."""
         file = self._open_file()
+        if not os.path.exists(file.name):  # what is written to it now, no later start would find
+            raise FileNotFoundError(f"{file.name} was removed while the service wrote to it; compact, which keeps "
+                                    "what it held, and serve the new index with a new folder as "
+                                    "writes.state")  # fmt: skip
         end = file.tell()
         records = [Record(self.last + place, kind, content) for place, (kind, content) in enumerate(writes, 1)]
         try:
@@ -144,10 +148,7 @@ class Journal:
             self._file.close()
         if path is None:
             path = self.folder / f"writes-{self.last + 1:020d}.log"
-            with path.open("xb") as file:
-                file.write(MAGIC)
-                _sync(file)
-            storage.sync_directory(str(self.folder))
+            storage.write_atomic(str(path), MAGIC)  # whole or not at all: frames never follow a part of it
         self._file = path.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
         return self._file
@@ -206,8 +207,8 @@ def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.close()
-                raise UsageError(f"another service writes to {path.parent}; stop it, or set serve.state to a folder of "
-                                 "this service's own") from None  # fmt: skip
+                raise UsageError(f"another service writes to {path.parent}; stop it, or set writes.state to a folder "
+                                 "of this service's own") from None  # fmt: skip
             time.sleep(0.1)
 
 
