@@ -157,7 +157,7 @@ class Service:
             model_fingerprint=meta.model_fingerprint, dims=meta.dims, num_rows=meta.num_live,
             num_shards=len(self.router.shards), plan=write_plan(generation.plans.default), columns=meta.columns,
             placement=self.config.placement, limits=pb.Limits(**self.config.limits.model_dump()),
-            has_encoder=generation.encoder is not None, writable=self.writer is not None,
+            has_encoder=self._encodes(generation), writable=self.writer is not None,
         )  # fmt: skip
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
@@ -271,8 +271,12 @@ class Service:
             times["lookup"] = (time.perf_counter() - start) * 1000
         return np.stack([vectors[position] for position in range(len(queries))]), times
 
+    def _encodes(self, generation: Generation) -> bool:
+        """Whether images can be queries; an index that was switched to may have an encoder, and the service none."""
+        return generation.encoder is not None and self.router.encoder is not None
+
     async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:
-        if generation.encoder is None:
+        if not self._encodes(generation):
             raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "this service runs without an encoder; send "
                                  "vectors, or set serve.encoder")  # fmt: skip
         return await self.router.encode(generation.name, images, deadline=deadline)
