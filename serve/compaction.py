@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft, find, hash_json, lineage
-from lookalike.errors import ArtifactError, LookalikeError
+from lookalike.errors import ArtifactError, LookalikeError, UsageError
 from lookalike.serve.journal import Record, read_frame
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.stages import execute, get_stage
+from lookalike.telemetry import fields, get_logger
 
+log = get_logger(__name__)
 ROOT = "artifacts"
 """Where in the service's folder the artifacts of compactions are."""
 BATCH_ROWS = 8192
@@ -49,8 +51,18 @@ def merge_embeddings(embeddings: Artifact, records: Sequence[Record], root: str)
     name = embeddings.manifest.name
     if (done := find(root, "embeddings", name, mark)) is not None:
         return done
-    rows = final_rows(records)
     draft = Draft(root, "embeddings", name, mark)
+    with storage.exclusive(storage.join(root, ".locks", f"embeddings-{name}-{mark}"), _tell_waiting):
+        done = find(root, "embeddings", name, mark)  # of an attempt that was given up, and went on
+        return done if done is not None else _merge(embeddings, records, draft)
+
+
+def _tell_waiting() -> None:
+    log.warning("wait %s", fields(reason="another attempt merges the same writes"))
+
+
+def _merge(embeddings: Artifact, records: Sequence[Record], draft: Draft) -> Artifact:
+    rows = final_rows(records)
     draft.clear()
     storage.make_directory(draft.uri)
     parts = embeddings.files("part-", ".parquet")
@@ -60,6 +72,8 @@ def merge_embeddings(embeddings: Artifact, records: Sequence[Record], root: str)
     for part in parts:
         num_kept += _copy_part(part, draft.path(part.rpartition("/")[2]), touched)
     stored = [row for row in rows.values() if row is not None]
+    if not num_kept and not stored:
+        raise UsageError("the writes delete every row, and an index holds at least one; compact when there are some")
     if stored:
         filesystem, path = storage.arrow_filesystem(parts[0])
         table = make_table(stored, pq.read_schema(path, filesystem=filesystem))
@@ -143,13 +157,15 @@ def find_embeddings(index: Artifact) -> Artifact:
 async def compact_in_task(index: str, records: Sequence[Record], folder: str) -> str:
     """:func:`compact` as a Ray task, away from the writer's own process."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     frames = [record.to_bytes() for record in records]
-    task = ray.remote(num_cpus=0, max_retries=1)(_compact_frames)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # has the folder
+    task = ray.remote(num_cpus=0, max_retries=1)(_compact_frames).options(scheduling_strategy=here)
     try:
         return str(await task.remote(index, frames, folder))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LookalikeError):
+        if isinstance(error.cause, (LookalikeError, OSError)):
             raise error.cause from None
         raise
 
