@@ -13,6 +13,7 @@ import atexit
 import fcntl
 import json
 import logging
+import os
 import queue
 import socket
 import threading
@@ -134,6 +135,8 @@ class AccessLog:
     def _write(self, batch: list[dict[str, Any]]) -> None:
         text = "\n" * self._broken_line + "\n".join(map(json.dumps, batch))
         self._broken_line = False
+        if not os.path.exists(self.path):  # moved or removed by someone else: the next lines begin a new file
+            self._file.close()
         self._file.emit(logging.LogRecord("access", logging.INFO, "", len(batch), text, None, None))
 
     def _failed(self, record: logging.LogRecord) -> None:

@@ -5,6 +5,7 @@
 
 import logging
 import os
+import re
 import socket
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.serve.config import gRPCOptions
 from ray.serve.schema import LoggingConfig
 
 from lookalike.cluster import ensure_ray
-from lookalike.errors import UsageError
+from lookalike.errors import LookalikeError, UsageError
 from lookalike.serve.autoscaling import replica_options
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.experiment import own_generations, read_arms
@@ -137,11 +138,24 @@ def start(config: ServeConfig) -> str:
     )
     try:
         serve.run(application, name=APP_NAME, route_prefix="/")  # without a prefix Serve routes no gRPC either
+    except RuntimeError as error:  # Serve's own, which names deployments alone
+        reasons = read_failures() or str(error)
+        stop()
+        raise LookalikeError(f"the service does not start: {reasons}") from None
     except BaseException:  # also Ctrl-C while replicas start
         stop()
         raise
     log.info("serving %s", fields(address=f"127.0.0.1:{port}", placement=config.placement, index=config.index))
     return f"127.0.0.1:{port}"
+
+
+def read_failures() -> str:
+    """Why replicas did not start, as far as Serve knows: the errors that they ended with."""
+    application = serve.status().applications.get(APP_NAME)
+    messages = {} if application is None else {name: one.message for name, one in application.deployments.items()}
+    found = {name: [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
+             for name, message in messages.items()}  # fmt: skip
+    return "; ".join(f"{name}: {lines[-1]}" for name, lines in found.items() if lines)
 
 
 def _check_no_serve() -> None:

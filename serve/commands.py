@@ -45,7 +45,7 @@ def serve(args: Sequence[str]) -> int:
 
         print("\n".join(check_file(options.check_config)))
         return 0
-    config = resolve(options.recipe, options.overrides, options.index)
+    config = resolve(options.recipe, options.overrides, options.index, in_cluster=options.emit_config)
     if options.emit_config:
         print(emit_config(config), end="")
         return 0
@@ -55,10 +55,13 @@ def serve(args: Sequence[str]) -> int:
     return _serve_until_told(config)
 
 
-def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None) -> ServeConfig:
+def resolve(
+    recipe_path: str | None, overrides: Sequence[str], index: str | None, *, in_cluster: bool = False
+) -> ServeConfig:
     """The settings of a service from a recipe, overrides and an index; all artifacts are checked to fit together.
 
-    An override whose first key is a setting of the service counts as one; the others are the recipe's.
+    An override whose first key is a setting of the service counts as one; the others are the recipe's. In a cluster
+    callers come from other machines, so ``loopback_only`` is false there unless it is set.
     """
     own = [text for text in overrides if is_setting(text.partition("=")[0])]
     others = [text for text in overrides if text not in own]
@@ -69,6 +72,8 @@ def resolve(recipe_path: str | None, overrides: Sequence[str], index: str | None
     values = apply_overrides(values, list(own))
     if "index" not in values:
         raise UsageError("nothing to serve; give a recipe or --index URI")
+    if in_cluster:
+        values.setdefault("loopback_only", False)
     config = parse_config(ServeConfig, values, "serve")
     from lookalike.serve.app import check_guard, read_service
     from lookalike.serve.experiment import read_arms

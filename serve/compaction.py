@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft, find, hash_json, lineage
-from lookalike.errors import ArtifactError, LookalikeError
+from lookalike.errors import ArtifactError, LookalikeError, UsageError
 from lookalike.serve.journal import Record, read_frame
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.stages import execute, get_stage
@@ -50,13 +50,13 @@ def merge_embeddings(embeddings: Artifact, records: Sequence[Record], root: str)
     for record in records:
         writes.update(record.to_bytes())
     mark, name = hash_json([VERSION, embeddings.digest, writes.hexdigest()])[:20], embeddings.manifest.name
-
-    def waiting() -> None:
-        log.warning("wait %s", fields(reason="an earlier attempt is still merging the same writes", name=name))
-
-    with storage.exclusive(storage.join(root, ".locks", f"embeddings-{name}-{mark}"), waiting):
+    with storage.exclusive(storage.join(root, ".locks", f"embeddings-{name}-{mark}"), _tell_waiting):
         done = find(root, "embeddings", name, mark)
         return _merge(embeddings, records, Draft(root, "embeddings", name, mark)) if done is None else done
+
+
+def _tell_waiting() -> None:
+    log.warning("wait %s", fields(reason="an earlier attempt is still merging the same writes"))
 
 
 def _merge(embeddings: Artifact, records: Sequence[Record], draft: Draft) -> Artifact:
@@ -70,6 +70,8 @@ def _merge(embeddings: Artifact, records: Sequence[Record], draft: Draft) -> Art
     for part in parts:
         num_kept += _copy_part(part, draft.path(part.rpartition("/")[2]), touched)
     stored = [row for row in rows.values() if row is not None]
+    if not num_kept and not stored:
+        raise UsageError("the writes delete every row, and an index holds at least one; compact when there are some")
     if stored:
         filesystem, path = storage.arrow_filesystem(parts[0])
         table = make_table(stored, pq.read_schema(path, filesystem=filesystem))
@@ -153,13 +155,15 @@ def find_embeddings(index: Artifact) -> Artifact:
 async def compact_in_task(index: str, records: Sequence[Record], folder: str) -> str:
     """:func:`compact` as a Ray task, away from the writer's own process."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     frames = [record.to_bytes() for record in records]
-    task = ray.remote(num_cpus=0, max_retries=1)(_compact_frames)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # has the folder
+    task = ray.remote(num_cpus=0, max_retries=1)(_compact_frames).options(scheduling_strategy=here)
     try:
         return str(await task.remote(index, frames, folder))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LookalikeError):
+        if isinstance(error.cause, (LookalikeError, OSError)):
             raise error.cause from None
         raise
 

@@ -75,6 +75,8 @@ class Follower:
         self._member, self._writer, self._role, self._drain_s = member, writer, role, drain_s
         self._id = uuid.uuid4().hex
         self._version, self._last = (0, -1), 0
+        self._past: set[int] = set()
+        """Writers before the one that is followed."""
         self._records: list[Record] = []
         """Writes that some generation held may lack: those after ``_since``."""
         self._since, self._target = 0, 0
@@ -130,13 +132,22 @@ class Follower:
                 self._last = max(self._last, news["since"])  # what is before that, every generation holds
                 self._target = max(self._target, news["last"])  # first: what is being loaded waits for these writes
                 await self._take_writes(frames)
-                if (version := tuple(news["version"])) >= self._version:  # else it was overtaken on the way
+                if self._is_news(version := tuple(news["version"])):
                     self._hold([Held.model_validate(one) for one in news["held"]])
                     if news["current"] in self._opened:
                         self._member.switch(news["current"])
                     self._version = version
             if self._last >= self._target:
                 return str(news["current"])
+
+    def _is_news(self, version: tuple[int, int]) -> bool:
+        """Whether an answer was not overtaken on its way; a new writer's is news, whatever its clock says."""
+        if version[0] == self._version[0]:
+            return version >= self._version
+        if version[0] in self._past:
+            return False
+        self._past.add(self._version[0])
+        return True
 
     async def _take_writes(self, frames: Sequence[bytes]) -> None:
         found = [read_frame(frame) for frame in frames]

@@ -122,6 +122,10 @@ class Journal:
     def append(self, writes: Sequence[tuple[int, bytes]]) -> int:
         """Store (kind, content) of some writes with one sync; the number of the last. What fails leaves nothing."""
         file = self._open_file()
+        if not os.path.exists(file.name):  # what is written to it now, no later start would find
+            raise FileNotFoundError(f"{file.name} was removed while the service wrote to it; compact, which keeps "
+                                    "what it held, and serve the new index with a new folder as "
+                                    "writes.state")  # fmt: skip
         end = file.tell()
         records = [Record(self.last + place, kind, content) for place, (kind, content) in enumerate(writes, 1)]
         try:
@@ -143,23 +147,12 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-        path = self._begin_file() if path is None else path
+        if path is None:
+            path = self.folder / f"writes-{self.last + 1:020d}.log"
+            storage.write_atomic(str(path), MAGIC)  # whole or not at all: frames never follow a part of it
         self._file = path.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
         return self._file
-
-    def _begin_file(self) -> Path:
-        """A new file for the next writes; what fails leaves none, which would be taken for one with its first line."""
-        path = self.folder / f"writes-{self.last + 1:020d}.log"
-        with path.open("xb") as file:
-            try:
-                file.write(MAGIC)
-                _sync(file)
-            except BaseException:
-                path.unlink()
-                raise
-        storage.sync_directory(str(self.folder))
-        return path
 
     def read(self, after: int = 0) -> Iterator[Record]:
         """The writes with larger numbers than ``after``, in order."""

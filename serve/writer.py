@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import grpc
+from ray.util.metrics import Counter, Gauge
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.errors import LookalikeError, UsageError
+from lookalike.serve.adoption import adopt
 from lookalike.serve.compaction import compact_in_task, held_writes
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError, invalid
@@ -46,6 +48,10 @@ class Seen:
     failed: dict[str, str]
     at: float = field(default_factory=time.monotonic)
 
+    def knows(self, version: tuple[int, int]) -> bool:
+        """Whether it has taken in that version of this writer, or a later one."""
+        return self.version[0] == version[0] and self.version >= version
+
 
 class Writer:
     """State and log of one service. Methods raise ``RetrievalError``."""
@@ -59,6 +65,8 @@ class Writer:
         self._log = WriteLog(journal, min(one.includes_writes for one in self._state.held), self._stored)
         self._pending = 0
         """Rows of the writes that the current index does not hold."""
+        self._pending_rows = Gauge("lookalike_pending_rows", "Written and deleted rows that wait for compaction.")
+        self._failures = Counter("lookalike_compactions_failed_total", "Compactions begun by themselves that failed.")
         self._count_pending()
         self._is_changing_model = False
         self._version, self._changed, self._progress = (time.time_ns(), 0), asyncio.Event(), asyncio.Event()
@@ -125,12 +133,14 @@ class Writer:
 
     def _count_pending(self) -> None:
         self._pending = self._log.num_rows_after(self._state.serving.includes_writes)
+        self._pending_rows.set(self._pending)
 
     async def _compact_alone(self) -> None:
         try:
             await self.compact(0)
         except Exception as error:  # noqa: BLE001  # whatever it is, the writer goes on
             self._compact_after = time.monotonic() + COMPACT_PAUSE_S
+            self._failures.inc(1)
             log.warning("not compacted %s", fields(reason=str(error)[:500], again_after_s=COMPACT_PAUSE_S))
 
     async def switch(self, content: bytes) -> bytes:
@@ -209,7 +219,7 @@ class Writer:
         await self._set(self._state.serving_now(one.name))
         version = self._version
         try:
-            await self._wait_until(lambda seen: seen.version >= version, one, deadline)
+            await self._wait_until(lambda seen: seen.knows(version), one, deadline)
         finally:
             await self._set(self._state.trimmed())
             self._forget()
@@ -217,7 +227,10 @@ class Writer:
         return one
 
     async def _set(self, state: State) -> None:
-        await asyncio.to_thread(save_state, self._folder, state)
+        try:
+            await asyncio.to_thread(save_state, self._folder, state)
+        except (LookalikeError, OSError) as error:
+            raise RetrievalError(grpc.StatusCode.UNAVAILABLE, f"the state could not be stored ({error})") from None
         self._state = state
         self._count_pending()
         self._version = (self._version[0], self._version[1] + 1)
@@ -270,7 +283,7 @@ class Writer:
             except TimeoutError:
                 raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"not compacted in {allowed_s:g} s; nothing "
                                      "has changed, and the next attempt goes on from there") from None  # fmt: skip
-            except LookalikeError as error:
+            except (LookalikeError, OSError) as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {error}") from None
             return write_held(await self._serve(Held.of(generation), allowed_s))
 
@@ -287,28 +300,6 @@ class Writer:
             last_write=self._log.last, pending_rows=self._pending, followers=followers,
         )  # fmt: skip
         return bytes(response.SerializeToString())
-
-
-def adopt(state: State | None, config: ServeConfig, generation: Generation, journal: Journal) -> State:
-    """The state to go on from: the one that is stored, unless the configuration names another index than before."""
-    configured = (config.index, config.plan, config.encoder)
-    if state is None:
-        held = Held.of(generation).model_copy(update={"includes_writes": journal.first - 1})
-        return State(configured=configured, held=(held,), current=held.name)
-    if state.configured == configured:
-        return state
-    serving = state.serving
-    includes = held_writes(generation.index, storage.local_path(config.writes.state or ""))
-    if includes + 1 < journal.first:
-        raise UsageError(f"index {config.index} holds the service's writes up to {includes}, those up to "
-                         f"{journal.first - 1} are only in {serving.index} any more; build it from the embeddings of "
-                         "that one, or switch while the service runs, with includes_writes")  # fmt: skip
-    held = Held.of(generation).model_copy(update={"includes_writes": includes})
-    if held.model_fingerprint != serving.model_fingerprint and journal.last > includes:
-        raise UsageError(f"index {config.index} is of another model than the {journal.last - includes} "
-                         "writes that wait; compact them first, or switch while the service runs")  # fmt: skip
-    state = state.holding(held).serving_now(held.name).trimmed()
-    return state.model_copy(update={"configured": configured})
 
 
 @lru_cache(8)

@@ -164,6 +164,16 @@ def test_a_full_disk_costs_lines_and_nothing_else(tmp_path: Path) -> None:
     assert [line["number"] for line in read_lines(tmp_path)] == [0, 3]
 
 
+def test_a_file_that_someone_moved_is_begun_anew(tmp_path: Path) -> None:
+    log = AccessLog(AccessLogSettings(folder=str(tmp_path)))
+    log._write([{"number": 0}])
+    log.path.rename(tmp_path / "moved")
+    log._write([{"number": 1}])
+    log.close()
+    assert [line["number"] for line in read_lines(tmp_path)] == [1]
+    assert json.loads((tmp_path / "moved").read_text())["number"] == 0
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"access_log.folder .*file"):

@@ -93,6 +93,18 @@ def test_serve_dry_run_and_emit(world: "World", capsys: pytest.CaptureFixture[st
     assert yaml.safe_load(capsys.readouterr().out)["applications"][0]["args"]["index"] == world.index
 
 
+def test_what_is_emitted_is_checked_as_a_cluster_runs_it(
+    world: "World", tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")  # as the image does
+    emit = ["serve", "--index", world.index, "--emit-config"]
+    assert main(emit) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["applications"][0]["args"]["loopback_only"] is False
+    assert main([*emit, "loopback_only=true"]) == 2
+    assert main([*emit, f"writes.state={tmp_path}"]) == 2
+    assert "set serve.tenants" in capsys.readouterr().err
+
+
 def test_serve_checks_the_arms_of_an_experiment(world: "World", tmp_path: Path) -> None:
     arms = f"[{{name: a}}, {{name: b, index: {tmp_path}/nothing}}]"
     with pytest.raises(ArtifactError, match="it is not there"):

@@ -130,6 +130,15 @@ def test_a_write_is_repeated_and_a_switch_is_not() -> None:
     assert once.calls == 1
 
 
+def test_a_service_without_an_encoder_says_so_whatever_it_was_switched_to(world: "World") -> None:
+    config = ServeConfig(index=world.index, encoder="none", retries=QUICK)
+    held = read_service(config)
+    service = Service(config, replace(held, encoder=world.encoder_uri), open_workers(config, held, [held]))
+    assert not asyncio.run(service.describe(pb.DescribeRequest())).has_encoder
+    with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*without an encoder"):
+        asyncio.run(service.embed(pb.EmbedRequest(images=[world.images["img-000"]])))
+
+
 @pytest.mark.parametrize("kind", ["vector", "image_id"])
 def test_a_generation_that_nobody_holds_any_more_gives_way_to_the_current_one(world: "World", kind: str) -> None:
     config = ServeConfig(index=world.index, encoder="none", retries=QUICK)

@@ -399,34 +399,6 @@ def test_a_write_under_way_keeps_another_model_out(
     run(work)
 
 
-def test_a_compaction_that_fails_is_not_tried_again_at_every_write(
-    config: ServeConfig, world: "World", monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tried: list[str] = []
-
-    async def full(index: str, records: Any, folder: str) -> str:
-        tried.append(index)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "compact_in_task", full)
-    writes = config.writes.model_copy(update={"compact_rows": 1})
-
-    async def work() -> None:
-        writer = open_writer(config.model_copy(update={"writes": writes}))
-        for number in range(5):
-            await writer.upsert(upsert(f"n{number}", model=world.encoder.fingerprint))
-            await asyncio.sleep(0.02)
-        assert len(tried) == 1
-        assert "No space left" in caplog.text
-        writer._compact_after = 0  # later
-        await writer.upsert(upsert("n", model=world.encoder.fingerprint))
-        await asyncio.sleep(0.02)
-        assert len(tried) == 2
-        writer._log.journal.close()
-
-    run(work)
-
-
 def test_replicas_that_come_and_go_are_not_remembered(config: ServeConfig) -> None:
     async def work() -> None:
         writer = open_writer(config)
@@ -462,6 +434,117 @@ def test_a_write_that_could_not_be_taken_in_is_asked_for_again(config: ServeConf
 
         await until(is_found)
         assert not failures
+        await leave(worker)
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_a_writer_whose_clock_goes_back_is_followed(
+    config: ServeConfig, indexes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        handle = Handle(before := open_writer(config))
+        worker = await follow(handle)
+        await before.switch(switch_to(indexes[0]))
+        handle.target = None
+        before._log.journal.close()
+        monkeypatch.setattr(module.time, "time_ns", lambda: 1)
+        handle.target = again = open_writer(config)
+        moved = pb.Generation.FromString(await again.switch(switch_to(indexes[1], timeout_s=5)))
+        assert len(await ids(worker, moved.name)) == 3
+        asked = 0
+        poll = again.follow
+
+        async def count(text: str) -> Any:
+            nonlocal asked
+            asked += 1
+            return await poll(text)
+
+        again.follow = count  # type: ignore[method-assign]
+        await asyncio.sleep(1)
+        assert asked <= 10  # it waits for news
+        await leave(worker)
+        again._log.journal.close()
+
+    run(work)
+
+
+def test_a_folder_whose_parts_do_not_fit_is_refused(
+    config: ServeConfig, world: "World", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files restored from copies of different times, or gone: no acknowledged write may be passed over silently."""
+    model, folder = world.encoder.fingerprint, Path(config.writes.state or "")
+    monkeypatch.setattr(journal, "FILE_BYTES", 1)
+
+    async def work() -> None:
+        writer = open_writer(config)
+        for number in range(3):
+            await writer.upsert(upsert(f"n{number}", model=model))
+        await writer.switch(switch_to(world.index, includes_writes=3))
+        await writer._set(writer._state.model_copy(update={"held": (writer._state.serving,)}))
+        writer._forget()
+        writer._log.journal.close()
+
+    run(work)
+    state = (folder / "state.json").read_bytes()
+    (folder / "state.json").unlink()
+    with pytest.raises(UsageError, match=r"no state.json, and its writes before 3 .*restore state.json"):
+        open_writer(config)
+    (folder / "state.json").write_bytes(state)
+    open_writer(config)._log.journal.close()
+    for path in folder.glob("writes-*.log"):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"has the writes up to 0, .*holds those up to 3.*restore all"):
+        open_writer(config)
+
+
+def test_a_failed_compaction_is_not_begun_by_every_write(
+    config: ServeConfig, world: "World", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = 0
+
+    async def full(index: str, records: Any, where: str) -> str:
+        nonlocal begun
+        begun += 1
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "compact_in_task", full)
+    writes = config.writes.model_copy(update={"compact_rows": 1})
+
+    async def work() -> None:
+        writer = open_writer(config.model_copy(update={"writes": writes}))
+        for number in range(5):
+            await writer.upsert(upsert(f"n{number}", model=world.encoder.fingerprint))
+            await asyncio.sleep(0.01)
+        assert begun == 1
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*not compacted.*No space"):
+            await writer.compact(0)
+        writer._compact_after = 0.0
+        await writer.upsert(upsert("later", model=world.encoder.fingerprint))
+        await asyncio.sleep(0.01)
+        assert begun == 3
+        writer._log.journal.close()
+
+    run(work)
+
+
+def test_a_switch_that_cannot_be_stored_changes_nothing(
+    config: ServeConfig, world: "World", indexes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        writer = open_writer(config)
+        worker = await follow(Handle(writer))
+
+        def read_only(folder: str, state: Any) -> None:
+            raise PermissionError(30, "Read-only file system")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(module, "save_state", read_only)
+            with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*could not be stored.*Read-only"):
+                await writer.switch(switch_to(indexes[0]))
+        assert writer._state.current == world.searcher.meta.generation
+        assert pb.Generation.FromString(await writer.switch(switch_to(indexes[0]))).num_rows == 40
         await leave(worker)
         writer._log.journal.close()
 

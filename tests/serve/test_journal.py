@@ -112,6 +112,41 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert contents(Journal(str(tmp_path))) == [(1, UPSERT, b"kept"), (2, UPSERT, b"next")]
 
 
+def test_a_disk_too_full_for_a_new_file_leaves_no_part_of_one(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(Journal(str(tmp_path))) == [(1, UPSERT, b"kept")]
+
+
+FULL = """
+import resource, signal, sys
+from lookalike.serve.journal import UPSERT, Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+journal = Journal(sys.argv[1])
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for room in (0, 10):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    try:
+        journal.append([(UPSERT, b"lost")])
+    except Exception as error:
+        print(repr(error))
+    else:
+        sys.exit("it was stored")
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+assert journal.append([(UPSERT, b"kept")]) == 1
+"""
+
+
+def test_a_log_that_was_removed_takes_no_writes(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    journal.append([(UPSERT, b"one")])
+    log_of(tmp_path).unlink()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=r"was removed.*compact"):
+            journal.append([(UPSERT, b"two")])
+    assert journal.last == 1
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
     with pytest.raises(UsageError, match="another service writes"):
