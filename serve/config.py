@@ -57,6 +57,9 @@ class Writes(Config):
     builds: on a disk, shared where replicas run on several machines. Without one the service answers searches only."""
     compact_rows: int | None = Field(default=20_000, ge=1)
     """Written and deleted rows from which on an index that holds them is built; None leaves that to the operator."""
+    keep_hours: float | None = Field(default=24.0, ge=0.0)
+    """How long at least what a compaction made is kept once no index that is served, or may be rolled back to, needs
+    it, counted in hours from when it was made; the next compaction removes it. None removes nothing."""
     max_pending_rows: int = Field(default=200_000, ge=1)
     """Written and deleted rows that may wait for compaction; beyond them writes are RESOURCE_EXHAUSTED."""
 

@@ -27,6 +27,7 @@ from lookalike.serve.follower import POLL_S
 from lookalike.serve.generation import Generation, read_generation
 from lookalike.serve.journal import DELETE, UPSERT, Journal
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.pruning import prune
 from lookalike.serve.state import Held, State, load_state, save_state
 from lookalike.serve.write_log import WriteLog, find_foreign
 from lookalike.telemetry import fields, get_logger
@@ -285,7 +286,17 @@ class Writer:
                                      "has changed, and the next attempt goes on from there") from None  # fmt: skip
             except (LookalikeError, OSError) as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {error}") from None
-            return write_held(await self._serve(Held.of(generation), allowed_s))
+            moved = await self._serve(Held.of(generation), allowed_s)
+            await self._prune()
+            return write_held(moved)
+
+    async def _prune(self) -> None:
+        keep_hours, held = self._config.writes.keep_hours, [one.index for one in self._state.held]
+        if keep_hours is not None:
+            try:
+                await asyncio.to_thread(prune, self._folder, held, keep_hours * 3600)
+            except OSError as error:  # the next compaction tries again
+                log.warning("not pruned %s", fields(folder=self._folder, error=repr(error)[:200]))
 
     async def status(self) -> bytes:
         """A ``StatusResponse``."""

@@ -107,6 +107,11 @@ async def ids(worker: ShardWorker, name: str, k: int = 3) -> list[str]:
     return [found.answer.entries[row][0] for row in found.answer.hits.rows[0].tolist() if row >= 0]
 
 
+def published(folder: str) -> set[str]:
+    """What compactions made that is still there."""
+    return {str(path.parent) for path in Path(folder, ROOT).glob("*/*/*/manifest.json")}
+
+
 def read_plan() -> Any:
     from lookalike.retrieval.plan import Plan
 
@@ -244,6 +249,18 @@ def test_an_index_without_the_writes_gets_them_and_none_may_be_lost(
         with pytest.raises(RetrievalError, match=r"holds the service's writes up to 0, those up to 3 are only in"):
             await writer.switch(switch_to(indexes[0]))
         assert pb.Generation.FromString(await writer.switch(switch_to(indexes[0], includes_writes=4))).num_rows == 40
+        await writer.rollback()
+        assert len(published(folder)) == 4  # two indexes and their embeddings, all young
+        await writer.upsert(upsert("n4", model=model))
+        writer._config = writer._config.model_copy(update={"writes": Writes(state=folder, keep_hours=0)})
+        last = pb.Generation.FromString(await writer.compact(0))
+        assert last.num_rows == 65
+        kept = published(folder)
+        assert len(kept) == 4  # of the one that is served and of the one before it
+        assert {again.index, last.index} <= kept
+        rolled = pb.Generation.FromString(await writer.rollback())
+        assert rolled.index == again.index
+        assert "n4" in await ids(worker, rolled.name, 5)
         await leave(worker)
         writer._log.journal.close()
 
