@@ -92,7 +92,8 @@ def taken(config: ServeConfig) -> dict[str, int]:
 
 def _writer(shared: dict[str, Any]) -> serve.Deployment:
     """One replica, and never two: the old one leaves before a new one comes. Every follower has a call waiting."""
-    alone = {"num_replicas": 1, "max_surge_percent": 0, "max_ongoing_requests": 10_000}
+    alone = {"num_replicas": 1, "max_surge_percent": 0, "max_ongoing_requests": 10_000,
+             "health_check_period_s": 5, "health_check_timeout_s": 10}  # one that hangs holds up all writes
     return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 

@@ -1,5 +1,6 @@
 """Replicas killed in the middle of requests: searches and writes go on, without an error to a Python client."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -123,3 +124,37 @@ def find_process(role: str) -> int:
     """The process of one replica of ``role``."""
     state = ray._private.state.actors(replica(role)._actor_id.hex())
     return int(state["Pid"])
+
+
+@pytest.mark.soak
+def test_a_writer_that_hangs_is_replaced_and_loses_nothing(
+    ray_session: None, world: "World", tmp_path: Path
+) -> None:
+    """Serve's health check has to notice it, since it stays connected; meanwhile searches go on."""
+    config = ServeConfig(index=world.index, encoder="none", port=0, timeout_s=5, cpus_per_replica=0.1,
+                         writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    address, vector = start(config), np.arange(1, 65, dtype=np.float32)
+    process, codes = 0, set[str]()
+    try:
+        with Client(address) as client:
+            client.wait_ready()
+            client.upsert([StoredRow("before", -vector)])
+            process = find_process("writer")
+            os.kill(process, signal.SIGSTOP)
+            deadline, written = time.monotonic() + 90, False
+            while not written and time.monotonic() < deadline:
+                assert client.search(vector=vector, k=3).hits
+                try:
+                    written = bool(client.upsert([StoredRow("after", -vector)]))
+                except RetrievalError as error:
+                    codes.add(error.code.name)
+            assert written
+            assert codes <= {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
+            while (found := set(client.search(vector=-vector, k=2).ids)) != {"before", "after"}:
+                assert time.monotonic() < deadline + 30, found  # replicas hear of the new writer first
+                time.sleep(0.05)
+    finally:
+        if process:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+        stop()
