@@ -20,7 +20,7 @@ from lookalike.artifacts import MANIFEST, Artifact, FileEntry, lineage, write_ma
 from lookalike.errors import UsageError
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.cards import describe_lineage, model_card, report_figures
-from lookalike.train.onnx import check_parity, write_onnx
+from lookalike.train.onnx import check_parity, require_packages, write_onnx
 from lookalike.train.units import list_units, read_unit
 from lookalike.vision.encoder import CARD_FILE, CONFIG_FILE, MODEL_FILE, read_config, read_encoder, read_pixels
 
@@ -68,6 +68,8 @@ def write_export(artifact: Artifact, folder: str, options: argparse.Namespace) -
     A folder that holds an artifact which is no export is refused with ``UsageError``.
     """
     _require_free(folder)
+    if options.onnx:
+        require_packages()
     config, facts = read_config(artifact), _card_facts(artifact, options)
     images = find_pictures(artifact, options.images) if options.onnx else []
     storage.remove_file(storage.join(folder, MANIFEST))  # from here on it is no artifact until all is written

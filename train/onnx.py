@@ -20,10 +20,14 @@ MAX_RELATIVE_DIFFERENCE = 1e-3
 """Largest difference of any value, as a share of the largest value."""
 
 
+def require_packages() -> None:
+    """Raise ``ModuleNotFoundError``, which leads to the extra's name, unless torch's exporter and the check can run."""
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        import_module(needed)
+
+
 def write_onnx(path: str, model: EmbeddingModel, size: int) -> None:
     """Write ``model`` to a local file: images float32 [n, 3, size, size] -> embedding float32 [n, dim], any n."""
-    for needed in ("onnx", "onnxscript"):  # by torch's exporter; here their absence leads to the extra's name
-        import_module(needed)
     frozen = copy.deepcopy(model).cpu().float().eval()
     example = torch.zeros(2, 3, size, size)
     with torch.no_grad(), warnings.catch_warnings():

@@ -160,7 +160,7 @@ def test_without_the_packages_onnx_names_its_extra(
     monkeypatch.setattr("lookalike.train.onnx.import_module", missing)
     assert main(["export", encoder.uri, "--to", str(tmp_path / "out"), "--onnx"]) == 1
     assert "onnx is not installed; pip install 'lookalike[onnx]'" in capsys.readouterr().err
-    assert not (tmp_path / "out/manifest.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_of_other_encoders_is_refused(
