@@ -98,7 +98,10 @@ def per_query_recall(hits: Hits, exact: Hits, *, same_dim: bool) -> np.ndarray[t
 
 
 def bootstrap_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]], seed: int) -> tuple[float, float]:
-    """95% interval of the mean of ``values`` over queries, from 1,000 seeded resamples."""
+    """95% interval of the mean of ``values`` over queries, from 1,000 seeded resamples.
+
+    It has no width where all queries have the same: when none of n lost anything, a mean of 1 - 3 / n may look so too.
+    """
     generator = np.random.default_rng(seed)
     means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(1000)]
     low, high = np.quantile(means, [0.025, 0.975])
