@@ -10,6 +10,7 @@ import pytest
 from lookalike.serve.config import ServeConfig
 from lookalike.serve.errors import RetrievalError
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.router import Router
 from lookalike.serve.service import Service
 
 WINDOW = 3
@@ -20,7 +21,7 @@ class Slow(Service):
 
     def __init__(self, delays: dict[int, float]) -> None:
         nothing: Any = None
-        super().__init__(ServeConfig(index="x", stream_window=WINDOW), nothing, nothing)
+        super().__init__(ServeConfig(index="x", stream_window=WINDOW), nothing, Router([]))
         self.delays, self.working, self.most, self.cancelled = delays, 0, 0, 0
 
     async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
