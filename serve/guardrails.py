@@ -17,8 +17,7 @@ SERVICE_ERRORS = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "DA
 P99_SHARE = 0.01
 PROOF = 3.0
 """Standard errors beyond a limit that count as proof. An arm is looked at after every request, and chance has as many
-tries: at 1.96 (a 95% interval) nine of ten arms that fail .8% of 100,000 requests would be closed for a limit of 1%, at
-3 one of seven; one that fails 2% is closed within some hundreds of requests by either."""
+tries: at 1.96 (a 95% interval) many arms that keep to their limit would be closed in the long run."""
 
 
 class Guard:

@@ -16,6 +16,7 @@ from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, sh
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
 from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
+from lookalike.serve.config import ServeConfig, Writes
 from lookalike.vision.encoder import Encoder, EncoderConfig, build_model, save_encoder, to_bytes
 from lookalike.vision.transforms import TransformConfig
 
@@ -132,3 +133,33 @@ def publish_plan(root: str, index: Artifact, plan: dict[str, object], name: str 
     candidates = [{"recall_low": low, "model_us": cost, "plan": one} for low, cost, one in figures]
     Path(draft.path("plan.json")).write_text(json.dumps({"plan": plan, "candidates": candidates}))
     return publish(draft, index=[index])
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polls of writer and followers short enough for tests."""
+    from lookalike.serve import follower
+    from lookalike.serve import writer as module
+
+    for place in (follower, module):
+        monkeypatch.setattr(place, "POLL_S", 0.2)
+    monkeypatch.setattr(module, "SILENCE_S", 0.6)
+    monkeypatch.setattr(follower, "RETRY_S", 0.02)
+
+
+@pytest.fixture
+def config(world: "World", tmp_path: Path) -> ServeConfig:
+    """A service that takes writes."""
+    return ServeConfig(index=world.index, encoder="none", writes=Writes(state=str(tmp_path / "state")))
+
+
+@pytest.fixture(scope="session")
+def indexes(world: "World") -> list[str]:
+    """Two more indexes of the same model, of forty and of thirty pictures."""
+    encoder, uris = Artifact.open(world.encoder_uri), []
+    for number, size in enumerate((40, 30)):
+        vectors = dict(list(world.vectors.items())[:size])
+        embeddings = publish_embeddings(world.root, encoder, vectors, fingerprint=f"{number:04d}" + "b" * 16)
+        uris.append(publish_index(world.root, embeddings, vectors, encoder.manifest.fingerprint,
+                                  fingerprint=f"{number:04d}" + "c" * 16).uri)  # fmt: skip
+    return uris
