@@ -14,7 +14,7 @@ help:
 	@echo "make test         set up, then linters, type checks and tests"
 	@echo "make test-fast    the tests that need neither Ray nor minutes"
 	@echo "make test-soak    what takes minutes: the smoke recipe from end to end, killed workers and nodes, full disks"
-	@echo "make lint         ruff, mypy, import-linter, buf"
+	@echo "make lint         ruff (rules and format), mypy, import-linter, buf"
 	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning, labels, training ..."
 	@echo "make proto        regenerate the gRPC stubs"
 
@@ -43,6 +43,7 @@ quickstart: $(VENV)/.run
 
 lint: $(VENV)/.dev .typing
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	MYPYPATH=.typing $(BIN)/mypy -p lookalike -p tests.benchmarks
 	PYTHONPATH=.typing $(BIN)/lint-imports
 	cd serve/proto && $(abspath $(BIN))/buf lint

@@ -18,13 +18,29 @@ from lookalike.data.annotators import ANNOTATORS, Annotator
 from lookalike.data.vocabulary import Integers, Vocabulary
 from lookalike.data.wordlists import WordLists, load_lists
 
-TEXT_COLUMNS = ["image_id", "title", "description", "keywords", "category", "locale", "creator", "dataset", "split",
-                "group", "annotations", "interactions"]  # fmt: skip
+TEXT_COLUMNS = [
+    "image_id",
+    "title",
+    "description",
+    "keywords",
+    "category",
+    "locale",
+    "creator",
+    "dataset",
+    "split",
+    "group",
+    "annotations",
+    "interactions",
+]
 """Columns of the corpus that are read; those a corpus lacks count as empty."""
-ANNOTATIONS = pa.schema([
-    pa.field("image_id", pa.string(), nullable=False), pa.field("term", pa.string(), nullable=False),
-    pa.field("score", pa.float32(), nullable=False), pa.field("split", pa.string()),
-])  # fmt: skip
+ANNOTATIONS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("term", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("split", pa.string()),
+    ]
+)
 """One row a term of an image."""
 COUNTS = pa.schema([("term", pa.string()), ("images", pa.int64())])
 BATCH_ROWS = 16_384
@@ -77,9 +93,14 @@ class AnnotationConfig(Config):
 
     def lists(self) -> WordLists:
         """The word lists the settings name, loaded. Raises ``UsageError`` for a file that cannot be used."""
-        return load_lists(sensitive=self.sensitive, packaged_sensitive=self.packaged_sensitive,
-                          stop_terms=self.stop_terms, aliases=self.aliases, vocabulary=self.vocabulary,
-                          latin=self.language == "en")  # fmt: skip
+        return load_lists(
+            sensitive=self.sensitive,
+            packaged_sensitive=self.packaged_sensitive,
+            stop_terms=self.stop_terms,
+            aliases=self.aliases,
+            vocabulary=self.vocabulary,
+            latin=self.language == "en",
+        )
 
 
 def make_annotator(config: AnnotationConfig) -> Annotator:
@@ -130,19 +151,28 @@ def most_frequent(counts: pa.Table, max_terms: int | None) -> pa.Table:
 
 def annotate(records: pa.Table, annotator: Annotator, vocabulary: Vocabulary) -> pa.Table:
     """``ANNOTATIONS`` of a part, in row order and by falling score, then term."""
-    found = [_select(piece, annotator.annotate(piece, vocabulary), annotator.config.min_score)
-             for piece in _pieces(records)]  # fmt: skip
+    found = [
+        _select(piece, annotator.annotate(piece, vocabulary), annotator.config.min_score) for piece in _pieces(records)
+    ]
     return pa.concat_tables([ANNOTATIONS.empty_table(), *found])
 
 
 def _select(records: pa.Table, named: pa.Table, min_score: float) -> pa.Table:
-    frame = pl.DataFrame(pl.from_arrow(named.cast(pa.schema([("row", pa.int64()), ("term", pa.string()),
-                                                             ("score", pa.float64())]))))  # fmt: skip
+    frame = pl.DataFrame(
+        pl.from_arrow(named.cast(pa.schema([("row", pa.int64()), ("term", pa.string()), ("score", pa.float64())])))
+    )
     best = frame.filter(pl.col("score") >= min_score).group_by("row", "term").agg(pl.col("score").max())
     best = best.sort("row", "score", "term", descending=[False, True, False])
     of = records.select(["image_id", "split"]).take(best["row"].to_arrow())
-    return pa.table([of["image_id"], best["term"].to_arrow().cast(pa.string()),
-                     best["score"].cast(pl.Float32).to_arrow(), of["split"]], schema=ANNOTATIONS)  # fmt: skip
+    return pa.table(
+        [
+            of["image_id"],
+            best["term"].to_arrow().cast(pa.string()),
+            best["score"].cast(pl.Float32).to_arrow(),
+            of["split"],
+        ],
+        schema=ANNOTATIONS,
+    )
 
 
 def _pieces(records: pa.Table) -> Iterator[pa.Table]:

@@ -167,8 +167,9 @@ class Precomputed(Annotator):
         code, distinct = _canonical_codes(terms)
         position = np.array([*(vocabulary.position(term) for term in distinct), -1], np.int64)[code]
         keep = position >= 0
-        return pa.table({"row": row[keep], "term": vocabulary.array.take(pa.array(position[keep])),
-                         "score": score[keep]})  # fmt: skip
+        return pa.table(
+            {"row": row[keep], "term": vocabulary.array.take(pa.array(position[keep])), "score": score[keep]}
+        )
 
     def _given(self, records: pa.Table) -> tuple[Integers, Any, NDArray[np.float64]]:
         name = self.config.scores_from

@@ -24,16 +24,22 @@ from lookalike.data.interests import (
 
 VARIANTS = ("annotation clustering", "+ visual dictionary", "+ interest restriction")
 LABEL_COUNTS = pa.schema([("variant", pa.string()), ("cluster", pa.int32()), ("images", pa.int64())])
-ASSIGNED = pa.schema([
-    pa.field("image_id", pa.string(), nullable=False), pa.field("clusters", pa.list_(pa.int32())),
-    pa.field("interests", pa.list_(pa.string())),
-    pa.field("senses", pa.list_(pa.struct([("term", pa.string()), ("interests", pa.list_(pa.string()))]))),
-])  # fmt: skip
+ASSIGNED = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("clusters", pa.list_(pa.int32())),
+        pa.field("interests", pa.list_(pa.string())),
+        pa.field("senses", pa.list_(pa.struct([("term", pa.string()), ("interests", pa.list_(pa.string()))]))),
+    ]
+)
 """One row a training image that was kept: clusters after restriction, interests, and its polysemous terms."""
-IMAGE_LABELS = pa.schema([
-    pa.field("image_id", pa.string(), nullable=False), pa.field("labels", pa.list_(pa.int32())),
-    pa.field("interests", pa.list_(pa.string())),
-])  # fmt: skip
+IMAGE_LABELS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("labels", pa.list_(pa.int32())),
+        pa.field("interests", pa.list_(pa.string())),
+    ]
+)
 """One row a training image that was kept: columns of the classifier (may be empty) and its interests."""
 
 
@@ -55,9 +61,12 @@ class Tables(NamedTuple):
 
 
 def make_tables(
-    voting: dict[str, NDArray[np.float32]], clusters: pa.Table, everything: pa.Table, interests: list[str],
+    voting: dict[str, NDArray[np.float32]],
+    clusters: pa.Table,
+    everything: pa.Table,
+    interests: list[str],
     restriction: RestrictionConfig,
-) -> Tables:  # fmt: skip
+) -> Tables:
     """``Tables`` from the ``CLUSTERS`` of the dictionary and of the whole vocabulary."""
     interest_of = {row["cluster"]: interests.index(row["interest"]) for row in clusters.to_pylist()}
     senses: dict[str, set[int]] = {}
@@ -100,11 +109,19 @@ def assign_part(annotations: pa.Table, rows: pa.Table, tables: Tables) -> tuple[
         everything = map_clusters(list(terms), tables.all_clusters)
         for variant, clusters in zip(VARIANTS, (everything, visual, restricted), strict=True):
             counts[variant].update(clusters)
-        assigned.append({"image_id": image_id, "clusters": restricted,
-                         "interests": [tables.interests[i] for i in own],
-                         "senses": senses_of(terms, own, tables)})  # fmt: skip
-    counted = [{"variant": variant, "cluster": cluster, "images": images}
-               for variant, found in counts.items() for cluster, images in sorted(found.items())]  # fmt: skip
+        assigned.append(
+            {
+                "image_id": image_id,
+                "clusters": restricted,
+                "interests": [tables.interests[i] for i in own],
+                "senses": senses_of(terms, own, tables),
+            }
+        )
+    counted = [
+        {"variant": variant, "cluster": cluster, "images": images}
+        for variant, found in counts.items()
+        for cluster, images in sorted(found.items())
+    ]
     return pa.Table.from_pylist(assigned, schema=ASSIGNED), pa.Table.from_pylist(counted, schema=LABEL_COUNTS)
 
 
@@ -119,8 +136,11 @@ def _interests(terms: dict[str, float], signals: list[dict[str, Any]] | None, ta
 def senses_of(terms: Iterable[str], own: NDArray[np.int64], tables: Tables) -> list[dict[str, Any]]:
     """Each polysemous term of an image with those of its interests that are the image's too."""
     image = set(own.tolist())
-    return [{"term": term, "interests": [tables.interests[i] for i in tables.senses[term] if i in image]}
-            for term in sorted(terms) if term in tables.senses]  # fmt: skip
+    return [
+        {"term": term, "interests": [tables.interests[i] for i in tables.senses[term] if i in image]}
+        for term in sorted(terms)
+        if term in tables.senses
+    ]
 
 
 def choose_classes(counts: pa.Table, min_images: int) -> dict[int, int]:
@@ -145,17 +165,28 @@ def describe_classes(
     entries = []
     for cluster, column in columns.items():
         interest, terms = members[cluster][0]["interest"], [row["term"] for row in members[cluster]]
-        entries.append({"label": column, "cluster": cluster, "interest": interest, "terms": terms,
-                        "name": f"{interest}: {', '.join(terms[:3])}", "images": images[column],
-                        "previous_label": previous.get(cluster)})  # fmt: skip
+        entries.append(
+            {
+                "label": column,
+                "cluster": cluster,
+                "interest": interest,
+                "terms": terms,
+                "name": f"{interest}: {', '.join(terms[:3])}",
+                "images": images[column],
+                "previous_label": previous.get(cluster),
+            }
+        )
     return entries
 
 
 def number_part(assigned: pa.Table, columns: dict[int, int]) -> pa.Table:
     """``IMAGE_LABELS``: cluster ids replaced by columns, those without one dropped."""
     labels = [[columns[c] for c in clusters if c in columns] for clusters in assigned["clusters"].to_pylist()]
-    values = [assigned["image_id"].combine_chunks(), pa.array(labels, pa.list_(pa.int32())),
-              assigned["interests"].combine_chunks()]  # fmt: skip
+    values = [
+        assigned["image_id"].combine_chunks(),
+        pa.array(labels, pa.list_(pa.int32())),
+        assigned["interests"].combine_chunks(),
+    ]
     return pa.table(values, schema=IMAGE_LABELS)
 
 
@@ -179,6 +210,12 @@ def ablation_rows(counts: pa.Table, images: int, min_images: int, terms: dict[st
     rows = []
     for variant in VARIANTS:
         found = frame.filter((pl.col("variant") == variant) & (pl.col("images") >= min_images))
-        rows.append({"variant": variant, "terms": terms[variant], "labels": found.height,
-                     "labels_per_image": round(float(found["images"].sum()) / max(images, 1), 3)})  # fmt: skip
+        rows.append(
+            {
+                "variant": variant,
+                "terms": terms[variant],
+                "labels": found.height,
+                "labels_per_image": round(float(found["images"].sum()) / max(images, 1), 3),
+            }
+        )
     return rows

@@ -19,8 +19,10 @@ def pairs_of(rows: pa.Table) -> list[Pairs]:
     """(name, value) of each corpus row, by name, then value; none where an older corpus has no such column."""
     if "attributes" not in rows.column_names:
         return [[] for _ in range(rows.num_rows)]
-    return [sorted({(entry["name"], entry["value"]) for entry in entries or ()})
-            for entries in rows["attributes"].to_pylist()]  # fmt: skip
+    return [
+        sorted({(entry["name"], entry["value"]) for entry in entries or ()})
+        for entries in rows["attributes"].to_pylist()
+    ]
 
 
 def count_values(rows: pa.Table) -> pa.Table:
@@ -48,8 +50,11 @@ def classes_of_rows(rows: pa.Table, classes: Classes) -> list[list[int]]:
 
     A row with several values of an attribute (a sofa in red and blue) takes the first that is a class.
     """
-    known = {(name, value): (place, number) for place, (name, values) in enumerate(classes.items())
-             for number, value in enumerate(values)}  # fmt: skip
+    known = {
+        (name, value): (place, number)
+        for place, (name, values) in enumerate(classes.items())
+        for number, value in enumerate(values)
+    }
     found = []
     for pairs in pairs_of(rows):
         row = [-1] * len(classes)

@@ -78,8 +78,10 @@ def read_words(uri: str) -> dict[str, bool]:
             values = yaml.safe_load(content)
             named = {str(word): side == "concrete" for side in ("abstract", "concrete") for word in values[side]}
     except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UsageError(f"word list {uri} cannot be read ({error!r}); give YAML with the lists 'concrete' and "
-                         "'abstract', or CSV with the columns term, concrete (0 or 1)") from None  # fmt: skip
+        raise UsageError(
+            f"word list {uri} cannot be read ({error!r}); give YAML with the lists 'concrete' and "
+            "'abstract', or CSV with the columns term, concrete (0 or 1)"
+        ) from None
     words = {term: concrete for word, concrete in named.items() if (term := canonical(word))}
     if len(set(words.values())) < 2:
         raise UsageError(f"word list {uri} has {len(words)} usable words of one kind; give concrete and abstract ones")
@@ -108,19 +110,24 @@ def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> Choice:
     sides = [[word for word, concrete in words.items() if concrete == wanted] for wanted in (True, False)]
     high, low = (_scores_of(dictionary, side) for side in sides)
     if min(len(high), len(low)) < 5:
-        raise UsageError(f"of the word list {len(high)} concrete and {len(low)} abstract words are scored terms, 5 of "
-                         "each are needed; give a list in the corpus's own words, or dictionary.boundary")  # fmt: skip
+        raise UsageError(
+            f"of the word list {len(high)} concrete and {len(low)} abstract words are scored terms, 5 of "
+            "each are needed; give a list in the corpus's own words, or dictionary.boundary"
+        )
     at = CANDIDATES.astype(np.float32)
     values = ((high >= at[:, None]).mean(axis=1) + (low < at[:, None]).mean(axis=1)) / 2
     facts = {"auc": round(ranking_auc(dictionary, *sides), 4), "concrete_words": len(high), "abstract_words": len(low)}
-    return Choice(float(CANDIDATES[int(values.argmax())]), "balanced accuracy", _curve(dictionary, CANDIDATES, values),
-                  facts)  # fmt: skip
+    return Choice(
+        float(CANDIDATES[int(values.argmax())]), "balanced accuracy", _curve(dictionary, CANDIDATES, values), facts
+    )
 
 
 def _curve(dictionary: pa.Table, at: NDArray[np.float64], values: NDArray[np.floating]) -> list[dict[str, float]]:
     scores = dictionary["concreteness"].drop_null().to_numpy()
-    return [{"boundary": float(b), "terms": int((scores >= np.float32(b)).sum()), "value": round(float(v), 5)}
-            for b, v in zip(at, values, strict=True)]  # fmt: skip
+    return [
+        {"boundary": float(b), "terms": int((scores >= np.float32(b)).sum()), "value": round(float(v), 5)}
+        for b, v in zip(at, values, strict=True)
+    ]
 
 
 def choose_by_retrieval(
@@ -134,8 +141,10 @@ def choose_by_retrieval(
     codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)[1] if len(labels) else np.zeros(0, np.int64)
     asked = np.nonzero(np.bincount(codes)[codes] > 1)[0] if len(codes) else codes
     if len(asked) < 16:
-        raise UsageError(f"the validation split has {len(asked)} images that share a group or category with another, "
-                         "16 are needed; name another split as boundary_from.split")  # fmt: skip
+        raise UsageError(
+            f"the validation split has {len(asked)} images that share a group or category with another, "
+            "16 are needed; name another split as boundary_from.split"
+        )
     mean = pools.vectors.astype(np.float32).mean(axis=0)
     images = np.asarray(vectors, np.float32) - mean
     at = CANDIDATES[::RETRIEVAL_EVERY]
@@ -143,8 +152,12 @@ def choose_by_retrieval(
     best = float(values.max())
     error = float(np.sqrt(best * (1 - best) / len(asked)))
     chosen = int(np.nonzero(values >= best - error)[0][0])
-    return Choice(float(at[chosen]), "P@1 of the validation images", _curve(dictionary, at, values),
-                  {"standard_error": round(error, 5), "queries": len(asked)})  # fmt: skip
+    return Choice(
+        float(at[chosen]),
+        "P@1 of the validation images",
+        _curve(dictionary, at, values),
+        {"standard_error": round(error, 5), "queries": len(asked)},
+    )
 
 
 def _grams(
@@ -174,8 +187,9 @@ def _centred_sum(x: NDArray[np.float32], rows: NDArray[np.integer]) -> NDArray[n
     return np.asarray(x[rows].sum(axis=0) / len(x) / np.sqrt(max(share * (1 - share), 1e-12)), dtype=np.float64)
 
 
-def _p_at_1(images: NDArray[np.float32], gram: NDArray[np.float64], asked: NDArray[np.integer],
-            codes: NDArray[np.integer]) -> float:  # fmt: skip
+def _p_at_1(
+    images: NDArray[np.float32], gram: NDArray[np.float64], asked: NDArray[np.integer], codes: NDArray[np.integer]
+) -> float:
     """P@1 by cosine in the space of the predictions, whose inner products are x^T (W W^T) y."""
     values, axes = np.linalg.eigh(gram)
     small = images @ (axes * np.sqrt(np.maximum(values, 0))).astype(np.float32)

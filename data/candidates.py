@@ -32,12 +32,18 @@ SAMPLE_PER_CELL, MAX_SAMPLE = 64, 2_000_000  # vectors that the cells are traine
 FLAT_CELLS = 4096  # above, centroids are looked up through a graph
 MAX_CELL_ROWS = 400_000  # larger cells are cut, by the hash of the pictures' hash
 
-PAIRS = pa.schema([
-    pa.field("row", pa.int64(), nullable=False), pa.field("row_id", pa.string(), nullable=False),
-    pa.field("twin", pa.int64(), nullable=False), pa.field("twin_id", pa.string(), nullable=False),
-    pa.field("split", pa.string()), pa.field("same", pa.bool_()), pa.field("bits", pa.int32()),
-    pa.field("cosine", pa.float32()),
-])  # fmt: skip
+PAIRS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("twin", pa.int64(), nullable=False),
+        pa.field("twin_id", pa.string(), nullable=False),
+        pa.field("split", pa.string()),
+        pa.field("same", pa.bool_()),
+        pa.field("bits", pa.int32()),
+        pa.field("cosine", pa.float32()),
+    ]
+)
 """A training row and a twin of it: an earlier training row (``split`` is null), or a row of the held-out ``split``."""
 
 
@@ -152,23 +158,32 @@ def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
     held-out one.
 
     Between rows that both have a group only equal bytes count, unless one is held out.
-    """  # fmt: skip
+    """
     rows = rows.sort_by("row")
     pictures = pictures_of(rows, config.mirrored)
     split = np.array(rows["split"].to_pylist(), dtype=object)
     grouped = rows["group"].is_valid().to_numpy()
     training, held_out = np.nonzero(split == "train")[0], np.nonzero(split != "train")[0]
-    found = [*_earlier_twins(pictures, training, grouped, config),
-             *_closest_twins(pictures, training, held_out, config)]  # fmt: skip
+    found = [
+        *_earlier_twins(pictures, training, grouped, config),
+        *_closest_twins(pictures, training, held_out, config),
+    ]
     if not found:
         return PAIRS.empty_table()
     both = Found(*(np.concatenate(values) for values in zip(*found, strict=True)))
     ids = rows["image_id"].combine_chunks()
     numbers = rows["row"].to_numpy()
     splits = [value if value != "train" else None for value in split[both.twin]]
-    columns = [pa.array(numbers[both.row]), ids.take(pa.array(both.row)), pa.array(numbers[both.twin]),
-               ids.take(pa.array(both.twin)), pa.array(splits, pa.string()), pa.array(both.same),
-               pa.array(both.bits), pa.array(both.cosine)]  # fmt: skip
+    columns = [
+        pa.array(numbers[both.row]),
+        ids.take(pa.array(both.row)),
+        pa.array(numbers[both.twin]),
+        ids.take(pa.array(both.twin)),
+        pa.array(splits, pa.string()),
+        pa.array(both.same),
+        pa.array(both.bits),
+        pa.array(both.cosine),
+    ]
     return pa.table(columns, schema=PAIRS)
 
 
@@ -224,8 +239,10 @@ def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], conf
     """Verified pairs of a tile, by query and then by base."""
     row, twin = np.divmod(_candidates(pictures, queries, base, config), len(base))
     row, twin = queries[row], base[twin]
-    found = [_verify(pictures, row[start : start + PAIR_BATCH], twin[start : start + PAIR_BATCH], config)
-             for start in range(0, max(len(row), 1), PAIR_BATCH)]  # fmt: skip
+    found = [
+        _verify(pictures, row[start : start + PAIR_BATCH], twin[start : start + PAIR_BATCH], config)
+        for start in range(0, max(len(row), 1), PAIR_BATCH)
+    ]
     return Found(*(np.concatenate(values) for values in zip(*found, strict=True)))
 
 
@@ -267,9 +284,10 @@ def _near_hashes(
 def merge_pairs(pairs: pa.Table) -> pl.DataFrame:
     """``PAIRS`` of several cells as one frame: each pair of training rows once, by row and twin; of the held-out twins
     of a row the closest (bits, then cosine, then corpus order), as if they came from one cell.
-    """  # fmt: skip
+    """
     frame = pl.DataFrame(pl.from_arrow(pairs))
     inside = frame.filter(pl.col("split").is_null()).sort("row", "twin", "bits").unique(["row", "twin"], keep="first")
     across = frame.filter(pl.col("split").is_not_null()).sort(
-        "row", "bits", "cosine", "twin", descending=[False, False, True, False])  # fmt: skip
+        "row", "bits", "cosine", "twin", descending=[False, False, True, False]
+    )
     return pl.concat([inside, across.unique("row", keep="first")]).sort("row", "twin")

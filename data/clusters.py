@@ -18,10 +18,14 @@ from lookalike.errors import UsageError
 from lookalike.registry import nearest
 from lookalike.seeds import derive_seed
 
-CLUSTERS = pa.schema([
-    pa.field("cluster", pa.int32(), nullable=False), pa.field("interest", pa.string(), nullable=False),
-    pa.field("term", pa.string(), nullable=False), pa.field("similarity", pa.float32()),
-])  # fmt: skip
+CLUSTERS = pa.schema(
+    [
+        pa.field("cluster", pa.int32(), nullable=False),
+        pa.field("interest", pa.string(), nullable=False),
+        pa.field("term", pa.string(), nullable=False),
+        pa.field("similarity", pa.float32()),
+    ]
+)
 """One row a term of a cluster; ``similarity`` is its cosine to the cluster's centre."""
 
 
@@ -40,9 +44,14 @@ class ClusterConfig(Config):
 
 
 def cluster_terms(
-    terms: Sequence[str], vectors: NDArray[np.float32], chosen: Sequence[Sequence[int]], *,
-    interests: Sequence[str], config: ClusterConfig, seed: int,
-) -> pa.Table:  # fmt: skip
+    terms: Sequence[str],
+    vectors: NDArray[np.float32],
+    chosen: Sequence[Sequence[int]],
+    *,
+    interests: Sequence[str],
+    config: ClusterConfig,
+    seed: int,
+) -> pa.Table:
     """``CLUSTERS`` of sorted ``terms`` [n] with unit ``vectors`` [n, d]; ids count through the interests in order.
 
     ``chosen`` holds each term's interests as numbers into ``interests``. Raises ``UsageError`` when ``num_clusters``
@@ -50,8 +59,10 @@ def cluster_terms(
     """
     for name, centres in config.num_clusters.items():
         if name not in interests or centres < 1:
-            raise UsageError(f"clusters.num_clusters has {name!r}: {centres}; give an interest of the taxonomy"
-                             f"{nearest(name, list(interests))} and at least one centre")  # fmt: skip
+            raise UsageError(
+                f"clusters.num_clusters has {name!r}: {centres}; give an interest of the taxonomy"
+                f"{nearest(name, list(interests))} and at least one centre"
+            )
     rows: list[dict[str, Any]] = []
     first = 0
     for number, interest in enumerate(interests):
@@ -64,8 +75,15 @@ def cluster_terms(
         labels, similarity = split_outliers(labels, similarity, config.min_similarity)
         used, labels = np.unique(labels, return_inverse=True)
         order = np.lexsort((members, -similarity, labels))
-        rows += [{"cluster": first + int(labels[i]), "interest": interest, "term": terms[int(members[i])],
-                  "similarity": float(similarity[i])} for i in order]  # fmt: skip
+        rows += [
+            {
+                "cluster": first + int(labels[i]),
+                "interest": interest,
+                "term": terms[int(members[i])],
+                "similarity": float(similarity[i]),
+            }
+            for i in order
+        ]
         first += len(used)
     return pa.Table.from_pylist(rows, schema=CLUSTERS)
 
@@ -77,8 +95,16 @@ def spherical_kmeans(vectors: NDArray[np.float32], k: int, seed: int) -> tuple[N
     if k >= len(vectors):
         return np.arange(len(vectors), dtype=np.int64), np.ones(len(vectors), np.float32)
     faiss.omp_set_num_threads(1)  # sums in one order: the same clusters on every machine
-    means = faiss.Kmeans(vectors.shape[1], k, niter=25, nredo=3, spherical=True, seed=seed % (1 << 31),
-                         min_points_per_centroid=1, max_points_per_centroid=1 << 20)  # fmt: skip
+    means = faiss.Kmeans(
+        vectors.shape[1],
+        k,
+        niter=25,
+        nredo=3,
+        spherical=True,
+        seed=seed % (1 << 31),
+        min_points_per_centroid=1,
+        max_points_per_centroid=1 << 20,
+    )
     means.train(np.ascontiguousarray(vectors))
     scores, labels = means.index.search(np.ascontiguousarray(vectors), 1)
     return labels[:, 0].astype(np.int64), scores[:, 0].astype(np.float32)

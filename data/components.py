@@ -53,8 +53,9 @@ def downwards(edges: pl.DataFrame) -> pl.DataFrame:
 
 def large_star(edges: pl.DataFrame) -> pl.DataFrame:
     """Ties every node's larger neighbours to the smallest, or to itself. Asks for all edges of a node, both ways."""
-    least = edges.group_by("node").agg(least=pl.col("other").min()).with_columns(
-        least=pl.min_horizontal("node", "least"))  # fmt: skip
+    least = (
+        edges.group_by("node").agg(least=pl.col("other").min()).with_columns(least=pl.min_horizontal("node", "least"))
+    )
     larger = edges.filter(pl.col("other") > pl.col("node")).join(least, on="node")
     return larger.select(node="other", other="least").unique()
 

@@ -96,8 +96,9 @@ def _stack(samples: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tens
     return x_TSD.mul_(valid_TS1), torch.from_numpy(target).to(device), fold_TS
 
 
-def _train(x_TSD: torch.Tensor, target_TS: torch.Tensor, fold_TS: torch.Tensor, config: ProbeConfig, seed: int
-           ) -> torch.Tensor:  # fmt: skip
+def _train(
+    x_TSD: torch.Tensor, target_TS: torch.Tensor, fold_TS: torch.Tensor, config: ProbeConfig, seed: int
+) -> torch.Tensor:
     """Hits [T] on held-out samples after training all folds' models on the other samples, both sides weighing half."""
     held_TSF = fold_TS.unsqueeze(2) == torch.arange(config.folds, device=x_TSD.device)
     target_TS1 = target_TS.unsqueeze(2)
@@ -135,8 +136,10 @@ def _layers(flat_TK: torch.Tensor, dim: int, config: ProbeConfig) -> list[torch.
     width = -(-config.folds * config.hidden // LANES) * LANES
     shapes = [(width, dim), (1, width), (width, config.folds), (1, config.folds)]
     ends = np.cumsum([rows * columns for rows, columns in shapes]).tolist()
-    return [flat_TK[:, end - rows * columns : end].view(-1, rows, columns)
-            for end, (rows, columns) in zip(ends, shapes, strict=True)]  # fmt: skip
+    return [
+        flat_TK[:, end - rows * columns : end].view(-1, rows, columns)
+        for end, (rows, columns) in zip(ends, shapes, strict=True)
+    ]
 
 
 def _initial(dim: int, config: ProbeConfig, seed: int) -> torch.Tensor:
@@ -149,6 +152,10 @@ def _initial(dim: int, config: ProbeConfig, seed: int) -> torch.Tensor:
     spare = -folds * hidden % LANES
     first = torch.randn(hidden, dim, generator=generator) / dim**0.5
     second = torch.randn(hidden, 1, generator=generator) / hidden**0.5
-    parts = [pad(first.repeat(folds, 1), (0, 0, 0, spare)), torch.zeros(folds * hidden + spare),
-             pad(torch.kron(torch.eye(folds), second), (0, 0, 0, spare)), torch.zeros(-(-folds // LANES) * LANES)]
+    parts = [
+        pad(first.repeat(folds, 1), (0, 0, 0, spare)),
+        torch.zeros(folds * hidden + spare),
+        pad(torch.kron(torch.eye(folds), second), (0, 0, 0, spare)),
+        torch.zeros(-(-folds // LANES) * LANES),
+    ]
     return torch.cat([part.flatten() for part in parts])

@@ -13,29 +13,51 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 LIGHT = ["image_id", "row", "content", "group", "split"]
-LEADERS = pa.schema([
-    pa.field("image_id", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False),
-    pa.field("content", pa.binary(16)), pa.field("grouped", pa.bool_()), pa.field("split", pa.string()),
-])  # fmt: skip
+LEADERS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("content", pa.binary(16)),
+        pa.field("grouped", pa.bool_()),
+        pa.field("split", pa.string()),
+    ]
+)
 """The first row of every class of a part."""
-COPIES = pa.schema([
-    pa.field("row", pa.int64(), nullable=False), pa.field("leader", pa.int64(), nullable=False),
-    pa.field("leader_id", pa.string(), nullable=False), pa.field("component", pa.string(), nullable=False),
-    pa.field("split", pa.string()),
-])  # fmt: skip
+COPIES = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("leader", pa.int64(), nullable=False),
+        pa.field("leader_id", pa.string(), nullable=False),
+        pa.field("component", pa.string(), nullable=False),
+        pa.field("split", pa.string()),
+    ]
+)
 """A part's first row that is not searched: it follows the ``leader`` of its class in an earlier part, or its bytes are
 those of the held-out row ``leader`` of ``split``. ``component``: id of the first training row with these bytes."""
-FATES = pa.schema([
-    pa.field("row", pa.int64(), nullable=False), pa.field("keeper", pa.int64()), pa.field("keeper_id", pa.string()),
-    pa.field("component", pa.string(), nullable=False), pa.field("reason", pa.string()),
-    pa.field("split", pa.string()), pa.field("bits", pa.int32()), pa.field("cosine", pa.float32()),
-])  # fmt: skip
+FATES = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("keeper", pa.int64()),
+        pa.field("keeper_id", pa.string()),
+        pa.field("component", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("bits", pa.int32()),
+        pa.field("cosine", pa.float32()),
+    ]
+)
 """What the search says of a row that has a twin; ``reason`` is null when it stays."""
-DUPLICATES = pa.schema([
-    pa.field("image_id", pa.string(), nullable=False), pa.field("keeper_id", pa.string()),
-    pa.field("component", pa.string(), nullable=False), pa.field("reason", pa.string(), nullable=False),
-    pa.field("split", pa.string()), pa.field("bits", pa.int32()), pa.field("cosine", pa.float32()),
-])  # fmt: skip
+DUPLICATES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("keeper_id", pa.string()),
+        pa.field("component", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("split", pa.string()),
+        pa.field("bits", pa.int32()),
+        pa.field("cosine", pa.float32()),
+    ]
+)
 """One row a training image that is dropped, in corpus order.
 
 ``keeper_id``: its twin that stays or is held out; ``component``: the first image, in corpus order, of its connected
@@ -74,8 +96,11 @@ def find_copies(leaders: pa.Table) -> pa.Table:
     frame = pl.DataFrame(pl.from_arrow(leaders)).sort("row")
     train = frame.filter(pl.col("split") == "train")
     first = frame.unique(_CLASS, keep="first").select(*_CLASS, leader="row", leader_id="image_id")
-    test = frame.filter(pl.col("split") != "train").unique("content", keep="first").select(
-        "content", test="row", test_id="image_id", test_split="split")  # fmt: skip
+    test = (
+        frame.filter(pl.col("split") != "train")
+        .unique("content", keep="first")
+        .select("content", test="row", test_id="image_id", test_split="split")
+    )
     component = train.unique("content", keep="first").select("content", component="image_id")
     joined = frame.join(first, on=_CLASS).join(component, on="content", how="left").join(test, on="content", how="left")
     overlaps = (pl.col("split") == "train") & pl.col("test").is_not_null()
@@ -103,11 +128,17 @@ def settle_part(signatures: pa.Table, held: Set[str], copies: pa.Table, fates: p
     """
     frame = pl.DataFrame(pl.from_arrow(signatures.select(LIGHT)))
     follow = pl.DataFrame(pl.from_arrow(copies)).rename({"row": "first_row", "component": "own", "split": "test"})
-    joined = _classed(signatures, held).filter(pl.col("split") == "train").drop("split").join(
-        follow, on="first_row", how="left").with_columns(
-        leader=pl.col("leader").fill_null(pl.col("first_row")),
-        leader_id=pl.col("leader_id").fill_null(pl.col("first_image_id")),
-    ).join(pl.DataFrame(pl.from_arrow(fates)).rename({"row": "leader"}), on="leader", how="left")  # fmt: skip
+    joined = (
+        _classed(signatures, held)
+        .filter(pl.col("split") == "train")
+        .drop("split")
+        .join(follow, on="first_row", how="left")
+        .with_columns(
+            leader=pl.col("leader").fill_null(pl.col("first_row")),
+            leader_id=pl.col("leader_id").fill_null(pl.col("first_image_id")),
+        )
+        .join(pl.DataFrame(pl.from_arrow(fates)).rename({"row": "leader"}), on="leader", how="left")
+    )
     equal, follows = pl.col("test").is_not_null(), pl.col("reason").is_null() & (pl.col("row") != pl.col("leader"))
     to_leader = equal | follows
     settled = joined.filter(to_leader | pl.col("reason").is_not_null()).select(
@@ -120,7 +151,7 @@ def settle_part(signatures: pa.Table, held: Set[str], copies: pa.Table, fates: p
         cosine=pl.when(to_leader).then(1.0).otherwise("cosine").cast(pl.Float32),
         row="row",
         keeper=pl.when(to_leader).then("leader").otherwise("keeper"),
-    )  # fmt: skip
+    )
     out = frame.filter((pl.col("split") == "train") & pl.col("group").is_in(list(held)).fill_null(value=False))
     gone = out.select("image_id", "row", component="image_id", reason=pl.lit("group_in_test"))
     return pl.concat([settled, gone], how="diagonal").sort("row").select(DROPPED.names).to_arrow().cast(DROPPED)

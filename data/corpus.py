@@ -85,8 +85,10 @@ def plan_units(config: CorpusConfig) -> list[Item]:
         reader = config.reader(source)
         with ThreadPoolExecutor(8) as pool:  # a store's answer takes longer than ours
             for units in pool.map(lambda uri: list(reader.units(uri, config.rows_per_part)), reader.files()):  # noqa: B023
-                items += [{"number": len(items) + place, "source": source, "unit": json.dumps(unit)}
-                          for place, unit in enumerate(units)]  # fmt: skip
+                items += [
+                    {"number": len(items) + place, "source": source, "unit": json.dumps(unit)}
+                    for place, unit in enumerate(units)
+                ]
     if not items:
         raise CorpusError(f"the sources hold no record: {', '.join(s.uri for s in config.sources)}")
     return items
@@ -172,8 +174,10 @@ def run(run: StageRun[CorpusConfig]) -> None:
     counts = merge_quarantine(summaries, repeated, places, run.out.path("quarantine.parquet"))
     run.out.stats = tally(config, summaries, repeated, counts)
     if not run.out.stats["images"]:
-        raise CorpusError(f"none of the {run.out.stats['records']} records is acceptable; reasons: "
-                          f"{run.out.stats['refused']}; check columns and limits")  # fmt: skip
+        raise CorpusError(
+            f"none of the {run.out.stats['records']} records is acceptable; reasons: "
+            f"{run.out.stats['refused']}; check columns and limits"
+        )
     log.info("corpus %s", fields(records=run.out.stats["records"], images=run.out.stats["images"]))
 
 
@@ -192,11 +196,15 @@ def tally(
     refused = {reason: n for reason, n in sorted(counts.items()) if reason not in repairs}
     assert records == images + sum(refused.values()), f"{records} records, {images} images, refused {refused}"
     return {
-        "records": records, "images": images, "refused": refused, "quarantine_rows": counts.total(),
+        "records": records,
+        "images": images,
+        "refused": refused,
+        "quarantine_rows": counts.total(),
         "repaired": {reason.replace(REPAIRED, ""): n for reason, n in repairs.items()},
-        "datasets": {name: {split: n for split, n in sorted(splits.items()) if n}
-                     for name, splits in sorted(datasets.items())},
-    }  # fmt: skip
+        "datasets": {
+            name: {split: n for split, n in sorted(splits.items()) if n} for name, splits in sorted(datasets.items())
+        },
+    }
 
 
 def _sources(config: CorpusConfig) -> list[str]:

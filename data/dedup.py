@@ -24,14 +24,17 @@ from lookalike.data.copies import (
     held_out_groups,
     select_searched,
     settle_part,
-)  # fmt: skip
+)
 from lookalike.data.twins import DedupConfig
 
 COPIES_WITHIN = ("duplicate", "near_duplicate")  # reasons of rows whose twin is a training row that stays
-LENT = pa.schema([
-    pa.field("image_id", pa.string(), nullable=False), pa.field("keeper_id", pa.string(), nullable=False),
-    pa.field("keeper", pa.int64(), nullable=False),
-])  # fmt: skip
+LENT = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("keeper_id", pa.string(), nullable=False),
+        pa.field("keeper", pa.int64(), nullable=False),
+    ]
+)
 """A dropped copy and the row that inherits its words."""
 
 
@@ -47,7 +50,8 @@ def decide_fates(pairs: pl.DataFrame) -> pa.Table:
     gone = across.with_columns(reason=pl.lit("overlaps_test"))
     kept = _keep_first(inside, set(across["row"].to_list()))
     near = inside.filter(pl.Series(kept, dtype=pl.Boolean)).with_columns(
-        reason=pl.when("same").then(pl.lit("duplicate")).otherwise(pl.lit("near_duplicate")))  # fmt: skip
+        reason=pl.when("same").then(pl.lit("duplicate")).otherwise(pl.lit("near_duplicate"))
+    )
     chosen = pl.concat([gone, near]).rename({"twin": "keeper", "twin_id": "keeper_id"})
     return rows.join(chosen, on="row", how="left").sort("row").select(FATES.names).to_arrow().cast(FATES)
 
@@ -95,7 +99,7 @@ def keep_training(rows: pa.Table, duplicates: pa.Table) -> pa.Table:
 def borrow(annotations: pa.Table, lent: pa.Table) -> pa.Table:
     """Annotations of a part's dropped copies under their keeper's id, with the keeper's row number as ``keeper``: a
     picture keeps what any of its copies was called.
-    """  # fmt: skip
+    """
     frame = pl.DataFrame(pl.from_arrow(annotations)).join(pl.DataFrame(pl.from_arrow(lent)), on="image_id")
     words = frame.with_columns(image_id=pl.col("keeper_id")).select(*annotations.column_names, "keeper")
     return words.to_arrow().cast(pa.schema([*annotations.schema, LENT.field("keeper")]))

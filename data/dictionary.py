@@ -24,16 +24,31 @@ from lookalike.data.sketch import Sample, SampleConfig
 
 FORMAT = 1  # raised when the same samples and settings give other scores: earlier scores are not reused then
 
-SCORES = pa.schema([
-    pa.field("term", pa.string()), pa.field("positives", pa.int32()), pa.field("trials", pa.int32()),
-    pa.field("hits", pa.int32()), pa.field("digest", pa.string()), pa.field("reused", pa.bool_()),
-])  # fmt: skip
+SCORES = pa.schema(
+    [
+        pa.field("term", pa.string()),
+        pa.field("positives", pa.int32()),
+        pa.field("trials", pa.int32()),
+        pa.field("hits", pa.int32()),
+        pa.field("digest", pa.string()),
+        pa.field("reused", pa.bool_()),
+    ]
+)
 """One row a sampled term: its positives, held-out answers, and right ones; no digest where too few were sampled."""
-DICTIONARY = pa.schema([
-    ("term", pa.string()), ("images", pa.int64()), ("positives", pa.int32()), ("trials", pa.int32()),
-    ("hits", pa.int32()), ("concreteness", pa.float32()), ("low", pa.float32()), ("high", pa.float32()),
-    ("status", pa.string()), ("digest", pa.string()),
-])  # fmt: skip
+DICTIONARY = pa.schema(
+    [
+        ("term", pa.string()),
+        ("images", pa.int64()),
+        ("positives", pa.int32()),
+        ("trials", pa.int32()),
+        ("hits", pa.int32()),
+        ("concreteness", pa.float32()),
+        ("low", pa.float32()),
+        ("high", pa.float32()),
+        ("status", pa.string()),
+        ("digest", pa.string()),
+    ]
+)
 """One row a term of the vocabulary. ``status``: ``kept``, ``abstract`` (under the boundary), ``too_few`` (positives or
 negatives: not scored, ``concreteness`` is null). ``digest``: of all that the score follows from."""
 

@@ -51,12 +51,15 @@ def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
     values = yaml.safe_load(packaged.read_bytes() if uri is None else storage.read_bytes(uri))
     if not isinstance(values, dict) or len(values) < 2 or not all(isinstance(v, list) and v for v in values.values()):
         raise UsageError(f"taxonomy {uri}: give a YAML mapping of two or more interests, each to a list of seed terms")
-    seeds = {str(name): list(dict.fromkeys(term for t in terms if (term := canonical(str(t)))))
-             for name, terms in values.items()}  # fmt: skip
+    seeds = {
+        str(name): list(dict.fromkeys(term for t in terms if (term := canonical(str(t)))))
+        for name, terms in values.items()
+    }
     empty = [name for name, terms in seeds.items() if not terms]
     if empty:
-        raise UsageError(f"taxonomy {uri}: interest {empty[0]!r} has no usable seed term; give nouns of one to three "
-                         "words")  # fmt: skip
+        raise UsageError(
+            f"taxonomy {uri}: interest {empty[0]!r} has no usable seed term; give nouns of one to three words"
+        )
     return seeds
 
 
@@ -93,8 +96,10 @@ class InterestClassifier:
 def choose_interests(probabilities: NDArray[np.float32], config: InterestConfig) -> list[list[int]]:
     """Per term its interests, best first: those at ``score``, ``most`` at most, one at least."""
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, : config.most]
-    return [[int(i) for rank, i in enumerate(row) if rank == 0 or p[i] >= config.score]
-            for row, p in zip(order, probabilities, strict=True)]  # fmt: skip
+    return [
+        [int(i) for rank, i in enumerate(row) if rank == 0 or p[i] >= config.score]
+        for row, p in zip(order, probabilities, strict=True)
+    ]
 
 
 def votes(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -28,10 +28,18 @@ def run(run: StageRun[LabelsConfig]) -> None:
     clusters = job.once("clusters", assign.cluster)
     assigned = job.once("labels", lambda job: assign.assign(job, clusters["interests"]))
     senses = job.once("polysemy", assign.tell_senses)
-    stats = {**assigned, "duplicates": dropped, "terms": terms["terms"], "annotations": annotated["annotations"],
-             "dictionary": dictionary, "terms_used": clusters["terms"], "clusters": clusters["clusters"],
-             "carried_over": clusters["carried_over"],
-             "next_cluster": clusters["next_cluster"], "polysemy": senses}  # fmt: skip
+    stats = {
+        **assigned,
+        "duplicates": dropped,
+        "terms": terms["terms"],
+        "annotations": annotated["annotations"],
+        "dictionary": dictionary,
+        "terms_used": clusters["terms"],
+        "clusters": clusters["clusters"],
+        "carried_over": clusters["carried_over"],
+        "next_cluster": clusters["next_cluster"],
+        "polysemy": senses,
+    }
     check_flow(stats)
     classes = json.loads(storage.read_bytes(run.out.path("classes.json")))
     job.once("report", lambda job: write_report(run.out, job.corpus, stats, run.config.report, classes))
@@ -53,6 +61,12 @@ def _sources(config: LabelsConfig) -> list[str]:
 
 
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels", "labels", LabelsConfig, run, resumable=True, version=3, sources=_sources,
+    "labels",
+    "labels",
+    LabelsConfig,
+    run,
+    resumable=True,
+    version=3,
+    sources=_sources,
     inputs={"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)},
-)  # fmt: skip
+)

@@ -19,11 +19,43 @@ SURE, LIKELY = 0.9, 0.5
 IDENTIFY_CHARACTERS = 400
 """Read of a text to identify it."""
 _THREE_LETTERS = {
-    "ara": "ar", "ces": "cs", "chi": "zh", "cze": "cs", "dan": "da", "deu": "de", "dut": "nl", "ell": "el", "eng": "en",
-    "est": "et", "fin": "fi", "fra": "fr", "fre": "fr", "ger": "de", "gre": "el", "heb": "he", "hin": "hi", "hun": "hu",
-    "ind": "id", "ita": "it", "jpn": "ja", "kor": "ko", "nld": "nl", "nor": "no", "pol": "pl", "por": "pt", "ron": "ro",
-    "rum": "ro", "rus": "ru", "spa": "es", "swe": "sv", "tha": "th", "tur": "tr", "ukr": "uk", "vie": "vi", "zho": "zh",
-}  # fmt: skip
+    "ara": "ar",
+    "ces": "cs",
+    "chi": "zh",
+    "cze": "cs",
+    "dan": "da",
+    "deu": "de",
+    "dut": "nl",
+    "ell": "el",
+    "eng": "en",
+    "est": "et",
+    "fin": "fi",
+    "fra": "fr",
+    "fre": "fr",
+    "ger": "de",
+    "gre": "el",
+    "heb": "he",
+    "hin": "hi",
+    "hun": "hu",
+    "ind": "id",
+    "ita": "it",
+    "jpn": "ja",
+    "kor": "ko",
+    "nld": "nl",
+    "nor": "no",
+    "pol": "pl",
+    "por": "pt",
+    "ron": "ro",
+    "rum": "ro",
+    "rus": "ru",
+    "spa": "es",
+    "swe": "sv",
+    "tha": "th",
+    "tur": "tr",
+    "ukr": "uk",
+    "vie": "vi",
+    "zho": "zh",
+}
 
 
 class _Model(NamedTuple):
@@ -46,8 +78,15 @@ def _model() -> _Model:
     found = LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)
     languages = list(found.nb_classes)
     aliases = [(languages.index(code), at) for at, code in enumerate(languages) if languages.index(code) < at]
-    return _Model(languages, aliases, np.asarray(found.tk_nextmove), np.asarray(found.tk_row, np.int64) << 8,
-                  np.asarray(found.tk_output, np.int32), found.nb_ptc, np.asarray(found.nb_pc, np.float32))  # fmt: skip
+    return _Model(
+        languages,
+        aliases,
+        np.asarray(found.tk_nextmove),
+        np.asarray(found.tk_row, np.int64) << 8,
+        np.asarray(found.tk_output, np.int32),
+        found.nb_ptc,
+        np.asarray(found.nb_pc, np.float32),
+    )
 
 
 def language_of(locale: str | None) -> str | None:
@@ -110,8 +149,13 @@ def _score(text: NDArray[np.int64], feature: NDArray[np.int64], count: int, mode
     return np.asarray(scores, dtype=np.float32)
 
 
-def readable(texts: Sequence[str], text: NDArray[np.int64], locales: Sequence[str | None],
-             locale: NDArray[np.int64], language: str) -> NDArray[np.bool_]:  # fmt: skip
+def readable(
+    texts: Sequence[str],
+    text: NDArray[np.int64],
+    locales: Sequence[str | None],
+    locale: NDArray[np.int64],
+    language: str,
+) -> NDArray[np.bool_]:
     """Whether each pair of a text and a locale may be read as ``language``.
 
     ``text`` and ``locale`` [n] index the distinct ``texts`` and ``locales``. A text of at least four words is read when

@@ -32,8 +32,9 @@ def map_parts(
 
     blocks = max(1, min(len(items), MAX_BLOCKS))
     dataset = ray.data.from_items(list(items), override_num_blocks=blocks)
-    return dataset.map_batches(each, batch_format="pyarrow", batch_size=None, concurrency=concurrency,
-                               num_gpus=num_gpus or None)  # fmt: skip
+    return dataset.map_batches(
+        each, batch_format="pyarrow", batch_size=None, concurrency=concurrency, num_gpus=num_gpus or None
+    )
 
 
 def num_partitions(items: Sequence[Item], most: int | None = None) -> int:
@@ -82,8 +83,11 @@ def add_up(blocks: Iterable[pa.Table], keys: Sequence[str], schema: pa.Schema) -
 def _sum(tables: Sequence[pa.Table], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
     values = [name for name in schema.names if name not in keys]
     summed = pa.concat_tables(tables).group_by(list(keys)).aggregate([(name, "sum") for name in values])
-    return summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names]).select(schema.names).cast(
-        schema)  # fmt: skip
+    return (
+        summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names])
+        .select(schema.names)
+        .cast(schema)
+    )
 
 
 def broadcast(value: Any) -> Callable[[], Any]:

@@ -8,10 +8,15 @@ and in which it was taken away.
 import polars as pl
 import pyarrow as pa
 
-POLYSEMY = pa.schema([
-    ("term", pa.string()), ("interest", pa.string()), ("alone", pa.int64()), ("beside", pa.int64()),
-    ("removed", pa.int64()),
-])  # fmt: skip
+POLYSEMY = pa.schema(
+    [
+        ("term", pa.string()),
+        ("interest", pa.string()),
+        ("alone", pa.int64()),
+        ("beside", pa.int64()),
+        ("removed", pa.int64()),
+    ]
+)
 """One row a term and sense: images with this sense only, with this and another, and without it."""
 SENSES = pa.schema([("term", pa.string()), ("interest", pa.string()), ("alone", pa.int64()), ("beside", pa.int64())])
 
@@ -26,10 +31,16 @@ def senses_left(assigned: pa.Table) -> pl.DataFrame:
 def count_senses(assigned: pa.Table) -> pa.Table:
     """``SENSES`` of a part; parts add up. The row without an interest counts all images of its term."""
     left = senses_left(assigned)
-    named = left.drop_nulls("interest").group_by("term", "interest").agg(
-        alone=pl.col("alone").sum(), beside=(~pl.col("alone")).sum())  # fmt: skip
-    images = left.group_by("term").agg(alone=pl.col("image_id").n_unique()).with_columns(
-        interest=pl.lit(""), beside=pl.lit(0))  # fmt: skip
+    named = (
+        left.drop_nulls("interest")
+        .group_by("term", "interest")
+        .agg(alone=pl.col("alone").sum(), beside=(~pl.col("alone")).sum())
+    )
+    images = (
+        left.group_by("term")
+        .agg(alone=pl.col("image_id").n_unique())
+        .with_columns(interest=pl.lit(""), beside=pl.lit(0))
+    )
     both = [frame.select(SENSES.names).cast({"alone": pl.Int64, "beside": pl.Int64}) for frame in (named, images)]
     return pl.concat(both).to_arrow().cast(SENSES)
 
@@ -38,11 +49,15 @@ def describe_senses(counts: pa.Table) -> pa.Table:
     """``POLYSEMY`` from the added-up ``SENSES``: the terms with the most images told apart first."""
     frame = pl.DataFrame(pl.from_arrow(counts))
     images = frame.filter(pl.col("interest") == "").select("term", images="alone")
-    named = frame.filter(pl.col("interest") != "").join(images, on="term").with_columns(
-        removed=pl.col("images") - pl.col("alone") - pl.col("beside"))  # fmt: skip
+    named = (
+        frame.filter(pl.col("interest") != "")
+        .join(images, on="term")
+        .with_columns(removed=pl.col("images") - pl.col("alone") - pl.col("beside"))
+    )
     told_apart = pl.col("alone").sort(descending=True).slice(1).sum().over("term")  # images of all senses but the first
-    order = named.with_columns(apart=told_apart).sort(["apart", "term", "alone", "interest"],
-                                                      descending=[True, False, True, False])  # fmt: skip
+    order = named.with_columns(apart=told_apart).sort(
+        ["apart", "term", "alone", "interest"], descending=[True, False, True, False]
+    )
     return order.select(POLYSEMY.names).to_arrow().cast(POLYSEMY)
 
 

@@ -68,10 +68,13 @@ def check_records(records: Sequence[Record], origin: Origin, *, limits: Limits, 
             seen.add(row["image_id"])
             accepted.append(row)
             rows.append(number)
-        problems += [{"image_id": row["image_id"], "source": origin.file, "row": number, "field": field,
-                      "reason": reason} for field, reason in found]  # fmt: skip
-    return Checked(pa.Table.from_pylist(accepted, schema=CORPUS), rows,
-                   pa.Table.from_pylist(problems, schema=QUARANTINE))  # fmt: skip
+        problems += [
+            {"image_id": row["image_id"], "source": origin.file, "row": number, "field": field, "reason": reason}
+            for field, reason in found
+        ]
+    return Checked(
+        pa.Table.from_pylist(accepted, schema=CORPUS), rows, pa.Table.from_pylist(problems, schema=QUARANTINE)
+    )
 
 
 def _refuse(

@@ -61,39 +61,61 @@ def write_report(
     keys = [sheet.key for sheets in sections.values() for sheet in sheets]
     picks = pick_images(_part_files(out), keys, config.images)
     images = fetch_images(corpus, sorted({image_id for chosen in picks.values() for image_id in chosen}))
-    shown = {name: [_write_sheet(out, f"{name}-{n}.png", sheet, [images[i]["image"] for i in picks.get(sheet.key, [])])
-                    for n, sheet in enumerate(sheets)] for name, sheets in sections.items()}  # fmt: skip
+    shown = {
+        name: [
+            _write_sheet(out, f"{name}-{n}.png", sheet, [images[i]["image"] for i in picks.get(sheet.key, [])])
+            for n, sheet in enumerate(sheets)
+        ]
+        for name, sheets in sections.items()
+    }
     _write_plots(out, stats, dictionary, by_rank)
     from jinja2 import Environment
 
     template = Environment(autoescape=True).from_string(files("lookalike.data").joinpath("report.html").read_text())
     most, least = ranked_terms(dictionary, config.ranked_terms)
-    html = template.render(title=out.name, stats=stats, sheets=shown, most=most, least=least,
-                           flow=flow_of(stats), credits=credits_of(list(images.values())))  # fmt: skip
+    html = template.render(
+        title=out.name,
+        stats=stats,
+        sheets=shown,
+        most=most,
+        least=least,
+        flow=flow_of(stats),
+        credits=credits_of(list(images.values())),
+    )
     storage.write_atomic(out.path("report.html"), html.encode())
     return {"sheets": len(keys)}
 
 
 def _part_files(out: Draft) -> list[dict[str, Any]]:
     numbers = range(len(storage.list_files(out.path("image_labels.parquet"))))
-    return [{"labels": out.path("image_labels.parquet", part_name(number)),
-             "text": out.path("annotations.parquet", part_name(number)),
-             "assigned": out.work("assigned", part_name(number))} for number in numbers]  # fmt: skip
+    return [
+        {
+            "labels": out.path("image_labels.parquet", part_name(number)),
+            "text": out.path("annotations.parquet", part_name(number)),
+            "assigned": out.work("assigned", part_name(number)),
+        }
+        for number in numbers
+    ]
 
 
 def label_sheets(by_rank: list[dict[str, Any]], count: int) -> list[Sheet]:
     """Sheets of ``count`` labels, spread evenly over ``by_rank``."""
     chosen = [by_rank[i * len(by_rank) // count] for i in range(count)] if by_rank else []
-    return [Sheet(label_key(label), f"{entry['name']} - {_images(entry['images'])}")
-            for label, entry in {entry["label"]: entry for entry in chosen}.items()]  # fmt: skip
+    return [
+        Sheet(label_key(label), f"{entry['name']} - {_images(entry['images'])}")
+        for label, entry in {entry["label"]: entry for entry in chosen}.items()
+    ]
 
 
 def sense_sheets(polysemy: pa.Table, config: ReportConfig) -> list[Sheet]:
     """A sheet for every sense of the terms told apart."""
     terms = list(separated(polysemy, config.min_images_per_sense).items())[: config.polysemous_terms]
     alone = {(row["term"], row["interest"]): row["alone"] for row in polysemy.to_pylist()}
-    return [Sheet(sense_key(term, interest), f"{term}, as {interest} - {_images(alone[term, interest])}")
-            for term, interests in terms for interest in interests]  # fmt: skip
+    return [
+        Sheet(sense_key(term, interest), f"{term}, as {interest} - {_images(alone[term, interest])}")
+        for term, interests in terms
+        for interest in interests
+    ]
 
 
 def dropped_terms(dictionary: pa.Table, config: ReportConfig) -> list[dict[str, Any]]:
@@ -112,8 +134,10 @@ def ranked_terms(dictionary: pa.Table, count: int) -> tuple[list[dict[str, Any]]
 
 def explain_term(row: Mapping[str, Any]) -> str:
     """A scored term in words."""
-    return (f"{row['term']} - held-out accuracy {row['concreteness']:.2f} ({row['low']:.2f} to {row['high']:.2f}), "
-            f"{_images(row['images'])}")  # fmt: skip
+    return (
+        f"{row['term']} - held-out accuracy {row['concreteness']:.2f} ({row['low']:.2f} to {row['high']:.2f}), "
+        f"{_images(row['images'])}"
+    )
 
 
 def _images(count: int) -> str:
@@ -124,11 +148,14 @@ def flow_of(stats: Mapping[str, Any]) -> list[tuple[str, int]]:
     """What became of the corpus' images, from all of them to those with a label; each step's parts add up."""
     splits, dropped = stats["duplicates"]["rows"], stats["duplicates"]["reasons"]
     held_out = [(f"held out for evaluation ({split})", -rows) for split, rows in splits.items() if split != "train"]
-    return [("images of the corpus", sum(splits.values())), *held_out,
-            *((f"dropped: {reason.replace('_', ' ')}", -rows) for reason, rows in dropped.items()),
-            ("training images", stats["images"]),
-            ("no term of theirs became a label", stats["labelled_images"] - stats["images"]),
-            ("training images with a label", stats["labelled_images"])]  # fmt: skip
+    return [
+        ("images of the corpus", sum(splits.values())),
+        *held_out,
+        *((f"dropped: {reason.replace('_', ' ')}", -rows) for reason, rows in dropped.items()),
+        ("training images", stats["images"]),
+        ("no term of theirs became a label", stats["labelled_images"] - stats["images"]),
+        ("training images with a label", stats["labelled_images"]),
+    ]
 
 
 def _write_sheet(out: Draft, name: str, sheet: Sheet, pictures: list[bytes]) -> dict[str, str]:
@@ -139,9 +166,11 @@ def _write_sheet(out: Draft, name: str, sheet: Sheet, pictures: list[bytes]) -> 
 def _write_plots(out: Draft, stats: dict[str, Any], dictionary: pa.Table, by_rank: list[dict[str, Any]]) -> None:
     scores = [score for score in dictionary["concreteness"].to_pylist() if score is not None]
     boundary = stats["dictionary"]["boundary"]
-    plots = {"zipf.png": plot_zipf({"labels": [entry["images"] for entry in by_rank]}),
-             "concreteness.png": plot_concreteness(scores, boundary),
-             "interests.png": plot_bars(stats["interests"], "Training images (an image may have several interests)")}
+    plots = {
+        "zipf.png": plot_zipf({"labels": [entry["images"] for entry in by_rank]}),
+        "concreteness.png": plot_concreteness(scores, boundary),
+        "interests.png": plot_bars(stats["interests"], "Training images (an image may have several interests)"),
+    }
     if curve := stats["dictionary"].get("curve"):
         plots["boundary.png"] = plot_curve(curve, stats["dictionary"]["criterion"], boundary)
     for name, png in plots.items():

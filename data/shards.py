@@ -32,7 +32,7 @@ from lookalike.data.parts import (
     part_items,
     part_name,
     read_table,
-)  # fmt: skip
+)
 from lookalike.data.plots import plot_zipf
 from lookalike.errors import ArtifactError
 from lookalike.sampling import image_repeat, label_repeats, mix_keys, stable_keys
@@ -43,10 +43,18 @@ from lookalike.telemetry import get_logger, timed
 log = get_logger(__name__)
 
 _CENSUS = pa.schema([("kind", pa.string()), ("name", pa.string()), ("images", pa.int64())])
-_PLACED = pa.schema([*SHARD, pa.field("place", pa.string()), pa.field("bundle", pa.uint64()),
-                     pa.field("key", pa.uint64())])  # fmt: skip
-_WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("epoch", pa.float64()),
-                      ("label_epoch", pa.list_(pa.float64())), ("attributes", pa.list_(pa.int64()))])  # fmt: skip
+_PLACED = pa.schema(
+    [*SHARD, pa.field("place", pa.string()), pa.field("bundle", pa.uint64()), pa.field("key", pa.uint64())]
+)
+_WRITTEN = pa.schema(
+    [
+        ("file", pa.string()),
+        ("rows", pa.int64()),
+        ("epoch", pa.float64()),
+        ("label_epoch", pa.list_(pa.float64())),
+        ("attributes", pa.list_(pa.int64())),
+    ]
+)
 LIGHT = ["image_id", "dataset", "category", "group", "attributes"]
 """Columns of the corpus that say what a row is a picture of."""
 
@@ -81,8 +89,10 @@ def training_rows(corpus: pa.Table, labels: pa.Table, where: str) -> pa.Table:
     place = pc.index_in(corpus["image_id"], value_set=labels["image_id"].combine_chunks())
     rows = corpus.filter(place.is_valid())
     if rows.num_rows != labels.num_rows:
-        raise ArtifactError(f"{where}: {labels.num_rows - rows.num_rows} labelled images are not in this part of the "
-                            "corpus; give the corpus artifact that the labels were made from")  # fmt: skip
+        raise ArtifactError(
+            f"{where}: {labels.num_rows - rows.num_rows} labelled images are not in this part of the "
+            "corpus; give the corpus artifact that the labels were made from"
+        )
     return rows.append_column("labels", labels["labels"].combine_chunks().take(place.drop_null().combine_chunks()))
 
 
@@ -114,40 +124,60 @@ class Classes:
     """Names of all classes and where rows go: folded from the census, broadcast to the tasks."""
 
     def __init__(
-        self, counts: dict[tuple[str, str], int], num_labels: int, config: ShardsConfig, seed: int,
+        self,
+        counts: dict[tuple[str, str], int],
+        num_labels: int,
+        config: ShardsConfig,
+        seed: int,
         stated: attributes.Classes | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.seed, self.attributes = config, seed, dict(stated or {})
         images = np.array([counts.get(("label", str(label)), 0) for label in range(num_labels)], np.int64)
         self.label_frequency = images / max(counts.get(("labelled", ""), 0), 1)
         self.repeats = np.minimum(label_repeats(self.label_frequency, config.threshold), config.max_repeat)
-        self.categories = sorted(name for (kind, name), n in counts.items()
-                                 if kind == "category" and n >= config.min_images_per_category)  # fmt: skip
+        self.categories = sorted(
+            name for (kind, name), n in counts.items() if kind == "category" and n >= config.min_images_per_category
+        )
         self.groups = sorted(name for kind, name in counts if kind == "group")
         self._category = {name: number for number, name in enumerate(self.categories)}
         self._group = {name: number for number, name in enumerate(self.groups)}
         # a large class is dealt out, by its images' hashes, to bundles of about half a row group all over the data set
-        self.cuts = {name: -(-2 * n // config.rows_per_group) for (kind, name), n in counts.items()
-                     if kind == config.together and n > config.rows_per_group}  # fmt: skip
-        self.shards = {name: -(-n // config.rows_per_shard) for (kind, name), n in sorted(counts.items())
-                       if kind == "dataset"}  # fmt: skip
+        self.cuts = {
+            name: -(-2 * n // config.rows_per_group)
+            for (kind, name), n in counts.items()
+            if kind == config.together and n > config.rows_per_group
+        }
+        self.shards = {
+            name: -(-n // config.rows_per_shard) for (kind, name), n in sorted(counts.items()) if kind == "dataset"
+        }
 
     def place(self, rows: pa.Table) -> pa.Table:
         """``SHARD`` rows with the file each belongs to and its sort key in it."""
         listed = rows.select(["dataset", "category", "group", "labels"]).to_pylist()
         keys = mix_keys(stable_keys(rows["image_id"].to_pylist()), self.seed, "shuffle")
         bundles = self._bundles(listed, keys)
-        shards = [f"{row['dataset']}/{part_name(int(bundle % np.uint64(self.shards[row['dataset']])))}"
-                  for row, bundle in zip(listed, bundles, strict=True)]  # fmt: skip
+        shards = [
+            f"{row['dataset']}/{part_name(int(bundle % np.uint64(self.shards[row['dataset']])))}"
+            for row, bundle in zip(listed, bundles, strict=True)
+        ]
         rule = self.config.categories
         columns = [
-            rows["image_id"], rows["image"], rows["dataset"], [row["labels"] for row in listed],
+            rows["image_id"],
+            rows["image"],
+            rows["dataset"],
+            [row["labels"] for row in listed],
             [self._category.get(category_of(row, rule) or "", -1) for row in listed],
-            [self._group.get(row["group"], -1) for row in listed], attributes.classes_of_rows(rows, self.attributes),
-            [image_repeat(row["labels"], self.repeats) for row in listed], shards, bundles, keys,
-        ]  # fmt: skip
-        arrays = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type)
-                  for c, f in zip(columns, _PLACED, strict=True)]  # fmt: skip
+            [self._group.get(row["group"], -1) for row in listed],
+            attributes.classes_of_rows(rows, self.attributes),
+            [image_repeat(row["labels"], self.repeats) for row in listed],
+            shards,
+            bundles,
+            keys,
+        ]
+        arrays = [
+            c.combine_chunks() if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type)
+            for c, f in zip(columns, _PLACED, strict=True)
+        ]
         return pa.table(arrays, schema=_PLACED)
 
     def _bundles(self, listed: list[dict[str, Any]], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -175,10 +205,18 @@ def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) 
             writer.write_table(table.slice(start, stop - start))
     storage.write_atomic(storage.join(out, name), sink.getvalue().to_pybytes())
     repeat = shard["repeat"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
-    return pa.Table.from_pylist([{"file": name, "rows": shard.num_rows, "epoch": float(repeat.sum()),
-                                  "label_epoch": copies_of_labels(shard["labels"], repeat, num_labels).tolist(),
-                                  "attributes": attributes.count_known(shard["attributes"]).tolist()}],
-                                schema=_WRITTEN)  # fmt: skip
+    return pa.Table.from_pylist(
+        [
+            {
+                "file": name,
+                "rows": shard.num_rows,
+                "epoch": float(repeat.sum()),
+                "label_epoch": copies_of_labels(shard["labels"], repeat, num_labels).tolist(),
+                "attributes": attributes.count_known(shard["attributes"]).tolist(),
+            }
+        ],
+        schema=_WRITTEN,
+    )
 
 
 def pack_groups(bundles: NDArray[np.uint64], rows_per_group: int) -> list[tuple[int, int]]:
@@ -215,8 +253,10 @@ def _items(run: StageRun[ShardsConfig]) -> list[Item]:
     items = part_items(run.one("corpus").files("part-", ".parquet"))
     labels = run.one("labels").files("image_labels.parquet/", ".parquet")
     if len(labels) != len(items):
-        raise ArtifactError(f"{run.one('labels').uri} labels {len(labels)} parts, the corpus has {len(items)}; give "
-                            "the corpus artifact that the labels were made from")  # fmt: skip
+        raise ArtifactError(
+            f"{run.one('labels').uri} labels {len(labels)} parts, the corpus has {len(items)}; give "
+            "the corpus artifact that the labels were made from"
+        )
     return [{**item, "labels": uri} for item, uri in zip(items, labels, strict=True)]
 
 
@@ -225,13 +265,17 @@ def count_attributes(items: list[Item], config: ShardsConfig) -> dict[str, list[
     for there may be as many as images (a serial number)."""
     from ray.data.aggregate import Sum
 
-    counts = map_parts(items, lambda item: attributes.count_values(_read(item, ["image_id", "attributes"])),
-                       concurrency=config.concurrency)  # fmt: skip
+    counts = map_parts(
+        items,
+        lambda item: attributes.count_values(_read(item, ["image_id", "attributes"])),
+        concurrency=config.concurrency,
+    )
     total = counts.groupby(["name", "value"], num_partitions(items)).aggregate(Sum("images", alias_name="images"))
     frequent = total.map_batches(
         lambda block: attributes.frequent_values(block, config.min_images_per_attribute),
-        batch_format="pyarrow", batch_size=None,
-    )  # fmt: skip
+        batch_format="pyarrow",
+        batch_size=None,
+    )
     return attributes.choose_classes(collect(frequent, attributes.COUNTS))
 
 
@@ -242,8 +286,9 @@ def run(run: StageRun[ShardsConfig]) -> None:
     names = [entry["name"] for entry in run.one("labels").read_json("classes.json")]
     counts: Counter[tuple[str, str]] = Counter()
     with timed(log, "census"):
-        census = map_parts(items, lambda item: take_census(_read(item, LIGHT), config.categories),
-                           concurrency=config.concurrency)  # fmt: skip
+        census = map_parts(
+            items, lambda item: take_census(_read(item, LIGHT), config.categories), concurrency=config.concurrency
+        )
         for block in blocks_of(census):
             for entry in block.to_pylist():
                 counts[(entry["kind"], entry["name"])] += entry["images"]
@@ -264,32 +309,53 @@ def run(run: StageRun[ShardsConfig]) -> None:
                 epoch += entry["epoch"]
                 label_epoch += entry["label_epoch"]
                 known += np.array(entry["attributes"], np.int64)
-    run.out.write_json("classes.json", {"labels": names, "category": classes.categories, "group": classes.groups,
-                                        "attributes": classes.attributes,
-                                        "label_frequency": classes.label_frequency.round(9).tolist()})  # fmt: skip
+    run.out.write_json(
+        "classes.json",
+        {
+            "labels": names,
+            "category": classes.categories,
+            "group": classes.groups,
+            "attributes": classes.attributes,
+            "label_frequency": classes.label_frequency.round(9).tolist(),
+        },
+    )
     assert sum(rows.values()) == sum(n for (kind, _), n in counts.items() if kind == "dataset")
     run.out.stats = _stats(rows, dict(counts), classes, epoch, label_epoch)
     run.out.stats["attributes"] = {
         name: {"classes": len(values), "images": int(images)}
-        for (name, values), images in zip(classes.attributes.items(), known, strict=True)}  # fmt: skip
+        for (name, values), images in zip(classes.attributes.items(), known, strict=True)
+    }
     plain = classes.label_frequency * counts.get(("labelled", ""), 0)
-    storage.write_atomic(run.out.path("resampling.png"),
-                         plot_zipf({"images": plain.tolist(), "expected copies an epoch": label_epoch.tolist()}))
+    storage.write_atomic(
+        run.out.path("resampling.png"),
+        plot_zipf({"images": plain.tolist(), "expected copies an epoch": label_epoch.tolist()}),
+    )
 
 
-def _stats(rows: dict[str, int], counts: dict[tuple[str, str], int], classes: Classes, epoch: float,
-           label_epoch: NDArray[np.float64]) -> dict[str, Any]:  # fmt: skip
+def _stats(
+    rows: dict[str, int],
+    counts: dict[tuple[str, str], int],
+    classes: Classes,
+    epoch: float,
+    label_epoch: NDArray[np.float64],
+) -> dict[str, Any]:
     images = classes.label_frequency * counts.get(("labelled", ""), 0)
     return {
-        "images": sum(rows.values()), "shards": len(rows), "labelled": counts.get(("labelled", ""), 0),
+        "images": sum(rows.values()),
+        "shards": len(rows),
+        "labelled": counts.get(("labelled", ""), 0),
         "datasets": {name: n for (kind, name), n in sorted(counts.items()) if kind == "dataset"},
-        "labels": len(classes.repeats), "categories": len(classes.categories), "groups": len(classes.groups),
-        "repeat": {"mean_label": round(float(classes.repeats.mean()), 3) if len(classes.repeats) else 1.0,
-                   "max_label": round(float(classes.repeats.max(initial=1.0)), 3),
-                   "expected_epoch": round(epoch, 1),
-                   "rarest_share_before": _share(images),
-                   "rarest_share_after": _share(label_epoch)},
-    }  # fmt: skip
+        "labels": len(classes.repeats),
+        "categories": len(classes.categories),
+        "groups": len(classes.groups),
+        "repeat": {
+            "mean_label": round(float(classes.repeats.mean()), 3) if len(classes.repeats) else 1.0,
+            "max_label": round(float(classes.repeats.max(initial=1.0)), 3),
+            "expected_epoch": round(epoch, 1),
+            "rarest_share_before": _share(images),
+            "rarest_share_after": _share(label_epoch),
+        },
+    }
 
 
 def _share(images: NDArray[np.floating]) -> float:

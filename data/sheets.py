@@ -21,8 +21,9 @@ from lookalike.sampling import stable_keys
 from lookalike.vision.images import decode
 
 CELL_PX = 96
-_IMAGES = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("creator", pa.string()),
-                     ("licence", pa.string())])  # fmt: skip
+_IMAGES = pa.schema(
+    [("image_id", pa.string()), ("image", pa.binary()), ("creator", pa.string()), ("licence", pa.string())]
+)
 _PICKS = pa.schema([("key", pa.string()), ("hash", pa.uint64()), ("image_id", pa.string())])
 
 
@@ -52,13 +53,21 @@ def pick_part(
     labels: pa.Table, annotations: pa.Table, assigned: pa.Table, *, keys: Sequence[str], count: int
 ) -> pa.Table:
     """``_PICKS`` of a part: of each key the ``count`` images of smallest hash. Parts merge."""
-    of_labels = pl.DataFrame(pl.from_arrow(labels.select(["image_id", "labels"]))).explode("labels").select(
-        key=pl.format("label/{}", "labels"), image_id="image_id")  # fmt: skip
-    of_terms = pl.DataFrame(pl.from_arrow(annotations.select(["image_id", "term", "split"]))).filter(
-        pl.col("split") == "train"
-    ).select(key=pl.format("term/{}", "term"), image_id="image_id")  # fmt: skip
-    of_senses = senses_left(assigned).filter("alone").select(
-        key=pl.format("sense/{}/{}", "term", "interest"), image_id="image_id")  # fmt: skip
+    of_labels = (
+        pl.DataFrame(pl.from_arrow(labels.select(["image_id", "labels"])))
+        .explode("labels")
+        .select(key=pl.format("label/{}", "labels"), image_id="image_id")
+    )
+    of_terms = (
+        pl.DataFrame(pl.from_arrow(annotations.select(["image_id", "term", "split"])))
+        .filter(pl.col("split") == "train")
+        .select(key=pl.format("term/{}", "term"), image_id="image_id")
+    )
+    of_senses = (
+        senses_left(assigned)
+        .filter("alone")
+        .select(key=pl.format("sense/{}/{}", "term", "interest"), image_id="image_id")
+    )
     found = pl.concat([of_labels, of_terms, of_senses]).filter(pl.col("key").is_in(list(keys)))
     hashes = pl.Series("hash", stable_keys(found["image_id"].to_list()), dtype=pl.UInt64)
     return smallest(found.with_columns(hashes).select(_PICKS.names), count)
@@ -77,8 +86,11 @@ def pick_images(items: Sequence[Item], keys: Sequence[str], count: int) -> dict[
         labels, annotations, assigned = (read_table(item[name]) for name in ("labels", "text", "assigned"))
         return pick_part(labels, annotations, assigned, keys=keys, count=count)
 
-    merged = reduce(lambda a, b: smallest(pl.DataFrame(pl.from_arrow(pa.concat_tables([a, b]))), count),
-                    blocks_of(map_parts(items, task)), _PICKS.empty_table())  # fmt: skip
+    merged = reduce(
+        lambda a, b: smallest(pl.DataFrame(pl.from_arrow(pa.concat_tables([a, b]))), count),
+        blocks_of(map_parts(items, task)),
+        _PICKS.empty_table(),
+    )
     chosen: dict[str, list[str]] = {}
     for row in merged.to_pylist():
         chosen.setdefault(row["key"], []).append(row["image_id"])

@@ -20,18 +20,24 @@ SIGNED_COLUMNS = ["image_id", "image", "group", "split", "dataset"]
 
 def signature_schema(dim: int) -> pa.Schema:
     """One row an image of any split, in corpus order."""
-    return pa.schema([
-        pa.field("image_id", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False),
-        pa.field("content", pa.binary(16)),                     # BLAKE2 of the bytes
-        pa.field("pdq", pa.binary(HASH_BITS // 8)),
-        pa.field("mirror", pa.binary(HASH_BITS // 8)),          # PDQ of the mirror image; null unless asked for
-        pa.field("quality", pa.int32()),                        # of the PDQ hash, 0 to 100
-        pa.field("group", pa.string()), pa.field("split", pa.string()), pa.field("dataset", pa.string()),
-        pa.field("trimmed", pa.binary(HASH_BITS // 8)),         # the same three of what lies inside the margins
-        pa.field("trimmed_mirror", pa.binary(HASH_BITS // 8)), pa.field("trimmed_quality", pa.int32()),
-        pa.field("colours", pa.binary(COLOURS)),                # its mean colours in cells, row by row
-        pa.field("vector", pa.list_(pa.float16(), dim)),        # projected embedding of length 1
-    ])  # fmt: skip
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("content", pa.binary(16)),  # BLAKE2 of the bytes
+            pa.field("pdq", pa.binary(HASH_BITS // 8)),
+            pa.field("mirror", pa.binary(HASH_BITS // 8)),  # PDQ of the mirror image; null unless asked for
+            pa.field("quality", pa.int32()),  # of the PDQ hash, 0 to 100
+            pa.field("group", pa.string()),
+            pa.field("split", pa.string()),
+            pa.field("dataset", pa.string()),
+            pa.field("trimmed", pa.binary(HASH_BITS // 8)),  # the same three of what lies inside the margins
+            pa.field("trimmed_mirror", pa.binary(HASH_BITS // 8)),
+            pa.field("trimmed_quality", pa.int32()),
+            pa.field("colours", pa.binary(COLOURS)),  # its mean colours in cells, row by row
+            pa.field("vector", pa.list_(pa.float16(), dim)),  # projected embedding of length 1
+        ]
+    )
 
 
 def row_numbers(part: int, count: int) -> NDArray[np.int64]:
@@ -42,8 +48,10 @@ def row_numbers(part: int, count: int) -> NDArray[np.int64]:
 def sign_images(table: pa.Table, vectors: pa.Array, part: int, mirrored: bool) -> pa.Table:
     """Signatures of a corpus part (``SIGNED_COLUMNS``) and its projected vectors, in its order."""
     schema = signature_schema(vectors.type.list_size)
-    rows = [sign_image(decode(data), mirrored) | {"content": hashlib.blake2b(data, digest_size=16).digest()}
-            for data in table["image"].to_pylist()]  # fmt: skip
+    rows = [
+        sign_image(decode(data), mirrored) | {"content": hashlib.blake2b(data, digest_size=16).digest()}
+        for data in table["image"].to_pylist()
+    ]
     given = {"row": pa.array(row_numbers(part, table.num_rows)), "vector": vectors}
     given |= {name: table[name].combine_chunks() for name in ("image_id", "group", "split", "dataset")}
     columns = [given[f.name] if f.name in given else pa.array([row[f.name] for row in rows], f.type) for f in schema]
@@ -80,7 +88,7 @@ class Span(NamedTuple):
 def running_spans(wanted: Sequence[int], files: Sequence[tuple[str, int]]) -> list[list[Span]]:
     """Where the rows of each of the corpus parts (sizes ``wanted``) lie when ``files`` (URI, rows) run through the
     corpus in its order. The totals must be equal.
-    """  # fmt: skip
+    """
     starts = np.concatenate([[0], np.cumsum([rows for _, rows in files])]).astype(np.int64)
     spans, first = [], 0
     for count in wanted:

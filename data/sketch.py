@@ -28,11 +28,17 @@ POOL = "\x00"  # sketch keys that start so hold a data set's random images, the 
 MERGE_ROWS = 1 << 16  # rows of sketches that wait before they are cut
 LARGE_SHARE = 1 / 3  # a creator of more of a data set is no origin in it: what all share tells nothing apart
 
-SKETCH = pa.schema([
-    pa.field("key", pa.string()), pa.field("unit_hash", pa.uint64()), pa.field("image_hash", pa.uint64()),
-    pa.field("image_id", pa.string()), pa.field("dataset", pa.string()), pa.field("origin", pa.uint64()),
-    pa.field("terms", pa.list_(pa.string())),
-])  # fmt: skip
+SKETCH = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("unit_hash", pa.uint64()),
+        pa.field("image_hash", pa.uint64()),
+        pa.field("image_id", pa.string()),
+        pa.field("dataset", pa.string()),
+        pa.field("origin", pa.uint64()),
+        pa.field("terms", pa.list_(pa.string())),
+    ]
+)
 """Columns of a sketch, beside ``vector`` where the rows had one. ``origin``: hash of what is held out as one, the
 creator, or else the unit. ``terms``: all of the image's, in pools only."""
 LIMITS = pa.schema([("key", pa.string()), ("limit", pa.uint64())])
@@ -74,11 +80,13 @@ def sketch_part(
     both = pl.concat([side.select("row", *_ORDER) for side in (pool, positive)])
     if limits is not None:
         both = both.join(pl.DataFrame(pl.from_arrow(limits)), on="key", how="left").filter(
-            pl.col("unit_hash") <= pl.col("limit").fill_null(2**64 - 1))  # fmt: skip
+            pl.col("unit_hash") <= pl.col("limit").fill_null(2**64 - 1)
+        )
     kept = _cut(both, config)
     terms = named.join(frame, on="image_id").group_by("row").agg(terms=pl.col("term").sort())
     kept = kept.join(terms, on="row", how="left", maintain_order="left").with_columns(
-        terms=pl.when(pl.col("key").str.starts_with(POOL)).then("terms"))  # fmt: skip
+        terms=pl.when(pl.col("key").str.starts_with(POOL)).then("terms")
+    )
     told = (frame[name].gather(kept["row"]) for name in ("dataset", "origin"))
     table = kept.select(*_ORDER, *told, "terms").to_arrow().cast(SKETCH)
     if "vector" in rows.column_names:
@@ -95,9 +103,10 @@ def _hashed(rows: pa.Table, by_creator: bool, seed: int) -> pl.DataFrame:
     creators = mix_keys(stable_keys(frame["creator"].fill_null("").to_list()), seed, "origin")
     known = (frame["creator"].fill_null("") != "").to_numpy() & by_creator
     hashes = {"unit_hash": units, "image_hash": images, "origin": np.where(known, creators, units)}
-    return frame.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64),
-                              **{name: pl.Series(values, dtype=pl.UInt64) for name, values in hashes.items()}
-                              )  # fmt: skip
+    return frame.with_columns(
+        row=pl.int_range(pl.len(), dtype=pl.Int64),
+        **{name: pl.Series(values, dtype=pl.UInt64) for name, values in hashes.items()},
+    )
 
 
 def _cut(frame: pl.DataFrame, config: SampleConfig) -> pl.DataFrame:
@@ -172,8 +181,9 @@ class Pools:
         for name, (start, stop) in self._spans.items():
             self.origins[start:stop] = self.origins_of(name, self.origins[start:stop], self.units[start:stop])
         lists = sketch["terms"].combine_chunks()
-        named = pl.DataFrame({"term": pl.from_arrow(lists.flatten()),
-                              "row": pl.from_arrow(pc.list_parent_indices(lists))}).sort("term", "row")  # fmt: skip
+        named = pl.DataFrame(
+            {"term": pl.from_arrow(lists.flatten()), "row": pl.from_arrow(pc.list_parent_indices(lists))}
+        ).sort("term", "row")
         counts = named.group_by("term").agg(n=pl.len()).sort("term")
         self.terms: pa.Array = counts["term"].to_arrow()
         self.rows = named["row"].to_numpy()
@@ -183,9 +193,7 @@ class Pools:
         origins, counts = np.unique(self.origins[start:stop], return_counts=True)
         return np.asarray(origins[counts > LARGE_SHARE * (stop - start)], dtype=np.uint64)
 
-    def origins_of(
-        self, dataset: str, origins: NDArray[np.uint64], units: NDArray[np.uint64]
-    ) -> NDArray[np.uint64]:
+    def origins_of(self, dataset: str, origins: NDArray[np.uint64], units: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """What to hold out as one for images of ``dataset``: ``origins``, or the unit where the origin is large."""
         large = self._large.get(dataset)
         return origins if large is None else np.where(np.isin(origins, large), units, origins)

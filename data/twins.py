@@ -177,7 +177,10 @@ def judge_pairs(
     found = pairs.same | look_alike(pairs, config)
     score = np.where(pairs.same, 1.0 + HASH_BITS, rule_margin(pairs, config))
     hits = int((found & duplicate).sum())
-    return {"pairs": len(duplicate), "duplicates": int(duplicate.sum()),
-            "precision": round(hits / max(int(found.sum()), 1), 4),
-            "recall": round(hits / max(int(duplicate.sum()), 1), 4),
-            "recall_at_p95": round(recall_at_precision(duplicate, score, 0.95), 4)}  # fmt: skip
+    return {
+        "pairs": len(duplicate),
+        "duplicates": int(duplicate.sum()),
+        "precision": round(hits / max(int(found.sum()), 1), 4),
+        "recall": round(hits / max(int(duplicate.sum()), 1), 4),
+        "recall_at_p95": round(recall_at_precision(duplicate, score, 0.95), 4),
+    }

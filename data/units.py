@@ -81,8 +81,14 @@ def check_unit(number: int, unit: Unit, reader: Reader, places: Places, how: Che
             accepted.update(checked.accepted["split"].to_pylist())
             quarantined += checked.quarantine.num_rows
             row += len(records)
-    summary = {"number": number, "file": unit["uri"], "records": row,
-               "accepted": dict(accepted), "quarantined": quarantined, "parts": len(parts.uris)}  # fmt: skip
+    summary = {
+        "number": number,
+        "file": unit["uri"],
+        "records": row,
+        "accepted": dict(accepted),
+        "quarantined": quarantined,
+        "parts": len(parts.uris),
+    }
     storage.write_atomic(mark, json.dumps(summary).encode())
     return summary
 
@@ -94,8 +100,10 @@ def _batches(reader: Reader, unit: Unit) -> Iterator[list[Record]]:
             yield batch
     except (OSError, pa.ArrowException) as error:
         told = " ".join(str(error).split())
-        raise CorpusError(f"{unit['uri']} cannot be read ({told}); replace or remove it, or run again if its store "
-                          "was out of reach: what is finished is kept") from None  # fmt: skip
+        raise CorpusError(
+            f"{unit['uri']} cannot be read ({told}); replace or remove it, or run again if its store "
+            "was out of reach: what is finished is kept"
+        ) from None
 
 
 def _ids(accepted: pa.Table, unit: int, rows: list[int]) -> pa.Table:
@@ -117,14 +125,23 @@ def drop_repeated(repeated: pa.Table, places: Places) -> pa.Table:
     repeated = repeated.sort_by("row")
     unit = repeated["unit"][0].as_py()
     summary: Summary = json.loads(storage.read_bytes(places.of("summaries", unit, "json")))
-    rows = [{"image_id": entry["image_id"], "source": summary["file"], "row": entry["row"], "field": "image_id",
-             "reason": "duplicate"} for entry in repeated.to_pylist()]  # fmt: skip
+    rows = [
+        {
+            "image_id": entry["image_id"],
+            "source": summary["file"],
+            "row": entry["row"],
+            "field": "image_id",
+            "reason": "duplicate",
+        }
+        for entry in repeated.to_pylist()
+    ]
     write_table(places.of("repeated", unit), pa.Table.from_pylist(rows, schema=QUARANTINE))
     for place in range(summary["parts"]):
         _drop_from_part(places.part(unit, place), repeated["image_id"].combine_chunks())
     splits = Counter(repeated["split"].to_pylist())
-    return pa.Table.from_pylist([{"unit": unit, "split": split, "rows": n} for split, n in splits.items()],
-                                schema=DROPPED)  # fmt: skip
+    return pa.Table.from_pylist(
+        [{"unit": unit, "split": split, "rows": n} for split, n in splits.items()], schema=DROPPED
+    )
 
 
 def _drop_from_part(uri: str, image_ids: pa.Array) -> None:
@@ -144,5 +161,6 @@ def problems_of_unit(unit: int, places: Places) -> pa.Table:
     """
     found, dropped = places.read("quarantine", unit, QUARANTINE), places.read("repeated", unit, QUARANTINE)
     kept = found.filter(pc.invert(pc.is_in(found["row"], value_set=dropped["row"].combine_chunks())))
-    return pa.concat_tables([kept, dropped]).sort_by([("row", "ascending"), ("field", "ascending"),
-                                                      ("reason", "ascending")])  # fmt: skip
+    return pa.concat_tables([kept, dropped]).sort_by(
+        [("row", "ascending"), ("field", "ascending"), ("reason", "ascending")]
+    )

@@ -45,8 +45,10 @@ class Vocabulary:
         for word in entry.split(" "):
             key = key << BITS | (self.words.setdefault(word, len(self.words)) + 1)
         if len(self.words) >= LIMIT:
-            raise UsageError(f"the vocabulary has more than {LIMIT} different words; raise annotations.min_images or "
-                             "set annotations.max_terms")  # fmt: skip
+            raise UsageError(
+                f"the vocabulary has more than {LIMIT} different words; raise annotations.min_images or "
+                "set annotations.max_terms"
+            )
         return key
 
     def __len__(self) -> int:

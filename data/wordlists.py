@@ -90,8 +90,10 @@ def _canonical_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
     for alias, term in aliases.items():
         source, target = canonical(alias), canonical(term)
         if source is None or target is None:
-            raise UsageError(f"alias {alias!r}: {term!r} is no pair of terms; a term is one to three words, does not "
-                             "begin or end with a word like 'the', and has a letter in every word")  # fmt: skip
+            raise UsageError(
+                f"alias {alias!r}: {term!r} is no pair of terms; a term is one to three words, does not "
+                "begin or end with a word like 'the', and has a letter in every word"
+            )
         if source != target:
             found[source] = target
     return found

@@ -45,17 +45,29 @@ def hash_text(text: str) -> str:
 
 def to_line(trace: Trace, now: float) -> dict[str, Any]:
     """The line of one request that ended at ``now`` (seconds since 1970); what is not known of it is left out."""
-    line: dict[str, Any] = {"time": round(now, 3), "request_id": trace.request_id, "method": trace.method,
-                            "code": trace.code, "tenant": trace.tenant, "k": trace.k, "queries": trace.num_queries,
-                            "ms": round(trace.total_ms, 3)}  # fmt: skip
+    line: dict[str, Any] = {
+        "time": round(now, 3),
+        "request_id": trace.request_id,
+        "method": trace.method,
+        "code": trace.code,
+        "tenant": trace.tenant,
+        "k": trace.k,
+        "queries": trace.num_queries,
+        "ms": round(trace.total_ms, 3),
+    }
     if trace.feedback is not None:
         given = trace.feedback
         line |= {"request_id": given.request_id, "kind": given.kind, "id": hash_text(given.id) if given.id else None}
     if trace.experiment:
         failed = [one.arm for one in trace.outcomes if one.code != "OK"]
         session = hash_text(trace.session) if trace.session else None
-        line |= {"experiment": trace.experiment, "arm": trace.arm, "forced": trace.forced, "failed_arms": failed,
-                 "session": session}  # fmt: skip
+        line |= {
+            "experiment": trace.experiment,
+            "arm": trace.arm,
+            "forced": trace.forced,
+            "failed_arms": failed,
+            "session": session,
+        }
     if trace.info is not None:
         line |= _answered(trace)
     return {name: value for name, value in line.items() if value not in (None, "", [])}
@@ -66,11 +78,12 @@ def _answered(trace: Trace) -> dict[str, Any]:
     assert info is not None
     asked = info.coverage.shards_asked
     line: dict[str, Any] = {
-        "generation": info.index_generation, "degraded": info.degraded,
+        "generation": info.index_generation,
+        "degraded": info.degraded,
         "plan": " | ".join(one.options.plan.describe() for one in sorted(trace.searches, key=lambda one: one.arm)),
         "coverage": round(info.coverage.shards_answered / asked, 4) if asked else None,
         "stages": {part.stage: round(part.duration_ms, 3) for part in info.stage_times},
-    }  # fmt: skip
+    }
     if trace.arm == INTERLEAVED:
         shown: dict[str, list[str]] = {}
         hits = [hit for result in trace.results for hit in result.hits if hit.arm]
@@ -98,11 +111,14 @@ class AccessLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path, self._lock = _claim(folder)
-            self._file = RotatingFileHandler(path, maxBytes=int(settings.max_mb * 1e6), encoding="utf-8",
-                                             backupCount=settings.max_files - 1)  # fmt: skip
+            self._file = RotatingFileHandler(
+                path, maxBytes=int(settings.max_mb * 1e6), encoding="utf-8", backupCount=settings.max_files - 1
+            )
         except OSError as error:
-            raise UsageError(f"access_log.folder {settings.folder} cannot be written ({error.strerror or error}); give "
-                             "a folder on a disk of this machine, or leave it out") from None  # fmt: skip
+            raise UsageError(
+                f"access_log.folder {settings.folder} cannot be written ({error.strerror or error}); give "
+                "a folder on a disk of this machine, or leave it out"
+            ) from None
         self._file.handleError = self._failed  # type: ignore[method-assign]
         self.path = path
         self._thread = threading.Thread(target=self._write_until_closed, name="access-log", daemon=True)

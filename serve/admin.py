@@ -29,8 +29,9 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     credentials.add_arguments(shared)
     parser = argparse.ArgumentParser(
-        prog="lookalike admin", description="Show or change what a running service serves; it must have writes.state.",
-    )  # fmt: skip
+        prog="lookalike admin",
+        description="Show or change what a running service serves; it must have writes.state.",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -41,8 +42,12 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     switch.add_argument("index", help="URI of the index artifact")
     switch.add_argument("--plan", default="", help="URI of a plan for it; default: exact search")
     switch.add_argument("--encoder", default="", help="URI of its encoder, or none; default: the index's ancestor")
-    switch.add_argument("--includes-writes", type=int, metavar="N", help="the index holds the writes up to number N; "
-                        "default: what its lineage tells")  # fmt: skip
+    switch.add_argument(
+        "--includes-writes",
+        type=int,
+        metavar="N",
+        help="the index holds the writes up to number N; default: what its lineage tells",
+    )
     verb("rollback", "Serve the previous index again.")
     verb("compact", "Build an index that holds all writes, and serve it.")
     upsert = verb("upsert", "Store images, or replace those of the same ids.")
@@ -59,12 +64,20 @@ def run(client: Client, options: argparse.Namespace) -> str:
         status = client.status()
         return json.dumps(_plain(status), indent=1) if options.json else render_status(status)
     if options.verb in ("upsert", "delete"):
-        number = client.upsert(read_rows(options.rows, options.column)) if options.verb == "upsert" else \
-            client.delete(options.ids)  # fmt: skip
+        number = (
+            client.upsert(read_rows(options.rows, options.column))
+            if options.verb == "upsert"
+            else client.delete(options.ids)
+        )
         return json.dumps({"write": number}) if options.json else f"stored as write {number}"
     if options.verb == "switch":
-        current = client.switch(options.index, plan=options.plan, encoder=options.encoder,
-                                includes_writes=options.includes_writes, timeout_s=options.timeout)  # fmt: skip
+        current = client.switch(
+            options.index,
+            plan=options.plan,
+            encoder=options.encoder,
+            includes_writes=options.includes_writes,
+            timeout_s=options.timeout,
+        )
     elif options.verb == "rollback":
         current = client.rollback(timeout_s=options.timeout)
     else:
@@ -110,6 +123,7 @@ def _describe(one: pb.Generation) -> str:
 
 
 def _plain(message: pb.StatusResponse | pb.Generation) -> dict[str, object]:
-    plain: dict[str, object] = MessageToDict(message, preserving_proto_field_name=True,
-                                             always_print_fields_with_no_presence=True)  # fmt: skip
+    plain: dict[str, object] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
     return plain

@@ -43,8 +43,10 @@ def build(config: ServeConfig) -> serve.Application:
     """
     check_guard(config)
     if config.tls.enabled:
-        raise UsageError("tls is for `lookalike serve`, a Serve application cannot open it; leave it out and put a "
-                         "proxy before the gRPC port, as deploy/kuberay/retrieval.yaml does")  # fmt: skip
+        raise UsageError(
+            "tls is for `lookalike serve`, a Serve application cannot open it; leave it out and put a "
+            "proxy before the gRPC port, as deploy/kuberay/retrieval.yaml does"
+        )
     generation = read_service(config)
     arms = read_arms(config, generation)
     shared: dict[str, Any] = {
@@ -68,8 +70,10 @@ def build(config: ServeConfig) -> serve.Application:
     if config.placement == "fused":
         return ingress.bind(config, generation, None, writer, arms)
     parts = replica_options(kinds.shards, config.shard_replicas, cpus)
-    shards = [serve.deployment(**deployment(f"shard-{group:03d}", **parts))(ShardWorker).bind(
-        group, num_groups, held, writer) for group in range(num_groups)]  # fmt: skip
+    shards = [
+        serve.deployment(**deployment(f"shard-{group:03d}", **parts))(ShardWorker).bind(group, num_groups, held, writer)
+        for group in range(num_groups)
+    ]
     reranker, encoder = None, None
     if config.placement == "staged":
         options = deployment("rerank", **replica_options(kinds.rerank, config.shard_replicas, cpus))
@@ -92,27 +96,38 @@ def taken(config: ServeConfig) -> dict[str, int]:
 
 def _writer(shared: dict[str, Any]) -> serve.Deployment:
     """One replica, and never two: the old one leaves before a new one comes. Every follower has a call waiting."""
-    alone = {"num_replicas": 1, "max_surge_percent": 0, "max_ongoing_requests": 10_000,
-             "health_check_period_s": 5, "health_check_timeout_s": 10}  # one that hangs holds up all writes
+    alone = {
+        "num_replicas": 1,
+        "max_surge_percent": 0,
+        "max_ongoing_requests": 10_000,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 10,
+    }  # one that hangs holds up all writes
     return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 
 def check_guard(config: ServeConfig) -> None:
     """Raise ``UsageError`` unless what keeps callers out can be: the files are there and no setting undoes another."""
     if config.loopback_only and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        raise UsageError("loopback_only=true cannot hold behind HAProxy, where every caller looks local; set "
-                         "serve.loopback_only=false and guard the port by network policy")  # fmt: skip
+        raise UsageError(
+            "loopback_only=true cannot hold behind HAProxy, where every caller looks local; set "
+            "serve.loopback_only=false and guard the port by network policy"
+        )
     if config.tenants is not None:
         read_tenants(config.tenants)
     if config.writes.state is not None and not config.loopback_only and config.tenants is None:
-        raise UsageError("writes.state lets whoever reaches the port write and switch indexes, and loopback_only=false "
-                         "admits every machine; set serve.tenants, so that it takes a token")  # fmt: skip
+        raise UsageError(
+            "writes.state lets whoever reaches the port write and switch indexes, and loopback_only=false "
+            "admits every machine; set serve.tenants, so that it takes a token"
+        )
     check_files(config.tls)
     guarded = config.tenants is not None or config.tls.client_ca is not None
     if config.tls.enabled and config.tls.host not in LOOPBACK and config.loopback_only and not guarded:
-        raise UsageError(f"tls.host={config.tls.host} admits callers from other machines, who look local to "
-                         "loopback_only=true; set serve.tenants or tls.client_ca, or loopback_only=false to admit "
-                         "everyone")  # fmt: skip
+        raise UsageError(
+            f"tls.host={config.tls.host} admits callers from other machines, who look local to "
+            "loopback_only=true; set serve.tenants or tls.client_ca, or loopback_only=false to admit "
+            "everyone"
+        )
 
 
 def read_service(config: ServeConfig) -> Generation:
@@ -154,8 +169,10 @@ def read_failures() -> str:
     """Why replicas did not start, as far as Serve knows: the errors that they ended with."""
     application = serve.status().applications.get(APP_NAME)
     messages = {} if application is None else {name: one.message for name, one in application.deployments.items()}
-    found = {name: [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
-             for name, message in messages.items()}  # fmt: skip
+    found = {
+        name: [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
+        for name, message in messages.items()
+    }
     return "; ".join(f"{name}: {lines[-1]}" for name, lines in found.items() if lines)
 
 
@@ -165,8 +182,10 @@ def _check_no_serve() -> None:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
         return
-    raise UsageError("Ray Serve runs already in this cluster; stop it (`serve shutdown`), or deploy beside it with "
-                     "`lookalike serve --emit-config` and `serve deploy`")  # fmt: skip
+    raise UsageError(
+        "Ray Serve runs already in this cluster; stop it (`serve shutdown`), or deploy beside it with "
+        "`lookalike serve --emit-config` and `serve deploy`"
+    )
 
 
 def stop() -> None:
@@ -182,6 +201,7 @@ def free_port(port: int = 0) -> int:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             reason = error.strerror
-            raise UsageError(f"port {port} cannot be used ({reason}); set port to another, or to 0 "
-                             "(in a recipe: serve.port)") from None
+            raise UsageError(
+                f"port {port} cannot be used ({reason}); set port to another, or to 0 (in a recipe: serve.port)"
+            ) from None
         return int(probe.getsockname()[1])

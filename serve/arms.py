@@ -19,9 +19,12 @@ Search = Callable[[Route, Sequence[pb.Query], pb.SearchOptions], Awaitable[Answe
 
 
 async def answer(
-    experiment: Experiment | None, served: Generation, queries: Sequence[pb.Query], options: pb.SearchOptions,
+    experiment: Experiment | None,
+    served: Generation,
+    queries: Sequence[pb.Query],
+    options: pb.SearchOptions,
     search: Search,
-) -> Answered:  # fmt: skip
+) -> Answered:
     """The answer of the arm, or arms, that the request belongs to; of ``served`` outside an experiment."""
     seen = trace.current()
     seen.k = options.k if options.HasField("k") else DEFAULT_K
@@ -71,8 +74,11 @@ async def _together(
     for outcome in outcomes:
         if isinstance(outcome, BaseException) and not isinstance(outcome, RetrievalError):
             raise outcome
-    good = [(route.arm, outcome) for route, outcome in zip(routes, outcomes, strict=True)
-            if not isinstance(outcome, BaseException)]  # fmt: skip
+    good = [
+        (route.arm, outcome)
+        for route, outcome in zip(routes, outcomes, strict=True)
+        if not isinstance(outcome, BaseException)
+    ]
     if not good:
         assert isinstance(outcomes[0], RetrievalError)
         raise outcomes[0]
@@ -82,10 +88,11 @@ async def _together(
     (first, (hits, info)), (second, (other_hits, other_info)) = good
     k = seen.k or DEFAULT_K
     results = [
-        draft(one.hits, other.hits, (first, second), k,
-              coins(experiment, options.session, seen.request_id, str(position)))
+        draft(
+            one.hits, other.hits, (first, second), k, coins(experiment, options.session, seen.request_id, str(position))
+        )
         for position, (one, other) in enumerate(zip(hits, other_hits, strict=True))
-    ]  # fmt: skip
+    ]
     return results, _joined(info, other_info)
 
 

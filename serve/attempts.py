@@ -16,8 +16,11 @@ MAX_ATTEMPTS = 5
 """Calls made at most, the first included."""
 PAUSE_S = 0.05
 """Pause after the first one that died, in seconds; doubles each time."""
-_DEAD = re.compile(r"actor (died|is dead|is unavailable)|ActorDiedError|ActorUnavailableError|node (died|has died)|"
-                   r"worker (died|crashed)", re.IGNORECASE)  # fmt: skip
+_DEAD = re.compile(
+    r"actor (died|is dead|is unavailable)|ActorDiedError|ActorUnavailableError|node (died|has died)|"
+    r"worker (died|crashed)",
+    re.IGNORECASE,
+)
 _RETRY_AFTER = re.compile(r"retry after (\d+) ms")
 
 
@@ -26,8 +29,9 @@ def to_error(error: grpc.RpcError) -> RetrievalError:
     code, details = error.code(), error.details() or "no details"
     if code == grpc.StatusCode.INTERNAL and _DEAD.search(details):
         reason = details.strip().splitlines()[0][:200]
-        return RetrievalError(grpc.StatusCode.UNAVAILABLE, f"the replica that worked on this is gone ({reason}); try "
-                              "again")  # fmt: skip
+        return RetrievalError(
+            grpc.StatusCode.UNAVAILABLE, f"the replica that worked on this is gone ({reason}); try again"
+        )
     return RetrievalError(code, details)
 
 

@@ -73,9 +73,12 @@ class LoadPolicy:
         mean_ms = sum(latencies) / len(latencies) if latencies else 0.0
         load = Load(context.total_num_requests, mean_ms, context.target_num_replicas)
         wanted = count_replicas(
-            load, target_ongoing=context.config.target_ongoing_requests, target_latency_ms=self._target_latency_ms,
-            lowest=context.capacity_adjusted_min_replicas, highest=context.capacity_adjusted_max_replicas,
-        )  # fmt: skip
+            load,
+            target_ongoing=context.config.target_ongoing_requests,
+            target_latency_ms=self._target_latency_ms,
+            lowest=context.capacity_adjusted_min_replicas,
+            highest=context.capacity_adjusted_max_replicas,
+        )
         return wanted, {}
 
 
@@ -98,11 +101,15 @@ def to_serve(settings: Autoscaling, num_replicas: int) -> AutoscalingConfig:
         policy_kwargs={"target_latency_ms": settings.target_latency_ms},
     )
     return AutoscalingConfig(
-        min_replicas=settings.min_replicas, max_replicas=settings.max_replicas,
+        min_replicas=settings.min_replicas,
+        max_replicas=settings.max_replicas,
         initial_replicas=min(max(num_replicas, settings.min_replicas), settings.max_replicas),
-        target_ongoing_requests=settings.target_ongoing_requests, upscale_delay_s=settings.upscale_delay_s,
-        downscale_delay_s=settings.downscale_delay_s, look_back_period_s=settings.look_back_s, policy=policy,
-    )  # fmt: skip
+        target_ongoing_requests=settings.target_ongoing_requests,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        look_back_period_s=settings.look_back_s,
+        policy=policy,
+    )
 
 
 class Pace:

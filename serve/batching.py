@@ -108,7 +108,11 @@ class BatchedShard:
 
 def split(answer: Answer) -> list[Answer]:
     """The answer to each query, with the entries of its own rows."""
-    hits = [Hits(answer.hits.rows[place : place + 1], answer.hits.scores[place : place + 1])
-            for place in range(len(answer.hits.rows))]  # fmt: skip
-    return [answer._replace(hits=one, entries={row: answer.entries[row] for row in occurring_rows(one).tolist()})
-            for one in hits]  # fmt: skip
+    hits = [
+        Hits(answer.hits.rows[place : place + 1], answer.hits.scores[place : place + 1])
+        for place in range(len(answer.hits.rows))
+    ]
+    return [
+        answer._replace(hits=one, entries={row: answer.entries[row] for row in occurring_rows(one).tolist()})
+        for one in hits
+    ]

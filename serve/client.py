@@ -46,20 +46,48 @@ from lookalike.serve.results import (
     to_upsert,
 )
 
-__all__ = ["AsyncClient", "Client", "ClientTls", "Description", "Embeddings", "Hit", "PlanLike", "Query", "SearchInfo",
-           "SearchPlan", "SearchResult", "SearchSettings", "StoredRow"]  # fmt: skip
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientTls",
+    "Description",
+    "Embeddings",
+    "Hit",
+    "PlanLike",
+    "Query",
+    "SearchInfo",
+    "SearchPlan",
+    "SearchResult",
+    "SearchSettings",
+    "StoredRow",
+]
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 MAX_MESSAGE_BYTES = 64 << 20
-RETRY = json.dumps({"methodConfig": [{
-    "name": [{"service": "lookalike.v1.RetrievalService"}],
-    "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.05s", "maxBackoff": "1s", "backoffMultiplier": 2.0,
-                    "retryableStatusCodes": ["UNAVAILABLE"]},
-}]})  # fmt: skip
+RETRY = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": "lookalike.v1.RetrievalService"}],
+                "retryPolicy": {
+                    "maxAttempts": 3,
+                    "initialBackoff": "0.05s",
+                    "maxBackoff": "1s",
+                    "backoffMultiplier": 2.0,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
 """gRPC service config: calls are reads, or writes that may be made twice, so one that found no server is repeated,
 within its deadline. What else is repeated: ``lookalike.serve.attempts``."""
-OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 1),
-           ("grpc.lb_policy_name", "round_robin"), ("grpc.service_config", RETRY)]  # fmt: skip
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_retries", 1),
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.service_config", RETRY),
+]
 
 
 class Client:
@@ -71,18 +99,28 @@ class Client:
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 30.0, application: str = "",
-        token: str | None = None, tls: ClientTls | None = None, channel: grpc.Channel | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 30.0,
+        application: str = "",
+        token: str | None = None,
+        tls: ClientTls | None = None,
+        channel: grpc.Channel | None = None,
+    ) -> None:
         self._metadata = call_metadata(application, token)
         self.address, self.timeout_s = address, timeout_s
         self._channel = open_channel(grpc, address, tls, OPTIONS) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def search(
-        self, *, image: bytes | None = None, vector: FloatArray | None = None, image_id: str | None = None,
+        self,
+        *,
+        image: bytes | None = None,
+        vector: FloatArray | None = None,
+        image_id: str | None = None,
         **settings: Unpack[SearchSettings],
-    ) -> SearchResult:  # fmt: skip
+    ) -> SearchResult:
         """The ``k`` stored images nearest to one query: exactly one of ``image``, ``vector`` and ``image_id``.
 
         ``vector`` is float [dim], normalised or not; ``settings`` are those of ``SearchSettings``.
@@ -131,12 +169,18 @@ class Client:
         return int(self._call("Delete", pb.DeleteRequest(ids=ids)).write)
 
     def switch(
-        self, index: str, *, plan: str = "", encoder: str = "", includes_writes: int | None = None,
+        self,
+        index: str,
+        *,
+        plan: str = "",
+        encoder: str = "",
+        includes_writes: int | None = None,
         timeout_s: float = 600.0,
-    ) -> pb.Generation:  # fmt: skip
+    ) -> pb.Generation:
         """Serve another index from now on, once all replicas have loaded it; see ``SwitchRequest``."""
-        request = pb.SwitchRequest(index=index, plan=plan, encoder=encoder, includes_writes=includes_writes,
-                                   timeout_s=round(timeout_s))  # fmt: skip
+        request = pb.SwitchRequest(
+            index=index, plan=plan, encoder=encoder, includes_writes=includes_writes, timeout_s=round(timeout_s)
+        )
         response: pb.SwitchResponse = self._admin("Switch", request, timeout_s)
         return response.current
 
@@ -201,18 +245,28 @@ class AsyncClient:
     """The same for asyncio: methods are coroutines; a cancelled one ends its call in the service too."""
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 30.0, application: str = "",
-        token: str | None = None, tls: ClientTls | None = None, channel: grpc.aio.Channel | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 30.0,
+        application: str = "",
+        token: str | None = None,
+        tls: ClientTls | None = None,
+        channel: grpc.aio.Channel | None = None,
+    ) -> None:
         self._metadata = call_metadata(application, token)
         self.address, self.timeout_s = address, timeout_s
         self._channel = open_channel(grpc.aio, address, tls, OPTIONS) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def search(
-        self, *, image: bytes | None = None, vector: FloatArray | None = None, image_id: str | None = None,
+        self,
+        *,
+        image: bytes | None = None,
+        vector: FloatArray | None = None,
+        image_id: str | None = None,
         **settings: Unpack[SearchSettings],
-    ) -> SearchResult:  # fmt: skip
+    ) -> SearchResult:
         """As ``Client.search``."""
         query = to_query(one_of(image, vector, image_id))
         return from_response(await self._call("Search", pb.SearchRequest(query=query, options=to_options(settings))))

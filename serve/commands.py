@@ -30,12 +30,21 @@ def serve(args: Sequence[str]) -> int:
     """Serve an index from this machine until Ctrl-C or SIGTERM, or print what would be served."""
     parser = argparse.ArgumentParser(prog="lookalike serve", description="Serve an index over gRPC.")
     parser.add_argument("recipe", nargs="?", help="recipe YAML; its serve: section holds the settings")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings of the service, as "
-                        "in port=0 limits.max_k=50; with a recipe also the recipe's, as in root=...")  # fmt: skip
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings of the service, as in port=0 limits.max_k=50; with a recipe also the recipe's, as in root=...",
+    )
     parser.add_argument("--index", help="URI of the index to serve; default: the recipe's step of stage index")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the settings; serve nothing")
-    parser.add_argument("--check-config", metavar="FILE", help="read a Serve config file or a RayService manifest, "
-                        "refuse what Serve would ignore or fail on, and serve nothing")  # fmt: skip
+    parser.add_argument(
+        "--check-config",
+        metavar="FILE",
+        help="read a Serve config file or a RayService manifest, "
+        "refuse what Serve would ignore or fail on, and serve nothing",
+    )
     parser.add_argument("--emit-config", action="store_true", help="print the YAML for `serve deploy` (serveConfigV2)")
     options = parser.parse_intermixed_args(args)
     if options.recipe and "=" in options.recipe and not Path(options.recipe).exists():
@@ -103,8 +112,10 @@ def _refuse_unknown(overrides: list[str], recipe_path: str | None) -> None:
         head = text.partition("=")[0].partition(".")[0]
         if head not in known:
             also = ", nor of the recipe" if known else ""
-            raise UsageError(f"{text!r} is no setting of the service{also}{nearest(head, settings)}; the service has "
-                             f"{', '.join(settings)}")  # fmt: skip
+            raise UsageError(
+                f"{text!r} is no setting of the service{also}{nearest(head, settings)}; the service has "
+                f"{', '.join(settings)}"
+            )
 
 
 def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
@@ -117,8 +128,10 @@ def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
         if key in values or not steps:
             continue
         if len(steps) > 1:
-            raise UsageError(f"recipe {recipe.name!r} has {len(steps)} {key!r} steps ({', '.join(steps)}); set "
-                             f"serve.{key} to the URI of one")  # fmt: skip
+            raise UsageError(
+                f"recipe {recipe.name!r} has {len(steps)} {key!r} steps ({', '.join(steps)}); set "
+                f"serve.{key} to the URI of one"
+            )
         artifact = recipe.published(steps[0])
         if artifact is None:
             raise ArtifactError(f"step {steps[0]!r} is not published yet; run `lookalike {key} {path}` first")
@@ -180,8 +193,13 @@ def search(args: Sequence[str]) -> int:
     where.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
     where.add_argument("--local", metavar="URI", help="search this index in this process instead")
     parser.add_argument("-k", type=int, default=10, help="hits wanted (default: %(default)s)")
-    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep hits whose column "
-                        "holds this value; repeat it for more values of a column, or for more columns")  # fmt: skip
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="keep hits whose column holds this value; repeat it for more values of a column, or for more columns",
+    )
     parser.add_argument("--min-recall", type=float, help="let the service choose the cheapest plan of this recall")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -245,10 +263,15 @@ def _plain(result: SearchResult) -> dict[str, Any]:
     info = result.info
     return {
         "hits": [{"id": hit.id, "score": hit.score, "metadata": dict(hit.metadata)} for hit in result.hits],
-        "plan": vars(info.plan), "generation": info.generation, "model_fingerprint": info.model_fingerprint,
-        "coverage": info.coverage, "times_ms": dict(info.times_ms),
-        "request_id": info.request_id, "arm": info.arm, "degraded": info.degraded,
-    }  # fmt: skip
+        "plan": vars(info.plan),
+        "generation": info.generation,
+        "model_fingerprint": info.model_fingerprint,
+        "coverage": info.coverage,
+        "times_ms": dict(info.times_ms),
+        "request_id": info.request_id,
+        "arm": info.arm,
+        "degraded": info.degraded,
+    }
 
 
 def render(result: SearchResult) -> str:

@@ -147,8 +147,10 @@ def find_embeddings(index: Artifact) -> Artifact:
             try:
                 return Artifact.open(uri, "embeddings", check=False)
             except ArtifactError as error:
-                raise ArtifactError(f"the writes cannot be merged: the embeddings that {index.uri} was made from are "
-                                    f"needed, and {error}") from None  # fmt: skip
+                raise ArtifactError(
+                    f"the writes cannot be merged: the embeddings that {index.uri} was made from are "
+                    f"needed, and {error}"
+                ) from None
     raise ArtifactError(f"{index.uri} names no embeddings that it was made from; build it with `lookalike index`")
 
 
@@ -171,5 +173,3 @@ async def compact_in_task(index: str, records: Sequence[Record], folder: str) ->
 def _compact_frames(index: str, frames: Sequence[bytes], folder: str) -> str:
     found = [read_frame(frame) for frame in frames]
     return compact(index, [one[0] for one in found if one is not None], folder)
-
-

@@ -60,8 +60,10 @@ def call_metadata(application: str, token: str | None) -> tuple[tuple[str, str],
     pairs = [("application", application)] if application else []
     if token is not None:
         if not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise UsageError(f"the token ({len(token)} characters) is empty or holds more than visible ASCII; give the "
-                             "one that `lookalike token` printed")  # fmt: skip
+            raise UsageError(
+                f"the token ({len(token)} characters) is empty or holds more than visible ASCII; give the "
+                "one that `lookalike token` printed"
+            )
         pairs.append(("authorization", f"Bearer {token}"))
     return tuple(pairs)
 
@@ -79,8 +81,12 @@ def read_token(path: Path | None) -> str | None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that asks a service."""
     group = parser.add_argument_group("access")
-    group.add_argument("--token-file", type=Path, metavar="FILE",
-                       help=f"file that holds the token (default: the environment's {TOKEN_VARIABLE})")  # fmt: skip
+    group.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file that holds the token (default: the environment's {TOKEN_VARIABLE})",
+    )
     group.add_argument("--tls", action="store_true", help="TLS by the public certificate authorities")
     group.add_argument("--tls-ca", metavar="FILE", help="TLS by the certificate authorities in this PEM file")
     group.add_argument("--tls-cert", metavar="FILE", help="this client's certificate, where the service asks for one")

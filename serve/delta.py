@@ -207,8 +207,15 @@ class Delta:
             if self._written is None:
                 places = np.fromiter(self._places.values(), np.intp, len(self._places))
                 alive = np.sort(places[places >= 0])
-                self._written = Written(self._meta.dims, alive, self._numbers[: len(self._entries)], self._vectors,
-                                        self._lengths, self._entries, tuple(self._replaced))  # fmt: skip
+                self._written = Written(
+                    self._meta.dims,
+                    alive,
+                    self._numbers[: len(self._entries)],
+                    self._vectors,
+                    self._lengths,
+                    self._entries,
+                    tuple(self._replaced),
+                )
             return self._written
 
     def find(self, image_id: str) -> Floats | None:
@@ -234,6 +241,8 @@ def search_all(shards: Sequence[ShardSearcher], written: Written | None, ask: As
 
 def shortlist_all(shards: Sequence[ShardSearcher], written: Written | None, ask: Ask) -> Hits:
     """The candidates among stored rows of all shards, side by side."""
-    found = [shard.shortlist(*ask) if written is None else written.shortlist_stored(place, shard, ask)
-             for place, shard in enumerate(shards)]  # fmt: skip
+    found = [
+        shard.shortlist(*ask) if written is None else written.shortlist_stored(place, shard, ask)
+        for place, shard in enumerate(shards)
+    ]
     return Hits(np.hstack([hits.rows for hits in found]), np.hstack([hits.scores for hits in found]))

@@ -31,8 +31,13 @@ class RetrievalError(LookalikeError):
     @property
     def exit_code(self) -> int:  # type: ignore[override]
         """2 when the request is at fault, 1 when the service is."""
-        mistakes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION,
-                    grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)  # fmt: skip
+        mistakes = (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            grpc.StatusCode.NOT_FOUND,
+            grpc.StatusCode.FAILED_PRECONDITION,
+            grpc.StatusCode.UNAUTHENTICATED,
+            grpc.StatusCode.PERMISSION_DENIED,
+        )
         return 2 if self.code in mistakes else 1
 
 

@@ -70,15 +70,19 @@ def read_arms(config: ServeConfig, served: Generation) -> tuple[Arm, ...]:
         return ()
     rails, monitor = config.experiment.guardrails, config.monitor
     if rails.min_recall is not None and (monitor.share == 0 or rails.min_requests > monitor.window):
-        raise UsageError(f"guardrails.min_recall={rails.min_recall:g} is never judged with monitor.share="
-                         f"{monitor.share:g}, monitor.window={monitor.window} and guardrails.min_requests="
-                         f"{rails.min_requests}; measure a share above 0, and min_requests within the "
-                         "window")  # fmt: skip
+        raise UsageError(
+            f"guardrails.min_recall={rails.min_recall:g} is never judged with monitor.share="
+            f"{monitor.share:g}, monitor.window={monitor.window} and guardrails.min_requests="
+            f"{rails.min_requests}; measure a share above 0, and min_requests within the "
+            "window"
+        )
     arms = tuple(_read_arm(arm, served) for arm in config.experiment.arms)
     for arm in arms:
         if arm.own is not None and config.writes.state is not None:
-            raise UsageError(f"arm {arm.name!r} has an index of its own, which would miss the writes; compare plans of "
-                             "the served index, or serve without writes.state")  # fmt: skip
+            raise UsageError(
+                f"arm {arm.name!r} has an index of its own, which would miss the writes; compare plans of "
+                "the served index, or serve without writes.state"
+            )
     return arms
 
 
@@ -91,12 +95,16 @@ def _read_arm(settings: ArmSettings, served: Generation) -> Arm:
         return Arm(name, weight, plan=None if plan == "none" else plan, plans=plans)
     own = read_generation(settings.index, None if plan == "none" else plan, settings.encoder)
     if own.meta.num_hash_shards < served.meta.num_hash_shards:
-        raise UsageError(f"arm {name!r}: its index has {own.meta.num_hash_shards} shards, the served one "
-                         f"{served.meta.num_hash_shards}, so some workers would hold none of it; index with as "
-                         "many")  # fmt: skip
+        raise UsageError(
+            f"arm {name!r}: its index has {own.meta.num_hash_shards} shards, the served one "
+            f"{served.meta.num_hash_shards}, so some workers would hold none of it; index with as "
+            "many"
+        )
     if missing := sorted(set(served.meta.columns) - set(own.meta.columns)):
-        raise UsageError(f"arm {name!r}: its index lacks the columns {', '.join(missing)} that requests may filter by; "
-                         "index with them")  # fmt: skip
+        raise UsageError(
+            f"arm {name!r}: its index lacks the columns {', '.join(missing)} that requests may filter by; "
+            "index with them"
+        )
     return Arm(name, weight, own=own)
 
 

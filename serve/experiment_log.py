@@ -57,8 +57,10 @@ def read_experiment_log(folder: str, name: str | None, kind: str | None = None) 
     root = Path(folder)
     paths = sorted(root.rglob("access-*.jsonl*"))
     if not paths:
-        raise UsageError(f"{folder} holds no access-*.jsonl; give the folder that access_log.folder names, or one into "
-                         "which you have collected those of all replicas")  # fmt: skip
+        raise UsageError(
+            f"{folder} holds no access-*.jsonl; give the folder that access_log.folder names, or one into "
+            "which you have collected those of all replicas"
+        )
     log = ExperimentLog(_read_settings(root, name))
     for line in _read_lines(paths, log):
         try:
@@ -81,14 +83,18 @@ def _read_settings(root: Path, name: str | None) -> ExperimentSettings:
     if name is None and len(found) > 1:
         raise UsageError(f"{root} has the experiments {', '.join(found)}; choose one with --experiment")
     if not found or (name is not None and name not in found):
-        raise UsageError(f"no experiment-{name or '*'}-*.json in {root}{nearest(name or '', list(found))}; replicas "
-                         "write one beside their access log, copy it along")  # fmt: skip
+        raise UsageError(
+            f"no experiment-{name or '*'}-*.json in {root}{nearest(name or '', list(found))}; replicas "
+            "write one beside their access log, copy it along"
+        )
     paths = found[name or next(iter(found))]
     contents = {path.read_text(encoding="utf-8"): path for path in paths}
     if len(contents) > 1:
-        raise UsageError(f"experiment {name or next(iter(found))!r} has changed while it ran "
-                         f"({', '.join(path.name for path in contents.values())}); a changed experiment needs a new "
-                         "name: keep the file, and the logs, of one")  # fmt: skip
+        raise UsageError(
+            f"experiment {name or next(iter(found))!r} has changed while it ran "
+            f"({', '.join(path.name for path in contents.values())}); a changed experiment needs a new "
+            "name: keep the file, and the logs, of one"
+        )
     try:
         values = json.loads(next(iter(contents)))
     except ValueError as error:
@@ -119,5 +125,14 @@ def _take(line: dict[str, Any], log: ExperimentLog) -> None:
         shown = [(one, arm) for arm, ids in line.get("shown", {}).items() for one in ids]
         often = Counter(one for one, _ in shown)
         owners = {one: arm for one, arm in shown if often[one] == 1}  # of a batch's queries, several may share a hit
-        log.requests.append(Shown(line["request_id"], line["arm"], line.get("session", ""), line["code"], line["ms"],
-                                  line.get("degraded", False), owners))  # fmt: skip
+        log.requests.append(
+            Shown(
+                line["request_id"],
+                line["arm"],
+                line.get("session", ""),
+                line["code"],
+                line["ms"],
+                line.get("degraded", False),
+                owners,
+            )
+        )

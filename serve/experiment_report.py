@@ -19,8 +19,11 @@ from lookalike.serve.experiment_stats import (
     sessions_of_several_arms,
 )
 
-WHY_FORCED = {"fits": "an arm could not have answered them", "guardrail": "an arm was closed",
-              "failed": "one of the two arms failed"}  # fmt: skip
+WHY_FORCED = {
+    "fits": "an arm could not have answered them",
+    "guardrail": "an arm was closed",
+    "failed": "one of the two arms failed",
+}
 
 
 def experiment(args: Sequence[str]) -> int:
@@ -53,13 +56,20 @@ def analyse(log: ExperimentLog) -> dict[str, Any]:
     else:
         means += [_say_comparison(one, arms, log) for one in comparisons]
     return {
-        "experiment": log.settings.name, "mode": log.settings.mode, "control": log.settings.control.name,
-        "arms": [asdict(arm) for arm in arms], "comparisons": [asdict(one) for one in comparisons],
-        "duel": None if fought is None else asdict(fought), "forced": dict(log.forced),
-        "closed": [{"arm": arm, "reason": reason, "replicas": log.closed.count((arm, reason))}
-                   for arm, reason in closed],
-        "weights_p_value": chance, "unreadable_lines": log.unreadable, "means": means,
-    }  # fmt: skip
+        "experiment": log.settings.name,
+        "mode": log.settings.mode,
+        "control": log.settings.control.name,
+        "arms": [asdict(arm) for arm in arms],
+        "comparisons": [asdict(one) for one in comparisons],
+        "duel": None if fought is None else asdict(fought),
+        "forced": dict(log.forced),
+        "closed": [
+            {"arm": arm, "reason": reason, "replicas": log.closed.count((arm, reason))} for arm, reason in closed
+        ],
+        "weights_p_value": chance,
+        "unreadable_lines": log.unreadable,
+        "means": means,
+    }
 
 
 def _warnings(log: ExperimentLog, arms: Sequence[ArmFigures], chance: float | None) -> list[str]:
@@ -67,13 +77,18 @@ def _warnings(log: ExperimentLog, arms: Sequence[ArmFigures], chance: float | No
     if chance is not None and chance < MISMATCH:
         sizes = ", ".join(f"{arm.name} {arm.units}" for arm in arms)
         weights = ", ".join(f"{arm.name} {arm.weight:g}" for arm in log.settings.arms)
-        found.append(f"do not trust the comparison: the arms' sizes ({sizes}) do not fit their weights ({weights}), "
-                     f"p={chance:.2g}; look for what loses or repeats the requests of one arm")  # fmt: skip
+        found.append(
+            f"do not trust the comparison: the arms' sizes ({sizes}) do not fit their weights ({weights}), "
+            f"p={chance:.2g}; look for what loses or repeats the requests of one arm"
+        )
     if log.settings.mode == "split" and (several := sessions_of_several_arms(log)):
-        found.append(f"do not trust the comparison: {several} sessions saw several arms; a changed experiment needs a "
-                     "new name")  # fmt: skip
-    found += [f"arm {arm} was closed by its guardrail: {reason}; its figures end there"
-              for arm, reason in sorted(set(log.closed))]  # fmt: skip
+        found.append(
+            f"do not trust the comparison: {several} sessions saw several arms; a changed experiment needs a new name"
+        )
+    found += [
+        f"arm {arm} was closed by its guardrail: {reason}; its figures end there"
+        for arm, reason in sorted(set(log.closed))
+    ]
     return found + [f"arm {arm.name} is beyond a guardrail: {reason}" for arm in arms for reason in arm.breaks]
 
 
@@ -81,18 +96,24 @@ def _say_comparison(one: Comparison, arms: Sequence[ArmFigures], log: Experiment
     by_name = {arm.name: arm for arm in arms}
     arm, base = by_name[one.arm], by_name[log.settings.control.name]
     units = _name_units(arms)
-    rates = (f"feedback in {arm.units_with_feedback / arm.units:.2%} of {arm.units} {units}, "
-             f"{base.units_with_feedback / base.units:.2%} of {base.units} with {base.name}: {one.apart * 100:+.2f} "
-             f"points ({one.interval[0] * 100:+.2f} to {one.interval[1] * 100:+.2f}), p={one.p_value:.2g}")  # fmt: skip
+    rates = (
+        f"feedback in {arm.units_with_feedback / arm.units:.2%} of {arm.units} {units}, "
+        f"{base.units_with_feedback / base.units:.2%} of {base.units} with {base.name}: {one.apart * 100:+.2f} "
+        f"points ({one.interval[0] * 100:+.2f} to {one.interval[1] * 100:+.2f}), p={one.p_value:.2g}"
+    )
     if one.shown:
         return f"arm {one.arm} {'leads' if one.apart > 0 else 'trails'}: {rates}"
-    return (f"no difference shown between {one.arm} and {base.name}: {rates}; as many {units} would show a difference "
-            f"of {one.detectable * 100:.2f} points four times in five")  # fmt: skip
+    return (
+        f"no difference shown between {one.arm} and {base.name}: {rates}; as many {units} would show a difference "
+        f"of {one.detectable * 100:.2f} points four times in five"
+    )
 
 
 def _say_duel(found: Duel) -> str:
-    counts = (f"{found.arm} wins {found.wins}, loses {found.losses}, {found.ties} ties or without feedback, "
-              f"p={found.p_value:.2g}")  # fmt: skip
+    counts = (
+        f"{found.arm} wins {found.wins}, loses {found.losses}, {found.ties} ties or without feedback, "
+        f"p={found.p_value:.2g}"
+    )
     if not found.shown:
         return f"no difference shown between {found.arm} and {found.control}: {counts}"
     return f"arm {found.arm if found.wins > found.losses else found.control} leads: {counts}"
@@ -105,23 +126,31 @@ def _name_units(arms: Sequence[ArmFigures]) -> str:
 
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [f"experiment {report['experiment']}, {report['mode']}, control {report['control']}",
-             f"{'arm':<12} {'requests':>9} {'sessions':>9} {'errors':>8} {'degraded':>8} {'p50 ms':>8} {'p99 ms':>8}  "
-             "answers with feedback  units with feedback (95%)"]  # fmt: skip
+    lines = [
+        f"experiment {report['experiment']}, {report['mode']}, control {report['control']}",
+        f"{'arm':<12} {'requests':>9} {'sessions':>9} {'errors':>8} {'degraded':>8} {'p50 ms':>8} {'p99 ms':>8}  "
+        "answers with feedback  units with feedback (95%)",
+    ]
     for arm in report["arms"]:
         low, high = arm["unit_interval"]
         answers = f"{arm['answers_with_feedback']} = {arm['feedback_rate']:.2%}"
-        lines.append(f"{arm['name']:<12} {arm['requests']:>9} {arm['sessions']:>9} "
-                     f"{arm['errors'] / arm['requests']:>8.2%} {arm['degraded'] / arm['requests']:>8.2%} "
-                     f"{arm['p50_ms']:>8.1f} {arm['p99_ms']:>8.1f}  {answers:<21}  "
-                     f"{arm['units_with_feedback']} of {arm['units']} = "
-                     f"{arm['units_with_feedback'] / arm['units']:.2%} ({low:.2%} to {high:.2%})")  # fmt: skip
-    lines += [f"left out: {count} requests, {WHY_FORCED.get(reason, reason)}"
-              for reason, count in report["forced"].items()]  # fmt: skip
+        lines.append(
+            f"{arm['name']:<12} {arm['requests']:>9} {arm['sessions']:>9} "
+            f"{arm['errors'] / arm['requests']:>8.2%} {arm['degraded'] / arm['requests']:>8.2%} "
+            f"{arm['p50_ms']:>8.1f} {arm['p99_ms']:>8.1f}  {answers:<21}  "
+            f"{arm['units_with_feedback']} of {arm['units']} = "
+            f"{arm['units_with_feedback'] / arm['units']:.2%} ({low:.2%} to {high:.2%})"
+        )
+    lines += [
+        f"left out: {count} requests, {WHY_FORCED.get(reason, reason)}" for reason, count in report["forced"].items()
+    ]
     if report["unreadable_lines"]:
         lines.append(f"left out: {report['unreadable_lines']} lines that are cut off or damaged")
     lines.append("units are sessions, and requests without one")
-    lines += ["", *(f"- {sentence}" for sentence in report["means"]),
-              "- this holds for one look at the end of a length chosen beforehand; whoever looks daily and stops at a "
-              "difference finds one too often"]  # fmt: skip
+    lines += [
+        "",
+        *(f"- {sentence}" for sentence in report["means"]),
+        "- this holds for one look at the end of a length chosen beforehand; whoever looks daily and stops at a "
+        "difference finds one too often",
+    ]
     return "\n".join(lines)

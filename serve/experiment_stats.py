@@ -94,22 +94,34 @@ def _describe(name: str, requests: Sequence[Shown], acted: set[str], log: Experi
     limits = log.settings.guardrails
     breaks = []
     if limits.max_error_share is not None and errors / len(requests) > limits.max_error_share:
-        breaks.append(f"{errors / len(requests):.2%} of the requests failed, max_error_share is "
-                      f"{limits.max_error_share:.2%}")  # fmt: skip
+        breaks.append(
+            f"{errors / len(requests):.2%} of the requests failed, max_error_share is {limits.max_error_share:.2%}"
+        )
     if limits.max_p99_ms is not None and p99 > limits.max_p99_ms:
         breaks.append(f"99% took up to {p99:.1f} ms, max_p99_ms is {limits.max_p99_ms:g}")
     units, hit = _units(requests, acted)
     return ArmFigures(
-        name, len(requests), len({request.session for request in requests} - {""}), errors,
-        sum(request.degraded for request in requests), float(p50), float(p99), with_feedback,
-        with_feedback / max(1, len(answers)), units, hit, wilson(hit, units),
+        name,
+        len(requests),
+        len({request.session for request in requests} - {""}),
+        errors,
+        sum(request.degraded for request in requests),
+        float(p50),
+        float(p99),
+        with_feedback,
+        with_feedback / max(1, len(answers)),
+        units,
+        hit,
+        wilson(hit, units),
         () if name == log.settings.control.name else tuple(breaks),
-    )  # fmt: skip
+    )
 
 
 def _units(requests: Sequence[Shown], acted: set[str]) -> tuple[int, int]:
-    return (len({request.unit for request in requests}),
-            len({request.unit for request in requests if request.request_id in acted}))  # fmt: skip
+    return (
+        len({request.unit for request in requests}),
+        len({request.unit for request in requests if request.request_id in acted}),
+    )
 
 
 def sessions_of_several_arms(log: ExperimentLog) -> int:
@@ -127,8 +139,9 @@ def compare(arms: Sequence[ArmFigures], control: str) -> list[Comparison]:
     others = [arm for arm in arms if arm.name != control]
     if base is None:
         return []
-    found = holm([two_proportions(arm.units_with_feedback, arm.units, base.units_with_feedback, base.units)
-                  for arm in others])  # fmt: skip
+    found = holm(
+        [two_proportions(arm.units_with_feedback, arm.units, base.units_with_feedback, base.units) for arm in others]
+    )
     return [_compare(arm, base, p_value) for arm, p_value in zip(others, found, strict=True)]
 
 

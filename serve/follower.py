@@ -123,9 +123,15 @@ class Follower:
     async def _poll(self, wait_s: float) -> str:
         """Ask until all writes are here, and do what the answers say; the name of the current generation."""
         while True:
-            asked = {"id": self._id, "role": self._role, "version": self._version, "last": self._last,
-                     "wait_s": wait_s, "failed": self._failed,
-                     "holds": [Held.of(generation).key for generation, _ in self._opened.values()]}  # fmt: skip
+            asked = {
+                "id": self._id,
+                "role": self._role,
+                "version": self._version,
+                "last": self._last,
+                "wait_s": wait_s,
+                "failed": self._failed,
+                "holds": [Held.of(generation).key for generation, _ in self._opened.values()],
+            }
             answer, frames = await self._writer.follow.remote(json.dumps(asked))
             news = json.loads(answer)
             async with self._taking:
@@ -214,8 +220,9 @@ class Follower:
                 self._telling = asyncio.ensure_future(self._tell())  # kept: a task nobody holds may vanish
 
     def _open(self, one: Held) -> tuple[Generation, Any]:
-        generation = read_generation(one.index, one.plan, one.encoder or "none", includes_writes=one.includes_writes,
-                                     check=False)  # fmt: skip
+        generation = read_generation(
+            one.index, one.plan, one.encoder or "none", includes_writes=one.includes_writes, check=False
+        )
         return generation, self._member.open(generation)
 
     async def _tell(self) -> None:

@@ -33,12 +33,17 @@ class Gate:
             return Caller(None, self._max_bytes)
         known = self._tenants.find(read_bearer(metadata))
         if known is None:
-            raise RetrievalError(grpc.StatusCode.UNAUTHENTICATED, "the token is unknown here; send a valid one as "
-                                 "`authorization: Bearer TOKEN`")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the token is unknown here; send a valid one as `authorization: Bearer TOKEN`",
+            )
         needed, role = role_for(rpc), known.tenant.role
         if ROLES.index(role) < ROLES.index(needed):
-            raise RetrievalError(grpc.StatusCode.PERMISSION_DENIED, f"{rpc} needs the role {needed!r}, tenant "
-                                 f"{known.tenant.name!r} has {role!r}; ask for a token of that role")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"{rpc} needs the role {needed!r}, tenant "
+                f"{known.tenant.name!r} has {role!r}; ask for a token of that role",
+            )
         return Caller(known, self._max_bytes)
 
 
@@ -63,8 +68,10 @@ class Caller:
     def check(self, rpc: str, message: Any) -> None:
         """Raise as ``request`` does, and count the request; for a batch of a stream this is all."""
         if (size := message.ByteSize()) > self._max_bytes:
-            raise invalid(f"the request has {size} bytes, the limit is {self._max_bytes}; send less at once, or raise "
-                          "limits.max_request_bytes of the service")  # fmt: skip
+            raise invalid(
+                f"the request has {size} bytes, the limit is {self._max_bytes}; send less at once, or raise "
+                "limits.max_request_bytes of the service"
+            )
         if self._known is None:
             return
         if rpc == "SearchStream":
@@ -107,9 +114,11 @@ def read_bearer(metadata: Sequence[tuple[str, Any]]) -> str:
     given = [value for key, value in metadata if key.lower() == "authorization"]
     scheme, _, token = str(given[0]).partition(" ") if len(given) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not token.strip():
-        raise RetrievalError(grpc.StatusCode.UNAUTHENTICATED, "this service asks for a token; send one "
-                             "`authorization: Bearer TOKEN` (Client(token=...), lookalike search --token-file)"
-                             )  # fmt: skip
+        raise RetrievalError(
+            grpc.StatusCode.UNAUTHENTICATED,
+            "this service asks for a token; send one "
+            "`authorization: Bearer TOKEN` (Client(token=...), lookalike search --token-file)",
+        )
     return token.strip()
 
 
@@ -121,8 +130,10 @@ def _count(rpc: str, message: Any) -> int:
 
 def _check_bounds(rpc: str, message: Any, num_queries: int, name: str, quota: Quota) -> None:
     if quota.max_batch is not None and num_queries > quota.max_batch:
-        raise invalid(f"{num_queries} {COUNTED[rpc]} in one request, tenant {name!r} may send {quota.max_batch}; send "
-                      "fewer at a time")  # fmt: skip
+        raise invalid(
+            f"{num_queries} {COUNTED[rpc]} in one request, tenant {name!r} may send {quota.max_batch}; send "
+            "fewer at a time"
+        )
     if quota.max_k is not None and rpc in ("Search", "SearchBatch"):
         k = message.options.k if message.options.HasField("k") else DEFAULT_K
         if k > quota.max_k:

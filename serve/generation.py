@@ -33,8 +33,11 @@ class Generation:
         Folders go by the hash shard they belong to, so a stored id and a later write of it meet in one worker.
         """
         owners = self.meta.hash_shards or range(self.meta.num_shards)
-        return [f"{self.index.rstrip('/')}/{folder}" for folder, owner in zip(self.meta.shards, owners, strict=True)
-                if owner % num_groups == group]  # fmt: skip
+        return [
+            f"{self.index.rstrip('/')}/{folder}"
+            for folder, owner in zip(self.meta.shards, owners, strict=True)
+            if owner % num_groups == group
+        ]
 
 
 def read_generation(
@@ -73,8 +76,10 @@ def find_encoder(wanted: str, index: str, meta: IndexMeta) -> str | None:
     encoder = Artifact.open(uri, "encoder", check=False)
     if encoder.manifest.fingerprint != meta.model_fingerprint:
         found = encoder.manifest.fingerprint
-        raise UsageError(f"encoder {uri} has fingerprint {found}, the index {index} holds vectors of "
-                         f"{meta.model_fingerprint}; serve it with its own encoder, or index again")  # fmt: skip
+        raise UsageError(
+            f"encoder {uri} has fingerprint {found}, the index {index} holds vectors of "
+            f"{meta.model_fingerprint}; serve it with its own encoder, or index again"
+        )
     return uri
 
 
@@ -82,5 +87,7 @@ def _encoder_of_lineage(index_uri: str, fingerprint: str) -> str:
     for _, _, ancestor in lineage(Artifact.open(index_uri, "index", check=False)):
         if isinstance(ancestor, Artifact) and ancestor.manifest.fingerprint == fingerprint:
             return ancestor.uri
-    raise ArtifactError(f"no encoder {fingerprint} in the lineage of {index_uri}; set serve.encoder to its URI, or to "
-                        "none to serve vectors and ids only")  # fmt: skip
+    raise ArtifactError(
+        f"no encoder {fingerprint} in the lineage of {index_uri}; set serve.encoder to its URI, or to "
+        "none to serve vectors and ids only"
+    )

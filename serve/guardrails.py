@@ -11,8 +11,15 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 WINDOW = 1000
 """The last requests of an arm that are judged (or ``min_requests``, where that is more)."""
-SERVICE_ERRORS = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS", "UNIMPLEMENTED",
-                  "RESOURCE_EXHAUSTED")  # fmt: skip
+SERVICE_ERRORS = (
+    "UNKNOWN",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "DATA_LOSS",
+    "UNIMPLEMENTED",
+    "RESOURCE_EXHAUSTED",
+)
 """Status codes that are no fault of the caller."""
 P99_SHARE = 0.01
 PROOF = 3.0
@@ -48,8 +55,9 @@ class Guard:
         if len(failed) < limits.min_requests:
             return
         if limits.max_error_share is not None and wilson(sum(failed), len(failed), PROOF)[0] > limits.max_error_share:
-            self._close(arm, f"{sum(failed)} of {len(failed)} requests failed, max_error_share is "
-                             f"{limits.max_error_share:g}")  # fmt: skip
+            self._close(
+                arm, f"{sum(failed)} of {len(failed)} requests failed, max_error_share is {limits.max_error_share:g}"
+            )
         elif limits.max_p99_ms is not None and wilson(sum(slow), len(slow), PROOF)[0] > P99_SHARE:
             self._close(arm, f"{sum(slow)} of {len(slow)} requests took longer than max_p99_ms, {limits.max_p99_ms:g}")
 
@@ -60,8 +68,11 @@ class Guard:
             return
         highest = estimate.recall + PROOF / Z * (estimate.high - estimate.recall)
         if estimate.queries >= limits.min_requests and highest < limits.min_recall:
-            self._close(arm, f"recall is {estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f}), min_recall "
-                             f"{limits.min_recall:g}")  # fmt: skip
+            self._close(
+                arm,
+                f"recall is {estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f}), min_recall "
+                f"{limits.min_recall:g}",
+            )
 
     def _close(self, arm: str, reason: str) -> None:
         self.reasons[arm] = reason

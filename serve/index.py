@@ -126,7 +126,7 @@ def _write_rows(
 
 def place_shard(
     source: Source, config: IndexConfig, meta: ShardMeta, shard: int, uris: tuple[str, str], *, only: Mask | None = None
-) -> ShardMeta:  # fmt: skip
+) -> ShardMeta:
     """Build one shard and put it into its folder; ``uris`` are that and the folder for scratch."""
     if storage.is_local(uris[0]):
         with new_folder(*uris) as folder:
@@ -157,15 +157,19 @@ def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, 
     for name, dims in (("dims", config.dims), ("shortlist_dims", config.shortlist_dims)):
         too_large = [dim for dim in dims or () if dim > full]
         if too_large:
-            raise UsageError(f"{name} {list(dims or ())} exceed the model's {full}; drop {too_large} or train a model "
-                             f"with embedding.dim={max(too_large)}")  # fmt: skip
+            raise UsageError(
+                f"{name} {list(dims or ())} exceed the model's {full}; drop {too_large} or train a model "
+                f"with embedding.dim={max(too_large)}"
+            )
     dims = tuple(sorted({*(config.dims or model_dims), full}))
     check_dims(dims)
     shortlist_dims = dims[:-1] or dims if config.shortlist_dims is None else tuple(sorted(set(config.shortlist_dims)))
     unknown = [dim for dim in shortlist_dims if dim not in dims]
     if unknown:
-        raise UsageError(f"shortlist_dims {unknown} are not among the index's dims {list(dims)}; choose from these or "
-                         "add them to dims")  # fmt: skip
+        raise UsageError(
+            f"shortlist_dims {unknown} are not among the index's dims {list(dims)}; choose from these or "
+            "add them to dims"
+        )
     return dims, shortlist_dims
 
 
@@ -232,8 +236,12 @@ def run(stage: StageRun[IndexConfig]) -> None:
     SHORTLISTS.get(config.shortlist)
     dims, shortlist_dims = choose_dims(config, [int(dim) for dim in facts["dims"]])
     source = read_source(embeddings, config.where)
-    same: dict[str, Any] = {"dims": dims, "dtype": config.dtype, "shortlist": config.shortlist,
-                            "shortlist_dims": shortlist_dims}  # fmt: skip
+    same: dict[str, Any] = {
+        "dims": dims,
+        "dtype": config.dtype,
+        "shortlist": config.shortlist,
+        "shortlist_dims": shortlist_dims,
+    }
     encoder = EncoderRef(**{key: str(facts["encoder"].get(key, "")) for key in ("fingerprint", "name", "uri")})
     shards = tuple(f"shard-{shard:05d}" for shard in range(config.num_shards))
     meta = IndexMeta(num_rows=0, shards=shards, shard_rows=(0,) * len(shards), columns=COLUMNS, encoder=encoder, **same)
@@ -243,14 +251,20 @@ def run(stage: StageRun[IndexConfig]) -> None:
     segments = list_segments(stage, ShardMeta(num_rows=0, row_offset=0, **same), previous, changes)
     if all(segment.meta.num_rows == segment.meta.num_deleted for segment in segments):
         raise UsageError(f"where {config.where} keeps none of the {facts['rows']} embeddings; check its values")
-    tasks = [(source, config, previous, segment, (stage.out.path(segment.name), stage.out.work("scratch")))
-             for segment in segments]  # fmt: skip
+    tasks = [
+        (source, config, previous, segment, (stage.out.path(segment.name), stage.out.work("scratch")))
+        for segment in segments
+    ]
     built: list[ShardMeta] = _map_tasks(place_segment, tasks, "index shards")
-    meta = meta.model_copy(update={
-        "num_rows": sum(one.num_rows for one in built), "num_deleted": sum(one.num_deleted for one in built),
-        "shards": tuple(segment.name for segment in segments), "shard_rows": tuple(one.num_rows for one in built),
-        "hash_shards": tuple(segment.shard for segment in segments),
-    })  # fmt: skip
+    meta = meta.model_copy(
+        update={
+            "num_rows": sum(one.num_rows for one in built),
+            "num_deleted": sum(one.num_deleted for one in built),
+            "shards": tuple(segment.name for segment in segments),
+            "shard_rows": tuple(one.num_rows for one in built),
+            "hash_shards": tuple(segment.shard for segment in segments),
+        }
+    )
     stage.out.write_json(INDEX_META, meta.model_dump(mode="json", exclude={"generation"}))
     kinds = [change.kind for change in changes]
     stage.out.stats |= _statistics(stage, meta, built) | {f"shards_{kind}": kinds.count(kind) for kind in KINDS}
@@ -258,8 +272,11 @@ def run(stage: StageRun[IndexConfig]) -> None:
 
 
 def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[ShardMeta]) -> dict[str, Any]:
-    sizes = {name: storage.size_bytes(stage.out.path(name)) for name in storage.list_files(stage.out.uri)
-             if name.startswith("shard-")}  # fmt: skip
+    sizes = {
+        name: storage.size_bytes(stage.out.path(name))
+        for name in storage.list_files(stage.out.uri)
+        if name.startswith("shard-")
+    }
     marks = (DIGESTS_FILE, TOMBSTONES_FILE)
     vectors = sum(size for name, size in sizes.items() if name.endswith(".npy") and not name.endswith(marks))
     shortlists = {
@@ -272,10 +289,15 @@ def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[Shar
     if 0 in meta.shard_rows:
         log.warning("empty shards %s", fields(shards=meta.shard_rows.count(0), remedy="lower num_shards"))
     return {
-        "rows": meta.num_live, "deleted_rows": meta.num_deleted, "rows_per_shard": list(meta.shard_rows),
-        "dims": list(meta.dims), "zero_vectors": num_zero, "vector_bytes": vectors, "shortlist_bytes": shortlists,
+        "rows": meta.num_live,
+        "deleted_rows": meta.num_deleted,
+        "rows_per_shard": list(meta.shard_rows),
+        "dims": list(meta.dims),
+        "zero_vectors": num_zero,
+        "vector_bytes": vectors,
+        "shortlist_bytes": shortlists,
         "metadata_bytes": sum(size for name, size in sizes.items() if name.endswith(ROWS_FILE)),
-    }  # fmt: skip
+    }
 
 
 def _map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str) -> list[Any]:
@@ -293,6 +315,11 @@ def _map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str
 
 
 STAGE: Stage[IndexConfig] = Stage(
-    name="index", kind="index", config=IndexConfig, run=run, resumable=True, version=2,
+    name="index",
+    kind="index",
+    config=IndexConfig,
+    run=run,
+    resumable=True,
+    version=2,
     inputs={"embeddings": Input("embeddings"), "previous": Input("index", optional=True)},
-)  # fmt: skip
+)

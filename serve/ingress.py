@@ -47,9 +47,13 @@ class Ingress(Paced, Follows):
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
-        self, config: ServeConfig, generation: Generation, workers: Handles | None = None, writer: Any = None,
+        self,
+        config: ServeConfig,
+        generation: Generation,
+        workers: Handles | None = None,
+        writer: Any = None,
         arms: Sequence[Arm] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.writer = writer
         self._local: list[Any] = []
         """Workers in this process."""
@@ -59,14 +63,14 @@ class Ingress(Paced, Follows):
             router = open_workers(config, generation, held)
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
-            router = Router(*workers, retries=config.retries,
-                            batching=config.batching if config.batching.enabled else None)
+            router = Router(
+                *workers, retries=config.retries, batching=config.batching if config.batching.enabled else None
+            )
         self._service = Service(config, generation, router, writer, arms)
         self._observer = self._service.observer
         self._gate = Gate(config)
         self._loopback_only = config.loopback_only
-        self._requests = Counter("lookalike_requests_total", "Requests by status.",
-                                 ("method", "code", "tenant"))  # fmt: skip
+        self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code", "tenant"))
         self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
         self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
         self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
@@ -223,8 +227,10 @@ class Ingress(Paced, Follows):
     def _check_caller(self, context: RayServegRPCContext) -> None:
         peer = context.peer()
         if self._loopback_only and not peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")):
-            raise RetrievalError(grpc.StatusCode.PERMISSION_DENIED, f"caller {peer} is on another machine; set "
-                                 "serve.loopback_only=false to admit it")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"caller {peer} is on another machine; set serve.loopback_only=false to admit it",
+            )
 
     def _observe(self, info: pb.SearchInfo) -> None:
         for part in info.stage_times:

@@ -17,8 +17,9 @@ def coins(*names: str) -> random.Random:
     return random.Random(blake2b("\0".join(names).encode(), digest_size=16).digest())
 
 
-def draft(first: Sequence[pb.Hit], second: Sequence[pb.Hit], arms: tuple[str, str], k: int,
-          flips: random.Random) -> pb.HitList:  # fmt: skip
+def draft(
+    first: Sequence[pb.Hit], second: Sequence[pb.Hit], arms: tuple[str, str], k: int, flips: random.Random
+) -> pb.HitList:
     """At most ``k`` hits, each with the arm that brought it.
 
     Once one arm has no more hits the draft is over; what the other still has follows without an arm, since feedback on

@@ -44,5 +44,7 @@ def difference(hits: int, trials: int, other_hits: int, other_trials: int) -> In
     share, other = hits / trials, other_hits / other_trials
     (low, high), (other_low, other_high) = wilson(hits, trials), wilson(other_hits, other_trials)
     apart = share - other
-    return (apart - float(np.hypot(share - low, other_high - other)),
-            apart + float(np.hypot(high - share, other - other_low)))  # fmt: skip
+    return (
+        apart - float(np.hypot(share - low, other_high - other)),
+        apart + float(np.hypot(high - share, other - other_low)),
+    )

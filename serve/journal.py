@@ -95,8 +95,10 @@ class Journal:
         data = path.read_bytes()
         number, end = int(path.stem.removeprefix("writes-")), len(MAGIC)
         if self.last and number != self.last + 1:
-            raise ArtifactError(f"{path} begins with write {number}, the file before it ends with {self.last}: a file "
-                                "is missing; restore it from a copy")  # fmt: skip
+            raise ArtifactError(
+                f"{path} begins with write {number}, the file before it ends with {self.last}: a file "
+                "is missing; restore it from a copy"
+            )
         if path == self._files()[0]:
             self.first, self.last = number, number - 1
         if data.startswith(MAGIC):
@@ -123,9 +125,11 @@ class Journal:
         """Store (kind, content) of some writes with one sync; the number of the last. What fails leaves nothing."""
         file = self._open_file()
         if not os.path.exists(file.name):  # what is written to it now, no later start would find
-            raise FileNotFoundError(f"{file.name} was removed while the service wrote to it; compact, which keeps "
-                                    "what it held, and serve the new index with a new folder as "
-                                    "writes.state")  # fmt: skip
+            raise FileNotFoundError(
+                f"{file.name} was removed while the service wrote to it; compact, which keeps "
+                "what it held, and serve the new index with a new folder as "
+                "writes.state"
+            )
         end = file.tell()
         records = [Record(self.last + place, kind, content) for place, (kind, content) in enumerate(writes, 1)]
         try:
@@ -208,8 +212,10 @@ def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.close()
-                raise UsageError(f"another service writes to {path.parent}; stop it, or set writes.state to a folder "
-                                 "of this service's own") from None  # fmt: skip
+                raise UsageError(
+                    f"another service writes to {path.parent}; stop it, or set writes.state to a folder "
+                    "of this service's own"
+                ) from None
             time.sleep(0.1)
 
 

@@ -15,9 +15,20 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.service import Service
 from lookalike.serve.workers import open_workers
 
-_METHODS = {"Search": "search", "SearchBatch": "search_batch", "SearchStream": "stream_one", "Embed": "embed",
-            "Describe": "describe", "Feedback": "feedback", "Upsert": "upsert", "Delete": "delete", "Switch": "switch",
-            "Rollback": "rollback", "Compact": "compact", "Status": "status"}  # fmt: skip
+_METHODS = {
+    "Search": "search",
+    "SearchBatch": "search_batch",
+    "SearchStream": "stream_one",
+    "Embed": "embed",
+    "Describe": "describe",
+    "Feedback": "feedback",
+    "Upsert": "upsert",
+    "Delete": "delete",
+    "Switch": "switch",
+    "Rollback": "rollback",
+    "Compact": "compact",
+    "Status": "status",
+}
 
 
 class LocalClient(Client):

@@ -36,8 +36,13 @@ class Observer:
         self._dropped = 0
         self.experiment = None if config.experiment is None else Experiment(config.experiment, arms)
         self._make_metrics()
-        self.monitor = RecallMonitor(config.monitor, router.patient(), in_flight=lambda: self.in_flight,
-                                     changed=self._recall_changed, skipped=self._recall_skipped)  # fmt: skip
+        self.monitor = RecallMonitor(
+            config.monitor,
+            router.patient(),
+            in_flight=lambda: self.in_flight,
+            changed=self._recall_changed,
+            skipped=self._recall_skipped,
+        )
         if self.experiment is not None:
             self.experiment.guard.closed = self._arm_closed
             if config.access_log.folder:

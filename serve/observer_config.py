@@ -71,8 +71,10 @@ class ArmSettings(Config):
     @model_validator(mode="after")
     def _encoder_belongs_to_an_index(self) -> "ArmSettings":
         if self.index is None and self.encoder != "auto":
-            raise ValueError(f"arm {self.name!r} has an encoder and no index; give the index that the encoder made, or "
-                             "leave the encoder out")  # fmt: skip
+            raise ValueError(
+                f"arm {self.name!r} has an encoder and no index; give the index that the encoder made, or "
+                "leave the encoder out"
+            )
         return self
 
 
@@ -101,6 +103,8 @@ class ExperimentSettings(Config):
         if self.mode == "interleave" and len(names) != 2:
             raise ValueError(f"interleaving compares two arms, these are {len(names)}; take two, or mode split")
         if self.control.index is not None:
-            raise ValueError(f"control {names[0]!r} names an index of its own; control is what is served: set "
-                             "serve.index, and leave index out of the first arm")  # fmt: skip
+            raise ValueError(
+                f"control {names[0]!r} names an index of its own; control is what is served: set "
+                "serve.index, and leave index out of the first arm"
+            )
         return self

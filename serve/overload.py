@@ -57,8 +57,10 @@ class Admission:
         and DEADLINE_EXCEEDED when none came free in the time that the request (``timeout_ms``, 0 says nothing) or the
         service allows."""
         if self._slots.locked() and not patient and 0 <= self.max_queued <= self.waiting:
-            raise ShedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self.ongoing} requests are worked on and "
-                            f"{self.waiting} wait; retry after {self.retry_after_ms} ms")  # fmt: skip
+            raise ShedError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self.ongoing} requests are worked on and {self.waiting} wait; retry after {self.retry_after_ms} ms",
+            )
         loop = asyncio.get_running_loop()
         arrived = ARRIVED.set(loop.time())
         try:
@@ -83,8 +85,10 @@ class Admission:
             async with asyncio.timeout(timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
-            raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the request waited {timeout_s:g} s for its "
-                                 "turn; slow down, or add replicas") from None  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"the request waited {timeout_s:g} s for its turn; slow down, or add replicas",
+            ) from None
         finally:
             self.waiting -= 1
 

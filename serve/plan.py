@@ -104,8 +104,10 @@ def require_same_model(searcher: Searcher, queries: Artifact) -> None:
     facts = queries.read_json("meta.json")
     theirs = facts["encoder"]["fingerprint"]
     if theirs != searcher.meta.model_fingerprint or int(facts["dim"]) != searcher.meta.dim:
-        raise UsageError(f"queries {queries.uri} come from model {theirs} ({facts['dim']}-d), the index from "
-                         f"{searcher.meta.model_fingerprint} ({searcher.meta.dim}-d); embed both with one")  # fmt: skip
+        raise UsageError(
+            f"queries {queries.uri} come from model {theirs} ({facts['dim']}-d), the index from "
+            f"{searcher.meta.model_fingerprint} ({searcher.meta.dim}-d); embed both with one"
+        )
 
 
 def check_map(
@@ -131,22 +133,41 @@ def check_map(
 def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[Measured]:
     """All candidates of the configuration, measured, timed and held against its limits; the exact plan comes first."""
     plans = list_plans(
-        searcher.meta, k=config.k, shortlist_ks=config.shortlist_ks, efs=config.ef_search, nprobes=config.nprobe,
-        scan_dims=config.scan_dims, funnels=config.funnels, single_stage=config.allow_single_stage,
-    )  # fmt: skip
+        searcher.meta,
+        k=config.k,
+        shortlist_ks=config.shortlist_ks,
+        efs=config.ef_search,
+        nprobes=config.nprobe,
+        scan_dims=config.scan_dims,
+        funnels=config.funnels,
+        single_stage=config.allow_single_stage,
+    )
     seed = derive_seed(config.seed, "plan", "bootstrap")
     exact = planner.search_without(searcher, queries, config.k, Plan.exact(searcher.meta.dim), own_rows)
     measured = planner.measure(searcher, queries, config.k, plans, own_rows=own_rows, seed=seed, exact=exact)
     for measure_more in (planner.measure_between, *([planner.measure_early_exit] if config.early_exit else [])):
         measured += measure_more(
-            searcher, queries, config.k, measured, own_rows=own_rows, seed=seed, exact=exact, target=config.target,
+            searcher,
+            queries,
+            config.k,
+            measured,
+            own_rows=own_rows,
+            seed=seed,
+            exact=exact,
+            target=config.target,
             decide_by=config.decide_by,
-        )  # fmt: skip
+        )
     num = max(config.time_queries, planner.P99_QUERIES if config.max_p99_ms else 0)
     if config.max_p99_ms and len(queries) < planner.P99_QUERIES:
-        log.warning("few queries for a 99th percentile %s", fields(
-            queries=len(queries), needed=planner.P99_QUERIES, taken="the slowest", remedy="raise num_queries",
-        ))  # fmt: skip
+        log.warning(
+            "few queries for a 99th percentile %s",
+            fields(
+                queries=len(queries),
+                needed=planner.P99_QUERIES,
+                taken="the slowest",
+                remedy="raise num_queries",
+            ),
+        )
     timed = planner.time_plans(searcher, queries[:num], config.k, measured, repeats=config.time_repeats)
     return limits_of(config).mark(timed)
 
@@ -163,8 +184,9 @@ def choose(
 
     Raises ``UsageError`` that names the candidate which comes nearest when none keeps recall and limits.
     """
-    good = planner.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by,
-                             exact=config.allow_single_stage)  # fmt: skip
+    good = planner.rank_good(
+        measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=config.allow_single_stage
+    )
     if good in ([], [0]) and not (good and config.allow_single_stage):
         others = measured[1:] or measured
         _, why = planner.nearest(others, config.target, limits_of(config), decide_by=config.decide_by)
@@ -177,9 +199,11 @@ def choose(
         checked = check_map(searcher, queries, records, measured[place].plan, label=config.label, k=config.k)
         if checked is None or abs(checked["difference_points"]) <= config.max_map_loss:
             return place, checked
-    raise UsageError(f"no plan within the limits keeps mAP@{config.k} by {config.label} to {config.max_map_loss} "
-                     "points; raise max_map_loss, or the limit that the exact scan breaks: "
-                     f"{'; '.join(measured[0].breaks)}")  # fmt: skip
+    raise UsageError(
+        f"no plan within the limits keeps mAP@{config.k} by {config.label} to {config.max_map_loss} "
+        "points; raise max_map_loss, or the limit that the exact scan breaks: "
+        f"{'; '.join(measured[0].breaks)}"
+    )
 
 
 def compare_stages(measured: list[Measured], place: int, config: PlanConfig) -> dict[str, Any]:
@@ -188,9 +212,14 @@ def compare_stages(measured: list[Measured], place: int, config: PlanConfig) -> 
     facts = planner.compare_stages(measured, good, config.rank_by)
     if config.allow_single_stage and measured[place].plan.is_single_stage:
         several = facts["several_stages"]
-        log.info("one stage is the cheapest %s", fields(
-            plan=measured[place].plan.describe(), several_to_one=facts["several_to_one"],
-            several="none is good enough" if several is None else measured[int(several)].plan.describe()))  # fmt: skip
+        log.info(
+            "one stage is the cheapest %s",
+            fields(
+                plan=measured[place].plan.describe(),
+                several_to_one=facts["several_to_one"],
+                several="none is good enough" if several is None else measured[int(several)].plan.describe(),
+            ),
+        )
     return facts
 
 
@@ -207,8 +236,13 @@ def check_plan(
     checked = None
     if config.label is not None:
         checked = check_map(searcher, queries, records, plan, label=config.label, k=config.k)
-    return {"num_queries": len(queries), "recall": found.recall, "recall_low": found.recall_low,
-            "recall_high": found.recall_high, "map_check": checked}  # fmt: skip
+    return {
+        "num_queries": len(queries),
+        "recall": found.recall,
+        "recall_low": found.recall_low,
+        "recall_high": found.recall_high,
+        "map_check": checked,
+    }
 
 
 def run(stage: StageRun[PlanConfig]) -> None:
@@ -228,26 +262,48 @@ def run(stage: StageRun[PlanConfig]) -> None:
     chosen = measured[place]
     kept_out = check_plan(searcher, sample[len(queries) :], sampled[len(queries) :], chosen.plan, config)
     facts = {
-        "plan": chosen.plan.model_dump(mode="json"), "description": chosen.plan.describe(),
-        "index": {"uri": index.uri, "generation": searcher.meta.generation}, "target": config.target, "k": config.k,
-        "max_p99_ms": config.max_p99_ms, "max_ram_mb": config.max_ram_mb,
-        "num_queries": len(queries), "chosen": place, "front": front, "map_check": checked,
-        "holdout": kept_out, "stages": compare_stages(measured, place, config),
+        "plan": chosen.plan.model_dump(mode="json"),
+        "description": chosen.plan.describe(),
+        "index": {"uri": index.uri, "generation": searcher.meta.generation},
+        "target": config.target,
+        "k": config.k,
+        "max_p99_ms": config.max_p99_ms,
+        "max_ram_mb": config.max_ram_mb,
+        "num_queries": len(queries),
+        "chosen": place,
+        "front": front,
+        "map_check": checked,
+        "holdout": kept_out,
+        "stages": compare_stages(measured, place, config),
         "candidates": [one.model_dump(mode="json") | {"description": one.plan.describe()} for one in measured],
-        "machine": machine_facts(), "ranked_by": config.rank_by, "decided_by": config.decide_by,
-    }  # fmt: skip
+        "machine": machine_facts(),
+        "ranked_by": config.rank_by,
+        "decided_by": config.decide_by,
+    }
     stage.out.write_json("plan.json", facts)
-    drawn = plot(measured, front, place, target=config.target, k=config.k, rank_by=config.rank_by,
-                 num_queries=len(queries))  # fmt: skip
+    drawn = plot(
+        measured, front, place, target=config.target, k=config.k, rank_by=config.rank_by, num_queries=len(queries)
+    )
     storage.write_atomic(stage.out.path("plan.png"), drawn)
-    stage.out.stats |= {"plan": chosen.plan.describe(), "recall": chosen.recall, "candidates": len(measured),
-                        "queries": len(queries), "model_us": chosen.model_us, "exact_ratio": chosen.exact_ratio,
-                        "ram_mb": chosen.ram_mb, "shard_ram_mb": chosen.shard_ram_mb, "p99_us": chosen.p99_us,
-                        "map_difference_points": checked and checked["difference_points"]}  # fmt: skip
+    stage.out.stats |= {
+        "plan": chosen.plan.describe(),
+        "recall": chosen.recall,
+        "candidates": len(measured),
+        "queries": len(queries),
+        "model_us": chosen.model_us,
+        "exact_ratio": chosen.exact_ratio,
+        "ram_mb": chosen.ram_mb,
+        "shard_ram_mb": chosen.shard_ram_mb,
+        "p99_us": chosen.p99_us,
+        "map_difference_points": checked and checked["difference_points"],
+    }
     log.info("plan %s", fields(plan=chosen.plan.describe(), recall=chosen.recall, us=chosen.query_us))
 
 
 STAGE: Stage[PlanConfig] = Stage(
-    name="plan", kind="plan", config=PlanConfig, run=run,
+    name="plan",
+    kind="plan",
+    config=PlanConfig,
+    run=run,
     inputs={"index": Input("index"), "queries": Input("embeddings")},
-)  # fmt: skip
+)

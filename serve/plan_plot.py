@@ -15,9 +15,15 @@ LOWEST = 0.5
 
 
 def plot(
-    measured: Sequence[Measured], front: Sequence[int], chosen: int, *, target: float, k: int,
-    rank_by: planner.RankBy, num_queries: int,
-) -> bytes:  # fmt: skip
+    measured: Sequence[Measured],
+    front: Sequence[int],
+    chosen: int,
+    *,
+    target: float,
+    k: int,
+    rank_by: planner.RankBy,
+    num_queries: int,
+) -> bytes:
     """A PNG: what is missed of the answer, on a log scale so that the good plans stand apart, over the cost.
 
     Colour: prefix of the shortlist. Circle: a plan of several stages; square: of one; triangle: with early exit; cross:
@@ -42,8 +48,12 @@ def plot(
     axes.plot(costs[front], missed[front], "-", color="0.4", lw=1, label="Pareto front", zorder=1)
     axes.axhline(max(finest, 1 - target), color="crimson", lw=1, ls=":", label=f"target {target:g}")
     axes.plot(costs[chosen], missed[chosen], "*", color="crimson", ms=15, mec="white", label="chosen", zorder=5)
-    axes.set(xscale="log", yscale="log", xlabel=f"cost of a query [us], {_CAPTIONS[rank_by]}",
-             ylabel=f"recall@{k} against exact")  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"cost of a query [us], {_CAPTIONS[rank_by]}",
+        ylabel=f"recall@{k} against exact",
+    )
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(f"chosen: {measured[chosen].plan.describe()}", fontsize=9)

@@ -31,8 +31,10 @@ PLAIN_QUERY = ("image_id", "title", "group", "view", "category")
 def quickstart(args: Sequence[str]) -> int:
     """Run a recipe from end to end and show what came out."""
     parser = argparse.ArgumentParser(
-        prog="lookalike quickstart", description="Run every step of a recipe, serve its index, query it over gRPC and "
-        "write report.html and report.json under the recipe's root.")  # fmt: skip
+        prog="lookalike quickstart",
+        description="Run every step of a recipe, serve its index, query it over gRPC and "
+        "write report.html and report.json under the recipe's root.",
+    )
     parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"recipe YAML (default: {DEFAULT_RECIPE})")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for every stage")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
@@ -56,8 +58,9 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     artifacts, stages = run_steps(recipe)
     asked = time.monotonic()
     answers, description = serve_and_ask(options, artifacts, config, recipe.seed)
-    stages.append({"step": "serve and query", "stage": "serve", "skipped": False,
-                   "seconds": round(time.monotonic() - asked, 1)})  # fmt: skip
+    stages.append(
+        {"step": "serve and query", "stage": "serve", "skipped": False, "seconds": round(time.monotonic() - asked, 1)}
+    )
     facts = collect(recipe, artifacts, answers, stages, description) | {"names": config.names}
     facts["total_seconds"] = round(time.monotonic() - start, 1)
     html = render_html(facts, artifacts, answers, tour.pictures(_of_stage(recipe, artifacts, "corpus"), answers))
@@ -72,8 +75,9 @@ def require_tour(recipe: Recipe) -> None:
     wrong settings in ``serve:`` or ``demo:``."""
     for stage in NEEDED:
         if not any(step.stage == stage for step in recipe.steps.values()):
-            raise UsageError(f"recipe {recipe.name!r} has no {stage!r} step; the quickstart needs one (`lookalike run` "
-                             "does not)")  # fmt: skip
+            raise UsageError(
+                f"recipe {recipe.name!r} has no {stage!r} step; the quickstart needs one (`lookalike run` does not)"
+            )
     parse_config(TourConfig, recipe.demo, "demo")
     parse_config(ServeConfig, {"index": "published by then", **recipe.serve}, "serve")
 
@@ -98,8 +102,12 @@ def serve_and_ask(
             answers = tour.ask(client, queries, config.k)
     finally:
         stop()
-    facts = {"address": address, "placement": service.placement, "generation": described.generation,
-             "model_fingerprint": described.model_fingerprint}  # fmt: skip
+    facts = {
+        "address": address,
+        "placement": service.placement,
+        "generation": described.generation,
+        "model_fingerprint": described.model_fingerprint,
+    }
     return answers, facts
 
 
@@ -108,24 +116,34 @@ def _of_stage(recipe: Recipe, artifacts: dict[str, Artifact], stage: str) -> Art
 
 
 def collect(
-    recipe: Recipe, artifacts: dict[str, Artifact], answers: list[Answer], stages: list[dict[str, Any]],
+    recipe: Recipe,
+    artifacts: dict[str, Artifact],
+    answers: list[Answer],
+    stages: list[dict[str, Any]],
     service: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything ``report.json`` holds."""
     evaluation = _of_stage(recipe, artifacts, "evaluate").read_json("report.json")
     plan = _of_stage(recipe, artifacts, "plan").read_json("plan.json")
-    shown = [{
-        "query": {key: answer.query[key] for key in PLAIN_QUERY}, "same_by_vector": answer.same_by_vector,
-        "times_ms": answer.times_ms,
-        "hits": [{"id": hit.id, "score": round(hit.score, 4), **dict(hit.metadata)} for hit in answer.hits],
-    } for answer in answers]  # fmt: skip
+    shown = [
+        {
+            "query": {key: answer.query[key] for key in PLAIN_QUERY},
+            "same_by_vector": answer.same_by_vector,
+            "times_ms": answer.times_ms,
+            "hits": [{"id": hit.id, "score": round(hit.score, 4), **dict(hit.metadata)} for hit in answer.hits],
+        }
+        for answer in answers
+    ]
     return {
-        "recipe": recipe.name, "seed": recipe.seed, "service": service, "stages": stages,
-        "labels": _of_stage(recipe, artifacts, "labels").stats, "corpus": _of_stage(recipe, artifacts, "corpus").stats,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "service": service,
+        "stages": stages,
+        "labels": _of_stage(recipe, artifacts, "labels").stats,
+        "corpus": _of_stage(recipe, artifacts, "corpus").stats,
         "evaluation": evaluation,
-        "plan": {key: plan[key] for key in PLAN_FACTS}
-        | {"chosen": plan["candidates"][plan["chosen"]]},
+        "plan": {key: plan[key] for key in PLAN_FACTS} | {"chosen": plan["candidates"][plan["chosen"]]},
         "neighbours": shown,
         "index": _of_stage(recipe, artifacts, "index").uri,
         "artifacts": {name: artifact.uri for name, artifact in artifacts.items()},
-    }  # fmt: skip
+    }

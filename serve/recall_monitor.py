@@ -58,10 +58,15 @@ class RecallMonitor:
     """
 
     def __init__(
-        self, settings: MonitorSettings, router: Router, *, in_flight: Callable[[], int] = lambda: 0,
+        self,
+        settings: MonitorSettings,
+        router: Router,
+        *,
+        in_flight: Callable[[], int] = lambda: 0,
         changed: Callable[[Key, Estimate | None], None] = lambda key, estimate: None,
-        skipped: Callable[[str], None] = lambda reason: None, seed: int | None = None,
-    ) -> None:  # fmt: skip
+        skipped: Callable[[str], None] = lambda reason: None,
+        seed: int | None = None,
+    ) -> None:
         self.settings = settings
         self._router, self._in_flight, self._changed, self._skipped = router, in_flight, changed, skipped
         self._random = random.Random(seed)
@@ -128,9 +133,14 @@ class RecallMonitor:
         generation, options = searched.generation, searched.options
         deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
         exact = await self._router.search(
-            generation.name, searched.vectors[query : query + 1], options.k, generation.plans.exact, options.filters,
-            deadline=deadline, allow_partial=False,
-        )  # fmt: skip
+            generation.name,
+            searched.vectors[query : query + 1],
+            options.k,
+            generation.plans.exact,
+            options.filters,
+            deadline=deadline,
+            allow_partial=False,
+        )
         same_dim = options.plan.rerank_dim == generation.meta.dim
         return recall_of(searched.found.answer, query, exact.answer, same_dim=same_dim)
 
@@ -152,8 +162,10 @@ def recall_of(given: Answer, query: int, exact: Answer, *, same_dim: bool) -> fl
     numbers: dict[str, int] = {}
 
     def by_id(answer: Answer, line: int) -> Hits:
-        rows = [NO_ROW if row < 0 else numbers.setdefault(str(answer.entries[row][0]), len(numbers))
-                for row in answer.hits.rows[line].tolist()]  # fmt: skip
+        rows = [
+            NO_ROW if row < 0 else numbers.setdefault(str(answer.entries[row][0]), len(numbers))
+            for row in answer.hits.rows[line].tolist()
+        ]
         return Hits(np.array([rows]), np.where(np.array(rows) < 0, NO_SCORE, answer.hits.scores[line])[None])
 
     return float(per_query_recall(by_id(given, query), by_id(exact, 0), same_dim=same_dim)[0])

@@ -65,8 +65,9 @@ def read_options(
     if not 1 <= k <= limits.max_k:
         raise invalid(f"k={k} is not between 1 and {limits.max_k}; ask for fewer, or raise limits.max_k of the service")
     if len(options.session) > MAX_SESSION:
-        raise invalid(f"the session has {len(options.session)} characters, at most {MAX_SESSION} are taken; send a "
-                      "hash of it")  # fmt: skip
+        raise invalid(
+            f"the session has {len(options.session)} characters, at most {MAX_SESSION} are taken; send a hash of it"
+        )
     if options.model_fingerprint and options.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(
             grpc.StatusCode.FAILED_PRECONDITION,
@@ -98,25 +99,36 @@ def read_filters(filters: Sequence[pb.Filter], *, limits: Limits, meta: IndexMet
         read[condition.column] = list(condition.values)
     num = sum(len(values) for values in read.values())
     if num > limits.max_filter_values:
-        raise invalid(f"{num} filter values; send at most {limits.max_filter_values}, or raise "
-                      "limits.max_filter_values of the service")  # fmt: skip
+        raise invalid(
+            f"{num} filter values; send at most {limits.max_filter_values}, or raise "
+            "limits.max_filter_values of the service"
+        )
     return read
 
 
 def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:
     """The plan a request brings."""
     if message.shortlist_k > limits.max_shortlist_k:
-        raise invalid(f"plan.shortlist_k={message.shortlist_k} exceeds {limits.max_shortlist_k}; shortlist fewer, or "
-                      "raise limits.max_shortlist_k of the service")  # fmt: skip
+        raise invalid(
+            f"plan.shortlist_k={message.shortlist_k} exceeds {limits.max_shortlist_k}; shortlist fewer, or "
+            "raise limits.max_shortlist_k of the service"
+        )
     for name, given in (("stages", message.stages), ("margins", message.margins)):
         if len(given) > len(meta.dims):
-            raise invalid(f"plan.{name} has {len(given)} entries; an index of {len(meta.dims)} nested dims takes no "
-                          "more than that")  # fmt: skip
-    values = {"shortlist_dim": message.shortlist_dim, "shortlist_k": message.shortlist_k, "scan": message.scan,
-              "stages": tuple((step.dim, step.keep) for step in message.stages), "rerank_dim": message.rerank_dim,
-              "ef_search": message.ef_search if message.HasField("ef_search") else None,
-              "nprobe": message.nprobe if message.HasField("nprobe") else None,
-              "margins": tuple(message.margins)}  # fmt: skip
+            raise invalid(
+                f"plan.{name} has {len(given)} entries; an index of {len(meta.dims)} nested dims takes no "
+                "more than that"
+            )
+    values = {
+        "shortlist_dim": message.shortlist_dim,
+        "shortlist_k": message.shortlist_k,
+        "scan": message.scan,
+        "stages": tuple((step.dim, step.keep) for step in message.stages),
+        "rerank_dim": message.rerank_dim,
+        "ef_search": message.ef_search if message.HasField("ef_search") else None,
+        "nprobe": message.nprobe if message.HasField("nprobe") else None,
+        "margins": tuple(message.margins),
+    }
     try:
         plan = parse_plan(values, "the request")
         check_plan(plan, meta)
@@ -129,15 +141,24 @@ def check_plan(plan: Plan, meta: IndexMeta) -> None:
     """Raise ``UsageError`` unless the index can run ``plan``."""
     plan.require_dims(meta.dims)
     if not plan.scan and plan.shortlist_dim not in meta.shortlist_dims:
-        raise UsageError(f"the plan shortlists at {plan.shortlist_dim}-d, the index has shortlists over "
-                         f"{list(meta.shortlist_dims)}; take one of these, or scan")  # fmt: skip
+        raise UsageError(
+            f"the plan shortlists at {plan.shortlist_dim}-d, the index has shortlists over "
+            f"{list(meta.shortlist_dims)}; take one of these, or scan"
+        )
 
 
 def write_plan(plan: Plan) -> pb.Plan:
     """A plan as it travels."""
-    return pb.Plan(shortlist_dim=plan.shortlist_dim, shortlist_k=plan.shortlist_k, rerank_dim=plan.rerank_dim,
-                   stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages], ef_search=plan.ef_search,
-                   scan=plan.scan, nprobe=plan.nprobe, margins=plan.margins)  # fmt: skip
+    return pb.Plan(
+        shortlist_dim=plan.shortlist_dim,
+        shortlist_k=plan.shortlist_k,
+        rerank_dim=plan.rerank_dim,
+        stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages],
+        ef_search=plan.ef_search,
+        scan=plan.scan,
+        nprobe=plan.nprobe,
+        margins=plan.margins,
+    )
 
 
 def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Queries:
@@ -160,8 +181,10 @@ def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Qu
 def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
     """float32 [dim] from little-endian bytes; refuses another size, NaN, infinity and the zero vector."""
     if len(data) != 4 * dim:
-        raise invalid(f"the vector has {len(data)} bytes; {dim} float32 numbers are {4 * dim}: send the whole "
-                      "embedding, the plan cuts prefixes")  # fmt: skip
+        raise invalid(
+            f"the vector has {len(data)} bytes; {dim} float32 numbers are {4 * dim}: send the whole "
+            "embedding, the plan cuts prefixes"
+        )
     vector = np.frombuffer(data, "<f4").astype(np.float32)
     if 0 < _squared_length(vector) < np.inf:  # then all numbers are finite
         return vector
@@ -191,8 +214,10 @@ def check_id(image_id: str, limits: Limits) -> str:
     """``image_id``, unless it is empty or longer than the service takes."""
     size = len(image_id.encode())
     if not 1 <= size <= limits.max_id_bytes:
-        raise invalid(f"the id {shorten(image_id)} has {size} bytes; ids have 1 to {limits.max_id_bytes} "
-                      "(limits.max_id_bytes of the service)")  # fmt: skip
+        raise invalid(
+            f"the id {shorten(image_id)} has {size} bytes; ids have 1 to {limits.max_id_bytes} "
+            "(limits.max_id_bytes of the service)"
+        )
     return image_id
 
 
@@ -205,9 +230,12 @@ def check_num(items: Sequence[object], what: str, limits: Limits) -> None:
 def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) -> None:
     """Refuse rows that cannot be stored: ids, content, columns, and another model."""
     if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
-        raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"the vectors are of model "
-                             f"{shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; embed with "
-                             "the index's model, or send images")  # fmt: skip
+        raise RetrievalError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"the vectors are of model "
+            f"{shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; embed with "
+            "the index's model, or send images",
+        )
     _check_written([row.id for row in request.rows], limits)
     for row in request.rows:
         kind = row.WhichOneof("content")
@@ -223,12 +251,15 @@ def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) ->
 def _check_metadata(row: pb.Row, limits: Limits, meta: IndexMeta) -> None:
     columns = [name for name in meta.columns if name != "image_id"]
     if unknown := [name for name in row.metadata if name not in columns]:
-        raise invalid(f"row {shorten(row.id)} has metadata {shorten(unknown[0])}; the index has the columns "
-                      f"{', '.join(columns)}")  # fmt: skip
+        raise invalid(
+            f"row {shorten(row.id)} has metadata {shorten(unknown[0])}; the index has the columns {', '.join(columns)}"
+        )
     size = sum(len(name.encode()) + len(value.encode()) for name, value in row.metadata.items())
     if size > limits.max_metadata_bytes:
-        raise invalid(f"row {shorten(row.id)} has {size} bytes of metadata, the limit is {limits.max_metadata_bytes}; "
-                      "store less, or raise limits.max_metadata_bytes of the service")  # fmt: skip
+        raise invalid(
+            f"row {shorten(row.id)} has {size} bytes of metadata, the limit is {limits.max_metadata_bytes}; "
+            "store less, or raise limits.max_metadata_bytes of the service"
+        )
 
 
 def check_ids(request: pb.DeleteRequest, *, limits: Limits) -> None:
@@ -243,8 +274,9 @@ def check_uris(request: pb.SwitchRequest) -> None:
     for name in ("index", "plan", "encoder"):
         uri: str = getattr(request, name)
         if len(uri) > MAX_URI_CHARS or not uri.isprintable():
-            raise invalid(f"{name}={shorten(uri)} has {len(uri)} characters; a URI has at most {MAX_URI_CHARS}, all "
-                          "printable")  # fmt: skip
+            raise invalid(
+                f"{name}={shorten(uri)} has {len(uri)} characters; a URI has at most {MAX_URI_CHARS}, all printable"
+            )
 
 
 def _check_written(ids: Sequence[str], limits: Limits) -> None:

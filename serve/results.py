@@ -166,19 +166,35 @@ def to_options(settings: SearchSettings) -> pb.SearchOptions:
     if k < 1:  # unsigned on the wire, as is timeout_ms
         raise RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, f"k={k} is less than 1; ask for 1 or more")
     if timeout_ms < 0:
-        raise RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, f"timeout_ms={timeout_ms} is negative; give "
-                             "milliseconds, or 0 for the service's own limit")  # fmt: skip
-    sent = None if plan is None else pb.Plan(
-        shortlist_dim=plan.shortlist_dim, shortlist_k=plan.shortlist_k, rerank_dim=plan.rerank_dim,
-        stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages], ef_search=plan.ef_search,
-        scan=plan.scan, nprobe=plan.nprobe, margins=plan.margins,
-    )  # fmt: skip
+        raise RetrievalError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"timeout_ms={timeout_ms} is negative; give milliseconds, or 0 for the service's own limit",
+        )
+    sent = (
+        None
+        if plan is None
+        else pb.Plan(
+            shortlist_dim=plan.shortlist_dim,
+            shortlist_k=plan.shortlist_k,
+            rerank_dim=plan.rerank_dim,
+            stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages],
+            ef_search=plan.ef_search,
+            scan=plan.scan,
+            nprobe=plan.nprobe,
+            margins=plan.margins,
+        )
+    )
     filters = [pb.Filter(column=column, values=values) for column, values in (settings.get("where") or {}).items()]
     return pb.SearchOptions(
-        k=k, plan=sent, timeout_ms=timeout_ms, model_fingerprint=settings.get("model_fingerprint", ""),
-        allow_partial=settings.get("allow_partial", False), filters=filters, min_recall=settings.get("min_recall"),
+        k=k,
+        plan=sent,
+        timeout_ms=timeout_ms,
+        model_fingerprint=settings.get("model_fingerprint", ""),
+        allow_partial=settings.get("allow_partial", False),
+        filters=filters,
+        min_recall=settings.get("min_recall"),
         session=settings.get("session", ""),
-    )  # fmt: skip
+    )
 
 
 def to_batch(queries: Sequence[Query] | FloatArray, settings: SearchSettings) -> pb.SearchBatchRequest:
@@ -241,11 +257,19 @@ def from_description(reply: pb.DescribeResponse) -> Description:
     """What is served."""
     limits = {bound.name: int(getattr(reply.limits, bound.name)) for bound in pb.Limits.DESCRIPTOR.fields}
     return Description(
-        version=reply.version, generation=reply.index_generation, model_fingerprint=reply.model_fingerprint,
-        dim=reply.dim, dims=tuple(reply.dims), num_rows=reply.num_rows, num_shards=reply.num_shards,
-        plan=_plan(reply.plan), placement=reply.placement, has_encoder=reply.has_encoder, limits=limits,
+        version=reply.version,
+        generation=reply.index_generation,
+        model_fingerprint=reply.model_fingerprint,
+        dim=reply.dim,
+        dims=tuple(reply.dims),
+        num_rows=reply.num_rows,
+        num_shards=reply.num_shards,
+        plan=_plan(reply.plan),
+        placement=reply.placement,
+        has_encoder=reply.has_encoder,
+        limits=limits,
         columns=tuple(reply.columns),
-    )  # fmt: skip
+    )
 
 
 def _hits(hits: Any) -> tuple[Hit, ...]:
@@ -254,12 +278,28 @@ def _hits(hits: Any) -> tuple[Hit, ...]:
 
 def _plan(plan: pb.Plan) -> SearchPlan:
     stages = tuple((step.dim, step.keep) for step in plan.stages)
-    return SearchPlan(plan.shortlist_dim, plan.shortlist_k, plan.rerank_dim, stages,
-                      plan.ef_search if plan.HasField("ef_search") else None, plan.scan,
-                      plan.nprobe if plan.HasField("nprobe") else None, tuple(plan.margins))  # fmt: skip
+    return SearchPlan(
+        plan.shortlist_dim,
+        plan.shortlist_k,
+        plan.rerank_dim,
+        stages,
+        plan.ef_search if plan.HasField("ef_search") else None,
+        plan.scan,
+        plan.nprobe if plan.HasField("nprobe") else None,
+        tuple(plan.margins),
+    )
 
 
 def _info(info: pb.SearchInfo) -> SearchInfo:
     times = {part.stage: part.duration_ms for part in info.stage_times}
-    return SearchInfo(_plan(info.plan), info.index_generation, info.model_fingerprint, info.coverage.shards_answered,
-                      info.coverage.shards_asked, times, info.request_id, info.arm, info.degraded)  # fmt: skip
+    return SearchInfo(
+        _plan(info.plan),
+        info.index_generation,
+        info.model_fingerprint,
+        info.coverage.shards_answered,
+        info.coverage.shards_asked,
+        times,
+        info.request_id,
+        info.arm,
+        info.degraded,
+    )

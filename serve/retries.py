@@ -25,8 +25,17 @@ from ray.util.metrics import Counter
 from lookalike.serve.errors import NotLoadedError
 from lookalike.serve.tuning import Retries
 
-GONE = (RayActorError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, ObjectLostError, RpcError,
-        ReplicaUnavailableError, DeploymentUnavailableError, NotLoadedError)  # fmt: skip
+GONE = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    LocalRayletDiedError,
+    ObjectLostError,
+    RpcError,
+    ReplicaUnavailableError,
+    DeploymentUnavailableError,
+    NotLoadedError,
+)
 """What a call fails with that another replica may answer."""
 
 MOST_HEDGES = 10.0

@@ -46,9 +46,14 @@ class Router:
     """
 
     def __init__(
-        self, shards: Sequence[Worker], reranker: Worker | None = None, encoder: Worker | None = None, *,
-        retries: Retries | None = None, batching: Batching | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        shards: Sequence[Worker],
+        reranker: Worker | None = None,
+        encoder: Worker | None = None,
+        *,
+        retries: Retries | None = None,
+        batching: Batching | None = None,
+    ) -> None:
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
         self.retries = Retries() if retries is None else retries
         self._hedges = Hedges(self.retries)
@@ -61,9 +66,16 @@ class Router:
         return Router(self.shards, self.reranker, self.encoder, retries=retries)
 
     async def search(
-        self, generation: str, queries: Floats, k: int, plan: Plan, filters: Conditions | None = None, *,
-        deadline: float, allow_partial: bool,
-    ) -> Found:  # fmt: skip
+        self,
+        generation: str,
+        queries: Floats,
+        k: int,
+        plan: Plan,
+        filters: Conditions | None = None,
+        *,
+        deadline: float,
+        allow_partial: bool,
+    ) -> Found:
         """The ``k`` best rows of ``generation`` for each query, float32 [n, dim], that meet the ``filters``.
 
         Raises UNAVAILABLE or DEADLINE_EXCEEDED when a shard fails or is late, unless ``allow_partial``; then only when
@@ -97,8 +109,9 @@ class Router:
         missing = [image_id for image_id in image_ids if image_id not in found]
         if missing:
             accept(outcomes, allow_partial=False)  # a lost shard may hold it: that is no NOT_FOUND
-            raise RetrievalError(grpc.StatusCode.NOT_FOUND, f"no image {shorten(missing[0])} in the index; search by "
-                                 "the image itself")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.NOT_FOUND, f"no image {shorten(missing[0])} in the index; search by the image itself"
+            )
         return [np.frombuffer(found[image_id], "<f4") for image_id in image_ids]
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
@@ -120,9 +133,7 @@ class Router:
         call = self._repeated(worker, method, *args, who=who) if again else ask(worker, method, *args)
         return accept([await _outcome(call, deadline)], allow_partial=False, who=who)[0]
 
-    async def _ask_shards(
-        self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()
-    ) -> list[Any]:
+    async def _ask_shards(self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()) -> list[Any]:
         """``shards`` are those that share calls: they see to hedges and repetitions themselves, for all who share."""
         calls = [ask(shard, method, *args) for shard in shards] or [
             self._ask_shard(shard, method, *args) for shard in self.shards
@@ -171,8 +182,10 @@ async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) 
         await asyncio.wait(tasks, timeout=left_s)
     finally:  # late, or the caller has gone
         late = [task.cancel() for task in tasks]
-    return [TimeoutError("no answer before the deadline") if was_late else task.exception() or task.result()
-            for task, was_late in zip(tasks, late, strict=True)]  # fmt: skip
+    return [
+        TimeoutError("no answer before the deadline") if was_late else task.exception() or task.result()
+        for task, was_late in zip(tasks, late, strict=True)
+    ]
 
 
 def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:

@@ -102,9 +102,11 @@ class ShardRows(NamedTuple):
         """The ``chosen`` rows, bool [n], numbered anew."""
         numbers = np.cumsum(chosen) - 1
         kept = [chosen[rows] for rows in self.rows]
-        return ShardRows(self.table.filter(pa.array(chosen)),
-                         [places[keep] for places, keep in zip(self.places, kept, strict=True)],
-                         [numbers[rows[keep]] for rows, keep in zip(self.rows, kept, strict=True)])  # fmt: skip
+        return ShardRows(
+            self.table.filter(pa.array(chosen)),
+            [places[keep] for places, keep in zip(self.places, kept, strict=True)],
+            [numbers[rows[keep]] for rows, keep in zip(self.rows, kept, strict=True)],
+        )
 
 
 def collect_rows(source: Source, shard: int, num_shards: int) -> ShardRows:
@@ -121,8 +123,10 @@ def collect_rows(source: Source, shard: int, num_shards: int) -> ShardRows:
     ids = table["image_id"]
     twice = pc.index(pc.equal(ids[:-1], ids[1:]), True).as_py()
     if twice >= 0:
-        raise ArtifactError(f"image_id {ids[twice].as_py()!r} occurs twice in the embeddings, where ids must be unique;"
-                            " make the corpus and the embeddings again")  # fmt: skip
+        raise ArtifactError(
+            f"image_id {ids[twice].as_py()!r} occurs twice in the embeddings, where ids must be unique;"
+            " make the corpus and the embeddings again"
+        )
     rows = np.empty(len(order), np.int64)
     rows[order] = np.arange(len(order))
     borders = np.cumsum([len(found) for found in places])[:-1]

@@ -93,8 +93,10 @@ class Previous:
         """
         uri = storage.join(self.uri, path)
         if not storage.exists(copy or uri) or storage.sha256(copy or uri) != self.sha256[path]:
-            raise ArtifactError(f"{uri} is damaged: it does not match its SHA-256 in the manifest; restore it from a "
-                                "copy, or build without a previous index")  # fmt: skip
+            raise ArtifactError(
+                f"{uri} is damaged: it does not match its SHA-256 in the manifest; restore it from a "
+                "copy, or build without a previous index"
+            )
 
 
 def _parts_of(index: Artifact) -> frozenset[str]:

@@ -57,8 +57,10 @@ def _read_manifest(document: Mapping[str, Any], where: str) -> Any:
 
 def describe(settings: Mapping[str, ServeConfig | None]) -> list[str]:
     """Lines of text on what ``check_serve_config`` found."""
-    return [f"{name}: {'not ours, its args are not checked' if one is None else f'serves {one.index}'}"
-            for name, one in settings.items()]  # fmt: skip
+    return [
+        f"{name}: {'not ours, its args are not checked' if one is None else f'serves {one.index}'}"
+        for name, one in settings.items()
+    ]
 
 
 def check_serve_config(config: Any, where: str) -> dict[str, ServeConfig | None]:
@@ -67,8 +69,10 @@ def check_serve_config(config: Any, where: str) -> dict[str, ServeConfig | None]
 
     schema = ServeDeploySchema.model_json_schema()
     for place, key, valid in unknown_keys(config, schema, schema.get("$defs", {})):
-        raise UsageError(f"{where}: Serve would ignore {f'{place}.{key}'.removeprefix('.')!r}{nearest(key, valid)}; "
-                         f"valid keys: {', '.join(valid)}")  # fmt: skip
+        raise UsageError(
+            f"{where}: Serve would ignore {f'{place}.{key}'.removeprefix('.')!r}{nearest(key, valid)}; "
+            f"valid keys: {', '.join(valid)}"
+        )
     try:
         applications = ServeDeploySchema.model_validate(config).applications
     except ValidationError as error:
@@ -95,8 +99,11 @@ def unknown_keys(value: Any, schema: Schema, shared: Schema, place: str = "") ->
     options = list(_options(schema, shared))
     if isinstance(value, Mapping):
         known = {key: part for option in options for key, part in option.get("properties", {}).items()}
-        others = [option["additionalProperties"] for option in options
-                  if isinstance(option.get("additionalProperties"), Mapping)]  # fmt: skip
+        others = [
+            option["additionalProperties"]
+            for option in options
+            if isinstance(option.get("additionalProperties"), Mapping)
+        ]
         for key, item in value.items():
             if known and key not in known:
                 yield place, str(key), sorted(known)

@@ -75,9 +75,7 @@ class Service:
 
         return await self._with_current(work)
 
-    async def _search_one(
-        self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions
-    ) -> Answered:
+    async def _search_one(self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions) -> Answered:
         """The answer of one generation."""
         generation = route.generation
         options = self._options(generation, message)
@@ -119,6 +117,7 @@ class Service:
 
     async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none. It waits for a slot: its caller reads on later."""
+
         async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
             if check is not None:
                 check(request)
@@ -146,19 +145,30 @@ class Service:
             return generation, await self._encode(generation, images, deadline)
 
         generation, vectors = await self._with_current(work)
-        return pb.EmbedResponse(vectors=[vector.tobytes() for vector in vectors], dim=generation.meta.dim,
-                                model_fingerprint=generation.meta.model_fingerprint)  # fmt: skip
+        return pb.EmbedResponse(
+            vectors=[vector.tobytes() for vector in vectors],
+            dim=generation.meta.dim,
+            model_fingerprint=generation.meta.model_fingerprint,
+        )
 
     async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
         """``Describe``."""
         generation, meta = self.current, self.current.meta
         return pb.DescribeResponse(
-            version=lookalike.__version__, index_generation=generation.name, dim=meta.dim,
-            model_fingerprint=meta.model_fingerprint, dims=meta.dims, num_rows=meta.num_live,
-            num_shards=len(self.router.shards), plan=write_plan(generation.plans.default), columns=meta.columns,
-            placement=self.config.placement, limits=pb.Limits(**self.config.limits.model_dump()),
-            has_encoder=self._can_encode(generation), writable=self.writer is not None,
-        )  # fmt: skip
+            version=lookalike.__version__,
+            index_generation=generation.name,
+            dim=meta.dim,
+            model_fingerprint=meta.model_fingerprint,
+            dims=meta.dims,
+            num_rows=meta.num_live,
+            num_shards=len(self.router.shards),
+            plan=write_plan(generation.plans.default),
+            columns=meta.columns,
+            placement=self.config.placement,
+            limits=pb.Limits(**self.config.limits.model_dump()),
+            has_encoder=self._can_encode(generation),
+            writable=self.writer is not None,
+        )
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         """``Upsert``: rows get their vectors here, and go to the writer in portions."""
@@ -174,9 +184,12 @@ class Service:
         check_rows(request, limits=self.config.limits, meta=generation.meta)
         images = [row.image for row in request.rows if row.WhichOneof("content") == "image"]
         vectors = iter(await self._encode(generation, images, deadline) if images else [])
-        rows = [row if row.WhichOneof("content") == "vector" else
-                pb.Row(id=row.id, vector=next(vectors).astype("<f4").tobytes(), metadata=row.metadata)
-                for row in request.rows]  # fmt: skip
+        rows = [
+            row
+            if row.WhichOneof("content") == "vector"
+            else pb.Row(id=row.id, vector=next(vectors).astype("<f4").tobytes(), metadata=row.metadata)
+            for row in request.rows
+        ]
         number = 0
         for portion in portions(rows):
             message = pb.UpsertRequest(rows=portion, model_fingerprint=generation.meta.model_fingerprint)
@@ -224,12 +237,20 @@ class Service:
 
     def _require_writer(self) -> None:
         if self.writer is None:
-            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "this service answers searches only; set "
-                                 "writes.state to a folder to make it take writes and other indexes")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "this service answers searches only; set "
+                "writes.state to a folder to make it take writes and other indexes",
+            )
 
     def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
-        read = read_options(options, limits=self.config.limits, meta=generation.meta, plans=generation.plans,
-                            timeout_s=self.config.timeout_s)  # fmt: skip
+        read = read_options(
+            options,
+            limits=self.config.limits,
+            meta=generation.meta,
+            plans=generation.plans,
+            timeout_s=self.config.timeout_s,
+        )
         if self._ladder is None or options.HasField("plan") or options.HasField("min_recall"):
             return read
         cheaper = self._ladder.choose(generation.plans, self.admission.share)
@@ -249,8 +270,15 @@ class Service:
     ) -> tuple[Floats, Found]:
         deadline = _deadline(options.timeout_s)
         vectors, times = await self._vectors(generation, queries, deadline)
-        found = await self.router.search(generation.name, vectors, options.k, options.plan, options.filters,
-                                         deadline=deadline, allow_partial=options.allow_partial)  # fmt: skip
+        found = await self.router.search(
+            generation.name,
+            vectors,
+            options.k,
+            options.plan,
+            options.filters,
+            deadline=deadline,
+            allow_partial=options.allow_partial,
+        )
         return vectors, found._replace(times_ms={**times, **found.times_ms})
 
     async def _vectors(
@@ -277,15 +305,22 @@ class Service:
 
     async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:
         if not self._can_encode(generation):
-            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, "this service runs without an encoder; send "
-                                 "vectors, or set serve.encoder")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "this service runs without an encoder; send vectors, or set serve.encoder",
+            )
         return await self.router.encode(generation.name, images, deadline=deadline)
 
     def _info(self, generation: Generation, options: Options, found: Found) -> pb.SearchInfo:
         coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=len(self.router.shards))
-        return pb.SearchInfo(plan=write_plan(options.plan), index_generation=generation.name,
-                             model_fingerprint=generation.meta.model_fingerprint, coverage=coverage,
-                             stage_times=write_times(found.times_ms), degraded=options.degraded)  # fmt: skip
+        return pb.SearchInfo(
+            plan=write_plan(options.plan),
+            index_generation=generation.name,
+            model_fingerprint=generation.meta.model_fingerprint,
+            coverage=coverage,
+            stage_times=write_times(found.times_ms),
+            degraded=options.degraded,
+        )
 
 
 async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStreamRequest | None:

@@ -32,9 +32,15 @@ class Held(Config):
     @classmethod
     def of(cls, generation: Generation) -> "Held":
         """How a generation is remembered."""
-        return cls(name=generation.name, index=generation.index, plan=generation.plan, encoder=generation.encoder,
-                   model_fingerprint=generation.meta.model_fingerprint, num_rows=generation.meta.num_live,
-                   includes_writes=generation.includes_writes)  # fmt: skip
+        return cls(
+            name=generation.name,
+            index=generation.index,
+            plan=generation.plan,
+            encoder=generation.encoder,
+            model_fingerprint=generation.meta.model_fingerprint,
+            num_rows=generation.meta.num_live,
+            includes_writes=generation.includes_writes,
+        )
 
 
 class State(Config):

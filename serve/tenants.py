@@ -65,8 +65,10 @@ class Tenant(Config):
     def _check_hashes(self) -> "Tenant":
         for digest in self.token_sha256:
             if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-                raise ValueError(f"tenant {self.name!r}: {len(digest)} characters are no SHA-256 in 64 lower-case "
-                                 "hexadecimal digits; write the line that `lookalike token` prints")  # fmt: skip
+                raise ValueError(
+                    f"tenant {self.name!r}: {len(digest)} characters are no SHA-256 in 64 lower-case "
+                    "hexadecimal digits; write the line that `lookalike token` prints"
+                )
         return self
 
 
@@ -149,9 +151,10 @@ def _read(uri: str) -> bytes:
     try:
         return storage.read_bytes(uri)
     except OSError as error:
-        raise UsageError(f"tenants: {uri} cannot be read ({error.strerror or error}); give the path of a file with the "
-                         "entries that `lookalike token` prints, or leave serve.tenants out to ask for no tokens"
-                         ) from None  # fmt: skip
+        raise UsageError(
+            f"tenants: {uri} cannot be read ({error.strerror or error}); give the path of a file with the "
+            "entries that `lookalike token` prints, or leave serve.tenants out to ask for no tokens"
+        ) from None
 
 
 def _parse(uri: str, content: bytes) -> tuple[Tenant, ...]:
@@ -165,10 +168,13 @@ def _parse(uri: str, content: bytes) -> tuple[Tenant, ...]:
     try:
         return TenantsFile.model_validate(values).tenants
     except ValidationError as error:  # its inputs stay unsaid, too
-        problems = [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, "))
-                    for one in error.errors(include_input=False)]  # fmt: skip
-        raise UsageError(f"tenants: {uri}: " + "; ".join(f"{place}: {text}".removeprefix(": ")
-                                                         for place, text in problems)) from None  # fmt: skip
+        problems = [
+            (".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, "))
+            for one in error.errors(include_input=False)
+        ]
+        raise UsageError(
+            f"tenants: {uri}: " + "; ".join(f"{place}: {text}".removeprefix(": ") for place, text in problems)
+        ) from None
 
 
 class Tenants:
@@ -222,9 +228,12 @@ def now() -> float:
 
 def token(args: Sequence[str]) -> int:
     """Make a token: the entry for the tenants file to stdout, the token itself to stderr or a file, never again."""
-    parser = argparse.ArgumentParser(prog="lookalike token", description="Make a bearer token for a tenant. The entry "
-                                     "goes to stdout: `lookalike token NAME >> tenants.yaml` adds it to a file that "
-                                     "begins with the line `tenants:`.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="lookalike token",
+        description="Make a bearer token for a tenant. The entry "
+        "goes to stdout: `lookalike token NAME >> tenants.yaml` adds it to a file that "
+        "begins with the line `tenants:`.",
+    )
     parser.add_argument("name", help="the tenant's name")
     parser.add_argument("--role", choices=ROLES, default="read", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the token to this new file, for its owner")
@@ -233,8 +242,9 @@ def token(args: Sequence[str]) -> int:
     try:
         entry = Tenant(name=options.name, role=options.role, token_sha256=(hash_token(fresh),))
     except ValidationError:
-        raise UsageError(f"{options.name!r} is no name of a tenant; take up to 63 letters, digits, dots, dashes and "
-                         "underscores") from None  # fmt: skip
+        raise UsageError(
+            f"{options.name!r} is no name of a tenant; take up to 63 letters, digits, dots, dashes and underscores"
+        ) from None
     if options.out is None:
         sys.stderr.write(f"the token, shown this once: {fresh}\n")
     else:

@@ -73,14 +73,18 @@ def check_files(tls: Tls) -> None:
     try:
         context.load_cert_chain(tls.certificate, tls.key, password=_no_passphrase)
     except ssl.SSLError as error:
-        raise UsageError(f"tls.certificate={tls.certificate} and tls.key={tls.key} are no PEM certificate and its key "
-                         f"({error.reason or error}); give files that belong together") from None  # fmt: skip
+        raise UsageError(
+            f"tls.certificate={tls.certificate} and tls.key={tls.key} are no PEM certificate and its key "
+            f"({error.reason or error}); give files that belong together"
+        ) from None
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(tls.client_ca)
         except ssl.SSLError as error:
-            raise UsageError(f"tls.client_ca={tls.client_ca} holds no PEM certificates ({error.reason or error}); give "
-                             "the certificates of the authorities of your clients") from None  # fmt: skip
+            raise UsageError(
+                f"tls.client_ca={tls.client_ca} holds no PEM certificates ({error.reason or error}); give "
+                "the certificates of the authorities of your clients"
+            ) from None
 
 
 def _check_readable(name: str, path: str | None) -> None:
@@ -88,13 +92,16 @@ def _check_readable(name: str, path: str | None) -> None:
         try:
             Path(path).read_bytes()
         except OSError as error:
-            raise UsageError(f"{name}={path} cannot be read ({error.strerror or error}); give a PEM file that this "
-                             "user may read") from None  # fmt: skip
+            raise UsageError(
+                f"{name}={path} cannot be read ({error.strerror or error}); give a PEM file that this user may read"
+            ) from None
 
 
 def _no_passphrase() -> str:
-    raise UsageError("tls.key is encrypted with a passphrase, which a service cannot be asked for; give the key "
-                     "without one (openssl pkey -in KEY -out PLAIN_KEY), in a file for this user alone")  # fmt: skip
+    raise UsageError(
+        "tls.key is encrypted with a passphrase, which a service cannot be asked for; give the key "
+        "without one (openssl pkey -in KEY -out PLAIN_KEY), in a file for this user alone"
+    )
 
 
 def render(folder: str, *, bind: str, backend: str, mutual: bool) -> str:
@@ -167,8 +174,10 @@ class Proxy:
     def check(self) -> None:
         """Raise ``LookalikeError`` when it has ended."""
         if (code := self._process.poll()) is not None:
-            raise LookalikeError(f"the TLS proxy at {self.address} ended with code {code}; its reason stands above; "
-                                 "start the service again")  # fmt: skip
+            raise LookalikeError(
+                f"the TLS proxy at {self.address} ended with code {code}; its reason stands above; "
+                "start the service again"
+            )
 
 
 def command(config: Path) -> list[str]:
@@ -194,8 +203,9 @@ def _wait_open(running: Proxy, tls: Tls) -> None:
         with contextlib.suppress(OSError), socket.create_connection((host, tls.port), timeout=1.0):
             return
         time.sleep(POLL_S)
-    raise LookalikeError(f"the TLS proxy does not listen at {running.address} after {START_S:g} s; its reason stands "
-                         "above")  # fmt: skip
+    raise LookalikeError(
+        f"the TLS proxy does not listen at {running.address} after {START_S:g} s; its reason stands above"
+    )
 
 
 def _end_with_parent() -> None:

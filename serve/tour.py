@@ -77,11 +77,14 @@ def ask(client: Client, queries: Sequence[dict[str, Any]], k: int) -> list[Answe
     for query, vector in zip(queries, vectors, strict=True):
         by_image = client.search(image=query["image"], k=k + 1)
         by_vector = client.search(vector=vector, k=k + 1)
-        answers.append(Answer(
-            query=query, hits=_without(by_image, str(query["image_id"]))[:k],
-            same_by_vector=[hit.id for hit in by_image.hits] == [hit.id for hit in by_vector.hits],
-            times_ms=dict(by_image.info.times_ms),
-        ))  # fmt: skip
+        answers.append(
+            Answer(
+                query=query,
+                hits=_without(by_image, str(query["image_id"]))[:k],
+                same_by_vector=[hit.id for hit in by_image.hits] == [hit.id for hit in by_vector.hits],
+                times_ms=dict(by_image.info.times_ms),
+            )
+        )
     return answers
 
 

@@ -44,15 +44,20 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
         lines.append(f"  {query['title'] or query['image_id']}  [{query['category']}]  {query['image_id']}")
         for hit in answer["hits"]:
             same = "  <- same product" if query["group"] and hit.get("group") == query["group"] else ""
-            lines.append(f"    {hit['score']:+.3f}  {hit.get('title') or '(no title)'}  [{hit.get('category', '')}]"
-                         f"  {hit['id']}{same}")  # fmt: skip
+            lines.append(
+                f"    {hit['score']:+.3f}  {hit.get('title') or '(no title)'}  [{hit.get('category', '')}]"
+                f"  {hit['id']}{same}"
+            )
     vector_ok = all(answer["same_by_vector"] for answer in facts["neighbours"])
     verdict = "the same hits" if vector_ok else "OTHER hits: see report.json"
     lines += [f"  the same queries by vector gave {verdict}", "", *_dims_text(facts, task), ""]
     lines += [*_plan_text(facts["plan"]), "", *_times_text(facts), ""]
     report = storage.join(root, "report.html")
-    lines += [f"Report: {report}", f"Figures: {storage.join(root, 'report.json')}",
-              f"Lineage: lookalike show {facts['index']}"]  # fmt: skip
+    lines += [
+        f"Report: {report}",
+        f"Figures: {storage.join(root, 'report.json')}",
+        f"Lineage: lookalike show {facts['index']}",
+    ]
     return "\n".join(lines)
 
 
@@ -60,8 +65,10 @@ def _dims_text(facts: Mapping[str, Any], task: str) -> list[str]:
     evaluation = facts["evaluation"]
     columns, table = dim_table(facts, task)
     first = subject_table(evaluation, task)[-1]
-    lines = [f"P@1 by dimension, task {task!r}: {first['queries']} held-out queries, {first['database']} candidates "
-             f"(seed {evaluation['seed']}; percent)"]  # fmt: skip
+    lines = [
+        f"P@1 by dimension, task {task!r}: {first['queries']} held-out queries, {first['database']} candidates "
+        f"(seed {evaluation['seed']}; percent)"
+    ]
     width = max(len(column) for column in columns)
     lines.append("  " + "dim".rjust(6) + "  bytes" + "".join(column.rjust(width + 2) for column in columns))
     for line in table:
@@ -75,17 +82,23 @@ def _plan_text(plan: Mapping[str, Any]) -> list[str]:
     told = plan["holdout"] or {"recall": chosen["recall"], "num_queries": plan["num_queries"], "map_check": None}
     check = told["map_check"] or plan["map_check"]
     whose = "that took no part in choosing it" if plan["holdout"] else "that chose it"
-    lines = [f"Plan: {plan['description']}",
-             f"  recall@{plan['k']} against exact search {told['recall']:.4f} on {told['num_queries']} queries {whose} "
-             f"(target {plan['target']})"]  # fmt: skip
+    lines = [
+        f"Plan: {plan['description']}",
+        f"  recall@{plan['k']} against exact search {told['recall']:.4f} on {told['num_queries']} queries {whose} "
+        f"(target {plan['target']})",
+    ]
     if chosen["query_us"]:
-        lines.append(f"  a query alone took {chosen['query_us']:.0f} us when plans were measured, an exact one "
-                     f"{chosen['query_us'] * chosen['exact_ratio']:.0f} us")  # fmt: skip
+        lines.append(
+            f"  a query alone took {chosen['query_us']:.0f} us when plans were measured, an exact one "
+            f"{chosen['query_us'] * chosen['exact_ratio']:.0f} us"
+        )
     if check:
         k = check["k"]
         plan_map, exact_map = (100 * check[f"{name}_map_at_{k}_by_k"] for name in ("plan", "exact"))
-        lines.append(f"  mAP@{k} by k, label {check['label']}: plan {plan_map:.2f}, exact {exact_map:.2f}, difference "
-                     f"{check['difference_points']:+.2f} points")  # fmt: skip
+        lines.append(
+            f"  mAP@{k} by k, label {check['label']}: plan {plan_map:.2f}, exact {exact_map:.2f}, difference "
+            f"{check['difference_points']:+.2f} points"
+        )
     return lines
 
 
@@ -98,28 +111,50 @@ def _times_text(facts: Mapping[str, Any]) -> list[str]:
 
 
 def render_html(
-    facts: Mapping[str, Any], artifacts: Mapping[str, Artifact], answers: Sequence[Answer],
+    facts: Mapping[str, Any],
+    artifacts: Mapping[str, Artifact],
+    answers: Sequence[Answer],
     pictures: Mapping[str, Row],
-) -> str:  # fmt: skip
+) -> str:
     """The same with pictures and plots, in one file."""
     evaluation = facts["evaluation"]
     task = evaluation["headline_task"]
     columns, table = dim_table(facts, task)
     by_kind = {artifact.manifest.kind: artifact for artifact in artifacts.values()}
-    plots = {f"P@1 and mAP@10 by dimension, task {name}": by_kind["report"].path(f"{name}.png")
-             for name in dict.fromkeys(row["task"] for row in evaluation["rows"])}  # fmt: skip
+    plots = {
+        f"P@1 and mAP@10 by dimension, task {name}": by_kind["report"].path(f"{name}.png")
+        for name in dict.fromkeys(row["task"] for row in evaluation["rows"])
+    }
     plots["Candidate plans: recall and cost"] = by_kind["plan"].path("plan.png")
-    shown = [{"query": answer.query, "image": data_uri(answer.query["image"]), "same_by_vector": answer.same_by_vector,
-              "hits": [{"hit": hit, "row": pictures[hit.id], "image": data_uri(pictures[hit.id]["image"]),
-                        "same": bool(answer.query["group"]) and hit.metadata.get("group") == answer.query["group"]}
-                       for hit in answer.hits]} for answer in answers]  # fmt: skip
+    shown = [
+        {
+            "query": answer.query,
+            "image": data_uri(answer.query["image"]),
+            "same_by_vector": answer.same_by_vector,
+            "hits": [
+                {
+                    "hit": hit,
+                    "row": pictures[hit.id],
+                    "image": data_uri(pictures[hit.id]["image"]),
+                    "same": bool(answer.query["group"]) and hit.metadata.get("group") == answer.query["group"],
+                }
+                for hit in answer.hits
+            ],
+        }
+        for answer in answers
+    ]
     template = resources.files("lookalike.serve").joinpath("tour.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
-        facts=facts, task=task, columns=columns, table=table, subject=subject_table(evaluation, task), shown=shown,
+        facts=facts,
+        task=task,
+        columns=columns,
+        table=table,
+        subject=subject_table(evaluation, task),
+        shown=shown,
         plots={title: data_uri(storage.read_bytes(uri)) for title, uri in plots.items()},
         artifacts={name: artifact.uri for name, artifact in artifacts.items()},
-    )  # fmt: skip
+    )
 
 
 def data_uri(content: bytes) -> str:

@@ -114,8 +114,11 @@ class ShardWorker(Paced, Follows):
         written = {image_id: vector for image_id in image_ids if (vector := opened.delta.find(image_id)) is not None}
         found = {image_id: vector.astype("<f4").tobytes() for image_id, vector in written.items() if len(vector)}
         for shard in opened.shards:
-            rows = {image_id: row for image_id in image_ids
-                    if image_id not in written and (row := shard.find(image_id)) >= 0}  # fmt: skip
+            rows = {
+                image_id: row
+                for image_id in image_ids
+                if image_id not in written and (row := shard.find(image_id)) >= 0
+            }
             local = np.fromiter(rows.values(), np.int64, len(rows)) - shard.meta.row_offset
             vectors = shard.store.read(local)
             found |= {image_id: vector.astype("<f4").tobytes() for image_id, vector in zip(rows, vectors, strict=True)}
@@ -164,9 +167,13 @@ class RerankWorker(Paced, Follows):
         return await asyncio.to_thread(self._rerank, self._held[generation], queries, k, plan, candidates)
 
     def _rerank(
-        self, shards: Sequence[ShardSearcher], queries: bytes, k: int, plan: str,
+        self,
+        shards: Sequence[ShardSearcher],
+        queries: bytes,
+        k: int,
+        plan: str,
         candidates: Mapping[int, Shortlisted],
-    ) -> Packed:  # fmt: skip
+    ) -> Packed:
         vectors, parsed = _vectors(queries, shards[0].meta.dim), Plan.model_validate_json(plan)
         offsets = np.array([shard.meta.row_offset for shard in shards])
         parts, written = [], dict[int, Entry]()

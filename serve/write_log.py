@@ -24,8 +24,10 @@ class WriteLog:
 
     def __init__(self, journal: Journal, after: int, stored: Callable[[], Any]) -> None:
         if after + 1 < journal.first:
-            raise UsageError(f"{journal.folder} has the writes from {journal.first} on, the index needs those from "
-                             f"{after + 1} on; say which it holds, or restore the folder from a copy")  # fmt: skip
+            raise UsageError(
+                f"{journal.folder} has the writes from {journal.first} on, the index needs those from "
+                f"{after + 1} on; say which it holds, or restore the folder from a copy"
+            )
         self.journal, self._stored = journal, stored
         self.last = journal.last
         """Number of the last write that is stored and in memory: the journal is ahead of it while its thread ends."""
@@ -120,5 +122,8 @@ def count_rows(record: Record) -> int:
 def find_foreign(records: list[Record], model: str) -> int:
     """How many rows are written with vectors of another model than ``model``."""
     messages = (record.message for record in records)
-    return sum(len(message.rows) for message in messages
-               if isinstance(message, pb.UpsertRequest) and message.model_fingerprint != model)  # fmt: skip
+    return sum(
+        len(message.rows)
+        for message in messages
+        if isinstance(message, pb.UpsertRequest) and message.model_fingerprint != model
+    )

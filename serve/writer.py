@@ -90,8 +90,13 @@ class Writer:
         if version == self._version and ask["last"] >= self._log.last and ask["wait_s"]:
             await _wait(self._changed, ask["wait_s"])
         state = self._state
-        news = {"version": self._version, "held": [one.model_dump() for one in state.held], "current": state.current,
-                "last": self._log.last, "since": self._log.since}  # fmt: skip
+        news = {
+            "version": self._version,
+            "held": [one.model_dump() for one in state.held],
+            "current": state.current,
+            "last": self._log.last,
+            "since": self._log.since,
+        }
         return json.dumps(news), self._log.frames_after(ask["last"])
 
     def _tell(self) -> None:
@@ -103,13 +108,18 @@ class Writer:
         message = pb.UpsertRequest.FromString(content)
         serving = self._state.serving
         if message.model_fingerprint != serving.model_fingerprint:
-            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"the vectors are of model "
-                                 f"{message.model_fingerprint}, the index of {serving.model_fingerprint}")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the vectors are of model {message.model_fingerprint}, the index of {serving.model_fingerprint}",
+            )
         for row in message.rows:
             check_kept(row, read_where(serving.index))
         if self._is_changing_model:
-            raise RetrievalError(grpc.StatusCode.UNAVAILABLE, "an index of another model is being loaded, for which "
-                                 "vectors of this one would be lost; write again when it is served")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.UNAVAILABLE,
+                "an index of another model is being loaded, for which "
+                "vectors of this one would be lost; write again when it is served",
+            )
         return await self._store(UPSERT, content)
 
     async def delete(self, content: bytes) -> int:
@@ -118,9 +128,12 @@ class Writer:
 
     async def _store(self, kind: int, content: bytes) -> int:
         if self._pending >= self._config.writes.max_pending_rows:
-            raise RetrievalError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._pending} rows wait for compaction, "
-                                 f"the limit is {self._config.writes.max_pending_rows}; compact, or raise "
-                                 "writes.max_pending_rows of the service")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._pending} rows wait for compaction, "
+                f"the limit is {self._config.writes.max_pending_rows}; compact, or raise "
+                "writes.max_pending_rows of the service",
+            )
         return await self._log.store(kind, content)
 
     def _stored(self) -> None:
@@ -149,17 +162,19 @@ class Writer:
         request = pb.SwitchRequest.FromString(content)
         async with self._moving:
             if request.HasField("includes_writes") and request.includes_writes > self._log.last:
-                raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, "
-                              f"{self._log.last}")  # fmt: skip
+                raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, {self._log.last}")
             try:
                 includes = request.includes_writes
                 if not request.HasField("includes_writes"):
                     includes = await asyncio.to_thread(held_writes, request.index, self._folder)
                 self._check_includes(request.index, includes)
                 generation = await asyncio.to_thread(
-                    read_generation, request.index, request.plan or None, request.encoder or "auto",
+                    read_generation,
+                    request.index,
+                    request.plan or None,
+                    request.encoder or "auto",
                     includes_writes=includes,
-                )  # fmt: skip
+                )
             except (LookalikeError, OSError) as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not switched: {error}") from None
             with self._changing_model(generation.meta.model_fingerprint):
@@ -171,17 +186,22 @@ class Writer:
         """Refuse an index to which acknowledged writes would be lost."""
         compacted = self._state.serving
         if includes + 1 < self._log.journal.first:
-            raise UsageError(f"index {index} holds the service's writes up to {includes}, those up to "
-                             f"{self._log.journal.first - 1} are only in {compacted.index} any more; build it from the "
-                             "embeddings of that one, or set includes_writes if it holds them")  # fmt: skip
+            raise UsageError(
+                f"index {index} holds the service's writes up to {includes}, those up to "
+                f"{self._log.journal.first - 1} are only in {compacted.index} any more; build it from the "
+                "embeddings of that one, or set includes_writes if it holds them"
+            )
 
     def _check_writes(self, generation: Generation) -> None:
         """Refuse another model while writes with vectors of the old one would be lost to it."""
         lost = find_foreign(self._log.after(generation.includes_writes), generation.meta.model_fingerprint)
         if lost:
-            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not switched: {lost} written rows have vectors "
-                                 f"of another model than index {generation.index}; embed them for it and set "
-                                 "includes_writes to the last write that it then holds")  # fmt: skip
+            raise RetrievalError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"not switched: {lost} written rows have vectors "
+                f"of another model than index {generation.index}; embed them for it and set "
+                "includes_writes to the last write that it then holds",
+            )
 
     @contextmanager
     def _changing_model(self, model: str) -> Iterator[None]:
@@ -256,8 +276,10 @@ class Writer:
                 return
             if now > deadline:
                 late = sorted({seen.role for seen in self._followers.values() if not ready(seen)})
-                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"index {one.name} is not loaded by all in "
-                                     f"time ({', '.join(late)}); allow more with timeout_s")  # fmt: skip
+                raise RetrievalError(
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    f"index {one.name} is not loaded by all in time ({', '.join(late)}); allow more with timeout_s",
+                )
             self._progress.clear()
             await _wait(self._progress, 0.5)
 
@@ -274,16 +296,21 @@ class Writer:
             if not records:
                 return write_held(serving)
             if foreign := find_foreign(records, serving.model_fingerprint):
-                raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {foreign} written rows have "
-                                     "vectors of another model than the index; serve the one of theirs")  # fmt: skip
+                raise RetrievalError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"not compacted: {foreign} written rows have "
+                    "vectors of another model than the index; serve the one of theirs",
+                )
             try:
                 index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), allowed_s)
                 generation = await asyncio.to_thread(
                     read_generation, index, serving.plan, serving.encoder or "none", includes_writes=last, check=False
                 )
             except TimeoutError:
-                raise RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, f"not compacted in {allowed_s:g} s; nothing "
-                                     "has changed, and the next attempt goes on from there") from None  # fmt: skip
+                raise RetrievalError(
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    f"not compacted in {allowed_s:g} s; nothing has changed, and the next attempt goes on from there",
+                ) from None
             except (LookalikeError, OSError) as error:
                 raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, f"not compacted: {error}") from None
             moved = await self._serve(Held.of(generation), allowed_s)
@@ -303,13 +330,22 @@ class Writer:
         self._drop_silent()
         state, alive = self._state, list(self._followers.values())
         roles = sorted({seen.role for seen in alive})
-        followers = [pb.Followers(role=role, replicas=sum(seen.role == role for seen in alive),
-                                  current=sum(seen.role == role and state.serving.key in seen.holds for seen in alive))
-                     for role in roles]  # fmt: skip
+        followers = [
+            pb.Followers(
+                role=role,
+                replicas=sum(seen.role == role for seen in alive),
+                current=sum(seen.role == role and state.serving.key in seen.holds for seen in alive),
+            )
+            for role in roles
+        ]
         response = pb.StatusResponse(
-            generations=[_message(one) for one in state.held], current=state.current, previous=state.previous or "",
-            last_write=self._log.last, pending_rows=self._pending, followers=followers,
-        )  # fmt: skip
+            generations=[_message(one) for one in state.held],
+            current=state.current,
+            previous=state.previous or "",
+            last_write=self._log.last,
+            pending_rows=self._pending,
+            followers=followers,
+        )
         return bytes(response.SerializeToString())
 
 
@@ -324,8 +360,10 @@ def check_kept(row: pb.Row, where: dict[str, list[str]]) -> None:
     """Refuse a row that the index leaves out: the next compaction would lose it."""
     for column, values in where.items():
         if row.metadata.get(column) not in values:
-            raise invalid(f"row {row.id!r} has {column}={row.metadata.get(column)!r}; this index holds only rows with "
-                          f"{column} in {values}: set it in the metadata")  # fmt: skip
+            raise invalid(
+                f"row {row.id!r} has {column}={row.metadata.get(column)!r}; this index holds only rows with "
+                f"{column} in {values}: set it in the metadata"
+            )
 
 
 def write_held(one: Held) -> bytes:

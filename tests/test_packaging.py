@@ -16,8 +16,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"platform/lookalike": "lookalike", "data": "lookalike/data", "train": "lookalike/train",
-           "serve": "lookalike/serve"}  # fmt: skip
+FOLDERS = {
+    "platform/lookalike": "lookalike",
+    "data": "lookalike/data",
+    "train": "lookalike/train",
+    "serve": "lookalike/serve",
+}
 DATA_SUFFIXES = (".yaml", ".txt", ".html", ".proto", ".typed")
 NOT_PACKAGED = ("samples/", "proto/buf.yaml")
 
@@ -212,16 +216,27 @@ def jobs(source: Path, wheel: Path, records: Path, tmp_path_factory: pytest.Temp
 
     empty = tmp_path_factory.mktemp("empty")
     submitted = {
-        "tree": {"entrypoint": command("tree"),
-                 "runtime_env": {"working_dir": str(source), "env_vars": {"PYTHONPATH": "platform"}}},
-        "wheel": {"entrypoint": command("wheel"),
-                  "runtime_env": {"working_dir": str(empty), "py_modules": [str(wheel)]}},
-    }  # fmt: skip
+        "tree": {
+            "entrypoint": command("tree"),
+            "runtime_env": {"working_dir": str(source), "env_vars": {"PYTHONPATH": "platform"}},
+        },
+        "wheel": {
+            "entrypoint": command("wheel"),
+            "runtime_env": {"working_dir": str(empty), "py_modules": [str(wheel)]},
+        },
+    }
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment["RAY_AUTH_MODE"] = "token"  # or the client sends none
     short = tempfile.mkdtemp(prefix="lj-", dir="/tmp")  # sockets lie below it, and their paths may have 107 letters
-    result = subprocess.run([sys.executable, "-c", JOBS, short], cwd=empty, env=environment, check=False, text=True,
-                            input=json.dumps(list(submitted.values())), capture_output=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", JOBS, short],
+        cwd=empty,
+        env=environment,
+        check=False,
+        text=True,
+        input=json.dumps(list(submitted.values())),
+        capture_output=True,
+    )
     shutil.rmtree(short, ignore_errors=True)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULTS ")]
     assert lines, result.stdout + result.stderr

@@ -17,8 +17,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.soak]
 def lookalike(*args: str, timeout_s: float = 600.0) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     environment.pop("RAY_ADDRESS", None)
-    return subprocess.run([sys.executable, "-m", "lookalike.cli", *args], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=timeout_s, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "lookalike.cli", *args],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=timeout_s,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +38,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_quickstart_ends_with_neighbours_table_plan_and_times(finished: tuple[Path, str]) -> None:
     root, text = finished
-    for part in ("Neighbours over gRPC", "the same queries by vector gave the same hits", "P@1 by dimension", "Plan: ",
-                 "Time of each stage", "report.html"):  # fmt: skip
+    for part in (
+        "Neighbours over gRPC",
+        "the same queries by vector gave the same hits",
+        "P@1 by dimension",
+        "Plan: ",
+        "Time of each stage",
+        "report.html",
+    ):
         assert part in text
     assert (root / "report.html").read_text().count("data:image/webp") >= 4
 
@@ -61,9 +74,17 @@ def test_lineage_of_the_served_index_reaches_the_corpus(finished: tuple[Path, st
     report = json.loads((finished[0] / "report.json").read_text())
     shown = lookalike("show", report["artifacts"]["index"])
     assert shown.returncode == 0, shown.stderr
-    order = [shown.stdout.find(f"{kind} '{name}'") for kind, name in (
-        ("index", "index"), ("embeddings", "vectors"), ("encoder", "finetune"), ("shards", "shards"),
-        ("labels", "labels"), ("corpus", "corpus"))]  # fmt: skip
+    order = [
+        shown.stdout.find(f"{kind} '{name}'")
+        for kind, name in (
+            ("index", "index"),
+            ("embeddings", "vectors"),
+            ("encoder", "finetune"),
+            ("shards", "shards"),
+            ("labels", "labels"),
+            ("corpus", "corpus"),
+        )
+    ]
     assert min(order) >= 0
     assert shown.stdout.find("corpus 'corpus'") > shown.stdout.find("embeddings 'vectors'") > order[0] >= 0
 

@@ -64,6 +64,8 @@ def project_randomly(vectors: Floats, fit: Floats, seed: int) -> Floats:
 
 
 REDUCTIONS: dict[str, Callable[[Floats, Floats, int], Floats]] = {
-    "svd": reduce_svd, "random": pick_random, "jl": project_randomly,
-}  # fmt: skip
+    "svd": reduce_svd,
+    "random": pick_random,
+    "jl": project_randomly,
+}
 """Method -> function of vectors [n, D], the rows [f, D] it may be fitted on, and a seed."""

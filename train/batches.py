@@ -15,12 +15,21 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
     """The batches of forward passes ``start`` on of one of the ``num_workers`` data streams."""
     train = config.train
     files = {name: config.files[name] for name in train.mix}
-    streams = build_streams(files, seed=train.seed, rank=stream, world=train.num_workers, resample=train.resample,
-                            balance=train.balance)  # fmt: skip
+    streams = build_streams(
+        files, seed=train.seed, rank=stream, world=train.num_workers, resample=train.resample, balance=train.balance
+    )
     augment = build_augmentation(config.encoder.transform, train.augment)
-    return BatchDataset(streams, train.pictures(), augment, seed=train.seed, start=start,
-                        stop=config.total_steps * train.accumulation, views=train.views,
-                        num_classes=config.class_fields, attributes=config.attributes)  # fmt: skip
+    return BatchDataset(
+        streams,
+        train.pictures(),
+        augment,
+        seed=train.seed,
+        start=start,
+        stop=config.total_steps * train.accumulation,
+        views=train.views,
+        num_classes=config.class_fields,
+        attributes=config.attributes,
+    )
 
 
 def feed(dataset: BatchDataset, config: LoopConfig, device: torch.device) -> Iterator[Batch]:
@@ -28,6 +37,7 @@ def feed(dataset: BatchDataset, config: LoopConfig, device: torch.device) -> Ite
     train = config.train
     built: Iterable[Batch] = (
         actor_batches(dataset, train.decode_actors, num_cpus=train.decode_cpus, resource=train.decode_resource)
-        if train.decode_actors else build_loader(dataset, train.loader_processes)
-    )  # fmt: skip
+        if train.decode_actors
+        else build_loader(dataset, train.loader_processes)
+    )
     return on_device(built, device, config.encoder.transform)

@@ -17,9 +17,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def model_card(
-    name: str, encoder: EncoderConfig, *, about: str, licence: str | None = None, figures: Rows = (),
-    origins: Sequence[str] = (), uri: str = "PATH", onnx: Mapping[str, Any] | None = None,
-) -> str:  # fmt: skip
+    name: str,
+    encoder: EncoderConfig,
+    *,
+    about: str,
+    licence: str | None = None,
+    figures: Rows = (),
+    origins: Sequence[str] = (),
+    uri: str = "PATH",
+    onnx: Mapping[str, Any] | None = None,
+) -> str:
     """The card of an encoder.
 
     Args:
@@ -32,8 +39,15 @@ def model_card(
         uri: what the usage snippet loads.
         onnx: figures of the parity check when a ``model.onnx`` lies beside the card.
     """
-    parts = [_front_matter(name, encoder, licence, figures), f"# {name}", about.strip(), _usage(encoder, uri),
-             _sizes(encoder), *_figures(figures), *([_onnx(encoder, onnx)] if onnx else [])]  # fmt: skip
+    parts = [
+        _front_matter(name, encoder, licence, figures),
+        f"# {name}",
+        about.strip(),
+        _usage(encoder, uri),
+        _sizes(encoder),
+        *_figures(figures),
+        *([_onnx(encoder, onnx)] if onnx else []),
+    ]
     if origins:
         parts.append("## Lineage\n\n" + "\n".join(f"- {line}" for line in origins))
     parts.append("## Licence\n\n" + (f"`{licence}`." if licence else "Not stated; ask who published them."))
@@ -51,12 +65,17 @@ def report_figures(report: Artifact, fingerprint: str) -> Rows:
             embeddings = Artifact.open(uri, "embeddings", check=False)
             encoders[embeddings.manifest.name] = embeddings.read_json("meta.json")["encoder"]["fingerprint"]
     names = {name for name, stamp in encoders.items() if stamp == fingerprint}
-    rows = [row for row in report.read_json("report.json")["rows"]
-            if row["embedding"] in names and row["method"] == "prefix"]  # fmt: skip
+    rows = [
+        row
+        for row in report.read_json("report.json")["rows"]
+        if row["embedding"] in names and row["method"] == "prefix"
+    ]
     if not rows:
         measured = ", ".join(f"{name} (encoder {stamp})" for name, stamp in encoders.items())
-        raise UsageError(f"{report.uri} measures {measured}, none of which is encoder {fingerprint}; give the report "
-                         "of an evaluation that read its vectors")  # fmt: skip
+        raise UsageError(
+            f"{report.uri} measures {measured}, none of which is encoder {fingerprint}; give the report "
+            "of an evaluation that read its vectors"
+        )
     return rows
 
 
@@ -74,15 +93,20 @@ def describe_lineage(artifact: Artifact) -> list[str]:
 
 def metric_names(row: Mapping[str, Any]) -> list[str]:
     """The measured values of a report's row."""
-    return [name for name, value in row.items() if isinstance(value, float) and name not in NOT_METRICS
-            and not name.endswith("standard_error")]  # fmt: skip
+    return [
+        name
+        for name, value in row.items()
+        if isinstance(value, float) and name not in NOT_METRICS and not name.endswith("standard_error")
+    ]
 
 
 def _front_matter(name: str, encoder: EncoderConfig, licence: str | None, figures: Rows) -> str:
     values: dict[str, Any] = {
-        "library_name": "lookalike", "pipeline_tag": "image-feature-extraction", "license": licence or "unknown",
+        "library_name": "lookalike",
+        "pipeline_tag": "image-feature-extraction",
+        "license": licence or "unknown",
         "tags": ["visual-search", "image-embedding", "matryoshka", "timm", encoder.backbone],
-    }  # fmt: skip
+    }
     if figures:
         values["model-index"] = [{"name": name, "results": list(_results(figures, encoder.dim))}]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
@@ -91,10 +115,15 @@ def _front_matter(name: str, encoder: EncoderConfig, licence: str | None, figure
 def _results(figures: Rows, dim: int) -> Iterable[dict[str, Any]]:
     """The whole embedding's figures, a result a task, as hubs read them."""
     for row in (row for row in figures if row["dim"] == dim):
-        metrics = [{"type": metric, "name": f"{metric} at {dim}-d", "value": round(row[metric], 4)}
-                   for metric in metric_names(row)]  # fmt: skip
-        yield {"task": {"type": "image-retrieval", "name": "Image retrieval"},
-               "dataset": {"type": row["task"], "name": row["task"]}, "metrics": metrics}  # fmt: skip
+        metrics = [
+            {"type": metric, "name": f"{metric} at {dim}-d", "value": round(row[metric], 4)}
+            for metric in metric_names(row)
+        ]
+        yield {
+            "task": {"type": "image-retrieval", "name": "Image retrieval"},
+            "dataset": {"type": row["task"], "name": row["task"]},
+            "metrics": metrics,
+        }
 
 
 def _usage(encoder: EncoderConfig, uri: str) -> str:
@@ -115,12 +144,14 @@ prefix /= np.linalg.norm(prefix, axis=1, keepdims=True)
 def _sizes(encoder: EncoderConfig) -> str:
     transform = encoder.transform
     cut = "padded to a white square" if transform.fit == "pad" else f"cut to the middle {transform.crop_fraction:.3g}"
-    lines = [f"| backbone | `{encoder.backbone}`, {encoder.num_features} features |",
-             f"| projection | {'linear, without bias' if encoder.projection else 'none'} |",
-             f"| pooling | {encoder.pooling} |",
-             f"| nested dims | {', '.join(map(str, encoder.dims))} |",
-             f"| images | RGB, {cut}, {transform.size} px |",
-             f"| normalised by | mean {list(transform.mean)}, std {list(transform.std)} |"]  # fmt: skip
+    lines = [
+        f"| backbone | `{encoder.backbone}`, {encoder.num_features} features |",
+        f"| projection | {'linear, without bias' if encoder.projection else 'none'} |",
+        f"| pooling | {encoder.pooling} |",
+        f"| nested dims | {', '.join(map(str, encoder.dims))} |",
+        f"| images | RGB, {cut}, {transform.size} px |",
+        f"| normalised by | mean {list(transform.mean)}, std {list(transform.std)} |",
+    ]
     return "\n".join(["| part | value |", "|---|---|", *lines])
 
 

@@ -119,16 +119,21 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[
         load_whole_state(module, optimizer, state["model"], state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise LookalikeError(f"checkpoint {source} does not fit the model: {' '.join(lines[:3])}; it was written by "
-                             "another version of the code: remove that folder and run the step again") from None
+        raise LookalikeError(
+            f"checkpoint {source} does not fit the model: {' '.join(lines[:3])}; it was written by "
+            "another version of the code: remove that folder and run the step again"
+        ) from None
 
 
 def random_state() -> dict[str, Any]:
     """State of the global random generators of this process: torch (CPU and GPU), numpy and Python."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            "numpy": (name, [int(key) for key in keys], position, has_gauss, gauss),
-            "python": random.getstate()}  # fmt: skip
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, [int(key) for key in keys], position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:

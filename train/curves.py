@@ -60,9 +60,15 @@ class StepReader:
         self._pending: _Pending | None = None
 
     def put(
-        self, step: int, losses: Mapping[str, torch.Tensor], norm: torch.Tensor, *, lr: float, ids: Sequence[str],
+        self,
+        step: int,
+        losses: Mapping[str, torch.Tensor],
+        norm: torch.Tensor,
+        *,
+        lr: float,
+        ids: Sequence[str],
         norm_may_overflow: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``losses``: this worker's share of each mean, scalars; the same names in the same order on every worker."""
         own = torch.stack([loss.detach().double() for loss in losses.values()])
         bad = ~own.isfinite().all()
@@ -104,8 +110,9 @@ def stop_if_bad(taken: StepValues, rank: int, last_good: Callable[[], str]) -> N
         dist.all_gather_object(found, (rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here))
     guilty = [entry for entry in found if entry[2]]
     what = "loss" if guilty else "gradient"
-    where = "; ".join(f"rank {number}, images {', '.join(ids) or 'not named by the loader'}"
-                      for number, ids, _ in guilty or found)  # fmt: skip
+    where = "; ".join(
+        f"rank {number}, images {', '.join(ids) or 'not named by the loader'}" for number, ids, _ in guilty or found
+    )
     raise NonFiniteLossError(
         f"the {what} is not finite at step {taken.step} on {where}; {last_good()}. Run again with a lower "
         "lr, a smaller clip_norm or a longer warm-up, with precision=float32 if it was lower, or look at these images"
@@ -183,8 +190,9 @@ class Gauges:
         from ray.util.metrics import Gauge
 
         self._tags = {"run": run}
-        self._gauges = {name: Gauge(f"lookalike_train_{name}", f"{name} of the last step logged", ("run",))
-                        for name in self.NAMES}  # fmt: skip
+        self._gauges = {
+            name: Gauge(f"lookalike_train_{name}", f"{name} of the last step logged", ("run",)) for name in self.NAMES
+        }
         self._task = Gauge("lookalike_train_task_loss", "loss of one task", ("run", "task"))
 
     def set(self, values: Mapping[str, float]) -> None:

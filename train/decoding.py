@@ -45,15 +45,21 @@ def to_arrays(batch: Batch) -> dict[str, Any]:
 
 def to_tensors(arrays: dict[str, Any]) -> Batch:
     """``to_arrays`` undone, in memory of its own: the store's is read-only, and is freed by this."""
-    batch = {name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-             for name, value in arrays.items()}  # fmt: skip
+    batch = {
+        name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+        for name, value in arrays.items()
+    }
     return {**batch, "images": batch["images"].permute(0, 3, 1, 2)}
 
 
 def actor_batches(
-    dataset: BatchDataset, num_actors: int, *, num_cpus: float = 1.0, resource: str | None = None,
+    dataset: BatchDataset,
+    num_actors: int,
+    *,
+    num_cpus: float = 1.0,
+    resource: str | None = None,
     limit_s: float = LIMIT_S,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Batch]:
     """The dataset's batches in step order, built by ``num_actors`` actors of ``num_cpus`` CPUs each.
 
     ``resource`` keeps them on nodes that offer a custom resource of this name. A batch that does not come within
@@ -62,10 +68,12 @@ def actor_batches(
     import ray
 
     actor = ray.remote(DecodeActor).options(
-        num_cpus=num_cpus, resources={resource: 0.001} if resource else None,
-        max_restarts=-1, max_task_retries=RETRIES,
+        num_cpus=num_cpus,
+        resources={resource: 0.001} if resource else None,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
         scheduling_strategy="SPREAD",  # and not in the training worker's own placement group
-    )  # fmt: skip
+    )
     # given by value: what lies in the object store could be gone when an actor is restarted
     pool = _Pool([actor.remote(dataset.builder) for _ in range(num_actors)])
     plans, waiting = dataset.plans(), deque[tuple[Plan, Any]]()
@@ -76,8 +84,13 @@ def actor_batches(
             if not waiting:
                 return
             plan, reference = waiting.popleft()
-            yield pool.take(plan, reference, f"{num_actors} decode_actors of {num_cpus:g} CPUs"
-                            + (f" and resource {resource!r}" if resource else ""), limit_s)  # fmt: skip
+            yield pool.take(
+                plan,
+                reference,
+                f"{num_actors} decode_actors of {num_cpus:g} CPUs"
+                + (f" and resource {resource!r}" if resource else ""),
+                limit_s,
+            )
     finally:
         for each in pool.actors:
             ray.kill(each)
@@ -118,8 +131,9 @@ class _Pool:
             if isinstance(arrays, LookalikeError):
                 raise arrays
             return to_tensors(arrays)
-        raise LookalikeError(f"the batch of step {plan.step} killed its decode actor {RETRIES + 1} times; is their "
-                             "memory too small?")  # fmt: skip
+        raise LookalikeError(
+            f"the batch of step {plan.step} killed its decode actor {RETRIES + 1} times; is their memory too small?"
+        )
 
     def _await(self, plan: Plan, reference: Any, who: str, limit_s: float) -> None:
         import ray
@@ -129,5 +143,7 @@ class _Pool:
             seconds = time.monotonic() - began
             log.warning("waiting for %s", fields(batch_of_step=plan.step, seconds=seconds, who=who))
             if seconds >= limit_s:
-                raise LookalikeError(f"no batch from {who} within {limit_s:g} s; each training worker starts its own, "
-                                     "besides its cpus_per_worker: add nodes, or lower decode_actors")  # fmt: skip
+                raise LookalikeError(
+                    f"no batch from {who} within {limit_s:g} s; each training worker starts its own, "
+                    "besides its cpus_per_worker: add nodes, or lower decode_actors"
+                )

@@ -150,8 +150,9 @@ def require_where(columns: Sequence[str], where: Mapping[str, list[str]]) -> Non
     """Raise ``UsageError`` for a condition on a column that is not there."""
     for column in where:
         if column not in columns:
-            raise UsageError(f"where names column {column!r}{nearest(column, list(columns))}; there are "
-                             f"{', '.join(columns)}")  # fmt: skip
+            raise UsageError(
+                f"where names column {column!r}{nearest(column, list(columns))}; there are {', '.join(columns)}"
+            )
 
 
 def select_rows(table: pa.Table, where: Mapping[str, list[str]]) -> pa.Table:
@@ -170,8 +171,9 @@ def embed(run: StageRun[EmbedConfig]) -> None:
     rows = {corpus.path(entry.path): entry.rows or 0 for entry in corpus.manifest.files}
     pending = [
         {"uri": uri, "number": number, "row_group": None, "pixels": None}
-        for number, uri in enumerate(corpus.files("part-", ".parquet")) if part_name(number) not in there
-    ]  # fmt: skip
+        for number, uri in enumerate(corpus.files("part-", ".parquet"))
+        if part_name(number) not in there
+    ]
     if pending:
         total = sum(rows[str(task["uri"])] for task in pending)
         with follow_remote(f"embed {run.out.name}", total, unit="image") as progress:
@@ -179,9 +181,7 @@ def embed(run: StageRun[EmbedConfig]) -> None:
     _describe(run, encoder)
 
 
-def run_tasks(
-    tasks: Sequence[Task], encoder: Artifact, out: Draft, config: EmbedConfig, progress: Any = None
-) -> None:  # fmt: skip
+def run_tasks(tasks: Sequence[Task], encoder: Artifact, out: Draft, config: EmbedConfig, progress: Any = None) -> None:
     """Write the parts of ``tasks``; ``progress``, an actor, is told of every row group that is done.
 
     A worker that dies has its task done again by another. The first error of ours in a worker is raised here.
@@ -204,8 +204,9 @@ def run_tasks(
         EmbedFile,
         fn_constructor_args=(encoder.uri, out.uri, out.work("groups"), config, progress),
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor or None,
-    )  # fmt: skip
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor or None,
+    )
     for row in dataset.iter_rows():
         if row["error"]:
             raise _ERRORS.get(row["code"], LookalikeError)(row["error"])
@@ -219,8 +220,10 @@ def _warn_without_cpus(needed: int) -> None:
 
     cpus = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
     if cpus <= needed:
-        log.warning("decoders wait %s", fields(cpus=cpus, actors_take=needed,
-                                               remedy="lower num_actors or cpus_per_actor, or add nodes"))  # fmt: skip
+        log.warning(
+            "decoders wait %s",
+            fields(cpus=cpus, actors_take=needed, remedy="lower num_actors or cpus_per_actor, or add nodes"),
+        )
 
 
 def _describe(run: StageRun[EmbedConfig], encoder: Artifact) -> None:
@@ -232,12 +235,23 @@ def _describe(run: StageRun[EmbedConfig], encoder: Artifact) -> None:
         rows += pq.read_metadata(path, filesystem=filesystem).num_rows
     if rows == 0:
         raise UsageError(f"no row of the corpus matches where={run.config.where}; nothing to embed")
-    run.out.write_json("meta.json", {
-        "dim": facts.dim, "dims": list(facts.dims), "rows": rows,
-        "encoder": {"fingerprint": encoder.manifest.fingerprint, "name": encoder.manifest.name},
-    })  # fmt: skip
+    run.out.write_json(
+        "meta.json",
+        {
+            "dim": facts.dim,
+            "dims": list(facts.dims),
+            "rows": rows,
+            "encoder": {"fingerprint": encoder.manifest.fingerprint, "name": encoder.manifest.name},
+        },
+    )
     run.out.stats.update(rows=rows, dim=facts.dim, parts=len(parts))
 
 
-STAGE = Stage(name="embed", kind="embeddings", config=EmbedConfig, run=embed, resumable=True,
-              inputs={"corpus": Input("corpus"), "encoder": Input("encoder")})  # fmt: skip
+STAGE = Stage(
+    name="embed",
+    kind="embeddings",
+    config=EmbedConfig,
+    run=embed,
+    resumable=True,
+    inputs={"corpus": Input("corpus"), "encoder": Input("encoder")},
+)

@@ -66,8 +66,10 @@ def decode_rows(table: pa.Table, transform: TransformConfig, where: str) -> npt.
         try:
             pixels[i] = read_pixels([image.as_py() or b""], transform)[0]
         except ImageError as error:
-            raise ArtifactError(f"image {image_id.as_py()!r} in {where}: {error}. The corpus accepted it, so the file "
-                                "was damaged since; restore it, or make the corpus again") from None  # fmt: skip
+            raise ArtifactError(
+                f"image {image_id.as_py()!r} in {where}: {error}. The corpus accepted it, so the file "
+                "was damaged since; restore it, or make the corpus again"
+            ) from None
     return pixels
 
 
@@ -83,8 +85,10 @@ def require_finite(
     with np.errstate(over="ignore"):
         bad = np.flatnonzero(~np.isfinite(vectors.astype(dtype)).all(axis=1))
     if len(bad):
-        raise UsageError(f"the vector of image {table['image_id'][int(bad[0])].as_py()!r} in {where} is not finite in "
-                         f"{dtype}; set dtype=float32 and precision=float32, or take another checkpoint")  # fmt: skip
+        raise UsageError(
+            f"the vector of image {table['image_id'][int(bad[0])].as_py()!r} in {where} is not finite in "
+            f"{dtype}; set dtype=float32 and precision=float32, or take another checkpoint"
+        )
     return vectors
 
 
@@ -93,8 +97,11 @@ def embedding_table(table: pa.Table, vectors: np.ndarray[Any, np.dtype[np.float3
     dim = vectors.shape[1]
     schema = schemas.embeddings(dim, float16=dtype == "float16")
     flat = pa.array(np.ascontiguousarray(vectors.astype(dtype)).reshape(-1))
-    columns = {"image_id": table["image_id"], "vector": pa.FixedSizeListArray.from_arrays(flat, dim),
-               **{name: table[name] for name in CARRIED}}  # fmt: skip
+    columns = {
+        "image_id": table["image_id"],
+        "vector": pa.FixedSizeListArray.from_arrays(flat, dim),
+        **{name: table[name] for name in CARRIED},
+    }
     return pa.table(columns).cast(schema)
 
 

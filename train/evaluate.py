@@ -125,8 +125,10 @@ def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: Ret
     base_rows = row_indices(embedded.table, task.database, "database")
     if task.label not in embedded.table.column_names:
         valid = embedded.table.column_names
-        raise UsageError(f"task label {task.label!r} is no column{nearest(task.label, valid)}; {embedded.name!r} has "
-                         f"{', '.join(valid)}")  # fmt: skip
+        raise UsageError(
+            f"task label {task.label!r} is no column{nearest(task.label, valid)}; {embedded.name!r} has "
+            f"{', '.join(valid)}"
+        )
     column = embedded.table[task.label].to_pylist()
     classes = {value: i for i, value in enumerate(sorted({str(v) for v in column if v is not None}))}
     labels = np.array([-1 if value is None else classes[str(value)] for value in column], np.int64)
@@ -142,11 +144,14 @@ def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: Ret
         hits = neighbour_labels(unit[query_rows], unit[base_rows], same, labels[base_rows])
         p1 = metrics.precision_at_k(hits, labels[query_rows], 1)
         yield {
-            "dim": dim, "queries": len(query_rows), "database": len(base_rows),
-            "p_at_1": p1, "p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(query_rows))),
+            "dim": dim,
+            "queries": len(query_rows),
+            "database": len(base_rows),
+            "p_at_1": p1,
+            "p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(query_rows))),
             "map_at_10_by_k": metrics.map_at_k_by_k(hits, labels[query_rows], K),
             "recall_at_10": metrics.recall_at_k(hits, labels[query_rows], K, num_relevant=relevant),
-        }  # fmt: skip
+        }
 
 
 def measure(embedded: Embedded, config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -164,8 +169,10 @@ def measure(embedded: Embedded, config: EvaluateConfig) -> list[dict[str, Any]]:
     for method, vectors in forms.items():
         usable = [dim for dim in dims if dim <= vectors.shape[1]]
         for name, task in config.tasks.items():
-            rows += [{"embedding": embedded.name, "method": method, "task": name, **figures}
-                     for figures in measure_task(embedded, vectors, usable, task)]  # fmt: skip
+            rows += [
+                {"embedding": embedded.name, "method": method, "task": name, **figures}
+                for figures in measure_task(embedded, vectors, usable, task)
+            ]
     return rows
 
 
@@ -182,12 +189,16 @@ def evaluate(run: StageRun[EvaluateConfig]) -> None:
     subject = artifacts[0].manifest.name
     full_dim = {name: full_dim_row(rows, name, headline) for name in dict.fromkeys(r["embedding"] for r in rows)}
     report = {
-        "seed": config.seed, "subject": subject, "headline_task": headline, "metric_notes": {
+        "seed": config.seed,
+        "subject": subject,
+        "headline_task": headline,
+        "metric_notes": {
             "map_at_10_by_k": "mean over queries of (1/10) sum_{i<=10} rel_i P@i, the MRL paper's form",
             "recall_at_10": "relevant items among the first 10, divided by all relevant items in the database",
         },
-        "full_dim": full_dim, "rows": rows,
-    }  # fmt: skip
+        "full_dim": full_dim,
+        "rows": rows,
+    }
     run.out.write_json("report.json", report)
     for name in config.tasks:
         storage.write_atomic(run.out.path(f"{name}.png"), plot_by_dim([r for r in rows if r["task"] == name], name))
@@ -196,9 +207,16 @@ def evaluate(run: StageRun[EvaluateConfig]) -> None:
 
 def full_dim_row(rows: list[dict[str, Any]], name: str, task: str) -> dict[str, Any]:
     """The figures of an embedding at its own full size."""
-    return max((r for r in rows if r["embedding"] == name and r["task"] == task and r["method"] == "prefix"),
-               key=lambda row: row["dim"])  # fmt: skip
+    return max(
+        (r for r in rows if r["embedding"] == name and r["task"] == task and r["method"] == "prefix"),
+        key=lambda row: row["dim"],
+    )
 
 
-STAGE = Stage(name="evaluate", kind="report", config=EvaluateConfig, run=evaluate,
-              inputs={"embeddings": Input("embeddings", many=True)})  # fmt: skip
+STAGE = Stage(
+    name="evaluate",
+    kind="report",
+    config=EvaluateConfig,
+    run=evaluate,
+    inputs={"embeddings": Input("embeddings", many=True)},
+)

@@ -54,8 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("encoder", help="an artifact's folder, an exported one, or hf://owner/name[@revision]")
     parser.add_argument("--to", required=True, help="folder (any fsspec URI) or hf://owner/name[@branch]")
     parser.add_argument("--onnx", action="store_true", help="add model.onnx, compared with the encoder on pictures")
-    parser.add_argument("--images", help="what to compare on: a picture, a folder of pictures, or a corpus or shards "
-                                         "artifact (default: what the encoder was made from)")  # fmt: skip
+    parser.add_argument(
+        "--images",
+        help="what to compare on: a picture, a folder of pictures, or a corpus or shards "
+        "artifact (default: what the encoder was made from)",
+    )
     parser.add_argument("--report", help="an evaluation report that measured this encoder, for the card's figures")
     parser.add_argument("--licence", help="SPDX identifier of the weights' licence, for the card")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
@@ -82,9 +85,15 @@ def write_export(artifact: Artifact, folder: str, options: argparse.Namespace) -
         stats["onnx"] = _add_onnx(artifact, folder, read_pixels(images, config.transform))
         names.append(ONNX_FILE)
     card = model_card(
-        artifact.manifest.name, config, about=facts["about"], licence=facts["licence"], figures=facts["figures"],
-        origins=facts["lineage"], uri=options.to, onnx=stats.get("onnx"),
-    )  # fmt: skip
+        artifact.manifest.name,
+        config,
+        about=facts["about"],
+        licence=facts["licence"],
+        figures=facts["figures"],
+        origins=facts["lineage"],
+        uri=options.to,
+        onnx=stats.get("onnx"),
+    )
     storage.write_atomic(storage.join(folder, CARD_FILE), card.encode())
     _write_manifest(artifact, folder, sorted(names), {**stats, EXPORTED: facts})
     log.info("export %s", fields(encoder=artifact.uri, to=options.to, onnx=options.onnx))
@@ -94,17 +103,22 @@ def _require_free(folder: str) -> None:
     if storage.exists(storage.join(folder, MANIFEST)):
         there = Artifact.open(folder, check=False)
         if EXPORTED not in there.stats:
-            raise UsageError(f"{folder} is the {there.manifest.kind} artifact {there.manifest.name!r}, which an export "
-                             "would overwrite; give another folder")  # fmt: skip
+            raise UsageError(
+                f"{folder} is the {there.manifest.kind} artifact {there.manifest.name!r}, which an export "
+                "would overwrite; give another folder"
+            )
 
 
 def _card_facts(artifact: Artifact, options: argparse.Namespace) -> dict[str, Any]:
     """What a card says besides the configuration; an export keeps it in its manifest, so that a copy's card says the
     same."""
     facts: dict[str, Any] = artifact.stats.get(EXPORTED) or {
-        "about": _about(artifact), "digest": artifact.digest, "figures": [], "licence": None,
+        "about": _about(artifact),
+        "digest": artifact.digest,
+        "figures": [],
+        "licence": None,
         "lineage": describe_lineage(artifact),
-    }  # fmt: skip
+    }
     if options.report:
         report = Artifact.open(storage.absolute(options.report), "report")
         facts = {**facts, "figures": report_figures(report, artifact.manifest.fingerprint)}
@@ -157,9 +171,16 @@ def _pictures_in(folder: str) -> list[bytes]:
 
 def _write_manifest(artifact: Artifact, folder: str, names: Sequence[str], stats: dict[str, Any]) -> None:
     uris = {name: storage.join(folder, name) for name in names}
-    files = [FileEntry(path=name, size_bytes=storage.size_bytes(uri), sha256=storage.sha256(uri))
-             for name, uri in uris.items()]  # fmt: skip
-    manifest = artifact.manifest.model_copy(update={
-        "files": files, "parents": {}, "stats": stats, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    })  # fmt: skip
+    files = [
+        FileEntry(path=name, size_bytes=storage.size_bytes(uri), sha256=storage.sha256(uri))
+        for name, uri in uris.items()
+    ]
+    manifest = artifact.manifest.model_copy(
+        update={
+            "files": files,
+            "parents": {},
+            "stats": stats,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
     write_manifest(folder, manifest)

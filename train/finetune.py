@@ -5,5 +5,12 @@ from lookalike.train.footprint import preview
 from lookalike.train.settings import TrainConfig
 from lookalike.train.trainer import INPUTS, run_training
 
-STAGE = Stage(name="finetune", kind="encoder", config=TrainConfig, run=run_training, resumable=True, preview=preview,
-              inputs={**INPUTS, "teacher": Input("encoder", optional=True)})  # fmt: skip
+STAGE = Stage(
+    name="finetune",
+    kind="encoder",
+    config=TrainConfig,
+    run=run_training,
+    resumable=True,
+    preview=preview,
+    inputs={**INPUTS, "teacher": Input("encoder", optional=True)},
+)

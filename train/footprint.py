@@ -76,8 +76,10 @@ def describe(memory: StepMemory, train: TrainConfig, encoder: EncoderConfig) -> 
     parts = sorted((item for item in vars(memory).items() if item[0] != "unknown" and item[1]), key=lambda i: -i[1])
     lines = [f"memory {place}, one step of a worker: {train.micro_batch} images of {size} x {size}, {train.precision}"]
     lines += [f"  {name.replace('_', ' '):<20}{_mib(value)}" for name, value in parts]
-    lines += [f"  {'total':<20}{_mib(memory.total)}, for each of {train.num_workers} workers; temporary memory of "
-              "kernels and the libraries themselves come on top"]  # fmt: skip
+    lines += [
+        f"  {'total':<20}{_mib(memory.total)}, for each of {train.num_workers} workers; temporary memory of "
+        "kernels and the libraries themselves come on top"
+    ]
     lines += [f"  {'checkpoint':<20}{_mib(memory.checkpoint)} more in the first worker's host while one is written"]
     if memory.unknown:
         lines += [f"  left out: activations of {', '.join(memory.unknown)}, which depend on the labels"]
@@ -90,7 +92,7 @@ def _mib(size: int) -> str:
 
 def measure(
     train: TrainConfig, encoder: EncoderConfig, num_classes: Mapping[str, int], teacher: EncoderConfig | None = None
-) -> StepMemory:  # fmt: skip
+) -> StepMemory:
     """The memory of one step of one worker, all heads held whole."""
     with torch.device("meta"):
         network = build_model(encoder)
@@ -108,11 +110,17 @@ def measure(
     parameters = _bytes(model)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return StepMemory(
-        parameters=parameters, gradients=gradients, buckets=gradients if train.num_workers > 1 else 0,
+        parameters=parameters,
+        gradients=gradients,
+        buckets=gradients if train.num_workers > 1 else 0,
         optimizer=gradients * (2 if train.optimizer == "adamw" else int(train.momentum > 0)),
-        average=_bytes(network) if train.ema_decay is not None else 0, teacher=teacher_size,
-        batch=batch["images"].nbytes, encoder_activations=body, head_activations=heads, unknown=unknown,
-    )  # fmt: skip
+        average=_bytes(network) if train.ema_decay is not None else 0,
+        teacher=teacher_size,
+        batch=batch["images"].nbytes,
+        encoder_activations=body,
+        head_activations=heads,
+        unknown=unknown,
+    )
 
 
 def _bytes(module: nn.Module) -> int:
@@ -134,8 +142,12 @@ def _make_fake(model: nn.Module) -> None:
 def _fake_batch(train: TrainConfig, size: int, teacher_dim: int) -> dict[str, torch.Tensor]:
     rows, stated = train.micro_batch, attribute_fields(task.field for task in train.tasks.values())
     labels = {name: torch.zeros(rows, dtype=torch.int64) for name in ("category", "group", "row", *stated)}
-    return {"images": torch.empty(rows, 3, size, size), "teacher": torch.empty(rows, teacher_dim), **labels,
-            "labels": torch.zeros(rows, LABELS_PER_ROW, dtype=torch.int64)}  # fmt: skip
+    return {
+        "images": torch.empty(rows, 3, size, size),
+        "teacher": torch.empty(rows, teacher_dim),
+        **labels,
+        "labels": torch.zeros(rows, LABELS_PER_ROW, dtype=torch.int64),
+    }
 
 
 def _activations(

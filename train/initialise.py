@@ -22,9 +22,15 @@ MAX_UNITS = 256  # row groups that are looked into, however many there are
 
 
 def sample_features(
-    backbone: nn.Module, units: Sequence[Unit], transform: Transform, fields: Sequence[str], max_images: int,
-    *, num_classes: Mapping[str, int] | None = None, attributes: Sequence[str] = (),
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    backbone: nn.Module,
+    units: Sequence[Unit],
+    transform: Transform,
+    fields: Sequence[str],
+    max_images: int,
+    *,
+    num_classes: Mapping[str, int] | None = None,
+    attributes: Sequence[str] = (),
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Features [n, F] float32 of up to ``max_images`` images, and the integer columns ``fields``, int64 [n] each.
 
     The images are spread evenly over the units, or over ``MAX_UNITS`` of them; workers of a process group share the

@@ -49,9 +49,16 @@ class BatchBuilder:
     """Makes batches from plans; holds the row group read last of each dataset."""
 
     def __init__(
-        self, draws: Mapping[str, Draw], augment: Augment, *, seed: int, rank: int, views: int = 1,
-        num_classes: Mapping[str, int] | None = None, attributes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        draws: Mapping[str, Draw],
+        augment: Augment,
+        *,
+        seed: int,
+        rank: int,
+        views: int = 1,
+        num_classes: Mapping[str, int] | None = None,
+        attributes: Sequence[str] = (),
+    ) -> None:
         self.draws, self.augment = dict(draws), augment
         self.seed, self.rank, self.views, self.num_classes = seed, rank, views, dict(num_classes or {})
         self.attributes, self.stated = tuple(attributes), attribute_fields(self.num_classes)
@@ -65,15 +72,18 @@ class BatchBuilder:
             torch.default_generator.manual_seed(derive_seed(self.seed, "augment", self.rank, plan.step))
             pixels = [[np.asarray(self.augment(picture)) for _ in range(self.views)] for picture in pictures]
         n = len(pixels)
-        columns = {"row": torch.arange(self.rank * n, (self.rank + 1) * n),
-                   **label_columns([table for _, table in tables], self.stated)}  # fmt: skip
+        columns = {
+            "row": torch.arange(self.rank * n, (self.rank + 1) * n),
+            **label_columns([table for _, table in tables], self.stated),
+        }
         ids = [image_id for _, table in tables for image_id in table["image_id"].to_pylist()]
         return {
-            "images": torch.from_numpy(np.stack([each[v] for v in range(self.views) for each in pixels])
-                                       ).permute(0, 3, 1, 2),
+            "images": torch.from_numpy(np.stack([each[v] for v in range(self.views) for each in pixels])).permute(
+                0, 3, 1, 2
+            ),
             **{name: column.repeat(self.views, *[1] * (column.ndim - 1)) for name, column in columns.items()},
             "ids": ids * self.views,
-        }  # fmt: skip
+        }
 
     def attempt(self, plan: Plan) -> Batch | LookalikeError:
         """``build``, with an error of ours as a value: the transports would wrap it in traces of their own."""
@@ -99,8 +109,10 @@ def open_pictures(unit: Unit, table: pa.Table) -> Iterator[Image.Image]:
         try:
             yield decode(data.as_py() or b"")
         except ImageError as error:
-            raise ArtifactError(f"{unit.place}, image {image_id.as_py()!r}: {error.reason}, though the corpus accepted "
-                                f"it; if the file is damaged, {REMEDY}") from error  # fmt: skip
+            raise ArtifactError(
+                f"{unit.place}, image {image_id.as_py()!r}: {error.reason}, though the corpus accepted "
+                f"it; if the file is damaged, {REMEDY}"
+            ) from error
 
 
 def attribute_fields(names: Iterable[str]) -> list[str]:
@@ -113,10 +125,14 @@ def label_columns(tables: Sequence[pa.Table], stated: Sequence[str] = ()) -> dic
     rows."""
     labels = [known or [] for table in tables for known in table["labels"].to_pylist()]
     width = max(1, *(len(known) for known in labels))
-    plain = {name: np.concatenate([pc.fill_null(table[name], -1).to_numpy() for table in tables])
-             for name in ("category", "group", *stated)}  # fmt: skip
-    return {"labels": torch.tensor([known + [-1] * (width - len(known)) for known in labels]),
-            **{name: torch.from_numpy(values.astype(np.int64)) for name, values in plain.items()}}  # fmt: skip
+    plain = {
+        name: np.concatenate([pc.fill_null(table[name], -1).to_numpy() for table in tables])
+        for name in ("category", "group", *stated)
+    }
+    return {
+        "labels": torch.tensor([known + [-1] * (width - len(known)) for known in labels]),
+        **{name: torch.from_numpy(values.astype(np.int64)) for name, values in plain.items()},
+    }
 
 
 def check_labels(unit: Unit, table: pa.Table, num_classes: Mapping[str, int]) -> None:
@@ -127,8 +143,10 @@ def check_labels(unit: Unit, table: pa.Table, num_classes: Mapping[str, int]) ->
         wrong = values.filter(pc.or_(pc.greater_equal(values, classes), pc.less(values, 0 if lists else -1)))
         if len(wrong):
             column = f"'attributes', {field!r}," if field.startswith(ATTRIBUTE) else repr(field)
-            raise ArtifactError(f"{unit.place}: column {column} holds {wrong[0].as_py()}, but classes.json has "
-                                f"{classes} classes (0 to {classes - 1}); {REMEDY}")  # fmt: skip
+            raise ArtifactError(
+                f"{unit.place}: column {column} holds {wrong[0].as_py()}, but classes.json has "
+                f"{classes} classes (0 to {classes - 1}); {REMEDY}"
+            )
 
 
 class BatchDataset(IterableDataset[Batch]):
@@ -138,19 +156,37 @@ class BatchDataset(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, streams: Mapping[str, Stream], counts: Mapping[str, int], augment: Augment, *, seed: int, start: int,
-        stop: int, views: int = 1, num_classes: Mapping[str, int] | None = None, attributes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        streams: Mapping[str, Stream],
+        counts: Mapping[str, int],
+        augment: Augment,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        views: int = 1,
+        num_classes: Mapping[str, int] | None = None,
+        attributes: Sequence[str] = (),
+    ) -> None:
         self.streams, self.counts = dict(streams), dict(counts)
         self.start, self.stop = start, stop
         draws = {name: stream.draw for name, stream in streams.items()}
-        self.builder = BatchBuilder(draws, augment, seed=seed, rank=next(iter(streams.values())).rank, views=views,
-                                    num_classes=num_classes, attributes=attributes)  # fmt: skip
+        self.builder = BatchBuilder(
+            draws,
+            augment,
+            seed=seed,
+            rank=next(iter(streams.values())).rank,
+            views=views,
+            num_classes=num_classes,
+            attributes=attributes,
+        )
 
     def plan(self, step: int) -> Plan:
         """What the batch of ``step`` is made from."""
-        return Plan(step, [piece for name, count in self.counts.items()
-                           for piece in self.streams[name].slices(step * count, count)])  # fmt: skip
+        return Plan(
+            step,
+            [piece for name, count in self.counts.items() for piece in self.streams[name].slices(step * count, count)],
+        )
 
     def plans(self) -> Iterator[Plan]:
         """The plans of all steps."""
@@ -185,8 +221,14 @@ def build_loader(dataset: BatchDataset, num_workers: int) -> Iterable[Batch]:
     """Batches in step order, built in ``num_workers`` processes beside this one, or in this one when there are none."""
     if num_workers == 0:
         return dataset
-    loader = DataLoader(PlannedBatches(dataset.builder), batch_size=None, sampler=Plans(dataset),
-                        num_workers=num_workers, multiprocessing_context="spawn", collate_fn=as_it_is)  # fmt: skip
+    loader = DataLoader(
+        PlannedBatches(dataset.builder),
+        batch_size=None,
+        sampler=Plans(dataset),
+        num_workers=num_workers,
+        multiprocessing_context="spawn",
+        collate_fn=as_it_is,
+    )
     return raised(loader)
 
 
@@ -206,8 +248,9 @@ def raised(batches: Iterable[Batch | LookalikeError]) -> Iterator[Batch]:
 def on_device(batches: Iterable[Batch], device: torch.device, transform: TransformConfig) -> Iterator[Batch]:
     """Batches with their tensors on ``device`` and their images normalised there: uint8 travels, float32 does not."""
     for batch in batches:
-        moved = {name: move(value, device) if isinstance(value, torch.Tensor) else value
-                 for name, value in batch.items()}  # fmt: skip
+        moved = {
+            name: move(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+        }
         yield {**moved, "images": normalize_pixels(moved["images"], transform)}
 
 

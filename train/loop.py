@@ -76,8 +76,14 @@ def train_worker(values: dict[str, Any]) -> None:
     setup_logging()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
-    place = Place(LoopConfig.model_validate(values["loop"]), context.get_world_rank(), context.get_world_size(),
-                  get_device(), values["folder"], values["progress"])  # fmt: skip
+    place = Place(
+        LoopConfig.model_validate(values["loop"]),
+        context.get_world_rank(),
+        context.get_world_size(),
+        get_device(),
+        values["folder"],
+        values["progress"],
+    )
     train = place.config.train
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)  # workers of a node see all its GPUs, and nccl takes the current one
@@ -105,9 +111,11 @@ def require_even_rounds(train: TrainConfig, world: int) -> None:
     """Raise ``UsageError`` when tasks that all workers compute together would find some without a batch."""
     together = [name for name, task in train.tasks.items() if task.shard or task.across_workers]
     if together and train.num_workers % world:
-        raise UsageError(f"task {together[0]!r} needs all workers at once, but {world} of them cannot share "
-                         f"{train.num_workers} data streams evenly; wait for all (min_workers=null), or for a number "
-                         f"that divides {train.num_workers}")  # fmt: skip
+        raise UsageError(
+            f"task {together[0]!r} needs all workers at once, but {world} of them cannot share "
+            f"{train.num_workers} data streams evenly; wait for all (min_workers=null), or for a number "
+            f"that divides {train.num_workers}"
+        )
 
 
 def announce(place: Place, found: Checkpoint | None) -> None:
@@ -128,13 +136,21 @@ def agree(found: Checkpoint | None) -> Checkpoint | None:
 def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
     """Backbone of the source encoder, projection and heads; ``initialise`` starts the last two from training images."""
     train = config.train
-    _, source = read_encoder(Artifact.open(config.source_encoder, "encoder"), size=config.encoder.transform.size,
-                             drop_path=train.drop_path)  # fmt: skip
-    encoder = EmbeddingModel(source.backbone, config.encoder.num_features,
-                             config.encoder.dim if config.encoder.projection else None)  # fmt: skip
+    _, source = read_encoder(
+        Artifact.open(config.source_encoder, "encoder"), size=config.encoder.transform.size, drop_path=train.drop_path
+    )
+    encoder = EmbeddingModel(
+        source.backbone, config.encoder.num_features, config.encoder.dim if config.encoder.projection else None
+    )
     dims = config.encoder.dims
-    tasks = build_tasks(train.tasks, dims, config.class_fields, train.nested_weights or (1.0,) * len(dims),
-                        seed=train.seed, dims_per_step=train.dims_per_step)  # fmt: skip
+    tasks = build_tasks(
+        train.tasks,
+        dims,
+        config.class_fields,
+        train.nested_weights or (1.0,) * len(dims),
+        seed=train.seed,
+        dims_per_step=train.dims_per_step,
+    )
     if initialise and train.initialise == "data":
         initialise_from_data(config, encoder, tasks)
     model = MultiTaskModel(encoder, tasks)
@@ -150,10 +166,14 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
     if not config.encoder.projection and not cosine:
         return
     features, labels = sample_features(
-        encoder.backbone, units, build_eval_transform(config.encoder.transform),
-        sorted({task.config.field for task in cosine}), config.train.initialise_images,
-        num_classes=config.class_fields, attributes=config.attributes,
-    )  # fmt: skip
+        encoder.backbone,
+        units,
+        build_eval_transform(config.encoder.transform),
+        sorted({task.config.field for task in cosine}),
+        config.train.initialise_images,
+        num_classes=config.class_fields,
+        attributes=config.attributes,
+    )
     if isinstance(encoder.projection, nn.Linear):
         weight = pca_projection(features, config.encoder.dim, config.train.projection_whitening)
         encoder.projection.weight.data.copy_(weight)
@@ -172,8 +192,7 @@ class Feed:
         self.place, self.done, self._pace = place, done, pace
         start = done * config.train.accumulation
         self._loaders: Mapping[int, Iterator[Batch]] = {
-            stream: feed(worker_batches(config, stream, start), config, place.device)
-            for stream in place.streams
+            stream: feed(worker_batches(config, stream, start), config, place.device) for stream in place.streams
         }
         self._teacher = Teacher(config.teacher, config.encoder.transform).to(place.device) if config.teacher else None
 
@@ -259,8 +278,9 @@ class Report:
         self._trackers: Sequence[Tracker] = ()
         if place.rank == 0:
             config = place.config
-            run = TrackedRun(config.name, config.fingerprint, config.root, training.step,
-                             config.train.model_dump(mode="json"))  # fmt: skip
+            run = TrackedRun(
+                config.name, config.fingerprint, config.root, training.step, config.train.model_dump(mode="json")
+            )
             self._trackers = start_trackers(config.train.trackers, run)
             self._gauges = Gauges(config.name)
 

@@ -29,7 +29,7 @@ class NestedHead(nn.Module):
 
     def __init__(
         self, dims: Sequence[int], num_classes: int, nesting: Nesting = "mrl", *, shard: Shard | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.dims, self.nesting = tuple(dims), nesting
         self.shard = shard or Shard(0, num_classes, num_classes)
@@ -41,7 +41,7 @@ class NestedHead(nn.Module):
 
     def forward(
         self, embedding: torch.Tensor, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> list[torch.Tensor]:
         """Embeddings [n, D] -> scores [n, C] of each dim."""
         raise AssertionError(f"{type(self).__name__} must define forward")
 
@@ -51,7 +51,7 @@ class NestedHead(nn.Module):
 
     def _chosen(
         self, tensors: Sequence[torch.Tensor], dims: tuple[int, ...], classes: torch.Tensor | None
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> list[torch.Tensor]:
         """The tensors of ``dims`` (the one there is, when tied), their rows those of ``classes``."""
         kept = [tensors[self.dims.index(m)] for m in dims] if self.nesting == "mrl" else list(tensors)
         return kept if classes is None else [tensor.index_select(0, classes) for tensor in kept]
@@ -62,15 +62,19 @@ class NestedLinear(NestedHead):
     W[:, :m], and one bias; scores accumulate block by block, so that all dims cost one full-size matmul."""
 
     def __init__(
-        self, dims: Sequence[int], num_classes: int, nesting: Nesting = "mrl", *, bias: bool = True,
+        self,
+        dims: Sequence[int],
+        num_classes: int,
+        nesting: Nesting = "mrl",
+        *,
+        bias: bool = True,
         shard: Shard | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(dims, num_classes, nesting, shard=shard)
         if self.shard.whole:
             self.layers = nn.ModuleList(nn.Linear(m, num_classes, bias=bias) for m in self.sizes)
             return
-        self.layers = nn.ModuleList(
-            nn.utils.skip_init(nn.Linear, m, len(self.shard), bias=bias) for m in self.sizes)  # type: ignore[no-untyped-call]  # fmt: skip
+        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, m, len(self.shard), bias=bias) for m in self.sizes)  # type: ignore[no-untyped-call]
         for layer in self._layers():
             bound = layer.in_features**-0.5  # the start torch gives a whole layer
             for parameter in layer.parameters():
@@ -81,13 +85,15 @@ class NestedLinear(NestedHead):
 
     def forward(
         self, embedding: torch.Tensor, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> list[torch.Tensor]:
         """See ``NestedHead``."""
         dims = dims or self.dims
         weights, biases = self._parameters_of(dims, classes)
         if self.nesting == "mrl":
-            return [functional.linear(embedding[:, :m], weight, biases[i] if biases else None)
-                    for i, (m, weight) in enumerate(zip(dims, weights, strict=True))]  # fmt: skip
+            return [
+                functional.linear(embedding[:, :m], weight, biases[i] if biases else None)
+                for i, (m, weight) in enumerate(zip(dims, weights, strict=True))
+            ]
         return accumulate_products(embedding, weights[0], dims, biases[0] if biases else None)
 
     def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
@@ -98,7 +104,7 @@ class NestedLinear(NestedHead):
 
     def _parameters_of(
         self, dims: tuple[int, ...], classes: torch.Tensor | None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         layers = self._layers()
         biases = [layer.bias for layer in layers if layer.bias is not None]
         weights = self._chosen([layer.weight for layer in layers], dims, classes)
@@ -114,21 +120,25 @@ class NestedCosine(NestedHead):
 
     def __init__(
         self, dims: Sequence[int], num_classes: int, nesting: Nesting = "mrl", *, shard: Shard | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(dims, num_classes, nesting, shard=shard)
-        rows = [torch.randn(num_classes, m) if self.shard.whole else random_rows(self.shard, (m,), torch.randn)
-                for m in self.sizes]  # fmt: skip
+        rows = [
+            torch.randn(num_classes, m) if self.shard.whole else random_rows(self.shard, (m,), torch.randn)
+            for m in self.sizes
+        ]
         self.proxies = nn.ParameterList(nn.Parameter(functional.normalize(row)) for row in rows)
 
     def forward(
         self, embedding: torch.Tensor, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> list[torch.Tensor]:
         """See ``NestedHead``; every score is a cosine."""
         dims = dims or self.dims
         proxies = self._chosen(list(self.proxies), dims, classes)
         if self.nesting == "mrl":
-            return [functional.linear(unit_rows(embedding[:, :m]), unit_rows(proxy))
-                    for m, proxy in zip(dims, proxies, strict=True)]  # fmt: skip
+            return [
+                functional.linear(unit_rows(embedding[:, :m]), unit_rows(proxy))
+                for m, proxy in zip(dims, proxies, strict=True)
+            ]
         products = accumulate_products(embedding, proxies[0], dims)
         lengths = zip(prefix_norms(embedding, dims), prefix_norms(proxies[0], dims), strict=True)
         return [product / (row[:, None] * column) for product, (row, column) in zip(products, lengths, strict=True)]
@@ -159,9 +169,12 @@ def nested_loss(
 
 
 def nested_pair_loss(
-    left: torch.Tensor, right: torch.Tensor, dims: Sequence[int], weights: Sequence[float],
+    left: torch.Tensor,
+    right: torch.Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Sum over nested dims of c_m times a loss of two towers' prefixes, [n, m] each, for a loss that normalises what it
     is given (section 3: contrastive learning nests both towers and normalises every prefix by itself)."""
     return torch.stack([c * loss(left[:, :m], right[:, :m]) for m, c in zip(dims, weights, strict=True)]).sum()

@@ -30,14 +30,16 @@ class TaskMemory:
 
     def describe(self) -> str:
         """``3.05 GiB (parameters 0.76, ...)``."""
-        parts = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}"
-                          for name in ("parameters", "gradients", "optimizer", "activations"))  # fmt: skip
+        parts = ", ".join(
+            f"{name} {getattr(self, name) / 2**30:.2f}"
+            for name in ("parameters", "gradients", "optimizer", "activations")
+        )
         return f"{self.total / 2**30:.2f} GiB ({parts})"
 
 
 def task_memory(
     config: TaskConfig, dims: tuple[int, ...], num_classes: int, *, rows: int, world: int = 1, slots: int = 2
-) -> TaskMemory:  # fmt: skip
+) -> TaskMemory:
     """What one task takes on a worker of ``world`` with ``rows`` rows of float32 embeddings nested at ``dims``.
 
     ``slots``: tensors the optimizer keeps for each parameter (2 for AdamW, 1 for SGD with momentum or LARS).
@@ -66,9 +68,15 @@ def task_memory(
 
 
 def require_memory(
-    configs: Mapping[str, TaskConfig], dims: tuple[int, ...], num_classes: Mapping[str, int], *, rows: int,
-    world: int = 1, slots: int = 2, limit_gib: float | None = None,
-) -> dict[str, TaskMemory]:  # fmt: skip
+    configs: Mapping[str, TaskConfig],
+    dims: tuple[int, ...],
+    num_classes: Mapping[str, int],
+    *,
+    rows: int,
+    world: int = 1,
+    slots: int = 2,
+    limit_gib: float | None = None,
+) -> dict[str, TaskMemory]:
     """Every task's memory on a worker; a sum above the limit raises ``UsageError`` with what would help."""
 
     def reckon(config: TaskConfig) -> TaskMemory:
@@ -81,9 +89,11 @@ def require_memory(
     name = max(found, key=lambda task: found[task].total)
     config, before = configs[name], found[name].total
     changes: list[tuple[str, dict[str, object]]] = [
-        ("nesting: mrl-e", {"nesting": "mrl-e"}), (f"shard: true over the {world} workers", {"shard": True}),
-        ("sample_classes: 8192", {"sample_classes": 8192}), ("class_chunk: 1024", {"class_chunk": 1024}),
-    ]  # fmt: skip
+        ("nesting: mrl-e", {"nesting": "mrl-e"}),
+        (f"shard: true over the {world} workers", {"shard": True}),
+        ("sample_classes: 8192", {"sample_classes": 8192}),
+        ("class_chunk: 1024", {"class_chunk": 1024}),
+    ]
     readable = TASKS.get(config.kind).settings
     remedies = []
     for text, change in changes:

@@ -34,9 +34,16 @@ def write_onnx(path: str, model: EmbeddingModel, size: int) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
         frozen(example)  # fills what a model computes once and keeps (EfficientFormer's attention biases)
         torch.onnx.export(
-            frozen, (example,), path, dynamo=True, external_data=False, verbose=False, input_names=[INPUT],
-            output_names=[OUTPUT], dynamic_shapes={INPUT: {0: torch.export.Dim("n")}},
-        )  # fmt: skip
+            frozen,
+            (example,),
+            path,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={INPUT: {0: torch.export.Dim("n")}},
+        )
 
 
 def check_parity(
@@ -55,14 +62,18 @@ def check_parity(
     found = np.stack([np.concatenate(single), session.run([OUTPUT], {INPUT: images.numpy()})[0]])
     cosines = [_cosines(found[..., :dim], expected[:, :dim]).min() for dim in config.dims]
     figures = {
-        "pictures": len(pixels), "max_abs_difference": float(np.abs(found - expected).max()),
-        "max_abs_value": float(np.abs(expected).max()), "min_cosine": float(min(cosines)),
-    }  # fmt: skip
+        "pictures": len(pixels),
+        "max_abs_difference": float(np.abs(found - expected).max()),
+        "max_abs_value": float(np.abs(expected).max()),
+        "min_cosine": float(min(cosines)),
+    }
     relative = figures["max_abs_difference"] / max(figures["max_abs_value"], 1e-12)
     if not (relative <= MAX_RELATIVE_DIFFERENCE and figures["min_cosine"] >= 1 - MAX_COSINE_LOSS):
-        raise LookalikeError(f"the ONNX file does not compute what the encoder computes: {figures}; allowed are "
-                             f"{MAX_RELATIVE_DIFFERENCE} of the largest value and a cosine of {1 - MAX_COSINE_LOSS}; "
-                             "nothing was exported")  # fmt: skip
+        raise LookalikeError(
+            f"the ONNX file does not compute what the encoder computes: {figures}; allowed are "
+            f"{MAX_RELATIVE_DIFFERENCE} of the largest value and a cosine of {1 - MAX_COSINE_LOSS}; "
+            "nothing was exported"
+        )
     return figures
 
 

@@ -31,23 +31,31 @@ def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
     elif config.frozen_stages:
         _freeze_stages(backbone, config.frozen_stages)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError("nothing trains: the backbone is frozen, there is no projection, and no task has weights; set "
-                         "embedding_dim for a projection, or trainable=full")  # fmt: skip
+        raise UsageError(
+            "nothing trains: the backbone is frozen, there is no projection, and no task has weights; set "
+            "embedding_dim for a projection, or trainable=full"
+        )
 
 
 def _freeze_stages(backbone: nn.Module, stages: int) -> None:
     prefixes = ["conv_stem", "bn1", "patch_embed", "stem", "cls_token", "pos_embed", "conv1"]
     prefixes += [f"{name}.{i}" for name in ("blocks", "stages") for i in range(stages)]
     prefixes += [f"layer{i + 1}" for i in range(stages)]
-    frozen = [parameter for name, parameter in backbone.named_parameters()
-              if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)]  # fmt: skip
+    frozen = [
+        parameter
+        for name, parameter in backbone.named_parameters()
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+    ]
     there = {match.groups() for name, _ in backbone.named_parameters() if (match := _STAGE.match(name))}
     if not frozen or not there:
-        raise UsageError(f"frozen_stages {stages}: a {type(backbone).__name__} has no stages that are known; set "
-                         "frozen_stages=0")  # fmt: skip
+        raise UsageError(
+            f"frozen_stages {stages}: a {type(backbone).__name__} has no stages that are known; set frozen_stages=0"
+        )
     if stages > len(there):
-        raise UsageError(f"frozen_stages {stages}: this {type(backbone).__name__} has {len(there)} stages; set "
-                         f"frozen_stages to {len(there)} or less, or trainable=probe")  # fmt: skip
+        raise UsageError(
+            f"frozen_stages {stages}: this {type(backbone).__name__} has {len(there)} stages; set "
+            f"frozen_stages to {len(there)} or less, or trainable=probe"
+        )
     for parameter in frozen:
         parameter.requires_grad = False
 
@@ -86,13 +94,21 @@ def parameter_groups(model: MultiTaskModel, config: TrainConfig) -> list[dict[st
     proxy_momentum = config.momentum if config.proxy_momentum is None else config.proxy_momentum
     groups = [
         *_backbone_groups(encoder.backbone, config),
-        {"name": "projection", "params": [p for p in encoder.projection.parameters() if p.requires_grad],
-         "lr": config.projection_lr, "weight_decay": config.weight_decay},
+        {
+            "name": "projection",
+            "params": [p for p in encoder.projection.parameters() if p.requires_grad],
+            "lr": config.projection_lr,
+            "weight_decay": config.weight_decay,
+        },
         *_by_decay("heads", plain, config.head_lr, config.head_weight_decay),
-        {"name": "proxies", "params": [p for name, p in heads if is_proxy(name)],
-         "lr": config.proxy_lr or config.head_lr, "weight_decay": config.proxy_weight_decay,
-         **({} if config.optimizer == "adamw" else {"momentum": proxy_momentum})},
-    ]  # fmt: skip
+        {
+            "name": "proxies",
+            "params": [p for name, p in heads if is_proxy(name)],
+            "lr": config.proxy_lr or config.head_lr,
+            "weight_decay": config.proxy_weight_decay,
+            **({} if config.optimizer == "adamw" else {"momentum": proxy_momentum}),
+        },
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -109,17 +125,27 @@ def _backbone_groups(backbone: nn.Module, config: TrainConfig) -> Iterator[dict[
     excluded = undecayed(backbone)
     trained = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
     vectors = {name for name, p in trained if p.ndim <= 1 or name in excluded}
-    yield {"name": "backbone", "params": [p for name, p in trained if name not in vectors], "lr": config.lr,
-           "weight_decay": config.weight_decay}  # fmt: skip
-    yield {"name": "backbone", "params": [p for name, p in trained if name in vectors], "lr": config.lr,
-           "weight_decay": 0.0}  # fmt: skip
+    yield {
+        "name": "backbone",
+        "params": [p for name, p in trained if name not in vectors],
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+    }
+    yield {
+        "name": "backbone",
+        "params": [p for name, p in trained if name in vectors],
+        "lr": config.lr,
+        "weight_decay": 0.0,
+    }
 
 
 def _by_decay(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
     if weight_decay == 0.0:
         return [{"name": name, "params": parameters, "lr": lr, "weight_decay": 0.0}]
-    return [{"name": name, "params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-            {"name": name, "params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0}]
+    return [
+        {"name": name, "params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"name": name, "params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
 
 
 def build_optimizer(
@@ -132,14 +158,13 @@ def build_optimizer(
     elif config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     else:
-        optimizer = lars(groups, config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                         trust_coeff=config.trust_coefficient)  # fmt: skip
+        optimizer = lars(
+            groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, trust_coeff=config.trust_coefficient
+        )
     return optimizer, build_schedule(optimizer, config, total_steps)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
-) -> lr_scheduler.LRScheduler:  # fmt: skip
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> lr_scheduler.LRScheduler:
     """The learning rates of ``total_steps`` steps: a linear rise, then the schedule of the settings."""
     per_epoch = total_steps / config.epochs
     if config.schedule == "cyclic":
@@ -160,8 +185,10 @@ def build_schedule(
     elif config.schedule == "step":
         falls = [round(epoch * per_epoch) - warmup for epoch in config.schedule_epochs]
         if falls[0] < 0:
-            raise UsageError(f"schedule_epochs {list(config.schedule_epochs)} begin within the warm-up of {warmup} of "
-                             f"{total_steps} steps; warm up shorter (warmup_steps, warmup_fraction)")  # fmt: skip
+            raise UsageError(
+                f"schedule_epochs {list(config.schedule_epochs)} begin within the warm-up of {warmup} of "
+                f"{total_steps} steps; warm up shorter (warmup_steps, warmup_fraction)"
+            )
         after = lr_scheduler.MultiStepLR(optimizer, milestones=falls, gamma=config.schedule_factor)
     else:
         after = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

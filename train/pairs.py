@@ -95,9 +95,14 @@ def triplet_loss(
 
 
 def contrastive_loss(
-    vectors: torch.Tensor, values: torch.Tensor, candidates: torch.Tensor, candidate_values: torch.Tensor,
-    *, temperature: float, offset: int = 0,
-) -> torch.Tensor:  # fmt: skip
+    vectors: torch.Tensor,
+    values: torch.Tensor,
+    candidates: torch.Tensor,
+    candidate_values: torch.Tensor,
+    *,
+    temperature: float,
+    offset: int = 0,
+) -> torch.Tensor:
     """InfoNCE with several positives: mean of ``logsumexp(s) - mean(s of positives)`` over the anchors [n, m] that have
     any, s the cosines to the other candidates [N, m] over T.
 

@@ -14,5 +14,12 @@ class PretrainConfig(TrainConfig):
     """One multi-label softmax over the weak labels."""
 
 
-STAGE: Stage[TrainConfig] = Stage(name="pretrain", kind="encoder", config=PretrainConfig, run=run_training,
-                                  inputs=INPUTS, resumable=True, preview=preview)  # fmt: skip
+STAGE: Stage[TrainConfig] = Stage(
+    name="pretrain",
+    kind="encoder",
+    config=PretrainConfig,
+    run=run_training,
+    inputs=INPUTS,
+    resumable=True,
+    preview=preview,
+)

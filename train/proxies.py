@@ -151,15 +151,17 @@ def sharded_parameters(module: nn.Module) -> dict[str, tuple[nn.Parameter, Shard
     for prefix, part in module.named_modules():
         shard = getattr(part, "shard", None)
         if isinstance(shard, Shard) and not shard.whole:
-            found.update({f"{prefix}.{name}".lstrip("."): (parameter, shard)
-                          for name, parameter in part.named_parameters()})  # fmt: skip
+            found.update(
+                {f"{prefix}.{name}".lstrip("."): (parameter, shard) for name, parameter in part.named_parameters()}
+            )
     return found
 
 
 def ignore_in_ddp(module: nn.Module) -> None:
     """Make DDP leave sharded parameters alone; call it before wrapping ``module``."""
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
-        module, list(sharded_parameters(module)))  # fmt: skip
+        module, list(sharded_parameters(module))
+    )
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> torch.Tensor:
@@ -192,8 +194,9 @@ def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[St
     for parameter, _ in parameters.values():
         number = numbers.get(id(parameter))
         if number in kept:
-            kept[number] = {key: _join(value) if _is_like(value, parameter) else value
-                            for key, value in kept[number].items()}  # fmt: skip
+            kept[number] = {
+                key: _join(value) if _is_like(value, parameter) else value for key, value in kept[number].items()
+            }
     return state, {**moments, "state": kept}
 
 
@@ -202,15 +205,18 @@ def load_whole_state(
 ) -> None:
     """Load what ``whole_state`` gave, each worker taking its part; the number of workers may have changed."""
     parameters = sharded_parameters(module)
-    module.load_state_dict({name: _cut(value, parameters[name][1]) if name in parameters else value
-                            for name, value in state.items()})  # fmt: skip
+    module.load_state_dict(
+        {name: _cut(value, parameters[name][1]) if name in parameters else value for name, value in state.items()}
+    )
     numbers = _numbers(optimizer)
     kept = dict(moments["state"])
     for parameter, shard in parameters.values():
         number = numbers.get(id(parameter))
         if number in kept:
-            kept[number] = {key: _cut(value, shard) if _is_like(value, parameter, shard.total) else value
-                            for key, value in kept[number].items()}  # fmt: skip
+            kept[number] = {
+                key: _cut(value, shard) if _is_like(value, parameter, shard.total) else value
+                for key, value in kept[number].items()
+            }
     optimizer.load_state_dict({**moments, "state": kept})
 
 

@@ -39,8 +39,10 @@ def publish(run: StageRun[PublishConfig]) -> None:
         encoder, model, card = _import(config)
     else:
         encoder, model = _build(config)
-        card = (f"# {run.out.name}\n\n`{config.backbone}` with weights `{config.weights}`, not trained further; "
-                f"{encoder.dim}-d features at {encoder.transform.size} px.\n")  # fmt: skip
+        card = (
+            f"# {run.out.name}\n\n`{config.backbone}` with weights `{config.weights}`, not trained further; "
+            f"{encoder.dim}-d features at {encoder.transform.size} px.\n"
+        )
     run.out.stats.update(parameters=sum(p.numel() for p in model.backbone.parameters()), dim=encoder.dim)
     save_encoder(run.out, model, encoder, card)
 
@@ -51,8 +53,9 @@ def _build(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel]:
     if config.weights == "timm" or config.weights.startswith("timm:"):
         _compare_transform(backbone, config)
     width = int(backbone.num_features)  # type: ignore[arg-type]
-    encoder = EncoderConfig(backbone=config.backbone, num_features=width, dims=(width,), pooling=config.pooling,
-                            transform=config.transform)  # fmt: skip
+    encoder = EncoderConfig(
+        backbone=config.backbone, num_features=width, dims=(width,), pooling=config.pooling, transform=config.transform
+    )
     return encoder, EmbeddingModel(backbone, width, None)
 
 
@@ -61,8 +64,10 @@ def _compare_transform(backbone: nn.Module, config: PublishConfig) -> None:
     trained: dict[str, tuple[float, ...]] = backbone.pretrained_cfg  # type: ignore[assignment]
     for name, ours in (("mean", config.transform.mean), ("std", config.transform.std)):
         if max(abs(a - b) for a, b in zip(ours, trained[name], strict=True)) > 1e-3:
-            log.warning("transform differs %s", fields(setting=f"transform.{name}", given=list(ours),
-                                                       weights_were_trained_with=list(trained[name])))  # fmt: skip
+            log.warning(
+                "transform differs %s",
+                fields(setting=f"transform.{name}", given=list(ours), weights_were_trained_with=list(trained[name])),
+            )
 
 
 def is_exported(weights: str) -> bool:
@@ -77,8 +82,10 @@ def _import(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel, str]:
     for name in ("backbone", "pooling", "transform"):
         stored = encoder.model_dump()[name]
         if name in given and given[name] != stored:
-            raise UsageError(f"the encoder at {config.weights} has {name}={stored}, not {given[name]}; give its own"
-                             + ("" if name == "backbone" else f" {name} or none"))  # fmt: skip
+            raise UsageError(
+                f"the encoder at {config.weights} has {name}={stored}, not {given[name]}; give its own"
+                + ("" if name == "backbone" else f" {name} or none")
+            )
     card = storage.read_bytes(artifact.path(CARD_FILE)).decode()
     origin = f"Imported from `{config.weights}`, fingerprint `{artifact.manifest.fingerprint}`."
     return encoder, model, f"{card.rstrip()}\n\n{origin}\n"
@@ -99,5 +106,4 @@ def _sources(config: PublishConfig) -> list[str]:
     return [hub.fetch(config.weights)] if is_weight_file(config.weights) else []
 
 
-STAGE = Stage(name="encoder", kind="encoder", config=PublishConfig, run=publish, sources=_sources,
-              preview=preview)  # fmt: skip
+STAGE = Stage(name="encoder", kind="encoder", config=PublishConfig, run=publish, sources=_sources, preview=preview)

@@ -201,9 +201,12 @@ def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dt
 
 
 def _slopes(
-    plan: _Plan, scores: list[torch.Tensor], over: torch.Tensor, grads: tuple[torch.Tensor, ...],
+    plan: _Plan,
+    scores: list[torch.Tensor],
+    over: torch.Tensor,
+    grads: tuple[torch.Tensor, ...],
     place: tuple[torch.Tensor, torch.Tensor],
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     """Gradient [n, c] with respect to each dim's scores; in place of them unless they are needed again (cosines)."""
     slopes = []
     for i, score in enumerate(scores):
@@ -215,9 +218,15 @@ def _slopes(
 
 
 def _back_through_lengths(
-    scores: list[torch.Tensor], slopes: list[torch.Tensor], z: torch.Tensor, lengths: torch.Tensor, *,
-    into_z: torch.Tensor, part: Factors, gradient: Factors,
-) -> None:  # fmt: skip
+    scores: list[torch.Tensor],
+    slopes: list[torch.Tensor],
+    z: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    into_z: torch.Tensor,
+    part: Factors,
+    gradient: Factors,
+) -> None:
     """Turn slopes of cosines into slopes of products, in place, and add what flows through the norms: with share =
     slope x score, a vector v of norm |v| gets ``-sum(share) v / |v|^2``."""
     assert part.scale is not None
@@ -231,9 +240,14 @@ def _back_through_lengths(
 
 
 def _back_through_products(
-    slopes: list[torch.Tensor], z: torch.Tensor, dtype: torch.dtype, *, into_z: torch.Tensor, part: Factors,
+    slopes: list[torch.Tensor],
+    z: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    into_z: torch.Tensor,
+    part: Factors,
     gradient: Factors,
-) -> None:  # fmt: skip
+) -> None:
     """Add the products' gradients to those of embedding and weights; a tied block gets the sum over dims holding it."""
     above: torch.Tensor | None = None
     for i, block in reversed(list(enumerate(part.blocks))):

@@ -178,15 +178,18 @@ class TrainConfig(StageConfig):
         if self.embedding_dim is not None:
             self.resolve_dims(self.embedding_dim)  # dims that cannot be are refused before anything runs
         if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
-            raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; "
-                             "give one each")  # fmt: skip
+            raise ValueError(
+                f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; give one each"
+            )
         if self.nested_weights is not None and not any(self.nested_weights):
             raise ValueError(f"nested_weights {list(self.nested_weights)} are all zero: nothing would train; raise one")
         if (self.dims_per_step or 1) > len(self.dims or (1,)):
-            raise ValueError(f"dims_per_step {self.dims_per_step} exceeds the {len(self.dims or (1,))} dims; lower or "
-                             "drop it")  # fmt: skip
-        if strange := [name for name in self.tasks if not name or "." in name or hasattr(ModuleDict, name)
-                       or name == "training"]:  # fmt: skip
+            raise ValueError(
+                f"dims_per_step {self.dims_per_step} exceeds the {len(self.dims or (1,))} dims; lower or drop it"
+            )
+        if strange := [
+            name for name in self.tasks if not name or "." in name or hasattr(ModuleDict, name) or name == "training"
+        ]:
             raise ValueError(f"task {strange[0]!r} is no name that a module can have; give another, without dots")
         if unknown := [name for name in self.balance if name not in self.mix]:
             raise ValueError(f"balance names {unknown[0]!r}, which mix does not have; it has {', '.join(self.mix)}")
@@ -204,37 +207,50 @@ class TrainConfig(StageConfig):
             raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
         share = self.batch_size // self.num_workers
         if share % self.accumulation:
-            raise ValueError(f"accumulation {self.accumulation} does not divide a worker's {share} rows (batch_size "
-                             f"{self.batch_size} over num_workers {self.num_workers})")  # fmt: skip
+            raise ValueError(
+                f"accumulation {self.accumulation} does not divide a worker's {share} rows (batch_size "
+                f"{self.batch_size} over num_workers {self.num_workers})"
+            )
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}; lower it")
         if self.micro_batch % self.views:
-            raise ValueError(f"a worker's part of a batch, {self.micro_batch} images, is no multiple of views "
-                             f"{self.views}")  # fmt: skip
+            raise ValueError(
+                f"a worker's part of a batch, {self.micro_batch} images, is no multiple of views {self.views}"
+            )
         if self.loader_processes and self.decode_actors:
-            raise ValueError(f"loader_processes {self.loader_processes} and decode_actors {self.decode_actors} exclude "
-                             "each other; set one of them to 0")  # fmt: skip
+            raise ValueError(
+                f"loader_processes {self.loader_processes} and decode_actors {self.decode_actors} exclude "
+                "each other; set one of them to 0"
+            )
         if self.precision == "float16" and not self.use_gpu:
             raise ValueError("precision float16 needs a GPU; set use_gpu=true, or precision=bfloat16")
 
     def _check_optimizer(self) -> None:
         if self.frozen_stages and self.trainable in ("full", "probe"):
-            raise ValueError(f"trainable {self.trainable} and frozen_stages {self.frozen_stages} exclude each other; "
-                             "set trainable=partial, or frozen_stages=0")  # fmt: skip
+            raise ValueError(
+                f"trainable {self.trainable} and frozen_stages {self.frozen_stages} exclude each other; "
+                "set trainable=partial, or frozen_stages=0"
+            )
         if self.trainable == "partial" and not self.frozen_stages:
             raise ValueError("trainable partial needs frozen_stages of 1 or more")
-        if self.nesterov and min(self.momentum, self.momentum if self.proxy_momentum is None
-                                 else self.proxy_momentum) == 0.0:  # fmt: skip
+        if (
+            self.nesterov
+            and min(self.momentum, self.momentum if self.proxy_momentum is None else self.proxy_momentum) == 0.0
+        ):
             raise ValueError("nesterov needs a momentum above 0, for proxies too")
         if (self.schedule == "step") != bool(self.schedule_epochs):
-            raise ValueError(f"schedule {self.schedule} with schedule_epochs {list(self.schedule_epochs)}: step needs "
-                             "epochs at which to fall, the others take none")  # fmt: skip
+            raise ValueError(
+                f"schedule {self.schedule} with schedule_epochs {list(self.schedule_epochs)}: step needs "
+                "epochs at which to fall, the others take none"
+            )
         epochs = list(self.schedule_epochs)
         if epochs and (epochs[0] <= 0 or epochs != sorted(set(epochs))):
             raise ValueError(f"schedule_epochs {list(self.schedule_epochs)} must be positive and increasing")
         if epochs and epochs[-1] >= self.epochs:
-            raise ValueError(f"schedule_epochs {list(self.schedule_epochs)} do not all come before the end, epochs "
-                             f"{self.epochs}; drop {epochs[-1]} or train longer")  # fmt: skip
+            raise ValueError(
+                f"schedule_epochs {list(self.schedule_epochs)} do not all come before the end, epochs "
+                f"{self.epochs}; drop {epochs[-1]} or train longer"
+            )
         if self.schedule == "cyclic" and self.peak_epoch >= self.epochs:
             raise ValueError(f"peak_epoch {self.peak_epoch} is not before the end, epochs {self.epochs}; lower it")
 
@@ -251,8 +267,10 @@ class TrainConfig(StageConfig):
         counts = split_batch(self.micro_batch // self.views, self.mix)
         for name, balance in self.balance.items():
             if counts[name] % balance.samples:
-                raise UsageError(f"a worker's batch holds {counts[name]} pictures of dataset {name!r}, no multiple of "
-                                 f"balance.{name}.samples {balance.samples}; change batch_size, mix or samples")
+                raise UsageError(
+                    f"a worker's batch holds {counts[name]} pictures of dataset {name!r}, no multiple of "
+                    f"balance.{name}.samples {balance.samples}; change batch_size, mix or samples"
+                )
         return counts
 
     def resolve_dims(self, num_features: int) -> tuple[int, ...]:

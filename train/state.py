@@ -69,9 +69,18 @@ class Training:
         if rank:
             return own
         average = None if self.average is None else self.average.module.state_dict()
-        return {**own, "step": self.step, "model": weights, "optimizer": moments, "average": average,
-                "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
-                "curve": self.curve.state(), "worlds": self.worlds, "pace": pace}  # fmt: skip
+        return {
+            **own,
+            "step": self.step,
+            "model": weights,
+            "optimizer": moments,
+            "average": average,
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "curve": self.curve.state(),
+            "worlds": self.worlds,
+            "pace": pace,
+        }
 
     def resume(self, found: Checkpoint, rank: int, world: int) -> None:
         """Go on from a checkpoint, which another number of workers may have written."""
@@ -89,6 +98,7 @@ class Training:
 
 def export_weights(state: dict[str, Any], encoder: nn.Module) -> None:
     """Fill an encoder from a finished run's state: with the averaged weights where there are any."""
-    own = {name.removeprefix("encoder."): value for name, value in state["model"].items()
-           if name.startswith("encoder.")}  # fmt: skip
+    own = {
+        name.removeprefix("encoder."): value for name, value in state["model"].items() if name.startswith("encoder.")
+    }
     encoder.load_state_dict(state["average"] or own)

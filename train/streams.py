@@ -85,8 +85,9 @@ class UnitSizes:
         light = self._lights[piece.unit]
         rows = self.draw.order(self.units[piece.unit], piece.epoch, light)
         if light.classes is not None:
-            self.tally.update(rows=len(rows), repeated=len(rows) - len(set(rows.tolist())),
-                              no_class=int((light.classes < 0).sum()))  # fmt: skip
+            self.tally.update(
+                rows=len(rows), repeated=len(rows) - len(set(rows.tolist())), no_class=int((light.classes < 0).sum())
+            )
         return len(rows)
 
 
@@ -130,8 +131,10 @@ class Stream:
                 self._ends.append((self._ends[-1] if self._ends else 0) + size)
             if len(self._ends) > 2 * len(self.units) and self._ends[-1] == 0:
                 reason = f"a {self.draw.balance.field}" if self.draw.balance else "a repeat factor above 0"
-                raise UsageError(f"dataset {self.name!r} has no row with {reason}; leave it out of the mix"
-                                 + (" or out of balance" if self.draw.balance else ""))  # fmt: skip
+                raise UsageError(
+                    f"dataset {self.name!r} has no row with {reason}; leave it out of the mix"
+                    + (" or out of balance" if self.draw.balance else "")
+                )
             self._report()
 
     def _report(self) -> None:
@@ -142,16 +145,26 @@ class Stream:
         log.info("balance %s", fields(dataset=self.name, **tally))
         if tally["repeated"] * 2 > tally["rows"]:
             assert self.draw.balance
-            log.warning("balance %s", fields(
-                dataset=self.name, repeated=f"{tally['repeated']} of {tally['rows']} rows",
-                why=f"row groups hold few rows of a {self.draw.balance.field}",
-                remedy=f"write shards with together: {self.draw.balance.field}"))  # fmt: skip
+            log.warning(
+                "balance %s",
+                fields(
+                    dataset=self.name,
+                    repeated=f"{tally['repeated']} of {tally['rows']} rows",
+                    why=f"row groups hold few rows of a {self.draw.balance.field}",
+                    remedy=f"write shards with together: {self.draw.balance.field}",
+                ),
+            )
 
 
 def build_streams(
-    files: Mapping[str, Sequence[str]], *, seed: int, rank: int, world: int, resample: bool,
+    files: Mapping[str, Sequence[str]],
+    *,
+    seed: int,
+    rank: int,
+    world: int,
+    resample: bool,
     balance: Mapping[str, BalanceConfig] | None = None,
-) -> dict[str, Stream]:  # fmt: skip
+) -> dict[str, Stream]:
     """Stream ``rank`` of ``world`` of each dataset.
 
     Raises ``UsageError`` when a dataset has no rows, or fewer row groups than streams.
@@ -170,8 +183,10 @@ def require_units(name: str, units: Sequence[Unit], world: int) -> None:
     if not any(unit.num_rows for unit in units):
         raise UsageError(f"dataset {name!r} has no rows; leave it out of the mix, or look at its corpus and labels")
     if len(units) < world:
-        raise UsageError(f"dataset {name!r} has {len(units)} row groups for {world} workers; write shards with "
-                         "smaller shards.rows_per_group, or use fewer workers")  # fmt: skip
+        raise UsageError(
+            f"dataset {name!r} has {len(units)} row groups for {world} workers; write shards with "
+            "smaller shards.rows_per_group, or use fewer workers"
+        )
 
 
 def split_batch(batch_size: int, mix: Mapping[str, float]) -> dict[str, int]:

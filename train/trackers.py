@@ -65,13 +65,16 @@ class TensorBoard:
     def __init__(self, run: TrackedRun) -> None:
         _require("tensorboardX", "tensorboard", "tracking")
         if not storage.is_local(run.root):
-            raise UsageError(f"tracker 'tensorboard' writes to local disks alone, the root is {run.root}; use mlflow "
-                             "or wandb, or drop it")  # fmt: skip
+            raise UsageError(
+                f"tracker 'tensorboard' writes to local disks alone, the root is {run.root}; use mlflow "
+                "or wandb, or drop it"
+            )
         from tensorboardX import SummaryWriter
 
         folder = storage.join(run.root, "tensorboard", f"{run.name}-{run.fingerprint}")
-        self._writer = SummaryWriter(storage.local_path(folder), purge_step=run.start + 1 if run.start else None,
-                                     flush_secs=FLUSH_S)  # fmt: skip
+        self._writer = SummaryWriter(
+            storage.local_path(folder), purge_step=run.start + 1 if run.start else None, flush_secs=FLUSH_S
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See ``Tracker``."""
@@ -128,8 +131,15 @@ class WeightsAndBiases:
         import wandb
 
         folder = storage.local_path(run.root) if storage.is_local(run.root) else None
-        self._run = wandb.init(project="lookalike", name=run.name, id=run.fingerprint, resume="allow", dir=folder,
-                               mode=os.environ.get("WANDB_MODE", "offline"), config=dict(run.settings))  # fmt: skip
+        self._run = wandb.init(
+            project="lookalike",
+            name=run.name,
+            id=run.fingerprint,
+            resume="allow",
+            dir=folder,
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=dict(run.settings),
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See ``Tracker``."""

@@ -48,16 +48,23 @@ def run_training(run: StageRun[TrainConfig]) -> None:
         fit(config, folder, progress)
     found = last_checkpoint(folder)
     if found is None or found.step != config.total_steps:
-        raise LookalikeError(f"training {run.out.name!r} ended at {found.uri if found else 'no checkpoint'}, before "
-                             f"step {config.total_steps}; run it again to go on")  # fmt: skip
+        raise LookalikeError(
+            f"training {run.out.name!r} ended at {found.uri if found else 'no checkpoint'}, before "
+            f"step {config.total_steps}; run it again to go on"
+        )
     state = found.read()
     encoder = build_model(config.encoder)
     export_weights(state, encoder)
     points = state["curve"]["points"]
     run.out.write_json("history.json", points)
-    run.out.stats.update(steps=config.total_steps, images=config.total_steps * run.config.batch_size,
-                         dims=list(config.encoder.dims), workers=state["worlds"], **_rounded(points[-1]),
-                         **_rounded(state["pace"]))  # fmt: skip
+    run.out.stats.update(
+        steps=config.total_steps,
+        images=config.total_steps * run.config.batch_size,
+        dims=list(config.encoder.dims),
+        workers=state["worlds"],
+        **_rounded(points[-1]),
+        **_rounded(state["pace"]),
+    )
     save_encoder(run.out, encoder, config.encoder, model_card(run.out.name, config, points[-1]))
 
 
@@ -71,12 +78,18 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
     require_labels(train, files)
     first = next(iter(train.mix))
     return LoopConfig(
-        name=run.out.name, fingerprint=run.out.fingerprint, root=run.out.root, train=train,
-        encoder=encoder, source_encoder=source.uri, files=files,
-        teacher=teacher.uri if teacher else None, num_classes=num_classes,
+        name=run.out.name,
+        fingerprint=run.out.fingerprint,
+        root=run.out.root,
+        train=train,
+        encoder=encoder,
+        source_encoder=source.uri,
+        files=files,
+        teacher=teacher.uri if teacher else None,
+        num_classes=num_classes,
         attributes=attribute_names(shards) if any(name.startswith(ATTRIBUTE) for name in num_classes) else (),
         rows_per_epoch=expected_rows(files[first], train.resample),
-    )  # fmt: skip
+    )
 
 
 def find_files(train: TrainConfig, shards: Artifact) -> dict[str, list[str]]:
@@ -99,10 +112,13 @@ def require_labels(train: TrainConfig, files: Mapping[str, Sequence[str]]) -> No
     The statistics of the files say so; where they say nothing a file is taken to have labels.
     """
     for name, task in train.tasks.items():
-        if task.field in LABEL_FIELDS and not any(_may_hold(uri, task.field) for uris in files.values()
-                                                  for uri in uris):  # fmt: skip
-            raise UsageError(f"task {name!r} reads {task.field!r}, and no row of {', '.join(files)} has one; drop the "
-                             "task, or add a dataset with labels to mix")  # fmt: skip
+        if task.field in LABEL_FIELDS and not any(
+            _may_hold(uri, task.field) for uris in files.values() for uri in uris
+        ):
+            raise UsageError(
+                f"task {name!r} reads {task.field!r}, and no row of {', '.join(files)} has one; drop the "
+                "task, or add a dataset with labels to mix"
+            )
 
 
 def _may_hold(uri: str, field: str) -> bool:
@@ -122,16 +138,28 @@ def _may_hold(uri: str, field: str) -> bool:
 
 def require_task_memory(train: TrainConfig, encoder: EncoderConfig, num_classes: dict[str, int]) -> None:
     """Raise ``UsageError`` when the tasks need more than ``task_memory_gib`` on a worker."""
-    require_memory(train.tasks, encoder.dims, num_classes, rows=train.micro_batch, world=train.num_workers,
-                   slots=2 if train.optimizer == "adamw" else 1, limit_gib=train.task_memory_gib)  # fmt: skip
+    require_memory(
+        train.tasks,
+        encoder.dims,
+        num_classes,
+        rows=train.micro_batch,
+        world=train.num_workers,
+        slots=2 if train.optimizer == "adamw" else 1,
+        limit_gib=train.task_memory_gib,
+    )
 
 
 def resolve_encoder(train: TrainConfig, base: EncoderConfig) -> EncoderConfig:
     """The configuration of the encoder that training from ``base`` makes."""
     size = {} if train.image_size is None else {"size": train.image_size}
-    return EncoderConfig(backbone=base.backbone, num_features=base.num_features,
-                         dims=train.resolve_dims(base.num_features), projection=train.embedding_dim is not None,
-                         pooling=base.pooling, transform=base.transform.model_copy(update=size))  # fmt: skip
+    return EncoderConfig(
+        backbone=base.backbone,
+        num_features=base.num_features,
+        dims=train.resolve_dims(base.num_features),
+        projection=train.embedding_dim is not None,
+        pooling=base.pooling,
+        transform=base.transform.model_copy(update=size),
+    )
 
 
 def count_classes(train: TrainConfig, shards: Artifact, teacher: Artifact | None) -> dict[str, int]:
@@ -142,8 +170,10 @@ def count_classes(train: TrainConfig, shards: Artifact, teacher: Artifact | None
         if task.field.startswith(ATTRIBUTE):
             counts[task.field] = _count_values(name, task.field, classes.get("attributes", {}), shards.uri)
         if counts.get(task.field, 2) < 2:  # a field that holds no classes has no count
-            raise UsageError(f"task {name!r} reads {task.field!r}, of which the shards have {counts[task.field]} "
-                             "classes; two are needed")  # fmt: skip
+            raise UsageError(
+                f"task {name!r} reads {task.field!r}, of which the shards have {counts[task.field]} "
+                "classes; two are needed"
+            )
     return counts if teacher is None else {**counts, "teacher": read_config(teacher).dim}
 
 
@@ -151,11 +181,16 @@ def _count_values(task: str, field: str, attributes: Mapping[str, Sequence[str]]
     name = field.removeprefix(ATTRIBUTE)
     if name in attributes:
         return len(attributes[name])
-    there = (f"have {', '.join(attributes)}" if attributes else
-             "have none; map the source's columns to the corpus field attributes, and run the steps again")
-    raise UsageError(f"task {task!r} reads {field!r}, and the shards have no attribute {name!r}"
-                     f"{nearest(name, list(attributes))}; {uri}: they {there}. An attribute needs two values that "
-                     "shards.min_images_per_attribute training images have")  # fmt: skip
+    there = (
+        f"have {', '.join(attributes)}"
+        if attributes
+        else "have none; map the source's columns to the corpus field attributes, and run the steps again"
+    )
+    raise UsageError(
+        f"task {task!r} reads {field!r}, and the shards have no attribute {name!r}"
+        f"{nearest(name, list(attributes))}; {uri}: they {there}. An attribute needs two values that "
+        "shards.min_images_per_attribute training images have"
+    )
 
 
 def attribute_names(shards: Artifact) -> tuple[str, ...]:
@@ -167,11 +202,14 @@ def find_teacher(train: TrainConfig, given: list[Artifact]) -> Artifact | None:
     """The teacher's artifact when a task distils; one that is missing, or that no task uses, raises ``UsageError``."""
     tasks = [name for name, task in train.tasks.items() if task.kind == DISTILL]
     if tasks and not given:
-        raise UsageError(f"task {tasks[0]!r} distils and there is no teacher; give the step an input teacher, the "
-                         "encoder to learn from")  # fmt: skip
+        raise UsageError(
+            f"task {tasks[0]!r} distils and there is no teacher; give the step an input teacher, the "
+            "encoder to learn from"
+        )
     if given and not tasks:
-        raise UsageError(f"input teacher is {given[0].uri} and no task distils; add a task of kind {DISTILL!r}, or "
-                         "drop the input")  # fmt: skip
+        raise UsageError(
+            f"input teacher is {given[0].uri} and no task distils; add a task of kind {DISTILL!r}, or drop the input"
+        )
     return given[0] if given else None
 
 
@@ -205,13 +243,19 @@ def fit(config: LoopConfig, folder: str, progress: Any) -> None:
         train_worker,
         train_loop_config={"loop": config.model_dump(mode="json"), "folder": folder, "progress": progress},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=train.use_gpu,  # type: ignore[arg-type]
-                                     resources_per_worker={"CPU": train.cpus_per_worker,
-                                                           **({"GPU": 1} if train.use_gpu else {})}),
-        run_config=RunConfig(name="ray", storage_path=os.path.abspath(path) if storage.is_local(folder) else path,
-                             storage_filesystem=filesystem, callbacks=[StopAtOwnErrors()],  # type: ignore[list-item]
-                             failure_config=FailureConfig(max_failures=train.max_failures)),
-    )  # fmt: skip
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=train.use_gpu,  # type: ignore[arg-type]
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=os.path.abspath(path) if storage.is_local(folder) else path,
+            storage_filesystem=filesystem,
+            callbacks=[StopAtOwnErrors()],  # type: ignore[list-item]
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )
     try:
         trainer.fit()
     except Exception as error:  # Ray wraps the workers' errors in types of its own
@@ -227,8 +271,10 @@ def check_resources(train: TrainConfig) -> None:
         if workers * each <= there.get(name, 0.0):
             continue
         setting = "use_gpu=false or a machine with GPUs" if name == "GPU" else "cluster.num_cpus, or fewer num_workers"
-        message = (f"{workers} workers need {workers * each} {name}s and Ray has {there.get(name, 0.0):g}; set "
-                   f"{setting}, or min_workers")  # fmt: skip
+        message = (
+            f"{workers} workers need {workers * each} {name}s and Ray has {there.get(name, 0.0):g}; set "
+            f"{setting}, or min_workers"
+        )
         if not os.environ.get("RAY_ADDRESS"):
             raise UsageError(message)
         log.warning("waiting %s", fields(reason=message))
@@ -270,9 +316,11 @@ def _values(config: LoopConfig, field: str) -> str:
 def model_card(name: str, config: LoopConfig, last: dict[str, float]) -> str:
     """A short model card in Markdown; ``last``: the last point of the loss curve."""
     train, encoder = config.train, config.encoder
-    tasks = "\n".join(f"- `{task}`: {settings.kind} over {_values(config, settings.field)}, {settings.nesting}, "
-                      f"weight {settings.weight}"
-                      for task, settings in train.tasks.items())  # fmt: skip
+    tasks = "\n".join(
+        f"- `{task}`: {settings.kind} over {_values(config, settings.field)}, {settings.nesting}, "
+        f"weight {settings.weight}"
+        for task, settings in train.tasks.items()
+    )
     losses = ", ".join(f"{key} {value:.3f}" for key, value in last.items() if key.startswith("loss"))
     return f"""# {name}
 
@@ -285,4 +333,3 @@ Trained for {config.total_steps} steps of {train.batch_size} images on {", ".joi
 
 Last losses: {losses or "none recorded"}. The manifest beside this file names every input.
 """
-

@@ -68,14 +68,17 @@ def split_attributes(unit: Unit, table: pa.Table, fields: Sequence[str], names: 
     if not fields:
         return table
     if "attributes" not in table.column_names:
-        raise ArtifactError(f"{unit.uri} has no column 'attributes', though its classes.json names {', '.join(names)}; "
-                            f"{REMEDY}")  # fmt: skip
+        raise ArtifactError(
+            f"{unit.uri} has no column 'attributes', though its classes.json names {', '.join(names)}; {REMEDY}"
+        )
     lists = table["attributes"].combine_chunks()
     sizes = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
     if (sizes != len(names)).any():
         wrong = int(np.flatnonzero(sizes != len(names))[0])
-        raise ArtifactError(f"{unit.place}: column 'attributes' holds {lists[wrong].as_py()} in row {wrong}, but "
-                            f"classes.json names {len(names)}: {', '.join(names)}; {REMEDY}")  # fmt: skip
+        raise ArtifactError(
+            f"{unit.place}: column 'attributes' holds {lists[wrong].as_py()} in row {wrong}, but "
+            f"classes.json names {len(names)}: {', '.join(names)}; {REMEDY}"
+        )
     values = pc.list_flatten(lists).to_numpy(zero_copy_only=False).reshape(-1, len(names))
     for field in fields:
         column = np.ascontiguousarray(values[:, names.index(field.partition(".")[2])])

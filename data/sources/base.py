@@ -64,8 +64,10 @@ class Source(Config):
         allowed = FIELDS if mapped else TEXT
         for field in value:
             if field not in allowed and not (mapped and field.startswith(GATHERED) and field[len(GATHERED) :].strip()):
-                raise UsageError(f"{info.field_name} names {field!r}, which is no corpus field"
-                                 f"{nearest(field, list(allowed))}; fields: {', '.join(allowed)}")  # fmt: skip
+                raise UsageError(
+                    f"{info.field_name} names {field!r}, which is no corpus field"
+                    f"{nearest(field, list(allowed))}; fields: {', '.join(allowed)}"
+                )
         return value
 
 
@@ -86,8 +88,10 @@ class Reader(ABC):
         """URIs of the source's files in record order; raises ``CorpusError`` when there is none."""
         names = [name for name in storage.list_files(self.source.uri) if name == "" or self.accepts(name)]
         if not names:
-            raise CorpusError(f"source {self.source.uri} has no {self.source.format} file; give one or a folder of "
-                              f"some (names end in {', '.join(self.suffixes)})")  # fmt: skip
+            raise CorpusError(
+                f"source {self.source.uri} has no {self.source.format} file; give one or a folder of "
+                f"some (names end in {', '.join(self.suffixes)})"
+            )
         return [storage.join(self.source.uri, name) if name else self.source.uri for name in names]
 
     def accepts(self, name: str) -> bool:

@@ -20,8 +20,14 @@ REQUIRED = (("image_id",), ("image", "image_uri"))
 """Of each group a record needs one."""
 
 _NOT_UTF8 = b"\xff"  # stands for a nested value that holds a string of invalid UTF-8
-_BYTES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
-          pa.types.is_large_binary, pa.types.is_binary_view)  # fmt: skip
+_BYTES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
 _SCALARS = (*_BYTES, pa.types.is_primitive, pa.types.is_decimal, pa.types.is_null)
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 
@@ -45,16 +51,22 @@ def resolve(
     """
     for field, column in columns.items():
         if column is not None and column not in present:
-            raise CorpusError(f"{where}: column {column!r}, mapped to {field!r}, is absent"
-                              f"{nearest(column, list(present))}; the file has {_listed(present)}")  # fmt: skip
-    resolved = {field: next(name for name in names if name in present)
-                for field, names in candidates(columns, natural or {}).items()
-                if any(name in present for name in names)}  # fmt: skip
+            raise CorpusError(
+                f"{where}: column {column!r}, mapped to {field!r}, is absent"
+                f"{nearest(column, list(present))}; the file has {_listed(present)}"
+            )
+    resolved = {
+        field: next(name for name in names if name in present)
+        for field, names in candidates(columns, natural or {}).items()
+        if any(name in present for name in names)
+    }
     for fields in REQUIRED:
         if not any(field in resolved for field in fields):
             wanted = " or ".join(repr(field) for field in fields)
-            raise CorpusError(f"{where}: no column for the required field {wanted}; the file has {_listed(present)}"
-                              f"; name one under columns: {{{fields[0]}: <column>}}")  # fmt: skip
+            raise CorpusError(
+                f"{where}: no column for the required field {wanted}; the file has {_listed(present)}"
+                f"; name one under columns: {{{fields[0]}: <column>}}"
+            )
     return resolved
 
 
@@ -74,8 +86,10 @@ def pick(record: Any, path: str) -> Any:
 
 def pick_fields(record: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The corpus fields of a record without a schema; ``wanted`` as :func:`candidates` gives it."""
-    found = {field: next((v for name in names if (v := pick(record, name)) is not None), None)
-             for field, names in wanted.items()}  # fmt: skip
+    found = {
+        field: next((v for name in names if (v := pick(record, name)) is not None), None)
+        for field, names in wanted.items()
+    }
     return {field: value for field, value in found.items() if value is not None or field in record}
 
 
@@ -117,8 +131,10 @@ def resolve_schema(
     for field, column in resolved.items():
         wanted = _wanted_type(field, paths[column])
         if wanted is not None:
-            raise CorpusError(f"{where}: column {column!r} is {paths[column]}, the field {field!r} needs {wanted}; "
-                              "convert it or map another column")  # fmt: skip
+            raise CorpusError(
+                f"{where}: column {column!r} is {paths[column]}, the field {field!r} needs {wanted}; "
+                "convert it or map another column"
+            )
     return resolved
 
 

@@ -39,8 +39,11 @@ def walk_files(fs: Any, root: str, first: str | None = None, last: str | None = 
     high = None if last is None else tuple(last.split("/"))
 
     def below(folder: str, parts: tuple[str, ...]) -> Iterator[str]:
-        entries = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in fs.ls(folder, detail=True)
-                   if entry["name"].rstrip("/") != folder}  # fmt: skip
+        entries = {
+            entry["name"].rstrip("/").rpartition("/")[2]: entry
+            for entry in fs.ls(folder, detail=True)
+            if entry["name"].rstrip("/") != folder
+        }
         for name in sorted(entries):
             entry, place = entries[name], (*parts, name)
             if name.startswith(".") or place < low[: len(place)] or (high is not None and place > high):

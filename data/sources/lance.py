@@ -34,8 +34,12 @@ class LanceReader(Reader):
         dataset = _open(unit["uri"], unit["version"])
         columns = resolve_schema(self.source.columns, dataset.schema, f"source {unit['uri']}", self.natural)
         scanner = dataset.scanner(
-            columns=top_level(dataset.schema, columns.values()), offset=unit["start"],
-            limit=unit["stop"] - unit["start"], batch_size=BATCH_ROWS, scan_in_order=True)  # fmt: skip
+            columns=top_level(dataset.schema, columns.values()),
+            offset=unit["start"],
+            limit=unit["stop"] - unit["start"],
+            batch_size=BATCH_ROWS,
+            scan_in_order=True,
+        )
         for batch in scanner.to_batches():
             yield from arrow_records(pa.Table.from_batches([batch]), columns)
 
@@ -44,8 +48,7 @@ def _open(uri: str, version: int | None = None) -> Any:
     try:
         import lance
     except ImportError:
-        raise UsageError("sources of format 'lance' need the package pylance: "
-                         "pip install 'lookalike[lance]'") from None  # fmt: skip
+        raise UsageError("sources of format 'lance' need the package pylance: pip install 'lookalike[lance]'") from None
     try:
         return lance.dataset(uri, version=version)
     except (ValueError, OSError) as error:

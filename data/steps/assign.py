@@ -41,8 +41,10 @@ def cluster(job: LabelJob) -> dict[str, Any]:
     if not kept:
         asked = job.config.dictionary
         at = f"dictionary.boundary={asked.boundary}" if asked.boundary_from is None else "the boundary that was chosen"
-        raise UsageError(f"no term of {len(job.vocabulary())} is concrete at {at}; set a lower dictionary.boundary, or "
-                         "give more images or better embeddings")  # fmt: skip
+        raise UsageError(
+            f"no term of {len(job.vocabulary())} is concrete at {at}; set a lower dictionary.boundary, or "
+            "give more images or better embeddings"
+        )
     classifier = InterestClassifier(read_taxonomy(config.interests.taxonomy), config.interests.embedder)
     terms = sorted(job.vocabulary())
     vectors = embed_terms(config.interests.embedder, terms)
@@ -52,8 +54,9 @@ def cluster(job: LabelJob) -> dict[str, Any]:
 
     def clusters_of(some: list[str]) -> pa.Table:
         rows = [place[term] for term in some]
-        return cluster_terms(some, vectors[rows], [chosen[row] for row in rows], interests=classifier.interests,
-                             config=config, seed=seed)  # fmt: skip
+        return cluster_terms(
+            some, vectors[rows], [chosen[row] for row in rows], interests=classifier.interests, config=config, seed=seed
+        )
 
     clusters, next_id, carried = _carry_over(job, clusters_of(kept))
     write_table(job.out.path("clusters.parquet"), clusters)
@@ -62,8 +65,14 @@ def cluster(job: LabelJob) -> dict[str, Any]:
     table = pa.table({"term": terms, "vote": pa.FixedSizeListArray.from_arrays(flat, len(classifier.interests))})
     write_table(job.out.work("votes.parquet"), table)
     several = sum(len(chosen[place[term]]) > 1 for term in kept)
-    return {"terms": len(kept), "clusters": len(clusters["cluster"].unique()), "polysemous_terms": several,
-            "carried_over": carried, "next_cluster": next_id, "interests": classifier.interests}  # fmt: skip
+    return {
+        "terms": len(kept),
+        "clusters": len(clusters["cluster"].unique()),
+        "polysemous_terms": several,
+        "carried_over": carried,
+        "next_cluster": next_id,
+        "interests": classifier.interests,
+    }
 
 
 def _carry_over(job: LabelJob, clusters: pa.Table) -> tuple[pa.Table, int, int]:
@@ -85,13 +94,21 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
     totals, own = _number_parts(job, columns)
     images, labelled, labels = (int(value) for value in totals[len(columns) :])
     clusters, everything = _clusters(job)
-    out.write_json("classes.json", assignment.describe_classes(clusters, columns, totals[: len(columns)].tolist(),
-                                                               _previous_labels(job)))  # fmt: skip
+    out.write_json(
+        "classes.json",
+        assignment.describe_classes(clusters, columns, totals[: len(columns)].tolist(), _previous_labels(job)),
+    )
     kept = len(clusters["term"].unique())
     terms = dict(zip(assignment.VARIANTS, (len(everything["term"].unique()), kept, kept), strict=True))
-    return {"images": images, "labelled_images": labelled, "labels": len(columns), "label_count": labels,
-            "labels_per_image": round(labels / max(labelled, 1), 3), "interests": dict(sorted(own.items())),
-            "ablation": assignment.ablation_rows(counts, images, minimum, terms)}  # fmt: skip
+    return {
+        "images": images,
+        "labelled_images": labelled,
+        "labels": len(columns),
+        "label_count": labels,
+        "labels_per_image": round(labels / max(labelled, 1), 3),
+        "interests": dict(sorted(own.items())),
+        "ablation": assignment.ablation_rows(counts, images, minimum, terms),
+    }
 
 
 def _assign_parts(job: LabelJob, interests: list[str]) -> pa.Table:

@@ -114,7 +114,7 @@ def _read_cells(uri: str, probes: int) -> tuple[Cells, NDArray[np.int64], NDArra
 def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
     """``pairs/part-K`` of every cell, or cut of a cell, K. The one shuffle of signatures: each goes to
     ``probes`` cells and ``hash_bands`` buckets of equal pieces of hashes.
-    """  # fmt: skip
+    """
     config = job.config.dedup
     searched, centroids = _Searched(job), job.out.work(_CELLS)
 
@@ -131,8 +131,14 @@ def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
         return with_key(table.take(pa.array(once[:, 0])), once[:, 1])
 
     items = work_items(job, "signatures")
-    exchange(job, items, spread, lambda _, cell: search_cell(cell, config), kind="pairs",
-             rows=rows * (config.probes + config.hash_bands))  # fmt: skip
+    exchange(
+        job,
+        items,
+        spread,
+        lambda _, cell: search_cell(cell, config),
+        kind="pairs",
+        rows=rows * (config.probes + config.hash_bands),
+    )
 
     def count(item: Item) -> list[int]:
         split = read_table(item["uri"], ["split"])["split"]

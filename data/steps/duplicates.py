@@ -44,11 +44,18 @@ def find(job: LabelJob) -> dict[str, Any]:
             overlaps[entry["split"]] += entry["rows"]
     dropped, train = sum(reasons.values()), splits.get("train", 0)
     if dropped >= train:
-        raise UsageError(f"no training row is left: split 'train' lost all its rows as {reasons or 'it has none'}; "
-                         "give training rows, or set dedup.hold_out_groups=false where held-out pictures show "
-                         "products that are trained on")  # fmt: skip
-    result = {"rows": splits, "dropped": dropped, "kept": train - dropped, "reasons": dict(sorted(reasons.items())),
-              "overlaps": overlaps}  # fmt: skip
+        raise UsageError(
+            f"no training row is left: split 'train' lost all its rows as {reasons or 'it has none'}; "
+            "give training rows, or set dedup.hold_out_groups=false where held-out pictures show "
+            "products that are trained on"
+        )
+    result = {
+        "rows": splits,
+        "dropped": dropped,
+        "kept": train - dropped,
+        "reasons": dict(sorted(reasons.items())),
+        "overlaps": overlaps,
+    }
     return {**result, "labelled": judge_labelled(job)} if config.labelled_pairs else result
 
 
@@ -85,8 +92,12 @@ def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
 
     def task(item: Item) -> pa.Table:
         number = item["number"]
-        settled = settle_part(read_table(item["uri"]), held(), read_part(storage.join(work, "copies"), number, COPIES),
-                              read_part(storage.join(work, "fates"), number, FATES))  # fmt: skip
+        settled = settle_part(
+            read_table(item["uri"]),
+            held(),
+            read_part(storage.join(work, "copies"), number, COPIES),
+            read_part(storage.join(work, "fates"), number, FATES),
+        )
         return _write_part((out, work), number, settled, config)
 
     return track(blocks_of(job.map(work_items(job, "signatures"), task)), "labels duplicates", unit="part")
@@ -126,8 +137,10 @@ def judge_labelled(job: LabelJob) -> dict[str, float]:
     missing = pc.is_in(ids, value_set=found["image_id"].combine_chunks())
     if not pc.all(missing).as_py():
         first = ids.filter(pc.invert(missing))
-        raise UsageError(f"dedup.labelled_pairs {uri} names {len(first)} images that are not in the corpus, "
-                         f"{first[0].as_py()!r} for one; remove their pairs")  # fmt: skip
+        raise UsageError(
+            f"dedup.labelled_pairs {uri} names {len(first)} images that are not in the corpus, "
+            f"{first[0].as_py()!r} for one; remove their pairs"
+        )
     left, right = (place.to_numpy().astype(np.int64) for place in places)
     return judge_pairs(pictures_of(found, config.mirrored), left, right, pairs["duplicate"].to_numpy(), config)
 
@@ -138,16 +151,22 @@ def read_labelled(uri: str) -> pa.Table:
     try:
         if path.endswith(".csv"):
             with filesystem.open_input_stream(path) as stream:
-                options = pa.csv.ConvertOptions(column_types={"left": pa.string(), "right": pa.string()},
-                                                strings_can_be_null=True)  # fmt: skip
+                options = pa.csv.ConvertOptions(
+                    column_types={"left": pa.string(), "right": pa.string()}, strings_can_be_null=True
+                )
                 table = pa.csv.read_csv(stream, convert_options=options)
         else:
             table = read_table(uri)
-        columns = [table["left"].cast(pa.string()), table["right"].cast(pa.string()),
-                   table["duplicate"].cast(pa.int8()).cast(pa.bool_())]  # fmt: skip
+        columns = [
+            table["left"].cast(pa.string()),
+            table["right"].cast(pa.string()),
+            table["duplicate"].cast(pa.int8()).cast(pa.bool_()),
+        ]
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise UsageError(f"dedup.labelled_pairs {uri} is no table of pairs ({error}); give a parquet or CSV file with "
-                         "the columns left, right (image ids) and duplicate (0 or 1)") from None  # fmt: skip
+        raise UsageError(
+            f"dedup.labelled_pairs {uri} is no table of pairs ({error}); give a parquet or CSV file with "
+            "the columns left, right (image ids) and duplicate (0 or 1)"
+        ) from None
     labelled = pa.table(columns, names=["left", "right", "duplicate"])
     if not labelled.num_rows or any(column.null_count for column in labelled.columns):
         raise UsageError(f"dedup.labelled_pairs {uri} has no rows or empty cells; fill left, right and duplicate")

@@ -43,6 +43,7 @@ def exchange(
         return pa.table([[key], [result.num_rows]], schema=_WRITTEN)
 
     if rows <= LOCAL_ROWS:
+
         def whole(_: Item) -> pa.Table:
             groups = split_by_key(pa.concat_tables([route(item) for item in items])) if items else ()
             return pa.concat_tables([_WRITTEN.empty_table(), *(finish(group) for group in groups)])

@@ -49,8 +49,14 @@ def decide(job: LabelJob, pairs: int, inside: int) -> dict[str, Any]:
         table = read_table(item["uri"])
         return with_key(table.drop_columns(["root"]), bucket_rows(table["root"].to_numpy(), buckets))
 
-    exchange(job, work_items(job, "rooted"), by_root, lambda _, found: decide_fates(merge_pairs(found)),
-             kind="decided", rows=pairs)  # fmt: skip
+    exchange(
+        job,
+        work_items(job, "rooted"),
+        by_root,
+        lambda _, found: decide_fates(merge_pairs(found)),
+        kind="decided",
+        rows=pairs,
+    )
     return {"fates": total(job, work_items(job, "decided"), _num_rows)[0]}
 
 
@@ -79,11 +85,23 @@ def find_components(job: LabelJob, edges: int) -> dict[str, Any]:
         return _by_node(downwards(as_frame(read_table(item["uri"]))), buckets)
 
     while True:
-        exchange(job, work_items(job, f"stars-{turn}"), large, lambda _, t: _edges(large_star(as_frame(t))),
-                 kind=f"large-{turn}", rows=2 * edges)  # fmt: skip
+        exchange(
+            job,
+            work_items(job, f"stars-{turn}"),
+            large,
+            lambda _, t: _edges(large_star(as_frame(t))),
+            kind=f"large-{turn}",
+            rows=2 * edges,
+        )
         turn += 1
-        exchange(job, work_items(job, f"large-{turn - 1}"), small, lambda _, t: _edges(small_star(as_frame(t))),
-                 kind=f"stars-{turn}", rows=edges)  # fmt: skip
+        exchange(
+            job,
+            work_items(job, f"large-{turn - 1}"),
+            small,
+            lambda _, t: _edges(small_star(as_frame(t))),
+            kind=f"stars-{turn}",
+            rows=edges,
+        )
         after = total(job, work_items(job, f"stars-{turn}"), lambda item: [digest(as_frame(read_table(item["uri"])))])
         if after == before:
             return {"stars": f"stars-{turn}", "rounds": turn}
@@ -107,8 +125,10 @@ def _root_pairs(job: LabelJob, stars: str, pairs: int) -> None:
         table = read_table(item["uri"])
         if item["kind"] == "stars":
             table = pa.table({"row": table["node"], "root": table["other"]})
-        columns = [table[f.name].combine_chunks() if f.name in table.column_names else pa.nulls(table.num_rows, f.type)
-                   for f in schema]  # fmt: skip
+        columns = [
+            table[f.name].combine_chunks() if f.name in table.column_names else pa.nulls(table.num_rows, f.type)
+            for f in schema
+        ]
         return with_key(pa.table(columns, schema=schema), bucket_rows(table["row"].to_numpy(), buckets))
 
     def join(_: int, found: pa.Table) -> pa.Table:
@@ -118,8 +138,11 @@ def _root_pairs(job: LabelJob, stars: str, pairs: int) -> None:
         rows = rows.with_columns(root=pl.col("root").fill_null(pl.col("row")))
         return rows.select(schema.names).to_arrow().cast(schema)
 
-    items = [{**item, "kind": kind} for kind, folder in (("pairs", "pairs"), ("stars", stars))
-             for item in work_items(job, folder)]  # fmt: skip
+    items = [
+        {**item, "kind": kind}
+        for kind, folder in (("pairs", "pairs"), ("stars", stars))
+        for item in work_items(job, folder)
+    ]
     exchange(job, items, spread, join, kind="rooted", rows=2 * pairs)
 
 
@@ -135,13 +158,20 @@ def send_fates(job: LabelJob, rows: int) -> None:
         table = read_table(item["uri"])
         if item["kind"] == "copies":  # those that follow a training row
             leader = table.filter(table["split"].is_null())["leader"]
-            table = pa.table({"row": leader, "to": pa.array([item["number"]] * len(leader), pa.int64()),
-                              "asks": pa.array([True] * len(leader), pa.bool_())})  # fmt: skip
+            table = pa.table(
+                {
+                    "row": leader,
+                    "to": pa.array([item["number"]] * len(leader), pa.int64()),
+                    "asks": pa.array([True] * len(leader), pa.bool_()),
+                }
+            )
         else:
             table = table.append_column("to", pc.shift_right(table["row"], ROW_SHIFT))
             table = table.append_column("asks", pa.array([False] * table.num_rows, pa.bool_()))
-        columns = [table[f.name].combine_chunks() if f.name in table.column_names else pa.nulls(table.num_rows, f.type)
-                   for f in schema]  # fmt: skip
+        columns = [
+            table[f.name].combine_chunks() if f.name in table.column_names else pa.nulls(table.num_rows, f.type)
+            for f in schema
+        ]
         return with_key(pa.table(columns, schema=schema), table["row"].to_numpy() >> ROW_SHIFT)
 
     def answer(_: int, found: pa.Table) -> pa.Table:
@@ -157,5 +187,11 @@ def send_fates(job: LabelJob, rows: int) -> None:
 
     items = [{**item, "kind": kind} for kind in ("decided", "copies") for item in work_items(job, kind)]
     exchange(job, items, collect_both, answer, kind="answers", rows=rows)
-    exchange(job, work_items(job, "answers"), gather, lambda _, part: part.sort_by("row").cast(FATES), kind="fates",
-             rows=rows)  # fmt: skip
+    exchange(
+        job,
+        work_items(job, "answers"),
+        gather,
+        lambda _, part: part.sort_by("row").cast(FATES),
+        kind="fates",
+        rows=rows,
+    )

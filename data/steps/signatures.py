@@ -20,14 +20,15 @@ from lookalike.data.signatures import (
     row_numbers,
     running_spans,
     sign_images,
-)  # fmt: skip
+)
 from lookalike.data.steps.exchange import exchange, num_buckets, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.errors import UsageError
 from lookalike.progress import track
 
-_SIGNED = pa.schema([("number", pa.int64()), ("split", pa.string()), ("rows", pa.int64()),
-                     ("groups", pa.list_(pa.string()))])  # fmt: skip
+_SIGNED = pa.schema(
+    [("number", pa.int64()), ("split", pa.string()), ("rows", pa.int64()), ("groups", pa.list_(pa.string()))]
+)
 """Rows of each split of a signed part and the held-out groups; a part whose embeddings are elsewhere has no split."""
 HELD_OUT = "held_out_groups.parquet"
 
@@ -42,8 +43,10 @@ def sign(job: LabelJob) -> dict[str, Any]:
     sizes = [rows for _, rows in _sizes(job.corpus)]
     items: list[Item] = [{**item, "spans": []} for item in job.parts]
     if sum(sizes) == sum(rows for _, rows in files):
-        items = [{**item, "spans": [span._asdict() for span in spans]}
-                 for item, spans in zip(items, running_spans(sizes, files), strict=True)]  # fmt: skip
+        items = [
+            {**item, "spans": [span._asdict() for span in spans]}
+            for item, spans in zip(items, running_spans(sizes, files), strict=True)
+        ]
     counted = _sign_parts(job, items)
     apart = {entry["number"] for entry in counted if entry["split"] is None}
     if apart:
@@ -91,8 +94,10 @@ def _sign_parts(job: LabelJob, items: list[Item]) -> list[dict[str, Any]]:
 def _count(number: int, signatures: pa.Table) -> pa.Table:
     counts = signatures.group_by("split").aggregate([([], "count_all")]).to_pylist()
     groups = sorted(held_out_groups(signatures))
-    rows = [{"number": number, "split": entry["split"], "rows": entry["count_all"],
-             "groups": groups if index == 0 else []} for index, entry in enumerate(counts)]  # fmt: skip
+    rows = [
+        {"number": number, "split": entry["split"], "rows": entry["count_all"], "groups": groups if index == 0 else []}
+        for index, entry in enumerate(counts)
+    ]
     return pa.Table.from_pylist(rows, schema=_SIGNED)
 
 
@@ -158,5 +163,7 @@ def _refuse_missing(job: LabelJob, items: list[Item]) -> None:
     if entries:
         first = min(entries, key=lambda entry: int(entry["row"]))
         count = sum(entry["missing"] for entry in entries)
-        raise UsageError(f"{count} images of the corpus have no embedding, {first['image_id']!r} for one; embed the "
-                         "same corpus artifact that is given to the labels stage")  # fmt: skip
+        raise UsageError(
+            f"{count} images of the corpus have no embedding, {first['image_id']!r} for one; embed the "
+            "same corpus artifact that is given to the labels stage"
+        )

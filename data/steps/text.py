@@ -51,13 +51,15 @@ def mine(job: LabelJob) -> dict[str, Any]:
     def task(item: Item) -> pa.Table:
         annotator, terms = make_annotator(config), shared()
         records = chain.from_iterable(read_text(part["uri"]) for part in item["parts"])
-        return add_up(chain.from_iterable(count_candidates(batch, annotator, terms) for batch in records),
-                      ["term"], COUNTS)  # fmt: skip
+        return add_up(
+            chain.from_iterable(count_candidates(batch, annotator, terms) for batch in records), ["term"], COUNTS
+        )
 
     groups = _groups(job.parts)
     total = job.map(groups, task).groupby("term", num_partitions(groups)).aggregate(Sum("images", alias_name="images"))
-    frequent = total.map_batches(lambda counts: frequent_terms(counts, config, shared()), batch_format="pyarrow",
-                                 batch_size=None)  # fmt: skip
+    frequent = total.map_batches(
+        lambda counts: frequent_terms(counts, config, shared()), batch_format="pyarrow", batch_size=None
+    )
     vocabulary = most_frequent(collect(frequent, COUNTS), config.max_terms)
     if not vocabulary.num_rows:
         raise UsageError(_no_terms(job))
@@ -76,8 +78,10 @@ def _no_terms(job: LabelJob) -> str:
     told = f"no term is named by {config.min_images} training images; lower annotations.min_images or "
     if config.annotator == "precomputed":
         if config.scores_from == "annotations":
-            return told + ("map the column of your keyword model to the corpus field 'annotations', or set "
-                           "annotations.scores_from=keywords")  # fmt: skip
+            return told + (
+                "map the column of your keyword model to the corpus field 'annotations', or set "
+                "annotations.scores_from=keywords"
+            )
         return told + "write keywords as term:score"
     return told + "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
 

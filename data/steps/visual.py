@@ -58,9 +58,13 @@ def score(job: LabelJob) -> dict[str, Any]:
     write_table(job.out.path("dictionary.parquet"), table)
     counts = table.group_by("status").aggregate([([], "count_all")]).to_pylist()
     reused = int(pc.sum(scores["reused"]).as_py() or 0)
-    stats = {"terms": table.num_rows, "boundary": boundary, "reused": reused,
-             "trained": int(pc.count(scores["digest"]).as_py()) - reused,
-             **{entry["status"]: entry["count_all"] for entry in counts}}  # fmt: skip
+    stats = {
+        "terms": table.num_rows,
+        "boundary": boundary,
+        "reused": reused,
+        "trained": int(pc.count(scores["digest"]).as_py()) - reused,
+        **{entry["status"]: entry["count_all"] for entry in counts},
+    }
     if choice is not None:
         stats |= {"criterion": choice.criterion, "curve": choice.curve, **choice.facts}
     return stats

@@ -247,11 +247,18 @@ class Draft:
         with ThreadPoolExecutor(max_workers=4) as pool:
             entries = list(pool.map(self._entry, names))
         manifest = Manifest(
-            kind=self.kind, name=self.name, fingerprint=self.fingerprint, code_version=lookalike.__version__,
-            stage_version=stage_version, config=dict(config), files=entries, stats=self.stats,
+            kind=self.kind,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            code_version=lookalike.__version__,
+            stage_version=stage_version,
+            config=dict(config),
+            files=entries,
+            stats=self.stats,
             parents={key: [self._parent(a) for a in artifacts] for key, artifacts in parents.items()},
-            created=datetime.now(UTC).isoformat(timespec="seconds"), duration_s=round(duration_s, 3),
-        )  # fmt: skip
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            duration_s=round(duration_s, 3),
+        )
         manifest = write_manifest(self.uri, manifest)
         storage.remove_tree(self.work())  # only now: until the manifest stands, a resumed attempt needs it
         return Artifact(self.uri, manifest)

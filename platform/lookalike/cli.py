@@ -31,8 +31,10 @@ COMMANDS = {
     "search": ("query a running service or an index on disk by image, vector or id", "lookalike.serve.commands:search"),
     "token": ("make a bearer token of a tenant of the service", "lookalike.serve.tenants:token"),
     "admin": ("show or change what a running service serves", "lookalike.serve.admin:admin"),
-    "experiment": ("compare the arms of a serving experiment by the access logs",
-                   "lookalike.serve.experiment_report:experiment"),
+    "experiment": (
+        "compare the arms of a serving experiment by the access logs",
+        "lookalike.serve.experiment_report:experiment",
+    ),
     "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.export:export"),
     "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
     "verify": ("compare every file of artifacts with their manifests", "lookalike.verify:verify"),
@@ -41,8 +43,10 @@ COMMANDS = {
     "quickstart": ("run a whole recipe, serve it, query it, write a report", "lookalike.serve.quickstart:quickstart"),
 }
 DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
-EXTRAS = {**dict.fromkeys(("wordllama", "py3langid", "pdqhash", "sklearn"), "labels"),
-          **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx")}  # fmt: skip
+EXTRAS = {
+    **dict.fromkeys(("wordllama", "py3langid", "pdqhash", "sklearn"), "labels"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
+}
 """Top-level module -> the extra that brings it; cpu (or gpu) brings the others."""
 
 
@@ -82,10 +86,12 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _top_level(args: list[str], plugins: dict[str, Any]) -> int:
-    parser = argparse.ArgumentParser(prog="lookalike", description=(lookalike.__doc__ or "").partition("\n")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="`lookalike VERB --help` explains a verb. Stages take a recipe and skip "
-                                            "what is published already.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="lookalike",
+        description=(lookalike.__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`lookalike VERB --help` explains a verb. Stages take a recipe and skip what is published already.",
+    )
     parser.add_argument("--version", action="version", version=f"lookalike {lookalike.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, text in [*STAGE_HELP.items(), *((name, text) for name, (text, _) in COMMANDS.items())]:
@@ -95,18 +101,26 @@ def _top_level(args: list[str], plugins: dict[str, Any]) -> int:
     if args and not args[0].startswith("-"):
         from lookalike.registry import nearest
 
-        parser.error(f"unknown verb {args[0]!r}{nearest(args[0], [*STAGE_HELP, *COMMANDS, *plugins])}; "
-                     "`lookalike --help` lists them")  # fmt: skip
+        parser.error(
+            f"unknown verb {args[0]!r}{nearest(args[0], [*STAGE_HELP, *COMMANDS, *plugins])}; "
+            "`lookalike --help` lists them"
+        )
     parser.parse_args(args)  # only --help, --version and no verb at all come here; each of them exits
     return 2
 
 
 def _run_stage(verb: str, args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"lookalike {verb}", description=STAGE_HELP[verb][0].upper()
-                                     + STAGE_HELP[verb][1:] + ".")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog=f"lookalike {verb}", description=STAGE_HELP[verb][0].upper() + STAGE_HELP[verb][1:] + "."
+    )
     parser.add_argument("recipe", help=f"recipe YAML, for example {DEFAULT_RECIPE}")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                        help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting",
+    )
     parser.add_argument("--step", action="append", help=f"run only this step (default: every {verb!r} step)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, run nothing")
     parser.add_argument("--describe", action="store_true", help="print the JSON schema of the settings and exit")
@@ -155,8 +169,15 @@ def describe_step(recipe: Any, name: str) -> dict[str, Any]:
         state, uri = f"waits: {error}", None
     step = recipe.steps[name]
     preview = {"preview": recipe.preview(name)} if state == "would run" else {}
-    return {"step": name, "stage": step.stage, "inputs": step.inputs, "state": state, "uri": uri, **preview,
-            "settings": recipe.config(name).model_dump(mode="json")}  # fmt: skip
+    return {
+        "step": name,
+        "stage": step.stage,
+        "inputs": step.inputs,
+        "state": state,
+        "uri": uri,
+        **preview,
+        "settings": recipe.config(name).model_dump(mode="json"),
+    }
 
 
 if __name__ == "__main__":

@@ -44,8 +44,14 @@ def _start_local(config: ClusterConfig) -> None:
 
     for last in (False, True):  # on a busy machine Ray's own half-minute limit for its start can pass
         try:
-            ray.init(address="local", num_cpus=config.num_cpus, object_store_memory=config.object_store_mb << 20,
-                     include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)  # fmt: skip
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                object_store_memory=config.object_store_mb << 20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
             return
         except Exception as error:  # Ray raises plain Exception here
             if last:
@@ -64,5 +70,3 @@ def configure_data(config: ClusterConfig) -> None:
     context.default_hash_shuffle_parallelism = max(2, config.num_cpus)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-
-

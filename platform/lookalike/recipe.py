@@ -95,8 +95,10 @@ class Recipe(Config):
             for source in (source for source in sources if source in self.steps):
                 wanted, made = stage.inputs[key].kind, self.stage(source).kind
                 if made != wanted:
-                    raise UsageError(f"step {name!r}: stage {stage.name!r} takes an artifact of kind {wanted!r} as "
-                                     f"{key!r}, step {source!r} makes one of kind {made!r}")  # fmt: skip
+                    raise UsageError(
+                        f"step {name!r}: stage {stage.name!r} takes an artifact of kind {wanted!r} as "
+                        f"{key!r}, step {source!r} makes one of kind {made!r}"
+                    )
 
     def stage(self, name: str) -> Stage[Any]:
         """The stage of a step."""
@@ -119,8 +121,10 @@ class Recipe(Config):
 
     def inputs(self, name: str) -> dict[str, list[Artifact]]:
         """The opened inputs of a step; one that is not published yet raises ``ArtifactError``."""
-        return {key: [self._open(source) for source in _as_list(sources)]
-                for key, sources in self.steps[name].inputs.items()}  # fmt: skip
+        return {
+            key: [self._open(source) for source in _as_list(sources)]
+            for key, sources in self.steps[name].inputs.items()
+        }
 
     def _open(self, source: str) -> Artifact:
         if source not in self.steps:
@@ -128,9 +132,11 @@ class Recipe(Config):
         artifact = self.published(source)
         if artifact is None:
             stage = self.steps[source].stage
-            raise ArtifactError(f"step {source!r} is not published under {self.root} with these settings; run "
-                                f"`lookalike {stage} RECIPE --step {source}` first, or `lookalike run RECIPE` for "
-                                "every step")  # fmt: skip
+            raise ArtifactError(
+                f"step {source!r} is not published under {self.root} with these settings; run "
+                f"`lookalike {stage} RECIPE --step {source}` first, or `lookalike run RECIPE` for "
+                "every step"
+            )
         return artifact
 
     def published(self, name: str) -> Artifact | None:
@@ -202,8 +208,14 @@ def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]
         where = f"[{number}/{len(recipe.steps)}] {name} ({recipe.steps[name].stage})"
         print(f"{where}: {mark}", file=sys.stderr, flush=True)
         artifacts[name] = recipe.run_step(name)
-        stages.append({"step": name, "stage": recipe.steps[name].stage, "skipped": skipped,
-                       "seconds": artifacts[name].manifest.duration_s})  # fmt: skip
+        stages.append(
+            {
+                "step": name,
+                "stage": recipe.steps[name].stage,
+                "skipped": skipped,
+                "seconds": artifacts[name].manifest.duration_s,
+            }
+        )
     return artifacts, stages
 
 
@@ -219,10 +231,13 @@ def _expand(override: str, steps: Mapping[str, Any]) -> str:
     key, separator, _ = override.partition("=")
     if separator and "." not in key and key not in Recipe.model_fields:
         known = sorted(Recipe.model_fields)
-        raise UsageError(f"override {override!r}: unknown key {key!r}{nearest(key, known)}; valid keys: "
-                         f"{', '.join(known)}; a setting of a step is STEP.{key}=value")  # fmt: skip
+        raise UsageError(
+            f"override {override!r}: unknown key {key!r}{nearest(key, known)}; valid keys: "
+            f"{', '.join(known)}; a setting of a step is STEP.{key}=value"
+        )
     head, dot, rest = override.partition(".")
     if dot and head not in steps and head not in Recipe.model_fields and "=" not in head:
-        raise UsageError(f"override {override!r}: no step {head!r}{nearest(head, list(steps))}; steps: "
-                         f"{', '.join(steps)}")  # fmt: skip
+        raise UsageError(
+            f"override {override!r}: no step {head!r}{nearest(head, list(steps))}; steps: {', '.join(steps)}"
+        )
     return f"steps.{head}.settings.{rest}" if separator and dot and head in steps else override

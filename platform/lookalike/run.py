@@ -12,8 +12,13 @@ def recipe_arguments(prog: str, description: str) -> argparse.ArgumentParser:
     """The arguments that commands over a whole recipe share."""
     parser = argparse.ArgumentParser(prog=f"lookalike {prog}", description=description)
     parser.add_argument("recipe", help="recipe YAML")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                        help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, run nothing")
     return parser
 

@@ -40,13 +40,15 @@ def render(artifact: Artifact) -> str:
         f"  created {manifest.created}  took {manifest.duration_s:.1f} s  lookalike {manifest.code_version}",
         f"  fingerprint {manifest.fingerprint}  digest {artifact.digest[:16]}",
         f"  {len(manifest.files)} files, {size / 1e6:.2f} MB",
-        *(f"    {f.path}  {f.size_bytes} bytes" + (f"  {f.rows} rows" if f.rows is not None else "")
-          for f in manifest.files),
+        *(
+            f"    {f.path}  {f.size_bytes} bytes" + (f"  {f.rows} rows" if f.rows is not None else "")
+            for f in manifest.files
+        ),
         "stats",
         *(f"  {key}: {json.dumps(value)[:200]}" for key, value in manifest.stats.items()),
         "settings",
         *(f"  {key}: {json.dumps(value)[:200]}" for key, value in manifest.config.items()),
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 

@@ -150,8 +150,10 @@ def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> Non
     for name, wanted in stage.inputs.items():
         for artifact in inputs.get(name, []):
             if artifact.manifest.kind != wanted.kind:
-                raise UsageError(f"stage {stage.name!r} takes an artifact of kind {wanted.kind!r} as {name!r}, "
-                                 f"{artifact.uri} is of kind {artifact.manifest.kind!r}")  # fmt: skip
+                raise UsageError(
+                    f"stage {stage.name!r} takes an artifact of kind {wanted.kind!r} as {name!r}, "
+                    f"{artifact.uri} is of kind {artifact.manifest.kind!r}"
+                )
 
 
 def execute(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], root: str, name: str) -> Artifact:
@@ -180,7 +182,8 @@ def _make(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], draf
     start = time.monotonic()
     stage.run(StageRun(config, inputs, draft))
     seconds = time.monotonic() - start
-    artifact = draft.publish(config=config.model_dump(mode="json"), parents=inputs, stage_version=stage.version,
-                             duration_s=seconds)  # fmt: skip
+    artifact = draft.publish(
+        config=config.model_dump(mode="json"), parents=inputs, stage_version=stage.version, duration_s=seconds
+    )
     log.info("done %s", fields(step=name, stage=stage.name, seconds=round(seconds, 1), uri=artifact.uri))
     return artifact

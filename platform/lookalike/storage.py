@@ -27,8 +27,10 @@ def resolve(uri: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:  # a protocol unknown to fsspec, or one whose package is not installed
-        raise UsageError(f"{uri!r} cannot be opened: {error}; give a local path or a URI of fsspec's, such as "
-                         "s3://bucket/folder with s3fs installed") from None  # fmt: skip
+        raise UsageError(
+            f"{uri!r} cannot be opened: {error}; give a local path or a URI of fsspec's, such as "
+            "s3://bucket/folder with s3fs installed"
+        ) from None
     return fs, path
 
 
@@ -111,8 +113,9 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise LookalikeError(f"no space left to write {uri}; free some, or choose another root, and run again: "
-                             "what is finished is kept") from None  # fmt: skip
+        raise LookalikeError(
+            f"no space left to write {uri}; free some, or choose another root, and run again: what is finished is kept"
+        ) from None
     finally:
         with suppress(OSError):
             os.unlink(temporary)

@@ -26,8 +26,9 @@ def _plain(value: Any) -> str:
 
 def setup_logging(level: str = "INFO") -> None:
     """Send our log lines to stderr; other libraries' stay at warning. ``LOOKALIKE_LOG_LEVEL`` overrides."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s",
-                        datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("lookalike").setLevel(os.environ.get("LOOKALIKE_LOG_LEVEL", level).upper())
 
 

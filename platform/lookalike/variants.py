@@ -15,9 +15,17 @@ from lookalike.errors import ArtifactError, UsageError
 from lookalike.recipe import Recipe, run_steps
 from lookalike.run import recipe_arguments
 
-COLUMNS = (("variant", "variant"), ("terms", "terms"), ("labels", "labels"), ("labels_per_image", "labels/image"),
-           ("train_images", "images"), ("max_repeat", "max r(I)"), ("p_at_1", "P@1 %"), ("standard_error", "+-"),
-           ("relative", "relative"))  # fmt: skip
+COLUMNS = (
+    ("variant", "variant"),
+    ("terms", "terms"),
+    ("labels", "labels"),
+    ("labels_per_image", "labels/image"),
+    ("train_images", "images"),
+    ("max_repeat", "max r(I)"),
+    ("p_at_1", "P@1 %"),
+    ("standard_error", "+-"),
+    ("relative", "relative"),
+)
 
 WITHOUT = "without-"
 """Begins the name of a variant that lacks one step of the whole pipeline, and with which no other is compared."""
@@ -27,8 +35,11 @@ def variants(args: Sequence[str]) -> int:
     """Run the recipe, print the table, write ``variants.json`` under its root."""
     from lookalike.cluster import ensure_ray
 
-    parser = recipe_arguments("variants", "Run a recipe of variants and print label counts beside retrieval, one row "
-                              "for each embedding of its last evaluation, in that order.")  # fmt: skip
+    parser = recipe_arguments(
+        "variants",
+        "Run a recipe of variants and print label counts beside retrieval, one row "
+        "for each embedding of its last evaluation, in that order.",
+    )
     options = parser.parse_intermixed_args(list(args))
     recipe = Recipe.load(options.recipe, options.overrides)
     evaluation = recipe.steps_of("evaluate")[-1]
@@ -41,8 +52,10 @@ def variants(args: Sequence[str]) -> int:
     target = storage.join(recipe.root, "variants.json")
     storage.write_atomic(target, (json.dumps(rows, indent=1) + "\n").encode())
     print(render(rows))
-    print(f"\nP@1 of task {artifacts[evaluation].read_json('report.json')['headline_task']!r} at full size; relative: "
-          f"to the row before, those named {WITHOUT}... left out.\nFigures: {target}")  # fmt: skip
+    print(
+        f"\nP@1 of task {artifacts[evaluation].read_json('report.json')['headline_task']!r} at full size; relative: "
+        f"to the row before, those named {WITHOUT}... left out.\nFigures: {target}"
+    )
     return 0
 
 
@@ -56,14 +69,20 @@ def table_of(evaluation: Artifact) -> list[dict[str, Any]]:
         embeddings = Artifact.open(uri, entry.kind, check=False)
         name = embeddings.manifest.name
         found = figures[name]
-        row = {"variant": name, **_training_facts(embeddings), "p_at_1": round(100 * found["p_at_1"], 2),
-               "standard_error": round(100 * found["p_at_1_standard_error"], 2)}  # fmt: skip
+        row = {
+            "variant": name,
+            **_training_facts(embeddings),
+            "p_at_1": round(100 * found["p_at_1"], 2),
+            "standard_error": round(100 * found["p_at_1_standard_error"], 2),
+        }
         before = next((one["p_at_1"] for one in reversed(rows) if not one["variant"].startswith(WITHOUT)), None)
         row["relative"] = None if not before else f"{100 * (row['p_at_1'] / before - 1):+.1f}%"
         rows.append(row)
     if not any(row["labels"] is not None for row in rows):
-        raise UsageError(f"{evaluation.uri}: no embedding of this evaluation was trained on labels; give the recipe a "
-                         "pretrain or finetune step before the embeddings it compares")  # fmt: skip
+        raise UsageError(
+            f"{evaluation.uri}: no embedding of this evaluation was trained on labels; give the recipe a "
+            "pretrain or finetune step before the embeddings it compares"
+        )
     return rows
 
 
@@ -79,8 +98,12 @@ def _training_facts(embeddings: Artifact) -> dict[str, Any]:
             continue
         seen.add(kind)
         if kind == "labels":
-            facts |= {"terms": stats["terms_used"], "labels": stats["labels"],
-                      "labels_per_image": stats["labels_per_image"], "train_images": stats["images"]}  # fmt: skip
+            facts |= {
+                "terms": stats["terms_used"],
+                "labels": stats["labels"],
+                "labels_per_image": stats["labels_per_image"],
+                "train_images": stats["images"],
+            }
         elif kind == "shards":
             facts["max_repeat"] = stats["repeat"]["max_label"]
     return facts
@@ -91,6 +114,10 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     cells = [[title for _, title in COLUMNS]]
     cells += [["-" if row[key] is None else str(row[key]) for key, _ in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-                     for line in cells)  # fmt: skip
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )

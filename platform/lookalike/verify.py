@@ -16,10 +16,16 @@ from lookalike.progress import progress_bar
 
 def verify(args: Sequence[str]) -> int:
     """Print a line for each artifact and each damaged file; exit 3 when there is one."""
-    parser = argparse.ArgumentParser(prog="lookalike verify", description="Compare every file of artifacts with their "
-                                     "manifests by SHA-256; exit 3 when one is damaged.")  # fmt: skip
-    parser.add_argument("uris", nargs="+", metavar="URI", help="an artifact, or a folder with artifacts below it, such "
-                        "as a recipe's root; local or remote")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="lookalike verify",
+        description="Compare every file of artifacts with their manifests by SHA-256; exit 3 when one is damaged.",
+    )
+    parser.add_argument(
+        "uris",
+        nargs="+",
+        metavar="URI",
+        help="an artifact, or a folder with artifacts below it, such as a recipe's root; local or remote",
+    )
     damaged = 0
     for uri in parser.parse_args(args).uris:
         for found in find_artifacts(uri):
@@ -29,8 +35,11 @@ def verify(args: Sequence[str]) -> int:
             for problem in problems:
                 print(f"  {problem}")
     if damaged:
-        print(f"lookalike: {damaged} damaged: remove the folder of each such artifact and run its stage again, or "
-              "restore it from a copy", file=sys.stderr)  # fmt: skip
+        print(
+            f"lookalike: {damaged} damaged: remove the folder of each such artifact and run its stage again, or "
+            "restore it from a copy",
+            file=sys.stderr,
+        )
     return ArtifactError.exit_code if damaged else 0
 
 

@@ -92,8 +92,19 @@ def main() -> int:
     subprocess.run(command(options.recipe, root), check=True, stdout=subprocess.DEVNULL)
     killed, left_alone = published(options.recipe, root), published(options.recipe, calm)
     differ = {name: [left_alone[name], killed[name]] for name in killed if killed[name] != left_alone[name]}
-    print(json.dumps({"bench": "crash", "summary": True, "kills": kills, "asked": len(steps), "steps": len(killed),
-                      "different": differ, "cpus": os.cpu_count()}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "bench": "crash",
+                "summary": True,
+                "kills": kills,
+                "asked": len(steps),
+                "steps": len(killed),
+                "different": differ,
+                "cpus": os.cpu_count(),
+            }
+        )
+    )
     return 1 if differ else 0
 
 

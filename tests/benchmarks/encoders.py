@@ -42,8 +42,9 @@ def build(backbone: str, size: int) -> tuple[EncoderConfig, EmbeddingModel]:
     model = create_backbone(backbone, size=size)
     width = int(model.num_features)  # type: ignore[arg-type]
     dims = (32, 64, 128, 256)
-    config = EncoderConfig(backbone=backbone, num_features=width, dims=dims, projection=True,
-                           transform=TransformConfig(size=size))  # fmt: skip
+    config = EncoderConfig(
+        backbone=backbone, num_features=width, dims=dims, projection=True, transform=TransformConfig(size=size)
+    )
     return config, EmbeddingModel(model, width, dims[-1])
 
 
@@ -96,8 +97,10 @@ def measure_train(backbone: str, options: argparse.Namespace, device: torch.devi
     batch = batch.contiguous(memory_format=torch.channels_last)
     bare, (config, ours) = create_backbone(backbone, size=options.size), build(backbone, options.size)
     heads = [place(nn.Linear(width, CLASSES), device) for width in (config.dim, config.num_features)]
-    steps = {"ours": train_step(place(ours, device), heads[0], batch, options.precision),
-             "bare": train_step(place(bare, device), heads[1], batch, options.precision)}  # fmt: skip
+    steps = {
+        "ours": train_step(place(ours, device), heads[0], batch, options.precision),
+        "bare": train_step(place(bare, device), heads[1], batch, options.precision),
+    }
     seconds = timed(steps, options.rounds, 1, device)
     return {"case": "train", "batch": len(batch), **rates(seconds, len(batch))}
 
@@ -128,14 +131,19 @@ def measure_inference(encoder: Encoder, options: argparse.Namespace, device: tor
         pixels = np.random.default_rng(num).integers(0, 256, (num, 3, options.size, options.size), np.uint8)
         batch = torch.randn(num, 3, options.size, options.size, device=device)
         batch = batch.contiguous(memory_format=torch.channels_last)
-        steps: dict[str, Step] = {"ours": lambda pixels=pixels: encoder.encode_pixels(pixels),  # type: ignore[misc]
-                                  "bare": bare_inference(bare, batch, options.precision)}  # fmt: skip
+        steps: dict[str, Step] = {
+            "ours": lambda pixels=pixels: encoder.encode_pixels(pixels),  # type: ignore[misc]
+            "bare": bare_inference(bare, batch, options.precision),
+        }
         seconds = timed(steps, options.rounds, max(1, options.images // num), device)
         row = {"case": "inference", "batch": num, **rates(seconds, num)}
         yield row
         if num == 1:
-            yield {"case": "latency", **{f"{name}_ms": round(value * 1000, 2) for name, value in seconds.items()},
-                   "ratio": round(seconds["ours"] / seconds["bare"], 3)}  # fmt: skip
+            yield {
+                "case": "latency",
+                **{f"{name}_ms": round(value * 1000, 2) for name, value in seconds.items()},
+                "ratio": round(seconds["ours"] / seconds["bare"], 3),
+            }
         if row["ours_images_s"] > best.get("ours_images_s", 0):
             best = row
     yield {**best, "case": "best inference"}
@@ -159,21 +167,38 @@ def measure_decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     images, config = sample_images(options.images), TransformConfig(size=options.size, fit="crop")
     augment = build_train_transform(config, AugmentConfig(min_scale=0.08))
-    plain = v2.Compose([
-        v2.RandomResizedCrop(options.size, scale=(0.08, 1.0)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2),
-        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std),
-    ])  # fmt: skip
+    plain = v2.Compose(
+        [
+            v2.RandomResizedCrop(options.size, scale=(0.08, 1.0)),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.2, 0.2, 0.2),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(config.mean, config.std),
+        ]
+    )
 
     def opened() -> Iterator[Image.Image]:
         return (Image.open(io.BytesIO(image)).convert("RGB") for image in images)
 
     cpu = torch.device("cpu")
-    seconds = timed({"ours": lambda: [augment(decode(image)) for image in images],
-                     "bare": lambda: [plain(image) for image in opened()]}, options.rounds, 1, cpu)  # fmt: skip
+    seconds = timed(
+        {
+            "ours": lambda: [augment(decode(image)) for image in images],
+            "bare": lambda: [plain(image) for image in opened()],
+        },
+        options.rounds,
+        1,
+        cpu,
+    )
     yield {"case": "decode for training, one core", **rates(seconds, len(images))}
     usual = v2.Compose([v2.Resize(round(options.size / 0.875)), v2.CenterCrop(options.size), v2.ToImage()])
-    seconds = timed({"ours": lambda: read_pixels(images, config), "bare": lambda: [usual(i) for i in opened()]},
-                    options.rounds, 1, cpu)  # fmt: skip
+    seconds = timed(
+        {"ours": lambda: read_pixels(images, config), "bare": lambda: [usual(i) for i in opened()]},
+        options.rounds,
+        1,
+        cpu,
+    )
     yield {"case": "decode for embedding, one core", **rates(seconds, len(images))}
 
 
@@ -224,8 +249,15 @@ def main() -> int:
     options = parse()
     torch.set_num_threads(1)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, one thread, processor time"
-    facts = {"bench": "encoders", "size": options.size, "precision": options.precision, "device": device,
-             "torch": torch.__version__, "timm": timm.__version__, "machine": machine_facts()}  # fmt: skip
+    facts = {
+        "bench": "encoders",
+        "size": options.size,
+        "precision": options.precision,
+        "device": device,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "machine": machine_facts(),
+    }
     rows = []
     for row in run(options):
         rows.append(row)

@@ -75,14 +75,23 @@ def measure(search: Search, queries: Floats, truth: Rows, *, batch: bool) -> dic
     one_by_one(search, queries[:20])  # opens what opens late
     (rows, times), wall, cpu = timed(lambda: one_by_one(search, queries))
     count = len(queries)
-    row = {"recall": _recall(rows, truth), "qps": round(count / wall, 1), "cpu_us": round(cpu / count * 1e6, 1),
-           "p50_us": round(float(np.percentile(times, 50)) * 1e6, 1),
-           "p99_us": round(float(np.percentile(times, 99)) * 1e6, 1),
-           "batch_recall": None, "batch_qps": None, "batch_cpu_us": None}  # fmt: skip
+    row = {
+        "recall": _recall(rows, truth),
+        "qps": round(count / wall, 1),
+        "cpu_us": round(cpu / count * 1e6, 1),
+        "p50_us": round(float(np.percentile(times, 50)) * 1e6, 1),
+        "p99_us": round(float(np.percentile(times, 99)) * 1e6, 1),
+        "batch_recall": None,
+        "batch_qps": None,
+        "batch_cpu_us": None,
+    }
     if batch:
         rows, wall, cpu = timed(lambda: search(queries))
-        row |= {"batch_recall": _recall(rows, truth), "batch_qps": round(count / wall, 1),
-                "batch_cpu_us": round(cpu / count * 1e6, 1)}  # fmt: skip
+        row |= {
+            "batch_recall": _recall(rows, truth),
+            "batch_qps": round(count / wall, 1),
+            "batch_cpu_us": round(cpu / count * 1e6, 1),
+        }
     return row
 
 

@@ -59,8 +59,14 @@ def build_ours(vectors: Floats, folder: str, dtype: Literal["float16", "int8"], 
     from tests.benchmarks.retrieval import open_ours
 
     dim = vectors.shape[1]
-    open_ours(f"{folder}/shard", vectors, dims=nested_dims(dim), dtype=dtype, shortlist="graph",
-              shortlist_dims=prefixes(dim) if staged else (dim,))  # fmt: skip
+    open_ours(
+        f"{folder}/shard",
+        vectors,
+        dims=nested_dims(dim),
+        dtype=dtype,
+        shortlist="graph",
+        shortlist_dims=prefixes(dim) if staged else (dim,),
+    )
 
 
 def open_ours_again(folder: str, dim: int) -> Callable[..., Search]:
@@ -75,8 +81,9 @@ def open_ours_again(folder: str, dim: int) -> Callable[..., Search]:
 
     def prepare(k: int, K: int, p: int = 0, steps: Steps = (), margins: tuple[float, ...] = ()) -> Search:
         kept = tuple((at, max(k, survivors)) for at, survivors in steps if p < at < dim)
-        plan = Plan(shortlist_dim=p or dim, shortlist_k=max(k, K), stages=kept, rerank_dim=dim,
-                    margins=margins[: 1 + len(kept)])  # fmt: skip
+        plan = Plan(
+            shortlist_dim=p or dim, shortlist_k=max(k, K), stages=kept, rerank_dim=dim, margins=margins[: 1 + len(kept)]
+        )
         return lambda queries: shard.search(queries, k, plan).rows
 
     return prepare
@@ -277,24 +284,41 @@ def open_scann(folder: str, dim: int) -> Callable[..., Search]:
     return prepare
 
 
-PROBES = tuple({"nprobe": nprobe, "K": size} for nprobe, size in
-               ((8, 30), (16, 50), (32, 50), (32, 100), (64, 100), (128, 100), (128, 200)))  # fmt: skip
+PROBES = tuple(
+    {"nprobe": nprobe, "K": size}
+    for nprobe, size in ((8, 30), (16, 50), (32, 50), (32, 100), (64, 100), (128, 100), (128, 200))
+)
 REFINED = tuple({"ef": size, "K": size} for size in (20, 30, 50, 70, 100, 200))
 LIBRARIES = {
-    **{name: Engine("lookalike.retrieval.searcher", partial(build_ours, dtype=dtype, staged=name != "ours-full"),
-                    open_ours_again, OURS_FULL if name == "ours-full" else OURS)
-       for name, dtype in (("ours", "float16"), ("ours-int8", "int8"), ("ours-full", "float16"))},
+    **{
+        name: Engine(
+            "lookalike.retrieval.searcher",
+            partial(build_ours, dtype=dtype, staged=name != "ours-full"),
+            open_ours_again,
+            OURS_FULL if name == "ours-full" else OURS,
+        )
+        for name, dtype in (("ours", "float16"), ("ours-int8", "int8"), ("ours-full", "float16"))
+    },
     "faiss-exact": Engine("faiss", build_exact, open_faiss, ({},)),
     "faiss-hnsw": Engine("faiss", build_faiss_hnsw, open_faiss, EFS),
-    **{f"faiss-hnsw{prefix}-refine": Engine("faiss", partial(build_faiss_refined, codes=f"HNSW{M}", prefix=prefix),
-                                            open_faiss, REFINED) for prefix in (64, 128)},
-    **{f"faiss-rabitq{prefix}-refine": Engine(
-        "faiss", partial(build_faiss_refined, codes="IVF{nlist},RaBitQfs", prefix=prefix), open_faiss, PROBES)
-       for prefix in (128, 512)},
-    **{f"usearch-{number}": Engine("usearch", partial(build_usearch, number=number), open_usearch, EFS)
-       for number in ("f32", "f16", "i8")},
+    **{
+        f"faiss-hnsw{prefix}-refine": Engine(
+            "faiss", partial(build_faiss_refined, codes=f"HNSW{M}", prefix=prefix), open_faiss, REFINED
+        )
+        for prefix in (64, 128)
+    },
+    **{
+        f"faiss-rabitq{prefix}-refine": Engine(
+            "faiss", partial(build_faiss_refined, codes="IVF{nlist},RaBitQfs", prefix=prefix), open_faiss, PROBES
+        )
+        for prefix in (128, 512)
+    },
+    **{
+        f"usearch-{number}": Engine("usearch", partial(build_usearch, number=number), open_usearch, EFS)
+        for number in ("f32", "f16", "i8")
+    },
     "hnswlib": Engine("hnswlib", build_hnswlib, open_hnswlib, EFS),
     "svs": Engine("svs", partial(build_svs, lean=False), partial(open_svs, lean=False), EFS),
     "svs-leanvec": Engine("svs", partial(build_svs, lean=True), partial(open_svs, lean=True), EFS),
     "scann": Engine("scann.scann_ops.py.scann_ops_pybind", build_scann, open_scann, PROBES),
-}  # fmt: skip
+}

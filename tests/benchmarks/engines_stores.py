@@ -33,8 +33,9 @@ def build_qdrant(vectors: Floats, folder: str, staged: bool) -> None:
     sizes = prefixes(dim) if staged else ()
     named |= {f"p{size}": qdrant.EdgeVectorParams(size, cosine, hnsw_config=graph) for size in sizes}
     merged = qdrant.EdgeOptimizersConfig(default_segment_number=1, indexing_threshold=1, max_segment_size=1 << 30)
-    shard = qdrant.EdgeShard.create(folder, qdrant.EdgeConfig(named, hnsw_config=graph, optimizers=merged,
-                                                              max_search_threads=1, wal_enabled=False))  # fmt: skip
+    shard = qdrant.EdgeShard.create(
+        folder, qdrant.EdgeConfig(named, hnsw_config=graph, optimizers=merged, max_search_threads=1, wal_enabled=False)
+    )
     for cut in _cuts(len(vectors)):
         values = {name: vectors[cut.start : cut.stop, : params.size].tolist() for name, params in named.items()}
         points = [qdrant.Point(row, {name: values[name][place] for name in named}) for place, row in enumerate(cut)]
@@ -62,8 +63,11 @@ def open_qdrant(folder: str, dim: int) -> Callable[..., Search]:
 
         def search(queries: Floats) -> Rows:
             requests = [request(query) for query in queries.tolist()]
-            found = shard.query_batch(qdrant.QueryBatchRequest(requests)) if len(requests) > 1 else [
-                shard.query(requests[0])]  # fmt: skip
+            found = (
+                shard.query_batch(qdrant.QueryBatchRequest(requests))
+                if len(requests) > 1
+                else [shard.query(requests[0])]
+            )
             return row_numbers([[hit.id for hit in hits] for hits in found], k)
 
         return search
@@ -101,8 +105,9 @@ def open_zvec(folder: str, dim: int) -> Callable[..., Search]:
         effort = zvec.HnswQueryParam(ef=ef, is_using_refiner=bool(refine), scale_factor=float(refine))
 
         def search(queries: Floats) -> Rows:
-            found = [store.query_internal_ids(zvec.Query("full", vector=query, param=effort), topk=k)
-                     for query in queries]  # fmt: skip
+            found = [
+                store.query_internal_ids(zvec.Query("full", vector=query, param=effort), topk=k) for query in queries
+            ]
             return row_numbers([store.resolve_internal_ids(ids) for ids in found], k)
 
         return search
@@ -149,8 +154,10 @@ def build_milvus(vectors: Floats, folder: str, kind: str) -> None:
     """A graph over full or 8-bit vectors; Milvus Lite builds it with faiss."""
     from milvus_lite import CollectionSchema, DataType, FieldSchema, MilvusLite
 
-    fields = [FieldSchema("id", DataType.INT64, is_primary=True),
-              FieldSchema("vector", DataType.FLOAT_VECTOR, dim=vectors.shape[1])]  # fmt: skip
+    fields = [
+        FieldSchema("id", DataType.INT64, is_primary=True),
+        FieldSchema("vector", DataType.FLOAT_VECTOR, dim=vectors.shape[1]),
+    ]
     store = MilvusLite(folder)
     rows = store.create_collection("rows", CollectionSchema(fields))
     for cut in _cuts(len(vectors)):
@@ -201,28 +208,40 @@ def open_chroma(folder: str, dim: int) -> Callable[..., Search]:
     def prepare(k: int, ef: int) -> Search:
         _chroma(folder).get_collection("rows").modify(configuration={"hnsw": {"ef_search": ef}})
         store = _chroma(folder).get_collection("rows", embedding_function=None)
-        return lambda queries: row_numbers(
-            store.query(query_embeddings=queries, n_results=k, include=[])["ids"], k)  # fmt: skip
+        return lambda queries: row_numbers(store.query(query_embeddings=queries, n_results=k, include=[])["ids"], k)
 
     return prepare
 
 
-PREFETCH = tuple({"p": p, "K": size, "ef": size} for p, size in
-                 ((64, 40), (64, 100), (64, 200), (128, 30), (128, 50), (128, 100)))  # fmt: skip
+PREFETCH = tuple(
+    {"p": p, "K": size, "ef": size} for p, size in ((64, 40), (64, 100), (64, 200), (128, 30), (128, 50), (128, 100))
+)
 STORES = {
     "qdrant-edge": Engine("qdrant_edge", partial(build_qdrant, staged=False), open_qdrant, EFS),
     "qdrant-edge-prefetch": Engine("qdrant_edge", partial(build_qdrant, staged=True), open_qdrant, PREFETCH),
     "zvec": Engine("zvec", partial(build_zvec, number=""), open_zvec, EFS, batch=False),
-    "zvec-int8": Engine("zvec", partial(build_zvec, number="INT8"), open_zvec,
-                        tuple({"ef": ef, "refine": refine} for ef, refine in
-                              ((16, 0), (32, 0), (64, 0), (32, 3), (64, 5), (128, 5))), batch=False),
-    "lancedb-hnsw-sq": Engine("lancedb", partial(build_lance, kind="graph"), open_lance,
-                              tuple({"ef": ef, "refine": refine} for ef, refine in
-                                    ((32, 1), (32, 3), (64, 3), (128, 5)))),
-    "lancedb-ivf-rq": Engine("lancedb", partial(build_lance, kind="lists"), open_lance,
-                             tuple({"nprobe": nprobe, "refine": refine} for nprobe, refine in
-                                   ((16, 5), (32, 10), (64, 10)))),
-    **{name: Engine("milvus_lite.index.faiss_hnsw", partial(build_milvus, kind=kind), open_milvus, EFS)
-       for name, kind in (("milvus-lite", "HNSW"), ("milvus-lite-sq", "HNSW_SQ"))},
+    "zvec-int8": Engine(
+        "zvec",
+        partial(build_zvec, number="INT8"),
+        open_zvec,
+        tuple({"ef": ef, "refine": refine} for ef, refine in ((16, 0), (32, 0), (64, 0), (32, 3), (64, 5), (128, 5))),
+        batch=False,
+    ),
+    "lancedb-hnsw-sq": Engine(
+        "lancedb",
+        partial(build_lance, kind="graph"),
+        open_lance,
+        tuple({"ef": ef, "refine": refine} for ef, refine in ((32, 1), (32, 3), (64, 3), (128, 5))),
+    ),
+    "lancedb-ivf-rq": Engine(
+        "lancedb",
+        partial(build_lance, kind="lists"),
+        open_lance,
+        tuple({"nprobe": nprobe, "refine": refine} for nprobe, refine in ((16, 5), (32, 10), (64, 10))),
+    ),
+    **{
+        name: Engine("milvus_lite.index.faiss_hnsw", partial(build_milvus, kind=kind), open_milvus, EFS)
+        for name, kind in (("milvus-lite", "HNSW"), ("milvus-lite-sq", "HNSW_SQ"))
+    },
     "chromadb": Engine("chromadb", build_chroma, open_chroma, EFS),
-}  # fmt: skip
+}

@@ -1,11 +1,11 @@
 """Precision of the annotator's terms, as judged by eye.
 
-    python -m tests.benchmarks.label_precision --labels LABELS_URI
-        precision with its Wilson interval, from tests/data/term_verdicts.csv (image_id, term, verdict: right, wrong or
-        unsure); only verdicts on annotations that LABELS_URI still has count, and how many do not is said
-    python -m tests.benchmarks.label_precision --draw LABELS_URI CORPUS_URI --out DIR
-        the sample to judge: 200 annotations of training images, uniform by hash, as sample.csv (verdict left empty) and
-        as contact sheets of 50 pictures with their number in the file, image id and term
+python -m tests.benchmarks.label_precision --labels LABELS_URI
+    precision with its Wilson interval, from tests/data/term_verdicts.csv (image_id, term, verdict: right, wrong or
+    unsure); only verdicts on annotations that LABELS_URI still has count, and how many do not is said
+python -m tests.benchmarks.label_precision --draw LABELS_URI CORPUS_URI --out DIR
+    the sample to judge: 200 annotations of training images, uniform by hash, as sample.csv (verdict left empty) and
+    as contact sheets of 50 pictures with their number in the file, image id and term
 """
 
 import argparse
@@ -61,9 +61,15 @@ def precision(verdicts: Sequence[dict[str, str]], existing: set[tuple[str, str]]
     counts = Counter(row["verdict"] for row in apply)
     sure = counts["right"] + counts["wrong"]
     low, high = wilson_interval(np.array([counts["right"]]), np.array([sure])) if sure else ([0.0], [1.0])
-    return {"bench": "label_precision", "verdicts": len(verdicts), "still_apply": len(apply),
-            **{verdict: counts[verdict] for verdict in ALLOWED}, "precision": counts["right"] / sure if sure else None,
-            "low": round(float(low[0]), 4), "high": round(float(high[0]), 4)}  # fmt: skip
+    return {
+        "bench": "label_precision",
+        "verdicts": len(verdicts),
+        "still_apply": len(apply),
+        **{verdict: counts[verdict] for verdict in ALLOWED},
+        "precision": counts["right"] / sure if sure else None,
+        "low": round(float(low[0]), 4),
+        "high": round(float(high[0]), 4),
+    }
 
 
 def records_of(corpus: Artifact, dataset: str) -> tuple[set[str], Iterator[dict[str, Any]]]:
@@ -110,9 +116,13 @@ def write_sample(labels: Artifact, corpus: Artifact, dataset: str, out: Path) ->
             text = " | ".join(str(of[row["image_id"]][field] or "") for field in FIELDS)
             writer.writerow([row["image_id"], row["term"], "", number, round(row["score"], 3), text])
     for start in range(0, len(sample), PER_SHEET):
-        cells = [(f"{number} {row['term']}\n{row['image_id'][-44:-22]}\n{row['image_id'][-22:]}",
-                  of[row["image_id"]]["image"])
-                 for number, row in enumerate(sample[start : start + PER_SHEET], start)]  # fmt: skip
+        cells = [
+            (
+                f"{number} {row['term']}\n{row['image_id'][-44:-22]}\n{row['image_id'][-22:]}",
+                of[row["image_id"]]["image"],
+            )
+            for number, row in enumerate(sample[start : start + PER_SHEET], start)
+        ]
         (out / f"sheet-{start // PER_SHEET}.png").write_bytes(contact_sheet(cells))
 
 
@@ -133,8 +143,12 @@ def main() -> None:
     with options.verdicts.open(encoding="utf-8", newline="") as file:
         verdicts = list(csv.DictReader(file))
     judged = {(row["image_id"], row["term"]) for row in verdicts}
-    existing = {pair for frame in annotations_of(Artifact.open(options.labels))
-                for pair in frame.select("image_id", "term").iter_rows() if pair in judged}  # fmt: skip
+    existing = {
+        pair
+        for frame in annotations_of(Artifact.open(options.labels))
+        for pair in frame.select("image_id", "term").iter_rows()
+        if pair in judged
+    }
     print(json.dumps(precision(verdicts, existing)))
 
 

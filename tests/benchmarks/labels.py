@@ -48,16 +48,25 @@ def judge(uri: str) -> Iterator[dict[str, Any]]:
     dictionary = read_table(Artifact.open(uri, "labels").path("dictionary.parquet"))
     words, ratings = read_words(str(WORDS)), ratings_by_people()
     for positives in MIN_POSITIVES:
-        scored = dictionary.filter(pc.and_(pc.greater_equal(dictionary["positives"], positives),
-                                           dictionary["concreteness"].is_valid()))  # fmt: skip
+        scored = dictionary.filter(
+            pc.and_(pc.greater_equal(dictionary["positives"], positives), dictionary["concreteness"].is_valid())
+        )
         terms = set(scored["term"].to_pylist())
-        sides = [[term for term, concrete in words.items() if concrete is side and term in terms]
-                 for side in (True, False)]  # fmt: skip
-        row = {"bench": "labels", "case": "concreteness", "min_positives": positives, "terms": len(terms),
-               "auc_of_word_list": round(ranking_auc(scored, *sides), 4), "concrete_words": len(sides[0]),
-               "abstract_words": len(sides[1])}  # fmt: skip
-        yield row | agreement(dict(zip(scored["term"].to_pylist(), scored["concreteness"].to_pylist(), strict=True)),
-                              ratings)  # fmt: skip
+        sides = [
+            [term for term, concrete in words.items() if concrete is side and term in terms] for side in (True, False)
+        ]
+        row = {
+            "bench": "labels",
+            "case": "concreteness",
+            "min_positives": positives,
+            "terms": len(terms),
+            "auc_of_word_list": round(ranking_auc(scored, *sides), 4),
+            "concrete_words": len(sides[0]),
+            "abstract_words": len(sides[1]),
+        }
+        yield row | agreement(
+            dict(zip(scored["term"].to_pylist(), scored["concreteness"].to_pylist(), strict=True)), ratings
+        )
 
 
 def ratings_by_people() -> dict[str, float]:
@@ -77,8 +86,11 @@ def agreement(scores: dict[str, float], ratings: dict[str, float]) -> dict[str, 
 
     rated = [term for term in scores if term in ratings]
     found = spearmanr([scores[term] for term in rated], [ratings[term] for term in rated])
-    return {"spearman_with_people": round(float(found.statistic), 4), "p_value": round(float(found.pvalue), 6),
-            "rated_terms": len(rated)}  # fmt: skip
+    return {
+        "spearman_with_people": round(float(found.statistic), 4),
+        "p_value": round(float(found.pvalue), 6),
+        "rated_terms": len(rated),
+    }
 
 
 def main() -> None:

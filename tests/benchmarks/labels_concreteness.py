@@ -125,16 +125,21 @@ def compare(name: str, samples: list[Sample], repeats: int, compared: int) -> di
     accuracy = hits.pop("ours")[rows] / trials[rows]
     accuracies = {case: found / trials[rows] for case, found in hits.items()}
     cost = {case: median(values) for case, values in times.items()}
-    return {"case": name, "terms": len(samples), "dim": samples[0].positives.shape[1],
-            "samples_per_term": int(trials.max()), "terms_per_s": round(1 / cost["ours"], 1),
-            **{f"sklearn_{case}_terms_per_s": round(1 / cost[case], 2) for case in accuracies},
-            "accuracy": round(float(accuracy.mean()), 4),
-            **{f"sklearn_{case}_accuracy": round(float(found.mean()), 4) for case, found in accuracies.items()},
-            "accuracy_gap_points": round(100 * float(accuracy.mean() - accuracies["defaults"].mean()), 2),
-            "correlation": round(float(np.corrcoef(accuracy, accuracies["defaults"])[0, 1]), 3),
-            "concreteness_speedup": round(cost["defaults"] / cost["ours"], 1),
-            "speedup_at_same_steps": round(cost["same"] / cost["ours"], 1),
-            f"hours_for_{TERMS}_terms_per_core": round(TERMS * cost["ours"] / 3600, 2)}  # fmt: skip
+    return {
+        "case": name,
+        "terms": len(samples),
+        "dim": samples[0].positives.shape[1],
+        "samples_per_term": int(trials.max()),
+        "terms_per_s": round(1 / cost["ours"], 1),
+        **{f"sklearn_{case}_terms_per_s": round(1 / cost[case], 2) for case in accuracies},
+        "accuracy": round(float(accuracy.mean()), 4),
+        **{f"sklearn_{case}_accuracy": round(float(found.mean()), 4) for case, found in accuracies.items()},
+        "accuracy_gap_points": round(100 * float(accuracy.mean() - accuracies["defaults"].mean()), 2),
+        "correlation": round(float(np.corrcoef(accuracy, accuracies["defaults"])[0, 1]), 3),
+        "concreteness_speedup": round(cost["defaults"] / cost["ours"], 1),
+        "speedup_at_same_steps": round(cost["same"] / cost["ours"], 1),
+        f"hours_for_{TERMS}_terms_per_core": round(TERMS * cost["ours"] / 3600, 2),
+    }
 
 
 def on_device(terms: int, distinct: int) -> dict[str, Any]:
@@ -148,8 +153,12 @@ def on_device(terms: int, distinct: int) -> dict[str, Any]:
     start = time.perf_counter()
     for _ in range(-(-terms // distinct)):
         ours(samples, "cuda")
-    return {**row, "device": torch.cuda.get_device_name(), "seconds": round(time.perf_counter() - start, 1),
-            "accuracy_gap_to_cpu_points": round(100 * float((on_gpu - on_cpu).mean()) / row["samples_per_term"], 3)}
+    return {
+        **row,
+        "device": torch.cuda.get_device_name(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "accuracy_gap_to_cpu_points": round(100 * float((on_gpu - on_cpu).mean()) / row["samples_per_term"], 3),
+    }
 
 
 def rows(quick: bool, sketch: str | None = None) -> Iterator[dict[str, Any]]:
@@ -172,14 +181,23 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="sklearn")
     threadpool_limits(1)
-    facts = {"bench": "labels_concreteness", "seed": SEED, "threads": 1, "probe": CONFIG.identity(),
-             "machine": machine_facts()}  # fmt: skip
+    facts = {
+        "bench": "labels_concreteness",
+        "seed": SEED,
+        "threads": 1,
+        "probe": CONFIG.identity(),
+        "machine": machine_facts(),
+    }
     found = []
     for row in rows(options.quick, options.sketch):
         found.append(row)
         print(json.dumps(facts | row), flush=True)
-    ratios = {f"{name} ({row['case']})": row[name] for row in found if "accuracy_gap_points" in row
-              for name in ("concreteness_speedup", "speedup_at_same_steps", "accuracy_gap_points")}  # fmt: skip
+    ratios = {
+        f"{name} ({row['case']})": row[name]
+        for row in found
+        if "accuracy_gap_points" in row
+        for name in ("concreteness_speedup", "speedup_at_same_steps", "accuracy_gap_points")
+    }
     print(json.dumps(facts | {"summary": True, "ratios": ratios}))
     return 0
 

@@ -125,9 +125,14 @@ def as_table(signed: dict[str, list[Any]], seed: int) -> pa.Table:
     """Signatures of training rows without groups and of no equal bytes."""
     num = len(signed["pdq"])
     small = project(np.stack(signed["vector"]), DIM, seed).astype(np.float16)
-    given = signed | {"image_id": [f"{n:07d}" for n in range(num)], "row": np.arange(num), "group": [None] * num,
-                      "content": [n.to_bytes(16) for n in range(num)], "split": ["train"] * num,
-                      "dataset": ["bench"] * num}  # fmt: skip
+    given = signed | {
+        "image_id": [f"{n:07d}" for n in range(num)],
+        "row": np.arange(num),
+        "group": [None] * num,
+        "content": [n.to_bytes(16) for n in range(num)],
+        "split": ["train"] * num,
+        "dataset": ["bench"] * num,
+    }
     flat = pa.FixedSizeListArray.from_arrays(pa.array(small.reshape(-1)), DIM)
     schema = signature_schema(DIM)
     arrays = [flat if field.name == "vector" else pa.array(given[field.name], field.type) for field in schema]
@@ -188,22 +193,36 @@ def search(signatures: pa.Table, cells: int, config: DedupConfig, seed: int) -> 
     sharp = signatures["trimmed_quality"].to_numpy() >= config.min_quality
     bands = band_keys(words_of(signatures["trimmed"]), sharp, int(cuts.sum()), len(cuts), config.hash_bands)
     keys = np.concatenate([cell_keys(placed, first, cuts, words_of(signatures["pdq"])), bands], axis=1)
-    found = [search_cell(signatures.take(pa.array(np.nonzero((keys == key).any(axis=1))[0])), config)
-             for key in np.unique(keys[keys >= 0]).tolist()]  # fmt: skip
+    found = [
+        search_cell(signatures.take(pa.array(np.nonzero((keys == key).any(axis=1))[0])), config)
+        for key in np.unique(keys[keys >= 0]).tolist()
+    ]
     return merge_pairs(pa.concat_tables(found))
 
 
 def score(pairs: pl.DataFrame, facts: pl.DataFrame) -> dict[str, Any]:
     """Recall of the planted pairs by kind and in all; precision of all pairs found."""
     originals = facts.filter(pl.col("kind") == "").select("picture", original="row")
-    planted = facts.filter(pl.col("kind") != "").join(originals, on="picture").with_columns(
-        low=pl.min_horizontal("row", "original"), high=pl.max_horizontal("row", "original"))  # fmt: skip
+    planted = (
+        facts.filter(pl.col("kind") != "")
+        .join(originals, on="picture")
+        .with_columns(low=pl.min_horizontal("row", "original"), high=pl.max_horizontal("row", "original"))
+    )
     found = planted.join(pairs.select(high="row", low="twin"), on=["low", "high"])
-    by_kind = {kind: round(found.filter(pl.col("kind") == kind).height
-                           / max(planted.filter(pl.col("kind") == kind).height, 1), 4) for kind in KINDS}  # fmt: skip
-    return {"planted": planted.height, "pairs": pairs.height, "recall": round(found.height / planted.height, 4),
-            "recall_by_kind": by_kind, "precision": round(found.height / max(pairs.height, 1), 4),
-            "dropped": sum(1 for fate in decide_fates(pairs)["reason"].to_pylist() if fate)}  # fmt: skip
+    by_kind = {
+        kind: round(
+            found.filter(pl.col("kind") == kind).height / max(planted.filter(pl.col("kind") == kind).height, 1), 4
+        )
+        for kind in KINDS
+    }
+    return {
+        "planted": planted.height,
+        "pairs": pairs.height,
+        "recall": round(found.height / planted.height, 4),
+        "recall_by_kind": by_kind,
+        "precision": round(found.height / max(pairs.height, 1), 4),
+        "dropped": sum(1 for fate in decide_fates(pairs)["reason"].to_pylist() if fate),
+    }
 
 
 def judge(signatures: pa.Table, facts: pl.DataFrame, config: DedupConfig) -> dict[str, float]:
@@ -221,8 +240,11 @@ def judge(signatures: pa.Table, facts: pl.DataFrame, config: DedupConfig) -> dic
 def _case(sender: Any, signatures: pa.Table, cells: int, config: DedupConfig, seed: int) -> None:
     start, cpu = time.perf_counter(), time.process_time()
     pairs = search(signatures, cells, config, seed)
-    facts = {"seconds": round(time.perf_counter() - start, 2), "cpu_seconds": round(time.process_time() - cpu, 2),
-             "peak_rss_mb": round(peak_mb())}  # fmt: skip
+    facts = {
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "peak_rss_mb": round(peak_mb()),
+    }
     sender.send((pairs, facts))
 
 
@@ -249,13 +271,21 @@ def rows(quick: bool, num: int | None = None, seed: int = 17) -> Iterator[dict[s
     num = num or (6_000 if quick else 100_000)
     start = time.perf_counter()
     signatures, facts = make_corpus(num, seed)
-    common = {"bench": "labels_dedup", "images": num, "dim": DIM, "seed": seed, "threads": 1,
-              "machine": machine_facts()}  # fmt: skip
+    common = {
+        "bench": "labels_dedup",
+        "images": num,
+        "dim": DIM,
+        "seed": seed,
+        "threads": 1,
+        "machine": machine_facts(),
+    }
     yield common | {"case": "compose and sign", "seconds": round(time.perf_counter() - start, 1)}
     yield common | {"case": "sample pictures", **try_samples(600, seed)}
     for mirrored in (False, True):
-        yield common | {"case": "labelled pairs" + ", mirrored" * mirrored,
-                        **judge(signatures, facts, DedupConfig(mirrored=mirrored))}  # fmt: skip
+        yield common | {
+            "case": "labelled pairs" + ", mirrored" * mirrored,
+            **judge(signatures, facts, DedupConfig(mirrored=mirrored)),
+        }
     cells = max(2, num // 5000)
     cases: dict[str, tuple[int, DedupConfig]] = {"exact": (1, DedupConfig())}
     for count in (cells, num // 100):
@@ -270,8 +300,13 @@ def rows(quick: bool, num: int | None = None, seed: int = 17) -> Iterator[dict[s
         pairs, cost = run_case(signatures, count, config, seed)
         exact = pairs if exact is None else exact
         same = pairs.join(exact.select("row", "twin"), on=["row", "twin"]).height / max(exact.height, 1)
-        row = {"case": name, **score(pairs, facts), **cost, "recall_vs_exact": round(same, 4),
-               "seconds_per_1000": round(cost["seconds"] / num * 1000, 4)}  # fmt: skip
+        row = {
+            "case": name,
+            **score(pairs, facts),
+            **cost,
+            "recall_vs_exact": round(same, 4),
+            "seconds_per_1000": round(cost["seconds"] / num * 1000, 4),
+        }
         ratios[name] = row["recall_vs_exact"]
         yield common | row
     two = f"{cells} cells, 2 probes"

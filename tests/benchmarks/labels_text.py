@@ -121,17 +121,29 @@ def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
         figures = RUNNERS[engine](paths, languages, Path(work))
         cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
     records = sum(pq.read_metadata(path).num_rows for path in paths)
-    return {"engine": engine, "records": records, "records_per_cpu_s": round(records / cpu_s),
-            "us_per_record": round(cpu_s / records * 1e6, 1), "cpu_s": round(cpu_s, 2), "wall_s": round(wall_s, 2),
-            "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "rss_before_mb": round(before_mb), **{k: round(v, 2) for k, v in figures.items()}}  # fmt: skip
+    return {
+        "engine": engine,
+        "records": records,
+        "records_per_cpu_s": round(records / cpu_s),
+        "us_per_record": round(cpu_s / records * 1e6, 1),
+        "cpu_s": round(cpu_s, 2),
+        "wall_s": round(wall_s, 2),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "rss_before_mb": round(before_mb),
+        **{k: round(v, 2) for k, v in figures.items()},
+    }
 
 
 def _spawn(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
     name = engine if languages else f"{engine}_no_language"
     command = [sys.executable, "-m", "tests.benchmarks.labels_text", "--case", engine, "--folder", str(folder)]
-    done = subprocess.run(command + ([] if languages else ["--no-language"]), env={**os.environ, **LIMITS},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        command + ([] if languages else ["--no-language"]),
+        env={**os.environ, **LIMITS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         return {"bench": "labels_text", "case": name, "failed": done.stderr.strip().splitlines()[-1:]}
     return {"bench": "labels_text", "case": name, **json.loads(done.stdout.splitlines()[-1])}
@@ -168,8 +180,11 @@ def _ratios(found: dict[tuple[str, int], dict[str, Any]], sizes: tuple[int, ...]
         "growth_1m_over_10k": (("lookalike", 1_000_000), ("lookalike", 10_000)),
         "growth_largest_over_smallest": (("lookalike", sizes[-1]), ("lookalike", sizes[0])),
     }
-    return {name: round(cost[over] / cost[under], 2) for name, (over, under) in pairs.items()
-            if over in cost and under in cost}  # fmt: skip
+    return {
+        name: round(cost[over] / cost[under], 2)
+        for name, (over, under) in pairs.items()
+        if over in cost and under in cost
+    }
 
 
 def main() -> None:

@@ -91,15 +91,17 @@ def seed_overrides(recipe: Recipe, seed: int, evaluation: str) -> list[str]:
     it keeps to them too.
     """
     needed = needed_steps(recipe, evaluation)
-    random = {name for name in needed if recipe.steps[name].stage == "encoder"
-              and describe(recipe, name).role == "random"}  # fmt: skip
+    random = {
+        name for name in needed if recipe.steps[name].stage == "encoder" and describe(recipe, name).role == "random"
+    }
     seeded = [name for name in needed if recipe.steps[name].stage in SEEDED or name in {*random, evaluation}]
     embeds = embed_steps(recipe, evaluation)
     wheres = {json.dumps(where) for name in embeds if (where := recipe.steps[name].settings.get("where"))}
     overrides = [f"{name}.seed={seed}" for name in seeded]
     if len(wheres) == 1:
-        overrides += [f"{name}.where={next(iter(wheres))}" for name in embeds
-                      if recipe.steps[name].inputs["encoder"] in seeded]  # fmt: skip
+        overrides += [
+            f"{name}.where={next(iter(wheres))}" for name in embeds if recipe.steps[name].inputs["encoder"] in seeded
+        ]
     return overrides
 
 
@@ -115,8 +117,13 @@ def run_seed(path: str, overrides: list[str], seed: int) -> Iterator[dict[str, A
     for row in report["rows"]:
         if row["task"] == report["headline_task"]:
             variant = variants.get(row["embedding"]) or Variant(row["embedding"], "given")
-            yield {"seed": seed, "variant": variant.name, "role": variant.role, "nested": row["dim"] in variant.dims,
-                   **row}  # fmt: skip
+            yield {
+                "seed": seed,
+                "variant": variant.name,
+                "role": variant.role,
+                "nested": row["dim"] in variant.dims,
+                **row,
+            }
 
 
 def main() -> int:

@@ -60,8 +60,11 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Spread:
 def margins(values: Values, subject: str) -> dict[str, dict[int, Spread]]:
     """Other line -> dim -> the subject's margin over it, at the dims both have."""
     ours = values[subject]
-    found = {name: {dim: paired(ours[dim], at) for dim, at in sorted(dims.items()) if dim in ours}
-             for name, dims in values.items() if name != subject}  # fmt: skip
+    found = {
+        name: {dim: paired(ours[dim], at) for dim, at in sorted(dims.items()) if dim in ours}
+        for name, dims in values.items()
+        if name != subject
+    }
     return {name: dims for name, dims in found.items() if dims}
 
 
@@ -119,8 +122,11 @@ def relations(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             found["tied_level"] = {"holds": large[worst] <= TIED_LOSS + allowed, "dim": worst, "mean": large[worst]}
     if between := interpolated(rows, "p_at_1", allowed):
         worst = max(between, key=lambda dim: between[dim]["outside"]["mean"])
-        found["interpolated"] = {"holds": all(entry["within"] for entry in between.values()), "dim": worst,
-                                 **between[worst]["outside"]}  # fmt: skip
+        found["interpolated"] = {
+            "holds": all(entry["within"] for entry in between.values()),
+            "dim": worst,
+            **between[worst]["outside"],
+        }
     return found
 
 
@@ -129,15 +135,22 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     subject = find_subject(rows)
     values = {metric: collect(rows, metric) for metric in METRICS}
     allowed = tolerance(rows, subject)
-    levels = {metric: {name: {dim: spread(list(at.values())) for dim, at in sorted(dims.items())}
-                       for name, dims in of.items()} for metric, of in values.items()}  # fmt: skip
+    levels = {
+        metric: {
+            name: {dim: spread(list(at.values())) for dim, at in sorted(dims.items())} for name, dims in of.items()
+        }
+        for metric, of in values.items()
+    }
     summary: dict[str, Any] = {
-        "seeds": sorted({row["seed"] for row in rows}), "subject": subject, "tolerance": allowed, "levels": levels,
+        "seeds": sorted({row["seed"] for row in rows}),
+        "subject": subject,
+        "tolerance": allowed,
+        "levels": levels,
         "subject_minus": {metric: margins(of, subject) for metric, of in values.items()},
         "subject_minus_at_full_size": full_margins(values["p_at_1"], subject),
         "interpolated": {metric: interpolated(rows, metric, allowed) for metric in METRICS},
         "relations": relations(rows),
-    }  # fmt: skip
+    }
     result: dict[str, Any] = _text_keys(summary)
     return result
 
@@ -150,11 +163,15 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     """Levels and margins of each metric as Markdown tables, in percent: mean over seeds (least to most)."""
     parts = []
     for metric in METRICS:
-        parts += [_table(f"{metric}, percent", summary["levels"][metric], signed=False),
-                  _table(f"{metric}, {summary['subject']} minus ..., points", summary["subject_minus"][metric],
-                         signed=True)]  # fmt: skip
-    lines = [f"- {name}: {'holds' if entry['holds'] else 'DOES NOT HOLD'} (worst at {entry['dim']}-d: "
-             f"{100 * entry['mean']:.1f})" for name, entry in summary["relations"].items()]  # fmt: skip
+        parts += [
+            _table(f"{metric}, percent", summary["levels"][metric], signed=False),
+            _table(f"{metric}, {summary['subject']} minus ..., points", summary["subject_minus"][metric], signed=True),
+        ]
+    lines = [
+        f"- {name}: {'holds' if entry['holds'] else 'DOES NOT HOLD'} (worst at {entry['dim']}-d: "
+        f"{100 * entry['mean']:.1f})"
+        for name, entry in summary["relations"].items()
+    ]
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
 

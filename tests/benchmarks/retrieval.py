@@ -43,9 +43,12 @@ K = 10
 FUNNEL = ((512, 25),)
 OURS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
     ("graph", "float16"): (
-        {"shortlist_dim": 64, "shortlist_k": 60}, {"shortlist_dim": 64, "shortlist_k": 100},
-        {"shortlist_dim": 64, "shortlist_k": 100, "stages": FUNNEL}, {"shortlist_dim": 128, "shortlist_k": 30},
-        {"shortlist_dim": 128, "shortlist_k": 40, "stages": FUNNEL}, {"shortlist_dim": 128, "shortlist_k": 50},
+        {"shortlist_dim": 64, "shortlist_k": 60},
+        {"shortlist_dim": 64, "shortlist_k": 100},
+        {"shortlist_dim": 64, "shortlist_k": 100, "stages": FUNNEL},
+        {"shortlist_dim": 128, "shortlist_k": 30},
+        {"shortlist_dim": 128, "shortlist_k": 40, "stages": FUNNEL},
+        {"shortlist_dim": 128, "shortlist_k": 50},
         {"shortlist_dim": 128, "shortlist_k": 50, "stages": FUNNEL},
         {"shortlist_dim": 128, "shortlist_k": 60, "stages": FUNNEL},
         {"shortlist_dim": 128, "shortlist_k": 70, "stages": FUNNEL},
@@ -56,7 +59,7 @@ OURS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
         {"shortlist_dim": 256, "shortlist_k": k, "nprobe": nprobe}
         for k, nprobe in ((30, 4), (50, 4), (50, 8), (100, 8), (100, 16))
     ),
-}  # fmt: skip
+}
 """(type, dtype of the blocks) -> plans; those with dims that the vectors do not have are left out."""
 EFS = (16, 24, 32, 48, 64, 96, 128)
 Search = Callable[[Floats], Rows]
@@ -92,15 +95,19 @@ def open_ours(folder: str, data: Floats, **layout: Any) -> tuple[ShardSearcher, 
 def list_ours(folder: str, data: Floats, dims: tuple[int, ...]) -> Iterator[Case]:
     """Our cases; of 512 dimensions and fewer also a graph over all of them, in one stage."""
     for (kind, dtype), plans in OURS.items():
-        fitting = [Plan(**plan, rerank_dim=dims[-1]) for plan in plans
-                   if max(plan["shortlist_dim"], *(d for d, _ in plan.get("stages", ())), 0) < dims[-1]]  # fmt: skip
+        fitting = [
+            Plan(**plan, rerank_dim=dims[-1])
+            for plan in plans
+            if max(plan["shortlist_dim"], *(d for d, _ in plan.get("stages", ())), 0) < dims[-1]
+        ]
         if kind == "graph" and dtype == "float16" and dims[-1] <= 512:
             fitting += [Plan(shortlist_dim=dims[-1], shortlist_k=k, rerank_dim=dims[-1]) for k in (10, 16, 24, 40, 64)]
         if not fitting:
             continue
         wanted = tuple(sorted({plan.shortlist_dim for plan in fitting}))
-        shard, seconds = open_ours(f"{folder}/{kind}-{dtype}", data, dims=dims, dtype=dtype, shortlist=kind,
-                                   shortlist_dims=wanted)  # fmt: skip
+        shard, seconds = open_ours(
+            f"{folder}/{kind}-{dtype}", data, dims=dims, dtype=dtype, shortlist=kind, shortlist_dims=wanted
+        )
         disk = sum(entry.stat().st_size for entry in os.scandir(shard.store.folder)) / 1e6
 
         def search(plan: Plan, shard: ShardSearcher = shard) -> Search:
@@ -112,9 +119,16 @@ def list_ours(folder: str, data: Floats, dims: tuple[int, ...]) -> Iterator[Case
             yield Case(f"ours exact {dtype}", search(exact), facts)
         for plan in fitting:
             size = os.path.getsize(f"{shard.store.folder}/{shortlist_name(plan.shortlist_dim, kind)}")
-            yield Case(f"ours {kind} {dtype}: {plan.describe()}", search(plan), {
-                "build_s": round(seconds[plan.shortlist_dim], 1), "held_mb": round(size / 1e6, 1),
-                "bytes_a_row": round(size / len(data), 1), "disk_mb": round(disk, 1)})  # fmt: skip
+            yield Case(
+                f"ours {kind} {dtype}: {plan.describe()}",
+                search(plan),
+                {
+                    "build_s": round(seconds[plan.shortlist_dim], 1),
+                    "held_mb": round(size / 1e6, 1),
+                    "bytes_a_row": round(size / len(data), 1),
+                    "disk_mb": round(disk, 1),
+                },
+            )
 
 
 def list_faiss(data: Floats) -> Iterator[Case]:
@@ -160,12 +174,15 @@ def measure(cases: Sequence[Case], queries: Floats, repeats: int) -> list[dict[s
                 case.search(query[None])
                 single[number].append(time.perf_counter() - began)
     return [
-        {"p50_us": round(float(np.median(one)) * 1e6, 1), "p99_us": round(float(np.quantile(one, 0.99)) * 1e6, 1),
-         "cpu_us": round(min(cpu for cpu, _ in many) / len(queries) * 1e6, 1),
-         "qps_batch": round(len(queries) / min(wall for _, wall in many), 1),
-         "qps_single": round(1 / float(np.median(one)), 1)}
+        {
+            "p50_us": round(float(np.median(one)) * 1e6, 1),
+            "p99_us": round(float(np.quantile(one, 0.99)) * 1e6, 1),
+            "cpu_us": round(min(cpu for cpu, _ in many) / len(queries) * 1e6, 1),
+            "qps_batch": round(len(queries) / min(wall for _, wall in many), 1),
+            "qps_single": round(1 / float(np.median(one)), 1),
+        }
         for one, many in zip(single, batch, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def main() -> int:
@@ -183,12 +200,22 @@ def main() -> int:
     vectors, classes = make_vectors(num + num_queries, dim, seed=options.seed)
     data, queries = vectors[:num], vectors[num:]
     dims = (*(d for d in (8, 16, 32, 64, 128, 256, 512, 1024) if d < dim), dim)
-    facts = {"bench": "retrieval", "num": num, "dim": dim, "queries": num_queries, "seed": options.seed, "threads": 1,
-             "machine": machine_facts()}  # fmt: skip
+    facts = {
+        "bench": "retrieval",
+        "num": num,
+        "dim": dim,
+        "queries": num_queries,
+        "seed": options.seed,
+        "threads": 1,
+        "machine": machine_facts(),
+    }
     flat = faiss.IndexFlatIP(dim)
     flat.add(normalise(data))
-    exact = Case("faiss exact", lambda q: flat.search(normalise(q), K)[1],
-                 {"build_s": 0.0, "held_mb": round(num * dim * 4 / 1e6, 1)})  # fmt: skip
+    exact = Case(
+        "faiss exact",
+        lambda q: flat.search(normalise(q), K)[1],
+        {"build_s": 0.0, "held_mb": round(num * dim * 4 / 1e6, 1)},
+    )
     truth = exact.search(queries)
     with tempfile.TemporaryDirectory(prefix="lookalike-bench-") as folder:
         cases = [exact, *list_ours(folder, data, dims), *list_faiss(data)]
@@ -198,8 +225,15 @@ def main() -> int:
             found = case.search(queries)
             good = (classes[found] == classes[num:, None]).mean()
             recall = float(per_query_overlap(found, truth).mean())
-            rows.append({"case": case.name, "recall_at_10": round(recall, 4), "p_at_10": round(float(good), 4),
-                         **figures, **case.facts})  # fmt: skip
+            rows.append(
+                {
+                    "case": case.name,
+                    "recall_at_10": round(recall, 4),
+                    "p_at_10": round(float(good), 4),
+                    **figures,
+                    **case.facts,
+                }
+            )
             print(json.dumps(facts | rows[-1]), flush=True)
     print(json.dumps(facts | {"summary": True, **summarise({row["case"]: row for row in rows})}))
     if options.plot:
@@ -219,17 +253,29 @@ def summarise(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     refine, same = "faiss IndexRefine p64 K100", "ours graph float16: index at 64-d, 100 rows"
     same = next((name for name in rows if name.startswith(same) and "512" not in name), same)
-    return {"best": ours, "hnsw_full": full, "exact": exact, "small": small, "ratios": {
-        "qps_vs_exact": ratio("faiss exact", ours, "cpu_us"), "qps_vs_hnsw_full": ratio(full, ours, "cpu_us"),
-        "single_vs_hnsw_full": ratio(full, ours, "p50_us"), "single_vs_exact": ratio("faiss exact", ours, "p50_us"),
-        "ram_ratio": ratio("faiss exact", ours, "held_mb"), "p64_vs_index_refine": ratio(refine, same, "cpu_us"),
-        "exact_query_vs_faiss": ratio("faiss exact", exact, "p50_us"),
-    }}  # fmt: skip
+    return {
+        "best": ours,
+        "hnsw_full": full,
+        "exact": exact,
+        "small": small,
+        "ratios": {
+            "qps_vs_exact": ratio("faiss exact", ours, "cpu_us"),
+            "qps_vs_hnsw_full": ratio(full, ours, "cpu_us"),
+            "single_vs_hnsw_full": ratio(full, ours, "p50_us"),
+            "single_vs_exact": ratio("faiss exact", ours, "p50_us"),
+            "ram_ratio": ratio("faiss exact", ours, "held_mb"),
+            "p64_vs_index_refine": ratio(refine, same, "cpu_us"),
+            "exact_query_vs_faiss": ratio("faiss exact", exact, "p50_us"),
+        },
+    }
 
 
 def _cheapest(rows: dict[str, dict[str, Any]], start: str, recall: float) -> str | None:
-    good = [name for name, row in rows.items() if name.startswith(start) and "exact" not in name
-            and row["recall_at_10"] >= recall]  # fmt: skip
+    good = [
+        name
+        for name, row in rows.items()
+        if name.startswith(start) and "exact" not in name and row["recall_at_10"] >= recall
+    ]
     return min(good, key=lambda name: rows[name]["cpu_us"], default=None)
 
 

@@ -37,8 +37,16 @@ from lookalike.retrieval.synthetic import make_vectors
 from tests.benchmarks.engine_case import ENGINES, find_engine
 
 ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS", "TOKIO_WORKER_THREADS",
-     "LANCE_CPU_THREADS"), "1")  # fmt: skip
+    (
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "RAYON_NUM_THREADS",
+        "TOKIO_WORKER_THREADS",
+        "LANCE_CPU_THREADS",
+    ),
+    "1",
+)
 RECALLS = (0.99, 0.95)
 Row = dict[str, Any]
 
@@ -105,9 +113,14 @@ def run_case(verb: str, name: str, folder: Path, k: int, end: float) -> str | No
     """Build or search in a process of its own; what went wrong, or None."""
     command = [sys.executable, "-m", "tests.benchmarks.engine_case", verb, name, str(folder), str(k)]
     with open(folder / "output.txt", "w+", errors="replace") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                                   env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)},
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)},
+            start_new_session=True,
+        )
         try:
             code = process.wait(max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -128,9 +141,13 @@ def summarise(rows: Sequence[Row]) -> Row:
 
     ``case`` names both; a side that no setting of reaches the recall leaves no ratio.
     """
-    return {f"{figure}_vs_best_other": {
-        kind: {str(least): _compare(rows, prefix, figure, least) for least in RECALLS}
-        for kind, prefix in (("single", ""), ("batch", "batch_"))} for figure in ("qps", "cpu")}  # fmt: skip
+    return {
+        f"{figure}_vs_best_other": {
+            kind: {str(least): _compare(rows, prefix, figure, least) for least in RECALLS}
+            for kind, prefix in (("single", ""), ("batch", "batch_"))
+        }
+        for figure in ("qps", "cpu")
+    }
 
 
 def _compare(rows: Sequence[Row], prefix: str, figure: str, least: float) -> Row:
@@ -161,13 +178,24 @@ def plot(rows: Sequence[Row], path: str, title: str) -> None:
     )
     for axis, (prefix, label) in zip(axes, (("", "one query at a time"), ("batch_", "one batch")), strict=True):
         for number, name in enumerate(names):
-            points = frontier([(row[f"{prefix}recall"], row[f"{prefix}qps"]) for row in rows
-                               if row["engine"] == name and row.get(f"{prefix}recall") is not None])  # fmt: skip
+            points = frontier(
+                [
+                    (row[f"{prefix}recall"], row[f"{prefix}qps"])
+                    for row in rows
+                    if row["engine"] == name and row.get(f"{prefix}recall") is not None
+                ]
+            )
             if points:
                 mine, turn = name.startswith("ours"), number if name.startswith("ours") else number // 10
-                axis.plot(*zip(*points, strict=True), marker="os^Dv"[number % 5], markersize=4, label=name,
-                          color="black" if mine else f"C{number % 10}", linewidth=2 if mine else 1.2,
-                          linestyle=("-", "--", ":")[turn % 3])  # fmt: skip
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker="os^Dv"[number % 5],
+                    markersize=4,
+                    label=name,
+                    color="black" if mine else f"C{number % 10}",
+                    linewidth=2 if mine else 1.2,
+                    linestyle=("-", "--", ":")[turn % 3],
+                )
         axis.set(xlabel="recall", yscale="log", title=label, xlim=(0.8, 1.003))
         axis.axvline(0.99, color="grey", linewidth=0.5)
         axis.axvline(0.95, color="grey", linewidth=0.5)
@@ -219,8 +247,15 @@ def main(given: Sequence[str] | None = None) -> int:
         vectors, _ = make_vectors(num + num_queries, dim, seed=options.seed)
     data, queries = split(vectors, num_queries, options.seed)
     del vectors
-    facts = {"bench": "retrieval_engines", "num": len(data), "dim": data.shape[1], "queries": len(queries),
-             "k": options.k, "seed": options.seed, "vectors": options.embeddings or "synthetic"}  # fmt: skip
+    facts = {
+        "bench": "retrieval_engines",
+        "num": len(data),
+        "dim": data.shape[1],
+        "queries": len(queries),
+        "k": options.k,
+        "seed": options.seed,
+        "vectors": options.embeddings or "synthetic",
+    }
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="lookalike-engines-") as name:
         folder = Path(name)

@@ -68,9 +68,11 @@ def measure(shard: ShardSearcher, queries: Floats, mask: filters.Mask, *, scan: 
         shard.search(query, 10, PLAN, mask)
         single.append(time.perf_counter() - start)
     name = "scan" if scan else "index"
-    return {f"{name}_recall_at_10": round(float(per_query_overlap(found, truth).mean()), 4),
-            f"{name}_cpu_us": round(batch / len(queries) * 1e6, 1),
-            f"{name}_query_us": round(median(single) * 1e6, 1)}  # fmt: skip
+    return {
+        f"{name}_recall_at_10": round(float(per_query_overlap(found, truth).mean()), 4),
+        f"{name}_cpu_us": round(batch / len(queries) * 1e6, 1),
+        f"{name}_query_us": round(median(single) * 1e6, 1),
+    }
 
 
 def main() -> int:

@@ -117,12 +117,19 @@ def build(root: str, config: IndexConfig, embeddings: Artifact, previous: Artifa
         index = execute(STAGE, config, inputs, root, config.shortlist)
     wall_s = time.perf_counter() - start
     kept = {key: index.stats[key] for key in ("shards_reused", "shards_appended", "shards_rebuilt")}
-    row = {"case": f"{'add to' if previous else 'build'} {config.shortlist}", "wall_s": round(wall_s, 1),
-           "tasks_s": index.manifest.duration_s, "publish_s": round(wall_s - index.manifest.duration_s, 1),
-           "shortlist_s": shortlist_seconds(index), **kept, **watch.facts,
-           "disk_gib": round(sum(file.size_bytes for file in index.manifest.files) / (1 << 30), 3),
-           "shortlist_bytes_per_row": {dim: round(size / index.stats["rows"], 1)
-                                       for dim, size in index.stats["shortlist_bytes"].items()}}  # fmt: skip
+    row = {
+        "case": f"{'add to' if previous else 'build'} {config.shortlist}",
+        "wall_s": round(wall_s, 1),
+        "tasks_s": index.manifest.duration_s,
+        "publish_s": round(wall_s - index.manifest.duration_s, 1),
+        "shortlist_s": shortlist_seconds(index),
+        **kept,
+        **watch.facts,
+        "disk_gib": round(sum(file.size_bytes for file in index.manifest.files) / (1 << 30), 3),
+        "shortlist_bytes_per_row": {
+            dim: round(size / index.stats["rows"], 1) for dim, size in index.stats["shortlist_bytes"].items()
+        },
+    }
     return index, row
 
 
@@ -161,11 +168,17 @@ def search(index: Artifact, queries: Floats, truth: Rows | None) -> tuple[dict[s
             start = time.perf_counter()
             searcher.search(query, K, plan)
             single.append(time.perf_counter() - start)
-    row = {"case": f"search {meta.shortlist}", "plan": plan.describe(), "rows": meta.num_live,
-           "open_s": round(open_s, 2),
-           "recall_at_10": round(float(per_query_overlap(found, exact).mean()), 4),
-           "query_us": round(median(single) * 1e6), "query_p99_us": round(float(np.quantile(single, 0.99)) * 1e6),
-           "cpu_us": round(cpu_s / len(queries) * 1e6), **watch.facts}  # fmt: skip
+    row = {
+        "case": f"search {meta.shortlist}",
+        "plan": plan.describe(),
+        "rows": meta.num_live,
+        "open_s": round(open_s, 2),
+        "recall_at_10": round(float(per_query_overlap(found, exact).mean()), 4),
+        "query_us": round(median(single) * 1e6),
+        "query_p99_us": round(float(np.quantile(single, 0.99)) * 1e6),
+        "cpu_us": round(cpu_s / len(queries) * 1e6),
+        **watch.facts,
+    }
     return row | ({} if truth is not None else {"exact_batch_us": round(exact_s / len(queries) * 1e6)}), exact
 
 
@@ -215,8 +228,9 @@ def run(root: str, num: int, dim: int, arguments: argparse.Namespace, report: An
     queries, _ = make_part(hierarchy, QUERIES, part=QUERY_PART, seed=SEED)
     truth = None
     for kind in arguments.kinds:
-        config = IndexConfig(num_shards=arguments.shards, shortlist=kind, dtype="float16",
-                             shortlist_dims=arguments.shortlist_dims)  # fmt: skip
+        config = IndexConfig(
+            num_shards=arguments.shards, shortlist=kind, dtype="float16", shortlist_dims=arguments.shortlist_dims
+        )
         index, row = build(root, config, embeddings, None)
         report(row)
         row, truth = search(index, queries, truth)

@@ -88,10 +88,16 @@ def open_index(folder: str) -> Searcher:
     """An index of the one shard in ``folder``."""
     shard = ShardSearcher.open(folder)
     meta = IndexMeta(
-        dims=shard.meta.dims, num_rows=shard.meta.num_rows, shards=("shard",), shard_rows=(shard.meta.num_rows,),
-        dtype=shard.meta.dtype, shortlist=shard.meta.shortlist, shortlist_dims=shard.meta.shortlist_dims,
-        columns=("image_id",), encoder=EncoderRef(fingerprint="benchmark"),
-    )  # fmt: skip
+        dims=shard.meta.dims,
+        num_rows=shard.meta.num_rows,
+        shards=("shard",),
+        shard_rows=(shard.meta.num_rows,),
+        dtype=shard.meta.dtype,
+        shortlist=shard.meta.shortlist,
+        shortlist_dims=shard.meta.shortlist_dims,
+        columns=("image_id",),
+        encoder=EncoderRef(fingerprint="benchmark"),
+    )
     return Searcher(meta, [shard])
 
 
@@ -113,8 +119,13 @@ def list_grid(searcher: Searcher, sample: Judge) -> Iterator[Plan]:
     for dim in meta.shortlist_dims:
         for size in GRID_KS:
             funnels = {*list_funnels(meta.dims, dim, size, K)}
-            funnels |= {((at, keep),) for at in meta.dims if dim < at and meta.dim // at in GRID_SHARES
-                        for keep in GRID_KEEPS if keep < size}  # fmt: skip
+            funnels |= {
+                ((at, keep),)
+                for at in meta.dims
+                if dim < at and meta.dim // at in GRID_SHARES
+                for keep in GRID_KEEPS
+                if keep < size
+            }
             beams: tuple[int | None, ...] = (None,)
             if effort == "ef_search":
                 beams = (None, size * 3 // 2)
@@ -122,12 +133,18 @@ def list_grid(searcher: Searcher, sample: Judge) -> Iterator[Plan]:
                 beams = (2, 4, 8, 16, 32, 64)
             for stages in sorted(funnels) if dim < meta.dim else [()]:
                 for beam in beams:
-                    plan = Plan(shortlist_dim=dim, shortlist_k=size, stages=stages, rerank_dim=meta.dim,
-                                **({effort: beam} if effort else {}))  # fmt: skip
+                    plan = Plan(
+                        shortlist_dim=dim,
+                        shortlist_k=size,
+                        stages=stages,
+                        rerank_dim=meta.dim,
+                        **({effort: beam} if effort else {}),
+                    )
                     yield plan
                     if beam == beams[0] and dim < meta.dim:
-                        yield from calibrate_margins(searcher, sample.queries[:100], sample.exact.rows[:100], K, plan,
-                                                     quantiles=GRID_QUANTILES)  # fmt: skip
+                        yield from calibrate_margins(
+                            searcher, sample.queries[:100], sample.exact.rows[:100], K, plan, quantiles=GRID_QUANTILES
+                        )
 
 
 def search_grid(searcher: Searcher, sample: Judge, judge: Judge) -> list[dict[str, Any]]:
@@ -142,16 +159,30 @@ def search_grid(searcher: Searcher, sample: Judge, judge: Judge) -> list[dict[st
 def run_planner(searcher: Searcher, sample: Judge, target: float) -> list[Measured]:
     """What the plan stage measures, with its defaults, for both ways to decide."""
     config = PlanConfig(target=target)
-    plans = list_plans(searcher.meta, k=K, shortlist_ks=config.shortlist_ks, efs=config.ef_search,
-                       nprobes=config.nprobe, scan_dims=config.scan_dims)  # fmt: skip
+    plans = list_plans(
+        searcher.meta,
+        k=K,
+        shortlist_ks=config.shortlist_ks,
+        efs=config.ef_search,
+        nprobes=config.nprobe,
+        scan_dims=config.scan_dims,
+    )
     nobody = np.full(len(sample.queries), -1)
     measured = planner.measure(searcher, sample.queries, K, plans, own_rows=nobody, seed=1, exact=sample.exact)
     for decide_by in DECISIONS:
         for measure_more in (planner.measure_between, planner.measure_early_exit):
-            measured += measure_more(searcher, sample.queries, K, measured, own_rows=nobody, seed=1,
-                                     exact=sample.exact, target=target, decide_by=decide_by)  # fmt: skip
-    return planner.time_plans(searcher, sample.queries[: config.time_queries], K, measured,
-                              repeats=config.time_repeats)  # fmt: skip
+            measured += measure_more(
+                searcher,
+                sample.queries,
+                K,
+                measured,
+                own_rows=nobody,
+                seed=1,
+                exact=sample.exact,
+                target=target,
+                decide_by=decide_by,
+            )
+    return planner.time_plans(searcher, sample.queries[: config.time_queries], K, measured, repeats=config.time_repeats)
 
 
 def compare(
@@ -173,10 +204,15 @@ def compare(
         for number in [best, *(n for n, (by, name, _) in enumerate(plans) if by == decide_by and name != "grid")]:
             _, name, plan = plans[number]
             recall = {f"recall_at_10_{by}": round(value, 4) for by, value in judge.recall(searcher, plan).items()}
-            yield {"case": f"{'grid best' if number == best else name} by {decide_by} at {target}", "target": target,
-                   "plan": plan.describe(), **recall, "cpu_us": round(float(times[number]), 1),
-                   "vs_grid": round(float(times[number] / times[best]), 3),
-                   **bytes_of(searcher, judge, plan)}  # fmt: skip
+            yield {
+                "case": f"{'grid best' if number == best else name} by {decide_by} at {target}",
+                "target": target,
+                "plan": plan.describe(),
+                **recall,
+                "cpu_us": round(float(times[number]), 1),
+                "vs_grid": round(float(times[number] / times[best]), 3),
+                **bytes_of(searcher, judge, plan),
+            }
 
 
 def rank_quality(searcher: Searcher, measured: list[Measured], judge: Judge, target: float) -> dict[str, Any]:
@@ -224,8 +260,11 @@ def bytes_of(searcher: Searcher, judge: Judge, plan: Plan) -> dict[str, float]:
         start = time.process_time()
         searcher.search(judge.queries, K, plan)
         best = min(best, time.process_time() - start)
-    return {"walk_bytes": round(walked), "gather_bytes": round(gathered),
-            "batch_cpu_us": round(best / len(judge.queries) * 1e6, 1)}  # fmt: skip
+    return {
+        "walk_bytes": round(walked),
+        "gather_bytes": round(gathered),
+        "batch_cpu_us": round(best / len(judge.queries) * 1e6, 1),
+    }
 
 
 def floor_of(row: dict[str, Any], speed: dict[str, float]) -> dict[str, Any]:
@@ -235,7 +274,8 @@ def floor_of(row: dict[str, Any], speed: dict[str, float]) -> dict[str, Any]:
     total = row["walk_bytes"] + row["gather_bytes"]
     floors = {name: total / speed[f"{name}_gb_s"] / 1e3 for name in ("in_order", "random")}
     return {f"floor_{name}_us": round(us, 1) for name, us in floors.items()} | {
-        f"bytes_vs_floor_{name}": round(row["batch_cpu_us"] / us, 2) for name, us in floors.items()}  # fmt: skip
+        f"bytes_vs_floor_{name}": round(row["batch_cpu_us"] / us, 2) for name, us in floors.items()
+    }
 
 
 def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
@@ -245,13 +285,17 @@ def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
     stay as they are.
     """
     meta = searcher.meta
-    plans = list_plans(meta, k=K, shortlist_ks=(10, 20, 50, 100, 200, 400), efs=(None, 64, 128, 256),
-                       nprobes=(2, 4, 8, 16, 32, 64))  # fmt: skip
+    plans = list_plans(
+        meta, k=K, shortlist_ks=(10, 20, 50, 100, 200, 400), efs=(None, 64, 128, 256), nprobes=(2, 4, 8, 16, 32, 64)
+    )
     some = [plan for plan in plans if plan.shortlist_k in {50, 200}]
     for plan in some:
         plans += calibrate_margins(searcher, judge.queries, judge.exact.rows, K, plan, quantiles=(0.99,))
-    plans += [Plan(shortlist_dim=dim, shortlist_k=size, rerank_dim=meta.dim, scan=True)
-              for dim in meta.dims[2:-1] for size in (20, 100)]  # fmt: skip
+    plans += [
+        Plan(shortlist_dim=dim, shortlist_k=size, rerank_dim=meta.dim, scan=True)
+        for dim in meta.dims[2:-1]
+        for size in (20, 100)
+    ]
     nobody = np.full(len(judge.queries), -1)
     counted = [planner.run_plan(searcher, judge.queries, K, plan, nobody)[1:] for plan in plans]
     times = cpu_us(searcher, judge.queries, plans, 3) * 1e3
@@ -269,11 +313,17 @@ def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
         prices, _ = optimize.nnls(table[:, free] * weights[:, None], wanted * weights)
         if fits_all:
             common = prices
-        fitted[kind] = {name: float(f"{price:.3g}") for name, price in zip(np.array(Counts._fields)[free], prices,
-                                                                        strict=True) if price}  # fmt: skip
+        fitted[kind] = {
+            name: float(f"{price:.3g}")
+            for name, price in zip(np.array(Counts._fields)[free], prices, strict=True)
+            if price
+        }
         error = np.abs(table[:, free] @ prices - wanted) * weights
-        facts[kind] = {"plans": len(chosen), "median_error": round(float(np.median(error)), 3),
-                       "largest_error": round(float(error.max()), 3)}  # fmt: skip
+        facts[kind] = {
+            "plans": len(chosen),
+            "median_error": round(float(np.median(error)), 3),
+            "largest_error": round(float(error.max()), 3),
+        }
     return {"case": f"prices {meta.shortlist}", "library": native.AVAILABLE, "prices_ns": fitted, "errors": facts}
 
 
@@ -339,12 +389,20 @@ def main() -> int:
             vectors, _ = make_vectors(num + 500, dim, seed=arguments.seed)
             make_shard(folder, arguments.kind, vectors[:num])
             searcher, queries = open_index(folder), vectors[num:].copy()
-        facts = {"bench": "retrieval_plan", "num": searcher.meta.num_rows, "dim": searcher.meta.dim,
-                 "kind": searcher.meta.shortlist, "queries": len(queries), "threads": 1,
-                 "machine": machine_facts()}  # fmt: skip
+        facts = {
+            "bench": "retrieval_plan",
+            "num": searcher.meta.num_rows,
+            "dim": searcher.meta.dim,
+            "kind": searcher.meta.shortlist,
+            "queries": len(queries),
+            "threads": 1,
+            "machine": machine_facts(),
+        }
         exact = searcher.search(queries, K)
-        halves = [Judge(queries[part], Hits(exact.rows[part], exact.scores[part]))
-                  for part in (slice(0, None, 2), slice(1, None, 2))]  # fmt: skip
+        halves = [
+            Judge(queries[part], Hits(exact.rows[part], exact.scores[part]))
+            for part in (slice(0, None, 2), slice(1, None, 2))
+        ]
         if arguments.fit:
             few = Judge(halves[0].queries[:60], Hits(*(part[:60] for part in halves[0].exact)))
             print(json.dumps(facts | fit(searcher, few)))

@@ -72,10 +72,12 @@ def make_requests(options: argparse.Namespace) -> Requests:
     images = pq.read_table(storage.join(SAMPLE, name), columns=["image"])["image"].slice(0, 16).to_pylist()
     return Requests(
         [pb.SearchRequest(query=query, options=chosen).SerializeToString() for query in queries],
-        [pb.SearchBatchRequest(queries=queries[start : start + BATCH], options=chosen).SerializeToString()
-         for start in range(0, NUM_QUERIES, BATCH)],
+        [
+            pb.SearchBatchRequest(queries=queries[start : start + BATCH], options=chosen).SerializeToString()
+            for start in range(0, NUM_QUERIES, BATCH)
+        ],
         [pb.SearchRequest(query=pb.Query(image=image), options=chosen).SerializeToString() for image in images],
-    )  # fmt: skip
+    )
 
 
 def compare_answers(pair: Pair, requests: Requests) -> None:
@@ -114,15 +116,18 @@ def measure(pair: Pair, requests: Requests, options: argparse.Namespace, row: Ro
         rounds: list[dict[str, Figures]] = []
         for number in range(options.rounds):
             turn = list(calls.items())[:: 1 if number % 2 else -1]  # no one always goes first
-            rounds.append({name: apply_load(call, clients, options.seconds, process)
-                           for name, (call, process) in turn})  # fmt: skip
+            rounds.append({name: apply_load(call, clients, options.seconds, process) for name, (call, process) in turn})
             for name, value in compare(pair, rounds[-1]):
                 ratios.setdefault(f"{name}_c{clients}_{pair.mode}", []).append(value)
         for name in calls:
             windows = [figures[name] for figures in rounds]
-            row(name, mode=pair.mode, layout=pair.layout, clients=clients,
-                **{field: round(median(getattr(one, field) for one in windows), 3)
-                   for field in Figures._fields})  # fmt: skip
+            row(
+                name,
+                mode=pair.mode,
+                layout=pair.layout,
+                clients=clients,
+                **{field: round(median(getattr(one, field) for one in windows), 3) for field in Figures._fields},
+            )
     return ratios
 
 
@@ -181,8 +186,16 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """Measure and print the rows."""
     options = parse_options()
-    facts = {"bench": "serving", "num": options.num, "dim": options.dim, "k": K, "seed": options.seed,
-             "seconds": options.seconds, "rounds": options.rounds, "machine": machine_facts()}  # fmt: skip
+    facts = {
+        "bench": "serving",
+        "num": options.num,
+        "dim": options.dim,
+        "k": K,
+        "seed": options.seed,
+        "seconds": options.seconds,
+        "rounds": options.rounds,
+        "machine": machine_facts(),
+    }
 
     def row(case: str, **values: Any) -> None:
         print(json.dumps({**facts, "case": case, **values}), flush=True)
@@ -191,21 +204,34 @@ def main() -> int:
 
     def measuring(pair: Pair) -> dict[str, list[float]]:
         compare_answers(pair, requests)
-        row("idle", mode=pair.mode, layout=pair.layout, raw_cpu_ms_per_s=round(idle_cpu_ms(pair.raw.process, 2), 1),
-            served_cpu_ms_per_s=round(idle_cpu_ms(pair.served.process, 2), 1))  # fmt: skip
+        row(
+            "idle",
+            mode=pair.mode,
+            layout=pair.layout,
+            raw_cpu_ms_per_s=round(idle_cpu_ms(pair.raw.process, 2), 1),
+            served_cpu_ms_per_s=round(idle_cpu_ms(pair.served.process, 2), 1),
+        )
         return measure(pair, requests, options, row)
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         shards = sorted({int(layout.partition("-")[2]) for layout in options.layouts})
-        settings = {"root": folder, "num": options.num, "dim": options.dim, "seed": options.seed, "shards": shards,
-                    "shortlist_dim": 64}  # fmt: skip
+        settings = {
+            "root": folder,
+            "num": options.num,
+            "dim": options.dim,
+            "seed": options.seed,
+            "shards": shards,
+            "shortlist_dim": 64,
+        }
         with running("prepare", settings):
             made = json.loads(Path(folder, "made.json").read_text())
         for mode in options.modes:
             for layout in options.layouts:
                 ratios |= measure_layout(mode, layout, folder, made, measuring)
-    spread = {name: {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
-              for name, values in ratios.items()}  # fmt: skip
+    spread = {
+        name: {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
+        for name, values in ratios.items()
+    }
     print(json.dumps({**facts, "summary": True, "ratios": spread}))
     return 0
 

@@ -38,9 +38,11 @@ class HopIngress:
 def build_hop(num_replicas: int) -> serve.Application:
     """The application, with the options of the one it is compared with."""
     options: dict[str, Any] = {
-        "max_ongoing_requests": 64, "max_queued_requests": 256, "ray_actor_options": {"num_cpus": 0.05},
+        "max_ongoing_requests": 64,
+        "max_queued_requests": 256,
+        "ray_actor_options": {"num_cpus": 0.05},
         "logging_config": LoggingConfig(enable_access_log=False),
-    }  # fmt: skip
+    }
     replica = serve.deployment(**options)(Replica)
     replicas = [replica.options(name=f"no-op-{number}").bind() for number in range(num_replicas)]
     return serve.deployment(name="hop", **options)(HopIngress).bind(replicas)

@@ -72,8 +72,14 @@ async def _apply(call: Call, clients: int, seconds: float, server: int) -> Figur
         taken = await asyncio.gather(*(client(number, seconds, MIN_REQUESTS) for number in range(clients)))
         wall, cpu = time.perf_counter() - start, _cpu_s(processes) - cpu
     latencies = np.concatenate(taken) * 1000
-    return Figures(float(np.median(latencies)), float(np.quantile(latencies, 0.99)), float(latencies.mean()),
-                   len(latencies) / wall, cpu * 1000 / len(latencies), len(latencies))  # fmt: skip
+    return Figures(
+        float(np.median(latencies)),
+        float(np.quantile(latencies, 0.99)),
+        float(latencies.mean()),
+        len(latencies) / wall,
+        cpu * 1000 / len(latencies),
+        len(latencies),
+    )
 
 
 def ask_once(call: Call) -> list[bytes]:

@@ -49,8 +49,9 @@ class Server(NamedTuple):
 def running(kind: str, settings: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[Server]:
     """A server in a process of its own; it has ended, with all its children, when the block has."""
     command = [sys.executable, "-m", "tests.benchmarks.serving_servers", kind, json.dumps(settings)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, **(environment or {})})  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -72,12 +73,15 @@ def throughput_environment(folder: str) -> dict[str, str]:
     ``folder`` needs a short name: a socket's path takes 97 characters, and Ray adds 60.
     """
     return {
-        **THROUGHPUT, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        **THROUGHPUT,
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder, "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()), "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-    }  # fmt: skip
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    }
 
 
 class RawService(RetrievalServiceServicer):  # type: ignore[misc]
@@ -95,8 +99,12 @@ class RawService(RetrievalServiceServicer):  # type: ignore[misc]
         self._encoder = Encoder.load(encoder)
         meta = self._searcher.meta
         coverage = pb.Coverage(shards_answered=meta.num_shards, shards_asked=meta.num_shards)
-        self._info = pb.SearchInfo(plan=write_plan(self._plan), index_generation=meta.generation, coverage=coverage,
-                                   model_fingerprint=meta.model_fingerprint)  # fmt: skip
+        self._info = pb.SearchInfo(
+            plan=write_plan(self._plan),
+            index_generation=meta.generation,
+            coverage=coverage,
+            model_fingerprint=meta.model_fingerprint,
+        )
 
     async def Search(self, request: pb.SearchRequest, context: grpc.aio.ServicerContext) -> pb.SearchResponse:
         (hits,) = await asyncio.to_thread(self._find, [request.query], request.options.k)
@@ -109,12 +117,20 @@ class RawService(RetrievalServiceServicer):  # type: ignore[misc]
         return pb.SearchBatchResponse(results=[pb.HitList(hits=hits) for hits in found], info=self._info)
 
     def _find(self, queries: Sequence[pb.Query], k: int) -> list[list[pb.Hit]]:
-        vectors = np.stack([np.frombuffer(query.vector, "<f4") if query.WhichOneof("kind") == "vector" else
-                            self._encoder.encode([query.image])[0] for query in queries])  # fmt: skip
+        vectors = np.stack(
+            [
+                np.frombuffer(query.vector, "<f4")
+                if query.WhichOneof("kind") == "vector"
+                else self._encoder.encode([query.image])[0]
+                for query in queries
+            ]
+        )
         rows, scores = self._searcher.search(vectors, k, self._plan)
         metadata = self._searcher.metadata(rows)
-        hits = [pb.Hit(id=own.pop("image_id"), score=score, metadata=own)
-                for own, score in zip(metadata, scores.ravel().tolist(), strict=True)]  # fmt: skip
+        hits = [
+            pb.Hit(id=own.pop("image_id"), score=score, metadata=own)
+            for own, score in zip(metadata, scores.ravel().tolist(), strict=True)
+        ]
         return [hits[place : place + k] for place in range(0, len(hits), k)]
 
 
@@ -155,8 +171,11 @@ def _prepare(*, root: str, num: int, dim: int, seed: int, shards: Sequence[int],
 
     vectors, classes = make_vectors(num, dim, seed=seed)
     dims = (*(size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if size < dim), dim)
-    columns = {"image_id": [f"{row:09d}" for row in range(num)], "title": [f"picture {row}" for row in range(num)],
-               "category": [f"class {number}" for number in classes]}  # fmt: skip
+    columns = {
+        "image_id": [f"{row:09d}" for row in range(num)],
+        "title": [f"picture {row}" for row in range(num)],
+        "category": [f"class {number}" for number in classes],
+    }
     embeddings = publish_embeddings(root, "embeddings", vectors, columns, dims=dims, encoder=MODEL)
     encoder = _publish_encoder(root, dims)
     plan = Plan(shortlist_dim=shortlist_dim, shortlist_k=100, rerank_dim=dim)
@@ -178,8 +197,9 @@ def _publish_encoder(root: str, dims: tuple[int, ...]) -> str:
     from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
     from lookalike.vision.transforms import TransformConfig
 
-    config = EncoderConfig(backbone="test_vit", num_features=64, dims=dims, projection=True,
-                           transform=TransformConfig(size=160))  # fmt: skip
+    config = EncoderConfig(
+        backbone="test_vit", num_features=64, dims=dims, projection=True, transform=TransformConfig(size=160)
+    )
     draft = Draft(root, "encoder", "encoder", MODEL)
     save_encoder(draft, build_model(config), config, "# random\n")
     return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0).uri

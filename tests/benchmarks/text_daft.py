@@ -64,9 +64,12 @@ def run(paths: list[str], languages: bool) -> dict[str, Any]:
     given = [col(name) for name in ("locale", "creator", "dataset")]
 
     def table(function: Any, names: list[str]) -> Any:
-        frames = [records.select(col("image_id"), lit(weights[name]).alias("weight"),
-                                 function(name)(col(name), *given).alias("term")).explode("term")
-                  for name in names]  # fmt: skip
+        frames = [
+            records.select(
+                col("image_id"), lit(weights[name]).alias("weight"), function(name)(col(name), *given).alias("term")
+            ).explode("term")
+            for name in names
+        ]
         joined = frames[0]
         for frame in frames[1:]:
             joined = joined.concat(frame)

@@ -32,8 +32,13 @@ def identify_unique(texts: pl.Series) -> pl.DataFrame:
     model = language_model()
     unique = texts.unique()
     found = [model.classify(text) if len(text.split()) >= MIN_WORDS else ("", 0.0) for text in unique.to_list()]
-    return pl.DataFrame({"text": unique, "wanted": [code == "en" for code, _ in found],
-                         "unsure": [confidence < SURE for _, confidence in found]})  # fmt: skip
+    return pl.DataFrame(
+        {
+            "text": unique,
+            "wanted": [code == "en" for code, _ in found],
+            "unsure": [confidence < SURE for _, confidence in found],
+        }
+    )
 
 
 def texts_of(records: pl.LazyFrame, names: list[str], languages: bool) -> pl.DataFrame:
@@ -59,14 +64,19 @@ def words_of(texts: pl.DataFrame) -> pl.DataFrame:
     """row, field, phrase, whole, word, single, edge, inner: one row a word, in order."""
     text = pl.col("text").str.normalize("NFKC").str.to_lowercase().str.replace_all("\u2019", "'", literal=True)
     words = (
-        texts.with_row_index("source").with_columns(text.str.replace_all(BREAKS, "\x1e").str.split("\x1e"))
-        .explode("text").with_row_index("phrase")
-        .with_columns(word=pl.col("text").str.extract_all(r"[^\W_][\w'+&--_]*")).explode("word").drop_nulls("word")
+        texts.with_row_index("source")
+        .with_columns(text.str.replace_all(BREAKS, "\x1e").str.split("\x1e"))
+        .explode("text")
+        .with_row_index("phrase")
+        .with_columns(word=pl.col("text").str.extract_all(r"[^\W_][\w'+&--_]*"))
+        .explode("word")
+        .drop_nulls("word")
         .with_columns(pl.col("word").str.strip_chars("'"))
-    )  # fmt: skip
+    )
     unique = words["word"].unique()
     facts = pl.DataFrame({"word": unique, "single": [singular(word) for word in unique.to_list()]}).with_columns(
-        inner=pl.col("word").str.contains(r"[^\W\d_]"))  # fmt: skip
+        inner=pl.col("word").str.contains(r"[^\W\d_]")
+    )
     facts = facts.with_columns(edge=pl.col("inner") & ~pl.col("word").is_in(list(STOP_WORDS)))
     return words.join(facts, on="word", how="left", maintain_order="left").with_row_index("at")
 
@@ -84,8 +94,11 @@ def terms_of(words: pl.DataFrame) -> pl.DataFrame:
             parts.insert(0, pl.col("word").shift(-offset))
             fine = fine & pl.col("inner").shift(-offset)
         free = pl.col("field").is_in(FREE_TEXT)
-        same = pl.when(free).then(last["phrase"] == pl.col("phrase")).otherwise(
-            (last["source"] == pl.col("source")) & (pl.col("size") == length))  # fmt: skip
+        same = (
+            pl.when(free)
+            .then(last["phrase"] == pl.col("phrase"))
+            .otherwise((last["source"] == pl.col("source")) & (pl.col("size") == length))
+        )
         term, fine = pl.concat_str(parts, separator=" "), (fine & same).fill_null(False)
         columns = words.select("row", "field", "source", "at", length=pl.lit(length), term=term, fine=fine)
         found.append(columns.filter("fine").drop("fine"))
@@ -94,8 +107,16 @@ def terms_of(words: pl.DataFrame) -> pl.DataFrame:
 
 def without_own(terms: pl.DataFrame, records: pl.LazyFrame) -> pl.DataFrame:
     """Terms that are not in the name of the record's creator or data set."""
-    names = pl.concat([records.select("row", "creator", pl.lit("title").alias("field"), text=name)
-                       for name in (pl.col("creator"), pl.col("dataset"))]).drop_nulls("text").collect()  # fmt: skip
+    names = (
+        pl.concat(
+            [
+                records.select("row", "creator", pl.lit("title").alias("field"), text=name)
+                for name in (pl.col("creator"), pl.col("dataset"))
+            ]
+        )
+        .drop_nulls("text")
+        .collect()
+    )
     unique = names.select("text", "field").unique().with_row_index("row")
     own = terms_of(words_of(unique)).select(name="row", term="term").unique()
     pairs = names.join(unique.select("text", name="row"), on="text").select("row", "name").join(own, on="name")
@@ -127,11 +148,16 @@ def match(terms: pl.DataFrame, vocabulary: pl.DataFrame, weights: dict[str, floa
     """row, term, score: noisy-or of the fields that name a term."""
     known = terms.join(vocabulary.select("term"), on="term", how="semi")
     long = known.filter((pl.col("length") > 1) & pl.col("field").is_in(FREE_TEXT))
-    inside = pl.concat([
-        long.select("source", at=pl.col("at") + start, length=pl.lit(size, pl.Int32))
-        .join(long.filter(pl.col("length") == outer).select("source", at=pl.col("at") + start), on=["source", "at"],
-              how="semi")
-        for outer, start, size in ((2, 0, 1), (3, 0, 1), (3, 1, 1), (3, 0, 2))])  # fmt: skip
+    inside = pl.concat(
+        [
+            long.select("source", at=pl.col("at") + start, length=pl.lit(size, pl.Int32)).join(
+                long.filter(pl.col("length") == outer).select("source", at=pl.col("at") + start),
+                on=["source", "at"],
+                how="semi",
+            )
+            for outer, start, size in ((2, 0, 1), (3, 0, 1), (3, 1, 1), (3, 0, 2))
+        ]
+    )
     named = known.with_columns(pl.col("at").cast(pl.Int64), pl.col("length").cast(pl.Int32)).join(
         inside.with_columns(pl.col("at").cast(pl.Int64)).unique(), on=["source", "at", "length"], how="anti"
     )

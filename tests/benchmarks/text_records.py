@@ -19,12 +19,12 @@ WORDS, ZIPF = 200_000, 1.05
 PART_ROWS = 10_000
 FOREIGN = {
     "de": "ein eine rotes blaues haus mit und der die das garten auto stuhl tisch lampe fenster kleine holz aus im am "
-          "see baum katze hund blume vogel weg stadt alte neue bild von zwei frau mann kind auf dem",
+    "see baum katze hund blume vogel weg stadt alte neue bild von zwei frau mann kind auf dem",
     "fr": "une un petite maison avec et la le les jardin voiture chaise table lampe rouge bleu bois dans sur lac arbre "
-          "chat chien fleur oiseau chemin ville vieille nouvelle image de deux femme homme enfant devant porte",
+    "chat chien fleur oiseau chemin ville vieille nouvelle image de deux femme homme enfant devant porte",
     "es": "una un casa con y el la los jardin coche silla mesa rojo azul madera en sobre lago arbol gato perro flor "
-          "pajaro camino ciudad vieja nueva imagen de dos mujer hombre junto puerta pequena grande",
-}  # fmt: skip
+    "pajaro camino ciudad vieja nueva imagen de dos mujer hombre junto puerta pequena grande",
+}
 FILL = ("a", "of", "with", "and", "the", "in", "for")
 
 
@@ -78,15 +78,23 @@ class Generator:
         for at in np.nonzero(rng.random(rows) < 0.7)[0].tolist():
             descriptions[at] = None
         sizes = rng.integers(1, 6, rows)
-        keywords = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32()),
-                                            pa.array(self._draw(rng, int(sizes.sum())), pa.string()))  # fmt: skip
+        keywords = pa.ListArray.from_arrays(
+            pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32()),
+            pa.array(self._draw(rng, int(sizes.sum())), pa.string()),
+        )
         category = self.paths[np.minimum(rng.zipf(1.3, rows) - 1, len(self.paths) - 1)]
         columns: dict[str, Any] = {
-            "image_id": [f"r{number:06d}-{row:05d}" for row in range(rows)], "title": titles,
-            "description": descriptions, "keywords": keywords, "category": pa.array(category, pa.string()),
-            "locale": locales, "creator": [f"shop {int(n)}" for n in rng.zipf(1.2, rows) % 9973],
-            "dataset": ["synthetic"] * rows, "split": ["train"] * rows, "group": pa.nulls(rows, pa.string()),
-        }  # fmt: skip
+            "image_id": [f"r{number:06d}-{row:05d}" for row in range(rows)],
+            "title": titles,
+            "description": descriptions,
+            "keywords": keywords,
+            "category": pa.array(category, pa.string()),
+            "locale": locales,
+            "creator": [f"shop {int(n)}" for n in rng.zipf(1.2, rows) % 9973],
+            "dataset": ["synthetic"] * rows,
+            "split": ["train"] * rows,
+            "group": pa.nulls(rows, pa.string()),
+        }
         return pa.table(columns)
 
     def write(self, folder: Path, records: int) -> list[str]:

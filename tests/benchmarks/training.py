@@ -54,10 +54,17 @@ def publish_shards(root: str) -> Artifact:
     rows = pq.read_table(storage.join(SAMPLE, name), columns=["image_id", "image", "category", "group"]).to_pylist()
     classes = {field: sorted({row[field] for row in rows if row[field]}) for field in ("category", "group")}
     random = np.random.default_rng(0)
-    made = [{"image_id": rows[i]["image_id"], "image": rows[i]["image"], "dataset": "furniture",
-             "labels": sorted(random.choice(50, int(random.integers(1, 4)), replace=False).tolist()),
-             **{field: classes[field].index(rows[i][field]) if rows[i][field] else -1 for field in classes},
-             "repeat": float(random.uniform(1, 2))} for i in random.permutation(len(rows))]  # fmt: skip
+    made = [
+        {
+            "image_id": rows[i]["image_id"],
+            "image": rows[i]["image"],
+            "dataset": "furniture",
+            "labels": sorted(random.choice(50, int(random.integers(1, 4)), replace=False).tolist()),
+            **{field: classes[field].index(rows[i][field]) if rows[i][field] else -1 for field in classes},
+            "repeat": float(random.uniform(1, 2)),
+        }
+        for i in random.permutation(len(rows))
+    ]
     draft = Draft(root, "shards", "shards", "5" * 20)
     storage.make_directory(storage.join(draft.uri, "furniture"))
     table = pa.Table.from_pylist(made, schema=SHARD)
@@ -78,14 +85,26 @@ def publish_encoder(root: str, backbone: str, size: int) -> Artifact:
 def settings(options: argparse.Namespace, seed: int) -> TrainConfig:
     """A multi-task fine-tuning of ``STEPS`` steps."""
     rows = 4008 * 1.5  # expected rows of an epoch
-    return TrainConfig.model_validate({
-        "tasks": {"weak": {"kind": "multilabel_softmax", "field": "labels"},
-                  "identity": {"kind": "normalized_softmax", "field": "group"}},
-        "mix": {"furniture": 1}, "batch_size": options.batch_size, "initialise": "random", "embedding_dim": 128,
-        "epochs": STEPS * options.batch_size / rows, "dims": [16, 128], "checkpoint_every": 10,
-        "num_workers": options.workers, "use_gpu": options.gpu, "seed": seed,
-        "loader_processes": options.loader_processes, "decode_actors": options.decode_actors,
-    })  # fmt: skip
+    return TrainConfig.model_validate(
+        {
+            "tasks": {
+                "weak": {"kind": "multilabel_softmax", "field": "labels"},
+                "identity": {"kind": "normalized_softmax", "field": "group"},
+            },
+            "mix": {"furniture": 1},
+            "batch_size": options.batch_size,
+            "initialise": "random",
+            "embedding_dim": 128,
+            "epochs": STEPS * options.batch_size / rows,
+            "dims": [16, 128],
+            "checkpoint_every": 10,
+            "num_workers": options.workers,
+            "use_gpu": options.gpu,
+            "seed": seed,
+            "loader_processes": options.loader_processes,
+            "decode_actors": options.decode_actors,
+        }
+    )
 
 
 def measure_loop(config: TrainConfig, inputs: dict[str, list[Artifact]], root: str) -> dict[str, float]:
@@ -105,9 +124,12 @@ def step_bare(values: dict[str, Any]) -> None:
     model: torch.nn.Module = build_multitask_model(config, initialise=False)
     model = prepare_model(model, parallel_strategy="ddp" if world > 1 else None)
     n, device = config.train.batch_size // world, get_device()
-    batch = {"images": torch.rand(n, 3, size, size).contiguous(memory_format=torch.channels_last),
-             "labels": torch.randint(0, 50, (n, 3)), "group": torch.randint(0, 100, (n,)),
-             "category": torch.zeros(n, dtype=torch.int64)}  # fmt: skip
+    batch = {
+        "images": torch.rand(n, 3, size, size).contiguous(memory_format=torch.channels_last),
+        "labels": torch.randint(0, 50, (n, 3)),
+        "group": torch.randint(0, 100, (n,)),
+        "category": torch.zeros(n, dtype=torch.int64),
+    }
     batch = {name: value.to(device) for name, value in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train()
@@ -137,20 +159,25 @@ def measure_bare(config: LoopConfig, folder: str) -> float:
     train = config.train
     resources = {"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})}
     trainer = TorchTrainer(
-        step_bare, train_loop_config={"loop": config.model_dump(mode="json"), "result": f"{folder}.txt"},
+        step_bare,
+        train_loop_config={"loop": config.model_dump(mode="json"), "result": f"{folder}.txt"},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=train.num_workers, use_gpu=train.use_gpu,
-                                     resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=resources
+        ),
         run_config=RunConfig(storage_path=folder),
-    )  # fmt: skip
+    )
     trainer.fit()
     return float(Path(f"{folder}.txt").read_text())
 
 
 def build_paths(dataset: Callable[[], BatchDataset]) -> dict[str, Iterator[Batch]]:
     """The three ways to decode, each with its first batches taken: processes and actors have started."""
-    paths = {"own_process": iter(dataset()), "loader_process": iter(build_loader(dataset(), 1)),
-             "decode_actor": actor_batches(dataset(), 1)}  # fmt: skip
+    paths = {
+        "own_process": iter(dataset()),
+        "loader_process": iter(build_loader(dataset(), 1)),
+        "decode_actor": actor_batches(dataset(), 1),
+    }
     for path in paths.values():
         next(path)
     return paths
@@ -178,8 +205,11 @@ def measure_decoding(dataset: BatchDataset, num: int) -> dict[str, float]:
     began = time.process_time()
     for batch in batches:
         normalize_pixels(batch["images"], TransformConfig())
-    return {"decode": decoded, "decode_augment": built,
-            "normalize": sum(len(batch["ids"]) for batch in batches) / (time.process_time() - began)}  # fmt: skip
+    return {
+        "decode": decoded,
+        "decode_augment": built,
+        "normalize": sum(len(batch["ids"]) for batch in batches) / (time.process_time() - began),
+    }
 
 
 def _images(unit: Any) -> list[bytes]:
@@ -233,9 +263,15 @@ def main() -> int:
     cpus = options.workers * (1 + options.decode_actors)
     ensure_ray(ClusterConfig(num_cpus=max(2, cpus), object_store_mb=400, progress_bars=False))
     torch.set_num_threads(1)
-    facts = {"bench": "training", "backbone": options.backbone, "size": options.size, "batch_size": options.batch_size,
-             "workers": options.workers, "gpu": torch.cuda.get_device_name() if options.gpu else None,
-             "machine": machine_facts()}  # fmt: skip
+    facts = {
+        "bench": "training",
+        "backbone": options.backbone,
+        "size": options.size,
+        "batch_size": options.batch_size,
+        "workers": options.workers,
+        "gpu": torch.cuda.get_device_name() if options.gpu else None,
+        "machine": machine_facts(),
+    }
 
     def row(case: str, **values: Any) -> None:
         print(json.dumps({**facts, "case": case, **values}), flush=True)
@@ -267,9 +303,11 @@ def main() -> int:
         ratios = {
             "loop_vs_bare": spread(loop["images_per_s"] / bare for loop, bare in zip(loops, bares, strict=True)),
             "data_wait_share": spread(each["data_wait"] for each in loops),
-            **{f"{name}_vs_own_process": spread(each[name] / each["own_process"] for each in rates)
-               for name in ("loader_process", "decode_actor")},
-        }  # fmt: skip
+            **{
+                f"{name}_vs_own_process": spread(each[name] / each["own_process"] for each in rates)
+                for name in ("loader_process", "decode_actor")
+            },
+        }
         print(json.dumps({**facts, "summary": True, **ratios}))
     return 0
 

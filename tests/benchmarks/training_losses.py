@@ -97,10 +97,16 @@ def measure(num_classes: int, dims: tuple[int, ...], *, rows: int, chunk: int, r
         head.zero_grad(set_to_none=True)
         return found
 
-    found = [{"case": name, "classes": num_classes, **step(head, loss),
-              "peak_mb": round(peak_bytes(lambda head=head, loss=loss: step(head, loss)) / 1e6, 2),
-              "weights_mb": round(sum(p.numel() * 4 for p in head.parameters()) / 1e6, 2)}
-             for name, head, loss in cases]  # fmt: skip
+    found = [
+        {
+            "case": name,
+            "classes": num_classes,
+            **step(head, loss),
+            "peak_mb": round(peak_bytes(lambda head=head, loss=loss: step(head, loss)) / 1e6, 2),
+            "weights_mb": round(sum(p.numel() * 4 for p in head.parameters()) / 1e6, 2),
+        }
+        for name, head, loss in cases
+    ]
     for nesting in ("mrl", "mrl-e"):
         values = {(row["loss"], row["gradient_norm"]) for row in found if row["case"].split()[0] == nesting}
         spread = [max(column) / min(column) - 1 for column in zip(*values, strict=True)]
@@ -122,8 +128,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def ratio(one: str, other: str, figure: str) -> dict[str, float]:
         return {str(size): round(found[one, size][figure] / found[other, size][figure], 2) for size in sizes}
 
-    pairs = {"mrl_e": ("mrl-e naive", "mrl-e chunked"), "mrl_e_accumulated": ("mrl-e naive", "mrl-e accumulated"),
-             "mrl_chunked": ("mrl", "mrl chunked"), "mrl_e_over_mrl": ("mrl", "mrl-e chunked")}  # fmt: skip
+    pairs = {
+        "mrl_e": ("mrl-e naive", "mrl-e chunked"),
+        "mrl_e_accumulated": ("mrl-e naive", "mrl-e accumulated"),
+        "mrl_chunked": ("mrl", "mrl chunked"),
+        "mrl_e_over_mrl": ("mrl", "mrl-e chunked"),
+    }
     figures = {"speedup": "cpu_s", "memory": "peak_mb"}
     return {f"{name}_{kind}": ratio(*pair, figure) for name, pair in pairs.items() for kind, figure in figures.items()}
 
@@ -141,8 +151,15 @@ def main() -> int:
     torch.set_num_threads(1)
     rows, dim = options.rows or (32 if options.quick else 128), options.dim or (64 if options.quick else 256)
     dims = (*(m for m in (8, 16, 32, 64, 128, 256, 512, 1024) if m < dim), dim)
-    facts = {"bench": "training_losses", "rows": rows, "dims": dims, "chunk": options.chunk, "rounds": options.rounds,
-             "threads": 1, "machine": {**machine_facts(), "torch": torch.__version__}}  # fmt: skip
+    facts = {
+        "bench": "training_losses",
+        "rows": rows,
+        "dims": dims,
+        "chunk": options.chunk,
+        "rounds": options.rounds,
+        "threads": 1,
+        "machine": {**machine_facts(), "torch": torch.__version__},
+    }
     found = []
     for size in options.classes or ((1000, 18_000) if options.quick else (1000, 18_000, 200_000)):
         for row in measure(size, dims, rows=rows, chunk=options.chunk, rounds=options.rounds):

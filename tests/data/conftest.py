@@ -43,9 +43,18 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         shape, colour = SHAPES[int(rng.integers(3))], list(COLOURS)[int(rng.integers(3))]
         keywords = [shape.title() + "s", colour] + (["magick"] if rng.random() < 0.5 else [])
         row = dict.fromkeys(CORPUS.names)
-        row |= {"image_id": f"id-{number:04d}", "image": draw(shape, colour, rng), "title": f"A {colour} {shape}",
-                "keywords": keywords, "category": f"shapes/{shape}", "locale": "en", "dataset": "shapes",
-                "split": "test" if number % 11 == 10 else "train", "width": 48, "height": 48}  # fmt: skip
+        row |= {
+            "image_id": f"id-{number:04d}",
+            "image": draw(shape, colour, rng),
+            "title": f"A {colour} {shape}",
+            "keywords": keywords,
+            "category": f"shapes/{shape}",
+            "locale": "en",
+            "dataset": "shapes",
+            "split": "test" if number % 11 == 10 else "train",
+            "width": 48,
+            "height": 48,
+        }
         if number % 50 == 49:
             row["image"] = rows[number - 20]["image"]
             row["title"], row["keywords"] = "copy", ["zebra crossing"]
@@ -80,8 +89,9 @@ def publish_embeddings(root: str, rows: list[dict[str, Any]], parts: int) -> Art
     size = -(-len(rows) // parts)
     for number in range(parts):
         chosen = slice(number * size, (number + 1) * size)
-        columns: dict[str, Any] = {name: [row[name] for row in rows[chosen]] for name in embeddings(16).names
-                                   if name != "vector"}  # fmt: skip
+        columns: dict[str, Any] = {
+            name: [row[name] for row in rows[chosen]] for name in embeddings(16).names if name != "vector"
+        }
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors[chosen].reshape(-1)), 16)
         table = pa.table({name: columns[name] for name in embeddings(16).names}, schema=embeddings(16))
         pq.write_table(table, draft.path(f"part-{number:06d}.parquet"))

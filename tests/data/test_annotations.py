@@ -27,9 +27,11 @@ from lookalike.data.wordlists import WordLists
 from lookalike.errors import UsageError
 
 CONFIG = AnnotationConfig(min_images=1)
-KINDS = {"keywords": pa.list_(pa.string()),
-         "annotations": pa.list_(pa.struct([("term", pa.string()), ("score", pa.float32())])),
-         "interactions": pa.list_(pa.struct([("term", pa.string()), ("weight", pa.float32())]))}  # fmt: skip
+KINDS = {
+    "keywords": pa.list_(pa.string()),
+    "annotations": pa.list_(pa.struct([("term", pa.string()), ("score", pa.float32())])),
+    "interactions": pa.list_(pa.struct([("term", pa.string()), ("weight", pa.float32())])),
+}
 
 
 def table(*rows: dict[str, Any], columns: list[str] = TEXT_COLUMNS) -> pa.Table:
@@ -65,8 +67,13 @@ def test_a_weak_field_alone_stays_under_the_threshold() -> None:
 
 
 def test_interactions_add_to_what_other_fields_say_by_their_weight() -> None:
-    signals = [{"term": "Sofas", "weight": 0.5}, {"term": "sofa", "weight": 0.2}, {"term": "rug", "weight": 40.0},
-               {"term": None, "weight": 1.0}, {"term": "lamp", "weight": None}]  # fmt: skip
+    signals = [
+        {"term": "Sofas", "weight": 0.5},
+        {"term": "sofa", "weight": 0.2},
+        {"term": "rug", "weight": 40.0},
+        {"term": None, "weight": 1.0},
+        {"term": "lamp", "weight": None},
+    ]
     found = scores(CONFIG, {"sofa", "rug", "lamp"}, title="A sofa", interactions=signals)
     assert found == {"sofa": pytest.approx(1 - 0.4 * (1 - 0.3 * 0.5))}
     alone = AnnotationConfig(field_weights={"interactions": 0.8})
@@ -111,10 +118,21 @@ def test_text_in_another_language_gives_no_terms() -> None:
     assert counts(CONFIG, {"keywords": ["\u0441hair", "chair"]}) == {"chair": 1}
 
 
-@pytest.mark.parametrize("title", [
-    "sofa " * 200_000, "sofa\u0301 " * 200_000, "a" * 1_000_000, "\ufdfa" * 300_000, "- " * 500_000,
-    "\u05e1\u05e4\u05d4 sofa " * 100_000, "\U0001f6cb\ufe0f sofa " * 100_000, "\x00" * 1_000_000, "'" * 1_000_000,
-], ids=range(9))  # fmt: skip
+@pytest.mark.parametrize(
+    "title",
+    [
+        "sofa " * 200_000,
+        "sofa\u0301 " * 200_000,
+        "a" * 1_000_000,
+        "\ufdfa" * 300_000,
+        "- " * 500_000,
+        "\u05e1\u05e4\u05d4 sofa " * 100_000,
+        "\U0001f6cb\ufe0f sofa " * 100_000,
+        "\x00" * 1_000_000,
+        "'" * 1_000_000,
+    ],
+    ids=range(9),
+)
 def test_a_title_of_a_megabyte_takes_bounded_time(title: str) -> None:
     counts(CONFIG, {"title": "warm up the model of languages"})
     start = time.process_time()
@@ -125,8 +143,15 @@ def test_a_title_of_a_megabyte_takes_bounded_time(title: str) -> None:
 
 
 def test_fields_that_are_null_empty_or_absent_say_nothing() -> None:
-    empty: dict[str, Any] = {"title": "", "description": None, "keywords": [], "category": "//", "locale": None,
-                             "annotations": [], "interactions": None}  # fmt: skip
+    empty: dict[str, Any] = {
+        "title": "",
+        "description": None,
+        "keywords": [],
+        "category": "//",
+        "locale": None,
+        "annotations": [],
+        "interactions": None,
+    }
     assert counts(CONFIG, empty, {"keywords": [None, "", " "]}) == {}
     assert scores(CONFIG, {"sofa"}, **empty) == {}
     few = table({"title": "Red sofa"}, columns=["image_id", "title", "split"])
@@ -138,11 +163,19 @@ def test_fields_that_are_null_empty_or_absent_say_nothing() -> None:
 
 WORDS = st.sampled_from(["red", "sofas", "Lamp", "of", "oak", ",", "nicu", "42"])
 PHRASES = st.lists(WORDS, max_size=4).map(" ".join)
-ROWS = st.lists(st.fixed_dictionaries({
-    "title": st.none() | PHRASES, "keywords": st.lists(PHRASES, max_size=3), "category": st.none() | PHRASES,
-    "description": st.none() | PHRASES, "creator": st.sampled_from([None, "Nicu", "oak lamp"]),
-    "split": st.sampled_from(["train", "test"]),
-}), max_size=6)  # fmt: skip
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "title": st.none() | PHRASES,
+            "keywords": st.lists(PHRASES, max_size=3),
+            "category": st.none() | PHRASES,
+            "description": st.none() | PHRASES,
+            "creator": st.sampled_from([None, "Nicu", "oak lamp"]),
+            "split": st.sampled_from(["train", "test"]),
+        }
+    ),
+    max_size=6,
+)
 
 
 def own(row: dict[str, Any]) -> set[str]:
@@ -209,8 +242,14 @@ def test_a_supplied_vocabulary_bounds_what_is_counted(tmp_path: Path) -> None:
     assert counts(AnnotationConfig(vocabulary=str(file), min_images=1), {"title": "Red sofa"}) == {"sofa": 1}
 
 
-GIVEN = [{"term": "Sofas", "score": 0.9}, {"term": "lamp", "score": 0.2}, {"term": "rug", "score": 7.0},
-         {"term": "zebra", "score": 1.0}, {"term": "oak", "score": float("nan")}, {"term": None, "score": 1.0}]
+GIVEN = [
+    {"term": "Sofas", "score": 0.9},
+    {"term": "lamp", "score": 0.2},
+    {"term": "rug", "score": 7.0},
+    {"term": "zebra", "score": 1.0},
+    {"term": "oak", "score": float("nan")},
+    {"term": None, "score": 1.0},
+]
 
 
 def test_precomputed_takes_the_users_scores() -> None:
@@ -243,8 +282,13 @@ def shouting() -> Iterator[str]:
 
         def annotate(self, records: pa.Table, vocabulary: Vocabulary) -> pa.Table:
             rows = [row for row in range(records.num_rows) if "loud" in vocabulary]
-            return pa.table({"row": pa.array(rows * 2, pa.int64()), "term": pa.array(["loud"] * 2 * len(rows)),
-                             "score": pa.array([0.6, 0.9] * len(rows), pa.float64())})  # fmt: skip
+            return pa.table(
+                {
+                    "row": pa.array(rows * 2, pa.int64()),
+                    "term": pa.array(["loud"] * 2 * len(rows)),
+                    "score": pa.array([0.6, 0.9] * len(rows), pa.float64()),
+                }
+            )
 
     ANNOTATORS.register("shouting")(Shouting)
     yield "shouting"

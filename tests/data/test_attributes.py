@@ -29,8 +29,10 @@ Stated = list[list[tuple[str, str]]]
 
 
 def table(stated: Stated) -> pa.Table:
-    rows = [{"image_id": f"i{n}", "attributes": [{"name": k, "value": v} for k, v in sorted(pairs)]}
-            for n, pairs in enumerate(stated)]  # fmt: skip
+    rows = [
+        {"image_id": f"i{n}", "attributes": [{"name": k, "value": v} for k, v in sorted(pairs)]}
+        for n, pairs in enumerate(stated)
+    ]
     return pa.Table.from_pylist(rows, schema=pa.schema([CORPUS.field("image_id"), CORPUS.field("attributes")]))
 
 
@@ -72,8 +74,11 @@ def test_classes_and_columns_are_those_of_brute_force_wherever_the_parts_are_cut
 
 
 def test_rows_of_an_older_corpus_state_nothing() -> None:
-    for rows in (pa.table({"image_id": ["a", "b"]}), table([[], []]), pa.table({"image_id": ["a", "b"], "attributes":
-                 pa.nulls(2, CORPUS.field("attributes").type)})):  # fmt: skip
+    for rows in (
+        pa.table({"image_id": ["a", "b"]}),
+        table([[], []]),
+        pa.table({"image_id": ["a", "b"], "attributes": pa.nulls(2, CORPUS.field("attributes").type)}),
+    ):
         assert count_values(rows).num_rows == 0
         assert count_values(rows).schema == COUNTS
         assert classes_of_rows(rows, {"a": ["x", "y"]}) == [[-1], [-1]]
@@ -86,12 +91,26 @@ def corpus(num: int) -> pa.Table:
     for i in range(num):
         stated = {("colour", "rgb"[int(c)]) for c in random.integers(0, 3, int(random.integers(0, 3)))}
         stated |= {("serial", str(i)), ("material", "oak")} | ({("size", "SML"[i % 3])} if i % 4 else set())
-        rows.append({"image_id": f"id-{i:04d}", "image": b"x" * 20, "dataset": "ab"[i % 2], "labels": [i % 3],
-                     "category": f"c{i % 4}", "group": f"g{i // 3}",
-                     "attributes": [{"name": k, "value": v} for k, v in sorted(stated)]})  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=pa.schema([
-        *(CORPUS.field(name) for name in ("image_id", "image", "dataset", "category", "group", "attributes")),
-        pa.field("labels", pa.list_(pa.int32()))]))  # fmt: skip
+        rows.append(
+            {
+                "image_id": f"id-{i:04d}",
+                "image": b"x" * 20,
+                "dataset": "ab"[i % 2],
+                "labels": [i % 3],
+                "category": f"c{i % 4}",
+                "group": f"g{i // 3}",
+                "attributes": [{"name": k, "value": v} for k, v in sorted(stated)],
+            }
+        )
+    return pa.Table.from_pylist(
+        rows,
+        schema=pa.schema(
+            [
+                *(CORPUS.field(name) for name in ("image_id", "image", "dataset", "category", "group", "attributes")),
+                pa.field("labels", pa.list_(pa.int32())),
+            ]
+        ),
+    )
 
 
 @pytest.mark.parametrize("together", [None, "group"])
@@ -151,4 +170,5 @@ def test_the_stage_sums_values_over_parts(ray_session: None, root: str) -> None:
         assert found == {row["image_id"]: column for row, column in zip(train, columns, strict=True)}
         assert made.stats["attributes"] == {
             name: {"classes": len(values), "images": sum(column[place] >= 0 for column in columns)}
-            for place, (name, values) in enumerate(classes.items())}  # fmt: skip
+            for place, (name, values) in enumerate(classes.items())
+        }

@@ -90,8 +90,18 @@ def make_pools(rng: np.random.Generator) -> tuple[Pools, np.ndarray, list[str]]:
     rows = []
     for n in range(600):
         terms = [f"kind {kind[n]}"] + [f"noise {d}" for d in range(4, 12) if x[n, d] > 0]
-        rows.append({"key": POOL + "d", "unit_hash": n, "image_hash": n, "image_id": str(n), "dataset": "d",
-                     "origin": n, "terms": sorted(terms), "vector": x[n].astype(np.float16)})  # fmt: skip
+        rows.append(
+            {
+                "key": POOL + "d",
+                "unit_hash": n,
+                "image_hash": n,
+                "image_id": str(n),
+                "dataset": "d",
+                "origin": n,
+                "terms": sorted(terms),
+                "vector": x[n].astype(np.float16),
+            }
+        )
     schema = whole().schema
     schema = schema.set(schema.get_field_index("vector"), pa.field("vector", pa.list_(pa.float16(), 12)))
     valid, labels = draw(200)
@@ -120,8 +130,9 @@ def test_the_curve_against_ridge_regressions_of_scikit_learn() -> None:
     x = pools.vectors.astype(np.float64)
     x = x - x.mean(axis=0)
     terms = [term for term in pools.terms.to_pylist() if scores[term] >= np.float32(0.65)]
-    y = np.array([[row in pools.rows_of(pools.terms.to_pylist().index(term)) for term in terms]
-                  for row in range(len(x))], float)  # fmt: skip
+    y = np.array(
+        [[row in pools.rows_of(pools.terms.to_pylist().index(term)) for term in terms] for row in range(len(x))], float
+    )
     y = (y - y.mean(axis=0)) / y.std(axis=0)
     ridge = Ridge(0.1 * (x**2).mean() * len(x), fit_intercept=False).fit(x, y)
     out = (valid - pools.vectors.astype(np.float64).mean(axis=0)) @ ridge.coef_.T

@@ -12,7 +12,7 @@ from lookalike.data.clusters import (
     match_sets,
     spherical_kmeans,
     split_outliers,
-)  # fmt: skip
+)
 from lookalike.data.interests import InterestClassifier, InterestConfig, choose_interests, read_taxonomy
 from lookalike.data.term_embedders import embed_terms
 from lookalike.errors import UsageError
@@ -58,8 +58,10 @@ def test_synonyms_share_a_cluster_and_a_term_may_have_several(classifier: Intere
 
 def test_the_number_of_clusters_is_the_rules_or_the_recipes(classifier: InterestClassifier) -> None:
     terms = sorted(["bear", "lion", "wolf", "eagle", "shark", "snake"])
-    for config, expected in ((ClusterConfig(terms_per_cluster=3, min_similarity=0), 2),
-                             (ClusterConfig(num_clusters={"animals": 4}, min_similarity=0), 4)):  # fmt: skip
+    for config, expected in (
+        (ClusterConfig(terms_per_cluster=3, min_similarity=0), 2),
+        (ClusterConfig(num_clusters={"animals": 4}, min_similarity=0), 4),
+    ):
         found = clustered(classifier, terms, config)
         assert len({row["cluster"] for row in found.to_pylist() if row["interest"] == "animals"}) == expected
     with pytest.raises(UsageError, match=r"num_clusters has 'animal': 4.*did you mean 'animals'"):
@@ -67,8 +69,9 @@ def test_the_number_of_clusters_is_the_rules_or_the_recipes(classifier: Interest
 
 
 def as_clusters(*members: tuple[int, str, str]) -> pa.Table:
-    rows = [{"cluster": c, "interest": i, "term": t, "similarity": 1.0}
-            for c, i, names in members for t in names.split()]  # fmt: skip
+    rows = [
+        {"cluster": c, "interest": i, "term": t, "similarity": 1.0} for c, i, names in members for t in names.split()
+    ]
     return pa.Table.from_pylist(rows, schema=CLUSTERS)
 
 
@@ -89,8 +92,10 @@ def test_a_cluster_keeps_its_id_from_run_to_run_and_none_is_used_twice() -> None
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4),
-       st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4))  # fmt: skip
+@given(
+    st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4),
+    st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4),
+)
 def test_matching_is_one_to_one_and_the_best(left: list[frozenset[str]], right: list[frozenset[str]]) -> None:
     from itertools import permutations
 
@@ -98,8 +103,10 @@ def test_matching_is_one_to_one_and_the_best(left: list[frozenset[str]], right: 
     assert len(set(found.values())) == len(found)
     value = sum(len(left[i] & right[j]) / len(left[i] | right[j]) for i, j in found.items())
     short, long = sorted([left, right], key=len)
-    best = max((sum(len(a & b) / len(a | b) for a, b in zip(short, order, strict=False))
-                for order in permutations(long)), default=0.0)  # fmt: skip
+    best = max(
+        (sum(len(a & b) / len(a | b) for a, b in zip(short, order, strict=False)) for order in permutations(long)),
+        default=0.0,
+    )
     assert value == pytest.approx(best)
 
 

@@ -82,8 +82,10 @@ def test_the_models_themselves_are_equal_bit_for_bit_in_any_batch(
         seen.append(result)
         return result
 
-    samples = [sample._replace(folds=assign_folds(np.arange(2 * size, dtype=np.uint64), folds))
-               for sample in make_samples([size] * 13, dim, 0.7)]  # fmt: skip
+    samples = [
+        sample._replace(folds=assign_folds(np.arange(2 * size, dtype=np.uint64), folds))
+        for sample in make_samples([size] * 13, dim, 0.7)
+    ]
     monkeypatch.setattr(torch, "baddbmm", record)
     logits: list[torch.Tensor] = []
     for group in [samples, samples[4:5], samples[3:7], samples[4:]]:
@@ -111,9 +113,11 @@ def test_written_out_gradients_against_autograd() -> None:
             own = slice(4 * number, 4 * number + 4)
             model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
             with torch.no_grad():
-                for parameter, start in zip(model.parameters(), (first[0][own], bias[0, 0, own],
-                                                                 second[0][own, number][None], last[0, 0, :1]),
-                                            strict=True):  # fmt: skip
+                for parameter, start in zip(
+                    model.parameters(),
+                    (first[0][own], bias[0, 0, own], second[0][own, number][None], last[0, 0, :1]),
+                    strict=True,
+                ):
                     parameter.copy_(start)
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
             train = (fold >= 0) & (fold != number)
@@ -121,7 +125,8 @@ def test_written_out_gradients_against_autograd() -> None:
                 optimizer.zero_grad()
                 sides = torch.where(target[train] > 0, target[train].sum(), (1 - target[train]).sum())
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                    model(x[train])[:, 0], target[train], 0.5 / sides, reduction="sum")  # fmt: skip
+                    model(x[train])[:, 0], target[train], 0.5 / sides, reduction="sum"
+                )
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             held = fold == number
@@ -172,8 +177,9 @@ def bucket_and_pools() -> tuple[pa.Table, Pools]:
 def test_unchanged_terms_keep_their_score_and_only_changed_ones_train(monkeypatch: pytest.MonkeyPatch) -> None:
     config = DictionaryConfig.model_validate(CONFIG.model_dump())
     bucket, pools = bucket_and_pools()
-    nothing = pa.table({"term": pa.array([], pa.string()), "digest": pa.array([], pa.string()),
-                        "hits": pa.array([], pa.int32())})  # fmt: skip
+    nothing = pa.table(
+        {"term": pa.array([], pa.string()), "digest": pa.array([], pa.string()), "hits": pa.array([], pa.int32())}
+    )
     fresh = score_bucket(bucket, pools, nothing, config, seed=7)
     assert fresh["reused"].to_pylist() == [False] * 3
     trained: list[int] = []
@@ -192,7 +198,10 @@ def test_unchanged_terms_keep_their_score_and_only_changed_ones_train(monkeypatc
     changed["vector"] = [5.0, 5.0]
     mixed = score_bucket(pa.Table.from_pylist(rows, schema=bucket.schema), pools, earlier, config, seed=7)
     assert dict(zip(mixed["term"].to_pylist(), mixed["reused"].to_pylist(), strict=True)) == {
-        "odd": True, "red": False, "round": True}  # fmt: skip
+        "odd": True,
+        "red": False,
+        "round": True,
+    }
     other = score_bucket(bucket, pools, earlier, config.model_copy(update={"probe": ProbeConfig(steps=3)}), seed=7)
     assert not any(other["reused"].to_pylist())
     assert trained == [0, 1, 3]
@@ -201,8 +210,9 @@ def test_unchanged_terms_keep_their_score_and_only_changed_ones_train(monkeypatc
 def test_terms_of_too_few_units_are_listed_without_a_score() -> None:
     bucket, pools = bucket_and_pools()
     few = bucket.filter(pa.compute.equal(bucket["key"], "red")).slice(0, 3)
-    nothing = pa.table({"term": pa.array([], pa.string()), "digest": pa.array([], pa.string()),
-                        "hits": pa.array([], pa.int32())})  # fmt: skip
+    nothing = pa.table(
+        {"term": pa.array([], pa.string()), "digest": pa.array([], pa.string()), "hits": pa.array([], pa.int32())}
+    )
     (row,) = score_bucket(few, pools, nothing, CONFIG, seed=7).to_pylist()
     assert row == {"term": "red", "positives": 3, "trials": 0, "hits": 0, "digest": None, "reused": False}
     assert score_bucket(few.slice(0, 0), pools, nothing, CONFIG, seed=7).num_rows == 0

@@ -77,12 +77,24 @@ def test_corpus_is_the_same_for_any_row_groups_and_loses_nothing(tmp_path: Path,
     large = build(root, write_source(f"{tmp_path}", 1000), "large")
     assert len(small.files("part-")) == 9
     assert read(small) == read(large)
-    assert small.stats == large.stats == {
-        "records": 60, "images": 54, "datasets": {"shapes": {"test": 4, "train": 50}}, "quarantine_rows": 7,
-        "refused": {"image: empty": 1, "image: not_an_image": 1, "image: truncated": 1, "image_id: duplicate": 2,
-                    "image_id: null": 1},
-        "repaired": {"title: empty": 1},
-    }  # fmt: skip
+    assert (
+        small.stats
+        == large.stats
+        == {
+            "records": 60,
+            "images": 54,
+            "datasets": {"shapes": {"test": 4, "train": 50}},
+            "quarantine_rows": 7,
+            "refused": {
+                "image: empty": 1,
+                "image: not_an_image": 1,
+                "image: truncated": 1,
+                "image_id: duplicate": 2,
+                "image_id: null": 1,
+            },
+            "repaired": {"title: empty": 1},
+        }
+    )
     assert small.stats["records"] == small.stats["images"] + sum(small.stats["refused"].values())
     bad = pq.ParquetFile(small.path("quarantine.parquet")).read().to_pylist()
     assert bad == pq.ParquetFile(large.path("quarantine.parquet")).read().to_pylist()
@@ -100,14 +112,20 @@ IMAGES = [png(number) for number in range(40)]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ids=st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", None]), min_size=1, max_size=40),
-       bad=st.sets(st.integers(0, 39)), cut=st.integers(0, 40), rows_per_part=st.integers(1, 9))  # fmt: skip
+@given(
+    ids=st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", None]), min_size=1, max_size=40),
+    bad=st.sets(st.integers(0, 39)),
+    cut=st.integers(0, 40),
+    rows_per_part=st.integers(1, 9),
+)
 def test_of_acceptable_records_with_the_same_id_the_first_stays(
     tmp_path_factory: pytest.TempPathFactory, ids: list[str | None], bad: set[int], cut: int, rows_per_part: int
 ) -> None:
     folder = tmp_path_factory.mktemp("ids")
-    rows = [{"image_id": name, "image": b"" if n in bad else IMAGES[n], "title": "" if n % 3 else "t"}
-            for n, name in enumerate(ids)]  # fmt: skip
+    rows = [
+        {"image_id": name, "image": b"" if n in bad else IMAGES[n], "title": "" if n % 3 else "t"}
+        for n, name in enumerate(ids)
+    ]
     schema = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("title", pa.string())])
     for name, part in (("1", rows[:cut]), ("2", rows[cut:])):
         pq.write_table(pa.Table.from_pylist(part, schema=schema), f"{folder}/{name}.parquet", row_group_size=4)
@@ -190,11 +208,14 @@ def test_sources_of_all_formats_in_one_corpus(tmp_path: Path, root: str) -> None
     rows, stats, quarantine = run_here(config, f"{tmp_path}/here")
     assert (read(artifact), artifact.stats) == (rows, stats)
     assert pq.read_table(artifact.path("quarantine.parquet")).to_pylist() == quarantine
-    assert artifact.stats["datasets"] == {"csv": {"train": 8}, "folder": {"train": 9}, "jsonl": {},
-                                          "tar": {"train": 9}}  # fmt: skip
+    assert artifact.stats["datasets"] == {"csv": {"train": 8}, "folder": {"train": 9}, "jsonl": {}, "tar": {"train": 9}}
     assert artifact.stats["records"] == 40
-    assert artifact.stats["refused"] == {"image: not_an_image": 4, "image: not_found": 1, "image_id: duplicate": 8,
-                                         "record: not_json": 1}  # fmt: skip
+    assert artifact.stats["refused"] == {
+        "image: not_an_image": 4,
+        "image: not_found": 1,
+        "image_id: duplicate": 8,
+        "record: not_json": 1,
+    }
     assert artifact.stats["repaired"] == {}  # the scores over 1 were of records that are duplicates
     assert {row["licence"] for row in rows if row["dataset"] == "folder"} == {"cc0"}
     assert [row["image_id"] for row in rows if row["dataset"] == "tar"] == [f"x/t{n}" for n in range(1, 10)]

@@ -39,8 +39,15 @@ def many_rows(folder: Path, count: int = 160) -> str:
     for number in range(count):
         buffer = io.BytesIO()
         Image.effect_noise((500, 500), 60 + number % 5).save(buffer, "PNG")
-        rows.append({"image_id": f"{number - 60 if number % 10 == 9 and number > 60 else number}",
-                     "image": buffer.getvalue(), "title": "t", "keywords": [], "split": "train"})  # fmt: skip
+        rows.append(
+            {
+                "image_id": f"{number - 60 if number % 10 == 9 and number > 60 else number}",
+                "image": buffer.getvalue(),
+                "title": "t",
+                "keywords": [],
+                "split": "train",
+            }
+        )
     return write_source(str(folder), 20, rows)
 
 
@@ -70,8 +77,11 @@ def test_finished_units_are_not_read_again(tmp_path: Path, root: str) -> None:
     for item in items[:4]:  # an attempt that was killed after four units, and in the fifth
         check_unit(item["number"], json.loads(item["unit"]), config.reader(0), places, config.checks)
     (Path(draft.uri) / "part-000004-0000.parquet.1234.tmp").write_bytes(b"half")
-    times = {name: os.stat(f"{draft.uri}/{name}").st_mtime_ns for name in storage.list_files(draft.uri)
-             if name.startswith("part-00000")}  # fmt: skip
+    times = {
+        name: os.stat(f"{draft.uri}/{name}").st_mtime_ns
+        for name in storage.list_files(draft.uri)
+        if name.startswith("part-00000")
+    }
     resumed = build(root, uri, rows_per_part=10)
     assert content(resumed) == content(calm)
     assert resumed.stats == calm.stats
@@ -112,8 +122,12 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, root: str) -> None:
 def test_a_killed_driver_resumes(tmp_path: Path) -> None:
     uri = many_rows(tmp_path)
     settings = {"sources": [{"uri": uri, "dataset": "shapes"}], "rows_per_part": 20}
-    recipe = {"name": "r", "root": f"{tmp_path}/killed", "cluster": {"num_cpus": 1, "object_store_mb": 100},
-              "steps": {"c": {"stage": "corpus", "settings": settings}}}  # fmt: skip
+    recipe = {
+        "name": "r",
+        "root": f"{tmp_path}/killed",
+        "cluster": {"num_cpus": 1, "object_store_mb": 100},
+        "steps": {"c": {"stage": "corpus", "settings": settings}},
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "lookalike.cli", "corpus", str(tmp_path / "recipe.yaml")]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as run:
@@ -137,8 +151,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=False,
-                             capture_output=True)  # fmt: skip
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=False, capture_output=True
+    )
     if mounted.returncode != 0:
         pytest.skip("mounting a small tmpfs needs root and the right to mount")
     try:

@@ -28,11 +28,20 @@ def signatures(rows: list[Row], vectors: Any = None, parts: tuple[int, ...] = ()
     numbers = np.concatenate([row_numbers(part, size) for part, size in enumerate(parts or (len(rows),))])
     flat = pa.array(same.astype(np.float16).reshape(-1))
     columns = [
-        [f"i{n}" for n in range(len(rows))], numbers, [content.ljust(16).encode() for content, _, _, _ in rows],
-        [np.packbits(np.arange(256) < bits).tobytes() for _, _, _, bits in rows], [None] * len(rows),
-        [100] * len(rows), [group for _, group, _, _ in rows], [split for _, _, split, _ in rows], ["d"] * len(rows),
-        [bytes(32)] * len(rows), [None] * len(rows), [0] * len(rows), [colours_of(row[0]) for row in rows],
-    ]  # fmt: skip
+        [f"i{n}" for n in range(len(rows))],
+        numbers,
+        [content.ljust(16).encode() for content, _, _, _ in rows],
+        [np.packbits(np.arange(256) < bits).tobytes() for _, _, _, bits in rows],
+        [None] * len(rows),
+        [100] * len(rows),
+        [group for _, group, _, _ in rows],
+        [split for _, _, split, _ in rows],
+        ["d"] * len(rows),
+        [bytes(32)] * len(rows),
+        [None] * len(rows),
+        [0] * len(rows),
+        [colours_of(row[0]) for row in rows],
+    ]
     schema = signature_schema(same.shape[1])
     arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)]
     return pa.table([*arrays, pa.FixedSizeListArray.from_arrays(flat, same.shape[1])], schema=schema)
@@ -54,7 +63,8 @@ def by_loops(rows: list[Row], vectors: Any, config: DedupConfig) -> dict[str, tu
     def close(i: int, j: int) -> tuple[int, float] | None:
         bits, cosine = abs(rows[i][3] - rows[j][3]), float(unit[i] @ unit[j])
         near = (bits <= config.max_bits and cosine >= config.min_cosine) or (
-            bits <= config.sure_max_bits and cosine >= config.sure_cosine)  # fmt: skip
+            bits <= config.sure_max_bits and cosine >= config.sure_cosine
+        )
         return (bits, -cosine) if near or rows[i][0] == rows[j][0] else None
 
     found: dict[int, tuple[str, int | None]] = {}
@@ -164,11 +174,18 @@ def test_a_chain_of_small_differences_is_not_swallowed() -> None:
 
 
 def test_a_copy_of_a_row_that_goes_goes_to_the_row_that_stays() -> None:
-    rows: list[Row] = [("x", None, "train", 0), ("y", None, "train", 20), ("y", None, "train", 20),
-                       ("x", None, "train", 0)]  # fmt: skip
+    rows: list[Row] = [
+        ("x", None, "train", 0),
+        ("y", None, "train", 20),
+        ("y", None, "train", 20),
+        ("x", None, "train", 0),
+    ]
     found = {r["image_id"]: (r["reason"], r["keeper_id"], r["component"], r["bits"]) for r in find(rows)}
-    assert found == {"i1": ("near_duplicate", "i0", "i0", 20), "i2": ("near_duplicate", "i0", "i0", 20),
-                     "i3": ("duplicate", "i0", "i0", 0)}  # fmt: skip
+    assert found == {
+        "i1": ("near_duplicate", "i0", "i0", 20),
+        "i2": ("near_duplicate", "i0", "i0", 20),
+        "i3": ("duplicate", "i0", "i0", 0),
+    }
 
 
 def test_an_empty_corpus_has_no_duplicates() -> None:
@@ -176,8 +193,9 @@ def test_an_empty_corpus_has_no_duplicates() -> None:
 
 
 def test_dropped_rows_leave_training_and_lend_their_words() -> None:
-    signed = signatures([("a", None, "train", 0), ("a", None, "train", 0), ("b", None, "train", 200),
-                         ("b", None, "test", 200)])  # fmt: skip
+    signed = signatures(
+        [("a", None, "train", 0), ("a", None, "train", 0), ("b", None, "train", 200), ("b", None, "test", 200)]
+    )
     duplicates = find_duplicates(signed, DedupConfig())
     rows = pa.table({"image_id": ["i0", "i1", "i2", "i3"], "split": ["train", "train", "train", "test"]})
     assert keep_training(rows, duplicates)["image_id"].to_pylist() == ["i0"]

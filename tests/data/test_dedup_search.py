@@ -52,12 +52,20 @@ def noisy(count: int, seed: int) -> pa.Table:
     contents = [f"{int(rng.integers(0, 2 * count)):016d}".encode() for _ in range(count)]
     flat = pa.array(unit_rows(vectors).astype(np.float16).reshape(-1))
     columns: list[Any] = [
-        [f"i{n}" for n in range(count)], np.arange(count), contents, [h.tobytes() for h in np.packbits(bits, axis=1)],
-        [None] * count, rng.integers(30, 100, count), [None if n % 2 else "g" for n in range(count)],
-        ["test" if n % 5 == 4 else "train" for n in range(count)], ["d"] * count,
-        [h.tobytes() for h in np.packbits(trimmed, axis=1)], [None] * count, rng.integers(30, 100, count),
+        [f"i{n}" for n in range(count)],
+        np.arange(count),
+        contents,
+        [h.tobytes() for h in np.packbits(bits, axis=1)],
+        [None] * count,
+        rng.integers(30, 100, count),
+        [None if n % 2 else "g" for n in range(count)],
+        ["test" if n % 5 == 4 else "train" for n in range(count)],
+        ["d"] * count,
+        [h.tobytes() for h in np.packbits(trimmed, axis=1)],
+        [None] * count,
+        rng.integers(30, 100, count),
         [c.tobytes() for c in colours],
-    ]  # fmt: skip
+    ]
     schema = signature_schema(24)
     arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=False)]
     return pa.table([*arrays, pa.FixedSizeListArray.from_arrays(flat, 24)], schema=schema)
@@ -73,15 +81,18 @@ def pairs_by_loops(table: pa.Table, config: DedupConfig) -> tuple[set[tuple[int,
         for j, other in enumerate(rows):
             if row["split"] != "train" or i == j:
                 continue
-            whole, trimmed = (bin(int.from_bytes(row[name]) ^ int.from_bytes(other[name])).count("1")
-                              for name in ("pdq", "trimmed"))  # fmt: skip
+            whole, trimmed = (
+                bin(int.from_bytes(row[name]) ^ int.from_bytes(other[name])).count("1") for name in ("pdq", "trimmed")
+            )
             cosine = float(np.einsum("i,i", vectors[i], vectors[j]))
             sharp, told = (min(row[name], other[name]) >= config.min_quality for name in ("quality", "trimmed_quality"))
             colour = max(abs(a - b) for a, b in zip(row["colours"], other["colours"], strict=True))
             same = row["content"] == other["content"]
-            near = ((sharp and whole <= config.max_bits and cosine >= config.min_cosine)
-                    or (whole <= config.sure_max_bits and cosine >= config.sure_cosine)
-                    or (told and trimmed <= config.trimmed_bits and colour <= config.max_colour))  # fmt: skip
+            near = (
+                (sharp and whole <= config.max_bits and cosine >= config.min_cosine)
+                or (whole <= config.sure_max_bits and cosine >= config.sure_cosine)
+                or (told and trimmed <= config.trimmed_bits and colour <= config.max_colour)
+            )
             bits = min(whole, trimmed) if told else whole
             kinds["colour"] += near and cosine < config.min_cosine
             if other["split"] != "train" and near:
@@ -113,8 +124,10 @@ def test_a_family_costs_as_many_pairs_as_are_remembered(monkeypatch: pytest.Monk
     monkeypatch.setattr(candidates, "QUERY_TILE", 16)
     monkeypatch.setattr(candidates, "BASE_TILE", 16)
     one = noisy(1, 0).set_column(7, "split", pa.array(["train"])).to_pylist()[0]
-    rows = [one | {"image_id": f"i{n}", "row": n, "quality": 90, "group": None, "content": bytes([n] * 16)}
-            for n in range(100)]  # fmt: skip
+    rows = [
+        one | {"image_id": f"i{n}", "row": n, "quality": 90, "group": None, "content": bytes([n] * 16)}
+        for n in range(100)
+    ]
     found = search_cell(pa.Table.from_pylist(rows, schema=signature_schema(24)), DedupConfig(neighbours=3))
     twins: dict[int, list[int]] = {}
     for pair in found.to_pylist():
@@ -220,10 +233,15 @@ def test_spans_read_every_row_once_in_order(sizes: list[int], cuts: list[int]) -
 
 
 def test_vectors_are_matched_by_id_and_the_missing_stay_null() -> None:
-    rows = pa.table({"image_id": ["b", "a", "c", "a", "b", "b"],
-                     "row": pa.array([5, 4, 6, None, None, None], pa.int64()),
-                     "vector": pa.array([None, None, None, b"A", b"C", b"B"], pa.binary(1))})  # fmt: skip
+    rows = pa.table(
+        {
+            "image_id": ["b", "a", "c", "a", "b", "b"],
+            "row": pa.array([5, 4, 6, None, None, None], pa.int64()),
+            "vector": pa.array([None, None, None, b"A", b"C", b"B"], pa.binary(1)),
+        }
+    )
     assert match_vectors(rows).to_pylist() == [
-        {"image_id": "a", "row": 4, "vector": b"A"}, {"image_id": "b", "row": 5, "vector": b"B"},
+        {"image_id": "a", "row": 4, "vector": b"A"},
+        {"image_id": "b", "row": 5, "vector": b"B"},
         {"image_id": "c", "row": 6, "vector": None},
-    ]  # fmt: skip
+    ]

@@ -121,8 +121,11 @@ def test_a_stopped_search_keeps_its_finished_cells(
     marks = {name: storage.read_bytes(job.out.work(name)) for name in storage.list_files(job.out.work())}
     for marker in ("sign.json", "copies.json", "cells.json", "pairs.json", "fates.json"):
         storage.resolve(job.out.work(marker))[0].rm_file(job.out.work(marker))  # as if killed before each was written
-    before = {name: os.stat(job.out.work(name)).st_mtime_ns for name in marks if name.startswith(("pairs/", "sign"))
-              and name.endswith(".parquet")}  # fmt: skip
+    before = {
+        name: os.stat(job.out.work(name)).st_mtime_ns
+        for name in marks
+        if name.startswith(("pairs/", "sign")) and name.endswith(".parquet")
+    }
     assert result(job)[:2] == whole
     assert {name: os.stat(job.out.work(name)).st_mtime_ns for name in before} == before
 

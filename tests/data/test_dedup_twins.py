@@ -81,8 +81,10 @@ def test_labelled_pairs_are_judged_as_scikit_learn_does() -> None:
 
 def sign(images: list[Any], mirrored: bool) -> pa.Table:
     """Signatures of pictures given as bytes; their vectors say nothing."""
-    rows = [dict.fromkeys(CORPUS.names) | {"image_id": str(n), "image": image, "split": "train"}
-            for n, image in enumerate(images)]  # fmt: skip
+    rows = [
+        dict.fromkeys(CORPUS.names) | {"image_id": str(n), "image": image, "split": "train"}
+        for n, image in enumerate(images)
+    ]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(2 * len(images), np.float16)), 2)
     return sign_images(pa.Table.from_pylist(rows, schema=CORPUS), vectors, 1, mirrored)
 

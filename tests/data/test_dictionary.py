@@ -38,9 +38,23 @@ def test_terms_with_too_few_samples_are_reported_not_scored() -> None:
     found = {row.pop("term"): row for row in table.to_pylist()}
     assert list(found) == ["absent", "few", "flat", "seen", "thin"]
     assert {term: row["status"] for term, row in found.items()} == {
-        "absent": "too_few", "few": "too_few", "flat": "abstract", "seen": "kept", "thin": "abstract"}  # fmt: skip
-    assert found["few"] == {"images": 3, "positives": 3, "trials": 0, "hits": 0, "concreteness": None, "low": None,
-                            "high": None, "status": "too_few", "digest": None}  # fmt: skip
+        "absent": "too_few",
+        "few": "too_few",
+        "flat": "abstract",
+        "seen": "kept",
+        "thin": "abstract",
+    }
+    assert found["few"] == {
+        "images": 3,
+        "positives": 3,
+        "trials": 0,
+        "hits": 0,
+        "concreteness": None,
+        "low": None,
+        "high": None,
+        "status": "too_few",
+        "digest": None,
+    }
     assert found["seen"]["concreteness"] == pytest.approx(70 / 80)
     assert found["thin"]["concreteness"] > 0.65  # above the boundary, but its interval holds chance
     assert found["thin"]["low"] < 0.5
@@ -62,9 +76,15 @@ def test_a_digest_changes_with_whatever_a_score_follows_from() -> None:
 
     base = of(one, other)
     assert base == of(one.copy(), other.copy(), folds.copy())
-    changed = [of(other, one), of(one[::-1], other), of(one, other, steps=17), of(one, other, seed=2),
-               of(one[:5], other[:5], folds[:10]), of(one.reshape(8, 3), other.reshape(8, 3)),
-               of(one, other, folds[::-1])]  # fmt: skip
+    changed = [
+        of(other, one),
+        of(one[::-1], other),
+        of(one, other, steps=17),
+        of(one, other, seed=2),
+        of(one[:5], other[:5], folds[:10]),
+        of(one.reshape(8, 3), other.reshape(8, 3)),
+        of(one, other, folds[::-1]),
+    ]
     assert len({base, *changed}) == 8
 
 

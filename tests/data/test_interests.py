@@ -54,8 +54,11 @@ def test_a_taxonomy_of_another_form_is_refused(tmp_path: object) -> None:
         read_taxonomy(path)
 
 
-VOTES = {"jaguar": np.array([0.5, 0.5], np.float32), "cat": np.array([0.9, 0.1], np.float32),
-         "engine": np.array([0.1, 0.9], np.float32)}  # fmt: skip
+VOTES = {
+    "jaguar": np.array([0.5, 0.5], np.float32),
+    "cat": np.array([0.9, 0.1], np.float32),
+    "engine": np.array([0.1, 0.9], np.float32),
+}
 
 
 def test_interest_restriction_tells_the_senses_of_jaguar_apart() -> None:

@@ -6,9 +6,14 @@ from tests.benchmarks.label_precision import draw, precision
 
 
 def parts(cuts: int) -> list[pl.DataFrame]:
-    frame = pl.DataFrame({"image_id": [f"i{n // 4}" for n in range(4000)], "term": [f"t{n % 4}" for n in range(4000)],
-                          "score": pl.Series(np.linspace(0.5, 1, 4000), dtype=pl.Float32)})  # fmt: skip
-    return [frame[start :: cuts] for start in range(cuts)]
+    frame = pl.DataFrame(
+        {
+            "image_id": [f"i{n // 4}" for n in range(4000)],
+            "term": [f"t{n % 4}" for n in range(4000)],
+            "score": pl.Series(np.linspace(0.5, 1, 4000), dtype=pl.Float32),
+        }
+    )
+    return [frame[start::cuts] for start in range(cuts)]
 
 
 def test_the_sample_is_uniform_and_does_not_depend_on_parts() -> None:
@@ -21,8 +26,10 @@ def test_the_sample_is_uniform_and_does_not_depend_on_parts() -> None:
 
 
 def test_only_verdicts_on_annotations_that_exist_count() -> None:
-    rows = [{"image_id": f"i{n}", "term": "t", "verdict": verdict}
-            for n, verdict in enumerate(["right"] * 9 + ["wrong", "unsure", "wrong"])]  # fmt: skip
+    rows = [
+        {"image_id": f"i{n}", "term": "t", "verdict": verdict}
+        for n, verdict in enumerate(["right"] * 9 + ["wrong", "unsure", "wrong"])
+    ]
     found = precision(rows, {(f"i{n}", "t") for n in range(11)})
     assert (found["verdicts"], found["still_apply"], found["precision"]) == (12, 11, 0.9)
     assert (found["low"], found["high"]) == (pytest.approx(0.5958, abs=1e-3), pytest.approx(0.9821, abs=1e-3))

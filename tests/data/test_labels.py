@@ -15,9 +15,11 @@ from lookalike.stages import execute, fingerprint
 from .conftest import make_rows, publish_corpus, publish_embeddings
 
 SETTINGS: dict[str, Any] = {
-    "annotations": {"min_images": 4}, "dictionary": {"positives": 48, "min_units": 6, "terms_per_task": 4},
-    "min_images_per_label": 4, "report": {"labels": 3, "dropped_terms": 2, "images": 4},
-}  # fmt: skip
+    "annotations": {"min_images": 4},
+    "dictionary": {"positives": 48, "min_units": 6, "terms_per_task": 4},
+    "min_images_per_label": 4,
+    "report": {"labels": 3, "dropped_terms": 2, "images": 4},
+}
 
 
 def inputs(root: str, parts: int) -> dict[str, list[Artifact]]:
@@ -26,8 +28,12 @@ def inputs(root: str, parts: int) -> dict[str, list[Artifact]]:
 
 
 def content(artifact: Artifact, folder: str) -> list[dict[str, Any]]:
-    return [row for uri in artifact.files(folder) if uri.endswith(".parquet")
-            for row in pq.ParquetFile(uri).read().to_pylist()]  # fmt: skip
+    return [
+        row
+        for uri in artifact.files(folder)
+        if uri.endswith(".parquet")
+        for row in pq.ParquetFile(uri).read().to_pylist()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -153,5 +159,10 @@ def test_embeddings_of_another_corpus_are_refused(built: list[dict[str, Artifact
 def test_categories_of_rows_without_a_group_are_no_classes() -> None:
     rows = pa.table({"dataset": ["d", "d"], "category": ["sofa", "cat"], "group": ["p", None], "labels": [[0], []]})
     census = {(r["kind"], r["name"]): r["images"] for r in shards.take_census(rows, "grouped").to_pylist()}
-    assert census == {("dataset", "d"): 2, ("labelled", ""): 1, ("label", "0"): 1, ("group", "p"): 1,
-                      ("category", "sofa"): 1}  # fmt: skip
+    assert census == {
+        ("dataset", "d"): 2,
+        ("labelled", ""): 1,
+        ("label", "0"): 1,
+        ("group", "p"): 1,
+        ("category", "sofa"): 1,
+    }

@@ -10,12 +10,51 @@ from lookalike.data.phrases import Phrases
 from lookalike.data.terms import canonical, match_terms, ngrams
 from lookalike.data.vocabulary import Vocabulary, expand
 
-WORDS = ["red", "Blue", "chairs", "table", "tables", "of", "the", "lamp", "12", "3d", "office", ",", "-", "&", "'",
-         "\n", "women's", "Fl\u00fcgel", "\u0441hair", "x" * 40, "\U0001f525"]  # fmt: skip
-TEXTS = st.lists(st.one_of(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join), st.text(max_size=30)),
-                 max_size=6)  # fmt: skip
-TERMS = st.sets(st.sampled_from(["red", "chair", "table", "lamp", "office chair", "office", "red table", "blue lamp",
-                                 "office of lamp", "red office chair", "woman", "3d lamp"]), min_size=1)  # fmt: skip
+WORDS = [
+    "red",
+    "Blue",
+    "chairs",
+    "table",
+    "tables",
+    "of",
+    "the",
+    "lamp",
+    "12",
+    "3d",
+    "office",
+    ",",
+    "-",
+    "&",
+    "'",
+    "\n",
+    "women's",
+    "Fl\u00fcgel",
+    "\u0441hair",
+    "x" * 40,
+    "\U0001f525",
+]
+TEXTS = st.lists(
+    st.one_of(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join), st.text(max_size=30)), max_size=6
+)
+TERMS = st.sets(
+    st.sampled_from(
+        [
+            "red",
+            "chair",
+            "table",
+            "lamp",
+            "office chair",
+            "office",
+            "red table",
+            "blue lamp",
+            "office of lamp",
+            "red office chair",
+            "woman",
+            "3d lamp",
+        ]
+    ),
+    min_size=1,
+)
 
 
 @settings(deadline=None)

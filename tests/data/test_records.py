@@ -56,9 +56,16 @@ def check(table: pa.Table, **settings: Any) -> tuple[list[dict[str, Any]], list[
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "empty"), (None, "null"), (b"hello world", "not_an_image"), (png()[:60], "truncated"),
-     (bomb(), "too_large"), (b"x" * 100_001, "too_many_bytes"), (png((20, 2)), "too_small")],
-)  # fmt: skip
+    [
+        (b"", "empty"),
+        (None, "null"),
+        (b"hello world", "not_an_image"),
+        (png()[:60], "truncated"),
+        (bomb(), "too_large"),
+        (b"x" * 100_001, "too_many_bytes"),
+        (png((20, 2)), "too_small"),
+    ],
+)
 def test_bad_images_are_quarantined_with_the_reason(data: bytes | None, reason: str) -> None:
     accepted, problems = check(pa.table({"image_id": ["good", "bad"], "image": pa.array([png(), data], pa.binary())}))
     assert [row["image_id"] for row in accepted] == ["good"]
@@ -70,8 +77,12 @@ def test_null_and_repeated_ids_are_refused_and_the_first_acceptable_one_stays() 
     table = pa.table({"image_id": ["a", None, "", "a", "b", "b"], "image": [PNG] * 4 + [b""] + [PNG]})
     accepted, problems = check(table)
     assert [row["image_id"] for row in accepted] == ["a", "b"]
-    assert problems == [(1, "image_id", "null"), (2, "image_id", "null"), (3, "image_id", "duplicate"),
-                        (4, "image", "empty")]  # fmt: skip
+    assert problems == [
+        (1, "image_id", "null"),
+        (2, "image_id", "null"),
+        (3, "image_id", "duplicate"),
+        (4, "image", "empty"),
+    ]
 
 
 def test_ids_that_cannot_be_ids() -> None:
@@ -96,8 +107,11 @@ def test_titles_that_are_empty_or_not_utf8_are_repaired_and_reported(kind: pa.Da
         titles = pa.Array.from_buffers(pa.string(), 4, titles.buffers())
     accepted, problems = check(pa.table({"image_id": list("abcd"), "image": [png()] * 4, "title": titles}))
     assert [row["title"] for row in accepted] == ["ok", "", "", ""]
-    assert problems == [(1, "title", "repaired: not_utf8"), (2, "title", "repaired: empty"),
-                        (3, "title", "repaired: empty")]  # fmt: skip
+    assert problems == [
+        (1, "title", "repaired: not_utf8"),
+        (2, "title", "repaired: empty"),
+        (3, "title", "repaired: empty"),
+    ]
 
 
 def test_no_title_column_is_no_problem() -> None:
@@ -130,10 +144,12 @@ def test_a_split_keeps_its_own_name() -> None:
 
 @pytest.mark.parametrize(
     ("mapping", "columns", "words"),
-    [({"title": "nam"}, ["image_id", "image", "name"], "'nam', mapped to 'title', is absent .did you mean 'name'"),
-     ({}, ["id", "image"], "required field 'image_id'; the file has id, image"),
-     ({}, ["image_id", "uri"], "required field 'image' or 'image_uri'; the file has image_id, uri")],
-)  # fmt: skip
+    [
+        ({"title": "nam"}, ["image_id", "image", "name"], "'nam', mapped to 'title', is absent .did you mean 'name'"),
+        ({}, ["id", "image"], "required field 'image_id'; the file has id, image"),
+        ({}, ["image_id", "uri"], "required field 'image' or 'image_uri'; the file has image_id, uri"),
+    ],
+)
 def test_wrong_columns_name_what_exists_and_the_remedy(mapping: dict[str, str], columns: list[str], words: str) -> None:
     with pytest.raises(CorpusError, match=words):
         resolve(mapping, columns, "source s")
@@ -141,21 +157,32 @@ def test_wrong_columns_name_what_exists_and_the_remedy(mapping: dict[str, str], 
 
 def test_reasons_are_counted() -> None:
     table = pa.table({"image_id": list("abc"), "image": pa.array([b"", b"", b"zz"], pa.binary())})
-    checked = check_records(list(arrow_records(table, {"image_id": "image_id", "image": "image"})), origin(),
-                            limits=LIMITS, seen=set())  # fmt: skip
+    checked = check_records(
+        list(arrow_records(table, {"image_id": "image_id", "image": "image"})), origin(), limits=LIMITS, seen=set()
+    )
     assert count_reasons(checked.quarantine) == {"image: empty": 2, "image: not_an_image": 1}
 
 
 @pytest.mark.parametrize(
     ("raw", "text", "problems"),
-    [("caf\u00e9 \U0001f600\U0001f3fd\u200d\U0001f33e", None, set()),  # emoji with a joiner
-     ("\u0643\u0631\u0633\u064a \u200fsofa \u05db\u05d9\u05e1\u05d0", None, set()),  # right to left, with its mark
-     ("\u6905\u5b50 chair \u0441\u0442\u0443\u043b\ttab\nline", None, set()),  # mixed scripts, white space
-     ("so\x00fa\x1b[0m\x85\x7f", "sofa[0m", {"control_characters"}), ("a\ud800b", "ab", {"control_characters"}),
-     (" " * 5, "", set()), ("x" * 1_000_000, "x" * 1000, {"too_long"}), (b"caf\xe9", None, {"not_utf8"}),
-     ("caf\udce9", None, {"not_utf8"}), ({"a": 1}, None, {"wrong_type"}), (["a"], None, {"wrong_type"}),
-     (7, "7", set()), (True, "true", set()), (float("nan"), None, set()), (None, None, set())],
-)  # fmt: skip
+    [
+        ("caf\u00e9 \U0001f600\U0001f3fd\u200d\U0001f33e", None, set()),  # emoji with a joiner
+        ("\u0643\u0631\u0633\u064a \u200fsofa \u05db\u05d9\u05e1\u05d0", None, set()),  # right to left, with its mark
+        ("\u6905\u5b50 chair \u0441\u0442\u0443\u043b\ttab\nline", None, set()),  # mixed scripts, white space
+        ("so\x00fa\x1b[0m\x85\x7f", "sofa[0m", {"control_characters"}),
+        ("a\ud800b", "ab", {"control_characters"}),
+        (" " * 5, "", set()),
+        ("x" * 1_000_000, "x" * 1000, {"too_long"}),
+        (b"caf\xe9", None, {"not_utf8"}),
+        ("caf\udce9", None, {"not_utf8"}),
+        ({"a": 1}, None, {"wrong_type"}),
+        (["a"], None, {"wrong_type"}),
+        (7, "7", set()),
+        (True, "true", set()),
+        (float("nan"), None, set()),
+        (None, None, set()),
+    ],
+)
 def test_texts_of_every_kind(raw: Any, text: str | None, problems: set[str]) -> None:
     if text is None and not problems and isinstance(raw, str):
         text = raw.strip()
@@ -196,18 +223,30 @@ SCORES = [{"term": "sofa", "score": 0.9}, {"term": "red chair", "score": 1.0}]
 
 @pytest.mark.parametrize(
     "raw",
-    [SCORES, [("sofa", 0.9), ("red chair", 1.0)], {"sofa": 0.9, "red chair": 1}, ["sofa:0.9", "red chair"],
-     [b"sofa : .9", b"red chair:1"], "sofa:0.9, red chair", '{"sofa": 0.9, "red chair": 1.0}',
-     '["sofa:0.9", "red chair"]', b'[{"term": "sofa", "score": 0.9}, {"term": "red chair", "score": "1"}]',
-     '[["sofa", 0.9], ["red chair", 1]]'],
-)  # fmt: skip
+    [
+        SCORES,
+        [("sofa", 0.9), ("red chair", 1.0)],
+        {"sofa": 0.9, "red chair": 1},
+        ["sofa:0.9", "red chair"],
+        [b"sofa : .9", b"red chair:1"],
+        "sofa:0.9, red chair",
+        '{"sofa": 0.9, "red chair": 1.0}',
+        '["sofa:0.9", "red chair"]',
+        b'[{"term": "sofa", "score": 0.9}, {"term": "red chair", "score": "1"}]',
+        '[["sofa", 0.9], ["red chair", 1]]',
+    ],
+)
 def test_scored_terms_of_every_form(raw: Any) -> None:
     assert read_scored(raw, 100, "score", 1.0) == (SCORES, set())
 
 
-@pytest.mark.parametrize("kind", [
-    pa.list_(pa.struct([("term", pa.string()), ("score", pa.float64())])), pa.map_(pa.string(), pa.float64()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.struct([("term", pa.string()), ("score", pa.float64())])),
+        pa.map_(pa.string(), pa.float64()),
+    ],
+)
 def test_scored_terms_of_nested_columns(kind: pa.DataType) -> None:
     raw = SCORES if pa.types.is_list(kind) else [("sofa", 0.9), ("red chair", 1.0)]
     table = pa.table({"image_id": ["a", "b"], "image": [PNG] * 2, "annotations": pa.array([raw, None], kind)})
@@ -235,25 +274,41 @@ STATED = [{"name": "colour", "value": "blue"}, {"name": "colour", "value": "red"
 
 @pytest.mark.parametrize(
     "raw",
-    [{"size": 2, "colour": ["red", "blue"]}, {"size": "2", "colour": [" blue", "red ", "red", "", None]}, STATED[::-1],
-     [("colour", "blue"), ("size", 2), ("colour", "red")], '{"colour": ["blue", "red"], "size": 2}',
-     b'[{"name": "size", "value": "2"}, {"name": "colour", "value": "red"}, {"name": "colour", "value": "blue"}]'],
-)  # fmt: skip
+    [
+        {"size": 2, "colour": ["red", "blue"]},
+        {"size": "2", "colour": [" blue", "red ", "red", "", None]},
+        STATED[::-1],
+        [("colour", "blue"), ("size", 2), ("colour", "red")],
+        '{"colour": ["blue", "red"], "size": 2}',
+        b'[{"name": "size", "value": "2"}, {"name": "colour", "value": "red"}, {"name": "colour", "value": "blue"}]',
+    ],
+)
 def test_attributes_of_every_form(raw: Any) -> None:
     assert read_attributes(raw, 100) == (STATED, set())
 
 
 @pytest.mark.parametrize(
     ("raw", "kept", "problems"),
-    [(None, [], set()), ("", [], set()), ({}, [], set()), ([None], [], set()),
-     ({"a": None, "": "b", "c": " "}, [], set()),
-     (7, [], {"wrong_type"}), ("red, blue", [], {"wrong_type"}), ("[not json", [], {"wrong_type"}),
-     ([{"colour": "red"}], [], {"wrong_type"}), ({"a": {"b": 1}, "c": 1}, [("c", "1")], {"wrong_type"}),
-     ({"a": [["b"]]}, [], {"wrong_type"}), (b"\xff", [], {"not_utf8"}), ({"a": b"\xff", "b": b"x"}, [("b", "x")],
-     {"not_utf8"}), ({"co\x00l": "re\x1bd"}, [("col", "red")], {"control_characters"}),
-     ({"a": "x" * 1_000_000, "b": "red"}, [("b", "red")], {"too_long"}), ({"x" * 101: "red"}, [], {"too_long"}),
-     ({"a": float("nan"), "b": True}, [("b", "true")], set())],
-)  # fmt: skip
+    [
+        (None, [], set()),
+        ("", [], set()),
+        ({}, [], set()),
+        ([None], [], set()),
+        ({"a": None, "": "b", "c": " "}, [], set()),
+        (7, [], {"wrong_type"}),
+        ("red, blue", [], {"wrong_type"}),
+        ("[not json", [], {"wrong_type"}),
+        ([{"colour": "red"}], [], {"wrong_type"}),
+        ({"a": {"b": 1}, "c": 1}, [("c", "1")], {"wrong_type"}),
+        ({"a": [["b"]]}, [], {"wrong_type"}),
+        (b"\xff", [], {"not_utf8"}),
+        ({"a": b"\xff", "b": b"x"}, [("b", "x")], {"not_utf8"}),
+        ({"co\x00l": "re\x1bd"}, [("col", "red")], {"control_characters"}),
+        ({"a": "x" * 1_000_000, "b": "red"}, [("b", "red")], {"too_long"}),
+        ({"x" * 101: "red"}, [], {"too_long"}),
+        ({"a": float("nan"), "b": True}, [("b", "true")], set()),
+    ],
+)
 def test_attributes_out_of_form(raw: Any, kept: list[tuple[str, str]], problems: set[str]) -> None:
     assert read_attributes(raw, 100) == ([{"name": n, "value": v} for n, v in kept], problems)
 
@@ -271,10 +326,15 @@ def test_attributes_fit_and_do_not_depend_on_their_order(pairs: list[tuple[str, 
     assert set(found) == wanted or problems == {"too_long"}
 
 
-@pytest.mark.parametrize("kind", [
-    pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())])), pa.map_(pa.string(), pa.list_(pa.string())),
-    pa.struct([("colour", pa.list_(pa.string())), ("size", pa.int8()), ("shape", pa.string())]), pa.string(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())])),
+        pa.map_(pa.string(), pa.list_(pa.string())),
+        pa.struct([("colour", pa.list_(pa.string())), ("size", pa.int8()), ("shape", pa.string())]),
+        pa.string(),
+    ],
+)
 def test_attributes_of_columns_are_a_part_of_the_row(kind: pa.DataType) -> None:
     raw: Any = {"colour": ["red", "blue"], "size": 2}
     if pa.types.is_list(kind):
@@ -297,8 +357,16 @@ def test_a_bad_attribute_is_a_repair_of_its_record() -> None:
 
 
 def test_plain_columns_are_gathered_as_attributes() -> None:
-    table = pa.table({"image_id": ["a", "b"], "image": [PNG] * 2, "paint": ["red", None], "year": [1999, 2000],
-                      "tags": [["x", "y"], []], "attributes": ['{"colour": "blue"}', '{"old": "1"}']})  # fmt: skip
+    table = pa.table(
+        {
+            "image_id": ["a", "b"],
+            "image": [PNG] * 2,
+            "paint": ["red", None],
+            "year": [1999, 2000],
+            "tags": [["x", "y"], []],
+            "attributes": ['{"colour": "blue"}', '{"old": "1"}'],
+        }
+    )
     mapping = {"attributes": {"colour": "paint", "made in": "year", "tag": "tags"}}
     source = origin(columns=mapping).source
     assert Source.model_validate(source.model_dump()) == source  # as a manifest has it
@@ -321,12 +389,18 @@ def test_constants_fill_what_is_missing_and_nothing_else() -> None:
 
 
 bad_or_good = st.fixed_dictionaries(
-    {"image_id": st.sampled_from(["a", "b", "c", None, "", b"\xff", 3]),
-     "image": st.sampled_from([PNG, b"", None, "x"])},
-    optional={"title": st.sampled_from(["t", "", None, "\x00"]), "keywords": st.sampled_from([None, 3, "a,b"]),
-              "annotations": st.sampled_from([{"a": 2}, "x:0.5", 9]),
-              "attributes": st.sampled_from([{"a": 2}, "x", 9, [["a", {}]]]), "unreadable": st.just("not_json")},
-)  # fmt: skip
+    {
+        "image_id": st.sampled_from(["a", "b", "c", None, "", b"\xff", 3]),
+        "image": st.sampled_from([PNG, b"", None, "x"]),
+    },
+    optional={
+        "title": st.sampled_from(["t", "", None, "\x00"]),
+        "keywords": st.sampled_from([None, 3, "a,b"]),
+        "annotations": st.sampled_from([{"a": 2}, "x:0.5", 9]),
+        "attributes": st.sampled_from([{"a": 2}, "x", 9, [["a", {}]]]),
+        "unreadable": st.just("not_json"),
+    },
+)
 
 
 @settings(max_examples=100, deadline=None)

@@ -44,10 +44,16 @@ def corpus(num: int, groups: int) -> pa.Table:
     """Rows of which every fifth has no group; group 0 is large."""
     random = np.random.default_rng(0)
     rows: list[dict[str, Any]] = [
-        {"image_id": f"id-{i:04d}", "image": b"x" * 50, "dataset": "ab"[i % 2], "labels": [i % 3],
-         "category": f"c{i % 4}" if i % 7 else None,
-         "group": None if i % 5 == 0 else "g0" if i % 3 == 0 else f"g{int(random.integers(1, groups))}"}
-        for i in range(num)]  # fmt: skip
+        {
+            "image_id": f"id-{i:04d}",
+            "image": b"x" * 50,
+            "dataset": "ab"[i % 2],
+            "labels": [i % 3],
+            "category": f"c{i % 4}" if i % 7 else None,
+            "group": None if i % 5 == 0 else "g0" if i % 3 == 0 else f"g{int(random.integers(1, groups))}",
+        }
+        for i in range(num)
+    ]
     return pa.Table.from_pylist(rows)
 
 
@@ -117,6 +123,10 @@ def test_rows_shuffled_one_by_one_are_written_as_they_were(tmp_path: Any) -> Non
     assert placed["bundle"].equals(placed["key"])
     part = placed.filter(pa.array([name == "a/part-000000.parquet" for name in placed["place"].to_pylist()]))
     sink = pa.BufferOutputStream()
-    pq.write_table(part.sort_by([("key", "ascending"), ("image_id", "ascending")]).select(SHARD.names).cast(SHARD),
-                   sink, row_group_size=20, compression="none")  # fmt: skip
+    pq.write_table(
+        part.sort_by([("key", "ascending"), ("image_id", "ascending")]).select(SHARD.names).cast(SHARD),
+        sink,
+        row_group_size=20,
+        compression="none",
+    )
     assert (tmp_path / "a/part-000000.parquet").read_bytes() == sink.getvalue().to_pybytes()

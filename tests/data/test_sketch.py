@@ -37,14 +37,28 @@ def make_part(count: int, seed: int = 0) -> tuple[pa.Table, pa.Table]:
         dataset = "a" if n % 2 else "b"
         group = f"{seed}-p{n // 3}" if dataset == "a" else None
         vector = np.array([n, n % 7], np.float16)
-        rows.append({"image_id": f"{seed}-{n}", "group": group, "dataset": dataset, "vector": vector,
-                     "creator": None if n % 5 == 0 else f"c{n % 8}"})  # fmt: skip
+        rows.append(
+            {
+                "image_id": f"{seed}-{n}",
+                "group": group,
+                "dataset": dataset,
+                "vector": vector,
+                "creator": None if n % 5 == 0 else f"c{n % 8}",
+            }
+        )
         for term in TERMS:
             if rng.random() < 0.4:
                 score = float(rng.choice([0.5, 0.9]))
                 named.append({"image_id": f"{seed}-{n}", "term": term, "score": score, "split": "train"})
-    schema = pa.schema([("image_id", pa.string()), ("group", pa.string()), ("dataset", pa.string()),
-                        ("creator", pa.string()), ("vector", pa.list_(pa.float16(), 2))])  # fmt: skip
+    schema = pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("group", pa.string()),
+            ("dataset", pa.string()),
+            ("creator", pa.string()),
+            ("vector", pa.list_(pa.float16(), 2)),
+        ]
+    )
     return pa.Table.from_pylist(named, schema=ANNOTATIONS), pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -85,8 +99,11 @@ def test_limits_leave_out_what_would_be_cut_and_nothing_else() -> None:
     assert merge_sketches(parts, CONFIG).equals(whole())
     assert sum(p.num_rows for p in parts) < sum(p.num_rows for p in parts_of([30, 60, 90]))
     last = whole().group_by("key").aggregate([("unit_hash", "max"), ([], "count_all")]).to_pylist()
-    full = {row["key"]: row["unit_hash_max"] for row in last
-            if row["count_all"] == (CONFIG.pool if row["key"].startswith(POOL) else CONFIG.positives)}  # fmt: skip
+    full = {
+        row["key"]: row["unit_hash_max"]
+        for row in last
+        if row["count_all"] == (CONFIG.pool if row["key"].startswith(POOL) else CONFIG.positives)
+    }
     assert {row["key"]: row["limit"] for row in limits.to_pylist()} == full
     assert set(TERMS) <= set(full)
 
@@ -124,8 +141,10 @@ def test_many_data_sets_share_the_pool() -> None:
 def samples() -> dict[str, Any]:
     sketch = whole()
     pool = pc.starts_with(sketch["key"], POOL)
-    return {chosen.term: chosen for chosen in choose_samples(sketch.filter(pc.invert(pool)),
-                                                             Pools(sketch.filter(pool)), 3, 7)}  # fmt: skip
+    return {
+        chosen.term: chosen
+        for chosen in choose_samples(sketch.filter(pc.invert(pool)), Pools(sketch.filter(pool)), 3, 7)
+    }
 
 
 def test_negatives_lack_the_term_and_come_from_the_same_data_sets_and_other_units() -> None:
@@ -191,8 +210,9 @@ def test_what_one_creator_made_has_one_origin_unless_it_is_most_of_a_data_set() 
         creators = [images[f"0-{int(n)}"]["creator"] for n in np.concatenate(sample[:2])[:, 0]]
         folds = {(creator, fold) for creator, fold in zip(creators, sample.folds.tolist(), strict=True) if creator}
         assert len(folds) == len({creator for creator, _ in folds})
-    plain = sketch_part(annotations, rows, CONFIG.model_copy(update={"hold_out_creators": False}), high=0.6, seed=7,
-                        limits=None)  # fmt: skip
+    plain = sketch_part(
+        annotations, rows, CONFIG.model_copy(update={"hold_out_creators": False}), high=0.6, seed=7, limits=None
+    )
     assert plain["origin"].equals(plain["unit_hash"])
     one = rows.set_column(rows.column_names.index("creator"), "creator", pa.array(["all of it"] * 120))
     same = sketch_part(annotations, one, CONFIG, high=0.6, seed=7, limits=None)

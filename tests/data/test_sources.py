@@ -27,8 +27,15 @@ from lookalike.data.sources.tables import open_buffered, read_lines
 from lookalike.errors import CorpusError, UsageError
 from lookalike.vision.images import ImageError
 
-ROWS = [{"image_id": f"id-{n:03d}", "image": f"bytes {n}".encode(), "title": f"title {n}, \"quoted\"\nline",
-         "file_name": f"{'ab'[n % 2]}/{n:03d}.png"} for n in range(37)]  # fmt: skip
+ROWS = [
+    {
+        "image_id": f"id-{n:03d}",
+        "image": f"bytes {n}".encode(),
+        "title": f'title {n}, "quoted"\nline',
+        "file_name": f"{'ab'[n % 2]}/{n:03d}.png",
+    }
+    for n in range(37)
+]
 Write = Callable[[str], None]
 
 
@@ -111,10 +118,15 @@ def as_parquet(root: str) -> dict[str, Any]:
 
 
 def as_struct(root: str) -> dict[str, Any]:
-    rows = [{"meta": {"id": row["image_id"], "title": row["title"]}, "image": {"bytes": row["image"], "path": "x.png"}}
-            for row in ROWS]  # fmt: skip
-    return {"uri": put(f"{root}/hf.parquet", write_parquet(rows)), "kind": "parquet",
-            "columns": {"image_id": "meta.id", "title": "meta.title"}}  # fmt: skip
+    rows = [
+        {"meta": {"id": row["image_id"], "title": row["title"]}, "image": {"bytes": row["image"], "path": "x.png"}}
+        for row in ROWS
+    ]
+    return {
+        "uri": put(f"{root}/hf.parquet", write_parquet(rows)),
+        "kind": "parquet",
+        "columns": {"image_id": "meta.id", "title": "meta.title"},
+    }
 
 
 def as_struct_of_paths(root: str) -> dict[str, Any]:
@@ -132,8 +144,11 @@ def as_uris(root: str) -> dict[str, Any]:
 def as_jsonl(root: str) -> dict[str, Any]:
     images(root)
     rows = [{"image_id": row["image_id"], "meta": {"title": row["title"]}, "at": row["file_name"]} for row in ROWS]
-    return {"uri": put(f"{root}/rows.jsonl", write_jsonl(rows)), "kind": "jsonl",
-            "columns": {"image_uri": "at", "title": "meta.title"}}  # fmt: skip
+    return {
+        "uri": put(f"{root}/rows.jsonl", write_jsonl(rows)),
+        "kind": "jsonl",
+        "columns": {"image_uri": "at", "title": "meta.title"},
+    }
 
 
 def as_packed_jsonl(root: str) -> dict[str, Any]:
@@ -144,8 +159,11 @@ def as_packed_jsonl(root: str) -> dict[str, Any]:
 
 def as_csv(root: str) -> dict[str, Any]:
     images(root)
-    return {"uri": put(f"{root}/rows.csv", write_csv(table_rows())), "kind": "csv",
-            "columns": {"image_uri": "file_name"}}  # fmt: skip
+    return {
+        "uri": put(f"{root}/rows.csv", write_csv(table_rows())),
+        "kind": "csv",
+        "columns": {"image_uri": "file_name"},
+    }
 
 
 def folder_with(name: str, write: Callable[[list[dict[str, Any]]], bytes]) -> Callable[[str], dict[str, Any]]:
@@ -160,16 +178,29 @@ def folder_with(name: str, write: Callable[[list[dict[str, Any]]], bytes]) -> Ca
 def as_webdataset(root: str) -> dict[str, Any]:
     members = []
     for row in ROWS:
-        members += [(f"x/{row['image_id']}.json", json.dumps({"image_id": row["image_id"]}).encode()),
-                    (f"x/{row['image_id']}.PNG", row["image"]), (f"x/{row['image_id']}.txt", row["title"].encode())]
+        members += [
+            (f"x/{row['image_id']}.json", json.dumps({"image_id": row["image_id"]}).encode()),
+            (f"x/{row['image_id']}.PNG", row["image"]),
+            (f"x/{row['image_id']}.txt", row["title"].encode()),
+        ]
     put(f"{root}/shard-0.tar", write_tar(members[:30]))
     put(f"{root}/shard-1.tar.gz", write_tar(members[30:], "w:gz"))
     return {"uri": root, "kind": "webdataset"}
 
 
-LAYOUTS = [as_parquet, as_struct, as_struct_of_paths, as_uris, as_jsonl, as_packed_jsonl, as_csv, as_webdataset,
-           folder_with("metadata.jsonl", write_jsonl), folder_with("metadata.csv", write_csv),
-           folder_with("metadata.parquet", write_parquet)]  # fmt: skip
+LAYOUTS = [
+    as_parquet,
+    as_struct,
+    as_struct_of_paths,
+    as_uris,
+    as_jsonl,
+    as_packed_jsonl,
+    as_csv,
+    as_webdataset,
+    folder_with("metadata.jsonl", write_jsonl),
+    folder_with("metadata.csv", write_csv),
+    folder_with("metadata.parquet", write_parquet),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,8 +247,11 @@ def test_a_folder_without_a_table_is_its_images(root: str) -> None:
     for rows_per_part in (1, 2, 100):
         records = read(root, "folder", rows_per_part)
         assert [(r["image_id"], r.get("category"), r["image"].decode()) for r in records] == [
-            ("a/x/1.PNG", "a/x", "a/x/1.PNG"), ("a-b/0.webp", "a-b", "a-b/0.webp"), ("b/2.jpg", "b", "b/2.jpg"),
-            ("c.gif", None, "c.gif")]  # fmt: skip
+            ("a/x/1.PNG", "a/x", "a/x/1.PNG"),
+            ("a-b/0.webp", "a-b", "a-b/0.webp"),
+            ("b/2.jpg", "b", "b/2.jpg"),
+            ("c.gif", None, "c.gif"),
+        ]
     mapped = read(root, "folder", columns={"group": "folder"})
     assert [r["group"] for r in mapped if "group" in r] == ["a/x", "a-b", "b"]
 
@@ -240,8 +274,11 @@ def test_ranges_of_a_walk_cover_each_file_once(paths: set[str], size: int) -> No
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.binary(max_size=6).filter(lambda line: b"\n" not in line and b"\r" not in line), max_size=8),
-       st.booleans(), st.sets(st.integers(1, 40), max_size=6))  # fmt: skip
+@given(
+    st.lists(st.binary(max_size=6).filter(lambda line: b"\n" not in line and b"\r" not in line), max_size=8),
+    st.booleans(),
+    st.sets(st.integers(1, 40), max_size=6),
+)
 def test_byte_ranges_split_a_file_into_its_lines(lines: list[bytes], ended: bool, cuts: set[int]) -> None:
     content = b"\n".join(lines) + (b"\n" if ended else b"")
     edges = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
@@ -301,13 +338,21 @@ def test_a_tar_cut_between_members_or_damaged_inside_is_not_taken_for_its_end(ro
     noise[3 * 1024 : 3 * 1024 + 512] = b"\x07" * 512
     assert [UNREADABLE in r for r in read(put(f"{root}/noise.tar", bytes(noise)), "webdataset")][-1]
     assert [r.get(UNREADABLE) for r in read(put(f"{root}/text.tar", b"no tar " * 500), "webdataset")] == [
-        "damaged_archive"]  # fmt: skip
+        "damaged_archive"
+    ]
 
 
 def test_members_of_a_webdataset_record(root: str) -> None:
-    members = [("a.b/1.jpg", b"jpg"), ("a.b/1.json", b'{"title": "t", "image": "no", "m": {"k": 1}}'),
-               ("a.b/1.seg.png", b"mask"), ("a.b/2.webp", b"x" * 5000), ("a.b/2.cls", b"7"), ("a.b/3.txt", b"alone"),
-               ("a.b/4.jpg", b"jpg"), ("a.b/4.json", b"{")]  # fmt: skip
+    members = [
+        ("a.b/1.jpg", b"jpg"),
+        ("a.b/1.json", b'{"title": "t", "image": "no", "m": {"k": 1}}'),
+        ("a.b/1.seg.png", b"mask"),
+        ("a.b/2.webp", b"x" * 5000),
+        ("a.b/2.cls", b"7"),
+        ("a.b/3.txt", b"alone"),
+        ("a.b/4.jpg", b"jpg"),
+        ("a.b/4.json", b"{"),
+    ]
     records = read(put(f"{root}/a.tar", write_tar(members)), "webdataset", columns={"group": "m.k"})
     assert records[0] == {"image_id": "a.b/1", "image": b"jpg", "title": "t", "group": 1}
     assert (len(records[1]["image"]), records[1]["category"]) == (1001, b"7")  # cut at the limit, to be refused
@@ -318,8 +363,18 @@ def test_members_of_a_webdataset_record(root: str) -> None:
 def test_images_are_fetched_or_the_reason_is_told(root: str) -> None:
     put(f"{root}/in/a.png", b"x" * 50)
     put(f"{root}/in/b c#.png", b"y")
-    wanted = ["a.png", "./a.png", f"{root}/in/a.png", "b c#.png", "gone.png", "../in/a.png", "zz://a/b", b"\xff", "",
-              None]  # fmt: skip
+    wanted = [
+        "a.png",
+        "./a.png",
+        f"{root}/in/a.png",
+        "b c#.png",
+        "gone.png",
+        "../in/a.png",
+        "zz://a/b",
+        b"\xff",
+        "",
+        None,
+    ]
     records: list[dict[str, Any]] = [{"image_uri": uri} for uri in wanted]
     records.append({"image": b"own", "image_uri": "gone.png"})
     fetch_images(records, f"{root}/in", 20)
@@ -349,12 +404,16 @@ def test_a_store_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"columns": {"titel": "t"}}, "did you mean 'title'"),
-     ({"columns": {"attributes": {" ": "t"}}}, "names 'attributes. ', which is no corpus field"),
-     ({"constants": {"image": "t"}}, "names 'image', which is"),
-     ({"format": "parket"}, "did you mean 'parquet'"), ({"colums": {}}, "colums"),
-     ({"dataset": ".."}, "should match pattern"), ({"dataset": "a/b"}, "should match pattern")],
-)  # fmt: skip
+    [
+        ({"columns": {"titel": "t"}}, "did you mean 'title'"),
+        ({"columns": {"attributes": {" ": "t"}}}, "names 'attributes. ', which is no corpus field"),
+        ({"constants": {"image": "t"}}, "names 'image', which is"),
+        ({"format": "parket"}, "did you mean 'parquet'"),
+        ({"colums": {}}, "colums"),
+        ({"dataset": ".."}, "should match pattern"),
+        ({"dataset": "a/b"}, "should match pattern"),
+    ],
+)
 def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Source.model_validate({"uri": "x", "dataset": "d", **settings})
@@ -362,12 +421,19 @@ def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "content", "kind", "words"),
-    [("a.jsonl", b'{"image_id": 1, "image_uri": "u", "m": {"titl": 2}}\n', "jsonl", "'m.title', mapped to 'title', is"),
-     ("a.csv", b"id,m.title\n1,2\n", "csv", "no column for the required field 'image_id'; the file has id, m.title"),
-     ("a.tar", write_tar([("1.jpg", b"")]), "webdataset", "'m.title', mapped to 'title', is absent"),
-     ("a.parquet", b"nonsense", "parquet", "no readable parquet file"),
-     ("a.txt", b"", "jsonl", "has no jsonl file.*names end in .jsonl")],
-)  # fmt: skip
+    [
+        (
+            "a.jsonl",
+            b'{"image_id": 1, "image_uri": "u", "m": {"titl": 2}}\n',
+            "jsonl",
+            "'m.title', mapped to 'title', is",
+        ),
+        ("a.csv", b"id,m.title\n1,2\n", "csv", "no column for the required field 'image_id'; the file has id, m.title"),
+        ("a.tar", write_tar([("1.jpg", b"")]), "webdataset", "'m.title', mapped to 'title', is absent"),
+        ("a.parquet", b"nonsense", "parquet", "no readable parquet file"),
+        ("a.txt", b"", "jsonl", "has no jsonl file.*names end in .jsonl"),
+    ],
+)
 def test_sources_that_do_not_fit_are_refused_before_any_work(
     root: str, name: str, content: bytes, kind: str, words: str
 ) -> None:
@@ -378,17 +444,19 @@ def test_sources_that_do_not_fit_are_refused_before_any_work(
 
 @pytest.mark.parametrize(
     ("field", "kind", "words"),
-    [("image", pa.list_(pa.int32()), "needs binary, or a struct"), ("title", pa.list_(pa.string()), "needs a string"),
-     ("keywords", pa.int32(), "needs a list of strings"), ("image_uri", pa.int32(), "needs a string"),
-     ("annotations", pa.list_(pa.int8()), "needs a list of structs .term, score"),
-     ("interactions", pa.float32(), "needs a list of structs .term, weight"),
-     ("attributes", pa.int32(), "needs a list of structs .name, value"),
-     ("attributes", pa.list_(pa.string()), "needs a list of structs .name, value"),
-     ("attributes", pa.list_(pa.struct([("term", pa.string())])), "needs a list of structs .name, value")],
-)  # fmt: skip
-def test_a_column_that_cannot_hold_its_field_is_refused(
-    root: str, field: str, kind: pa.DataType, words: str
-) -> None:
+    [
+        ("image", pa.list_(pa.int32()), "needs binary, or a struct"),
+        ("title", pa.list_(pa.string()), "needs a string"),
+        ("keywords", pa.int32(), "needs a list of strings"),
+        ("image_uri", pa.int32(), "needs a string"),
+        ("annotations", pa.list_(pa.int8()), "needs a list of structs .term, score"),
+        ("interactions", pa.float32(), "needs a list of structs .term, weight"),
+        ("attributes", pa.int32(), "needs a list of structs .name, value"),
+        ("attributes", pa.list_(pa.string()), "needs a list of structs .name, value"),
+        ("attributes", pa.list_(pa.struct([("term", pa.string())])), "needs a list of structs .name, value"),
+    ],
+)
+def test_a_column_that_cannot_hold_its_field_is_refused(root: str, field: str, kind: pa.DataType, words: str) -> None:
     table = pa.table({"image_id": ["a"], "image": [b""], "image_uri": ["u"]}).drop_columns([field] * (field == "image"))
     columns = {name: table[name] for name in table.column_names if name != field}
     sink = io.BytesIO()
@@ -408,9 +476,11 @@ def test_a_gathered_column_holds_texts(root: str) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_columns_are_gathered_from_tables_without_a_schema(root: str, kind: str) -> None:
-    content = {"csv": b"image_id,image_uri,paint,attributes\na,u,red,x\nb,u,,y\n",
-               "jsonl": b'{"image_id": "a", "image_uri": "u", "paint": "red", "attributes": {"x": 1}}\n'
-                        b'{"image_id": "b", "image_uri": "u", "paint": null}\n'}[kind]  # fmt: skip
+    content = {
+        "csv": b"image_id,image_uri,paint,attributes\na,u,red,x\nb,u,,y\n",
+        "jsonl": b'{"image_id": "a", "image_uri": "u", "paint": "red", "attributes": {"x": 1}}\n'
+        b'{"image_id": "b", "image_uri": "u", "paint": null}\n',
+    }[kind]
     put(f"{root}/a.{kind}", content)
     first, second = read(root, kind, columns={"attributes": {"colour": "paint"}})
     assert (first["attributes.colour"], second.get("attributes.colour")) == ("red", None)
@@ -425,4 +495,7 @@ def test_an_unpackable_file_is_an_error_of_its_own(root: str) -> None:
 
 def test_a_column_mapped_to_nothing_is_not_read() -> None:
     assert resolve({"split": None}, ["image_id", "image", "split", "title"], "here") == {
-        "image_id": "image_id", "image": "image", "title": "title"}  # fmt: skip
+        "image_id": "image_id",
+        "image": "image",
+        "title": "title",
+    }

@@ -7,40 +7,103 @@ from lookalike.data.terms import canonical, is_latin, match_terms, ngrams, norma
 
 @pytest.mark.parametrize(
     ("phrase", "term"),
-    [("Office Chairs", "office chair"), ("office-chair", "office chair"), ("signs_and_symbols", "signs and symbol"),
-     ("\uff33\uff4f\uff46\uff41", "sofa"), ("Boxes", "box"), ("cherries", "cherry"), ("People", "person"),
-     ("glasses", "glasses"), ("christmas", "christmas"), ("cactus", "cactus"), ("grass", "grass"),
-     ("the", None), ("chair of", None), ("2004", None), ("book 01", None), ("a b c d e", None), ("!!", None)],
-)  # fmt: skip
+    [
+        ("Office Chairs", "office chair"),
+        ("office-chair", "office chair"),
+        ("signs_and_symbols", "signs and symbol"),
+        ("\uff33\uff4f\uff46\uff41", "sofa"),
+        ("Boxes", "box"),
+        ("cherries", "cherry"),
+        ("People", "person"),
+        ("glasses", "glasses"),
+        ("christmas", "christmas"),
+        ("cactus", "cactus"),
+        ("grass", "grass"),
+        ("the", None),
+        ("chair of", None),
+        ("2004", None),
+        ("book 01", None),
+        ("a b c d e", None),
+        ("!!", None),
+    ],
+)
 def test_canonical_form(phrase: str, term: str | None) -> None:
     assert canonical(phrase) == term
 
 
 @pytest.mark.parametrize(
     ("phrase", "term"),
-    [("\ufb01sh", "fish"), ("so\u00adfa", "sofa"), ("so\u200bfa\ufeff", "sofa"), ("\u202esofa\u202c", "sofa"),
-     ("cafe\u0301", "caf\u00e9"), ("CAF\u00c9S", "caf\u00e9"), ("s\u0338o\u0336f\u0334a\u0335", "sofa"),
-     ("Stra\u00dfe", "strasse"), ("\u0130stanbul", "istanbul"), ("red\x00 sofa\x07", "red sofa"),
-     ("LEGO\u00ae bricks", "lego brick"), ("Lego\u2122", "lego"), ("\U0001f525 sofa \U0001f6cb\ufe0f", "sofa"),
-     ("1\ufe0f\u20e3 lamp", None), ("women\u2019s shoes", "women's shoe"), ("Women's", "woman"), ("PhD's", "phd"),
-     ("dogs'", "dog"), ("rock'n'roll", "rock'n'roll"), ("salt & pepper", "salt pepper"), ("r&b", "r&b"),
-     ("LivingRoom", "livingroom"), ("living__room", "living room"), ("t-shirts", "t shirt"),
-     ("3D printers", "3d printer"),
-     ("\u05db\u05d9\u05e1\u05d0", "\u05db\u05d9\u05e1\u05d0"), ("\x00\x01", None), ("\u200b", None), ("", None)],
-)  # fmt: skip
+    [
+        ("\ufb01sh", "fish"),
+        ("so\u00adfa", "sofa"),
+        ("so\u200bfa\ufeff", "sofa"),
+        ("\u202esofa\u202c", "sofa"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("CAF\u00c9S", "caf\u00e9"),
+        ("s\u0338o\u0336f\u0334a\u0335", "sofa"),
+        ("Stra\u00dfe", "strasse"),
+        ("\u0130stanbul", "istanbul"),
+        ("red\x00 sofa\x07", "red sofa"),
+        ("LEGO\u00ae bricks", "lego brick"),
+        ("Lego\u2122", "lego"),
+        ("\U0001f525 sofa \U0001f6cb\ufe0f", "sofa"),
+        ("1\ufe0f\u20e3 lamp", None),
+        ("women\u2019s shoes", "women's shoe"),
+        ("Women's", "woman"),
+        ("PhD's", "phd"),
+        ("dogs'", "dog"),
+        ("rock'n'roll", "rock'n'roll"),
+        ("salt & pepper", "salt pepper"),
+        ("r&b", "r&b"),
+        ("LivingRoom", "livingroom"),
+        ("living__room", "living room"),
+        ("t-shirts", "t shirt"),
+        ("3D printers", "3d printer"),
+        ("\u05db\u05d9\u05e1\u05d0", "\u05db\u05d9\u05e1\u05d0"),
+        ("\x00\x01", None),
+        ("\u200b", None),
+        ("", None),
+    ],
+)
 def test_canonical_form_of_awkward_text(phrase: str, term: str | None) -> None:
     assert canonical(phrase) == term
 
 
 @pytest.mark.parametrize(
     ("plural", "one"),
-    [("knives", "knife"), ("gloves", "glove"), ("buses", "bus"), ("viruses", "virus"), ("houses", "house"),
-     ("dresses", "dress"), ("series", "series"), ("roses", "rose"), ("canvases", "canvas"), ("quizzes", "quiz"),
-     ("headaches", "headache"), ("watches", "watch"), ("brushes", "brush"), ("shoes", "shoe"), ("tomatoes", "tomato"),
-     ("movies", "movie"), ("berries", "berry"), ("menus", "menu"), ("taxis", "taxi"), ("lens", "lens"),
-     ("lenses", "lens"), ("fuses", "fuse"), ("waltzes", "waltz"), ("sizes", "size"), ("women", "woman"),
-     ("cacti", "cactus"), ("virus", "virus"), ("tennis", "tennis"), ("gas", "gas"), ("trousers", "trousers")],
-)  # fmt: skip
+    [
+        ("knives", "knife"),
+        ("gloves", "glove"),
+        ("buses", "bus"),
+        ("viruses", "virus"),
+        ("houses", "house"),
+        ("dresses", "dress"),
+        ("series", "series"),
+        ("roses", "rose"),
+        ("canvases", "canvas"),
+        ("quizzes", "quiz"),
+        ("headaches", "headache"),
+        ("watches", "watch"),
+        ("brushes", "brush"),
+        ("shoes", "shoe"),
+        ("tomatoes", "tomato"),
+        ("movies", "movie"),
+        ("berries", "berry"),
+        ("menus", "menu"),
+        ("taxis", "taxi"),
+        ("lens", "lens"),
+        ("lenses", "lens"),
+        ("fuses", "fuse"),
+        ("waltzes", "waltz"),
+        ("sizes", "size"),
+        ("women", "woman"),
+        ("cacti", "cactus"),
+        ("virus", "virus"),
+        ("tennis", "tennis"),
+        ("gas", "gas"),
+        ("trousers", "trousers"),
+    ],
+)
 def test_plural_rules(plural: str, one: str) -> None:
     assert singular(plural) == one
     assert singular(one) == one
@@ -72,7 +135,12 @@ def test_words_in_letters_of_other_scripts_are_told_apart() -> None:
 
 def test_symbols_and_punctuation_end_a_phrase() -> None:
     assert words_of("Desk lamp, red sofa - #new *oak*\ttable") == [
-        ["desk", "lamp"], ["red", "sofa"], ["new"], ["oak"], ["table"]]  # fmt: skip
+        ["desk", "lamp"],
+        ["red", "sofa"],
+        ["new"],
+        ["oak"],
+        ["table"],
+    ]
     assert "sofa lamp" not in ngrams("sofa \U0001f525 lamp")
 
 

@@ -23,7 +23,8 @@ def test_polars_and_the_stage_agree_on_made_up_records(tmp_path: Path) -> None:
     other = dict(vocabulary.select("term", "images").iter_rows())
     merged = set(lists.aliases or ()) | set((lists.aliases or {}).values())
     assert {t: n for t, n in mined.items() if t not in merged} == {
-        t: n for t, n in other.items() if lists.accepts(t) and t not in merged}  # fmt: skip
+        t: n for t, n in other.items() if lists.accepts(t) and t not in merged
+    }
     found = annotate(records, annotator, Vocabulary(mined, lists.aliases))
     ours = {(row["image_id"], row["term"]): row["score"] for row in found.to_pylist()}
     ids = records["image_id"].to_pylist()

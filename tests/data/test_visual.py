@@ -38,8 +38,12 @@ def annotated(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tu
     given = {"corpus": [publish_corpus(root, rows, 4)], "embeddings": [publish_embeddings(root, rows, 2)]}
     job = make_job(given, root)
     storage.make_directory(job.out.uri)
-    for name, step in (("sign", duplicates.sign), ("duplicates", duplicates.find), ("vocabulary", text.mine),
-                       ("annotations", text.annotate_all)):  # fmt: skip
+    for name, step in (
+        ("sign", duplicates.sign),
+        ("duplicates", duplicates.find),
+        ("vocabulary", text.mine),
+        ("annotations", text.annotate_all),
+    ):
         job.once(name, step)
     return given, root
 
@@ -123,9 +127,7 @@ def test_with_earlier_labels_only_changed_terms_train(
     assert continued["trained"] + continued["reused"] == fresh["trained"]
 
 
-def test_the_boundary_from_retrieval_and_from_words(
-    scored: tuple[LabelJob, Any], tmp_path: Path
-) -> None:
+def test_the_boundary_from_retrieval_and_from_words(scored: tuple[LabelJob, Any], tmp_path: Path) -> None:
     job, stats = scored
     shutil.copytree(Path(job.out.root) / "labels", tmp_path / "labels")
     given = {"corpus": [job.corpus], "embeddings": [job.embeddings]}

@@ -7,8 +7,19 @@ from lookalike.data.wordlists import resolve_aliases
 from lookalike.errors import UsageError
 
 
-@pytest.mark.parametrize("term", ["swastika", "nude woman", "clipart", "flat icon collection", "house pet",
-                                  "drugs store", "adult content box", "\u0441hair"])  # fmt: skip
+@pytest.mark.parametrize(
+    "term",
+    [
+        "swastika",
+        "nude woman",
+        "clipart",
+        "flat icon collection",
+        "house pet",
+        "drugs store",
+        "adult content box",
+        "\u0441hair",
+    ],
+)
 def test_sensitive_boilerplate_and_foreign_terms_are_refused(term: str) -> None:
     lists = AnnotationConfig(stop_terms=("House Pets",)).lists()
     assert not lists.accepts(term)
@@ -20,7 +31,12 @@ def test_the_users_list_of_sensitive_terms_comes_on_top_or_instead(tmp_path: Pat
     file.write_text("# ours\nCigarettes\nBlood Bags\n", encoding="utf-8")
     both = AnnotationConfig(sensitive=str(file)).lists()
     assert [both.accepts(t) for t in ("cigarette", "cigarette box", "blood bag", "blood", "swastika")] == [
-        False, False, False, True, False]  # fmt: skip
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
     alone = AnnotationConfig(sensitive=str(file), packaged_sensitive=False).lists()
     assert alone.accepts("swastika")
     assert not alone.accepts("cigarette")
@@ -34,8 +50,9 @@ def test_a_supplied_vocabulary_is_canonical_and_merged(tmp_path: Path) -> None:
     assert config.sources() == [str(file)]
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.yaml", "Couches: sofas\nSettee: couch\n"),
-                                            ("a.csv", "Couches,sofas\nSettee,couch\n")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.yaml", "Couches: sofas\nSettee: couch\n"), ("a.csv", "Couches,sofas\nSettee,couch\n")]
+)
 def test_aliases_from_a_file_lead_to_their_last_term(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     lists = AnnotationConfig(aliases=str(tmp_path / name)).lists()
@@ -44,9 +61,14 @@ def test_aliases_from_a_file_lead_to_their_last_term(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize(
     ("setting", "content", "told"),
-    [("aliases", "- a\n", "no mapping"), ("aliases", "a: [", "no YAML"), ("aliases", "the: sofa\n", "no pair of terms"),
-     ("vocabulary", "# none\n", "holds no term"), ("sensitive", None, "there is no file")],
-)  # fmt: skip
+    [
+        ("aliases", "- a\n", "no mapping"),
+        ("aliases", "a: [", "no YAML"),
+        ("aliases", "the: sofa\n", "no pair of terms"),
+        ("vocabulary", "# none\n", "holds no term"),
+        ("sensitive", None, "there is no file"),
+    ],
+)
 def test_files_that_cannot_be_used_are_explained(tmp_path: Path, setting: str, content: str | None, told: str) -> None:
     file = tmp_path / "list.yaml"
     if content is not None:

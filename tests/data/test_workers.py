@@ -25,9 +25,14 @@ def write_recipe(folder: Path) -> Path:
     rows = make_rows(240)
     given = {"corpus": publish_corpus(str(folder), rows, 4), "embeddings": publish_embeddings(str(folder), rows, 3)}
     inputs = {name: artifact.uri for name, artifact in given.items()}
-    steps = {"labels": {"stage": "labels", "inputs": inputs, "settings": SETTINGS},
-             "shards": {"stage": "shards", "inputs": {"corpus": inputs["corpus"], "labels": "labels"},
-                        "settings": {"rows_per_shard": 60}}}  # fmt: skip
+    steps = {
+        "labels": {"stage": "labels", "inputs": inputs, "settings": SETTINGS},
+        "shards": {
+            "stage": "shards",
+            "inputs": {"corpus": inputs["corpus"], "labels": "labels"},
+            "settings": {"rows_per_shard": 60},
+        },
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"name": "workers", "root": str(folder), "steps": steps}))
     return path
@@ -40,8 +45,9 @@ def overrides(workers: int, root: Path) -> list[str]:
 def start(workers: int, recipe: Path, root: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "lookalike.cli", "run", str(recipe), *overrides(workers, root)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def run_with(workers: int, recipe: Path, root: Path) -> dict[str, Artifact]:
@@ -112,4 +118,5 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     assert list(draft.glob("_work/*.json"))  # markers of finished steps
     again = run_with(2, recipe, root)
     assert {name: (made.digest, made.stats) for name, made in again.items()} == {
-        name: (made.digest, made.stats) for name, made in calm.items()}  # fmt: skip
+        name: (made.digest, made.stats) for name, made in calm.items()
+    }

@@ -89,8 +89,10 @@ def check_own_config(text: str) -> ServeConfig:
 @pytest.fixture(scope="session")
 def schemas() -> Schemas:
     """Kind -> KubeRay's schema, as vendored."""
-    return {path.name.removesuffix(".json.gz"): json.loads(gzip.decompress(path.read_bytes()))
-            for path in DATA.glob("*.json.gz")}  # fmt: skip
+    return {
+        path.name.removesuffix(".json.gz"): json.loads(gzip.decompress(path.read_bytes()))
+        for path in DATA.glob("*.json.gz")
+    }
 
 
 @pytest.fixture

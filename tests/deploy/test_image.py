@@ -17,8 +17,10 @@ def read_instructions(path: Path) -> list[tuple[str, str]]:
     """(instruction, its text) in order, continuation lines joined, comments dropped."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
-    return [(word.upper(), rest.strip()) for word, _, rest in
-            (line.partition(" ") for line in joined.splitlines() if line.strip())]  # fmt: skip
+    return [
+        (word.upper(), rest.strip())
+        for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())
+    ]
 
 
 INSTRUCTIONS = read_instructions(DOCKERFILE)

@@ -93,8 +93,11 @@ def test_job_runs_steps_of_a_recipe_that_the_image_holds() -> None:
 
 def test_cluster_and_service_run_the_same_image_and_ray() -> None:
     cluster, service = only("RayCluster")["spec"], only("RayService")["spec"]["rayClusterConfig"]
-    pods = [group["template"]["spec"] for spec in (cluster, service)
-            for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]  # fmt: skip
+    pods = [
+        group["template"]["spec"]
+        for spec in (cluster, service)
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    ]
     containers = [container for pod in pods for container in pod["containers"]]
     assert len(containers) == 5  # the service's workers have a proxy beside Ray
     assert len({container["image"] for container in containers}) == 1
@@ -181,9 +184,13 @@ def test_every_ray_pod_has_the_tenants(serve_settings: Callable[[str], ServeConf
 
 
 def test_selectors_meet_the_pods() -> None:
-    head, worker = [group["template"]["metadata"]["labels"] for group in
-                    (only("RayService")["spec"]["rayClusterConfig"]["headGroupSpec"],
-                     only("RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0])]  # fmt: skip
+    head, worker = [
+        group["template"]["metadata"]["labels"]
+        for group in (
+            only("RayService")["spec"]["rayClusterConfig"]["headGroupSpec"],
+            only("RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0],
+        )
+    ]
     budget = only("PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
     assert budget.items() <= worker.items()
     assert not budget.items() <= head.items()

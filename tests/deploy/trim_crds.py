@@ -35,8 +35,11 @@ def _without_descriptions(node: Any) -> Any:
     if isinstance(node, list):
         return [_without_descriptions(item) for item in node]
     if isinstance(node, dict):  # a property may itself be called description: its value is a schema, not a text
-        return {key: _without_descriptions(value) for key, value in node.items()
-                if key != "description" or not isinstance(value, str)}  # fmt: skip
+        return {
+            key: _without_descriptions(value)
+            for key, value in node.items()
+            if key != "description" or not isinstance(value, str)
+        }
     return node
 
 

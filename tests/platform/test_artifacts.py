@@ -20,9 +20,14 @@ NAMES = st.text("abcxyz-_.0", min_size=1, max_size=8).filter(lambda name: name.s
 
 
 def publish(
-    root: str, files: dict[str, bytes], *, kind: str = "thing", name: str = "one", fingerprint: str = "f" * 20,
+    root: str,
+    files: dict[str, bytes],
+    *,
+    kind: str = "thing",
+    name: str = "one",
+    fingerprint: str = "f" * 20,
     parents: dict[str, list[Artifact]] | None = None,
-) -> Artifact:  # fmt: skip
+) -> Artifact:
     draft = Draft(root, kind, name, fingerprint)
     for path, content in files.items():
         storage.write_atomic(draft.path(path), content)
@@ -156,7 +161,8 @@ def test_a_moved_root_still_opens_with_its_lineage(tmp_path: Path) -> None:
     line = list(lineage(opened))
     assert [(depth, name) for depth, name, _ in line] == [(1, "encoder"), (2, "corpus")]
     assert [a.uri for _, _, a in line if isinstance(a, Artifact)] == [
-        x.uri.replace(root, moved) for x in (parent, grandparent)]  # fmt: skip
+        x.uri.replace(root, moved) for x in (parent, grandparent)
+    ]
 
 
 def test_parents_under_another_root_keep_their_place(tmp_path: Path) -> None:

@@ -53,8 +53,18 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
 
 
 def test_every_stage_has_a_verb() -> None:
-    assert list(STAGE_HELP) == ["corpus", "encoder", "labels", "shards", "pretrain", "finetune", "embed", "evaluate",
-                                "index", "plan"]  # fmt: skip
+    assert list(STAGE_HELP) == [
+        "corpus",
+        "encoder",
+        "labels",
+        "shards",
+        "pretrain",
+        "finetune",
+        "embed",
+        "evaluate",
+        "index",
+        "plan",
+    ]
     assert set(STAGE_HELP) == set(stage_names())
 
 
@@ -107,8 +117,10 @@ def test_a_missing_input_is_found_before_ray_starts(
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("lookalike.cluster.ensure_ray", refuse)
-    steps = {"small": {"stage": "encoder", "settings": {"backbone": "test_efficientnet"}},
-             "vectors": {"stage": "embed", "inputs": {"corpus": str(tmp_path / "corpus"), "encoder": "small"}}}
+    steps = {
+        "small": {"stage": "encoder", "settings": {"backbone": "test_efficientnet"}},
+        "vectors": {"stage": "embed", "inputs": {"corpus": str(tmp_path / "corpus"), "encoder": "small"}},
+    }
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump({"name": "r", "root": str(tmp_path / "runs"), "steps": steps}, sort_keys=False))
     assert main(["embed", str(file)]) == 3

@@ -36,18 +36,28 @@ class Outer(Config):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"nam": "x"}, ["unknown key 'nam' (did you mean 'name'?)", "valid keys: inner, listed, maybe, name",
-                        "'name' is required; add it"]),
-        ({"name": "x", "inner": {"widht": 2}}, ["unknown key 'inner.widht' (did you mean 'width'?)",
-                                                "valid keys: threads, width"]),
+        (
+            {"nam": "x"},
+            [
+                "unknown key 'nam' (did you mean 'name'?)",
+                "valid keys: inner, listed, maybe, name",
+                "'name' is required; add it",
+            ],
+        ),
+        (
+            {"name": "x", "inner": {"widht": 2}},
+            ["unknown key 'inner.widht' (did you mean 'width'?)", "valid keys: threads, width"],
+        ),
         ({"name": "x", "maybe": {"widht": 2}}, ["'maybe.widht' (did you mean 'width'?)"]),
-        ({"name": "x", "named": {"a": {"widht": 2}}}, ["'named.a.widht' (did you mean 'width'?)",
-                                                       "valid keys: threads, width"]),
+        (
+            {"name": "x", "named": {"a": {"widht": 2}}},
+            ["'named.a.widht' (did you mean 'width'?)", "valid keys: threads, width"],
+        ),
         ({"name": "x", "listed": [{"widht": 2}]}, ["'listed.0.widht' (did you mean 'width'?)"]),
         ({"name": "x", "inner": {"width": 0}}, ["'inner.width' is 0", "greater than or equal to 1"]),
         ({"name": "x", "workers": "many"}, ["'workers' is 'many'"]),
     ],
-)  # fmt: skip
+)
 def test_mistakes_name_the_key_the_rule_and_the_nearest(values: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         parse_config(Outer, values, "recipe.yaml")
@@ -73,8 +83,13 @@ def test_runtime_fields_stay_out_of_the_identity_at_every_depth() -> None:
     busy = Inner(threads=8)
     other = Outer(name="x", inner=busy, maybe=busy, named={"a": busy}, listed=(busy,), workers=7)
     assert plain.identity() == other.identity()
-    assert plain.identity() == {"name": "x", "inner": {"width": 3}, "maybe": {"width": 3},
-                                "named": {"a": {"width": 3}}, "listed": [{"width": 3}]}  # fmt: skip
+    assert plain.identity() == {
+        "name": "x",
+        "inner": {"width": 3},
+        "maybe": {"width": 3},
+        "named": {"a": {"width": 3}},
+        "listed": [{"width": 3}],
+    }
     assert Outer(name="x", listed=(Inner(width=4),)).identity() != Outer(name="x", listed=(Inner(),)).identity()
 
 
@@ -87,9 +102,13 @@ def test_overrides_read_yaml_and_leave_the_original_alone() -> None:
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("noequals", "not of the form key.sub=value"), ("=3", "not of the form"),
-     ("c.deep=3", "'c' is 1, which has no keys of its own"), ("c=[1", "the value is no YAML")],
-)  # fmt: skip
+    [
+        ("noequals", "not of the form key.sub=value"),
+        ("=3", "not of the form"),
+        ("c.deep=3", "'c' is 1, which has no keys of its own"),
+        ("c=[1", "the value is no YAML"),
+    ],
+)
 def test_bad_overrides_are_explained(override: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         apply_overrides({"c": 1}, [override])

@@ -15,13 +15,15 @@ pytestmark = pytest.mark.usefixtures("toy_stages")
 
 def plain(root: str = "runs/toy") -> dict[str, Any]:
     return {
-        "name": "toy", "root": root, "seed": 5,
+        "name": "toy",
+        "root": root,
+        "seed": 5,
         "steps": {
             "one": {"stage": "toy-number", "settings": {"value": 1}},
             "two": {"stage": "toy-number", "settings": {"value": 2, "seed": 9}},
             "sum": {"stage": "toy-sum", "inputs": {"numbers": ["one", "two"]}},
         },
-    }  # fmt: skip
+    }
 
 
 def load(tmp_path: Path, values: Any, overrides: list[str] | None = None) -> Recipe:
@@ -95,23 +97,29 @@ def test_an_input_may_be_an_artifact_published_elsewhere(tmp_path: Path) -> None
         ("root=zz://runs", r"'zz://runs' cannot be opened: Protocol not known: zz; give a local path"),
         ("sed=3", r"unknown key 'sed' \(did you mean 'seed'\?\)"),
         ("value=3", r"'value=3': unknown key 'value'; valid keys: .*; a setting of a step is STEP.value=value"),
-        ("steps.sum.inputs={number: [one]}",
-         r"step 'sum': stage 'toy-sum' has no input 'number' \(did you mean 'numbers'\?\); it takes numbers"),
+        (
+            "steps.sum.inputs={number: [one]}",
+            r"step 'sum': stage 'toy-sum' has no input 'number' \(did you mean 'numbers'\?\); it takes numbers",
+        ),
         ("steps.sum.inputs={}", "step 'sum': stage 'toy-sum' needs input 'numbers'"),
-        ("steps.more={stage: toy-sum, inputs: {numbers: [one, sum]}}",
-         "'number' as 'numbers', step 'sum' makes one of kind 'sum'"),
+        (
+            "steps.more={stage: toy-sum, inputs: {numbers: [one, sum]}}",
+            "'number' as 'numbers', step 'sum' makes one of kind 'sum'",
+        ),
         ("one.value", "override 'one.value' is not of the form key.sub=value"),
         ("steps.one.setings={}", r"unknown key 'steps.one.setings' \(did you mean 'settings'\?\); valid keys: inputs"),
         ("one.valu=3", r"step 'one': unknown key 'valu' \(did you mean 'value'\?\)"),
         ("one.value=-3", "step 'one': 'value' is -3: .* greater than or equal to 0"),
         ("steps.one.stage=toy-numbr", r"unknown stage 'toy-numbr' \(did you mean 'toy-number'\?\)"),
-        ("steps.sum.inputs.numbers=[onee]",
-         r"step 'sum' reads 'onee', which is not in this recipe \(did you mean 'one'\?\)"),
+        (
+            "steps.sum.inputs.numbers=[onee]",
+            r"step 'sum' reads 'onee', which is not in this recipe \(did you mean 'one'\?\)",
+        ),
         ("steps.one.inputs.numbers=two", "step 'one' reads 'two', which comes later; move it up"),
         ("seed=-1", "'seed' is -1"),
         ("steps=3", "'steps' is 3"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_found_before_anything_runs(tmp_path: Path, override: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         load(tmp_path, plain(), [override])

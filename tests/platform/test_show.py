@@ -27,9 +27,11 @@ def test_show_prints_facts_and_lineage(total: Artifact, capsys: pytest.CaptureFi
     tree = lines[lines.index("lineage") + 1 :]
     assert [line.rsplit("  ", 1)[0] for line in tree] == [
         f"  this: sum 'total' {total.manifest.fingerprint}",
-        *(f"    numbers: number 'n{v}' {Artifact.open(uri).manifest.fingerprint}"
-          for v, (_, _, uri) in zip((1, 2), total.parents(), strict=True)),
-    ]  # fmt: skip
+        *(
+            f"    numbers: number 'n{v}' {Artifact.open(uri).manifest.fingerprint}"
+            for v, (_, _, uri) in zip((1, 2), total.parents(), strict=True)
+        ),
+    ]
 
 
 def test_show_json_is_the_manifest(total: Artifact, capsys: pytest.CaptureFixture[str]) -> None:

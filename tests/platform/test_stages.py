@@ -110,9 +110,12 @@ def test_wrong_inputs_are_explained(root: str) -> None:
         (single, {"b": [number]}, "no input 'b'; it takes a"),
         (single, {}, r"needs input 'a' \(an artifact of kind 'number'\)"),
         (single, {"a": [number, number]}, "takes one artifact as 'a', not 2"),
-        (Stage("s", "x", StageConfig, lambda run: None, inputs={"a": Input("corpus")}), {"a": [number]},
-         "takes an artifact of kind 'corpus' as 'a', .* is of kind 'number'"),
-    ]  # fmt: skip
+        (
+            Stage("s", "x", StageConfig, lambda run: None, inputs={"a": Input("corpus")}),
+            {"a": [number]},
+            "takes an artifact of kind 'corpus' as 'a', .* is of kind 'number'",
+        ),
+    ]
     for stage, inputs, words in cases:
         with pytest.raises(UsageError, match=words):
             execute(stage, stage.config(), inputs, root, "step")

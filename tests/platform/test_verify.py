@@ -39,8 +39,11 @@ def test_the_damaged_file_is_named_and_the_exit_code_says_so(
     flip(two.path("deep/b.bin"), 7, 3)
     assert main(["verify", one.uri, two.uri]) == 3
     shown = capsys.readouterr()
-    assert shown.out.splitlines() == [f"ok  {one.uri}", f"DAMAGED  {two.uri}",
-                                      "  deep/b.bin does not match its SHA-256"]  # fmt: skip
+    assert shown.out.splitlines() == [
+        f"ok  {one.uri}",
+        f"DAMAGED  {two.uri}",
+        "  deep/b.bin does not match its SHA-256",
+    ]
     assert "run its stage again, or restore it from a copy" in shown.err
     storage.remove_file(two.path("a.bin"))
     flip(one.path(MANIFEST), 80, 1)

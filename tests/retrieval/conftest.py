@@ -17,8 +17,14 @@ MakeShard = Callable[..., ShardSearcher]
 
 def make_shard_in(folder, vectors, *, dims=DIMS, kind="flat", dtype="float32", offset=0, columns=None, shortlists=None):  # type: ignore[no-untyped-def]
     """Raw vectors as a shard in an empty ``folder``; ``shortlists`` over all dims by default, more ``columns``."""
-    meta = ShardMeta(num_rows=len(vectors), row_offset=offset, dims=dims, dtype=dtype, shortlist=kind,
-                     shortlist_dims=shortlists or dims)  # fmt: skip
+    meta = ShardMeta(
+        num_rows=len(vectors),
+        row_offset=offset,
+        dims=dims,
+        dtype=dtype,
+        shortlist=kind,
+        shortlist_dims=shortlists or dims,
+    )
     ids = pa.table({"image_id": [f"id-{n:06d}" for n in range(len(vectors))], **(columns or {})})
     half = len(vectors) // 2  # rows in two batches, the later first: the order must not matter
     places = np.arange(len(vectors))

@@ -18,8 +18,21 @@ from tests.benchmarks.engine_case import describe, keep_best
 from tests.benchmarks.engines import Engine, Search
 
 HERE = "tests.retrieval.test_engines_bench"
-FIGURES = {"engine", "setting", "recall", "qps", "cpu_us", "p50_us", "p99_us", "batch_recall", "batch_qps",
-           "batch_cpu_us", "rss_mb", "build_s", "disk_mb"}  # fmt: skip
+FIGURES = {
+    "engine",
+    "setting",
+    "recall",
+    "qps",
+    "cpu_us",
+    "p50_us",
+    "p99_us",
+    "batch_recall",
+    "batch_qps",
+    "batch_cpu_us",
+    "rss_mb",
+    "build_s",
+    "disk_mb",
+}
 
 
 def build_copy(vectors: Floats, folder: str) -> None:
@@ -122,9 +135,16 @@ def test_an_engine_that_is_not_installed_names_the_remedy(folder: Path) -> None:
 
 
 def measured(engine: str, setting: str, recall: float, qps: float, batch_qps: float | None = None) -> dict[str, Any]:
-    return {"engine": engine, "setting": setting, "recall": recall, "qps": qps, "cpu_us": 1e6 / qps,
-            "batch_recall": None if batch_qps is None else recall, "batch_qps": batch_qps,
-            "batch_cpu_us": None if batch_qps is None else 5e5 / batch_qps}  # fmt: skip
+    return {
+        "engine": engine,
+        "setting": setting,
+        "recall": recall,
+        "qps": qps,
+        "cpu_us": 1e6 / qps,
+        "batch_recall": None if batch_qps is None else recall,
+        "batch_qps": batch_qps,
+        "batch_cpu_us": None if batch_qps is None else 5e5 / batch_qps,
+    }
 
 
 ROWS = [
@@ -142,11 +162,15 @@ ROWS = [
 def test_ratios_compare_the_fastest_at_the_same_recall() -> None:
     summary = bench.summarise(ROWS)
     assert summary["qps_vs_best_other"] == {
-        "single": {"0.99": {"ratio": 2.0, "ours": "ours b", "other": "x a"},
-                   "0.95": {"ratio": 0.16, "ours": "ours c", "other": "y a"}},
-        "batch": {"0.99": {"ratio": None, "ours": "ours a", "other": None},
-                  "0.95": {"ratio": 0.33, "ours": "ours c", "other": "y a"}},
-    }  # fmt: skip
+        "single": {
+            "0.99": {"ratio": 2.0, "ours": "ours b", "other": "x a"},
+            "0.95": {"ratio": 0.16, "ours": "ours c", "other": "y a"},
+        },
+        "batch": {
+            "0.99": {"ratio": None, "ours": "ours a", "other": None},
+            "0.95": {"ratio": 0.33, "ours": "ours c", "other": "y a"},
+        },
+    }
     assert summary["cpu_vs_best_other"] == summary["qps_vs_best_other"], "processor time falls as the rate rises"
 
 

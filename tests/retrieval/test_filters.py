@@ -17,8 +17,10 @@ DIMS = (64, 128)
 NUM = 20_000
 DATA, CLASSES = make_vectors(NUM + 40, 128, num_classes=200, seed=6)
 STORED, QUERIES = DATA[:NUM], DATA[NUM:]
-COLUMNS = {"view": [("icon", "front", None)[n % 3] for n in range(NUM)],
-           "group": [f"g{label}" for label in CLASSES[:NUM]]}  # fmt: skip
+COLUMNS = {
+    "view": [("icon", "front", None)[n % 3] for n in range(NUM)],
+    "group": [f"g{label}" for label in CLASSES[:NUM]],
+}
 PLAN = Plan(shortlist_dim=64, shortlist_k=100, rerank_dim=128)
 SHARES = (0.5, 0.1, 0.02, 0.0005)
 
@@ -47,9 +49,10 @@ def class_mask(share):
 def shards(open_shard, tmp_path_factory):
     """One shard a type, over the same vectors."""
     kinds = ("hnsw", "ivf", "ivf-rabitq")
-    return {kind: open_shard(tmp_path_factory.mktemp(kind), STORED, dims=DIMS, kind=kind, columns=COLUMNS,
-                             shortlists=(64,))
-            for kind in kinds}  # fmt: skip
+    return {
+        kind: open_shard(tmp_path_factory.mktemp(kind), STORED, dims=DIMS, kind=kind, columns=COLUMNS, shortlists=(64,))
+        for kind in kinds
+    }
 
 
 @pytest.mark.parametrize("scanning", ["as measured", "never at first"])
@@ -111,7 +114,7 @@ def test_conditions_are_the_mask_they_stand_for_and_are_evaluated_once(shards, m
         ({"view": []}, np.zeros(NUM, bool)),
         ({"group": ["nobody"]}, np.zeros(NUM, bool)),
         ({}, np.ones(NUM, bool)),
-    ):  # fmt: skip
+    ):
         expected = shard.search(QUERIES, 5, Plan.exact(128), mask)
         np.testing.assert_array_equal(shard.search(QUERIES, 5, Plan.exact(128), conditions).rows, expected.rows)
     counted = []
@@ -122,13 +125,16 @@ def test_conditions_are_the_mask_they_stand_for_and_are_evaluated_once(shards, m
     assert len(counted) == 1
 
 
-@pytest.mark.parametrize(("allowed", "message"), [
-    ({"colour": ["red"]}, "'colour'; the index has image_id, view, group"),
-    ({"view": "icon"}, "list of strings"),
-    ({"view": [3]}, "list of strings"),
-    (np.ones(NUM - 1, bool), r"bool\[19999\]; give bool\[20000\]"),
-    (np.ones(NUM), "float64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ({"colour": ["red"]}, "'colour'; the index has image_id, view, group"),
+        ({"view": "icon"}, "list of strings"),
+        ({"view": [3]}, "list of strings"),
+        (np.ones(NUM - 1, bool), r"bool\[19999\]; give bool\[20000\]"),
+        (np.ones(NUM), "float64"),
+    ],
+)
 def test_bad_filters_are_refused(shards, allowed, message):
     with pytest.raises(UsageError, match=message):
         shards["ivf"].search(QUERIES, 5, PLAN, allowed)
@@ -138,11 +144,26 @@ def test_a_mask_over_all_shards_is_cut_at_their_borders(open_shard, tmp_path):
     parts = []
     for start, stop in ((0, 900), (900, 900), (900, 2000)):
         (tmp_path / f"{len(parts)}").mkdir()
-        parts.append(open_shard(tmp_path / f"{len(parts)}", STORED[start:stop], dims=DIMS, offset=start,
-                                columns={"view": pa.array(COLUMNS["view"][start:stop], pa.string())}))  # fmt: skip
-    meta = IndexMeta(dims=DIMS, num_rows=2000, shards=("a", "b", "c"), shard_rows=(900, 0, 1100), dtype="float32",
-                     shortlist="flat", shortlist_dims=DIMS, columns=("image_id", "view"),
-                     encoder=EncoderRef(fingerprint="m"))  # fmt: skip
+        parts.append(
+            open_shard(
+                tmp_path / f"{len(parts)}",
+                STORED[start:stop],
+                dims=DIMS,
+                offset=start,
+                columns={"view": pa.array(COLUMNS["view"][start:stop], pa.string())},
+            )
+        )
+    meta = IndexMeta(
+        dims=DIMS,
+        num_rows=2000,
+        shards=("a", "b", "c"),
+        shard_rows=(900, 0, 1100),
+        dtype="float32",
+        shortlist="flat",
+        shortlist_dims=DIMS,
+        columns=("image_id", "view"),
+        encoder=EncoderRef(fingerprint="m"),
+    )
     mask = np.zeros(NUM, bool)
     mask[:2000] = random_mask(0.2)[:2000]
     searcher = Searcher(meta, parts)

@@ -84,8 +84,9 @@ def test_without_the_library_codes_are_scanned(built: Graph, vectors: Floats, mo
 
 @pytest.mark.skipif(not native.AVAILABLE, reason="the package was installed without a C compiler")
 @pytest.mark.parametrize("portable", [False, True])
-def test_a_search_of_all_rows_is_a_scan(built: Graph, vectors: Floats, portable: bool,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_search_of_all_rows_is_a_scan(
+    built: Graph, vectors: Floats, portable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     native.use_portable(portable)
     walked = built.search(vectors[ROWS:], 30, ef_search=ROWS)
     native.use_portable(False)
@@ -96,8 +97,9 @@ def test_a_search_of_all_rows_is_a_scan(built: Graph, vectors: Floats, portable:
 
 
 @pytest.mark.parametrize("library", [True, False])
-def test_a_filter_lets_through_what_it_allows(built: Graph, vectors: Floats, library: bool,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_filter_lets_through_what_it_allows(
+    built: Graph, vectors: Floats, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native, "AVAILABLE", library and native.AVAILABLE)
     searched = Graph(built.codes, built.scales, built.links, built.entries)
     allowed = np.random.default_rng(0).random(ROWS) < 0.1
@@ -118,8 +120,9 @@ def test_files_come_back_and_damage_is_named(built: Graph, vectors: Floats, tmp_
     for name in graph.ARRAYS:
         np.testing.assert_array_equal(getattr(loaded, name), getattr(built, name))
         assert getattr(loaded, name).ctypes.data % graph.ALIGNED == 0
-    np.testing.assert_array_equal(loaded.search(vectors, 5, ef_search=30).rows,
-                                  built.search(vectors, 5, ef_search=30).rows)  # fmt: skip
+    np.testing.assert_array_equal(
+        loaded.search(vectors, 5, ef_search=30).rows, built.search(vectors, 5, ef_search=30).rows
+    )
     with pytest.raises(ArtifactError, match="build the index again"):
         Graph.load(path, num_rows=ROWS + 1, dim=DIM)
     content = Path(path).read_bytes()

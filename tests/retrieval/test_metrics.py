@@ -42,8 +42,12 @@ def torch_mean(name, neighbours, labels, **settings):
     import_module("lookalike.vision.backbones")  # makes torchvision, which torchmetrics imports, importable on CPU
     function = getattr(import_module("torchmetrics.functional.retrieval"), name)
     scores = torch.arange(neighbours.shape[1], 0, -1).float()
-    return np.mean([float(function(scores, torch.tensor(line == label), **settings))
-                    for line, label in zip(neighbours, labels, strict=True)])  # fmt: skip
+    return np.mean(
+        [
+            float(function(scores, torch.tensor(line == label), **settings))
+            for line, label in zip(neighbours, labels, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
@@ -52,9 +56,11 @@ def test_precision_and_recall_are_those_of_torchmetrics(ranking, k):
     relevant = metrics.count_relevant(database, labels)
     assert relevant.tolist() == [(database == label).sum() for label in labels]
     assert metrics.precision_at_k(neighbours, labels, k) == pytest.approx(
-        torch_mean("retrieval_precision", neighbours, labels, top_k=k))  # fmt: skip
+        torch_mean("retrieval_precision", neighbours, labels, top_k=k)
+    )
     assert metrics.recall_at_k(neighbours, labels, k, num_relevant=relevant) == pytest.approx(
-        torch_mean("retrieval_recall", neighbours, labels, top_k=k))  # fmt: skip
+        torch_mean("retrieval_recall", neighbours, labels, top_k=k)
+    )
 
 
 def test_map_over_the_whole_database_is_that_of_torchmetrics(ranking):
@@ -71,8 +77,12 @@ def test_map_by_relevant_divides_by_k_or_all_there_is_to_find(ranking, k):
     neighbours, labels, database = ranking
     relevant = metrics.count_relevant(database, labels)
     assert relevant.min() > 3
-    expected = np.mean([ap_by_k(line, label, k) * k / min(k, total)
-                        for line, label, total in zip(neighbours, labels, relevant, strict=True)])  # fmt: skip
+    expected = np.mean(
+        [
+            ap_by_k(line, label, k) * k / min(k, total)
+            for line, label, total in zip(neighbours, labels, relevant, strict=True)
+        ]
+    )
     assert metrics.map_at_k_by_relevant(neighbours, labels, k, num_relevant=relevant) == pytest.approx(expected)
 
 

@@ -23,11 +23,21 @@ DIMS = (4, 8, 16, 32)
 @pytest.fixture
 def searcher(make_shard):
     data, _ = make_vectors(3000, 32, num_classes=100, seed=4)
-    shards = [make_shard(data[start:stop], kind="hnsw", offset=start, name=str(start))
-              for start, stop in ((0, 1600), (1600, 3000))]  # fmt: skip
-    meta = IndexMeta(dims=DIMS, num_rows=3000, shards=("a", "b"), shard_rows=(1600, 1400), dtype="float32",
-                     shortlist="hnsw", shortlist_dims=DIMS, columns=("image_id",),
-                     encoder=EncoderRef(fingerprint="m"))  # fmt: skip
+    shards = [
+        make_shard(data[start:stop], kind="hnsw", offset=start, name=str(start))
+        for start, stop in ((0, 1600), (1600, 3000))
+    ]
+    meta = IndexMeta(
+        dims=DIMS,
+        num_rows=3000,
+        shards=("a", "b"),
+        shard_rows=(1600, 1400),
+        dtype="float32",
+        shortlist="hnsw",
+        shortlist_dims=DIMS,
+        columns=("image_id",),
+        encoder=EncoderRef(fingerprint="m"),
+    )
     return Searcher(meta, shards)
 
 
@@ -36,19 +46,41 @@ def graph(open_shard, tmp_path_factory):
     """One shard of 2,000 vectors with int8 graphs over 8-d and the full 32-d."""
     data, _ = make_vectors(2000, 32, num_classes=60, seed=9)
     shard = open_shard(tmp_path_factory.mktemp("graph"), data, kind="graph", shortlists=(8, 32))
-    meta = IndexMeta(dims=DIMS, num_rows=2000, shards=("a",), shard_rows=(2000,), dtype="float32", shortlist="graph",
-                     shortlist_dims=(8, 32), columns=("image_id",), encoder=EncoderRef(fingerprint="m"))  # fmt: skip
+    meta = IndexMeta(
+        dims=DIMS,
+        num_rows=2000,
+        shards=("a",),
+        shard_rows=(2000,),
+        dtype="float32",
+        shortlist="graph",
+        shortlist_dims=(8, 32),
+        columns=("image_id",),
+        encoder=EncoderRef(fingerprint="m"),
+    )
     return Searcher(meta, [shard])
 
 
 def candidate(plan, recall, cost, low=None, **more):
-    return Measured(plan=plan, recall=recall, recall_low=recall if low is None else low, recall_high=1, model_us=cost,
-                    mflops=1, mflops_done=1, **more)  # fmt: skip
+    return Measured(
+        plan=plan,
+        recall=recall,
+        recall_low=recall if low is None else low,
+        recall_high=1,
+        model_us=cost,
+        mflops=1,
+        mflops_done=1,
+        **more,
+    )
 
 
 TWO = Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32)
-GOOD = [candidate(Plan.exact(32), 1, 9), candidate(TWO, 0.995, 5, low=0.98), candidate(TWO, 0.999, 7, low=0.992),
-        candidate(TWO, 0.999, 7, low=0.992), candidate(TWO, 0.9, 1)]  # fmt: skip
+GOOD = [
+    candidate(Plan.exact(32), 1, 9),
+    candidate(TWO, 0.995, 5, low=0.98),
+    candidate(TWO, 0.999, 7, low=0.992),
+    candidate(TWO, 0.999, 7, low=0.992),
+    candidate(TWO, 0.9, 1),
+]
 
 
 def test_the_cheapest_good_plan_is_first_and_the_exact_one_always_there():
@@ -64,12 +96,18 @@ def test_the_cheapest_good_plan_is_first_and_the_exact_one_always_there():
 def test_candidates_beyond_a_limit_are_marked_and_never_chosen():
     limits = Limits(max_p99_ms=2, max_ram_mb=100)
     rows = [
-        candidate(Plan.exact(32), 1, 9, p99_us=9000), candidate(TWO, 0.999, 3, p99_us=1999, ram_mb=101),
-        candidate(TWO, 0.999, 4, p99_us=2000, ram_mb=100), candidate(TWO, 0.5, 1, p99_us=3000, ram_mb=300),
-    ]  # fmt: skip
+        candidate(Plan.exact(32), 1, 9, p99_us=9000),
+        candidate(TWO, 0.999, 3, p99_us=1999, ram_mb=101),
+        candidate(TWO, 0.999, 4, p99_us=2000, ram_mb=100),
+        candidate(TWO, 0.5, 1, p99_us=3000, ram_mb=300),
+    ]
     marked = limits.mark(rows)
     assert [one.breaks for one in marked] == [
-        ("p99 9 ms > 2 ms",), ("RAM 101 MB > 100 MB",), (), ("p99 3 ms > 2 ms", "RAM 300 MB > 100 MB")]  # fmt: skip
+        ("p99 9 ms > 2 ms",),
+        ("RAM 101 MB > 100 MB",),
+        (),
+        ("p99 3 ms > 2 ms", "RAM 300 MB > 100 MB"),
+    ]
     settings = {"decide_by": "mean", "rank_by": "model", "exact": True}
     assert planner.rank_good(marked, 0.99, **settings) == [2]
     assert planner.rank_good([marked[0], marked[3]], 0.99, **settings) == []
@@ -78,8 +116,11 @@ def test_candidates_beyond_a_limit_are_marked_and_never_chosen():
 
 def test_the_nearest_candidate_is_named_with_what_it_breaks_and_what_helps():
     limits, wide = Limits(max_p99_ms=2, max_ram_mb=100), TWO.model_copy(update={"shortlist_k": 77})
-    rows = [candidate(Plan.exact(32), 1, 9, p99_us=9000), candidate(TWO, 0.999, 3, ram_mb=130),
-            candidate(wide, 0.9, 3, p99_us=2100)]  # fmt: skip
+    rows = [
+        candidate(Plan.exact(32), 1, 9, p99_us=9000),
+        candidate(TWO, 0.999, 3, ram_mb=130),
+        candidate(wide, 0.9, 3, p99_us=2100),
+    ]
     place, why = planner.nearest(rows, 0.99, limits, decide_by="mean")
     assert place == 2
     assert "77 rows" in why
@@ -96,7 +137,10 @@ def test_one_stage_is_held_against_several():
     facts = planner.compare_stages(rows, [2, 3, 1, 0], "model")
     assert facts == {"one_stage": 2, "several_stages": 3, "several_to_one": 1.25}
     assert planner.compare_stages(rows, [2, 0], "model") == {
-        "one_stage": 2, "several_stages": None, "several_to_one": None}  # fmt: skip
+        "one_stage": 2,
+        "several_stages": None,
+        "several_to_one": None,
+    }
 
 
 def test_the_pareto_front_is_what_nothing_beats():
@@ -113,24 +157,42 @@ IN_1K, IN_4K = 1_281_167, 4_202_000
 
 def paper_meta(*shard_rows):
     names = tuple(f"s{number}" for number in range(len(shard_rows)))
-    return IndexMeta(dims=PAPER_DIMS, num_rows=sum(shard_rows), shards=names, shard_rows=shard_rows, dtype="float32",
-                     shortlist="flat", shortlist_dims=PAPER_DIMS, columns=(),
-                     encoder=EncoderRef(fingerprint="m"))  # fmt: skip
+    return IndexMeta(
+        dims=PAPER_DIMS,
+        num_rows=sum(shard_rows),
+        shards=names,
+        shard_rows=shard_rows,
+        dtype="float32",
+        shortlist="flat",
+        shortlist_dims=PAPER_DIMS,
+        columns=(),
+        encoder=EncoderRef(fingerprint="m"),
+    )
 
 
-@pytest.mark.parametrize(("rows", "dim", "dims", "sizes", "mflops"), [
-    (IN_1K, 8, (2048,), (200,), 10.66), (IN_1K, 16, (2048,), (200,), 20.91), (IN_1K, 64, (2048,), (200,), 82.40),
-    (IN_4K, 8, (2048,), (200,), 34.03), (IN_4K, 64, (2048,), (200,), 269.34),
-    (IN_1K, 8, (16, 32, 64, 128, 2048), (800, 400, 200, 50, 10), 10.31),
-    (IN_1K, 16, (32, 64, 128, 256, 2048), (200, 100, 50, 25, 10), 20.54),
-    (IN_1K, 32, (64, 128, 256, 512, 2048), (200, 100, 50, 25, 10), 41.07),
-    (IN_4K, 32, (64, 128, 256, 512, 2048), (800, 400, 200, 50, 10), 134.66),
-    (IN_4K, 64, (128, 256, 512, 1024, 2048), (800, 400, 200, 50, 10), 269.31),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "dim", "dims", "sizes", "mflops"),
+    [
+        (IN_1K, 8, (2048,), (200,), 10.66),
+        (IN_1K, 16, (2048,), (200,), 20.91),
+        (IN_1K, 64, (2048,), (200,), 82.40),
+        (IN_4K, 8, (2048,), (200,), 34.03),
+        (IN_4K, 64, (2048,), (200,), 269.34),
+        (IN_1K, 8, (16, 32, 64, 128, 2048), (800, 400, 200, 50, 10), 10.31),
+        (IN_1K, 16, (32, 64, 128, 256, 2048), (200, 100, 50, 25, 10), 20.54),
+        (IN_1K, 32, (64, 128, 256, 512, 2048), (200, 100, 50, 25, 10), 41.07),
+        (IN_4K, 32, (64, 128, 256, 512, 2048), (800, 400, 200, 50, 10), 134.66),
+        (IN_4K, 64, (128, 256, 512, 1024, 2048), (800, 400, 200, 50, 10), 269.31),
+    ],
+)
 def test_mflops_are_those_the_mrl_paper_prints(rows, dim, dims, sizes, mflops):
     """Adaptive and funnel retrieval on ImageNet-1K and 4K, to the digit: ``sizes`` rows are read at ``dims``."""
-    plan = Plan(shortlist_dim=dim, shortlist_k=sizes[0], stages=tuple(zip(dims[:-1], sizes[1:], strict=True)),
-                rerank_dim=dims[-1])  # fmt: skip
+    plan = Plan(
+        shortlist_dim=dim,
+        shortlist_k=sizes[0],
+        stages=tuple(zip(dims[:-1], sizes[1:], strict=True)),
+        rerank_dim=dims[-1],
+    )
     assert costs.paper_mflops(paper_meta(rows), plan) == pytest.approx(mflops, abs=0.005)
 
 
@@ -166,7 +228,10 @@ def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
     settings = {"k": 10, "shortlist_ks": [50], "efs": [64], "nprobes": (4, 16), "funnels": False}
     probing = candidates.list_plans(lists, scan_dims=[8], **settings)
     assert {(plan.ef_search, plan.nprobe, plan.scan) for plan in probing} == {
-        (None, 4, False), (None, 16, False), (None, None, True)}  # fmt: skip
+        (None, 4, False),
+        (None, 16, False),
+        (None, None, True),
+    }
     plain = searcher.meta.model_copy(update={"shortlist": "binary"})
     efforts = candidates.list_plans(plain, **settings)
     assert {(plan.ef_search, plan.nprobe) for plan in efforts} == {(None, None)}
@@ -178,8 +243,7 @@ def test_candidates_differ_fit_the_shards_and_leave_enough_rows(searcher):
 def test_funnels_are_none_one_stage_at_a_quarter_and_halving():
     dims = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     assert candidates.list_funnels(dims, 128, 60, 10) == [(), ((512, 25),), ((256, 30),)]
-    assert candidates.list_funnels(dims, 64, 200, 10) == [
-        (), ((512, 25),), ((128, 100), (256, 50), (512, 25))]  # fmt: skip
+    assert candidates.list_funnels(dims, 64, 200, 10) == [(), ((512, 25),), ((128, 100), (256, 50), (512, 25))]
     assert candidates.list_funnels(dims, 1024, 200, 10) == [()]
     assert candidates.list_funnels((64, 512), 64, 200, 10) == [()]
     assert candidates.list_funnels((64, 128, 512), 64, 50, 10) == [(), ((128, 25),)]
@@ -216,8 +280,14 @@ def test_margins_are_quantiles_of_how_far_neighbours_lie_below_the_kth_best(grap
         scores = cosines(graph, queries, rows, dim)
         order = np.argsort(-scores, axis=1)[:, :keep]
         rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
-        gaps = np.sort([max(0, line[9] - score) for line, places, truth in zip(scores, rows, exact, strict=True)
-                        for score, row in zip(line, places, strict=True) if row in truth])  # fmt: skip
+        gaps = np.sort(
+            [
+                max(0, line[9] - score)
+                for line, places, truth in zip(scores, rows, exact, strict=True)
+                for score, row in zip(line, places, strict=True)
+                if row in truth
+            ]
+        )
         level = 0.9 + (0.9 * 0.1 / len(gaps)) ** 0.5
         assert (gaps <= margin + 1e-6).mean() >= level
         assert (gaps <= margin - 1.1e-4).mean() < level
@@ -254,8 +324,9 @@ def test_early_exit_twins_of_the_cheapest_good_plans_keep_recall_on_other_querie
     assert early
     for one in early:
         assert len(one.plan.margins) == 1 + len(one.plan.stages)
-        plain = planner.measure(graph, holdout, 10, [one.plan.model_copy(update={"margins": ()}), one.plan],
-                                own_rows=nobody, seed=2)[1:]  # fmt: skip
+        plain = planner.measure(
+            graph, holdout, 10, [one.plan.model_copy(update={"margins": ()}), one.plan], own_rows=nobody, seed=2
+        )[1:]
         assert plain[0].recall - plain[1].recall <= 0.01 * len(one.plan.margins)
     again = planner.measure_early_exit(graph, sample, 10, measured, target=0.95, decide_by="mean", **settings)
     assert early == again
@@ -295,8 +366,16 @@ def test_a_query_is_counted_step_by_step(graph):
     assert blocks == [(0, 32)]
     counts, kind = costs.count_query(graph, queries, FUNNEL, k=10, work=Work(2500, 0))
     assert kind == "graph"
-    assert counts == costs.Counts(calls=1, rows=500, row_numbers=4000, beam=60, steps=3, places=60 + 60 + 40,
-                                  numbers=60 * 8 + 60 * 8 + 40 * 16, ordered=60 + 40)  # fmt: skip
+    assert counts == costs.Counts(
+        calls=1,
+        rows=500,
+        row_numbers=4000,
+        beam=60,
+        steps=3,
+        places=60 + 60 + 40,
+        numbers=60 * 8 + 60 * 8 + 40 * 16,
+        ordered=60 + 40,
+    )
     scan = FUNNEL.model_copy(update={"scan": True})
     counts, kind = costs.count_query(graph, queries, scan, k=10, work=Work(0, 0))
     assert (kind, counts.rows, counts.steps, counts.numbers) == ("flat", 2000, 2, 60 * 8 + 40 * 16)
@@ -327,8 +406,17 @@ def test_the_model_counts_the_rows_of_the_lists_and_the_prefixes_of_coded_types(
     cost = {}
     for kind in ("ivf", "ivf-rabitq", "binary", "binary-signs"):
         shard = make_shard(data[:3000], kind=kind, name=kind)
-        meta = IndexMeta(dims=DIMS, num_rows=3000, shards=("a",), shard_rows=(3000,), dtype="float32", shortlist=kind,
-                         shortlist_dims=DIMS, columns=("image_id",), encoder=EncoderRef(fingerprint="m"))  # fmt: skip
+        meta = IndexMeta(
+            dims=DIMS,
+            num_rows=3000,
+            shards=("a",),
+            shard_rows=(3000,),
+            dtype="float32",
+            shortlist=kind,
+            shortlist_dims=DIMS,
+            columns=("image_id",),
+            encoder=EncoderRef(fingerprint="m"),
+        )
         plans = [plan, plan.model_copy(update={"nprobe": 9})]
         _, few, many = planner.measure(Searcher(meta, [shard]), queries, 10, plans, own_rows=nobody, seed=1)
         cost[kind] = few

@@ -56,15 +56,19 @@ def block_bytes(request, monkeypatch):
     monkeypatch.setattr(store, "BLOCK_BYTES", request.param)
 
 
-@pytest.mark.parametrize("plan", [
-    Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32),
-    Plan(shortlist_dim=8, shortlist_k=40, rerank_dim=16),
-    Plan(shortlist_dim=4, shortlist_k=80, stages=((8, 40), (16, 20)), rerank_dim=32),
-    Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 15),), rerank_dim=32, scan=True),
-    Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 30),), rerank_dim=32, margins=(0.3, 0.02)),
-    Plan(shortlist_dim=4, shortlist_k=60, rerank_dim=32, margins=(0.0,)),
-    Plan(shortlist_dim=32, shortlist_k=30, rerank_dim=32),
-], ids=lambda plan: plan.describe())  # fmt: skip
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32),
+        Plan(shortlist_dim=8, shortlist_k=40, rerank_dim=16),
+        Plan(shortlist_dim=4, shortlist_k=80, stages=((8, 40), (16, 20)), rerank_dim=32),
+        Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 15),), rerank_dim=32, scan=True),
+        Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 30),), rerank_dim=32, margins=(0.3, 0.02)),
+        Plan(shortlist_dim=4, shortlist_k=60, rerank_dim=32, margins=(0.0,)),
+        Plan(shortlist_dim=32, shortlist_k=30, rerank_dim=32),
+    ],
+    ids=lambda plan: plan.describe(),
+)
 @pytest.mark.usefixtures("block_bytes")
 def test_funnel_equals_the_one_shot_oracle(make_shard, vectors, queries, plan):
     hits = make_shard(vectors).search(queries, 10, plan)
@@ -88,12 +92,17 @@ def test_one_call_answers_as_its_stages_one_after_the_other_do(make_shard, vecto
     np.testing.assert_array_equal(whole.scores, np.vstack([hits.scores for hits in alone]))
 
 
-@pytest.mark.parametrize(("dims", "dtype", "ends"), [
-    ((8, 16, 32, 64, 128, 256, 512, 1024, 2048), "float16", (64, 128, 2048)),
-    ((8, 16, 32, 64, 128, 256, 512, 1024, 2048), "float32", (32, 64, 128, 2048)),
-    ((8, 16, 32, 64, 128, 256, 512), "float16", (64, 512)),
-    ((100, 700), "float32", (100, 700)), ((4, 8), "float16", (8,)), ((64,), "float16", (64,)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dims", "dtype", "ends"),
+    [
+        ((8, 16, 32, 64, 128, 256, 512, 1024, 2048), "float16", (64, 128, 2048)),
+        ((8, 16, 32, 64, 128, 256, 512, 1024, 2048), "float32", (32, 64, 128, 2048)),
+        ((8, 16, 32, 64, 128, 256, 512), "float16", (64, 512)),
+        ((100, 700), "float32", (100, 700)),
+        ((4, 8), "float16", (8,)),
+        ((64,), "float16", (64,)),
+    ],
+)
 def test_blocks_end_where_a_read_is_worth_its_place(dims, dtype, ends):
     assert store.choose_blocks(dims, dtype) == ends
 
@@ -201,9 +210,15 @@ def test_more_results_than_rows_are_padded(make_shard, vectors, queries):
             assert (np.sort(hits.rows[:, :count], axis=1) == np.arange(5, 5 + count)).all()
 
 
-@pytest.mark.parametrize(("query", "message"), [
-    (np.ones(31), "31"), (np.full(32, np.nan), "NaN"), (np.zeros(32), "zeros"), (np.full(32, np.inf), "infinity"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (np.ones(31), "31"),
+        (np.full(32, np.nan), "NaN"),
+        (np.zeros(32), "zeros"),
+        (np.full(32, np.inf), "infinity"),
+    ],
+)
 def test_bad_queries_are_refused(make_shard, vectors, query, message):
     with pytest.raises(UsageError, match=message):
         make_shard(vectors).search(query, 3, Plan.exact(32))

@@ -76,11 +76,20 @@ def test_every_plan_ranks_the_candidates_of_its_type_as_brute_force_does(make_sh
             np.testing.assert_allclose(hits.scores[n], true[n, alive], atol=3e-6)
 
 
-@pytest.mark.parametrize(("kind", "least"), [
-    ("flat", 1.0), ("hnsw", 0.99), ("graph", 0.98), ("hnsw-sq8", 0.97),
-    ("ivf", 0.97), ("ivf-pq", 0.95), ("ivf-rabitq", 0.9),
-    ("binary", 0.5), ("binary-signs", 0.5),  # 16 bits
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [
+        ("flat", 1.0),
+        ("hnsw", 0.99),
+        ("graph", 0.98),
+        ("hnsw-sq8", 0.97),
+        ("ivf", 0.97),
+        ("ivf-pq", 0.95),
+        ("ivf-rabitq", 0.9),
+        ("binary", 0.5),
+        ("binary-signs", 0.5),  # 16 bits
+    ],
+)
 def test_every_type_finds_most_of_what_a_flat_one_finds(make_shard, kind, least):
     plan = Plan(shortlist_dim=16, shortlist_k=100, rerank_dim=32)
     hits = make_shard(STORED, kind=kind).search(QUERIES, 10, plan)
@@ -96,8 +105,9 @@ def test_sign_codes_are_those_that_the_binary_task_trains():
     codes = [binarize(torch.from_numpy(rows)).numpy() for rows in (queries, unit)]
     differing = (16 - codes[0] @ codes[1].T) / 2
     nearest = np.sort(differing, axis=1)[:, :50]
-    own, rotated = (build_shortlist(kind, unit, ShortlistOptions()).search(queries, 50).rows
-                    for kind in ("binary-signs", "binary"))  # fmt: skip
+    own, rotated = (
+        build_shortlist(kind, unit, ShortlistOptions()).search(queries, 50).rows for kind in ("binary-signs", "binary")
+    )
     np.testing.assert_array_equal(np.take_along_axis(differing, own, axis=1), nearest)
     assert (np.take_along_axis(differing, rotated, axis=1) > nearest).any()
 
@@ -214,8 +224,11 @@ def test_codes_of_a_prefix_that_does_not_divide_share_fewer_dimensions():
     assert build_shortlist("ivf-pq", unit[:, :1].copy(), ShortlistOptions(pq_dims=4)).index.ntotal == NUM
 
 
-@given(kind=st.sampled_from(KINDS), data=st.tuples(st.integers(1, 60), st.integers(0, 400), st.integers(0, 9)),
-       sizes=st.tuples(st.integers(1, 40), st.integers(1, 1500)))  # fmt: skip
+@given(
+    kind=st.sampled_from(KINDS),
+    data=st.tuples(st.integers(1, 60), st.integers(0, 400), st.integers(0, 9)),
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 1500)),
+)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_duplicates_zeros_and_ties_come_in_order_with_true_cosines(make_shard, kind, data, sizes):
     """Shards of few distinct vectors and many zeros: whatever survives, the order and the scores are those of numpy."""

@@ -19,6 +19,8 @@ def test_rows_are_read_as_the_table_holds_them(tmp_path: Path, chunks: int) -> N
         writer.write_table(table)
     del store.table
     assert len(store.table.to_batches()) == chunks
-    assert store.read_rows(np.array([2, 0])) == [{"image_id": "c", "title": "three", "year": "3"},
-                                                 {"image_id": "a", "year": "1"}]  # fmt: skip
+    assert store.read_rows(np.array([2, 0])) == [
+        {"image_id": "c", "title": "three", "year": "3"},
+        {"image_id": "a", "year": "1"},
+    ]
     assert store.read_rows(np.array([1]), ["title"]) == [{"title": "two"}]

@@ -14,7 +14,7 @@ PLANS = [
     Plan(shortlist_dim=8, shortlist_k=100, rerank_dim=32),
     Plan(shortlist_dim=8, shortlist_k=60, stages=[(16, 30)], rerank_dim=32),
     Plan(shortlist_dim=4, shortlist_k=300, scan=True, rerank_dim=32),
-]  # fmt: skip
+]
 
 
 def bury(shard: ShardSearcher, deleted: np.ndarray, said: int | None = None) -> ShardSearcher:
@@ -44,8 +44,12 @@ def test_deleted_rows_are_in_no_answer(make_shard, vectors, queries, kind, share
     red = np.array(colours) == "red"
     mask = generator.random(300) < 0.5
     asked = np.vstack([queries, vectors[deleted][:20]])  # the deleted rows themselves
-    for allowed, rows in ((None, ~deleted), ({}, ~deleted), ({"colour": ["red"]}, red & ~deleted),
-                          (mask, mask & ~deleted)):  # fmt: skip
+    for allowed, rows in (
+        (None, ~deleted),
+        ({}, ~deleted),
+        ({"colour": ["red"]}, red & ~deleted),
+        (mask, mask & ~deleted),
+    ):
         for plan in PLANS:
             found = shard.search(asked, 20, plan, allowed).rows
             inside = found[found >= 0] - 50

@@ -89,9 +89,16 @@ def publish_embeddings(
     draft = Draft(root, "embeddings", "embed", fingerprint)
     reference = {"fingerprint": encoder.manifest.fingerprint, "name": "encoder", "uri": encoder.uri}
     draft.write_json("meta.json", {"dim": 64, "dims": DIMS, "encoder": reference, "rows": len(vectors)})
-    rows = [{"image_id": name, "vector": vector.tolist(), "title": f"picture {name}", "category": None,
-             "view": view_of(name)}
-            for name, vector in vectors.items()]  # fmt: skip
+    rows = [
+        {
+            "image_id": name,
+            "vector": vector.tolist(),
+            "title": f"picture {name}",
+            "category": None,
+            "view": view_of(name),
+        }
+        for name, vector in vectors.items()
+    ]
     pq.write_table(pa.Table.from_pylist(rows, schemas.embeddings(64)), draft.path("part-0.parquet"))
     return publish(draft, encoder=[encoder])
 
@@ -106,8 +113,14 @@ def publish_index(
         meta = ShardMeta(num_rows=len(ids), row_offset=offset, dims=DIMS, shortlist_dims=SHORTLIST_DIMS)
         folder = Path(draft.path(name))
         folder.mkdir(parents=True)
-        table = pa.table({"image_id": ids, "title": [f"picture {i}" for i in ids],
-                          "category": pa.nulls(len(ids), pa.string()), "view": [view_of(i) for i in ids]})  # fmt: skip
+        table = pa.table(
+            {
+                "image_id": ids,
+                "title": [f"picture {i}" for i in ids],
+                "category": pa.nulls(len(ids), pa.string()),
+                "view": [view_of(i) for i in ids],
+            }
+        )
         stacked = np.stack([vectors[i] for i in ids])
         meta = write_store(str(folder), meta, table, [(np.arange(len(ids)), stacked)])
         store = PrefixStore(str(folder), meta)
@@ -118,10 +131,16 @@ def publish_index(
         offset += len(ids)
         counts.append(len(ids))
     meta_of_index = IndexMeta(
-        dims=DIMS, num_rows=len(vectors), shards=names, shard_rows=tuple(counts), dtype="float32", shortlist="flat",
-        shortlist_dims=SHORTLIST_DIMS, columns=("image_id", "title", "category", "view"),
+        dims=DIMS,
+        num_rows=len(vectors),
+        shards=names,
+        shard_rows=tuple(counts),
+        dtype="float32",
+        shortlist="flat",
+        shortlist_dims=SHORTLIST_DIMS,
+        columns=("image_id", "title", "category", "view"),
         encoder=EncoderRef(fingerprint=model),
-    )  # fmt: skip
+    )
     draft.write_json(INDEX_META, meta_of_index.model_dump(mode="json", exclude={"generation"}))
     return publish(draft, embeddings=[embeddings])
 
@@ -160,6 +179,9 @@ def indexes(world: "World") -> list[str]:
     for number, size in enumerate((40, 30)):
         vectors = dict(list(world.vectors.items())[:size])
         embeddings = publish_embeddings(world.root, encoder, vectors, fingerprint=f"{number:04d}" + "b" * 16)
-        uris.append(publish_index(world.root, embeddings, vectors, encoder.manifest.fingerprint,
-                                  fingerprint=f"{number:04d}" + "c" * 16).uri)  # fmt: skip
+        uris.append(
+            publish_index(
+                world.root, embeddings, vectors, encoder.manifest.fingerprint, fingerprint=f"{number:04d}" + "c" * 16
+            ).uri
+        )
     return uris

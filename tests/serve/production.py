@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1",
-               "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}  # before Ray is imported
+os.environ |= {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}  # before Ray is imported
 
 import numpy as np
 
@@ -37,10 +40,18 @@ def main() -> None:
         tenants = Path(root, "tenants.yaml")
         tenants.write_text(f"tenants:\n- {{name: a, token_sha256: ['{digest}'], role: admin}}\n")
         ensure_ray(ClusterConfig(num_cpus=2, object_store_mb=150, progress_bars=False))
-        address = start(ServeConfig(
-            index=uris[0], encoder="none", port=0, loopback_only=False, tenants=str(tenants), cpus_per_replica=0.1,
-            timeout_s=5, writes=Writes(state=f"{root}/state"),
-        ))  # fmt: skip
+        address = start(
+            ServeConfig(
+                index=uris[0],
+                encoder="none",
+                port=0,
+                loopback_only=False,
+                tenants=str(tenants),
+                cpus_per_replica=0.1,
+                timeout_s=5,
+                writes=Writes(state=f"{root}/state"),
+            )
+        )
         with Client(address, token=TOKEN) as client:
             client.wait_ready()
             print(json.dumps(use(client, uris)))
@@ -56,8 +67,12 @@ def use(client: Client, uris: list[str]) -> dict[str, object]:
     many = [StoredRow(f"row-{number}", np.random.default_rng(number).normal(size=64)) for number in range(256)]
     client.upsert(many)
     first = client.describe().generation
-    wrong = [{"vector": VECTOR[:3]}, {"image_id": "nobody"}, {"vector": VECTOR, "k": 10**6},
-             {"vector": VECTOR, "model_fingerprint": "another"}]  # fmt: skip
+    wrong = [
+        {"vector": VECTOR[:3]},
+        {"image_id": "nobody"},
+        {"vector": VECTOR, "k": 10**6},
+        {"vector": VECTOR, "model_fingerprint": "another"},
+    ]
     codes = [code_of(client, asked) for asked in wrong]
     switched = client.switch(uris[1], encoder="none").index
     try:
@@ -68,11 +83,14 @@ def use(client: Client, uris: list[str]) -> dict[str, object]:
     compacted = client.compact()
     streamed = list(client.search_stream([["new"], ["nobody"]], k=1))
     return {
-        "codes": codes, "switched": switched == uris[1], "rolled_back": back == first,
-        "rows": compacted.num_rows - NUM_ROWS, "pending": client.status().pending_rows,
+        "codes": codes,
+        "switched": switched == uris[1],
+        "rolled_back": back == first,
+        "rows": compacted.num_rows - NUM_ROWS,
+        "pending": client.status().pending_rows,
         "found": client.search(image_id="new", k=1).ids,
         "streamed": [one.code.name if isinstance(one, RetrievalError) else one[0].ids for one in streamed],
-    }  # fmt: skip
+    }
 
 
 def code_of(client: Client, asked: dict[str, Any]) -> str:

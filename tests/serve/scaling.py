@@ -1,6 +1,6 @@
 """One to three ingress replicas and back under a short load, in a Ray of its own; prints one JSON object.
 
-    RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S=0.5 python -m tests.serve.scaling
+RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S=0.5 python -m tests.serve.scaling
 """
 
 import asyncio
@@ -28,8 +28,10 @@ def publish_small(root: str) -> str:
     """URI of an index of made-up vectors."""
     from lookalike.artifacts import Draft
 
-    vectors = {f"img-{row:03d}": vector for row, vector in
-               enumerate(np.random.default_rng(5).normal(size=(60, 64)).astype(np.float32))}  # fmt: skip
+    vectors = {
+        f"img-{row:03d}": vector
+        for row, vector in enumerate(np.random.default_rng(5).normal(size=(60, 64)).astype(np.float32))
+    }
     draft = Draft(root, "encoder", "encoder", "a" * 20)
     draft.write_json("nothing.json", {})
     encoder = publish(draft)
@@ -80,13 +82,30 @@ async def observe(address: str) -> dict[str, object]:
 
 def main() -> None:
     """Command line."""
-    scaling = Autoscaling(max_replicas=3, target_ongoing_requests=2, target_latency_ms=500, upscale_delay_s=1,
-                          downscale_delay_s=3, look_back_s=3)  # fmt: skip
+    scaling = Autoscaling(
+        max_replicas=3,
+        target_ongoing_requests=2,
+        target_latency_ms=500,
+        upscale_delay_s=1,
+        downscale_delay_s=3,
+        look_back_s=3,
+    )
     with tempfile.TemporaryDirectory() as root:
-        ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False,
-                 logging_level="ERROR")  # fmt: skip
-        config = ServeConfig(index=publish_small(root), encoder="none", placement="fused", port=0, cpus_per_replica=0.1,
-                             deployments=Deployments(ingress=Deployed(autoscaling=scaling)))  # fmt: skip
+        ray.init(
+            num_cpus=2,
+            object_store_memory=100 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        config = ServeConfig(
+            index=publish_small(root),
+            encoder="none",
+            placement="fused",
+            port=0,
+            cpus_per_replica=0.1,
+            deployments=Deployments(ingress=Deployed(autoscaling=scaling)),
+        )
         address = start(config)
         seen = asyncio.run(observe(address))
         stop()

@@ -73,8 +73,11 @@ def replica_names() -> list[tuple[str, str]]:
     """(name, namespace) of the replicas' actors."""
     import ray
 
-    return [(one["name"], one["namespace"]) for one in ray.util.list_named_actors(all_namespaces=True)
-            if one["name"].startswith("SERVE_REPLICA::")]  # fmt: skip
+    return [
+        (one["name"], one["namespace"])
+        for one in ray.util.list_named_actors(all_namespaces=True)
+        if one["name"].startswith("SERVE_REPLICA::")
+    ]
 
 
 def kill_one(rng: random.Random, killed: Counter[str], role: str = "") -> None:
@@ -143,8 +146,10 @@ def cluster_of_two() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 150 << 20,
-                                                            "include_dashboard": False})  # fmt: skip
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 3, "object_store_memory": 150 << 20, "include_dashboard": False},
+    )
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -164,10 +169,16 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
     queries = generator.normal(size=(50, DIM)).astype(np.float32)
     uris = list(worlds)
     config = ServeConfig(
-        index=uris[0], encoder="none", placement="sharded", port=0, shard_replicas=2, timeout_s=8, cpus_per_replica=0.2,
+        index=uris[0],
+        encoder="none",
+        placement="sharded",
+        port=0,
+        shard_replicas=2,
+        timeout_s=8,
+        cpus_per_replica=0.2,
         deployments=Deployments(ingress=Deployed(autoscaling=SCALING)),
         writes=Writes(state=f"{root}/state", compact_rows=None),
-    )  # fmt: skip
+    )
     seen, book, killed = Seen(), Book(seed), Counter[str]()
     before: list[str] = []
     """The generation that is compacted: whatever came of it has the same rows, beside the written ones."""
@@ -200,20 +211,28 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
         tell("everything was killed, and serves again")
         seen.counts["rows after restart"] = asyncio.run(check_written(address, book, seen.wrong))
         stop()
-    expected = {Artifact.open(uri, check=False).manifest.fingerprint: brute_force(vectors, queries)
-                for uri, vectors in worlds.items()}  # fmt: skip
+    expected = {
+        Artifact.open(uri, check=False).manifest.fingerprint: brute_force(vectors, queries)
+        for uri, vectors in worlds.items()
+    }
     for name, number, ids in seen.replies:
         wanted = expected.get(name, expected[before[0]])[number]
         if ids != wanted:
             seen.wrong.append(f"{name} query {number}: {ids} for {wanted}")
     late = np.array(seen.late_ms)
     return {
-        "bench": "serve_soak", "seconds": seconds, "seed": seed, **seen.counts, "errors": dict(seen.errors),
-        "killed": dict(killed), "ingresses": seen.ingresses,
+        "bench": "serve_soak",
+        "seconds": seconds,
+        "seed": seed,
+        **seen.counts,
+        "errors": dict(seen.errors),
+        "killed": dict(killed),
+        "ingresses": seen.ingresses,
         "generations_seen": len({name for name, _, _ in seen.replies}),
         "found_after_ms": {"p50": round(float(np.median(late)), 1), "p99": round(float(np.percentile(late, 99)), 1)},
-        "num_wrong": len(seen.wrong), "wrong": seen.wrong[:10],
-    }  # fmt: skip
+        "num_wrong": len(seen.wrong),
+        "wrong": seen.wrong[:10],
+    }
 
 
 def tell(what: str) -> None:

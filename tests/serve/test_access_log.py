@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in sorted(folder.glob("access-*.jsonl*")) for line in path.read_text().split("\n")
-            if line]  # fmt: skip
+    return [
+        json.loads(line)
+        for path in sorted(folder.glob("access-*.jsonl*"))
+        for line in path.read_text().split("\n")
+        if line
+    ]
 
 
 @pytest.fixture
@@ -45,9 +49,13 @@ def test_a_line_a_request_and_no_payload(logged: tuple[LocalClient, Path], world
     lines = read_lines(folder)
     told = [(line["method"], line["code"], line.get("k"), line.get("queries")) for line in lines]
     assert told == [
-        ("Search", "OK", 5, 1), ("SearchBatch", "OK", 3, 2), ("Search", "NOT_FOUND", 10, 1),
-        ("Embed", "OK", None, None), ("SearchStream", "OK", 1, 1), ("SearchStream", "NOT_FOUND", 1, 1),
-    ]  # fmt: skip
+        ("Search", "OK", 5, 1),
+        ("SearchBatch", "OK", 3, 2),
+        ("Search", "NOT_FOUND", 10, 1),
+        ("Embed", "OK", None, None),
+        ("SearchStream", "OK", 1, 1),
+        ("SearchStream", "NOT_FOUND", 1, 1),
+    ]
     first = lines[0]
     assert first["request_id"] == found.info.request_id
     assert first["generation"] == world.searcher.meta.generation
@@ -87,12 +95,17 @@ def test_feedback_is_a_line_with_the_answers_id(logged: tuple[LocalClient, Path]
     assert (save["kind"], "id" in save) == ("save", False)
 
 
-@pytest.mark.parametrize(("feedback", "words"), [
-    (("", "click", ""), "request_id=''"), (("0" * 23 + "g", "click", ""), "request_id="),
-    (("0" * 24, "", ""), "kind=''"), (("0" * 24, "Click!", ""), "kind='Click!'"),
-    (("0" * 24, "k" * 33, ""), "kind="),
-    (("0" * 24, "click", "x" * 1025), "1025 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("feedback", "words"),
+    [
+        (("", "click", ""), "request_id=''"),
+        (("0" * 23 + "g", "click", ""), "request_id="),
+        (("0" * 24, "", ""), "kind=''"),
+        (("0" * 24, "Click!", ""), "kind='Click!'"),
+        (("0" * 24, "k" * 33, ""), "kind="),
+        (("0" * 24, "click", "x" * 1025), "1025 characters"),
+    ],
+)
 def test_wrong_feedback_is_refused(
     logged: tuple[LocalClient, Path], feedback: tuple[str, str, str], words: str
 ) -> None:

@@ -24,8 +24,15 @@ def test_status_in_words() -> None:
     one = pb.Generation(name="f00", index="/i", plan="/p", num_rows=7, includes_writes=3)
     recall = pb.RecallEstimate(recall=0.97, low=0.95, high=0.98, queries=40)
     followers = [pb.Followers(role="ingress", replicas=2, current=1)]
-    status = pb.StatusResponse(generations=[one, pb.Generation(name="old", index="/o")], current="f00", previous="old",
-                               last_write=5, pending_rows=2, followers=followers, recall=recall)  # fmt: skip
+    status = pb.StatusResponse(
+        generations=[one, pb.Generation(name="old", index="/o")],
+        current="f00",
+        previous="old",
+        last_write=5,
+        pending_rows=2,
+        followers=followers,
+        recall=recall,
+    )
     assert render_status(status).splitlines() == [
         "serving   f00: 7 rows, writes up to 3, /i, plan /p",
         "previous  old: 0 rows, writes up to 0, /o, exact",

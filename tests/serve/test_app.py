@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize(
     ("placement", "wanted"),
-    [("fused", {"ingress"}), ("sharded", {"ingress", "shard-000", "shard-001", "encoder"}),
-     ("staged", {"ingress", "shard-000", "shard-001", "rerank", "encoder"})],
-)  # fmt: skip
+    [
+        ("fused", {"ingress"}),
+        ("sharded", {"ingress", "shard-000", "shard-001", "encoder"}),
+        ("staged", {"ingress", "shard-000", "shard-001", "rerank", "encoder"}),
+    ],
+)
 def test_placement_decides_the_deployments(world: "World", placement: str, wanted: set[str]) -> None:
     config = parse_config(ServeConfig, {"index": world.index, "placement": placement}, "serve")
     assert names_of(build(config)) == wanted

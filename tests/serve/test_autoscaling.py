@@ -30,11 +30,24 @@ def count(load: Load, target: float = 4, latency: float | None = 100, lowest: in
     return count_replicas(load, target_ongoing=target, target_latency_ms=latency, lowest=lowest, highest=highest)
 
 
-@pytest.mark.parametrize(("load", "wanted"), [
-    (Load(0, 0, 1), 1), (Load(4, 50, 1), 1), (Load(5, 10, 1), 2), (Load(30, 10, 1), 8), (Load(400, 10, 1), 10),
-    (Load(4, 150, 2), 3), (Load(4, 900, 2), 4), (Load(4, 80, 3), 3), (Load(4, 40, 3), 2), (Load(3, 40, 3), 1),
-    (Load(7.9, 40, 3), 3), (Load(6.4, 40, 3), 2), (Load(0, 0, 10), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("load", "wanted"),
+    [
+        (Load(0, 0, 1), 1),
+        (Load(4, 50, 1), 1),
+        (Load(5, 10, 1), 2),
+        (Load(30, 10, 1), 8),
+        (Load(400, 10, 1), 10),
+        (Load(4, 150, 2), 3),
+        (Load(4, 900, 2), 4),
+        (Load(4, 80, 3), 3),
+        (Load(4, 40, 3), 2),
+        (Load(3, 40, 3), 1),
+        (Load(7.9, 40, 3), 3),
+        (Load(6.4, 40, 3), 2),
+        (Load(0, 0, 10), 1),
+    ],
+)
 def test_either_target_grows_and_only_both_shrink(load: Load, wanted: int) -> None:
     assert count(load) == wanted
 
@@ -52,9 +65,12 @@ def test_never_outside_the_bounds(
 
 @given(st.tuples(LOADS, LOADS), st.tuples(LOADS, LOADS), st.integers(1, 50), BOUNDS, TARGETS)
 def test_more_load_never_wants_fewer(
-    load: tuple[float, float], more: tuple[float, float], replicas: int, bounds: tuple[int, int],
+    load: tuple[float, float],
+    more: tuple[float, float],
+    replicas: int,
+    bounds: tuple[int, int],
     targets: tuple[float, float | None],
-) -> None:  # fmt: skip
+) -> None:
     less = count(Load(*load, replicas), *targets, *bounds)
     assert less <= count(Load(load[0] + more[0], load[1] + more[1], replicas), *targets, *bounds)
 
@@ -76,9 +92,13 @@ def test_serves_context_is_read() -> None:
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)
     assert type(policy) is LoadPolicy
     context = SimpleNamespace(
-        aggregated_metrics={"latency_ms": {"a": 20.0, "b": 120.0}}, total_num_requests=3, target_num_replicas=2,
-        capacity_adjusted_min_replicas=2, capacity_adjusted_max_replicas=6, config=config,
-    )  # fmt: skip
+        aggregated_metrics={"latency_ms": {"a": 20.0, "b": 120.0}},
+        total_num_requests=3,
+        target_num_replicas=2,
+        capacity_adjusted_min_replicas=2,
+        capacity_adjusted_max_replicas=6,
+        config=config,
+    )
     assert policy(context) == (3, {})
     context.aggregated_metrics = {}
     assert policy(context) == (2, {})
@@ -125,10 +145,15 @@ def test_options_of_a_deployment() -> None:
 
 def test_every_deployment_but_the_writer_is_scaled_as_set(world: "World", tmp_path: Any) -> None:
     scaled = Deployed(autoscaling=Autoscaling(max_replicas=3), memory_mb=64)
-    config = ServeConfig.model_validate({
-        "index": world.index, "placement": "staged", "shard_replicas": 2, "writes": {"state": str(tmp_path)},
-        "deployments": Deployments(ingress=scaled, shards=Deployed(num_cpus=0.5), rerank=scaled, encoder=scaled),
-    })  # fmt: skip
+    config = ServeConfig.model_validate(
+        {
+            "index": world.index,
+            "placement": "staged",
+            "shard_replicas": 2,
+            "writes": {"state": str(tmp_path)},
+            "deployments": Deployments(ingress=scaled, shards=Deployed(num_cpus=0.5), rerank=scaled, encoder=scaled),
+        }
+    )
     found = {one.name: one for one in deployments_of(build(config))}
     assert set(found) == {"ingress", "shard-000", "shard-001", "rerank", "encoder", "writer"}
     for name in ("ingress", "rerank", "encoder"):
@@ -157,8 +182,14 @@ def deployments_of(application: Any) -> list[Any]:
 @pytest.mark.soak
 def test_replicas_come_with_the_load_and_go_after_it() -> None:
     often = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5" for who in ("HANDLE", "REPLICA")}
-    done = subprocess.run([sys.executable, "-m", "tests.serve.scaling"], env={**os.environ, **often}, check=True,
-                          stdout=subprocess.PIPE, text=True, timeout=400)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.scaling"],
+        env={**os.environ, **often},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=400,
+    )
     seen = json.loads(done.stdout.splitlines()[-1])
     assert (seen["before"], seen["most"], seen["after"]) == (1, 3, 1)
     assert seen["answered"] > 0

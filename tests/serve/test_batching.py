@@ -60,11 +60,13 @@ class Bench:
         self.shards = [Watched(ShardWorker(group, 2, [generation])) for group in range(2)]
         self.router = Router(self.shards, retries=retries or Retries(pause_ms=1), batching=batching)
 
-    def ask(self, vector: np.ndarray, plan: Plan = DEFAULT, k: int = 6, timeout_s: float = 60.0,
-            **where: list[str]) -> "asyncio.Task[Found]":  # fmt: skip
+    def ask(
+        self, vector: np.ndarray, plan: Plan = DEFAULT, k: int = 6, timeout_s: float = 60.0, **where: list[str]
+    ) -> "asyncio.Task[Found]":
         deadline = asyncio.get_running_loop().time() + timeout_s
-        return asyncio.ensure_future(self.router.search(self.name, vector[None], k, plan, where, deadline=deadline,
-                                                        allow_partial=False))  # fmt: skip
+        return asyncio.ensure_future(
+            self.router.search(self.name, vector[None], k, plan, where, deadline=deadline, allow_partial=False)
+        )
 
     def open(self) -> None:
         for shard in self.shards:
@@ -105,8 +107,20 @@ def test_shared_calls_give_the_bits_of_single_ones(generation: Generation, world
 def test_only_like_searches_share(generation: Generation, world: "World") -> None:
     async def run() -> None:
         bench, vector = Bench(generation), world.vectors["img-004"]
-        tasks = [bench.ask(vector), *(bench.ask(vector, **asked) for asked in (  # type: ignore[arg-type]
-            {}, {"k": 3}, {"plan": Plan.exact(64)}, {"view": ["side"]}, {}, {"view": ["side"]}))]  # fmt: skip
+        tasks = [
+            bench.ask(vector),
+            *(
+                bench.ask(vector, **asked)
+                for asked in (  # type: ignore[arg-type]
+                    {},
+                    {"k": 3},
+                    {"plan": Plan.exact(64)},
+                    {"view": ["side"]},
+                    {},
+                    {"view": ["side"]},
+                )
+            ),
+        ]
         await settle()
         bench.open()
         found = await asyncio.gather(*tasks)
@@ -135,8 +149,9 @@ def test_a_caller_that_leaves_or_is_late_disturbs_nobody(generation: Generation,
     async def run() -> None:
         bench = Bench(generation)
         names = ["img-001", "img-002", "img-003", "img-004"]
-        first, second, third, late = (bench.ask(world.vectors[name], timeout_s=0.1 if name == names[3] else 60)
-                                      for name in names)  # fmt: skip
+        first, second, third, late = (
+            bench.ask(world.vectors[name], timeout_s=0.1 if name == names[3] else 60) for name in names
+        )
         await settle()
         second.cancel()
         with pytest.raises(RetrievalError, match="DEADLINE_EXCEEDED"):
@@ -197,9 +212,13 @@ def test_when_calls_hang_the_others_go_all_the_same(generation: Generation, worl
 
 def test_a_shared_call_that_hangs_is_made_again_as_one(generation: Generation, world: "World") -> None:
     """More callers share it than second calls may be made at once."""
+
     async def run() -> None:
-        bench = Bench(generation, Batching(max_in_flight=1, max_batch=64, max_wait_ms=60_000),
-                      Retries(hedge_ms=50, hedge_share=0.01))  # fmt: skip
+        bench = Bench(
+            generation,
+            Batching(max_in_flight=1, max_batch=64, max_wait_ms=60_000),
+            Retries(hedge_ms=50, hedge_share=0.01),
+        )
         for shard in bench.shards:
             shard.hang = 2  # the second call
         bench.open()

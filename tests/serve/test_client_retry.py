@@ -35,9 +35,12 @@ class Flaky(pb_grpc.RetrievalServiceServicer):
 
 @pytest.mark.parametrize(
     ("failures", "code", "calls", "answers"),
-    [(2, grpc.StatusCode.UNAVAILABLE, 3, True), (9, grpc.StatusCode.UNAVAILABLE, 3, False),
-     (1, grpc.StatusCode.INVALID_ARGUMENT, 1, False)],
-)  # fmt: skip
+    [
+        (2, grpc.StatusCode.UNAVAILABLE, 3, True),
+        (9, grpc.StatusCode.UNAVAILABLE, 3, False),
+        (1, grpc.StatusCode.INVALID_ARGUMENT, 1, False),
+    ],
+)
 def test_unavailable_is_repeated_twice_and_nothing_else(
     failures: int, code: grpc.StatusCode, calls: int, answers: bool
 ) -> None:
@@ -67,14 +70,23 @@ DIED = (grpc.StatusCode.INTERNAL, "The actor died unexpectedly before finishing 
 SHED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "64 requests wait; retry after 30 ms")
 
 
-@pytest.mark.parametrize(("failures", "trouble", "calls", "code"), [
-    (2, DIED, 3, None), (9, DIED, 5, grpc.StatusCode.UNAVAILABLE), (2, SHED, 3, None),
-    (9, SHED, 5, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (1, (grpc.StatusCode.RESOURCE_EXHAUSTED, "the quota of this month is used up"), 1,
-     grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (1, (grpc.StatusCode.INTERNAL, "KeyError: 'x'"), 1, grpc.StatusCode.INTERNAL),
-    (1, (grpc.StatusCode.RESOURCE_EXHAUSTED, "retry after 60000 ms"), 1, grpc.StatusCode.RESOURCE_EXHAUSTED),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("failures", "trouble", "calls", "code"),
+    [
+        (2, DIED, 3, None),
+        (9, DIED, 5, grpc.StatusCode.UNAVAILABLE),
+        (2, SHED, 3, None),
+        (9, SHED, 5, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (
+            1,
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, "the quota of this month is used up"),
+            1,
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        ),
+        (1, (grpc.StatusCode.INTERNAL, "KeyError: 'x'"), 1, grpc.StatusCode.INTERNAL),
+        (1, (grpc.StatusCode.RESOURCE_EXHAUSTED, "retry after 60000 ms"), 1, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
 def test_dead_replicas_and_full_queues(
     failures: int, trouble: tuple[grpc.StatusCode, str], calls: int, code: grpc.StatusCode | None
 ) -> None:

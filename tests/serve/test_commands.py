@@ -34,9 +34,12 @@ def test_search_in_an_index_on_disk(world: "World", tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"serve": {"placement": "everywhere"}}, "placement"), ({"demo": {"queries": "many"}}, "queries"),
-     ({"steps": {"plan": None}}, "has no 'plan' step")],
-)  # fmt: skip
+    [
+        ({"serve": {"placement": "everywhere"}}, "placement"),
+        ({"demo": {"queries": "many"}}, "queries"),
+        ({"steps": {"plan": None}}, "has no 'plan' step"),
+    ],
+)
 def test_what_would_stop_a_quickstart_at_its_end_stops_it_at_once(
     change: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,9 +55,13 @@ def test_what_would_stop_a_quickstart_at_its_end_stops_it_at_once(
 
 @pytest.mark.parametrize(
     ("args", "words", "code"),
-    [(["--id", "img-777"], "no image 'img-777'", 2), (["--image", "/no/such.png"], "/no/such.png cannot be read", 2),
-     (["--vector", __file__], "is no .npy file", 2), (["--id", "img-000", "-k", "0"], "k=0 is less than 1", 2)],
-)  # fmt: skip
+    [
+        (["--id", "img-777"], "no image 'img-777'", 2),
+        (["--image", "/no/such.png"], "/no/such.png cannot be read", 2),
+        (["--vector", __file__], "is no .npy file", 2),
+        (["--id", "img-000", "-k", "0"], "k=0 is less than 1", 2),
+    ],
+)
 def test_search_explains_mistakes(
     world: "World", capsys: pytest.CaptureFixture[str], args: list[str], words: str, code: int
 ) -> None:
@@ -144,9 +151,13 @@ def test_a_setting_of_neither_service_nor_recipe_is_named(world: "World", tmp_pa
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [([], "nothing to serve"), (["colour=red"], "'colour=red' is no setting of the service"),
-     (["limits.max_kk=3", "index=x"], "unknown key 'limits.max_kk'"), (["placement=spread", "index=x"], "'placement'")],
-)  # fmt: skip
+    [
+        ([], "nothing to serve"),
+        (["colour=red"], "'colour=red' is no setting of the service"),
+        (["limits.max_kk=3", "index=x"], "unknown key 'limits.max_kk'"),
+        (["placement=spread", "index=x"], "'placement'"),
+    ],
+)
 def test_serve_explains_mistakes(args: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         resolve(None, args, None)

@@ -64,8 +64,17 @@ def open_all(index: Artifact, *, check: bool) -> None:
 
 def test_a_flipped_byte_in_any_file_is_named_by_opening_and_by_the_scrub(index, capsys):
     kinds = {Path(name).name.partition("-")[0] for name in names_of(index)}
-    assert kinds == {MANIFEST, "meta.json", "shard.json", "rows.arrow", "norms.npy", "digests.npy", "tombstones.npy",
-                     "block", "shortlist"}  # fmt: skip
+    assert kinds == {
+        MANIFEST,
+        "meta.json",
+        "shard.json",
+        "rows.arrow",
+        "norms.npy",
+        "digests.npy",
+        "tombstones.npy",
+        "block",
+        "shortlist",
+    }
     generator = np.random.default_rng(0)
     for name in names_of(index):
         path = Path(index.path(name))

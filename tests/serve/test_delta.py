@@ -20,8 +20,12 @@ from lookalike.serve.workers import RerankWorker, ShardWorker
 if TYPE_CHECKING:
     from tests.serve.conftest import World
 
-PLANS = [Plan.exact(64), Plan(shortlist_dim=16, shortlist_k=60, rerank_dim=64),
-         Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 50),), rerank_dim=64), Plan.exact(16)]  # fmt: skip
+PLANS = [
+    Plan.exact(64),
+    Plan(shortlist_dim=16, shortlist_k=60, rerank_dim=64),
+    Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 50),), rerank_dim=64),
+    Plan.exact(16),
+]
 Content = dict[str, tuple[np.ndarray, str] | None]
 
 

@@ -107,8 +107,10 @@ def test_own_plans_stay_outside(split: LocalClient) -> None:
 
 
 def test_arms_of_two_models(world: "World", index_b: str, other_encoder: str) -> None:
-    name_a, name_b = (Artifact.open(uri, "encoder").manifest.fingerprint for uri in
-                      (world.root + f"/encoder/encoder/{world.encoder.fingerprint}", other_encoder))  # fmt: skip
+    name_a, name_b = (
+        Artifact.open(uri, "encoder").manifest.fingerprint
+        for uri in (world.root + f"/encoder/encoder/{world.encoder.fingerprint}", other_encoder)
+    )
     arms = {"name": "b", "index": index_b, "encoder": other_encoder}
     with LocalClient(config_of(world, arms)) as client, LocalClient(index_b) as only_b:
         sessions = {client.search(image_id="img-001", session=f"s{n}").info.arm: f"s{n}" for n in range(20)}
@@ -269,15 +271,18 @@ def test_guardrail_of_recall() -> None:
     assert "recall is 0.8000" in watching.reasons["b"]
 
 
-@pytest.mark.parametrize(("experiment", "words"), [
-    ({"arms": [{"name": "a"}]}, "at least 2"),
-    ({"arms": [{"name": "a"}, {"name": "a"}]}, "names must differ"),
-    ({"arms": [{"name": "a"}, {"name": "interleave"}]}, "'interleave' is taken"),
-    ({"arms": [{"name": "a"}, {"name": "b"}, {"name": "c"}], "mode": "interleave"}, "compares two arms"),
-    ({"arms": [{"name": "a", "index": "x"}, {"name": "b"}]}, "control is what is served"),
-    ({"arms": [{"name": "a"}, {"name": "b", "encoder": "x"}]}, "has an encoder and no index"),
-    ({"arms": [{"name": "a"}, {"name": "B!"}]}, "pattern"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("experiment", "words"),
+    [
+        ({"arms": [{"name": "a"}]}, "at least 2"),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "names must differ"),
+        ({"arms": [{"name": "a"}, {"name": "interleave"}]}, "'interleave' is taken"),
+        ({"arms": [{"name": "a"}, {"name": "b"}, {"name": "c"}], "mode": "interleave"}, "compares two arms"),
+        ({"arms": [{"name": "a", "index": "x"}, {"name": "b"}]}, "control is what is served"),
+        ({"arms": [{"name": "a"}, {"name": "b", "encoder": "x"}]}, "has an encoder and no index"),
+        ({"arms": [{"name": "a"}, {"name": "B!"}]}, "pattern"),
+    ],
+)
 def test_settings_that_make_no_experiment(experiment: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ServeConfig.model_validate({"index": "x", "experiment": {"name": "trial", **experiment}})

@@ -78,8 +78,12 @@ def test_answers_as_units_would_mislead() -> None:
     found = []
     for seed in range(300):
         one, other = analyse(split_log(seed, {"a": 0.3, "b": 0.3}))["arms"]
-        found.append(two_proportions(one["answers_with_feedback"], one["requests"], other["answers_with_feedback"],
-                                     other["requests"]) < 0.05)  # fmt: skip
+        found.append(
+            two_proportions(
+                one["answers_with_feedback"], one["requests"], other["answers_with_feedback"], other["requests"]
+            )
+            < 0.05
+        )
     assert np.mean(found) > 0.09
 
 
@@ -126,8 +130,10 @@ def test_interleaving_finds_a_preference() -> None:
     duel = report["duel"]
     assert duel["wins"] > duel["losses"]
     assert duel["wins"] + duel["ties"] + duel["losses"] == 300
-    assert report["means"] == [f"arm b leads: b wins {duel['wins']}, loses {duel['losses']}, {duel['ties']} ties or "
-                               f"without feedback, p={duel['p_value']:.2g}"]  # fmt: skip
+    assert report["means"] == [
+        f"arm b leads: b wins {duel['wins']}, loses {duel['losses']}, {duel['ties']} ties or "
+        f"without feedback, p={duel['p_value']:.2g}"
+    ]
 
 
 def test_without_a_preference_one_interleaving_in_twenty_shows_one() -> None:
@@ -179,8 +185,15 @@ def write_logs(folder: Path, experiment: ExperimentSettings) -> None:
         publish_experiment(str(own), experiment)
         for number in range(40):
             name = f"{replica}-{number}"
-            line = {"request_id": name, "method": "Search", "code": "OK", "ms": 5.0, "experiment": "trial",
-                    "arm": "ab"[number % 2], "session": name}  # fmt: skip
+            line = {
+                "request_id": name,
+                "method": "Search",
+                "code": "OK",
+                "ms": 5.0,
+                "experiment": "trial",
+                "arm": "ab"[number % 2],
+                "session": name,
+            }
             log.add(line)
             if number % 2 or number < 4:
                 log.add({"request_id": name, "method": "Feedback", "code": "OK", "ms": 0.1, "kind": "click"})
@@ -226,8 +239,9 @@ def test_from_searches_and_clicks_to_the_better_arm(world: "World", tmp_path: Pa
     poor = {"shortlist_dim": 8, "shortlist_k": 6, "rerank_dim": 8}
     plan = publish_plan(world.root, Artifact.open(world.index, "index"), poor, name="poorest").uri
     experiment = {"name": "trial", "mode": "interleave", "arms": [{"name": "poor"}, {"name": "exact", "plan": "none"}]}
-    config = ServeConfig.model_validate({"index": world.index, "plan": plan, "experiment": experiment,
-                                         "access_log": {"folder": str(tmp_path)}})  # fmt: skip
+    config = ServeConfig.model_validate(
+        {"index": world.index, "plan": plan, "experiment": experiment, "access_log": {"folder": str(tmp_path)}}
+    )
     vectors = np.random.default_rng(3).standard_normal((120, 64)).astype(np.float32)
     with LocalClient(config) as client:
         for number, vector in enumerate(vectors):

@@ -74,20 +74,33 @@ def search(*shards: Any, timeout_s: float = 5.0, retries: Retries = QUICK, allow
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("error", [
-    RayActorError(), ActorDiedError(), ActorUnavailableError("gone", None), not_loaded("g", ["h"]),
-    RayTaskError("f", "trace", not_loaded("g", [])).as_instanceof_cause(), RpcGone(grpc.StatusCode.UNAVAILABLE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayActorError(),
+        ActorDiedError(),
+        ActorUnavailableError("gone", None),
+        not_loaded("g", ["h"]),
+        RayTaskError("f", "trace", not_loaded("g", [])).as_instanceof_cause(),
+        RpcGone(grpc.StatusCode.UNAVAILABLE),
+    ],
+)
 def test_a_call_whose_worker_is_gone_is_made_again(error: Exception) -> None:
     shard = Failing(error, error)
     assert search(shard).shards_answered == 1
     assert shard.calls == 3
 
 
-@pytest.mark.parametrize("error", [
-    invalid("no such column"), UsageError("wrong"), BackPressureError(num_queued_requests=1, max_queued_requests=1),
-    RpcGone(grpc.StatusCode.RESOURCE_EXHAUSTED), ValueError("a fault of ours"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        invalid("no such column"),
+        UsageError("wrong"),
+        BackPressureError(num_queued_requests=1, max_queued_requests=1),
+        RpcGone(grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ValueError("a fault of ours"),
+    ],
+)
 def test_nothing_else_is(error: Exception) -> None:
     assert not is_gone(error)
     shard = Failing(error)
@@ -120,8 +133,9 @@ def test_a_workers_own_refusal_reaches_the_caller() -> None:
 def test_a_write_is_repeated_and_a_switch_is_not() -> None:
     async def run(writer: Failing, again: bool) -> Any:
         deadline = asyncio.get_running_loop().time() + 5
-        return await Router([], retries=QUICK).ask_one(writer, "upsert", b"", deadline=deadline, who="writer",
-                                                       again=again)  # fmt: skip
+        return await Router([], retries=QUICK).ask_one(
+            writer, "upsert", b"", deadline=deadline, who="writer", again=again
+        )
 
     assert asyncio.run(run(Failing(RayActorError()), True)) == 3
     once = Failing(RayActorError())
@@ -177,10 +191,12 @@ def test_a_cancelled_call_whose_thread_is_queued_never_runs(world: "World") -> N
         await asyncio.sleep(0)
         router = Router([worker])
         with pytest.raises(RetrievalError, match="DEADLINE_EXCEEDED"):
-            await router.search(generation.name, QUERY, 1, Plan.exact(64), deadline=loop.time() + 0.05,
-                                allow_partial=False)  # fmt: skip
-        caller = asyncio.create_task(router.search(generation.name, QUERY, 1, Plan.exact(64),
-                                                   deadline=loop.time() + 50, allow_partial=False))  # fmt: skip
+            await router.search(
+                generation.name, QUERY, 1, Plan.exact(64), deadline=loop.time() + 0.05, allow_partial=False
+            )
+        caller = asyncio.create_task(
+            router.search(generation.name, QUERY, 1, Plan.exact(64), deadline=loop.time() + 50, allow_partial=False)
+        )
         await asyncio.sleep(0.02)
         caller.cancel()
         await asyncio.sleep(0.02)

@@ -41,8 +41,14 @@ pytestmark = pytest.mark.ray
 
 TOKEN = "a-token-of-the-test"
 METADATA = (("authorization", f"Bearer {TOKEN}"),)
-LIMITS = Limits(max_k=200, max_batch=16, max_image_bytes=200_000, max_request_bytes=20_000_000, max_shortlist_k=500,
-                max_filter_values=1000)  # fmt: skip
+LIMITS = Limits(
+    max_k=200,
+    max_batch=16,
+    max_image_bytes=200_000,
+    max_request_bytes=20_000_000,
+    max_shortlist_k=500,
+    max_filter_values=1000,
+)
 ROUNDS, GROWTH_MB = 3, 40
 """Rounds of random bytes, and what a replica may keep after them: caches and the allocator's own."""
 DIM = 64
@@ -65,8 +71,19 @@ def service(ray_session: None, world: "World", tmp_path_factory: pytest.TempPath
     path.write_text(yaml.safe_dump({"tenants": [{"name": "t", "role": "admin", "token_sha256": [hash_token(TOKEN)]}]}))
     writes = Writes(state=str(tmp_path_factory.mktemp("state")))
     open_to_all = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # behind it every caller looks local
-    address = start(ServeConfig(index=world.index, plan=world.plan, placement="sharded", port=0, cpus_per_replica=0.1,
-                                limits=LIMITS, tenants=str(path), writes=writes, loopback_only=not open_to_all))
+    address = start(
+        ServeConfig(
+            index=world.index,
+            plan=world.plan,
+            placement="sharded",
+            port=0,
+            cpus_per_replica=0.1,
+            limits=LIMITS,
+            tenants=str(path),
+            writes=writes,
+            loopback_only=not open_to_all,
+        )
+    )
     with Client(address, token=TOKEN) as client, grpc.insecure_channel(address) as channel:
         client.wait_ready()
         stubs = pb_grpc.RetrievalServiceStub, pb_grpc.AdminServiceStub
@@ -188,9 +205,15 @@ def test_other_statuses_are_exact(service: Service) -> None:
 
 @pytest.mark.parametrize(
     "metadata",
-    [(), (("authorization", "Bearer wrong"),), (("authorization", TOKEN),), METADATA * 2,
-     (("authorization", "Bearer " + "x" * 4000),), (("authorization-bin", b"Bearer \xff"),)],
-)  # fmt: skip
+    [
+        (),
+        (("authorization", "Bearer wrong"),),
+        (("authorization", TOKEN),),
+        METADATA * 2,
+        (("authorization", "Bearer " + "x" * 4000),),
+        (("authorization-bin", b"Bearer \xff"),),
+    ],
+)
 def test_without_the_token_nothing_is_worked_on(service: Service, metadata: Any) -> None:
     for request in (search(), INVALID["large image"][0]):
         code, details = refuse(service, request, metadata=metadata)
@@ -287,10 +310,15 @@ def test_wrong_deletes_and_switches_change_nothing(service: Service, world: "Wor
 def test_a_stream_says_what_is_wrong_in_its_place(service: Service) -> None:
     """Good and bad batches in turn: each bad one has its failure, each good one its answer."""
     good = pb.SearchBatchRequest(queries=[pb.Query(image_id="img-003")], options=pb.SearchOptions(k=1))
-    bad = [pb.SearchBatchRequest(queries=[request.query], options=request.options) for request, _ in INVALID.values()
-           if request.ByteSize() < 1_000_000]  # fmt: skip
-    messages = [pb.SearchStreamRequest(tag=str(number), batch=batch)
-                for number, batch in enumerate(one for wrong in bad for one in (good, wrong))]  # fmt: skip
+    bad = [
+        pb.SearchBatchRequest(queries=[request.query], options=request.options)
+        for request, _ in INVALID.values()
+        if request.ByteSize() < 1_000_000
+    ]
+    messages = [
+        pb.SearchStreamRequest(tag=str(number), batch=batch)
+        for number, batch in enumerate(one for wrong in bad for one in (good, wrong))
+    ]
     answers = list(service.stub.SearchStream(iter(messages), timeout=120, metadata=METADATA))
     assert [answer.tag for answer in answers] == [message.tag for message in messages]
     assert {answer.batch.results[0].hits[0].id for answer in answers[::2]} == {"img-003"}
@@ -306,8 +334,11 @@ def test_unknown_fields_are_no_mistake(service: Service) -> None:
     assert [hit.id for hit in answer.hits] == ["img-007"]
 
 
-RPCS = [f"/{service.full_name}/{method.name}" for service in pb.DESCRIPTOR.services_by_name.values()
-        for method in service.methods]  # fmt: skip
+RPCS = [
+    f"/{service.full_name}/{method.name}"
+    for service in pb.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
 NO_MESSAGE = "DecodeError"
 SANE = {Code.OK, Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.NOT_FOUND, Code.FAILED_PRECONDITION}
 """What bytes may lead to where they are a message, even another's: never INTERNAL, UNAVAILABLE or a call that hangs."""
@@ -338,13 +369,15 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         place, until = sorted((rng.randint(0, len(data)), rng.randint(0, len(data))))
-        change: Callable[[], object] = rng.choice([
-            lambda: data.insert(place, rng.randrange(256)),  # noqa: B023
-            lambda: data.__setitem__(slice(place, place + 1), bytes([rng.randrange(256)])),  # noqa: B023
-            lambda: data.__delitem__(slice(place, until)),  # noqa: B023
-            lambda: data.extend(data[place : min(until, place + 1000)]),  # noqa: B023
-            lambda: data.__setitem__(slice(place, place), rng.randbytes(8)),  # noqa: B023
-        ])  # fmt: skip
+        change: Callable[[], object] = rng.choice(
+            [
+                lambda: data.insert(place, rng.randrange(256)),  # noqa: B023
+                lambda: data.__setitem__(slice(place, place + 1), bytes([rng.randrange(256)])),  # noqa: B023
+                lambda: data.__delitem__(slice(place, until)),  # noqa: B023
+                lambda: data.extend(data[place : min(until, place + 1000)]),  # noqa: B023
+                lambda: data.__setitem__(slice(place, place), rng.randbytes(8)),  # noqa: B023
+            ]
+        )
         change()
     return bytes(data)
 
@@ -362,8 +395,13 @@ def mutate_message(message: Any, rng: random.Random) -> bytes:
 def seeds(world: "World") -> dict[str, list[Any]]:
     """Messages that are right, by RPC; writes and switches are left out, as a mutation of one may be right, too."""
     image = world.images["img-001"]
-    options = pb.SearchOptions(k=5, plan=plan(stages=[pb.PlanStep(dim=16, keep=6)]), timeout_ms=5000, session="s",
-                               filters=[pb.Filter(column="view", values=["side", "front"])])  # fmt: skip
+    options = pb.SearchOptions(
+        k=5,
+        plan=plan(stages=[pb.PlanStep(dim=16, keep=6)]),
+        timeout_ms=5000,
+        session="s",
+        filters=[pb.Filter(column="view", values=["side", "front"])],
+    )
     queries = [vector(GOOD), pb.Query(image=image), pb.Query(image_id="img-001")]
     batch = pb.SearchBatchRequest(queries=queries, options=pb.SearchOptions(k=3, min_recall=0.9))
     return {

@@ -26,8 +26,15 @@ VISIBLE_S = 1.0
 
 @pytest.fixture(params=["sharded", "fused"])
 def service(request: pytest.FixtureRequest, ray_session: None, world: "World", tmp_path: Path) -> ServeConfig:
-    return ServeConfig(index=world.index, plan=world.plan, placement=request.param, port=0, timeout_s=5.0,
-                      cpus_per_replica=0.1, writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    return ServeConfig(
+        index=world.index,
+        plan=world.plan,
+        placement=request.param,
+        port=0,
+        timeout_s=5.0,
+        cpus_per_replica=0.1,
+        writes=Writes(state=str(tmp_path / "state")),
+    )
 
 
 def seen_within(client: Client, seconds: float, **asked: object) -> list[str]:
@@ -118,11 +125,15 @@ def check_commands(address: str, folder: Path) -> None:
 def check_refusals(client: Client, world: "World") -> None:
     vector = np.ones(64, np.float32)
     for rows, words in [
-        ([StoredRow("", vector)], "has 0 bytes"), ([StoredRow("a", vector[:3])], "64 float32 numbers"),
-        ([StoredRow("a", vector), StoredRow("a", vector)], "twice"), ([], "0 rows"),
-        ([StoredRow("a", vector, {"colour": "red"})], "'colour'"), ([StoredRow("a", vector * np.nan)], "nan"),
-        ([StoredRow("a", b"no picture")], "no image"), ([StoredRow("x" * 600, vector)], "has 600 bytes"),
-    ]:  # fmt: skip
+        ([StoredRow("", vector)], "has 0 bytes"),
+        ([StoredRow("a", vector[:3])], "64 float32 numbers"),
+        ([StoredRow("a", vector), StoredRow("a", vector)], "twice"),
+        ([], "0 rows"),
+        ([StoredRow("a", vector, {"colour": "red"})], "'colour'"),
+        ([StoredRow("a", vector * np.nan)], "nan"),
+        ([StoredRow("a", b"no picture")], "no image"),
+        ([StoredRow("x" * 600, vector)], "has 600 bytes"),
+    ]:
         with pytest.raises(RetrievalError, match=f"INVALID_ARGUMENT.*{words}"):
             client.upsert(rows)
     with pytest.raises(RetrievalError, match="FAILED_PRECONDITION"):
@@ -134,8 +145,15 @@ def check_refusals(client: Client, world: "World") -> None:
 
 def test_switches_under_load_mix_nothing(ray_session: None, world: "World", other: Artifact, tmp_path: Path) -> None:
     """Every answer is that of the generation it names, while generations change back and forth."""
-    config = ServeConfig(index=world.index, placement="sharded", port=0, timeout_s=5.0, encoder="none",
-                         cpus_per_replica=0.1, writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    config = ServeConfig(
+        index=world.index,
+        placement="sharded",
+        port=0,
+        timeout_s=5.0,
+        encoder="none",
+        cpus_per_replica=0.1,
+        writes=Writes(state=str(tmp_path / "state")),
+    )
     address = start(config)
     vectors = np.stack([world.vectors[name] for name in list(world.images)[45:60]])
     generations = {Artifact.open(uri).manifest.fingerprint: searched(uri, vectors) for uri in (world.index, other.uri)}

@@ -111,7 +111,7 @@ VECTOR = np.ones(64, np.float32)
         ({"vector": VECTOR, "model_fingerprint": "f00"}, grpc.StatusCode.FAILED_PRECONDITION, "model 'f00'"),
         ({"vector": VECTOR, "timeout_ms": 1}, grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time"),
     ],
-)  # fmt: skip
+)
 def test_status_codes_cross_the_wire(
     client: Client, request_: dict[str, Any], code: grpc.StatusCode, words: str
 ) -> None:
@@ -145,4 +145,3 @@ def test_health_and_reflection(client: Client) -> None:
         database = ProtoReflectionDescriptorDatabase(channel)
         assert SERVICE_NAME in database.get_services()
         assert "SearchBatch" in DescriptorPool(database).FindServiceByName(SERVICE_NAME).methods_by_name
-

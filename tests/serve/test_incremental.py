@@ -132,12 +132,18 @@ def test_rows_are_found_under_their_id_once_and_deleted_ones_never(tmp_path):
     unit = DATA[[row for row, _ in world.values()]]
     np.testing.assert_allclose(searcher.vectors(rows), unit / np.linalg.norm(unit, axis=1, keepdims=True), atol=1e-6)
     assert [facts["view"] for facts in searcher.metadata(rows)] == [view for _, view in world.values()]
-    live = [np.ones(shard.meta.num_rows, bool) if shard.store.live is None else shard.store.live
-            for shard in searcher.shards]  # fmt: skip
+    live = [
+        np.ones(shard.meta.num_rows, bool) if shard.store.live is None else shard.store.live
+        for shard in searcher.shards
+    ]
     dead = np.flatnonzero(~np.concatenate(live))
     assert len(dead) == 18
-    plans = [EXACT, NARROW, Plan(shortlist_dim=8, shortlist_k=30, ef_search=40, rerank_dim=16),
-             Plan(shortlist_dim=8, shortlist_k=500, scan=True, rerank_dim=16)]  # fmt: skip
+    plans = [
+        EXACT,
+        NARROW,
+        Plan(shortlist_dim=8, shortlist_k=30, ef_search=40, rerank_dim=16),
+        Plan(shortlist_dim=8, shortlist_k=500, scan=True, rerank_dim=16),
+    ]
     queries = searcher.vectors(dead)  # the deleted vectors themselves
     for plan in plans:
         for allowed in (None, {"view": ["icon", "front"]}, np.ones(searcher.meta.num_rows, bool)):
@@ -155,8 +161,9 @@ def test_a_re_ranker_takes_the_segments_of_all_shards(tmp_path, plan):
 
     async def ask():
         deadline = asyncio.get_running_loop().time() + 30
-        return await router.search(generation.name, QUERIES, 10, plan, {"view": ["icon"]}, deadline=deadline,
-                                   allow_partial=False)  # fmt: skip
+        return await router.search(
+            generation.name, QUERIES, 10, plan, {"view": ["icon"]}, deadline=deadline, allow_partial=False
+        )
 
     found = asyncio.run(ask())
     assert found.shards_answered == 2
@@ -214,26 +221,31 @@ def test_generation_after_generation_answers_as_if_built_whole(tmp_path, seed):
 def test_many_changes_compact_a_shard_to_the_bytes_of_one_built_whole(tmp_path):
     first = build(tmp_path, edit(BASE), build(tmp_path, BASE), "first")
     zero = {name: row for name, row in edit(BASE).items() if shard_of(name, 2) == 0}
-    world = {name: ((row + 500) % 1000, view) if name in zero else (row, view) for name, (row, view) in
-             edit(BASE).items()}  # fmt: skip
+    world = {
+        name: ((row + 500) % 1000, view) if name in zero else (row, view) for name, (row, view) in edit(BASE).items()
+    }
     index, whole = build(tmp_path, world, first, "next"), build(tmp_path, world, None, "whole")
     assert counts(index) == (1, 0, 1)
     assert Searcher.open(index.uri).meta.shards == ("shard-00000", "shard-00001", "shard-00001-001")
-    found, wanted = ({f.path: f.sha256 for f in one.manifest.files if f.path.startswith("shard-00000/")}
-                     for one in (index, whole))  # fmt: skip
+    found, wanted = (
+        {f.path: f.sha256 for f in one.manifest.files if f.path.startswith("shard-00000/")} for one in (index, whole)
+    )
     assert found == wanted
     assert_same_answers(index, whole)
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"encoder": "other"}, "encoder was 'synthetic', is 'other'"),
-    ({"num_shards": 3}, "num_shards was 2, is 3"),
-    ({"dims": (8, 16)}, r"dims was \(4, 8, 16\), is \(8, 16\)"),
-    ({"dtype": "float16"}, "dtype was 'float32', is 'float16'"),
-    ({"shortlist": "flat"}, "shortlist was 'hnsw', is 'flat'"),
-    ({"shortlist_dims": (8,)}, r"shortlist_dims was \(4, 8\), is \(8,\)"),
-    ({"hnsw_m": 8}, "hnsw_m was None, is 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"encoder": "other"}, "encoder was 'synthetic', is 'other'"),
+        ({"num_shards": 3}, "num_shards was 2, is 3"),
+        ({"dims": (8, 16)}, r"dims was \(4, 8, 16\), is \(8, 16\)"),
+        ({"dtype": "float16"}, "dtype was 'float32', is 'float16'"),
+        ({"shortlist": "flat"}, "shortlist was 'hnsw', is 'flat'"),
+        ({"shortlist_dims": (8,)}, r"shortlist_dims was \(4, 8\), is \(8,\)"),
+        ({"hnsw_m": 8}, "hnsw_m was None, is 8"),
+    ],
+)
 def test_what_differs_from_the_previous_index_is_said_and_all_is_built(tmp_path, caplog, settings, reason):
     index = build(tmp_path, BASE, build(tmp_path, BASE), "next", **settings)
     assert counts(index) == (0, 0, settings.get("num_shards", 2))
@@ -284,8 +296,14 @@ def test_parts_that_were_indexed_before_are_not_read_again(tmp_path, monkeypatch
 
     read = []
     original = Source.vectors
-    monkeypatch.setattr(Source, "vectors", lambda self, part, places, rows: (
-        read.extend([Path(part).name] if len(places) else []), original(self, part, places, rows))[1])  # fmt: skip
+    monkeypatch.setattr(
+        Source,
+        "vectors",
+        lambda self, part, places, rows: (
+            read.extend([Path(part).name] if len(places) else []),
+            original(self, part, places, rows),
+        )[1],
+    )
 
     def run(root, name, count, previous=None):
         inputs = {"embeddings": [database(name, count)]} | ({"previous": [previous]} if previous else {})

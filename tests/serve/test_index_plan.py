@@ -35,8 +35,12 @@ GROUPS = [f"g{label}" for label in CLASSES]
 
 def embeddings(root, name="db", rows=slice(0, NUM), data=DATA, **more):
     num = len(IDS[rows])
-    columns = {"image_id": IDS[rows], "group": GROUPS[rows], "view": [("icon", "front")[n % 2] for n in range(num)],
-               "split": ["test"] * num} | more.pop("columns", {})  # fmt: skip
+    columns = {
+        "image_id": IDS[rows],
+        "group": GROUPS[rows],
+        "view": [("icon", "front")[n % 2] for n in range(num)],
+        "split": ["test"] * num,
+    } | more.pop("columns", {})
     return publish_embeddings(str(root), name, data[rows], columns, dims=DIMS, **more)
 
 
@@ -225,14 +229,17 @@ def test_kill_9_in_the_middle_and_run_again_gives_the_same_index(served, tmp_pat
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"shortlist_dims": (8, 2048)}, r"shortlist_dims \[8, 2048\] exceed the model's 32; drop \[2048\]"),
-    ({"dims": (8, 64)}, r"dims \[8, 64\] exceed the model's 32"),
-    ({"shortlist_dims": (12,)}, r"\[12\] are not among the index's dims"),
-    ({"shortlist": "hsnw"}, "did you mean 'hnsw'"),
-    ({"where": {"colour": ["red"]}}, "columns \\['colour'\\]"),
-    ({"where": {"view": ["Icon"]}}, "keeps none of the 600"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shortlist_dims": (8, 2048)}, r"shortlist_dims \[8, 2048\] exceed the model's 32; drop \[2048\]"),
+        ({"dims": (8, 64)}, r"dims \[8, 64\] exceed the model's 32"),
+        ({"shortlist_dims": (12,)}, r"\[12\] are not among the index's dims"),
+        ({"shortlist": "hsnw"}, "did you mean 'hnsw'"),
+        ({"where": {"colour": ["red"]}}, "columns \\['colour'\\]"),
+        ({"where": {"view": ["Icon"]}}, "keeps none of the 600"),
+    ],
+)
 def test_wrong_settings_are_refused_and_publish_nothing(served, tmp_path, settings, message):
     def build() -> None:
         config = parse_config(IndexConfig, settings, "index")
@@ -272,8 +279,10 @@ def test_the_shards_do_not_depend_on_how_the_embeddings_are_cut(tmp_path):
 
 def test_float16_embeddings_are_read_like_float32_ones(tmp_path):
     half = DATA.astype(np.float16)
-    sources = [read_source(embeddings(tmp_path, name, data=data), {})
-               for name, data in (("half", half), ("full", half.astype(np.float32)))]  # fmt: skip
+    sources = [
+        read_source(embeddings(tmp_path, name, data=data), {})
+        for name, data in (("half", half), ("full", half.astype(np.float32)))
+    ]
     places = np.array([0, 5, 299])
     read = [np.vstack([values for _, values in source.vectors(source.parts[0], places, 64)]) for source in sources]
     np.testing.assert_array_equal(read[0], read[1])

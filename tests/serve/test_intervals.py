@@ -55,6 +55,7 @@ RECALLS = {
 @pytest.mark.parametrize("size", [30, 200])
 def test_the_interval_holds_the_mean_as_often_as_it_says(name: str, size: int) -> None:
     rng, values = np.random.default_rng(5), RECALLS[name]
-    held = [low <= values.mean() <= high for low, high in
-            (mean_interval(rng.choice(values, size)) for _ in range(2000))]  # fmt: skip
+    held = [
+        low <= values.mean() <= high for low, high in (mean_interval(rng.choice(values, size)) for _ in range(2000))
+    ]
     assert np.mean(held) > 0.935

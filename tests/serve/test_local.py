@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from tests.serve.conftest import World
 
 PLAN = Plan(shortlist_dim=16, shortlist_k=12, rerank_dim=64)
-LIMITS = Limits(max_k=50, max_batch=8, max_image_bytes=20_000, max_pixels=10_000, max_shortlist_k=100,
-                max_filter_values=20)  # fmt: skip
+LIMITS = Limits(
+    max_k=50, max_batch=8, max_image_bytes=20_000, max_pixels=10_000, max_shortlist_k=100, max_filter_values=20
+)
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 VECTOR = np.ones(64, np.float32)
 
@@ -77,9 +78,14 @@ def test_filters_keep_the_answer_to_rows_that_meet_them(client: Client, world: "
     assert best.ids == [name for name in everything if int(name[-3:]) % 3 == 0][:5]
 
 
-@pytest.mark.parametrize(("recall", "plan"), [
-    (0.4, SearchPlan(16, 6, 64)), (0.95, SearchPlan(16, 12, 64)), (0.98, SearchPlan(64, 1, 64, scan=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recall", "plan"),
+    [
+        (0.4, SearchPlan(16, 6, 64)),
+        (0.95, SearchPlan(16, 12, 64)),
+        (0.98, SearchPlan(64, 1, 64, scan=True)),
+    ],
+)
 def test_min_recall_takes_the_cheapest_plan_known_to_reach_it(
     client: Client, world: "World", recall: float, plan: SearchPlan
 ) -> None:
@@ -151,15 +157,21 @@ WRONG: dict[str, tuple[Callable[[Client], Any], grpc.StatusCode, str]] = {
     "plan without shortlist": (lambda c: c.search(vector=VECTOR, plan=SearchPlan(64, 10, 64)), INVALID, "or scan"),
     "plan that shrinks": (lambda c: c.search(vector=VECTOR, plan=SearchPlan(16, 10, 8)), INVALID, "grow"),
     "unknown id": (lambda c: c.search(image_id="img-999"), grpc.StatusCode.NOT_FOUND, "'img-999'"),
-    "unknown column": (lambda c: c.search(vector=VECTOR, where={"colour": ["red"]}), INVALID,
-                       "'colour': the index has the columns image_id, title, category, view"),
+    "unknown column": (
+        lambda c: c.search(vector=VECTOR, where={"colour": ["red"]}),
+        INVALID,
+        "'colour': the index has the columns image_id, title, category, view",
+    ),
     "many filter values": (lambda c: c.search(vector=VECTOR, where={"view": ["x"] * 21}), INVALID, "21 filter values"),
     "recall above one": (lambda c: c.search(vector=VECTOR, min_recall=1.5), INVALID, "min_recall=1.5"),
     "recall of zero": (lambda c: c.search(vector=VECTOR, min_recall=0.0), INVALID, "min_recall=0 "),
     "recall and plan": (lambda c: c.search(vector=VECTOR, min_recall=0.9, plan=PLAN), INVALID, "both set"),
-    "another model": (lambda c: c.search(vector=VECTOR, model_fingerprint="f00"),
-                      grpc.StatusCode.FAILED_PRECONDITION, "model 'f00'"),
-}  # fmt: skip
+    "another model": (
+        lambda c: c.search(vector=VECTOR, model_fingerprint="f00"),
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "model 'f00'",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -191,8 +203,14 @@ def test_exactly_one_query(client: Client) -> None:
 
 
 def test_writes_and_switches_are_refused_as_a_service_refuses_them(client: Client) -> None:
-    for send in (lambda: client.upsert([StoredRow("a", VECTOR)]), lambda: client.delete(["a"]), client.status,
-                 lambda: client.switch("x"), client.rollback, client.compact):  # fmt: skip
+    for send in (
+        lambda: client.upsert([StoredRow("a", VECTOR)]),
+        lambda: client.delete(["a"]),
+        client.status,
+        lambda: client.switch("x"),
+        client.rollback,
+        client.compact,
+    ):
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*writes\.state"):
             send()
 

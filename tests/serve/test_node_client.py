@@ -57,8 +57,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: list[str], folder: Path, timeout_s: float) -> str:
     program = shutil.which(command[0], path=PATH) or command[0]
-    done = subprocess.run([program, *command[1:]], cwd=folder, env={**os.environ, "PATH": PATH}, timeout=timeout_s,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [program, *command[1:]],
+        cwd=folder,
+        env={**os.environ, "PATH": PATH},
+        timeout=timeout_s,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
     return done.stdout
 
@@ -72,10 +79,14 @@ def answers(address: str, installed: Path, world: "World") -> dict[str, Any]:
     (installed / "standard.bin").write_bytes(descriptors.SerializeToString())
     ids = ["img-004", "img-011", "img-042"]
     setup = {
-        "proto": str(PROTO), "descriptors": str(installed / "standard.bin"), "service": SERVICE_NAME, "ids": ids,
+        "proto": str(PROTO),
+        "descriptors": str(installed / "standard.bin"),
+        "service": SERVICE_NAME,
+        "ids": ids,
         "vectors": [base64.b64encode(world.vectors[name].astype("<f4").tobytes()).decode() for name in ids],
-        "image": base64.b64encode(world.images[ids[0]]).decode(), "filter": {"column": "view", "values": ["side"]},
-    }  # fmt: skip
+        "image": base64.b64encode(world.images[ids[0]]).decode(),
+        "filter": {"column": "view", "values": ["side"]},
+    }
     (installed / "setup.json").write_text(json.dumps(setup))
     printed: dict[str, Any] = json.loads(run(["node", "client.js", address, "setup.json"], installed, 120))
     return printed
@@ -89,7 +100,8 @@ def test_searches_are_those_of_the_packaged_client(answers: dict[str, Any], addr
         filtered = client.search(vector=world.vectors["img-004"], k=3, where={"view": ["side"]})
         batch = client.search_batch([world.vectors[name] for name in ("img-004", "img-011", "img-042")], k=3)
     assert [(hit["id"], hit["score"], hit["metadata"]) for hit in found["vector"]] == [
-        (hit.id, hit.score, hit.metadata) for hit in own.hits]  # fmt: skip
+        (hit.id, hit.score, hit.metadata) for hit in own.hits
+    ]
     assert found["image"][0] == "img-004"
     assert (found["id"], found["filtered"]) == (by_id.ids, filtered.ids)
     assert found["batch"] == [result.ids for result in batch]
@@ -98,8 +110,10 @@ def test_searches_are_those_of_the_packaged_client(answers: dict[str, Any], addr
 
 
 def test_a_stream_keeps_its_order_and_fails_in_place(answers: dict[str, Any]) -> None:
-    assert answers["stream"] == {"code": OK, "answers": [
-        ["t0", ["img-004"]], ["lost", NOT_FOUND], ["t1", ["img-011"]], ["t2", ["img-042"]]]}  # fmt: skip
+    assert answers["stream"] == {
+        "code": OK,
+        "answers": [["t0", ["img-004"]], ["lost", NOT_FOUND], ["t1", ["img-011"]], ["t2", ["img-042"]]],
+    }
 
 
 def test_calls_are_cancelled_and_the_service_goes_on(answers: dict[str, Any]) -> None:
@@ -113,12 +127,15 @@ def test_a_deadline_expires(answers: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("short", INVALID_ARGUMENT, "64 float32 numbers are 256"), ("empty", INVALID_ARGUMENT, "is empty"),
-        ("k", INVALID_ARGUMENT, "k=100000"), ("column", INVALID_ARGUMENT, "no such column"),
-        ("picture", INVALID_ARGUMENT, "15 bytes are no image"), ("unknown", NOT_FOUND, "'no such image'"),
+        ("short", INVALID_ARGUMENT, "64 float32 numbers are 256"),
+        ("empty", INVALID_ARGUMENT, "is empty"),
+        ("k", INVALID_ARGUMENT, "k=100000"),
+        ("column", INVALID_ARGUMENT, "no such column"),
+        ("picture", INVALID_ARGUMENT, "15 bytes are no image"),
+        ("unknown", NOT_FOUND, "'no such image'"),
         ("model", FAILED_PRECONDITION, "of model 'another'"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_get_exact_codes(answers: dict[str, Any], name: str, code: int, words: str) -> None:
     assert (answers["refused"][name]["code"], words in answers["refused"][name]["details"]) == (code, True)
 

@@ -38,11 +38,18 @@ def served(ray_session: None, world: "World", tmp_path_factory: pytest.TempPathF
     embeddings = Artifact.open(f"{world.root}/embeddings/embed/{'e' * 20}", "embeddings")
     half = {name: vector for name, vector in world.vectors.items() if int(name[-3:]) < 30}
     index_b = publish_index(world.root, embeddings, half, world.encoder.fingerprint, "b" * 20).uri
-    config = ServeConfig.model_validate({
-        "index": world.index, "plan": world.plan, "placement": "staged", "port": 0, "num_replicas": 2,
-        "access_log": {"folder": str(folder)}, "monitor": {"share": 1.0, "max_per_s": 1000},
-        "experiment": {"name": "trial", "arms": [{"name": "a"}, {"name": "half", "index": index_b}]},
-    })  # fmt: skip
+    config = ServeConfig.model_validate(
+        {
+            "index": world.index,
+            "plan": world.plan,
+            "placement": "staged",
+            "port": 0,
+            "num_replicas": 2,
+            "access_log": {"folder": str(folder)},
+            "monitor": {"share": 1.0, "max_per_s": 1000},
+            "experiment": {"name": "trial", "arms": [{"name": "a"}, {"name": "half", "index": index_b}]},
+        }
+    )
     address = start(config)
     with Client(address) as client:
         client.wait_ready()
@@ -73,8 +80,12 @@ def test_arms_feedback_and_log_of_two_replicas(served: Served, world: "World") -
                     found = fresh.search(vector=world.vectors["img-007"], k=5, session=session)
                 arms.setdefault(session, set()).add(found.info.arm)
                 shown[found.info.request_id] = session
-                assert found.info.generation == Artifact.open(
-                    world.index if found.info.arm == "a" else served.index_b, "index").manifest.fingerprint
+                assert (
+                    found.info.generation
+                    == Artifact.open(
+                        world.index if found.info.arm == "a" else served.index_b, "index"
+                    ).manifest.fingerprint
+                )
                 if not round_:
                     top = alone[found.info.arm].search(vector=world.vectors["img-007"], k=1).ids
                     assert found.ids[:1] == top
@@ -94,8 +105,11 @@ def test_arms_feedback_and_log_of_two_replicas(served: Served, world: "World") -
     assert {line["request_id"]: line["session"] for line in searches} == {
         name: hash_text(session) for name, session in shown.items()
     }
-    told = [(line.get("kind"), line["code"], line["request_id"] == found.info.request_id) for line in lines
-            if line["method"] == "Feedback"]  # fmt: skip
+    told = [
+        (line.get("kind"), line["code"], line["request_id"] == found.info.request_id)
+        for line in lines
+        if line["method"] == "Feedback"
+    ]
     assert sorted(told, key=str) == [("click", "OK", True), ("save", "OK", True), (None, "INVALID_ARGUMENT", False)]
     assert len(list(served.folder.glob("access-*.lock"))) == 2  # a file for each replica
 
@@ -131,8 +145,15 @@ def read_metrics(wanted: set[str]) -> dict[str, list[str]]:
 def test_metrics_of_arms_and_recall_reach_prometheus(served: Served, world: "World") -> None:
     for number in range(10):
         served.client.search(vector=world.vectors["img-007"], k=5, session=f"s{number}")
-    found = read_metrics({"lookalike_recall", "lookalike_recall_low", "lookalike_recall_high",
-                          "lookalike_arm_requests_total", "lookalike_arm_duration_seconds_count"})  # fmt: skip
+    found = read_metrics(
+        {
+            "lookalike_recall",
+            "lookalike_recall_low",
+            "lookalike_recall_high",
+            "lookalike_arm_requests_total",
+            "lookalike_arm_duration_seconds_count",
+        }
+    )
     for name in ("lookalike_recall", "lookalike_recall_low", "lookalike_recall_high"):
         assert any('arm="a"' in line and 'generation="11111' in line for line in found[name]), found
     assert any('arm="half"' in line and 'code="OK"' in line for line in found["lookalike_arm_requests_total"])
@@ -142,6 +163,9 @@ def test_metrics_of_arms_and_recall_reach_prometheus(served: Served, world: "Wor
 def test_what_waits_is_written_when_the_service_stops(served: Served) -> None:
     found = served.client.search(image_id="img-003")
     stop()
-    ids = [json.loads(text)["request_id"] for path in served.folder.glob("access-*.jsonl")
-           for text in path.read_text().splitlines()]  # fmt: skip
+    ids = [
+        json.loads(text)["request_id"]
+        for path in served.folder.glob("access-*.jsonl")
+        for text in path.read_text().splitlines()
+    ]
     assert found.info.request_id in ids

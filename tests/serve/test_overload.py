@@ -142,7 +142,19 @@ def test_plans_go_down_with_the_load_and_up_later() -> None:
     loads = [0.5, 0.6, 0.79, 0.81, 3.0, 1.0, 0.65, 0.55, 0.41, 0.39, 0.59, 0.6]
     first, last = STEPS[2], STEPS[1]
     assert [ladder.choose(PLANS, load) for load in loads] == [
-        None, first, first, last, last, last, last, first, first, None, None, first]  # fmt: skip
+        None,
+        first,
+        first,
+        last,
+        last,
+        last,
+        last,
+        first,
+        first,
+        None,
+        None,
+        first,
+    ]
 
 
 @given(st.lists(st.floats(0, 6), max_size=30), st.floats(0.05, 0.99))
@@ -160,16 +172,24 @@ def test_settings_out_of_order_are_refused() -> None:
 
 
 def search(ingress: Any, world: "World", **options: Any) -> Any:
-    request = pb.SearchRequest(query=pb.Query(vector=world.vectors["img-004"].tobytes()),
-                               options=pb.SearchOptions(**options))  # fmt: skip
+    request = pb.SearchRequest(
+        query=pb.Query(vector=world.vectors["img-004"].tobytes()), options=pb.SearchOptions(**options)
+    )
     context = Context()
     return ingress.Search(request, grpc_context=context), context
 
 
 @pytest.fixture(scope="module")
 def busy(world: "World") -> ServeConfig:
-    return ServeConfig(index=world.index, plan=world.plan, encoder="none", placement="fused", max_ongoing_requests=4,
-                       max_queued_requests=0, degrade=Degrade(min_recall=0.9))  # fmt: skip
+    return ServeConfig(
+        index=world.index,
+        plan=world.plan,
+        encoder="none",
+        placement="fused",
+        max_ongoing_requests=4,
+        max_queued_requests=0,
+        degrade=Degrade(min_recall=0.9),
+    )
 
 
 def test_the_reply_says_what_was_degraded(busy: ServeConfig, world: "World") -> None:

@@ -67,8 +67,6 @@ def test_same_answers_as_the_searcher(ingress: Any, world: "World", plan: Plan) 
     assert (response.info.coverage.shards_answered, response.info.coverage.shards_asked) == (2, 2)
 
 
-
-
 def test_callers_from_elsewhere_are_refused(ingress: Any, world: "World") -> None:
     context = Context(peer="ipv4:10.0.0.7:50000")
     request = pb.SearchRequest(query=pb.Query(image_id="img-000"))

@@ -184,12 +184,15 @@ def answer(ids: str, scores: list[float]) -> Answer:
     return Answer(Hits(rows, np.array([scores], np.float32)), ["image_id"], entries)
 
 
-@pytest.mark.parametrize(("given", "recall"), [
-    (answer("abc", [0.9, 0.8, 0.7]), 1.0),
-    (answer("abd", [0.9, 0.8, 0.7]), 1.0),  # d is as good as c: a duplicate
-    (answer("abe", [0.9, 0.8, 0.6]), 2 / 3),
-    (answer("xyz", [0.1, 0.1, 0.1]), 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "recall"),
+    [
+        (answer("abc", [0.9, 0.8, 0.7]), 1.0),
+        (answer("abd", [0.9, 0.8, 0.7]), 1.0),  # d is as good as c: a duplicate
+        (answer("abe", [0.9, 0.8, 0.6]), 2 / 3),
+        (answer("xyz", [0.1, 0.1, 0.1]), 0.0),
+    ],
+)
 def test_hits_are_compared_by_id_and_ties_count(given: Answer, recall: float) -> None:
     exact = answer("abc", [0.9, 0.8, 0.7])
     assert recall_of(given, 0, exact, same_dim=True) == pytest.approx(recall)

@@ -26,8 +26,11 @@ pytestmark = pytest.mark.ray
 
 def replica(role: str) -> Any:
     """One actor of ``role``."""
-    names = [(one["name"], one["namespace"]) for one in ray.util.list_named_actors(all_namespaces=True)
-             if one["name"].startswith("SERVE_REPLICA::") and f"#{role}#" in one["name"]]  # fmt: skip
+    names = [
+        (one["name"], one["namespace"])
+        for one in ray.util.list_named_actors(all_namespaces=True)
+        if one["name"].startswith("SERVE_REPLICA::") and f"#{role}#" in one["name"]
+    ]
     name, namespace = names[0]
     return ray.get_actor(name, namespace=namespace)
 
@@ -45,8 +48,7 @@ class Callers:
         self.wrong: list[str] = []
         self.answered = [0, 0, 0]
         self._done = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True)
-                         for number in range(3)]  # fmt: skip
+        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(3)]
         for thread in self._threads:
             thread.start()
 
@@ -79,9 +81,17 @@ class Callers:
 
 
 def test_no_search_or_write_fails_for_a_killed_replica(ray_session: None, world: "World", tmp_path: Path) -> None:
-    config = ServeConfig(index=world.index, encoder="none", placement="sharded", port=0, num_replicas=2,
-                         shard_replicas=2, timeout_s=60, cpus_per_replica=0.1,
-                         writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    config = ServeConfig(
+        index=world.index,
+        encoder="none",
+        placement="sharded",
+        port=0,
+        num_replicas=2,
+        shard_replicas=2,
+        timeout_s=60,
+        cpus_per_replica=0.1,
+        writes=Writes(state=str(tmp_path / "state")),
+    )
     address, vector = start(config), np.arange(1, 65, dtype=np.float32)
     try:
         with Client(address) as client:
@@ -101,8 +111,16 @@ def test_no_search_or_write_fails_for_a_killed_replica(ray_session: None, world:
 def test_no_search_fails_for_a_replica_that_hangs(ray_session: None, world: "World") -> None:
     """As one does whose node is out of reach: it stays connected, and answers nothing."""
     retries = Retries(hedge_ms=200, hedge_share=1)
-    config = ServeConfig(index=world.index, encoder="none", placement="sharded", port=0, shard_replicas=2, timeout_s=10,
-                         cpus_per_replica=0.1, retries=retries)  # fmt: skip
+    config = ServeConfig(
+        index=world.index,
+        encoder="none",
+        placement="sharded",
+        port=0,
+        shard_replicas=2,
+        timeout_s=10,
+        cpus_per_replica=0.1,
+        retries=retries,
+    )
     address, vector = start(config), np.arange(1, 65, dtype=np.float32)
     try:
         with Client(address) as client:
@@ -127,12 +145,16 @@ def find_process(role: str) -> int:
 
 
 @pytest.mark.soak
-def test_a_writer_that_hangs_is_replaced_and_loses_nothing(
-    ray_session: None, world: "World", tmp_path: Path
-) -> None:
+def test_a_writer_that_hangs_is_replaced_and_loses_nothing(ray_session: None, world: "World", tmp_path: Path) -> None:
     """Serve's health check has to notice it, since it stays connected; meanwhile searches go on."""
-    config = ServeConfig(index=world.index, encoder="none", port=0, timeout_s=5, cpus_per_replica=0.1,
-                         writes=Writes(state=str(tmp_path / "state")))  # fmt: skip
+    config = ServeConfig(
+        index=world.index,
+        encoder="none",
+        port=0,
+        timeout_s=5,
+        cpus_per_replica=0.1,
+        writes=Writes(state=str(tmp_path / "state")),
+    )
     address, vector = start(config), np.arange(1, 65, dtype=np.float32)
     process, codes = 0, set[str]()
     try:

@@ -64,9 +64,12 @@ def test_all_shards_answer() -> None:
 
 @pytest.mark.parametrize(
     ("trouble", "code"),
-    [(OSError("gone"), grpc.StatusCode.UNAVAILABLE), (60.0, grpc.StatusCode.DEADLINE_EXCEEDED),
-     (BackPressureError(num_queued_requests=3, max_queued_requests=3), grpc.StatusCode.RESOURCE_EXHAUSTED)],
-)  # fmt: skip
+    [
+        (OSError("gone"), grpc.StatusCode.UNAVAILABLE),
+        (60.0, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (BackPressureError(num_queued_requests=3, max_queued_requests=3), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
 def test_a_bad_shard_fails_the_request_or_lowers_coverage(trouble: Exception | float, code: grpc.StatusCode) -> None:
     shards = [Shard(0), Shard(1, trouble)]
     with pytest.raises(RetrievalError) as caught:

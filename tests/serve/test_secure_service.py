@@ -41,9 +41,12 @@ def add_tenant(path: Path, name: str, token: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_service_for_those_with_certificate_and_token(
-    ray_session: None, world: "World", tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    ray_session: None,
+    world: "World",
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     monkeypatch.setenv(MESSAGE_VARIABLE, str(64 << 20))  # which the command sets, and the test's end takes back
     authority, port = Authority(tmp_path, "authority"), free_port()
@@ -80,9 +83,21 @@ def test_a_service_for_those_with_certificate_and_token(
 
     visitor = threading.Thread(target=visit)
     visitor.start()
-    served = main(["serve", "--index", world.index, "port=0", f"tls.port={port}", f"tls.certificate={server[0]}",
-                   f"tls.key={server[1]}", f"tls.client_ca={authority.path}", f"tenants={tenants}",
-                   "cpus_per_replica=0.1", f"access_log.folder={tmp_path / 'log'}"])  # fmt: skip
+    served = main(
+        [
+            "serve",
+            "--index",
+            world.index,
+            "port=0",
+            f"tls.port={port}",
+            f"tls.certificate={server[0]}",
+            f"tls.key={server[1]}",
+            f"tls.client_ca={authority.path}",
+            f"tenants={tenants}",
+            "cpus_per_replica=0.1",
+            f"access_log.folder={tmp_path / 'log'}",
+        ]
+    )
     visitor.join()
     assert (outcomes["all"], outcomes["found"]) == (0, "img-003")
     assert (outcomes["no token"], outcomes["no certificate"], outcomes["plain text"], outcomes["admin"]) == (2, 1, 1, 2)

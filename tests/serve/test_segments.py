@@ -32,19 +32,23 @@ def test_compare_rows_is_what_dictionaries_say(world, layers, as_before):
     assert fresh.tolist() == [held.get(name) != world[name] for name in now]
     assert gone == sum(name not in world for name in held)
     for number, (layer, mask) in enumerate(zip(layers, stay, strict=True)):
-        assert mask.tolist() == [owner[name] == number and layer[name] > 0 and world.get(name) == layer[name]
-                                 for name in sorted(layer)]  # fmt: skip
+        assert mask.tolist() == [
+            owner[name] == number and layer[name] > 0 and world.get(name) == layer[name] for name in sorted(layer)
+        ]
 
 
-@pytest.mark.parametrize(("fresh", "gone", "stay", "kind"), [
-    (0, 0, [100], "reused"),
-    (0, 0, [100, 5, 5, 5, 5], "reused"),
-    (20, 0, [80], "appended"),
-    (21, 0, [79], "rebuilt"),
-    (10, 11, [90], "rebuilt"),
-    (0, 5, [100], "appended"),
-    (5, 0, [80, 5, 5, 5], "rebuilt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fresh", "gone", "stay", "kind"),
+    [
+        (0, 0, [100], "reused"),
+        (0, 0, [100, 5, 5, 5, 5], "reused"),
+        (20, 0, [80], "appended"),
+        (21, 0, [79], "rebuilt"),
+        (10, 11, [90], "rebuilt"),
+        (0, 5, [100], "appended"),
+        (5, 0, [80, 5, 5, 5], "rebuilt"),
+    ],
+)
 def test_what_becomes_of_a_shard_is_decided_by_shares_and_segments(fresh, gone, stay, kind):
     mask = np.zeros(100, bool)
     mask[:fresh] = True
@@ -68,9 +72,13 @@ def test_every_part_of_a_row_enters_its_digest():
         return int(digest_rows(table, np.array([vector], np.float32))[0])
 
     base = digest({"image_id": "a", "view": "bc"})
-    others = [digest({"image_id": "ab", "view": "c"}), digest({"image_id": "a", "view": None}),
-              digest({"image_id": "a", "view": ""}), digest({"image_id": "a", "view": "bc"}, (1.0, 2.0000002)),
-              digest({"image_id": "a", "view": "b|"}), digest({"image_id": "a", "view": "|b"})]  # fmt: skip
+    others = [
+        digest({"image_id": "ab", "view": "c"}),
+        digest({"image_id": "a", "view": None}),
+        digest({"image_id": "a", "view": ""}),
+        digest({"image_id": "a", "view": "bc"}, (1.0, 2.0000002)),
+        digest({"image_id": "a", "view": "b|"}),
+        digest({"image_id": "a", "view": "|b"}),
+    ]
     assert len({base, *others}) == 7
     assert base == digest({"image_id": "a", "view": "bc"})
-

@@ -63,12 +63,14 @@ def test_a_mistake_is_named_with_its_place(path: str, value: Any, words: str) ->
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [(DEPLOYMENT, [{"name": "a", "user_config": {"any": {"thing": 1}}}]),
-     (DEPLOYMENT, [{"name": "a", "autoscaling_config": {"policy": {"policy_kwargs": {"mine": 1}}}}]),
-     (DEPLOYMENT, [{"name": "a", "ray_actor_options": {"resources": {"mine": 1}, "runtime_env": {"env_vars": {}}}}]),
-     (DEPLOYMENT, [{"name": "a", "request_router_config": {"request_router_kwargs": {"mine": 1}}}]),
-     ("applications.0.runtime_env", {"env_vars": {"MINE": "1"}})],
-)  # fmt: skip
+    [
+        (DEPLOYMENT, [{"name": "a", "user_config": {"any": {"thing": 1}}}]),
+        (DEPLOYMENT, [{"name": "a", "autoscaling_config": {"policy": {"policy_kwargs": {"mine": 1}}}}]),
+        (DEPLOYMENT, [{"name": "a", "ray_actor_options": {"resources": {"mine": 1}, "runtime_env": {"env_vars": {}}}}]),
+        (DEPLOYMENT, [{"name": "a", "request_router_config": {"request_router_kwargs": {"mine": 1}}}]),
+        ("applications.0.runtime_env", {"env_vars": {"MINE": "1"}}),
+    ],
+)
 def test_what_is_free_stays_free(path: str, value: Any) -> None:
     check_serve_config(changed(path, value), "it")
 
@@ -77,8 +79,12 @@ def test_files_and_manifests_and_other_applications(tmp_path: Path, capsys: pyte
     path = tmp_path / "it.yaml"
     other = {"name": "other", "import_path": "some.module:app", "route_prefix": "/other", "args": {"any": 1}}
     both = {**GOOD, "applications": [*GOOD["applications"], other]}
-    service = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "s"},
-               "spec": {"serveConfigV2": yaml.safe_dump(both)}}  # fmt: skip
+    service = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": "s"},
+        "spec": {"serveConfigV2": yaml.safe_dump(both)},
+    }
     wanted = ["lookalike: serves /index", "other: not ours, its args are not checked"]
     path.write_text(yaml.safe_dump(both))
     assert check_file(str(path)) == wanted
@@ -93,11 +99,16 @@ def test_files_and_manifests_and_other_applications(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("a: [", "is no YAML"), ("- 1", "holds a list where a mapping"), ("", "neither a Serve config nor a RayService"),
-     ("apiVersion: v1\nkind: Service", "neither"), ("apiVersion: v1\nkind: RayService\nspec: {}", "is no YAML text"),
-     ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'a: ['}", "is no YAML text"),
-     ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'text'}", "Serve refuses")],
-)  # fmt: skip
+    [
+        ("a: [", "is no YAML"),
+        ("- 1", "holds a list where a mapping"),
+        ("", "neither a Serve config nor a RayService"),
+        ("apiVersion: v1\nkind: Service", "neither"),
+        ("apiVersion: v1\nkind: RayService\nspec: {}", "is no YAML text"),
+        ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'a: ['}", "is no YAML text"),
+        ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'text'}", "Serve refuses"),
+    ],
+)
 def test_files_that_hold_nothing_to_check_are_explained(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "it.yaml"
     path.write_text(content)

@@ -33,7 +33,8 @@ def test_the_raw_server_answers_as_the_service_and_ends(world: "World") -> None:
         for name, hits in zip(names, found, strict=True):
             own = local.search(vector=world.vectors[name], k=5).hits
             assert [(hit.id, hit.score, hit.metadata) for hit in own] == [
-                (hit.id, hit.score, dict(hit.metadata)) for hit in hits]  # fmt: skip
+                (hit.id, hit.score, dict(hit.metadata)) for hit in hits
+            ]
     assert figures.requests >= 3 * MIN_REQUESTS
     assert 0 < figures.p50_ms <= figures.p99_ms
     assert figures.cpu_ms >= 0
@@ -51,9 +52,14 @@ def window(p50_ms: float, *, qps: float = 1.0, cpu_ms: float = 1.0) -> Figures:
 
 def test_ratios_take_the_hops_away() -> None:
     nowhere = Server("", 0)
-    figures = {"raw single": window(2.0, cpu_ms=2.0), "served single": window(9.0, cpu_ms=5.0),
-               "raw batch": window(10.0, qps=40.0), "served batch": window(20.0, qps=30.0),
-               "hop without": window(1.0), "hop with": window(3.0)}  # fmt: skip
+    figures = {
+        "raw single": window(2.0, cpu_ms=2.0),
+        "served single": window(9.0, cpu_ms=5.0),
+        "raw batch": window(10.0, qps=40.0),
+        "served batch": window(20.0, qps=30.0),
+        "hop without": window(1.0),
+        "hop with": window(3.0),
+    }
     ratios = dict(compare(Pair("default", "staged-2", nowhere, nowhere), figures))
     assert ratios["staged_2_hop_ms"] == 2.0
     assert ratios["staged_2_p50_vs_raw"] == 4.5

@@ -18,8 +18,14 @@ def read_result(stdout: str) -> dict[str, Any]:
 
 
 def test_faults_change_no_answer_and_lose_no_write() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.serve.soak", "--seconds", "20"], capture_output=True, text=True,
-                          timeout=840, check=False, env={**os.environ, "RAY_ADDRESS": ""})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.soak", "--seconds", "20"],
+        capture_output=True,
+        text=True,
+        timeout=840,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": ""},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     seen = read_result(done.stdout)
     assert not seen["wrong"], seen
@@ -30,11 +36,21 @@ def test_faults_change_no_answer_and_lose_no_write() -> None:
 
 
 def test_the_mode_of_clusters_does_the_same() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.serve.production"], capture_output=True, text=True,
-                          timeout=600, check=False, env={**os.environ, "RAY_ADDRESS": ""})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.production"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": ""},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_result(done.stdout) == {
         "codes": ["INVALID_ARGUMENT", "NOT_FOUND", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "FAILED_PRECONDITION"],
-        "switched": True, "rolled_back": True, "rows": 257, "pending": 0, "found": ["new"],
+        "switched": True,
+        "rolled_back": True,
+        "rows": 257,
+        "pending": 0,
+        "found": ["new"],
         "streamed": [["new"], "NOT_FOUND"],
-    }  # fmt: skip
+    }

@@ -76,9 +76,17 @@ def test_every_rpc_needs_a_role_and_every_role_a_token(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "metadata",
-    [[], [("authorization", READER)], [("authorization", f"Basic {READER}")], [("authorization", "Bearer ")],
-     bearer(READER) + bearer(READER), bearer("reader-toke"), bearer(hash_token(READER)), bearer("ключ" * 1000)],
-)  # fmt: skip
+    [
+        [],
+        [("authorization", READER)],
+        [("authorization", f"Basic {READER}")],
+        [("authorization", "Bearer ")],
+        bearer(READER) + bearer(READER),
+        bearer("reader-toke"),
+        bearer(hash_token(READER)),
+        bearer("ключ" * 1000),
+    ],
+)
 def test_without_a_valid_token_nobody_is_admitted(tmp_path: Path, metadata: list[tuple[str, str]]) -> None:
     with refused(grpc.StatusCode.UNAUTHENTICATED, "authorization: Bearer TOKEN") as caught:
         make_gate(tmp_path, entry("r", READER)).identify("Search", metadata)
@@ -227,7 +235,7 @@ HASH, ZEROS = hash_token("x"), "0" * 64
         (f"tenants: [{{name: a, token_sha256: ['{HASH}'], the-token-itself: 1}}]", "Extra inputs"),
         (f"tenants: [{{name: 'a b', token_sha256: ['{HASH}']}}]", "pattern"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_used_is_explained(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "t.yaml").write_text(content)
     with pytest.raises(UsageError, match=words) as caught:
@@ -262,9 +270,7 @@ def test_the_wait_that_is_named_suffices(amount: float, rate: float, size: float
     assert bucket.wait_s(amount, rate=rate, size=size, now=wait + 1e-9) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_token_is_shown_once_and_its_entry_fits_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_token_is_shown_once_and_its_entry_fits_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, secret = tmp_path / "tenants.yaml", tmp_path / "token"
     assert main(["token", "shop", "--role", "write"]) == 0
     shown = capsys.readouterr()

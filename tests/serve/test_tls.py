@@ -164,9 +164,13 @@ def test_files_that_cannot_be_used_are_explained(tmp_path: Path, names: dict[str
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"certificate": "a"}, "belong together"), ({"key": "a"}, "belong together"),
-     ({"client_ca": "a"}, "needs certificate and key"), ({"host": "a b"}, "pattern")],
-)  # fmt: skip
+    [
+        ({"certificate": "a"}, "belong together"),
+        ({"key": "a"}, "belong together"),
+        ({"client_ca": "a"}, "needs certificate and key"),
+        ({"host": "a b"}, "pattern"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Tls(**settings)

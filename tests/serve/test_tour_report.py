@@ -6,8 +6,15 @@ from lookalike.serve.tour_report import _plan_text
 
 
 def test_the_plan_s_cost_stands_beside_the_exact_one_s() -> None:
-    plan = {"description": "index at 16-d", "k": 10, "target": 0.99, "num_queries": 9, "map_check": None,
-            "holdout": None, "chosen": {"recall": 0.995, "query_us": 106.3, "exact_ratio": 7.5}}  # fmt: skip
+    plan = {
+        "description": "index at 16-d",
+        "k": 10,
+        "target": 0.99,
+        "num_queries": 9,
+        "map_check": None,
+        "holdout": None,
+        "chosen": {"recall": 0.995, "query_us": 106.3, "exact_ratio": 7.5},
+    }
     text = "\n".join(_plan_text(plan))
     assert "recall@10 against exact search 0.9950 on 9 queries that chose it" in text
     assert "a query alone took 106 us when plans were measured, an exact one 797 us" in text

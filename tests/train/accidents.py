@@ -26,11 +26,18 @@ from lookalike.train.finetune import STAGE
 from lookalike.train.settings import TrainConfig
 
 CONFIG = {
-    "tasks": {"weak": {"kind": "multilabel_softmax", "field": "labels"},
-              "identity": {"kind": "normalized_softmax", "field": "group"}},
-    "mix": {"catalogue": 3, "clipart": 1}, "embedding_dim": 8, "dims": [2, 4, 8], "epochs": 2.4, "batch_size": 8,
-    "checkpoint_every": 3, "num_workers": 2,
-}  # fmt: skip
+    "tasks": {
+        "weak": {"kind": "multilabel_softmax", "field": "labels"},
+        "identity": {"kind": "normalized_softmax", "field": "group"},
+    },
+    "mix": {"catalogue": 3, "clipart": 1},
+    "embedding_dim": 8,
+    "dims": [2, 4, 8],
+    "epochs": 2.4,
+    "batch_size": 8,
+    "checkpoint_every": 3,
+    "num_workers": 2,
+}
 STEPS = 16
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 

@@ -31,11 +31,19 @@ def shard_rows(dataset: str, num: int, seed: int, repeat: float = 1.0) -> list[d
     for i in range(num):
         group = i % NUM_CLASSES["group"]
         pixels = np.clip(random.normal(40 + 50 * group, 30, (24, 20, 3)), 0, 255).astype(np.uint8)
-        rows.append({
-            "image_id": f"{dataset}-{i:03d}", "image": to_bytes(Image.fromarray(pixels)), "dataset": dataset,
-            "labels": sorted(random.choice(NUM_CLASSES["labels"], int(random.integers(0, 4)), replace=False).tolist()),
-            "category": -1 if i % 3 == 2 else i % 3, "group": -1 if i % 4 == 3 else group, "repeat": repeat,
-        })  # fmt: skip
+        rows.append(
+            {
+                "image_id": f"{dataset}-{i:03d}",
+                "image": to_bytes(Image.fromarray(pixels)),
+                "dataset": dataset,
+                "labels": sorted(
+                    random.choice(NUM_CLASSES["labels"], int(random.integers(0, 4)), replace=False).tolist()
+                ),
+                "category": -1 if i % 3 == 2 else i % 3,
+                "group": -1 if i % 4 == 3 else group,
+                "repeat": repeat,
+            }
+        )
     return rows
 
 
@@ -62,8 +70,9 @@ def shards(tmp_path: Path) -> Artifact:
 def publish_encoder(root: str, backbone: str = "test_efficientnet", size: int = 32) -> Artifact:
     """An ``encoder`` artifact with random weights."""
     torch.manual_seed(0)
-    config = EncoderConfig(backbone=backbone, num_features=WIDTHS[backbone], dims=(WIDTHS[backbone],),
-                           transform=TransformConfig(size=size))  # fmt: skip
+    config = EncoderConfig(
+        backbone=backbone, num_features=WIDTHS[backbone], dims=(WIDTHS[backbone],), transform=TransformConfig(size=size)
+    )
     draft = Draft(root, "encoder", "encoder", "5" * 20)
     save_encoder(draft, build_model(config), config, "# tiny\n")
     return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
@@ -86,9 +95,18 @@ class Bench:
 
     def config(self, **settings: Any) -> LoopConfig:
         """A resolved run: 12 steps of 8 images unless ``settings`` say otherwise."""
-        values = {"tasks": TASKS, "mix": {"catalogue": 3, "clipart": 1}, "embedding_dim": 8, "dims": [2, 4, 8],
-                  "epochs": 1.8, "batch_size": 8, "num_workers": 1, "initialise": "random", "checkpoint_every": 4,
-                  **settings}  # fmt: skip
+        values = {
+            "tasks": TASKS,
+            "mix": {"catalogue": 3, "clipart": 1},
+            "embedding_dim": 8,
+            "dims": [2, 4, 8],
+            "epochs": 1.8,
+            "batch_size": 8,
+            "num_workers": 1,
+            "initialise": "random",
+            "checkpoint_every": 4,
+            **settings,
+        }
         return resolve(self.run(TrainConfig.model_validate(values)))
 
     def run(self, train: TrainConfig, **more: Artifact) -> StageRun[TrainConfig]:

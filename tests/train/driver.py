@@ -17,12 +17,20 @@ from lookalike.train.finetune import STAGE
 from lookalike.train.settings import TrainConfig
 
 CONFIG = {
-    "tasks": {"weak": {"kind": "multilabel_softmax", "field": "labels"},
-              "category": {"kind": "softmax", "field": "category", "nesting": "mrl-e"},
-              "identity": {"kind": "normalized_softmax", "field": "group"}},
-    "mix": {"catalogue": 3, "clipart": 1}, "embedding_dim": 8, "dims": [2, 4, 8], "epochs": 2.4, "batch_size": 8,
-    "checkpoint_every": 5, "num_workers": 2, "freeze_batch_norm": False,
-}  # fmt: skip
+    "tasks": {
+        "weak": {"kind": "multilabel_softmax", "field": "labels"},
+        "category": {"kind": "softmax", "field": "category", "nesting": "mrl-e"},
+        "identity": {"kind": "normalized_softmax", "field": "group"},
+    },
+    "mix": {"catalogue": 3, "clipart": 1},
+    "embedding_dim": 8,
+    "dims": [2, 4, 8],
+    "epochs": 2.4,
+    "batch_size": 8,
+    "checkpoint_every": 5,
+    "num_workers": 2,
+    "freeze_batch_norm": False,
+}
 
 
 def main(roots: list[str], log: str, stall_at: int) -> None:
@@ -42,8 +50,14 @@ def main(roots: list[str], log: str, stall_at: int) -> None:
 
         loop.Feed.step = watched  # type: ignore[method-assign]
 
-    ray.init(address="local", num_cpus=2, object_store_memory=150 << 20, include_dashboard=False, log_to_driver=False,
-             runtime_env={"worker_process_setup_hook": watch_batches})  # fmt: skip
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=150 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": watch_batches},
+    )
     for root in roots:
         inputs = {kind: [Artifact.open(f"{root}/{kind}/{kind}/{'5' * 20}", kind)] for kind in ("shards", "encoder")}
         print(execute(STAGE, TrainConfig.model_validate(CONFIG), inputs, root, "tiny").uri, flush=True)

@@ -19,8 +19,9 @@ def train_rank(rank: int, world: int, root: str, folder: str, settings: dict[str
     """Train as worker ``rank``, from the last checkpoint in ``folder`` on; the loss of the last worker is no number at
     step ``spoil`` (0: never). What happened is written beside the checkpoints."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}.{world}", rank=rank, world_size=world,
-                            timeout=timedelta(minutes=2))  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}.{world}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
+    )
     config = Bench(root).config(**settings)
     training = Bench(root).begin(config)
     if found := agree(last_checkpoint(folder)):

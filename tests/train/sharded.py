@@ -51,14 +51,19 @@ def make_batch(step: int, rank: int) -> dict[str, torch.Tensor]:
     labels[1, 1:] = -1
     labels[4] = -1
     category, group = (torch.randint(-1, CLASSES, (ROWS,), generator=generator) for _ in range(2))
-    return {"images": torch.randn(ROWS, 6, generator=generator, dtype=torch.float64), "labels": labels,
-            "category": category, "group": group}  # fmt: skip
+    return {
+        "images": torch.randn(ROWS, 6, generator=generator, dtype=torch.float64),
+        "labels": labels,
+        "category": category,
+        "group": group,
+    }
 
 
 def start_group(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD,
-                            timeout=timedelta(minutes=2))  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(minutes=2)
+    )
 
 
 def run_worker(rank: int, folder: str) -> None:
@@ -84,7 +89,17 @@ def run_worker(rank: int, folder: str) -> None:
     load_whole_state(again, make_optimizer(again), state, moments)
     same = all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     empty = torch.tensor([-torch.inf if rank else 1.0, 2.0])
-    torch.save({"model": state, "optimizer": moments, "losses": losses, "norms": norms, "drawn": drawn, "same": same,
-                "rows": {name: len(p) for name, (p, _) in sharded_parameters(model).items()},
-                "logsumexp": logsumexp_workers(empty)}, f"{folder}/end-{rank}.pt")  # fmt: skip
+    torch.save(
+        {
+            "model": state,
+            "optimizer": moments,
+            "losses": losses,
+            "norms": norms,
+            "drawn": drawn,
+            "same": same,
+            "rows": {name: len(p) for name, (p, _) in sharded_parameters(model).items()},
+            "logsumexp": logsumexp_workers(empty),
+        },
+        f"{folder}/end-{rank}.pt",
+    )
     dist.destroy_process_group()

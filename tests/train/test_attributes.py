@@ -24,8 +24,10 @@ from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_au
 from tests.train.conftest import NUM_CLASSES, TASKS, Bench, publish_encoder, shard_rows, write_shard
 
 NAMES = {"colour": ["blue", "green", "red"], "made in": ["x", "y"], "size": ["L", "S"]}
-STATED = {"colour": {"kind": "softmax", "field": "attribute.colour"},
-          "size": {"kind": "normalized_softmax", "field": "attribute.size"}}  # fmt: skip
+STATED = {
+    "colour": {"kind": "softmax", "field": "attribute.colour"},
+    "size": {"kind": "normalized_softmax", "field": "attribute.size"},
+}
 
 
 def rows_of(dataset: str, num: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -61,11 +63,16 @@ def test_the_run_knows_the_attributes_that_its_tasks_read(stated: Bench) -> None
 
 @pytest.mark.parametrize(
     ("field", "words"),
-    [("attribute.color", r"task 'a' reads 'attribute.color', and the shards have no attribute 'color' "
-                         r"\(did you mean 'colour'\?\).*they have colour, made in, size"),
-     ("attribute.", r"'attribute.': no field of a batch|no field of a batch.*attribute.<name>"),
-     ("colour", r"no field of a batch; fields: labels, category, group, attribute.<name>, row")],
-)  # fmt: skip
+    [
+        (
+            "attribute.color",
+            r"task 'a' reads 'attribute.color', and the shards have no attribute 'color' "
+            r"\(did you mean 'colour'\?\).*they have colour, made in, size",
+        ),
+        ("attribute.", r"'attribute.': no field of a batch|no field of a batch.*attribute.<name>"),
+        ("colour", r"no field of a batch; fields: labels, category, group, attribute.<name>, row"),
+    ],
+)
 def test_an_attribute_that_is_not_there_is_explained(stated: Bench, field: str, words: str) -> None:
     with pytest.raises((UsageError, ValueError), match=words):
         stated.config(tasks={"a": {"kind": "softmax", "field": field}})
@@ -93,9 +100,19 @@ def batches(tmp_path: Path, rows: list[dict[str, Any]], views: int = 1) -> list[
     units = units_of(tmp_path, rows)
     streams = build_streams({"catalogue": [units[0].uri]}, seed=3, rank=0, world=1, resample=True)
     augment = build_augmentation(TransformConfig(size=32), AugmentConfig())
-    return list(BatchDataset(streams, {"catalogue": 6}, augment, seed=3, start=0, stop=4, views=views,
-                             num_classes={**NUM_CLASSES, "attribute.size": 2, "attribute.colour": 3},
-                             attributes=tuple(NAMES)))  # fmt: skip
+    return list(
+        BatchDataset(
+            streams,
+            {"catalogue": 6},
+            augment,
+            seed=3,
+            start=0,
+            stop=4,
+            views=views,
+            num_classes={**NUM_CLASSES, "attribute.size": 2, "attribute.colour": 3},
+            attributes=tuple(NAMES),
+        )
+    )
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -113,11 +130,13 @@ def test_batches_have_the_attributes_of_their_rows(tmp_path: Path, views: int) -
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [([0, 0, 2], r"column 'attributes', 'attribute.size', holds 2, but classes.json has 2 classes \(0 to 1\)"),
-     ([0, 0, -2], r"column 'attributes', 'attribute.size', holds -2"),
-     ([0, 0], r"column 'attributes' holds \[0, 0\] in row 1, but classes.json names 3: colour, made in, size"),
-     (None, r"column 'attributes' holds None in row 1")],
-)  # fmt: skip
+    [
+        ([0, 0, 2], r"column 'attributes', 'attribute.size', holds 2, but classes.json has 2 classes \(0 to 1\)"),
+        ([0, 0, -2], r"column 'attributes', 'attribute.size', holds -2"),
+        ([0, 0], r"column 'attributes' holds \[0, 0\] in row 1, but classes.json names 3: colour, made in, size"),
+        (None, r"column 'attributes' holds None in row 1"),
+    ],
+)
 def test_damaged_attributes_are_named(tmp_path: Path, value: Any, words: str) -> None:
     rows = rows_of("catalogue", 8)
     rows[5]["attributes"] = value
@@ -144,8 +163,15 @@ def test_a_sliced_table_gives_its_own_rows(tmp_path: Path) -> None:
 def test_proxies_start_from_the_attribute_s_rows(tmp_path: Path) -> None:
     rows = rows_of("catalogue", 12)
     backbone, transform = create_backbone("test_efficientnet"), build_eval_transform(TransformConfig(size=32))
-    _, labels = sample_features(backbone, units_of(tmp_path, rows), transform, ["attribute.size", "group"], 6,
-                                num_classes={"attribute.size": 2}, attributes=tuple(NAMES))  # fmt: skip
+    _, labels = sample_features(
+        backbone,
+        units_of(tmp_path, rows),
+        transform,
+        ["attribute.size", "group"],
+        6,
+        num_classes={"attribute.size": 2},
+        attributes=tuple(NAMES),
+    )
     picked = [rows[i] for i in (0, 1, 4, 5, 8, 9)]  # two of each row group
     assert labels["attribute.size"].tolist() == [row["attributes"][2] for row in picked]
     assert labels["group"].tolist() == [row["group"] for row in picked]

@@ -148,8 +148,9 @@ def damage_image(corpus: Artifact, file: int, row: int) -> str:
     images = table["image"].to_pylist()
     images[row] = images[row][: len(images[row]) // 2]
     place = table.schema.get_field_index("image")
-    pq.write_table(table.set_column(place, table.schema.field("image"), [images]), storage.local_path(uri),
-                   row_group_size=ROWS)  # fmt: skip
+    pq.write_table(
+        table.set_column(place, table.schema.field("image"), [images]), storage.local_path(uri), row_group_size=ROWS
+    )
     return uri
 
 

@@ -26,12 +26,17 @@ TASK = RetrievalTask(queries={"view": ["front"]}, database={"dataset": ["furnitu
 
 def corpus(num: int = 60) -> pa.Table:
     random = np.random.default_rng(6)
-    return pa.table({
-        "image_id": [f"i{i}" for i in range(num)], "group": [f"g{g}" for g in random.integers(0, 9, num)],
-        "view": random.choice(["icon", "front"], num).tolist(), "split": random.choice(["train", "test"], num).tolist(),
-        "dataset": ["furniture" if i % 5 else "clipart" for i in range(num)],
-        "category": random.choice(["a", "b"], num).tolist(), "title": ["t"] * num,
-    })  # fmt: skip
+    return pa.table(
+        {
+            "image_id": [f"i{i}" for i in range(num)],
+            "group": [f"g{g}" for g in random.integers(0, 9, num)],
+            "view": random.choice(["icon", "front"], num).tolist(),
+            "split": random.choice(["train", "test"], num).tolist(),
+            "dataset": ["furniture" if i % 5 else "clipart" for i in range(num)],
+            "category": random.choice(["a", "b"], num).tolist(),
+            "title": ["t"] * num,
+        }
+    )
 
 
 def vectors(num: int = 60, dim: int = 12) -> np.ndarray:
@@ -68,8 +73,10 @@ def brute_force(table: pa.Table, data: np.ndarray, dim: int) -> dict[str, float]
         if query["view"] != "front":
             continue
         base = [i for i, row in enumerate(rows) if row["dataset"] == "furniture" and i != q]
-        cosines = {i: float(data[q, :dim] @ data[i, :dim] / np.linalg.norm(data[q, :dim]) /
-                            np.linalg.norm(data[i, :dim])) for i in base}  # fmt: skip
+        cosines = {
+            i: float(data[q, :dim] @ data[i, :dim] / np.linalg.norm(data[q, :dim]) / np.linalg.norm(data[i, :dim]))
+            for i in base
+        }
         ranked = sorted(base, key=lambda i: -cosines[i])[:10]
         hits = [rows[i]["group"] == query["group"] for i in ranked]
         first.append(float(hits[0]))
@@ -77,8 +84,10 @@ def brute_force(table: pa.Table, data: np.ndarray, dim: int) -> dict[str, float]
         relevant = sum(rows[i]["group"] == query["group"] for i in base)
         if relevant:
             recall.append(sum(hits) / relevant)
-    return {name: float(np.mean(values)) for name, values in
-            (("p_at_1", first), ("map_at_10_by_k", precision), ("recall_at_10", recall))}  # fmt: skip
+    return {
+        name: float(np.mean(values))
+        for name, values in (("p_at_1", first), ("map_at_10_by_k", precision), ("recall_at_10", recall))
+    }
 
 
 def test_figures_are_those_of_brute_force(tmp_path: Path) -> None:
@@ -126,13 +135,18 @@ def test_the_report_holds_every_embedding_method_and_dim(tmp_path: Path) -> None
     artifact = run(root, [subject, twin], svd_of=["twin"], svd_fit={"split": ["train"]})
     report = artifact.read_json("report.json")
     assert {(r["embedding"], r["method"], r["task"], r["dim"]) for r in report["rows"]} == {
-        (name, method, task, dim) for task in ("product", "category")
+        (name, method, task, dim)
+        for task in ("product", "category")
         for name, method, dims in (("vectors", "prefix", (4, 12)), ("twin", "prefix", (4, 6)), ("twin", "svd", (4, 6)))
-        for dim in dims}  # fmt: skip
+        for dim in dims
+    }
     assert (report["subject"], report["headline_task"]) == ("vectors", "product")
     assert {name: row["dim"] for name, row in report["full_dim"].items()} == {"vectors": 12, "twin": 6}
-    full = {r["method"]: r["p_at_1"] for r in report["rows"]
-            if (r["embedding"], r["task"], r["dim"]) == ("twin", "product", 6)}  # fmt: skip
+    full = {
+        r["method"]: r["p_at_1"]
+        for r in report["rows"]
+        if (r["embedding"], r["task"], r["dim"]) == ("twin", "product", 6)
+    }
     assert full["svd"] == pytest.approx(full["prefix"])  # at full size the SVD is a rotation
     assert storage.read_bytes(artifact.path("product.png"))[:4] == b"\x89PNG"
     json.dumps(artifact.stats)
@@ -144,7 +158,8 @@ def test_reductions_are_measured_as_brute_force_measures_them(tmp_path: Path) ->
     rows = [r for r in run_.read_json("report.json")["rows"] if r["task"] == "product"]
     assert {(r["embedding"], r["method"], r["dim"]) for r in rows} == {
         *(("vectors", method, dim) for method in ("prefix", "random", "jl") for dim in (3, 12)),
-        *(("other", "prefix", dim) for dim in (3, 6))}  # fmt: skip
+        *(("other", "prefix", dim) for dim in (3, 6)),
+    }
     for row in rows:
         if row["method"] != "prefix":
             reduced = REDUCTIONS[row["method"]](vectors(), vectors(), 5)

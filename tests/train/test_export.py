@@ -40,8 +40,12 @@ def test_the_folder_is_the_same_encoder_without_the_root_it_came_from(encoder: A
     assert np.array_equal(loaded.encode(IMAGES), expected)
     assert loaded.fingerprint == encoder.manifest.fingerprint  # vectors of either copy belong together
     assert loaded.dims == (4, 16)
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md",
-                                                        "manifest.json"}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "manifest.json",
+    }
 
 
 def test_an_export_is_an_artifact_that_show_prints_and_recipes_read(
@@ -87,8 +91,11 @@ def test_the_card_carries_figures_of_this_encoder_alone(encoder: Artifact, tmp_p
     results = ModelCard(card).data.eval_results  # the hub's own reader
     assert results is not None
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in results}
-    assert found == {(task, metric): value for task in ("product", "category")
-                     for metric, value in (("p_at_1", 0.66), ("map_at_10_by_k", 0.25))}  # fmt: skip
+    assert found == {
+        (task, metric): value
+        for task in ("product", "category")
+        for metric, value in (("p_at_1", 0.66), ("map_at_10_by_k", 0.25))
+    }
 
 
 def test_the_card_s_snippet_runs(encoder: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +175,9 @@ def test_a_report_of_other_encoders_is_refused(
 ) -> None:
     stranger = Draft(str(tmp_path / "elsewhere"), "encoder", "stranger", "s" * 20)
     stranger.write_json("config.json", json.loads(Path(encoder.path("config.json")).read_text()))
-    report = publish_report(str(tmp_path / "elsewhere"),
-                            stranger.publish(config={}, parents={}, stage_version=1, duration_s=0.0))  # fmt: skip
+    report = publish_report(
+        str(tmp_path / "elsewhere"), stranger.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
+    )
     assert main(["export", encoder.uri, "--to", str(tmp_path / "out"), "--report", report.uri]) == 2
     assert f"measures vectors (encoder {'s' * 20}), other" in capsys.readouterr().err
 

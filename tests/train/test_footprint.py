@@ -17,21 +17,32 @@ from tests.train.conftest import NUM_CLASSES, TASKS, WIDTHS, Bench
 
 
 def train_settings(**values: Any) -> TrainConfig:
-    return TrainConfig.model_validate({"tasks": TASKS, "mix": {"a": 1}, "embedding_dim": 16, "dims": [4, 16],
-                                       "batch_size": 12, **values})  # fmt: skip
+    return TrainConfig.model_validate(
+        {"tasks": TASKS, "mix": {"a": 1}, "embedding_dim": 16, "dims": [4, 16], "batch_size": 12, **values}
+    )
 
 
 def encoder_settings(backbone: str, size: int = 64) -> EncoderConfig:
-    return EncoderConfig(backbone=backbone, num_features=WIDTHS[backbone], dims=(4, 16), projection=True,
-                         transform=TransformConfig(size=size))  # fmt: skip
+    return EncoderConfig(
+        backbone=backbone,
+        num_features=WIDTHS[backbone],
+        dims=(4, 16),
+        projection=True,
+        transform=TransformConfig(size=size),
+    )
 
 
 @pytest.mark.parametrize(
     ("backbone", "size", "values"),
-    [("test_efficientnet", 64, {}), ("test_efficientnet", 64, {"frozen_stages": 1, "optimizer": "sgd"}),
-     ("test_efficientnet", 64, {"trainable": "probe"}), ("test_vit", 160, {"ema_decay": 0.9, "num_workers": 1}),
-     ("test_vit", 160, {"activation_checkpointing": True}), ("test_vit", 160, {"precision": "bfloat16"})],
-)  # fmt: skip
+    [
+        ("test_efficientnet", 64, {}),
+        ("test_efficientnet", 64, {"frozen_stages": 1, "optimizer": "sgd"}),
+        ("test_efficientnet", 64, {"trainable": "probe"}),
+        ("test_vit", 160, {"ema_decay": 0.9, "num_workers": 1}),
+        ("test_vit", 160, {"activation_checkpointing": True}),
+        ("test_vit", 160, {"precision": "bfloat16"}),
+    ],
+)
 def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, values: dict[str, Any]) -> None:
     train, encoder = train_settings(**values), encoder_settings(backbone, size)
     told = measure(train, encoder, NUM_CLASSES)
@@ -42,8 +53,12 @@ def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, va
         recompute_activations(network.backbone)
     set_train_mode(model, train)
     rows = train.micro_batch
-    batch = {"images": torch.randn(rows, 3, size, size), "labels": torch.randint(0, 5, (rows, 4)),
-             "category": torch.randint(0, 3, (rows,)), "group": torch.randint(0, 4, (rows,))}  # fmt: skip
+    batch = {
+        "images": torch.randn(rows, 3, size, size),
+        "labels": torch.randint(0, 5, (rows, 4)),
+        "category": torch.randint(0, 3, (rows,)),
+        "group": torch.randint(0, 4, (rows,)),
+    }
     low = train.precision == "bfloat16"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low), count_saved(model) as counted:
         total, _ = model(batch)

@@ -79,5 +79,6 @@ def test_a_label_beyond_the_classes_is_named_before_proxies_are_made(tmp_path: P
     units = list_units([write_shard(str(tmp_path / "part-0.parquet"), shard_rows("catalogue", 12, 0), 4)])
     transform = build_eval_transform(TransformConfig(size=32))
     with pytest.raises(ArtifactError, match=r"row group 0: column 'group' holds 2, but classes\.json has 2 classes"):
-        sample_features(create_backbone("test_efficientnet"), units, transform, ["group"], 12,
-                        num_classes={"group": 2, "labels": 1})  # fmt: skip
+        sample_features(
+            create_backbone("test_efficientnet"), units, transform, ["group"], 12, num_classes={"group": 2, "labels": 1}
+        )

@@ -13,24 +13,51 @@ from tests.benchmarks.learning_tables import name_of, render_markdown, spread, s
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "deploy" / "recipes"
-ROLES = {"mrl": "nested", "twin": "single", "mrl-e": "tied", "base": "base", "random": "random", "one-task": "trained",
-         "ff-8": "fixed", "ff-64": "fixed"}  # fmt: skip
+ROLES = {
+    "mrl": "nested",
+    "twin": "single",
+    "mrl-e": "tied",
+    "base": "base",
+    "random": "random",
+    "one-task": "trained",
+    "ff-8": "fixed",
+    "ff-64": "fixed",
+}
 NESTED = {"mrl": (8, 64), "mrl-e": (8, 64), "one-task": (8, 64), "twin": (64,), "ff-8": (8,), "ff-64": (64,)}
 
 
 def row(seed: int, variant: str, dim: int, p_at_1: float, method: str = "prefix") -> dict[str, Any]:
-    return {"seed": seed, "variant": variant, "role": ROLES[variant], "method": method, "dim": dim, "p_at_1": p_at_1,
-            "nested": dim in NESTED.get(variant, ()), "map_at_10_by_k": p_at_1 / 2,
-            "p_at_1_standard_error": 0.01}  # fmt: skip
+    return {
+        "seed": seed,
+        "variant": variant,
+        "role": ROLES[variant],
+        "method": method,
+        "dim": dim,
+        "p_at_1": p_at_1,
+        "nested": dim in NESTED.get(variant, ()),
+        "map_at_10_by_k": p_at_1 / 2,
+        "p_at_1_standard_error": 0.01,
+    }
 
 
 ROWS = [
-    row(1, "mrl", 8, 0.6), row(2, "mrl", 8, 0.5), row(1, "mrl", 64, 0.8), row(2, "mrl", 64, 0.7),
-    row(1, "twin", 8, 0.3), row(2, "twin", 8, 0.4), row(1, "twin", 64, 0.8), row(2, "twin", 64, 0.75),
-    row(1, "twin", 8, 0.55, "svd"), row(2, "twin", 8, 0.35, "svd"),
-    row(1, "base", 8, 0.2), row(2, "base", 8, 0.2), row(1, "base", 1280, 0.5), row(2, "base", 1280, 0.5),
-    row(1, "random", 1280, 0.0), row(2, "random", 1280, 0.02),
-]  # fmt: skip
+    row(1, "mrl", 8, 0.6),
+    row(2, "mrl", 8, 0.5),
+    row(1, "mrl", 64, 0.8),
+    row(2, "mrl", 64, 0.7),
+    row(1, "twin", 8, 0.3),
+    row(2, "twin", 8, 0.4),
+    row(1, "twin", 64, 0.8),
+    row(2, "twin", 64, 0.75),
+    row(1, "twin", 8, 0.55, "svd"),
+    row(2, "twin", 8, 0.35, "svd"),
+    row(1, "base", 8, 0.2),
+    row(2, "base", 8, 0.2),
+    row(1, "base", 1280, 0.5),
+    row(2, "base", 1280, 0.5),
+    row(1, "random", 1280, 0.0),
+    row(2, "random", 1280, 0.02),
+]
 
 
 def test_summary_pairs_seeds_and_takes_the_full_size_of_each() -> None:
@@ -43,17 +70,21 @@ def test_summary_pairs_seeds_and_takes_the_full_size_of_each() -> None:
     truncated = summary["subject_minus"]["p_at_1"]["twin truncated"]
     assert truncated["8"] == {"mean": 0.2, "min": 0.1, "max": 0.3, "spread": 0.2}
     assert truncated["64"] == {"mean": -0.025, "min": -0.05, "max": 0.0, "spread": 0.05}
-    assert summary["subject_minus"]["map_at_10_by_k"]["twin svd"] == {"8": {"mean": 0.05, "min": 0.025, "max": 0.075,
-                                                                            "spread": 0.05}}  # fmt: skip
+    assert summary["subject_minus"]["map_at_10_by_k"]["twin svd"] == {
+        "8": {"mean": 0.05, "min": 0.025, "max": 0.075, "spread": 0.05}
+    }
     assert "random" not in summary["subject_minus"]["p_at_1"]  # no dim in common
     assert {name: (r["holds"], r["mean"]) for name, r in summary["relations"].items()} == {
-        "above_truncated": (True, 0.2), "above_svd": (True, 0.1)}  # fmt: skip
+        "above_truncated": (True, 0.2),
+        "above_svd": (True, 0.1),
+    }
     json.dumps(summary)
 
 
 def test_a_margin_within_the_spread_is_told() -> None:
-    close = [row(s, name, 8, p) for name, values in (("mrl", (0.5, 0.7)), ("base", (0.5, 0.5)))
-             for s, p in enumerate(values)]  # fmt: skip
+    close = [
+        row(s, name, 8, p) for name, values in (("mrl", (0.5, 0.7)), ("base", (0.5, 0.5))) for s, p in enumerate(values)
+    ]
     assert summarise(close)["subject_minus_at_full_size"]["base"]["above_spread"] is False
     assert spread([1.0]) == {"mean": 1.0, "min": 1.0, "max": 1.0, "spread": 0.0}
 
@@ -115,19 +146,35 @@ def test_variants_differ_from_the_subject_in_what_they_are_named_for(name: str) 
     recipe = Recipe.load(path)
     found = {variant.name: variant for variant in find_variants(recipe, "evaluate").values()}
     assert Counter(variant.role for variant in found.values()) == {
-        "nested": 1, "tied": 1, "single": 1, "fixed": 4, "trained": 5, "base": 1, "random": 1}  # fmt: skip
+        "nested": 1,
+        "tied": 1,
+        "single": 1,
+        "fixed": 4,
+        "trained": 5,
+        "base": 1,
+        "random": 1,
+    }
     assert (found["mrl"].role, found["mrl-e"].role, found["single"].role) == ("nested", "tied", "single")
     assert [found[f"ff-{k}"].dims for k in (8, 16, 32, 64)] == [(8,), (16,), (32,), (64,)]
     subject = recipe.config("mrl").model_dump()
     # epochs aside: without repeats, and from random weights, there are more of them
-    differing = {step: {key for key, value in recipe.config(step).model_dump().items()
-                        if value != subject[key] and key != "epochs"}
-                 for step in found if recipe.steps[step].stage == "finetune" and step != "mrl"}  # fmt: skip
+    differing = {
+        step: {
+            key for key, value in recipe.config(step).model_dump().items() if value != subject[key] and key != "epochs"
+        }
+        for step in found
+        if recipe.steps[step].stage == "finetune" and step != "mrl"
+    }
     assert differing == {
-        "mrl-e": {"tasks"}, "single": {"dims"}, "one-task": {"tasks"}, "triplet": {"tasks", "balance"},
-        **{f"ff-{k}": {"dims", "tasks"} for k in (8, 16, 32, 64)}, "probe": {"trainable", "frozen_stages"},
-        "plain": {"resample"}, "scratch": {"frozen_stages", "freeze_batch_norm"},
-    }  # fmt: skip
+        "mrl-e": {"tasks"},
+        "single": {"dims"},
+        "one-task": {"tasks"},
+        "triplet": {"tasks", "balance"},
+        **{f"ff-{k}": {"dims", "tasks"} for k in (8, 16, 32, 64)},
+        "probe": {"trainable", "frozen_stages"},
+        "plain": {"resample"},
+        "scratch": {"frozen_stages", "freeze_batch_norm"},
+    }
     seeded = Recipe.load(path, seed_overrides(recipe, 99, "evaluate"))
     assert {step for step in recipe.steps if seeded.config(step).seed == 99} == {*found, "evaluate"} - {"base"}
 
@@ -135,6 +182,9 @@ def test_variants_differ_from_the_subject_in_what_they_are_named_for(name: str) 
 def test_photographs_are_asked_for_among_those_trained_on_and_in_the_catalogue() -> None:
     tasks = Recipe.load(str(RECIPES / "learning-grocery.yaml")).config("evaluate").model_dump()["tasks"]
     natural = {"split": ["test"], "view": ["natural"]}
-    assert tasks["product"] == {"queries": natural, "database": {"split": ["train"], "view": ["natural"]},
-                                "label": "group"}  # fmt: skip
+    assert tasks["product"] == {
+        "queries": natural,
+        "database": {"split": ["train"], "view": ["natural"]},
+        "label": "group",
+    }
     assert tasks["catalogue"] == {"queries": natural, "database": {"view": ["iconic"]}, "label": "group"}

@@ -50,8 +50,10 @@ def files(folder: Path, repeat: float = 1.0) -> dict[str, list[str]]:
     made = {}
     for i, name in enumerate(MIX):
         rows = shard_rows(name, 25, seed=i, repeat=repeat)
-        made[name] = [write_shard(str(folder / name / f"part-{n}.parquet"), part, 5)
-                      for n, part in enumerate((rows[:10], rows[10:]))]  # fmt: skip
+        made[name] = [
+            write_shard(str(folder / name / f"part-{n}.parquet"), part, 5)
+            for n, part in enumerate((rows[:10], rows[10:]))
+        ]
     return made
 
 
@@ -247,8 +249,9 @@ def test_a_file_that_is_missing_cut_or_damaged_is_named(tmp_path: Path) -> None:
     streams = make_streams(made, resample=False)
     damage(uri, 0.3, num=len(whole) // 6)  # pages of the row groups in the middle
     with pytest.raises(ArtifactError, match=r"part-0\.parquet, row group [12].*(cannot be read|image 'catalogue-)"):
-        for _ in BatchDataset(streams, {"catalogue": 5}, build_augmentation(SIZE, AugmentConfig()), seed=3, start=0,
-                              stop=4):  # fmt: skip
+        for _ in BatchDataset(
+            streams, {"catalogue": 5}, build_augmentation(SIZE, AugmentConfig()), seed=3, start=0, stop=4
+        ):
             pass
     Path(uri).unlink()
     with pytest.raises(ArtifactError, match=r"part-0\.parquet is not there; remove the folder of its artifact and run"):
@@ -266,11 +269,13 @@ def test_an_undecodable_picture_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"category": 3}, r"column 'category' holds 3, but classes.json has 3 classes \(0 to 2\)"),
-     ({"group": -2}, r"column 'group' holds -2, but classes.json has 4 classes \(0 to 3\)"),
-     ({"labels": [0, 9]}, r"column 'labels' holds 9, but classes.json has 5 classes \(0 to 4\)"),
-     ({"labels": [-1]}, r"column 'labels' holds -1, but classes.json has 5 classes")],
-)  # fmt: skip
+    [
+        ({"category": 3}, r"column 'category' holds 3, but classes.json has 3 classes \(0 to 2\)"),
+        ({"group": -2}, r"column 'group' holds -2, but classes.json has 4 classes \(0 to 3\)"),
+        ({"labels": [0, 9]}, r"column 'labels' holds 9, but classes.json has 5 classes \(0 to 4\)"),
+        ({"labels": [-1]}, r"column 'labels' holds -1, but classes.json has 5 classes"),
+    ],
+)
 def test_labels_beyond_the_classes_are_refused(tmp_path: Path, values: dict[str, Any], words: str) -> None:
     with pytest.raises(ArtifactError, match=rf"part-0\.parquet, row group 1: {words}"):
         read_all(replaced(tmp_path, **values))

@@ -30,9 +30,7 @@ def test_arrays_and_tensors_are_one_another(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("actors", "start"), [(1, 0), (2, 3)])
-def test_actors_build_the_same_batches_in_order(
-    ray_session: None, tmp_path: Path, actors: int, start: int
-) -> None:
+def test_actors_build_the_same_batches_in_order(ray_session: None, tmp_path: Path, actors: int, start: int) -> None:
     made = files(tmp_path, repeat=1.5)
     found = list(actor_batches(make_batches(made, start, views=2), actors, num_cpus=0.5))
     assert_same(found, list(make_batches(made, start, views=2)))
@@ -95,8 +93,6 @@ def test_an_error_in_an_actor_arrives_as_it_is(ray_session: None, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [{"num_cpus": 64.0}, {"resource": "decoder"}])
-def test_actors_that_find_no_place_are_explained(
-    ray_session: None, tmp_path: Path, wanted: dict[str, Any]
-) -> None:
+def test_actors_that_find_no_place_are_explained(ray_session: None, tmp_path: Path, wanted: dict[str, Any]) -> None:
     with pytest.raises(LookalikeError, match=r"no batch from 1 decode_actors of .* within 1 s; .* add nodes, or lower"):
         next(actor_batches(make_batches(files(tmp_path)), 1, limit_s=1.0, **wanted))

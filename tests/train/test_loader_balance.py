@@ -63,8 +63,14 @@ def make_batches(tmp_path: Path, rank: int, world: int, samples: int = 3) -> Bat
     for i, name in enumerate(("catalogue", "clipart")):
         rows = shard_rows(name, 96, seed=i, repeat=1.2)
         made[name] = [write_shard(str(tmp_path / name / "part-0.parquet"), rows, 24)]
-    streams = build_streams(made, seed=3, rank=rank, world=world, resample=True,
-                            balance={"catalogue": BalanceConfig(field="group", samples=samples)})  # fmt: skip
+    streams = build_streams(
+        made,
+        seed=3,
+        rank=rank,
+        world=world,
+        resample=True,
+        balance={"catalogue": BalanceConfig(field="group", samples=samples)},
+    )
     augment = build_augmentation(TransformConfig(size=32), AugmentConfig())
     return BatchDataset(streams, {"catalogue": 9, "clipart": 3}, augment, seed=3, start=0, stop=12)
 
@@ -97,12 +103,17 @@ def test_rows_left_out_and_repeated_are_counted(tmp_path: Path, caplog: pytest.L
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"balance": {"furnitur": {}}}, "balance names 'furnitur', which mix does not have; it has furniture"),
-     ({"balance": {"furniture": {"samples": 5}}}, "holds 8 pictures of dataset 'furniture', no multiple of balance."),
-     ({"balance": {"furniture": {"samples": 1}}}, "'balance.furniture.samples' is 1"),
-     ({"views": 2, "batch_size": 18}, "a worker's part of a batch, 9 images, is no multiple of views 2"),
-     ({"loader_processes": 1, "decode_actors": 1}, "loader_processes 1 and decode_actors 1 exclude each other")],
-)  # fmt: skip
+    [
+        ({"balance": {"furnitur": {}}}, "balance names 'furnitur', which mix does not have; it has furniture"),
+        (
+            {"balance": {"furniture": {"samples": 5}}},
+            "holds 8 pictures of dataset 'furniture', no multiple of balance.",
+        ),
+        ({"balance": {"furniture": {"samples": 1}}}, "'balance.furniture.samples' is 1"),
+        ({"views": 2, "batch_size": 18}, "a worker's part of a batch, 9 images, is no multiple of views 2"),
+        ({"loader_processes": 1, "decode_actors": 1}, "loader_processes 1 and decode_actors 1 exclude each other"),
+    ],
+)
 def test_settings_that_cannot_be_are_explained(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         parse_config(TrainConfig, {"tasks": TASKS, "mix": {"furniture": 1}, "batch_size": 16, **values}, "finetune")

@@ -92,8 +92,11 @@ def test_normalised_softmax_against_pytorch_metric_learning() -> None:
     cosines = functional.normalize(embedding) @ functional.normalize(oracle.W, dim=0)
     ours, theirs = normalized_softmax_loss(cosines, labels, 0.05).mean(), oracle(embedding, labels)
     assert torch.allclose(ours, theirs, atol=1e-5)
-    for one, other in zip(torch.autograd.grad(ours, (embedding, oracle.W)),
-                          torch.autograd.grad(theirs, (embedding, oracle.W)), strict=True):  # fmt: skip
+    for one, other in zip(
+        torch.autograd.grad(ours, (embedding, oracle.W)),
+        torch.autograd.grad(theirs, (embedding, oracle.W)),
+        strict=True,
+    ):
         assert torch.allclose(one, other, atol=1e-5)
 
 

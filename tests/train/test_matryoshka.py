@@ -64,8 +64,10 @@ def test_every_prefix_is_normalised_by_itself_after_truncation(nesting: Nesting)
     head = NestedCosine(DIMS, 6, nesting).double()
     cosines = head(z)
     proxies = list(head.proxies) if nesting == "mrl" else [head.proxies[0]] * len(DIMS)
-    naive = [functional.cosine_similarity(z[:, None, :m], proxy[None, :, :m], dim=2)
-             for m, proxy in zip(DIMS, proxies, strict=True)]  # fmt: skip
+    naive = [
+        functional.cosine_similarity(z[:, None, :m], proxy[None, :, :m], dim=2)
+        for m, proxy in zip(DIMS, proxies, strict=True)
+    ]
     for ours, theirs in zip(cosines, naive, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
     parameters = [z, *head.parameters()]
@@ -110,8 +112,9 @@ def test_one_dim_is_the_plain_task() -> None:
     z, labels = inputs()
     head = NestedLinear((16,), 6).double()
     ours = nested_loss(head(z), lambda s: functional.cross_entropy(s, labels), (1.0,))
-    assert torch.allclose(ours, functional.cross_entropy(functional.linear(z, head.layers[0].weight,
-                                                                          head.layers[0].bias), labels))  # type: ignore[arg-type]  # fmt: skip
+    assert torch.allclose(
+        ours, functional.cross_entropy(functional.linear(z, head.layers[0].weight, head.layers[0].bias), labels)
+    )  # type: ignore[arg-type]
 
 
 def test_two_towers_nest_every_prefix_normalised_by_itself() -> None:
@@ -125,8 +128,9 @@ def test_two_towers_nest_every_prefix_normalised_by_itself() -> None:
         target = torch.arange(10)
         naive = naive + c * (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
     assert torch.allclose(ours, naive)
-    for one, other in zip(torch.autograd.grad(ours, (left, right)), torch.autograd.grad(naive, (left, right)),
-                          strict=True):  # fmt: skip
+    for one, other in zip(
+        torch.autograd.grad(ours, (left, right)), torch.autograd.grad(naive, (left, right)), strict=True
+    ):
         assert torch.allclose(one, other, atol=1e-10)
 
 

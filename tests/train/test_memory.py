@@ -13,12 +13,20 @@ DIMS, CLASSES, ROWS = (8, 16, 32, 64), 1500, 64
 COUNTS = {"labels": CLASSES, "category": CLASSES}
 CASES = [
     {"kind": kind, "field": field, "nesting": nesting, **more}
-    for kind, field in (("softmax", "category"), ("multilabel_softmax", "labels"), ("multilabel_sigmoid", "labels"),
-                        ("normalized_softmax", "category"))
-    for nesting in ("mrl", "mrl-e") for more in ({}, {"class_chunk": 400})
-]  # fmt: skip
-CASES += [{"kind": "normalized_softmax", "field": "category", "sample_classes": 300},
-          {"kind": "triplet", "field": "category"}, {"kind": "contrastive", "field": "category"}]  # fmt: skip
+    for kind, field in (
+        ("softmax", "category"),
+        ("multilabel_softmax", "labels"),
+        ("multilabel_sigmoid", "labels"),
+        ("normalized_softmax", "category"),
+    )
+    for nesting in ("mrl", "mrl-e")
+    for more in ({}, {"class_chunk": 400})
+]
+CASES += [
+    {"kind": "normalized_softmax", "field": "category", "sample_classes": 300},
+    {"kind": "triplet", "field": "category"},
+    {"kind": "contrastive", "field": "category"},
+]
 
 
 def measure(config: TaskConfig) -> int:
@@ -55,8 +63,10 @@ def test_shards_divide_what_a_worker_holds() -> None:
 
 
 def test_too_many_proxies_are_refused_with_what_would_help() -> None:
-    configs = {"identity": TaskConfig(kind="normalized_softmax", field="group"),
-               "category": TaskConfig(kind="softmax", field="category")}  # fmt: skip
+    configs = {
+        "identity": TaskConfig(kind="normalized_softmax", field="group"),
+        "category": TaskConfig(kind="softmax", field="category"),
+    }
     counts = {"group": 20_000_000, "category": 100}
     kwargs: dict[str, Any] = {"rows": 128, "world": 4, "slots": 2}
     found = require_memory(configs, DIMS, counts, **kwargs)

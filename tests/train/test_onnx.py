@@ -18,9 +18,11 @@ from .encoders import draw, publish_corpus, publish_encoder
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 FAMILIES = {
-    "test_efficientnet": (256, 64, "native"), "test_vit": (64, 160, "native"), "test_resnet": (96, 64, "gem"),
+    "test_efficientnet": (256, 64, "native"),
+    "test_vit": (64, 160, "native"),
+    "test_resnet": (96, 64, "gem"),
     "efficientformer_l1": (448, 96, "native"),
-}  # fmt: skip
+}
 """Architecture -> width, image size, pooling: CNNs, one with a pooling of ours, a ViT, an EfficientFormer."""
 
 
@@ -30,8 +32,9 @@ def test_an_exported_file_gives_the_encoder_s_vectors_for_any_batch(backbone: st
     torch.set_num_threads(1)
     width, size, pooling = FAMILIES[backbone]
     parents = {"shards": [publish_corpus(str(tmp_path), files=1, groups=1, rows=6)]}
-    encoder = publish_encoder(str(tmp_path), backbone=backbone, num_features=width, pooling=pooling,
-                              transform={"size": size}, parents=parents)  # fmt: skip
+    encoder = publish_encoder(
+        str(tmp_path), backbone=backbone, num_features=width, pooling=pooling, transform={"size": size}, parents=parents
+    )
     assert main(["export", encoder.uri, "--to", str(tmp_path / "out"), "--onnx"]) == 0
     figures = Artifact.open(str(tmp_path / "out")).stats["onnx"]
     assert figures["pictures"] == 6
@@ -49,8 +52,11 @@ def test_an_exported_file_gives_the_encoder_s_vectors_for_any_batch(backbone: st
 
 
 PAPERS = {
-    "vit_base_patch32_224": 768, "deit_small_distilled_patch16_224": 384, "mobilevit_s": 640, "resnet50": 2048,
-}  # fmt: skip
+    "vit_base_patch32_224": 768,
+    "deit_small_distilled_patch16_224": 384,
+    "mobilevit_s": 640,
+    "resnet50": 2048,
+}
 """One of each family that the papers name -> width; tiny ones and EfficientFormer are tested above."""
 
 
@@ -74,8 +80,11 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     assert check_parity(path, model, config, pixels)["pictures"] == 3
     with torch.no_grad():  # as if the exporter had lost one of the first dims
         model.projection.weight[2] *= 1.5  # type: ignore[index]
-    with pytest.raises(LookalikeError, match=r"does not compute what the encoder computes: .*'min_cosine': 0\.\d+.*"
-                                             r"nothing was exported"):  # fmt: skip
+    with pytest.raises(
+        LookalikeError,
+        match=r"does not compute what the encoder computes: .*'min_cosine': 0\.\d+.*"
+        r"nothing was exported",
+    ):
         check_parity(path, model, config, pixels)
 
 

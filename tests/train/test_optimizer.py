@@ -21,8 +21,10 @@ from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.encoder import EmbeddingModel
 
-TASKS = {"identity": TaskConfig(kind="normalized_softmax", field="group"),
-         "category": TaskConfig(kind="softmax", field="category")}  # fmt: skip
+TASKS = {
+    "identity": TaskConfig(kind="normalized_softmax", field="group"),
+    "category": TaskConfig(kind="softmax", field="category"),
+}
 
 
 def settings(**values: Any) -> TrainConfig:
@@ -40,13 +42,21 @@ def make_model(architecture: str = "test_efficientnet", projection: int | None =
 @pytest.mark.parametrize(
     ("architecture", "stages", "frozen", "trained"),
     [
-        ("tf_efficientnet_lite0", 2, ["conv_stem", "bn1", "blocks.0", "blocks.1"],
-         ["blocks.2", "blocks.6", "conv_head", "bn2"]),
-        ("vit_tiny_patch16_224", 1, ["patch_embed", "cls_token", "pos_embed", "blocks.0"],
-         ["blocks.1", "blocks.10", "blocks.11", "norm"]),
+        (
+            "tf_efficientnet_lite0",
+            2,
+            ["conv_stem", "bn1", "blocks.0", "blocks.1"],
+            ["blocks.2", "blocks.6", "conv_head", "bn2"],
+        ),
+        (
+            "vit_tiny_patch16_224",
+            1,
+            ["patch_embed", "cls_token", "pos_embed", "blocks.0"],
+            ["blocks.1", "blocks.10", "blocks.11", "norm"],
+        ),
         ("test_resnet", 1, ["conv1", "bn1", "layer1"], ["layer2", "layer3"]),
     ],
-)  # fmt: skip
+)
 def test_freezing_stops_the_leading_stages_and_nothing_else(
     architecture: str, stages: int, frozen: list[str], trained: list[str]
 ) -> None:
@@ -84,12 +94,13 @@ def test_more_stages_than_there_are_cannot_be_frozen() -> None:
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_every_trained_parameter_is_in_one_group_with_its_own_settings(
     optimizer: str, layer_decay: float | None
-) -> None:  # fmt: skip
+) -> None:
     model = make_model()
     rates = {"lr": 1e-3, "head_lr": 2e-2, "projection_lr": 3e-3, "proxy_lr": 0.5}
     decays = {"weight_decay": 0.05, "head_weight_decay": 0.02, "proxy_weight_decay": 0.01}
-    config = settings(frozen_stages=1, optimizer=optimizer, proxy_momentum=0.4, layer_decay=layer_decay, **rates,
-                      **decays)  # fmt: skip
+    config = settings(
+        frozen_stages=1, optimizer=optimizer, proxy_momentum=0.4, layer_decay=layer_decay, **rates, **decays
+    )
     freeze(model, config)
     groups = build_optimizer(model, config, 100)[0].param_groups
     home = {id(p): group for group in groups for p in group["params"]}
@@ -99,8 +110,15 @@ def test_every_trained_parameter_is_in_one_group_with_its_own_settings(
         if not parameter.requires_grad:
             continue
         group = home[id(parameter)]
-        kind = ("proxies" if ".proxies." in name else "heads" if name.startswith("tasks.") else
-                "projection" if ".projection." in name else "backbone")  # fmt: skip
+        kind = (
+            "proxies"
+            if ".proxies." in name
+            else "heads"
+            if name.startswith("tasks.")
+            else "projection"
+            if ".projection." in name
+            else "backbone"
+        )
         decay = {"proxies": 0.01, "heads": 0.02, "projection": 0.05, "backbone": 0.05}[kind]
         assert group["name"] == kind, name
         assert group["weight_decay"] == (decay if parameter.ndim > 1 or kind == "proxies" else 0.0), name
@@ -128,8 +146,11 @@ def test_layers_learn_the_slower_the_lower_they_are() -> None:
 
 def test_position_embeddings_and_class_tokens_do_not_decay() -> None:
     model = make_model("test_vit")
-    decay = {id(p): group["weight_decay"] for group in parameter_groups(model, settings(weight_decay=0.1))
-             for p in group["params"]}  # fmt: skip
+    decay = {
+        id(p): group["weight_decay"]
+        for group in parameter_groups(model, settings(weight_decay=0.1))
+        for p in group["params"]
+    }
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
     named = dict(backbone.named_parameters())
@@ -176,8 +197,12 @@ def expected_rates(schedule: str, total: int, epochs: float) -> list[float]:
     warmup = round(0.1 * total)
     if schedule == "cyclic":
         return [float(np.interp(step, [0, 2 * per_epoch, total], [1e-4, 1.0, 0.0])) for step in range(total)]
-    after = {"cosine": lambda t: 0.5 * (1 + np.cos(np.pi * t)), "linear": lambda t: 1 - t,
-             "polynomial": lambda t: (1 - t) ** 2, "constant": lambda t: 1.0}  # fmt: skip
+    after = {
+        "cosine": lambda t: 0.5 * (1 + np.cos(np.pi * t)),
+        "linear": lambda t: 1 - t,
+        "polynomial": lambda t: (1 - t) ** 2,
+        "constant": lambda t: 1.0,
+    }
     rates = []
     for step in range(total):
         if step < warmup:
@@ -259,8 +284,10 @@ def test_batch_norm_statistics_stay_when_frozen() -> None:
     assert {m.training for m in norms} == {True, False}
 
 
-@pytest.mark.parametrize(("own", "steps", "momentum"), [(0.01, 134, 10 / 134), (0.01, 20, 0.1), (0.01, 5000, 0.01),
-                                                        (0.3, 20, 0.3), (None, 20, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("own", "steps", "momentum"),
+    [(0.01, 134, 10 / 134), (0.01, 20, 0.1), (0.01, 5000, 0.01), (0.3, 20, 0.3), (None, 20, None)],
+)
 def test_short_runs_hasten_batch_norm(own: float | None, steps: int, momentum: float | None) -> None:
     layer = nn.BatchNorm2d(4, momentum=own)
     hasten_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), layer), steps)
@@ -274,7 +301,8 @@ def test_short_runs_hasten_batch_norm(own: float | None, steps: int, momentum: f
         ({"batch_size": 9}, "batch_size 9 is no multiple of num_workers 2"),
         ({"batch_size": 12, "accumulation": 4}, r"accumulation 4 does not divide a worker's 6 rows \(batch_size 12"),
         ({"num_workers": [2, 1]}, r"num_workers \[2, 1\] is no range; give a number, or \[min, max\]"),
-        ({"num_workers": [0, 2]}, r"num_workers \[0, 2\] is no range"), ({"num_workers": [1, 2, 3]}, "is no range"),
+        ({"num_workers": [0, 2]}, r"num_workers \[0, 2\] is no range"),
+        ({"num_workers": [1, 2, 3]}, "is no range"),
         ({"min_workers": 3}, "min_workers 3 is above num_workers 2"),
         ({"precision": "float16"}, "precision float16 needs a GPU; set use_gpu=true, or precision=bfloat16"),
         ({"trainable": "full", "frozen_stages": 2}, "trainable full and frozen_stages 2 exclude each other"),
@@ -294,15 +322,19 @@ def test_short_runs_hasten_batch_norm(own: float | None, steps: int, momentum: f
         ({"dims": [4, 8], "dims_per_step": 3}, "dims_per_step 3 exceeds the 2 dims; lower or drop it"),
         ({"dims": [4, 8], "nested_weights": [1.0, -1.0]}, "'nested_weights.1' is -1.0"),
         ({"dims": [4, 8], "nested_weights": [0.0, 0.0]}, r"nested_weights \[0.0, 0.0\] are all zero"),
-        ({"dims": []}, r"dims \[\] must be positive"), ({"dims": [8, 4]}, r"dims \[8, 4\] must be positive"),
+        ({"dims": []}, r"dims \[\] must be positive"),
+        ({"dims": [8, 4]}, r"dims \[8, 4\] must be positive"),
         ({"dims_per_step": 2}, "dims_per_step 2 exceeds the 1 dims"),
-        ({"betas": [0.9, 1.0]}, "'betas.1' is 1.0"), ({"betas": [-0.1, 0.9]}, "'betas.0' is -0.1"),
+        ({"betas": [0.9, 1.0]}, "'betas.1' is 1.0"),
+        ({"betas": [-0.1, 0.9]}, "'betas.0' is -0.1"),
         ({"tasks": {"a.b": TASKS["category"]}}, "task 'a.b' is no name"),
         ({"tasks": {"training": TASKS["category"]}}, "task 'training' is no name"),
-        ({"mix": {"a": 0.0}}, "'mix.a' is 0.0"), ({"mix": {"a": -1.0}}, "'mix.a' is -1.0"),
-        ({"mix": {}}, "'mix' is {}"), ({"warmup_fraction": 1.0}, "'warmup_fraction' is 1.0"),
+        ({"mix": {"a": 0.0}}, "'mix.a' is 0.0"),
+        ({"mix": {"a": -1.0}}, "'mix.a' is -1.0"),
+        ({"mix": {}}, "'mix' is {}"),
+        ({"warmup_fraction": 1.0}, "'warmup_fraction' is 1.0"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_explained(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         settings(**values)

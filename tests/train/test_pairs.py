@@ -47,8 +47,11 @@ def drawn(z: torch.Tensor, mining: Mining) -> list[tuple[int, int, int]]:
     if mining == "semi_hard":
         picked = semi_hard_negatives(distances, negatives)
     else:
-        weights = (torch.where(negatives, 0.0, -math.inf) if mining == "random" else
-                   distance_log_weights(distances, negatives, z.shape[1]))  # fmt: skip
+        weights = (
+            torch.where(negatives, 0.0, -math.inf)
+            if mining == "random"
+            else distance_log_weights(distances, negatives, z.shape[1])
+        )
         picked = draw_negatives(weights, uniform())
     return [(a, p, int(picked[a, p])) for a in range(len(z)) for p in range(len(z)) if positives[a, p]]
 
@@ -82,8 +85,9 @@ def test_sampling_weights_are_those_of_pytorch_metric_learning_at_the_prefix_s_o
     miners = pytest.importorskip("pytorch_metric_learning.miners")
     common = pytest.importorskip("pytorch_metric_learning.utils.loss_and_miner_utils")
     caught = {}
-    monkeypatch.setattr(common, "get_random_triplet_indices",
-                        lambda labels, ref_labels=None, weights=None: caught.update(w=weights))  # fmt: skip
+    monkeypatch.setattr(
+        common, "get_random_triplet_indices", lambda labels, ref_labels=None, weights=None: caught.update(w=weights)
+    )
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(30, 64, dtype=torch.float64, generator=generator) + torch.linspace(1.5, 0, 64)  # near enough
     values = torch.arange(30) % 7
@@ -184,8 +188,11 @@ def test_contrastive_against_candidates_elsewhere() -> None:
     z = rows()
     whole = contrastive_loss(z, VALUES, z, VALUES, temperature=0.1)
     counts = relate(VALUES, VALUES)[0].any(dim=1)
-    parts = [contrastive_loss(z[i : i + 4], VALUES[i : i + 4], z, VALUES, temperature=0.1, offset=i)
-             * counts[i : i + 4].sum() for i in (0, 4, 8)]  # fmt: skip
+    parts = [
+        contrastive_loss(z[i : i + 4], VALUES[i : i + 4], z, VALUES, temperature=0.1, offset=i)
+        * counts[i : i + 4].sum()
+        for i in (0, 4, 8)
+    ]
     assert_same(torch.stack(parts).sum() / counts.sum(), whole, z)
 
 
@@ -194,9 +201,12 @@ def test_cosine_is_torch_s_cosine_embedding_loss_on_each_kind_of_pair() -> None:
     pairs = [(i, j) for i in range(12) for j in range(12) if i != j and VALUES[i] >= 0 and VALUES[j] >= 0]
     same = [pair for pair in pairs if VALUES[pair[0]] == VALUES[pair[1]]]
     other = [pair for pair in pairs if VALUES[pair[0]] != VALUES[pair[1]]]
-    theirs = sum(functional.cosine_embedding_loss(z[[i for i, _ in kind]], z[[j for _, j in kind]],
-                                                  torch.full((len(kind),), float(sign)), margin=0.3)
-                 for kind, sign in ((same, 1), (other, -1)))  # fmt: skip
+    theirs = sum(
+        functional.cosine_embedding_loss(
+            z[[i for i, _ in kind]], z[[j for _, j in kind]], torch.full((len(kind),), float(sign)), margin=0.3
+        )
+        for kind, sign in ((same, 1), (other, -1))
+    )
     assert isinstance(theirs, torch.Tensor)
     assert_same(cosine_loss(z, VALUES, 0.3), theirs, z)
 
@@ -222,8 +232,10 @@ def test_a_batch_without_triplets_gives_zero_with_a_gradient_path(values: list[i
 
 def test_unknown_rows_get_no_gradient() -> None:
     z = rows()
-    everything = [triplet_loss(z, VALUES, uniform(), mining=mining, margin=0.2, beta=1.2)
-                  for mining in ("random", "semi_hard", "distance_weighted")]  # fmt: skip
+    everything = [
+        triplet_loss(z, VALUES, uniform(), mining=mining, margin=0.2, beta=1.2)
+        for mining in ("random", "semi_hard", "distance_weighted")
+    ]
     everything += [contrastive_loss(z, VALUES, z, VALUES, temperature=0.1), cosine_loss(z, VALUES, 0.2)]
     for loss in everything:
         (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)

@@ -72,10 +72,19 @@ def test_a_folder_that_is_no_encoder_is_explained(tmp_path: Path) -> None:
         publish(tmp_path / "new", weights=str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize(("weights", "expected"), [
-    ("random", False), ("timm:a1_in1k", False), ("efficientnet-lite0", False), ("/a/model.safetensors", False),
-    ("model.pth", False), ("/a/folder", True), ("hf://owner/name", True), ("hf://owner/name@main", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("random", False),
+        ("timm:a1_in1k", False),
+        ("efficientnet-lite0", False),
+        ("/a/model.safetensors", False),
+        ("model.pth", False),
+        ("/a/folder", True),
+        ("hf://owner/name", True),
+        ("hf://owner/name@main", True),
+    ],
+)
 def test_what_counts_as_an_exported_encoder(weights: str, expected: bool) -> None:
     assert is_exported(weights) is expected
 
@@ -102,8 +111,13 @@ def test_a_dry_run_says_what_the_backbone_is_and_refuses_one_that_is_none(
 
 def test_a_configuration_written_before_there_was_pooling_still_loads(tmp_path: Path) -> None:
     transform = {"size": 32, "fit": "pad", "crop_fraction": 0.875, "mean": [0.5] * 3, "std": [0.5] * 3}
-    old = {"backbone": "test_efficientnet", "num_features": 256, "dims": [256], "projection": False,
-           "transform": transform}  # fmt: skip
+    old = {
+        "backbone": "test_efficientnet",
+        "num_features": 256,
+        "dims": [256],
+        "projection": False,
+        "transform": transform,
+    }
     from lookalike.vision.encoder import EncoderConfig
 
     assert parse_config(EncoderConfig, old, "config.json").pooling == "native"

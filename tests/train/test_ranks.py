@@ -23,8 +23,10 @@ def train(bench: Bench, folder: Path, world: int, spoil: int = 0, **settings: An
 
 
 def close(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> bool:
-    return all(torch.allclose(one["model"][name], value, rtol=tolerance, atol=tolerance)
-               for name, value in other["model"].items())  # fmt: skip
+    return all(
+        torch.allclose(one["model"][name], value, rtol=tolerance, atol=tolerance)
+        for name, value in other["model"].items()
+    )
 
 
 @pytest.mark.soak

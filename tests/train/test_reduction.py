@@ -20,9 +20,14 @@ def make(dims: Sequence[int], num_classes: int, *, tied: bool, bias: bool, seed:
 
 
 def naive(
-    leaves: list[torch.Tensor], dims: Sequence[int], labels: torch.Tensor, *, tied: bool, scale: float | None,
+    leaves: list[torch.Tensor],
+    dims: Sequence[int],
+    labels: torch.Tensor,
+    *,
+    tied: bool,
+    scale: float | None,
     over: Over,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """All outputs from whole logits, a sliced matmul for each dim, as one tensor [M, n, 2 + K]."""
     z, *rest = leaves
     count = 1 if tied else len(dims)
@@ -42,9 +47,15 @@ def naive(
 
 
 def ours(
-    leaves: list[torch.Tensor], dims: Sequence[int], labels: torch.Tensor, *, tied: bool, scale: float | None,
-    over: Over, chunk: int,
-) -> torch.Tensor:  # fmt: skip
+    leaves: list[torch.Tensor],
+    dims: Sequence[int],
+    labels: torch.Tensor,
+    *,
+    tied: bool,
+    scale: float | None,
+    over: Over,
+    chunk: int,
+) -> torch.Tensor:
     count = 1 if tied else len(dims)
     factors = Factors(tuple(dims), tuple(leaves[1 : 1 + count]), tuple(leaves[1 + count :]), scale)
     reduced = reduce_scores(leaves[0], factors, labels, over=over, chunk=chunk, total=True)
@@ -65,8 +76,9 @@ def test_chunks_give_what_whole_logits_give(data: st.DataObject) -> None:
     other = naive(leaves, ordered, labels, tied=tied, scale=scale, over=over)
     assert torch.allclose(one, other, atol=1e-10)
     mix = torch.randn(one.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    for a, b in zip(torch.autograd.grad((one * mix).sum(), leaves), torch.autograd.grad((other * mix).sum(), leaves),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        torch.autograd.grad((one * mix).sum(), leaves), torch.autograd.grad((other * mix).sum(), leaves), strict=True
+    ):
         assert torch.allclose(a, b, atol=1e-9)
 
 

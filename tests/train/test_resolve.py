@@ -22,8 +22,9 @@ from .conftest import shard_rows, write_shard
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Artifact:
-    config = EncoderConfig(backbone="test_efficientnet", num_features=256, dims=(256,),
-                           transform=TransformConfig(size=32))  # fmt: skip
+    config = EncoderConfig(
+        backbone="test_efficientnet", num_features=256, dims=(256,), transform=TransformConfig(size=32)
+    )
     torch.manual_seed(0)
     draft = Draft(str(tmp_path / "root"), "encoder", "encoder", "5" * 20)
     save_encoder(draft, build_model(config), config, "# tiny\n")
@@ -38,8 +39,11 @@ def settle(shards: Artifact, encoder: Artifact, tasks: dict[str, Any], **values:
 
 
 def test_tasks_without_classes_are_let_through_and_described(shards: Artifact, encoder: Artifact) -> None:
-    tasks = {"views": {"kind": "contrastive", "field": "row"}, "spread": {"kind": "koleo", "field": "images"},
-             "category": {"kind": "softmax", "field": "category", "dims": [4]}}  # fmt: skip
+    tasks = {
+        "views": {"kind": "contrastive", "field": "row"},
+        "spread": {"kind": "koleo", "field": "images"},
+        "category": {"kind": "softmax", "field": "category", "dims": [4]},
+    }
     config = settle(shards, encoder, tasks, dims_per_step=1, views=2)
     card = model_card("tiny", config, {})
     assert "- `views`: contrastive over `row`, mrl, weight 1.0" in card
@@ -62,9 +66,7 @@ def test_tasks_above_the_memory_given_are_refused(shards: Artifact, encoder: Art
 
 
 @pytest.mark.parametrize(("field", "none"), [("category", -1), ("group", -1), ("labels", [])])
-def test_a_task_without_a_label_in_the_mix_is_refused(
-    tmp_path: Path, encoder: Artifact, field: str, none: Any
-) -> None:
+def test_a_task_without_a_label_in_the_mix_is_refused(tmp_path: Path, encoder: Artifact, field: str, none: Any) -> None:
     rows = shard_rows("catalogue", 16, 0)
     draft = Draft(str(tmp_path / "root"), "shards", "bare", "7" * 20)
     write_shard(draft.path("catalogue", "part-0.parquet"), [{**row, field: none} for row in rows], 4)

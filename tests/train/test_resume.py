@@ -27,8 +27,9 @@ def make_root(root: str) -> None:
 def start(*args: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "platform"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPOSITORY / "tests/train/driver.py"), *args]
-    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        command, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def read_log(log: Path) -> list[tuple[int, int]]:

@@ -49,9 +49,12 @@ def train_and_kill(bench: Bench, config: LoopConfig, folder: Path, at: int, monk
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"optimizer": "sgd", "nesterov": True, "schedule": "step", "schedule_epochs": [1.0]},
-     {"optimizer": "lars", "lr": 0.1, "ema_decay": 0.9, "accumulation": 2, "freeze_batch_norm": False}],
-)  # fmt: skip
+    [
+        {},
+        {"optimizer": "sgd", "nesterov": True, "schedule": "step", "schedule_epochs": [1.0]},
+        {"optimizer": "lars", "lr": 0.1, "ema_decay": 0.9, "accumulation": 2, "freeze_batch_norm": False},
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_weights_and_curve(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:

@@ -29,8 +29,12 @@ def make_model() -> MultiTaskModel:
 
 def make_batch() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    return {"images": torch.randn(4, 6), "labels": torch.tensor([[0, 2], [1, -1], [-1, -1], [4, 3]]),
-            "category": torch.tensor([-1, 2, 0, -1]), "group": torch.tensor([3, -1, -1, 0])}  # fmt: skip
+    return {
+        "images": torch.randn(4, 6),
+        "labels": torch.tensor([[0, 2], [1, -1], [-1, -1], [4, 3]]),
+        "category": torch.tensor([-1, 2, 0, -1]),
+        "group": torch.tensor([3, -1, -1, 0]),
+    }
 
 
 def test_the_total_is_the_weighted_sum() -> None:
@@ -71,8 +75,10 @@ def test_a_batch_without_any_label_still_reaches_every_parameter() -> None:
 def test_unknown_kinds_are_explained() -> None:
     with pytest.raises(UsageError, match=r"unknown task 'sofmax' \(did you mean 'softmax'\?\)"):
         TASKS.get("sofmax")
-    assert " ".join(TASKS) == ("binary contrastive cosine distill embedding_norm koleo multilabel_sigmoid "
-                               "multilabel_softmax normalized_softmax softmax triplet")  # fmt: skip
+    assert " ".join(TASKS) == (
+        "binary contrastive cosine distill embedding_norm koleo multilabel_sigmoid "
+        "multilabel_softmax normalized_softmax softmax triplet"
+    )
 
 
 KINDS: list[dict[str, Any]] = [
@@ -102,8 +108,14 @@ def rows(num_classes: int = 29) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     labels[2, 1:], labels[5] = -1, -1
     one, two = (torch.randint(-1, 6, (10,), generator=generator) for _ in range(2))
     teacher = torch.randn(10, 5, dtype=torch.float64, generator=generator)
-    batch = {"labels": labels, "category": one, "group": two, "row": torch.arange(10) % 5, "teacher": teacher,
-             "images": torch.zeros(10, 1)}  # fmt: skip
+    batch = {
+        "labels": labels,
+        "category": one,
+        "group": two,
+        "row": torch.arange(10) % 5,
+        "teacher": teacher,
+        "images": torch.zeros(10, 1),
+    }
     return torch.randn(10, 8, dtype=torch.float64, generator=generator).requires_grad_(), batch
 
 
@@ -133,8 +145,10 @@ def test_multilabel_softmax_nested_against_dense_targets() -> None:
         known = [label for label in row if label >= 0]
         dense[i, known] = 1.0 / max(1, len(known))
     layer = task.head.layers[0]
-    naive = sum(c * functional.cross_entropy(z[:, :m] @ layer.weight[:, :m].T + layer.bias, dense, reduction="sum") / 9
-                for m, c in ((2, 1.0), (3, 0.5), (8, 2.0)))  # fmt: skip
+    naive = sum(
+        c * functional.cross_entropy(z[:, :m] @ layer.weight[:, :m].T + layer.bias, dense, reduction="sum") / 9
+        for m, c in ((2, 1.0), (3, 0.5), (8, 2.0))
+    )
     expected = torch.autograd.grad(naive, [z, *task.parameters()])  # type: ignore[arg-type]
     for one, other in zip(gradients(task, z, batch)[1:], expected, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
@@ -149,8 +163,10 @@ def test_a_sample_of_classes_is_the_softmax_over_them() -> None:
     assert len(used) == 12
     assert set(batch["category"][known].tolist()) <= set(used)
     targets = torch.tensor([used.index(label) for label in batch["category"][known].tolist()])
-    naive = sum(c * functional.cross_entropy((z[known, :m] @ layer.weight.T + layer.bias)[:, used], targets)
-                for m, c, layer in zip((2, 3, 8), (1.0, 0.5, 2.0), task.head.layers, strict=True))  # fmt: skip
+    naive = sum(
+        c * functional.cross_entropy((z[known, :m] @ layer.weight.T + layer.bias)[:, used], targets)
+        for m, c, layer in zip((2, 3, 8), (1.0, 0.5, 2.0), task.head.layers, strict=True)
+    )
     assert torch.allclose(loss, naive)  # type: ignore[arg-type]
     assert gradients(task, z, batch, step=5)[0] != loss
 
@@ -175,26 +191,38 @@ def test_binary_scores_the_codes_of_every_prefix() -> None:
 @pytest.mark.parametrize(
     ("values", "loss"),
     [
-        ({"kind": "contrastive", "field": "group", "temperature": 0.1},
-         lambda z, b: contrastive_loss(z, b["group"], z, b["group"], temperature=0.1)),
-        ({"kind": "contrastive", "field": "row", "across_workers": True},
-         lambda z, b: contrastive_loss(z, b["row"], z, b["row"], temperature=0.05)),
+        (
+            {"kind": "contrastive", "field": "group", "temperature": 0.1},
+            lambda z, b: contrastive_loss(z, b["group"], z, b["group"], temperature=0.1),
+        ),
+        (
+            {"kind": "contrastive", "field": "row", "across_workers": True},
+            lambda z, b: contrastive_loss(z, b["row"], z, b["row"], temperature=0.05),
+        ),
         ({"kind": "cosine", "field": "category", "margin": 0.4}, lambda z, b: cosine_loss(z, b["category"], 0.4)),
-        ({"kind": "distill", "field": "teacher", "temperature": 0.1},
-         lambda z, b: relational_loss(z, b["teacher"], 0.1)),
-        ({"kind": "distill", "field": "teacher", "temperature": 0.1, "cosine": 2.0},
-         lambda z, b: relational_loss(z, b["teacher"], 0.1)
-         + (2.0 * teacher_cosine_loss(z, b["teacher"]) if z.shape[1] <= 5 else 0.0)),
+        (
+            {"kind": "distill", "field": "teacher", "temperature": 0.1},
+            lambda z, b: relational_loss(z, b["teacher"], 0.1),
+        ),
+        (
+            {"kind": "distill", "field": "teacher", "temperature": 0.1, "cosine": 2.0},
+            lambda z, b: (
+                relational_loss(z, b["teacher"], 0.1)
+                + (2.0 * teacher_cosine_loss(z, b["teacher"]) if z.shape[1] <= 5 else 0.0)
+            ),
+        ),
         ({"kind": "koleo", "field": "images"}, lambda z, b: koleo_loss(z)),
         ({"kind": "embedding_norm", "field": "images"}, lambda z, b: (z**2).sum(dim=1).mean()),
     ],
-)  # fmt: skip
+)
 def test_prefix_tasks_are_the_plain_sum_over_dims(values: dict[str, Any], loss: Any) -> None:
     """sentence-transformers' MatryoshkaLoss: the sum of weight * loss(prefix), each normalised by itself."""
     z, batch = rows()
     task = make_task(**values)
-    naive = sum(c * loss(functional.normalize(z[:, :m]) if values["kind"] != "embedding_norm" else z[:, :m], batch)
-                for m, c in ((2, 1.0), (3, 0.5), (8, 2.0)))  # fmt: skip
+    naive = sum(
+        c * loss(functional.normalize(z[:, :m]) if values["kind"] != "embedding_norm" else z[:, :m], batch)
+        for m, c in ((2, 1.0), (3, 0.5), (8, 2.0))
+    )
     ours, ours_gradient = gradients(task, z, batch)
     assert torch.allclose(ours, naive)
     assert torch.allclose(ours_gradient, torch.autograd.grad(naive, z)[0], atol=1e-9)
@@ -243,8 +271,10 @@ def test_some_dims_a_step_are_the_sum_over_those_and_reach_every_parameter(nesti
         own = make_task(kind="softmax", field="category", nesting=nesting)
         known = batch["category"] >= 0
         scores = dict(zip((2, 3, 8), own.head(z), strict=True))
-        naive = sum(c * functional.cross_entropy(scores[m][known], batch["category"][known])
-                    for m, c in zip(dims, weights, strict=True))  # fmt: skip
+        naive = sum(
+            c * functional.cross_entropy(scores[m][known], batch["category"][known])
+            for m, c in zip(dims, weights, strict=True)
+        )
         loss, *found = gradients(task, z, batch, step)
         assert torch.allclose(loss, naive)  # type: ignore[arg-type]
         assert len(found) == 1 + len(list(task.parameters()))  # autograd.grad fails when one is not reached
@@ -273,11 +303,13 @@ def test_a_task_of_one_dim_reads_the_first_features_of_a_wider_embedding() -> No
         ({"kind": "softmax", "field": "row"}, "kind 'softmax' cannot read field 'row'; it reads category, group"),
         ({"kind": "triplet", "field": "labels"}, "kind 'triplet' cannot read field 'labels'; it reads category, group"),
         ({"kind": "distill", "field": "group"}, "kind 'distill' cannot read field 'group'; it reads teacher"),
-        ({"kind": "triplet", "field": "row", "label_smoothing": 0.1, "shard": True},
-         "kind 'triplet' does not read label_smoothing, shard; drop it"),
+        (
+            {"kind": "triplet", "field": "row", "label_smoothing": 0.1, "shard": True},
+            "kind 'triplet' does not read label_smoothing, shard; drop it",
+        ),
         ({"kind": "softmax", "field": "price"}, "'field' is 'price'"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_config(TaskConfig, values, "task 't'")
@@ -295,13 +327,18 @@ def test_dims_that_the_embedding_lacks_are_refused() -> None:
         build_tasks({"x": config}, (4, 8), CLASSES, (1.0, 1.0))
 
 
-@pytest.mark.parametrize("settings", [
-    {"kind": "normalized_softmax", "field": "group"},
-    {"kind": "normalized_softmax", "field": "group", "nesting": "mrl-e"},
-    {"kind": "triplet", "field": "group", "mining": "distance_weighted"}, {"kind": "contrastive", "field": "group"},
-    {"kind": "cosine", "field": "group"}, {"kind": "distill", "field": "teacher", "cosine": 1.0},
-    {"kind": "koleo", "field": "images"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "normalized_softmax", "field": "group"},
+        {"kind": "normalized_softmax", "field": "group", "nesting": "mrl-e"},
+        {"kind": "triplet", "field": "group", "mining": "distance_weighted"},
+        {"kind": "contrastive", "field": "group"},
+        {"kind": "cosine", "field": "group"},
+        {"kind": "distill", "field": "teacher", "cosine": 1.0},
+        {"kind": "koleo", "field": "images"},
+    ],
+)
 def test_a_row_of_zeros_has_no_direction_and_gets_no_gradient(settings: dict[str, Any]) -> None:
     """An image whose features are all zero: its gradient would be the inverse of its length, 1e9 and more."""
     z, batch = rows()

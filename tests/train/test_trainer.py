@@ -30,8 +30,13 @@ def settings(**values: Any) -> TrainConfig:
 
 def publish_teacher(root: str, size: int = 48, mean: float = 0.5) -> Artifact:
     torch.manual_seed(5)
-    config = EncoderConfig(backbone="test_efficientnet", num_features=256, dims=(6,), projection=True,
-                           transform=TransformConfig(size=size, mean=(mean, 0.5, 0.5), std=(0.5, 0.25, 0.5)))
+    config = EncoderConfig(
+        backbone="test_efficientnet",
+        num_features=256,
+        dims=(6,),
+        projection=True,
+        transform=TransformConfig(size=size, mean=(mean, 0.5, 0.5), std=(0.5, 0.25, 0.5)),
+    )
     draft = Draft(root, "encoder", "teacher", "7" * 20)
     save_encoder(draft, build_model(config), config, "# teacher\n")
     return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
@@ -73,7 +78,7 @@ def test_a_teacher_sees_the_students_pixels_in_its_own_size_and_normalisation(be
 
 def test_a_worker_puts_the_teachers_embeddings_into_the_batch(
     bench: Bench, distill: dict[str, Any], tmp_path: Any
-) -> None:  # fmt: skip
+) -> None:
     from lookalike.train.loop import Feed, Pace, Place
 
     teacher = publish_teacher(bench.root)

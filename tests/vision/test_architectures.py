@@ -12,12 +12,22 @@ from lookalike.vision.backbones import create_backbone, timm
 from lookalike.vision.resolution import resize_input
 
 FEATURES = {
-    "vit_base_patch16_224": 768, "vit_base_patch32_224": 768, "deit_small_patch16_224": 384,
-    "deit_small_distilled_patch16_224": 384, "efficientnet_b0": 1280, "mobilevit_s": 640, "efficientformer_l1": 448,
-    "efficientformer_l3": 512, "resnet50": 2048, "resnetblur50": 2048,
-    "resnext101_32x8d": 2048, "tf_efficientnet_lite0": 1280, "mobilenetv3_small_100": 1024, "convnext_atto": 320,
+    "vit_base_patch16_224": 768,
+    "vit_base_patch32_224": 768,
+    "deit_small_patch16_224": 384,
+    "deit_small_distilled_patch16_224": 384,
+    "efficientnet_b0": 1280,
+    "mobilevit_s": 640,
+    "efficientformer_l1": 448,
+    "efficientformer_l3": 512,
+    "resnet50": 2048,
+    "resnetblur50": 2048,
+    "resnext101_32x8d": 2048,
+    "tf_efficientnet_lite0": 1280,
+    "mobilenetv3_small_100": 1024,
+    "convnext_atto": 320,
     "swin_tiny_patch4_window7_224": 768,
-}  # fmt: skip
+}
 """Architecture -> width of its features, as the papers and timm's documentation give it."""
 SMALL = {"swin_tiny_patch4_window7_224": (224, 256)}
 """Sizes before and after; 64 and 96 pixels where it takes them."""
@@ -64,8 +74,9 @@ def test_224_becomes_384_and_positions_are_interpolated_as_timm_does() -> None:
     assert ours.pos_embed is resized  # nothing to do
 
 
-@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224",
-                                          "efficientformer_l1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "architecture", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "efficientformer_l1"]
+)
 @pytest.mark.parametrize("size", [96, 224, 288])
 def test_weights_of_any_resolution_fit_another(architecture: str, size: int, tmp_path: Any) -> None:
     """As good as resizing the model that the weights came from, whatever the native size."""
@@ -99,8 +110,11 @@ def test_attention_biases_of_an_efficientformer_keep_their_meaning_when_resized(
 
 
 def test_a_size_that_does_not_fit_is_explained() -> None:
-    with pytest.raises(UsageError, match=r"transform.size 230 is no multiple of the backbone's patches of 16 px; set "
-                                         r"224 or 240"):  # fmt: skip
+    with pytest.raises(
+        UsageError,
+        match=r"transform.size 230 is no multiple of the backbone's patches of 16 px; set "
+        r"224 or 240",
+    ):
         create_backbone("vit_tiny_patch16_224", size=230)
     with pytest.raises(UsageError, match=r"reads 224 px only, not 256; set transform.size=224 or take another"):
         create_backbone("levit_128s", size=256)

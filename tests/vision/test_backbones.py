@@ -61,12 +61,14 @@ def test_a_missing_file_is_explained() -> None:
 def wrap(state: dict[str, torch.Tensor], how: str) -> dict[str, Any]:
     """The forms in which training scripts save a state dict."""
     return {
-        "plain": dict(state), "state_dict": {"epoch": 3, "state_dict": state, "optimizer": {"lr": torch.ones(1)}},
-        "model": {"model": state}, "nested": {"model": {"state_dict": state}},
+        "plain": dict(state),
+        "state_dict": {"epoch": 3, "state_dict": state, "optimizer": {"lr": torch.ones(1)}},
+        "model": {"model": state},
+        "nested": {"model": {"state_dict": state}},
         "ddp": {f"module.{key}": value for key, value in state.items()},
         "compiled ddp": {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
         "ours": {**{f"backbone.{key}": value for key, value in state.items()}, "projection.weight": torch.ones(2, 2)},
-    }[how]  # fmt: skip
+    }[how]
 
 
 @pytest.mark.parametrize("how", ["plain", "state_dict", "model", "nested", "ddp", "compiled ddp", "ours"])
@@ -102,11 +104,14 @@ class Payload:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("bytes.pth", b"no weights at all", "is no file of weights"), ("bytes.safetensors", b"x" * 64, "is no file of"),
-        ("empty.pth", b"", "is no file of weights"), ("code.pth", Payload(), "is no file of weights"),
-        ("list.pth", [torch.ones(2)], "holds no state dict"), ("other.pth", {"epoch": 1}, "neither plain nor under"),
+        ("bytes.pth", b"no weights at all", "is no file of weights"),
+        ("bytes.safetensors", b"x" * 64, "is no file of"),
+        ("empty.pth", b"", "is no file of weights"),
+        ("code.pth", Payload(), "is no file of weights"),
+        ("list.pth", [torch.ones(2)], "holds no state dict"),
+        ("other.pth", {"epoch": 1}, "neither plain nor under"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_no_weights_are_refused_and_no_code_runs(
     tmp_path: Path, name: str, content: Any, words: str
 ) -> None:

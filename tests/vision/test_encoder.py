@@ -69,8 +69,9 @@ def test_vectors_depend_neither_on_the_batch_nor_on_bytes_or_picture(tmp_path: P
 
 def test_an_encoder_goes_on_at_another_resolution(tmp_path: Path) -> None:
     """Pinterest's 224 -> 384: the same weights, positions interpolated, and the configuration says so."""
-    config = EncoderConfig(backbone="vit_tiny_patch16_224", num_features=192, dims=(192,),
-                           transform=TransformConfig(size=64))  # fmt: skip
+    config = EncoderConfig(
+        backbone="vit_tiny_patch16_224", num_features=192, dims=(192,), transform=TransformConfig(size=64)
+    )
     artifact, original = publish(str(tmp_path), config)
     larger, model = read_encoder(artifact, size=96)
     assert (larger.transform.size, larger.dims, config.transform.size) == (96, (192,), 64)
@@ -103,10 +104,12 @@ def test_another_kind_of_artifact_is_refused(tmp_path: Path) -> None:
         ([8, 2048], r"dims \[8, 2048\] exceed the model's 768; drop 2048 or set embedding_dim=2048"),
         ([8, 1000, 2048], r"exceed the model's 768; drop 1000, 2048 or set embedding_dim=2048"),
         ([8, 16], r"dims \[8, 16\] must end at the whole embedding, 768; append it"),
-        ([16, 8, 768], "positive and strictly increasing"), ([8, 8, 768], "strictly increasing"),
-        ([0, 768], "positive"), ([], "positive"),
+        ([16, 8, 768], "positive and strictly increasing"),
+        ([8, 8, 768], "strictly increasing"),
+        ([0, 768], "positive"),
+        ([], "positive"),
     ],
-)  # fmt: skip
+)
 def test_dims_that_do_not_fit_are_explained(dims: list[int], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         check_dims(dims, 768)

@@ -48,10 +48,15 @@ def test_accepted_formats(image_format: str) -> None:
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "empty"), (b"hello, this is text", "not_an_image"), (bytes(1000), "not_an_image"),
-     (b"\xff\xd8\xff", "not_an_image"), (b"%PDF-1.7 " + bytes(99), "not_an_image"),
-     (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image")],
-)  # fmt: skip
+    [
+        (b"", "empty"),
+        (b"hello, this is text", "not_an_image"),
+        (bytes(1000), "not_an_image"),
+        (b"\xff\xd8\xff", "not_an_image"),
+        (b"%PDF-1.7 " + bytes(99), "not_an_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
+    ],
+)
 def test_bytes_that_are_no_image(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=r"send") as caught:
         decode(data)

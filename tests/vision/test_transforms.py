@@ -127,8 +127,9 @@ def test_rand_augment_changes_pictures_more_the_stronger_it_is() -> None:
     image = smooth(64, 64)
     changes = []
     for operations, magnitude in ((0, 9), (2, 3), (2, 20)):
-        augment = AugmentConfig(min_scale=1.0, flip=False, color_jitter=0.0, rand_augment=operations,
-                                rand_augment_magnitude=magnitude)  # fmt: skip
+        augment = AugmentConfig(
+            min_scale=1.0, flip=False, color_jitter=0.0, rand_augment=operations, rand_augment_magnitude=magnitude
+        )
         transform = build_train_transform(TransformConfig(size=64, fit="crop"), augment)
         torch.manual_seed(0)
         views = torch.stack([transform(image) for _ in range(40)])

@@ -9,5 +9,16 @@ from lookalike.train.tasks.classes import ClassTask
 from lookalike.train.tasks.model import MultiTaskModel, build_tasks
 from lookalike.train.tasks.prefixes import PrefixTask
 
-__all__ = ["ATTRIBUTE", "CLASS_FIELDS", "TASKS", "Batch", "ClassTask", "MultiTaskModel", "PrefixTask", "Task",
-           "TaskConfig", "build_tasks", "form_of"]  # fmt: skip
+__all__ = [
+    "ATTRIBUTE",
+    "CLASS_FIELDS",
+    "TASKS",
+    "Batch",
+    "ClassTask",
+    "MultiTaskModel",
+    "PrefixTask",
+    "Task",
+    "TaskConfig",
+    "build_tasks",
+    "form_of",
+]

@@ -89,8 +89,11 @@ class TaskConfig(Config):
         if form_of(self.field) not in task.fields:
             raise ValueError(f"kind {self.kind!r} cannot read field {self.field!r}; it reads {', '.join(task.fields)}")
         own = {"kind", "field", "weight", "dims", *task.settings}
-        idle = [name for name, field in type(self).model_fields.items()
-                if name not in own and getattr(self, name) != field.default]  # fmt: skip
+        idle = [
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in own and getattr(self, name) != field.default
+        ]
         if idle:
             raise ValueError(f"kind {self.kind!r} does not read {', '.join(idle)}; drop it")
         dims = [1] if self.dims is None else list(self.dims)
@@ -102,9 +105,11 @@ class TaskConfig(Config):
         """The task's nested dims, of an embedding nested at ``dims``; others raise ``UsageError`` naming the task."""
         strange = [m for m in self.dims or () if m not in dims]
         if strange:
-            raise UsageError(f"task {name!r} has dims {list(self.dims or ())}, but the embedding is nested at "
-                             f"{list(dims)}; drop {', '.join(map(str, strange))} or add to those of the "
-                             "embedding")  # fmt: skip
+            raise UsageError(
+                f"task {name!r} has dims {list(self.dims or ())}, but the embedding is nested at "
+                f"{list(dims)}; drop {', '.join(map(str, strange))} or add to those of the "
+                "embedding"
+            )
         return self.dims or dims
 
 
@@ -117,9 +122,15 @@ class Task(nn.Module):
     """Fields of ``TaskConfig`` it reads besides field, weight and dims; all, unless a kind says which."""
 
     def __init__(
-        self, config: TaskConfig, dims: tuple[int, ...], num_classes: int, weights: tuple[float, ...], *,
-        seed: int = 0, dims_per_step: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: TaskConfig,
+        dims: tuple[int, ...],
+        num_classes: int,
+        weights: tuple[float, ...],
+        *,
+        seed: int = 0,
+        dims_per_step: int | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
         self.dims, self.weights = dims, dict(zip(dims, weights, strict=True))

@@ -76,8 +76,9 @@ class ClassTask(Task):
         vectors = self.transform(embedding)
         classes = None
         if self.config.sample_classes is not None and self.config.sample_classes < self.num_classes:
-            classes = choose_classes(gather_labels(labels), self.num_classes, self.config.sample_classes, self.seed,
-                                     step)  # fmt: skip
+            classes = choose_classes(
+                gather_labels(labels), self.num_classes, self.config.sample_classes, self.seed, step
+            )
         if not self.head.shard.whole:
             losses = self._over_workers(vectors, labels, classes, step)
         else:
@@ -87,7 +88,7 @@ class ClassTask(Task):
 
     def _own(
         self, vectors: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor | None, step: int
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Losses [n] summed over dims, by a head that is whole."""
         assert isinstance(self.head, NestedHead)
         dims, weights = self.active(step)
@@ -104,7 +105,7 @@ class ClassTask(Task):
 
     def _over_workers(
         self, vectors: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor | None, step: int
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Losses [n] of this worker's rows, by a head of which every worker has a part."""
         assert isinstance(self.head, NestedHead)
         assert self.over is not None
@@ -117,18 +118,27 @@ class ClassTask(Task):
             own = classes[(classes >= shard.first) & (classes < shard.stop)] - shard.first
             placed = _positions(placed, own)
         part = self._reduce(gather_rows(vectors, world), placed, dims, own)
-        whole = Reduced((logsumexp_workers if self.over == "logsumexp" else sum_workers)(part.over),
-                        sum_workers(part.picked), sum_workers(part.total))  # fmt: skip
+        whole = Reduced(
+            (logsumexp_workers if self.over == "logsumexp" else sum_workers)(part.over),
+            sum_workers(part.picked),
+            sum_workers(part.total),
+        )
         losses = self.combine(whole, columns >= 0, self.num_classes if classes is None else len(classes))
         return _weigh(losses[:, rank * n : (rank + 1) * n], weights)
 
     def _reduce(
         self, vectors: torch.Tensor, labels: torch.Tensor, dims: tuple[int, ...], classes: torch.Tensor | None
-    ) -> Reduced:  # fmt: skip
+    ) -> Reduced:
         assert self.over is not None
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        return reduce_scores(vectors, self.factors(dims, classes), labels, over=self.over,
-                             chunk=self.config.class_chunk, total=self.config.label_smoothing > 0)  # fmt: skip
+        return reduce_scores(
+            vectors,
+            self.factors(dims, classes),
+            labels,
+            over=self.over,
+            chunk=self.config.class_chunk,
+            total=self.config.label_smoothing > 0,
+        )
 
 
 def _positions(labels: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:

@@ -29,9 +29,14 @@ class MultiTaskModel(nn.Module):
 
 
 def build_tasks(
-    configs: Mapping[str, TaskConfig], dims: tuple[int, ...], num_classes: Mapping[str, int],
-    nested_weights: tuple[float, ...], *, seed: int = 0, dims_per_step: int | None = None,
-) -> dict[str, Task]:  # fmt: skip
+    configs: Mapping[str, TaskConfig],
+    dims: tuple[int, ...],
+    num_classes: Mapping[str, int],
+    nested_weights: tuple[float, ...],
+    *,
+    seed: int = 0,
+    dims_per_step: int | None = None,
+) -> dict[str, Task]:
     """The modules of ``configs`` for an embedding nested at ``dims`` with weights c_m.
 
     ``num_classes`` maps a field of classes to how many there are. Under a process group, sharded heads hold this
@@ -42,7 +47,11 @@ def build_tasks(
     for name, config in configs.items():
         own = config.pick_dims(name, dims)
         tasks[name] = TASKS.get(config.kind)(
-            config, own, num_classes.get(config.field, 0), tuple(weights[m] for m in own),
-            seed=derive_seed(seed, "task", name), dims_per_step=dims_per_step,
-        )  # fmt: skip
+            config,
+            own,
+            num_classes.get(config.field, 0),
+            tuple(weights[m] for m in own),
+            seed=derive_seed(seed, "task", name),
+            dims_per_step=dims_per_step,
+        )
     return tasks

@@ -23,8 +23,9 @@ class PrefixTask(Task):
         values = batch[self.config.field]
         with torch.autocast(embedding.device.type, enabled=False):
             vectors = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-            terms = [c * self.prefix_loss(vectors[:, :m], values, step)
-                     for m, c in zip(*self.active(step), strict=True)]  # fmt: skip
+            terms = [
+                c * self.prefix_loss(vectors[:, :m], values, step) for m, c in zip(*self.active(step), strict=True)
+            ]
             return torch.stack(terms).sum()
 
 

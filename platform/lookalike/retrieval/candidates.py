@@ -69,8 +69,14 @@ def list_plans(
                 beams = set(nprobes)
             for beam in sorted(beams, key=lambda size: size or 0):
                 for stages in list_funnels(meta.dims, dim, shortlist_k, k) if funnels else [()]:
-                    plan = Plan(shortlist_dim=dim, shortlist_k=shortlist_k, stages=stages, rerank_dim=meta.dim,
-                                scan=scan, **({effort: beam} if effort else {}))  # fmt: skip
+                    plan = Plan(
+                        shortlist_dim=dim,
+                        shortlist_k=shortlist_k,
+                        stages=stages,
+                        rerank_dim=meta.dim,
+                        scan=scan,
+                        **({effort: beam} if effort else {}),
+                    )
                     plans[plan.model_dump_json()] = plan
     return list(plans.values())
 
@@ -111,8 +117,10 @@ def follow(shard: ShardSearcher, queries: Floats, k: int, plan: Plan) -> Iterato
 
 def count_left(searcher: Searcher, queries: Floats, k: int, plan: Plan) -> list[list[float]]:
     """Rows that go on from each step but the last, mean over ``queries``, for each shard."""
-    return [[float((hits.rows != NO_ROW).sum(axis=1).mean()) for hits in follow(shard, queries, k, plan)]
-            for shard in searcher.shards]  # fmt: skip
+    return [
+        [float((hits.rows != NO_ROW).sum(axis=1).mean()) for hits in follow(shard, queries, k, plan)]
+        for shard in searcher.shards
+    ]
 
 
 def calibrate_margins(
@@ -150,13 +158,20 @@ def _upper_quantiles(values: npt.NDArray[np.float32], quantiles: Sequence[float]
 def list_between(plan: Plan, tried: Sequence[Plan], k: int) -> list[Plan]:
     """``plan`` with ``BETWEEN`` sizes K, evenly spaced, between its own and the next smaller one among ``tried``: what
     a coarse list of sizes wastes. A beam narrower than K is K, and a stage keeps no more rows than it is given."""
-    smaller = [one.shortlist_k for one in tried if one.shortlist_dim == plan.shortlist_dim and one.scan == plan.scan
-               and one.shortlist_k < plan.shortlist_k]  # fmt: skip
+    smaller = [
+        one.shortlist_k
+        for one in tried
+        if one.shortlist_dim == plan.shortlist_dim and one.scan == plan.scan and one.shortlist_k < plan.shortlist_k
+    ]
     low = max(smaller, default=k)
     step = (plan.shortlist_k - low) / (BETWEEN + 1)
     sizes = sorted({round(low + step * number) for number in range(1, BETWEEN + 1)} - {low, plan.shortlist_k})
-    return [plan.model_copy(update={"shortlist_k": size, "stages": tuple((dim, min(keep, size)) for dim, keep in
-                                                                        plan.stages)}) for size in sizes]  # fmt: skip
+    return [
+        plan.model_copy(
+            update={"shortlist_k": size, "stages": tuple((dim, min(keep, size)) for dim, keep in plan.stages)}
+        )
+        for size in sizes
+    ]
 
 
 def widen(meta: IndexMeta, plan: Plan) -> list[Plan]:

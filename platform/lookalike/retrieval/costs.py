@@ -93,9 +93,14 @@ def multiply_adds(counts: Counts) -> float:
 
 
 def count_query(
-    searcher: Searcher, queries: Floats, plan: Plan, *, k: int, work: Work,
+    searcher: Searcher,
+    queries: Floats,
+    plan: Plan,
+    *,
+    k: int,
+    work: Work,
     left: Sequence[Sequence[float]] | None = None,
-) -> tuple[Counts, str]:  # fmt: skip
+) -> tuple[Counts, str]:
     """(what a query of ``plan`` does on average, the type whose prices hold for it), of ``queries`` that did ``work``.
 
     ``left`` tells for each shard how many rows go into each step after the first, where margins make them fewer than
@@ -115,10 +120,12 @@ def count_query(
         looked = found or searcher.meta.num_rows
         wanted = [min(shard.meta.num_rows, max(k, plan.shortlist_k, plan.ef_search or 0)) for shard in shards]
         total = total._replace(
-            rows=looked, row_numbers=looked * dim, beam=sum(wanted) if any(one.is_graph for one in indexes) else 0,
+            rows=looked,
+            row_numbers=looked * dim,
+            beam=sum(wanted) if any(one.is_graph for one in indexes) else 0,
             centroids=dim * sum(one.nlist for one in indexes),
             lists=sum(min(one.nlist, plan.nprobe or NPROBE) for one in indexes),
-        )  # fmt: skip
+        )
     for number, shard in enumerate(shards):
         exact = plan.scan or shard.index_over(dim).is_exact
         total = _add(total, _count_steps(shard, plan, k, exact, left[number] if left else None))
@@ -150,8 +157,15 @@ def _count_steps(shard: ShardSearcher, plan: Plan, k: int, exact: bool, left: Se
     for place, ((dim, keep, margin), size) in enumerate(zip(steps, sizes, strict=True)):
         runs = sum(start < dim and stop > reached for start, stop in shard.meta.block_borders)
         sorts = keep < size or margin < np.inf or place == len(steps) - 1
-        total = _add(total, Counts(steps=1, places=size * (runs if dim > reached else 0),
-                                   numbers=size * (dim - reached), ordered=size * sorts))  # fmt: skip
+        total = _add(
+            total,
+            Counts(
+                steps=1,
+                places=size * (runs if dim > reached else 0),
+                numbers=size * (dim - reached),
+                ordered=size * sorts,
+            ),
+        )
         reached = dim
     return total
 

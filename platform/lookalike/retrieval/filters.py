@@ -69,8 +69,10 @@ class Allowed:
 def check_mask(mask: Mask, num_rows: int) -> Mask:
     """``mask``, or ``UsageError`` unless it is bool [num_rows]."""
     if mask.dtype != np.bool_ or mask.shape != (num_rows,):
-        raise UsageError(f"the row filter is {mask.dtype}{list(mask.shape)}; give bool[{num_rows}], one a row, or "
-                         "conditions such as {'view': ['icon']}")  # fmt: skip
+        raise UsageError(
+            f"the row filter is {mask.dtype}{list(mask.shape)}; give bool[{num_rows}], one a row, or "
+            "conditions such as {'view': ['icon']}"
+        )
     return mask
 
 

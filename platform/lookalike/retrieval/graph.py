@@ -55,8 +55,11 @@ def build_graph(vectors: Floats, *, hnsw_m: int, ef_construction: int) -> "Graph
 def _entries(links: Ints, levels: npt.NDArray[np.int32]) -> Ints:
     """Rows at which searches begin: the largest layer of at most sqrt(n) rows, and what is out of its reach."""
     most = max(1, math.isqrt(len(levels)))
-    level = next(height for height in range(1, int(levels.max()) + 2) if (levels >= height).sum() <= most
-                 or height == levels.max())  # fmt: skip
+    level = next(
+        height
+        for height in range(1, int(levels.max()) + 2)
+        if (levels >= height).sum() <= most or height == levels.max()
+    )
     entries = np.flatnonzero(levels >= level)[:most].astype(np.int32)
     reached = _reach(links, entries)
     lost = []
@@ -116,20 +119,34 @@ class Graph:
         codes, scales, links, entries = _read_arrays(path)
         shapes = codes.shape, scales.shape, links.shape[:1]
         if shapes != ((num_rows, dim), (num_rows,), (num_rows,)) or links.ndim != 2 or entries.ndim != 1:
-            raise ArtifactError(f"{path} indexes {codes.shape} codes and {links.shape} links where {num_rows} rows of "
-                                f"{dim}-d are expected; build the index again")  # fmt: skip
+            raise ArtifactError(
+                f"{path} indexes {codes.shape} codes and {links.shape} links where {num_rows} rows of "
+                f"{dim}-d are expected; build the index again"
+            )
         for name, array in (("links", links), ("entries", entries)):
             if array.size and not -1 <= int(array.min()) <= int(array.max()) < num_rows:
                 raise ArtifactError(f"{path} has {name} to rows that are not there; build the index again")
         if not native.AVAILABLE and num_rows > SCAN_ROWS:
-            log.warning("slow %s", fields(index=path, reason="the C library was not built, codes are scanned",
-                                          remedy="install with a C compiler, or build shortlist=hnsw"))  # fmt: skip
+            log.warning(
+                "slow %s",
+                fields(
+                    index=path,
+                    reason="the C library was not built, codes are scanned",
+                    remedy="install with a C compiler, or build shortlist=hnsw",
+                ),
+            )
         return cls(codes, scales, links, entries)
 
     def search(
-        self, queries: Floats, k: int, *, ef_search: int | None = None, nprobe: int | None = None,
-        allowed: Allowed | None = None, widen: int = 1,
-    ) -> Hits:  # fmt: skip
+        self,
+        queries: Floats,
+        k: int,
+        *,
+        ef_search: int | None = None,
+        nprobe: int | None = None,
+        allowed: Allowed | None = None,
+        widen: int = 1,
+    ) -> Hits:
         """The ``k`` nearest of unit-length ``queries`` float32 [n, d] as the walk finds them; as ``Shortlist.search``.
 
         Scores are cosines of the codes. ``nprobe`` is no matter of a graph.
@@ -147,9 +164,17 @@ class Graph:
         return Hits(hits.rows, hits.scores * scales[:, None])
 
     def search_store(
-        self, store: NativeStore, queries: Floats, found: int, steps: Steps, k: int, *, ef_search: int | None = None,
-        allowed: Allowed | None = None, widen: int = 1,
-    ) -> Hits:  # fmt: skip
+        self,
+        store: NativeStore,
+        queries: Floats,
+        found: int,
+        steps: Steps,
+        k: int,
+        *,
+        ef_search: int | None = None,
+        allowed: Allowed | None = None,
+        widen: int = 1,
+    ) -> Hits:
         """The ``k`` best of the ``found`` nearest of ``queries`` float32 [n, dim of the store] after ``steps``, all in
         one call of the C library: what :meth:`search` and a re-rank of its answer give, in less time."""
         assert self.native is not None, "ask native.AVAILABLE first"

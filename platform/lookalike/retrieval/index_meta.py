@@ -97,11 +97,13 @@ def read_index_meta(artifact: Artifact) -> IndexMeta:
         raw = require_format(artifact.read_json(INDEX_META), FORMAT_VERSION, artifact.path(INDEX_META))
         meta = IndexMeta.model_validate(raw)
     except FileNotFoundError:
-        raise ArtifactError(f"{artifact.path(INDEX_META)} is missing; build the index again or restore it from a "
-                            "copy") from None  # fmt: skip
+        raise ArtifactError(
+            f"{artifact.path(INDEX_META)} is missing; build the index again or restore it from a copy"
+        ) from None
     except (ValueError, ValidationError) as error:
-        raise ArtifactError(f"{artifact.path(INDEX_META)} is damaged ({str(error).splitlines()[0]}); build the index "
-                            "again") from None  # fmt: skip
+        raise ArtifactError(
+            f"{artifact.path(INDEX_META)} is damaged ({str(error).splitlines()[0]}); build the index again"
+        ) from None
     return meta.model_copy(update={"generation": artifact.manifest.fingerprint})
 
 

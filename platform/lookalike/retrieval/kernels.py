@@ -34,7 +34,11 @@ def inner_products_by_row(queries: Floats, block: Floats, rows: Rows) -> Floats:
     out = np.empty(rows.shape, np.float32)
     with faiss_threads():
         faiss.fvec_inner_products_by_idx(  # type: ignore[attr-defined]  # faiss's stubs leave it out
-            faiss.swig_ptr(out), faiss.swig_ptr(queries), faiss.swig_ptr(block), faiss.swig_ptr(rows),
-            block.shape[1], *rows.shape,
-        )  # fmt: skip
+            faiss.swig_ptr(out),
+            faiss.swig_ptr(queries),
+            faiss.swig_ptr(block),
+            faiss.swig_ptr(rows),
+            block.shape[1],
+            *rows.shape,
+        )
     return out

@@ -16,9 +16,11 @@ def machine_facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "faiss_threads": faiss.omp_get_max_threads(),
         "memory_gib": round(int((_field("/proc/meminfo", "MemTotal") or "0").split()[0]) / (1 << 20), 1),
-        "system": platform.system(), "python": platform.python_version(), "faiss": faiss.__version__,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "faiss": faiss.__version__,
         "numpy": np.__version__,
-    }  # fmt: skip
+    }
 
 
 def _field(path: str, name: str) -> str:

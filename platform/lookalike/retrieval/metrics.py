@@ -30,8 +30,10 @@ def relevance(neighbours: Labels, labels: Labels, k: int) -> npt.NDArray[np.bool
     neighbours, labels = np.asarray(neighbours), np.asarray(labels)
     for name, array in (("neighbours", neighbours), ("labels", labels)):
         if array.dtype.kind not in "iuU":
-            raise UsageError(f"{name} have dtype {array.dtype}; labels must be integers or strings (float16 merges "
-                             "classes beyond 2048)")  # fmt: skip
+            raise UsageError(
+                f"{name} have dtype {array.dtype}; labels must be integers or strings (float16 merges "
+                "classes beyond 2048)"
+            )
     if neighbours.ndim != 2 or labels.shape != neighbours.shape[:1]:
         raise UsageError(f"neighbours {neighbours.shape} and labels {labels.shape} must be [n, k] and [n]")
     if not 1 <= k <= neighbours.shape[1]:

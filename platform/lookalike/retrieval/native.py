@@ -24,8 +24,11 @@ _DTYPES = {"float32": 0, "float16": 1, "int8": 2}
 
 class _Graph(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "links", "entries")] + [
-        ("num_rows", ctypes.c_int64), ("dim", ctypes.c_int32), ("degree", ctypes.c_int32),
-        ("num_entries", ctypes.c_int32)]  # fmt: skip
+        ("num_rows", ctypes.c_int64),
+        ("dim", ctypes.c_int32),
+        ("degree", ctypes.c_int32),
+        ("num_entries", ctypes.c_int32),
+    ]
 
 
 class _Step(ctypes.Structure):
@@ -34,8 +37,11 @@ class _Step(ctypes.Structure):
 
 class _Store(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("blocks", "widths", "strides", "scales", "norms")] + [
-        ("num_rows", ctypes.c_int64), ("num_blocks", ctypes.c_int32), ("dtype", ctypes.c_int32),
-        ("dim", ctypes.c_int32)]  # fmt: skip
+        ("num_rows", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("dim", ctypes.c_int32),
+    ]
 
 
 def _load() -> ctypes.CDLL | None:
@@ -45,11 +51,13 @@ def _load() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(_native.__file__)
     for name, arguments, result in (
-        ("graph_search", "pp i ii pp pp", ctypes.c_int64), ("rerank", "pp i pp ii p ii pp", ctypes.c_int32),
-        ("search", "ppp i ii pp p ii pp", ctypes.c_int64), ("scan", "pp ii p i pp", ctypes.c_int64),
+        ("graph_search", "pp i ii pp pp", ctypes.c_int64),
+        ("rerank", "pp i pp ii p ii pp", ctypes.c_int32),
+        ("search", "ppp i ii pp p ii pp", ctypes.c_int64),
+        ("scan", "pp ii p i pp", ctypes.c_int64),
         ("reach", "p i l p p", ctypes.c_int64),
         ("portable", "i", ctypes.c_int32),
-    ):  # fmt: skip
+    ):
         function = getattr(library, f"lookalike_{name}")
         types = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
         function.argtypes = [types[letter] for letter in arguments.replace(" ", "")]
@@ -92,8 +100,9 @@ class NativeGraph:
     def __init__(self, codes: Codes, scales: Floats, links: npt.NDArray[np.int32], entries: npt.NDArray[np.int32]):
         self._arrays = (codes, scales, links, entries)
         self.num_rows, self.dim = codes.shape
-        self._graph = _Graph(*(array.ctypes.data for array in self._arrays), self.num_rows, self.dim, links.shape[1],
-                             len(entries))  # fmt: skip
+        self._graph = _Graph(
+            *(array.ctypes.data for array in self._arrays), self.num_rows, self.dim, links.shape[1], len(entries)
+        )
         self.address = ctypes.addressof(self._graph)
         self._threads = threading.local()
 
@@ -109,8 +118,9 @@ class NativeGraph:
     def search(self, queries: Codes, ef: int, keep: int, allowed: Bits | None = None) -> tuple[Hits, int]:
         """The best ``keep`` of the ``ef`` found for int8 ``queries`` [m, d], and how many scores that took."""
         rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep), np.float32)
-        computed = _call("graph_search", self.address, queries, len(queries), max(ef, keep), keep, allowed, self.marks,
-                         rows, scores)  # fmt: skip
+        computed = _call(
+            "graph_search", self.address, queries, len(queries), max(ef, keep), keep, allowed, self.marks, rows, scores
+        )
         return Hits(rows, scores), computed
 
 
@@ -142,10 +152,16 @@ class NativeStore:
         self._scales = (ctypes.c_void_p * len(blocks))(*own)
         self._arrays = (*blocks, norms, *scales)
         self._store = _Store(
-            ctypes.addressof(self._pointers), self._widths.ctypes.data, self._strides.ctypes.data,
-            ctypes.addressof(self._scales), norms.ctypes.data, norms.shape[1], len(blocks), _DTYPES[dtype],
+            ctypes.addressof(self._pointers),
+            self._widths.ctypes.data,
+            self._strides.ctypes.data,
+            ctypes.addressof(self._scales),
+            norms.ctypes.data,
+            norms.shape[1],
+            len(blocks),
+            _DTYPES[dtype],
             int(self._widths.sum()),
-        )  # fmt: skip
+        )
         self._address = ctypes.addressof(self._store)
 
     def rerank(self, queries: Floats, candidates: Hits, first_block: int, steps: Steps, k: int) -> Hits:
@@ -155,8 +171,20 @@ class NativeStore:
         """
         given = np.ascontiguousarray(candidates.rows), np.ascontiguousarray(candidates.scores, dtype=np.float32)
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        _call("rerank", self._address, queries, len(queries), *given, given[0].shape[1], first_block,
-              ctypes.addressof(steps), len(steps), k, rows, scores)  # fmt: skip
+        _call(
+            "rerank",
+            self._address,
+            queries,
+            len(queries),
+            *given,
+            given[0].shape[1],
+            first_block,
+            ctypes.addressof(steps),
+            len(steps),
+            k,
+            rows,
+            scores,
+        )
         return Hits(rows, scores)
 
     def search(  # noqa: PLR0917  # as the C function takes them
@@ -165,9 +193,22 @@ class NativeStore:
         """The best ``keep`` of the ``ef`` that ``graph`` finds for ``queries`` float32 [m, dim], funnelled through
         ``steps``, and how many scores the graph computed."""
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        computed = _call("search", graph.address, self._address, queries, len(queries), max(ef, keep), keep, allowed,
-                         graph.marks, ctypes.addressof(steps), len(steps), k, rows,
-                         scores)  # fmt: skip
+        computed = _call(
+            "search",
+            graph.address,
+            self._address,
+            queries,
+            len(queries),
+            max(ef, keep),
+            keep,
+            allowed,
+            graph.marks,
+            ctypes.addressof(steps),
+            len(steps),
+            k,
+            rows,
+            scores,
+        )
         return Hits(rows, scores), computed
 
     def scan(self, queries: Floats, num_blocks: int, k: int, allowed: Bits | None = None) -> tuple[Hits, int]:

@@ -62,8 +62,10 @@ class Plan(Config):
         if any(after > before or after < 1 for before, after in pairwise(keeps)):
             raise ValueError(f"survivors {keeps} must not grow from step to step and must be at least 1")
         if self.margins and (len(self.margins) != len(keeps) or self.rerank_dim == self.shortlist_dim):
-            raise ValueError(f"{len(self.margins)} margins; a plan that re-ranks takes one for the shortlist and one "
-                             f"for each of its {len(self.stages)} stages")  # fmt: skip
+            raise ValueError(
+                f"{len(self.margins)} margins; a plan that re-ranks takes one for the shortlist and one "
+                f"for each of its {len(self.stages)} stages"
+            )
         return self
 
     def require_dims(self, dims: Sequence[int]) -> None:
@@ -71,8 +73,9 @@ class Plan(Config):
         used = [self.shortlist_dim, *(dim for dim, _ in self.stages), self.rerank_dim]
         unknown = sorted({dim for dim in used if dim not in dims})
         if unknown:
-            raise UsageError(f"plan dims {unknown} are not nested dims of the index, which has {list(dims)}; "
-                             "choose from these")  # fmt: skip
+            raise UsageError(
+                f"plan dims {unknown} are not nested dims of the index, which has {list(dims)}; choose from these"
+            )
 
     def describe(self) -> str:
         """One line for people."""

@@ -109,9 +109,15 @@ def bootstrap_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]], see
 
 
 def measure(
-    searcher: Searcher, queries: Floats, k: int, plans: Iterable[Plan], *, own_rows: Rows, seed: int,
+    searcher: Searcher,
+    queries: Floats,
+    k: int,
+    plans: Iterable[Plan],
+    *,
+    own_rows: Rows,
+    seed: int,
     exact: Hits | None = None,
-) -> list[Measured]:  # fmt: skip
+) -> list[Measured]:
     """Recall, modelled work and memory of each plan for raw ``queries`` float32 [n, dim]; the exact plan comes first.
 
     ``exact`` is the exact answer (:func:`search_without` by ``Plan.exact``) where it is known already.
@@ -128,17 +134,24 @@ def measure(
         recall = per_query_recall(hits, exact, same_dim=plan.rerank_dim == searcher.meta.dim)
         low, high = bootstrap_interval(recall, seed)
         memory = plan_memory(searcher, plan, k)
-        result.append(Measured(
-            plan=plan, recall=float(recall.mean()), recall_low=low, recall_high=high, model_us=model_us(counts, kind),
-            mflops=paper_mflops(searcher.meta, plan), mflops_done=multiply_adds(counts) / 1e6,
-            ram_mb=memory.ram, shard_ram_mb=memory.shard_ram, mapped_mb=memory.mapped,
-        ))  # fmt: skip
+        result.append(
+            Measured(
+                plan=plan,
+                recall=float(recall.mean()),
+                recall_low=low,
+                recall_high=high,
+                model_us=model_us(counts, kind),
+                mflops=paper_mflops(searcher.meta, plan),
+                mflops_done=multiply_adds(counts) / 1e6,
+                ram_mb=memory.ram,
+                shard_ram_mb=memory.shard_ram,
+                mapped_mb=memory.mapped,
+            )
+        )
     return result
 
 
-def run_plan(
-    searcher: Searcher, queries: Floats, k: int, plan: Plan, own_rows: Rows
-) -> tuple[Hits, Counts, str]:  # fmt: skip
+def run_plan(searcher: Searcher, queries: Floats, k: int, plan: Plan, own_rows: Rows) -> tuple[Hits, Counts, str]:
     """The answer of ``plan``, what a query did for it on average, and the index type whose prices hold for that."""
     asked = k + _num_own(own_rows)
     with count_work() as done:
@@ -150,9 +163,17 @@ def run_plan(
 
 
 def measure_between(
-    searcher: Searcher, queries: Floats, k: int, measured: Sequence[Measured], *, own_rows: Rows, seed: int,
-    exact: Hits, target: float, decide_by: DecideBy,
-) -> list[Measured]:  # fmt: skip
+    searcher: Searcher,
+    queries: Floats,
+    k: int,
+    measured: Sequence[Measured],
+    *,
+    own_rows: Rows,
+    seed: int,
+    exact: Hits,
+    target: float,
+    decide_by: DecideBy,
+) -> list[Measured]:
     """Twins of the ``BASES`` cheapest candidates that reach ``target``, with sizes K that are not in the list."""
     tried = [one.plan for one in measured]
     bases = _cheapest(measured, target, decide_by)
@@ -162,9 +183,7 @@ def measure_between(
     return measure(searcher, queries, k, plans.values(), own_rows=own_rows, seed=seed, exact=exact)[1:]
 
 
-def _cheapest(
-    measured: Sequence[Measured], target: float, decide_by: DecideBy, *, several: bool = False
-) -> list[Plan]:  # fmt: skip
+def _cheapest(measured: Sequence[Measured], target: float, decide_by: DecideBy, *, several: bool = False) -> list[Plan]:
     """The ``BASES`` plans (of ``several`` stages) that reach ``target`` for the least modelled work, no exact scan; by
     the model whatever ranks in the end, so that the candidates are always the same."""
     good = rank_good(measured, target, decide_by=decide_by, rank_by="model", exact=False)
@@ -173,9 +192,17 @@ def _cheapest(
 
 
 def measure_early_exit(
-    searcher: Searcher, queries: Floats, k: int, measured: Sequence[Measured], *, own_rows: Rows, seed: int,
-    exact: Hits, target: float, decide_by: DecideBy,
-) -> list[Measured]:  # fmt: skip
+    searcher: Searcher,
+    queries: Floats,
+    k: int,
+    measured: Sequence[Measured],
+    *,
+    own_rows: Rows,
+    seed: int,
+    exact: Hits,
+    target: float,
+    decide_by: DecideBy,
+) -> list[Measured]:
     """Early-exit twins of the ``BASES`` cheapest candidates of several stages that reach ``target``, and of the same
     with a larger K; margins come from every other query, the rest is measured on all."""
     bases = _cheapest(measured, target, decide_by, several=True)
@@ -205,11 +232,16 @@ def time_plans(
     means = single.min(axis=1).mean(axis=1)
     tails = np.quantile(np.median(single, axis=1), 0.99, axis=1, method="higher")
     return [
-        candidate.model_copy(update={
-            "query_us": float(means[n]) * 1e6, "p99_us": float(tails[n]) * 1e6,
-            "batch_us": float(batch[n].min()) * 1e6, "exact_ratio": float(means[0] / means[n])})
+        candidate.model_copy(
+            update={
+                "query_us": float(means[n]) * 1e6,
+                "p99_us": float(tails[n]) * 1e6,
+                "batch_us": float(batch[n].min()) * 1e6,
+                "exact_ratio": float(means[0] / means[n]),
+            }
+        )
         for n, candidate in enumerate(measured)
-    ]  # fmt: skip
+    ]
 
 
 def _seconds(searcher: Searcher, queries: Floats, k: int, plan: Plan) -> float:
@@ -244,14 +276,25 @@ class Limits(NamedTuple):
     def excess(self, one: Measured) -> dict[str, tuple[float, float, str]]:
         """(value, limit, unit) of each limit that a candidate breaks."""
         pairs = {"p99": (one.p99_us / 1e3, self.max_p99_ms, "ms"), "RAM": (one.ram_mb, self.max_ram_mb, "MB")}
-        return {name: (value, limit, unit) for name, (value, limit, unit) in pairs.items()
-                if limit is not None and value > limit}  # fmt: skip
+        return {
+            name: (value, limit, unit)
+            for name, (value, limit, unit) in pairs.items()
+            if limit is not None and value > limit
+        }
 
     def mark(self, measured: Sequence[Measured]) -> list[Measured]:
         """The candidates with the limits that they break."""
-        return [one.model_copy(update={"breaks": tuple(
-            f"{name} {value:.3g} {unit} > {limit:g} {unit}" for name, (value, limit, unit) in self.excess(one).items()
-        )}) for one in measured]  # fmt: skip
+        return [
+            one.model_copy(
+                update={
+                    "breaks": tuple(
+                        f"{name} {value:.3g} {unit} > {limit:g} {unit}"
+                        for name, (value, limit, unit) in self.excess(one).items()
+                    )
+                }
+            )
+            for one in measured
+        ]
 
 
 REMEDIES = {
@@ -267,8 +310,10 @@ def nearest(measured: Sequence[Measured], target: float, limits: Limits, *, deci
 
     def misses(one: Measured) -> dict[str, tuple[float, str]]:
         recall, broken = recall_of(one, decide_by), limits.excess(one)
-        found = {name: (value / limit, f"{name} {value:.3g} {unit}, limit {limit:g} {unit}")
-                 for name, (value, limit, unit) in broken.items()}  # fmt: skip
+        found = {
+            name: (value / limit, f"{name} {value:.3g} {unit}, limit {limit:g} {unit}")
+            for name, (value, limit, unit) in broken.items()
+        }
         if recall < target:
             found["recall"] = (target / max(recall, 1e-9), f"recall {recall:.4f} ({decide_by}), target {target:g}")
         return found
@@ -292,8 +337,11 @@ def rank_good(
 
     ``exact`` lets the exact plan (place 0) compete on cost; else it comes last. It is there unless it breaks a limit.
     """
-    good = [place for place, one in enumerate(measured)
-            if recall_of(one, decide_by) >= target and not one.breaks and (exact or place)]  # fmt: skip
+    good = [
+        place
+        for place, one in enumerate(measured)
+        if recall_of(one, decide_by) >= target and not one.breaks and (exact or place)
+    ]
     good.sort(key=lambda place: (cost_of(measured[place], rank_by), place))
     return good if 0 in good or measured[0].breaks else [*good, 0]
 

@@ -56,7 +56,8 @@ class ShardSearcher:
         self._copy = copy  # of a remote shard; lives as long as this object
         self._shortlists: dict[int, Shortlist | Graph] = {}
         self._steps: Callable[[Plan, int], Steps] = lru_cache(PLANS_KEPT)(
-            lambda plan, k: pack_plan_steps(store, plan.list_steps(k)))  # fmt: skip
+            lambda plan, k: pack_plan_steps(store, plan.list_steps(k))
+        )
         live = store.live
         self._all = None if live is None else Allowed(live)
         self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(
@@ -90,8 +91,10 @@ class ShardSearcher:
     def index_over(self, dim: int) -> Shortlist | Graph:
         """The shortlist index over the first ``dim`` dimensions; ``UsageError`` when there is none."""
         if dim not in self.meta.shortlist_dims:
-            raise UsageError(f"no shortlist index over {dim}-d in {self.store.folder}; it has "
-                             f"{list(self.meta.shortlist_dims)}: take one of these, a scan, or build it")  # fmt: skip
+            raise UsageError(
+                f"no shortlist index over {dim}-d in {self.store.folder}; it has "
+                f"{list(self.meta.shortlist_dims)}: take one of these, a scan, or build it"
+            )
         if dim not in self._shortlists:
             path = f"{self.store.folder}/{shortlist_name(dim, self.meta.shortlist)}"
             self._shortlists[dim] = load_shortlist(self.meta.shortlist, path, num_rows=self.meta.num_rows, dim=dim)
@@ -140,18 +143,33 @@ class ShardSearcher:
         return found
 
     def _ask(
-        self, vectors: Floats, wanted: int, plan: Plan, *, ef: int | None = None, allowed: Allowed | None = None,
+        self,
+        vectors: Floats,
+        wanted: int,
+        plan: Plan,
+        *,
+        ef: int | None = None,
+        allowed: Allowed | None = None,
         widen: int = 1,
-    ) -> Hits:  # fmt: skip
+    ) -> Hits:
         """What the index finds, with cosines at its dim."""
         index = self.index_over(plan.shortlist_dim)
         if _walks(index) and self.store.native is not None:
             steps = pack_plan_steps(self.store, [(plan.shortlist_dim, wanted, inf)])
-            return index.search_store(self.store.native, vectors, wanted, steps, wanted, ef_search=ef or plan.ef_search,
-                                      allowed=allowed, widen=widen)  # fmt: skip
+            return index.search_store(
+                self.store.native,
+                vectors,
+                wanted,
+                steps,
+                wanted,
+                ef_search=ef or plan.ef_search,
+                allowed=allowed,
+                widen=widen,
+            )
         prefix = normalise(np.ascontiguousarray(vectors[:, : plan.shortlist_dim]))
-        found = index.search(prefix, wanted, ef_search=ef or plan.ef_search, nprobe=plan.nprobe,
-                             allowed=allowed, widen=widen)  # fmt: skip
+        found = index.search(
+            prefix, wanted, ef_search=ef or plan.ef_search, nprobe=plan.nprobe, allowed=allowed, widen=widen
+        )
         return found if index.is_exact else extend(self.store, vectors, found, 0, plan.shortlist_dim)
 
     def _find_allowed(self, vectors: Floats, wanted: int, plan: Plan, allowed: Allowed) -> Hits:
@@ -178,8 +196,10 @@ class ShardSearcher:
         """The other stages: ``k`` global rows of ``shortlist``, which came from this shard, by cosine at D_r."""
         vectors = self._checked(queries, k, plan)
         if shortlist.rows.shape != shortlist.scores.shape or len(shortlist.rows) != len(vectors):
-            raise UsageError(f"{len(vectors)} queries came with a shortlist of {shortlist.rows.shape} rows and "
-                             f"{shortlist.scores.shape} scores; send one line a query")  # fmt: skip
+            raise UsageError(
+                f"{len(vectors)} queries came with a shortlist of {shortlist.rows.shape} rows and "
+                f"{shortlist.scores.shape} scores; send one line a query"
+            )
         return self._rank(vectors, shortlist, k, plan)
 
     def _rank(self, vectors: Floats, shortlist: Hits, k: int, plan: Plan) -> Hits:
@@ -187,8 +207,10 @@ class ShardSearcher:
             return empty_hits(len(vectors), k)
         local = _shift(shortlist, -self.meta.row_offset)
         if local.rows.size and (local.rows.max() >= self.meta.num_rows or local.rows.min() < NO_ROW):
-            raise UsageError(f"the shortlist holds rows outside this shard's {self.meta.num_rows} from "
-                             f"{self.meta.row_offset}; send each shard its own")  # fmt: skip
+            raise UsageError(
+                f"the shortlist holds rows outside this shard's {self.meta.num_rows} from "
+                f"{self.meta.row_offset}; send each shard its own"
+            )
         return _shift(rerank(self.store, vectors, local, k, plan), self.meta.row_offset)
 
     def search(self, queries: npt.ArrayLike, k: int, plan: Plan, allowed: RowFilter | None = None) -> Hits:
@@ -201,8 +223,9 @@ class ShardSearcher:
             index = self.index_over(plan.shortlist_dim)
             if _walks(index):
                 wanted = min(max(k, plan.shortlist_k), self.meta.num_rows)
-                hits = index.search_store(self.store.native, vectors, wanted, self._steps(plan, k), k,
-                                          ef_search=plan.ef_search)  # fmt: skip
+                hits = index.search_store(
+                    self.store.native, vectors, wanted, self._steps(plan, k), k, ef_search=plan.ef_search
+                )
                 return _shift(hits, self.meta.row_offset)
         return self._rank(vectors, self._find(vectors, k, plan, only), k, plan)
 
@@ -240,8 +263,9 @@ class Searcher:
         self.meta, self.shards = meta, list(shards)
         found = [(shard.meta.num_rows, shard.meta.row_offset) for shard in shards]
         if found != list(zip(meta.shard_rows, meta.offsets, strict=True)):
-            raise ArtifactError(f"shards hold {found} (rows, offset) where {INDEX_META} says {meta.shard_rows}; "
-                                "build the index again")  # fmt: skip
+            raise ArtifactError(
+                f"shards hold {found} (rows, offset) where {INDEX_META} says {meta.shard_rows}; build the index again"
+            )
 
     @classmethod
     def open(cls, uri: str, *, check: bool = True) -> "Searcher":
@@ -251,9 +275,14 @@ class Searcher:
         return cls(meta, [ShardSearcher.open(artifact.path(name)) for name in meta.shards])
 
     def search(
-        self, queries: npt.ArrayLike, k: int, plan: Plan | None = None, allowed: RowFilter | None = None, *,
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        plan: Plan | None = None,
+        allowed: RowFilter | None = None,
+        *,
         num_threads: int = 1,
-    ) -> Hits:  # fmt: skip
+    ) -> Hits:
         """The ``k`` best of all shards for ``queries`` float32 [n, dim]; without a plan, the exact answer.
 
         ``allowed`` keeps the answer to some rows: conditions such as {"view": ["icon"]}, or bool [rows of the index].
@@ -297,8 +326,10 @@ class Searcher:
     def _checked(self, rows: npt.ArrayLike) -> Rows:
         wanted = np.asarray(rows, dtype=np.int64).ravel()
         if wanted.size and not NO_ROW <= wanted.min() <= wanted.max() < self.meta.num_rows:
-            raise UsageError(f"rows {wanted.min()} to {wanted.max()} are outside the index, which has rows 0 to "
-                             f"{self.meta.num_rows - 1}")  # fmt: skip
+            raise UsageError(
+                f"rows {wanted.min()} to {wanted.max()} are outside the index, which has rows 0 to "
+                f"{self.meta.num_rows - 1}"
+            )
         return wanted
 
     def _by_shard(self, rows: Rows) -> list[tuple[ShardSearcher, npt.NDArray[np.intp]]]:

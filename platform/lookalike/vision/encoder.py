@@ -66,8 +66,10 @@ def check_dims(dims: Sequence[int], dim: int) -> None:
         raise UsageError(f"dims {list(dims)} must be positive and strictly increasing, for example [8, 16, 32]")
     if dims[-1] > dim:
         above = [d for d in dims if d > dim]
-        raise UsageError(f"dims {list(dims)} exceed the model's {dim}; drop {', '.join(map(str, above))} "
-                         f"or set embedding_dim={dims[-1]}")  # fmt: skip
+        raise UsageError(
+            f"dims {list(dims)} exceed the model's {dim}; drop {', '.join(map(str, above))} "
+            f"or set embedding_dim={dims[-1]}"
+        )
     if dims[-1] < dim:
         raise UsageError(f"dims {list(dims)} must end at the whole embedding, {dim}; append it")
 
@@ -90,8 +92,9 @@ class EmbeddingModel(nn.Module):
 
 def build_model(config: EncoderConfig, weights: str = "random", *, drop_path: float = 0.0) -> EmbeddingModel:
     """The untrained module of ``config`` around a backbone with ``weights`` (see ``create_backbone``)."""
-    backbone = create_backbone(config.backbone, weights, size=config.transform.size, pooling=config.pooling,
-                               drop_path=drop_path)  # fmt: skip
+    backbone = create_backbone(
+        config.backbone, weights, size=config.transform.size, pooling=config.pooling, drop_path=drop_path
+    )
     return EmbeddingModel(backbone, config.num_features, config.dim if config.projection else None)
 
 
@@ -158,8 +161,9 @@ class Encoder:
         if not images:
             return np.empty((0, self.dim), np.float32)
         batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-        return np.concatenate([self.encode_pixels(read_pixels(batch, self.config.transform, max_pixels=max_pixels))
-                               for batch in batches])  # fmt: skip
+        return np.concatenate(
+            [self.encode_pixels(read_pixels(batch, self.config.transform, max_pixels=max_pixels)) for batch in batches]
+        )
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Vectors float32 [n, dim] of one batch of pixels, uint8 [n, 3, size, size]."""
@@ -178,8 +182,9 @@ def read_pixels(
 
     Bad bytes raise ``ImageError``.
     """
-    pictures = (decode(image, max_pixels=max_pixels) if isinstance(image, bytes) else image.convert("RGB")
-                for image in images)  # fmt: skip
+    pictures = (
+        decode(image, max_pixels=max_pixels) if isinstance(image, bytes) else image.convert("RGB") for image in images
+    )
     return np.stack([to_pixels(picture, transform) for picture in pictures])
 
 

