@@ -22,9 +22,9 @@ from pydantic import Field
 from lookalike.cluster import ensure_ray
 from lookalike.config import runtime
 from lookalike.data.parts import Item, PartWriter, blocks_of, map_parts, num_partitions, write_table
-from lookalike.data.records import REPAIRED, Limits, count_reasons
 from lookalike.data.sources import SOURCE_FORMATS, Reader, Source
-from lookalike.data.units import (
+from lookalike.data.sources.records import REPAIRED, Limits, count_reasons
+from lookalike.data.sources.units import (
     IDS,
     Checks,
     Places,

@@ -10,8 +10,10 @@ from typing import Any
 
 from lookalike import storage
 from lookalike.cluster import ensure_ray
-from lookalike.data.report import write_report
-from lookalike.data.steps import assign, duplicates, text, visual
+from lookalike.data.report.report import write_report
+from lookalike.data.steps import dictionary as visual
+from lookalike.data.steps import duplicates, text
+from lookalike.data.steps import interests as assign
 from lookalike.data.steps.job import LabelJob, LabelsConfig
 from lookalike.stages import Input, Stage, StageRun
 

@@ -16,15 +16,16 @@ from ray.serve.schema import LoggingConfig
 
 from lookalike.cluster import ensure_ray
 from lookalike.errors import LookalikeError, UsageError
-from lookalike.serve.autoscaling import replica_options
-from lookalike.serve.config import ServeConfig
-from lookalike.serve.experiment import own_generations, read_arms
-from lookalike.serve.generation import Generation, read_generation
-from lookalike.serve.ingress import SERVICERS, Ingress
-from lookalike.serve.tenants import read_tenants
-from lookalike.serve.tls import LOOPBACK, Tls, check_files
-from lookalike.serve.workers import RerankWorker, ShardWorker
-from lookalike.serve.writer import Writer
+from lookalike.serve.experiment.assignment import own_generations, read_arms
+from lookalike.serve.front.ingress import SERVICERS, Ingress
+from lookalike.serve.front.tenants import read_tenants
+from lookalike.serve.front.tls import LOOPBACK, check_files
+from lookalike.serve.generations.generation import Generation, read_generation
+from lookalike.serve.generations.writer import Writer
+from lookalike.serve.search.autoscaling import replica_options
+from lookalike.serve.search.workers import RerankWorker, ShardWorker
+from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.settings.security import Tls
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -79,7 +80,7 @@ def build(config: ServeConfig) -> serve.Application:
         options = deployment("rerank", **replica_options(kinds.rerank, config.shard_replicas, cpus))
         reranker = serve.deployment(**options)(RerankWorker).bind(held, writer)
     if any(one.encoder is not None for one in (generation, *held)):
-        from lookalike.serve.encoding import BatchingEncoder  # torch: only for those who encode
+        from lookalike.serve.search.encoding import BatchingEncoder  # torch: only for those who encode
 
         own = config.encoder_replicas
         options = deployment("encoder", **replica_options(kinds.encoder, own.num_replicas, cpus, own.num_gpus))

@@ -8,12 +8,12 @@ from typing import Any
 from lookalike.config import parse_config
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
-from lookalike.serve.config import ServeConfig
-from lookalike.serve.experiment import own_generations, read_arms
-from lookalike.serve.generation import Generation
+from lookalike.serve.experiment.assignment import own_generations, read_arms
+from lookalike.serve.front.fused import open_workers
+from lookalike.serve.front.service import Service
+from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.service import Service
-from lookalike.serve.workers import open_workers
+from lookalike.serve.settings.config import ServeConfig
 
 _METHODS = {
     "Search": "search",

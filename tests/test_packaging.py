@@ -94,7 +94,11 @@ def test_wheel_holds_every_module_and_data_file_and_no_other(wheel: Path) -> Non
     assert packaged - library == expected_files()
     assert len(library) == int(shutil.which("gcc") is not None), "built where there is a compiler"
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert {"lookalike/py.typed", "lookalike/serve/proto/retrieval.proto", "lookalike/data/interests.yaml"} <= packaged
+    assert {
+        "lookalike/py.typed",
+        "lookalike/serve/proto/retrieval.proto",
+        "lookalike/data/interests/interests.yaml",
+    } <= packaged
 
 
 def test_wheel_declares_the_command_and_three_dependencies(wheel: Path) -> None:

@@ -1,10 +1,10 @@
 """``lookalike pretrain``: a backbone on weak labels by multi-label softmax (Beal et al. 2021, section 3.4)."""
 
 from lookalike.stages import Stage
-from lookalike.train.footprint import preview
-from lookalike.train.settings import TrainConfig
+from lookalike.train.run.footprint import preview
+from lookalike.train.run.settings import TrainConfig
+from lookalike.train.run.trainer import INPUTS, run_training
 from lookalike.train.tasks import TaskConfig
-from lookalike.train.trainer import INPUTS, run_training
 
 
 class PretrainConfig(TrainConfig):

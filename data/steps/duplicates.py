@@ -13,16 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from lookalike import storage
-from lookalike.data.annotations import ANNOTATIONS
-from lookalike.data.copies import COPIES, DUPLICATES, FATES, settle_part
-from lookalike.data.dedup import COPIES_WITHIN, LENT, borrow, find_duplicates, lent_rows, split_parts
+from lookalike.data.duplicates.copies import COPIES, DUPLICATES, FATES, settle_part
+from lookalike.data.duplicates.dedup import COPIES_WITHIN, LENT, borrow, find_duplicates, lent_rows, split_parts
+from lookalike.data.duplicates.signatures import ROW_SHIFT, signature_schema
+from lookalike.data.duplicates.twins import DedupConfig, judge_pairs, pictures_of
 from lookalike.data.parts import Item, blocks_of, broadcast, collect, part_name, read_table, write_table
-from lookalike.data.signatures import ROW_SHIFT, signature_schema
 from lookalike.data.steps import cells, fates
 from lookalike.data.steps.exchange import exchange, read_part, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.steps.signatures import sign
-from lookalike.data.twins import DedupConfig, judge_pairs, pictures_of
+from lookalike.data.text.annotations import ANNOTATIONS
 from lookalike.errors import UsageError
 from lookalike.progress import track
 

@@ -7,12 +7,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike import storage
-from lookalike.data.candidates import PAIRS, merge_pairs
-from lookalike.data.components import both_ways, contract, digest, downwards, edge_frame, large_star, small_star
-from lookalike.data.copies import FATES
-from lookalike.data.dedup import decide_fates
+from lookalike.data.duplicates.candidates import PAIRS, merge_pairs
+from lookalike.data.duplicates.components import (
+    both_ways,
+    contract,
+    digest,
+    downwards,
+    edge_frame,
+    large_star,
+    small_star,
+)
+from lookalike.data.duplicates.copies import FATES
+from lookalike.data.duplicates.dedup import decide_fates
+from lookalike.data.duplicates.signatures import ROW_SHIFT
 from lookalike.data.parts import Item, blocks_of, part_name, read_table, write_table
-from lookalike.data.signatures import ROW_SHIFT
 from lookalike.data.steps.exchange import (
     as_frame,
     bucket_rows,

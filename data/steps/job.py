@@ -14,13 +14,13 @@ from pydantic import Field
 
 from lookalike import storage
 from lookalike.config import runtime
-from lookalike.data.annotations import AnnotationConfig
-from lookalike.data.clusters import ClusterConfig
-from lookalike.data.dictionary import DictionaryConfig
-from lookalike.data.interests import RestrictionConfig
+from lookalike.data.dictionary.scores import DictionaryConfig
+from lookalike.data.duplicates.twins import DedupConfig
+from lookalike.data.interests.clusters import ClusterConfig
+from lookalike.data.interests.interests import RestrictionConfig
 from lookalike.data.parts import Item, map_parts, part_items, read_table
-from lookalike.data.report import ReportConfig
-from lookalike.data.twins import DedupConfig
+from lookalike.data.report.report import ReportConfig
+from lookalike.data.text.settings import AnnotationConfig
 from lookalike.stages import StageConfig, StageRun
 from lookalike.telemetry import get_logger, timed
 

@@ -9,10 +9,8 @@ import pyarrow.parquet as pq
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
-from lookalike.data.copies import held_out_groups
-from lookalike.data.features import project_part
-from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, write_table
-from lookalike.data.signatures import (
+from lookalike.data.duplicates.copies import held_out_groups
+from lookalike.data.duplicates.signatures import (
     ROW_SHIFT,
     SIGNED_COLUMNS,
     bucket_of,
@@ -21,6 +19,8 @@ from lookalike.data.signatures import (
     running_spans,
     sign_images,
 )
+from lookalike.data.features import project_part
+from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, write_table
 from lookalike.data.steps.exchange import exchange, num_buckets, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.errors import UsageError

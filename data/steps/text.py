@@ -8,18 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lookalike import storage
-from lookalike.data.annotations import (
-    ANNOTATIONS,
-    BATCH_ROWS,
-    COUNTS,
-    TEXT_COLUMNS,
-    annotate,
-    count_candidates,
-    frequent_terms,
-    make_annotator,
-    most_frequent,
-)
-from lookalike.data.annotators import Annotator
 from lookalike.data.parts import (
     Item,
     add_up,
@@ -33,7 +21,19 @@ from lookalike.data.parts import (
 )
 from lookalike.data.steps import duplicates
 from lookalike.data.steps.job import LabelJob
-from lookalike.data.vocabulary import Vocabulary
+from lookalike.data.text.annotations import (
+    ANNOTATIONS,
+    BATCH_ROWS,
+    COUNTS,
+    TEXT_COLUMNS,
+    annotate,
+    count_candidates,
+    frequent_terms,
+    make_annotator,
+    most_frequent,
+)
+from lookalike.data.text.annotators import Annotator
+from lookalike.data.text.vocabulary import Vocabulary
 from lookalike.errors import UsageError
 
 PARTS_PER_TASK = 16  # counted together before they are shuffled

@@ -27,20 +27,26 @@ STAGE_HELP = {
     "plan": "measure shortlist and re-rank plans and choose one",
 }
 COMMANDS = {
-    "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands:serve"),
-    "search": ("query a running service or an index on disk by image, vector or id", "lookalike.serve.commands:search"),
-    "token": ("make a bearer token of a tenant of the service", "lookalike.serve.tenants:token"),
-    "admin": ("show or change what a running service serves", "lookalike.serve.admin:admin"),
+    "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands.commands:serve"),
+    "search": (
+        "query a running service or an index on disk by image, vector or id",
+        "lookalike.serve.commands.commands:search",
+    ),
+    "token": ("make a bearer token of a tenant of the service", "lookalike.serve.commands.token:token"),
+    "admin": ("show or change what a running service serves", "lookalike.serve.commands.admin:admin"),
     "experiment": (
         "compare the arms of a serving experiment by the access logs",
-        "lookalike.serve.experiment_report:experiment",
+        "lookalike.serve.experiment.report:experiment",
     ),
-    "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.export:export"),
+    "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.publish.export:export"),
     "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
     "verify": ("compare every file of artifacts with their manifests", "lookalike.verify:verify"),
     "run": ("run every step of a recipe", "lookalike.run:run"),
     "variants": ("run a recipe of variants: label counts beside retrieval (Table 2)", "lookalike.variants:variants"),
-    "quickstart": ("run a whole recipe, serve it, query it, write a report", "lookalike.serve.quickstart:quickstart"),
+    "quickstart": (
+        "run a whole recipe, serve it, query it, write a report",
+        "lookalike.serve.commands.quickstart:quickstart",
+    ),
 }
 DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
 EXTRAS = {

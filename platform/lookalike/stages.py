@@ -81,13 +81,13 @@ _BUILT_IN = {
     "corpus": "lookalike.data.corpus:STAGE",
     "labels": "lookalike.data.labels:STAGE",
     "shards": "lookalike.data.shards:STAGE",
-    "encoder": "lookalike.train.publish:STAGE",
+    "encoder": "lookalike.train.publish.encoder:STAGE",
     "pretrain": "lookalike.train.pretrain:STAGE",
     "finetune": "lookalike.train.finetune:STAGE",
-    "embed": "lookalike.train.embed:STAGE",
-    "evaluate": "lookalike.train.evaluate:STAGE",
-    "index": "lookalike.serve.index:STAGE",
-    "plan": "lookalike.serve.plan:STAGE",
+    "embed": "lookalike.train.evaluate.embed:STAGE",
+    "evaluate": "lookalike.train.evaluate.evaluate:STAGE",
+    "index": "lookalike.serve.index.build:STAGE",
+    "plan": "lookalike.serve.index.plan:STAGE",
 }
 
 

@@ -22,7 +22,7 @@ import polars as pl
 from PIL import Image, ImageDraw
 
 from lookalike.artifacts import Artifact
-from lookalike.data.dictionary import wilson_interval
+from lookalike.data.dictionary.scores import wilson_interval
 from lookalike.data.parts import read_table
 from lookalike.sampling import mix_keys, stable_keys
 from lookalike.vision.images import decode

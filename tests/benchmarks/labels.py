@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from lookalike.artifacts import Artifact
-from lookalike.data.boundary import ranking_auc, read_words
+from lookalike.data.dictionary.boundary import ranking_auc, read_words
 from lookalike.data.parts import read_table
 
 PARTS = ("concreteness", "text", "dedup")

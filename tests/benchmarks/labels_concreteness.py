@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lookalike import storage
-from lookalike.data.concreteness import _stack, score_terms
-from lookalike.data.dictionary import ProbeConfig, digest
+from lookalike.data.dictionary.concreteness import _stack, score_terms
+from lookalike.data.dictionary.scores import ProbeConfig, digest
+from lookalike.data.dictionary.sketch import Pools, Sample, assign_folds, choose_samples
 from lookalike.data.parts import read_table
-from lookalike.data.sketch import Pools, Sample, assign_folds, choose_samples
 from lookalike.retrieval.machine import machine_facts
 
 TERMS = 218_879  # of the paper's dictionary

@@ -33,11 +33,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from lookalike.data.candidates import Cells, band_keys, cell_keys, cut_cells, merge_pairs, search_cell, train_cells
-from lookalike.data.dedup import decide_fates
+from lookalike.data.duplicates.candidates import (
+    Cells,
+    band_keys,
+    cell_keys,
+    cut_cells,
+    merge_pairs,
+    search_cell,
+    train_cells,
+)
+from lookalike.data.duplicates.dedup import decide_fates
+from lookalike.data.duplicates.signatures import sign_image, signature_schema
+from lookalike.data.duplicates.twins import DedupConfig, judge_pairs, look_alike, measure, pictures_of, words_of
 from lookalike.data.features import project
-from lookalike.data.signatures import sign_image, signature_schema
-from lookalike.data.twins import DedupConfig, judge_pairs, look_alike, measure, pictures_of, words_of
 from lookalike.progress import track
 from lookalike.retrieval.machine import machine_facts
 

@@ -33,18 +33,18 @@ LIMITS = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREA
 
 def lookalike(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
     """The stage's own functions over the parts."""
-    from lookalike.data.annotations import (
+    from lookalike.data.parts import add_up, read_table, write_table
+    from lookalike.data.steps.text import read_text
+    from lookalike.data.text.annotations import (
         COUNTS,
-        AnnotationConfig,
         annotate,
         count_candidates,
         frequent_terms,
         make_annotator,
         most_frequent,
     )
-    from lookalike.data.parts import add_up, read_table, write_table
-    from lookalike.data.steps.text import read_text
-    from lookalike.data.vocabulary import Vocabulary
+    from lookalike.data.text.settings import AnnotationConfig
+    from lookalike.data.text.vocabulary import Vocabulary
 
     config = AnnotationConfig() if languages else AnnotationConfig(language=None)
     annotator, lists = make_annotator(config), config.lists()
@@ -104,8 +104,9 @@ def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lookalike.data.annotations import AnnotationConfig, annotate, make_annotator
-    from lookalike.data.vocabulary import Vocabulary
+    from lookalike.data.text.annotations import annotate, make_annotator
+    from lookalike.data.text.settings import AnnotationConfig
+    from lookalike.data.text.vocabulary import Vocabulary
 
     pa.set_cpu_count(1)
     warm = pa.table({"image_id": ["a"], "title": ["A red sofa in the living room"], "split": ["train"]})

@@ -21,7 +21,7 @@ from lookalike.cluster import ensure_ray
 from lookalike.recipe import Recipe
 from lookalike.retrieval.machine import machine_facts
 from lookalike.telemetry import setup_logging
-from lookalike.train.settings import TrainConfig
+from lookalike.train.run.settings import TrainConfig
 from tests.benchmarks.learning_tables import Row, render_markdown, summarise
 
 SEEDED = ("pretrain", "finetune")

@@ -38,7 +38,7 @@ from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import shortlist_name
 from lookalike.retrieval.synthetic import Hierarchy, embeddings_table, make_part, publish_tables
-from lookalike.serve.index import STAGE, IndexConfig
+from lookalike.serve.index.build import STAGE, IndexConfig
 from lookalike.stages import execute
 
 PART_ROWS, QUERIES, K, SEED, CLASSES = 1 << 16, 200, 10, 7, 1000

@@ -40,8 +40,8 @@ from lookalike.retrieval.searcher import Searcher, ShardSearcher
 from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, effort_of, shortlist_name
 from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
 from lookalike.retrieval.synthetic import make_vectors
-from lookalike.serve.plan import PlanConfig
-from lookalike.serve.plan_plot import plot
+from lookalike.serve.index.plan import PlanConfig
+from lookalike.serve.index.plan_plot import plot
 
 K, TARGETS = 10, (0.99, 0.95)
 RANKINGS: tuple[planner.RankBy, ...] = ("model", "measured")

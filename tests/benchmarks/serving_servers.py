@@ -26,10 +26,10 @@ from lookalike.retrieval.plan import Plan, load_plan
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.app import free_port, start, stop
-from lookalike.serve.config import ServeConfig
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto.retrieval_pb2_grpc import RetrievalServiceServicer, add_RetrievalServiceServicer_to_server
-from lookalike.serve.requests import write_plan
+from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.wire.requests import write_plan
 from tests.benchmarks.serving_hop import build_hop
 
 START_S = 300.0
@@ -166,7 +166,7 @@ def _start_ray() -> None:
 def _prepare(*, root: str, num: int, dim: int, seed: int, shards: Sequence[int], shortlist_dim: int) -> None:
     import ray
 
-    from lookalike.serve.index import STAGE, IndexConfig
+    from lookalike.serve.index.build import STAGE, IndexConfig
     from lookalike.stages import execute
 
     vectors, classes = make_vectors(num, dim, seed=seed)

@@ -5,9 +5,9 @@ It leaves out what ``text_polars`` leaves out, except that terms and matches are
 
 from typing import Any
 
-from lookalike.data.annotations import AnnotationConfig
-from lookalike.data.languages import MIN_WORDS, SURE, language_of
-from lookalike.data.terms import canonical, match_terms, ngrams
+from lookalike.data.text.languages import MIN_WORDS, SURE, language_of
+from lookalike.data.text.settings import AnnotationConfig
+from lookalike.data.text.terms import canonical, match_terms, ngrams
 from tests.benchmarks.text_polars import language_model
 
 FREE_TEXT = ("title", "description")

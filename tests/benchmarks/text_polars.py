@@ -11,9 +11,9 @@ from typing import Any
 
 import polars as pl
 
-from lookalike.data.annotations import AnnotationConfig
-from lookalike.data.languages import MIN_WORDS, SURE, language_of
-from lookalike.data.terms import STOP_WORDS, singular
+from lookalike.data.text.languages import MIN_WORDS, SURE, language_of
+from lookalike.data.text.settings import AnnotationConfig
+from lookalike.data.text.terms import STOP_WORDS, singular
 
 FREE_TEXT = ("title", "description")
 BREAKS = r"[^\w\s'+&_-]+|\s-+\s|[\n\r\t]"

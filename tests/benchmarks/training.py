@@ -30,13 +30,13 @@ from lookalike.cluster import ClusterConfig, ensure_ray
 from lookalike.retrieval.machine import machine_facts
 from lookalike.schemas import SHARD
 from lookalike.stages import StageRun, execute
-from lookalike.train.batches import worker_batches
-from lookalike.train.decoding import actor_batches, to_arrays
+from lookalike.train.feed.decoding import actor_batches, to_arrays
+from lookalike.train.feed.loader import Batch, BatchDataset, build_loader
 from lookalike.train.finetune import STAGE
-from lookalike.train.loader import Batch, BatchDataset, build_loader
-from lookalike.train.loop import build_multitask_model
-from lookalike.train.settings import LoopConfig, TrainConfig
-from lookalike.train.trainer import resolve
+from lookalike.train.run.batches import worker_batches
+from lookalike.train.run.loop import build_multitask_model
+from lookalike.train.run.settings import LoopConfig, TrainConfig
+from lookalike.train.run.trainer import resolve
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
 from lookalike.vision.images import decode
@@ -213,7 +213,7 @@ def measure_decoding(dataset: BatchDataset, num: int) -> dict[str, float]:
 
 
 def _images(unit: Any) -> list[bytes]:
-    from lookalike.train.units import read_unit
+    from lookalike.train.feed.units import read_unit
 
     return list(read_unit(unit, ["image"])["image"].to_pylist())
 

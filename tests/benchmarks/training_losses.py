@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional
 
 from lookalike.retrieval.machine import machine_facts
-from lookalike.train.matryoshka import NestedLinear
-from lookalike.train.reduction import reduce_scores
+from lookalike.train.losses.matryoshka import NestedLinear
+from lookalike.train.losses.reduction import reduce_scores
 from lookalike.train.tasks import TaskConfig
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

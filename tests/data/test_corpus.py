@@ -17,11 +17,10 @@ from PIL import Image
 from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.data.corpus import STAGE, CorpusConfig, merge_quarantine, plan_units, tally
-from lookalike.data.units import IDS, Places, check_unit, drop_repeated, find_repeated
+from lookalike.data.sources.units import IDS, Places, check_unit, drop_repeated, find_repeated
 from lookalike.errors import CorpusError
 from lookalike.stages import execute
-
-from .conftest import make_rows
+from tests.data.conftest import make_rows
 
 
 def write_source(folder: str, row_group: int, rows: list[dict[str, Any]] | None = None) -> str:

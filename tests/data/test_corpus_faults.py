@@ -21,12 +21,11 @@ from PIL import Image
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.data.corpus import STAGE, CorpusConfig, plan_units
-from lookalike.data.units import Places, check_unit
+from lookalike.data.sources.units import Places, check_unit
 from lookalike.errors import CorpusError, LookalikeError
 from lookalike.stages import fingerprint
-
-from .conftest import make_rows
-from .test_corpus import build, write_source
+from tests.data.conftest import make_rows
+from tests.data.test_corpus import build, write_source
 
 
 def content(artifact: Artifact) -> dict[str, str]:

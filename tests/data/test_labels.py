@@ -11,8 +11,7 @@ from lookalike.data import labels, shards
 from lookalike.errors import UsageError
 from lookalike.schemas import SHARD
 from lookalike.stages import execute, fingerprint
-
-from .conftest import make_rows, publish_corpus, publish_embeddings
+from tests.data.conftest import make_rows, publish_corpus, publish_embeddings
 
 SETTINGS: dict[str, Any] = {
     "annotations": {"min_images": 4},

@@ -12,8 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lookalike.serve.config import ServeConfig
-from lookalike.serve.serve_config import check_serve_config
+from lookalike.serve.commands.check_config import check_serve_config
+from lookalike.serve.settings.config import ServeConfig
 
 Document = dict[str, Any]
 Schemas = Mapping[str, Document]

@@ -16,9 +16,9 @@ import yaml
 from lookalike.cli import STAGE_HELP
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe
-from lookalike.serve.commands import MESSAGE_VARIABLE, emit_config
-from lookalike.serve.config import Limits, ServeConfig
-from lookalike.serve.tls import render
+from lookalike.serve.commands.commands import MESSAGE_VARIABLE, emit_config
+from lookalike.serve.front.tls import render
+from lookalike.serve.settings.config import Limits, ServeConfig
 from lookalike.stages import load_object, stage_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ def test_the_proxy_is_the_one_that_the_program_runs() -> None:
     pod = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     proxy = pod["containers"][1]
     *program, config = proxy["command"]
-    assert program == ["python", "-m", "lookalike.serve.tls"]
+    assert program == ["python", "-m", "lookalike.serve.front.tls"]
     mounts = mounted(pod, proxy)
     (folder,) = [path for path, volume in mounts.items() if "secret" in volume]
     folder_of_config, _, name = config.rpartition("/")

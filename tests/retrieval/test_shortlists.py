@@ -23,7 +23,7 @@ from lookalike.retrieval.shortlist import (
 )
 from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors
-from lookalike.train.losses import binarize
+from lookalike.train.losses.classes import binarize
 
 KINDS = ("flat", "hnsw", "graph", "hnsw-sq8", "ivf", "ivf-pq", "ivf-rabitq", "binary", "binary-signs")
 CODED = {"graph", "hnsw-sq8", "ivf-pq", "ivf-rabitq", "binary", "binary-signs"}

@@ -16,7 +16,7 @@ from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, sh
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
 from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
-from lookalike.serve.config import ServeConfig, Writes
+from lookalike.serve.settings.config import ServeConfig, Writes
 from lookalike.vision.encoder import Encoder, EncoderConfig, build_model, save_encoder, to_bytes
 from lookalike.vision.transforms import TransformConfig
 
@@ -157,8 +157,8 @@ def publish_plan(root: str, index: Artifact, plan: dict[str, object], name: str 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Polls of writer and followers short enough for tests."""
-    from lookalike.serve import follower
-    from lookalike.serve import writer as module
+    from lookalike.serve.generations import follower
+    from lookalike.serve.generations import writer as module
 
     for place in (follower, module):
         monkeypatch.setattr(place, "POLL_S", 0.2)

@@ -24,8 +24,8 @@ import numpy as np
 from lookalike.cluster import ClusterConfig, ensure_ray
 from lookalike.serve.app import start, stop
 from lookalike.serve.client import Client, StoredRow
-from lookalike.serve.config import ServeConfig, Writes
-from lookalike.serve.errors import RetrievalError
+from lookalike.serve.settings.config import ServeConfig, Writes
+from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.soak import NUM_ROWS, publish_generations
 
 TOKEN = "a-token-of-this-test-alone"

@@ -33,9 +33,9 @@ import numpy as np
 
 from lookalike.artifacts import Artifact
 from lookalike.serve.client import Client
-from lookalike.serve.config import ServeConfig, Writes
-from lookalike.serve.errors import RetrievalError
-from lookalike.serve.tuning import Autoscaling, Deployed, Deployments
+from lookalike.serve.settings.config import ServeConfig, Writes
+from lookalike.serve.settings.load import Autoscaling, Deployed, Deployments
+from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.conftest import publish, publish_embeddings, publish_index
 from tests.serve.soak_callers import DIM, PROMISED, Book, K, Seen, check_written, search, surge, write
 

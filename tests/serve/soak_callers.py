@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 
 from lookalike.serve.client import AsyncClient, StoredRow
-from lookalike.serve.errors import RetrievalError
-from tests.serve.scaling import until
+from lookalike.serve.wire.errors import RetrievalError
+from tests.serve.search.scaling import until
 
 DIM, K = 64, 5
 SURGE = 16

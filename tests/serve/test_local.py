@@ -11,10 +11,10 @@ from PIL import Image
 from lookalike.errors import UsageError
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.client import Client, SearchPlan, StoredRow
-from lookalike.serve.config import Limits, ServeConfig
-from lookalike.serve.errors import RetrievalError
-from lookalike.serve.generation import read_generation
+from lookalike.serve.generations.generation import read_generation
 from lookalike.serve.local import LocalClient
+from lookalike.serve.settings.config import Limits, ServeConfig
+from lookalike.serve.wire.errors import RetrievalError
 from lookalike.vision.encoder import to_bytes
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from lookalike.serve.config import ServeConfig
 from lookalike.serve.local import LocalClient
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.settings.config import ServeConfig
 from tests.benchmarks.serving import Pair, compare
 from tests.benchmarks.serving_load import MIN_REQUESTS, Call, Figures, apply_load, ask_once
 from tests.benchmarks.serving_servers import Server, running

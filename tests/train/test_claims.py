@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from lookalike.retrieval.metrics import map_at_10_by_k
-from lookalike.train.baselines import Floats, normalize_prefix, project, svd_directions
-from lookalike.train.evaluate import nearest_rows
-from lookalike.train.matryoshka import NestedLinear, Nesting, nested_loss
+from lookalike.train.evaluate.baselines import Floats, normalize_prefix, project, svd_directions
+from lookalike.train.evaluate.evaluate import nearest_rows
+from lookalike.train.losses.matryoshka import NestedLinear, Nesting, nested_loss
 
 pytestmark = pytest.mark.slow
 DIMS = (2, 4, 8, 16, 32, 64)

@@ -10,9 +10,9 @@ from torch import nn
 from lookalike.config import Config
 from lookalike.errors import UsageError
 from lookalike.registry import Registry, nearest
-from lookalike.train.losses import Averaging
-from lookalike.train.matryoshka import Nesting, choose_dims
-from lookalike.train.pairs import Mining
+from lookalike.train.losses.classes import Averaging
+from lookalike.train.losses.matryoshka import Nesting, choose_dims
+from lookalike.train.losses.pairs import Mining
 
 Batch = Mapping[str, torch.Tensor]
 ATTRIBUTE = "attribute."

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lookalike.errors import UsageError
-from lookalike.train.losses import (
+from lookalike.train.losses.classes import (
     binarize,
     masked_mean,
     multilabel_sigmoid_loss,
@@ -18,8 +18,8 @@ from lookalike.train.losses import (
     normalized_softmax_loss,
     softmax_loss,
 )
-from lookalike.train.matryoshka import NestedCosine, NestedHead, NestedLinear, nested_loss
-from lookalike.train.proxies import (
+from lookalike.train.losses.matryoshka import NestedCosine, NestedHead, NestedLinear, nested_loss
+from lookalike.train.losses.proxies import (
     Shard,
     choose_classes,
     gather_labels,
@@ -28,7 +28,7 @@ from lookalike.train.proxies import (
     sum_workers,
     workers,
 )
-from lookalike.train.reduction import Factors, Over, Reduced, reduce_scores
+from lookalike.train.losses.reduction import Factors, Over, Reduced, reduce_scores
 from lookalike.train.tasks.base import ONE_CLASS, TASKS, Batch, Task
 
 SCALE = ("nesting", "class_chunk", "shard")

@@ -3,9 +3,9 @@
 import torch
 
 from lookalike.seeds import derive_seed
-from lookalike.train.pairs import contrastive_loss, cosine_loss, triplet_loss
-from lookalike.train.proxies import gather_labels, gather_rows, workers
-from lookalike.train.regularizers import embedding_norm_loss, koleo_loss, relational_loss, teacher_cosine_loss
+from lookalike.train.losses.pairs import contrastive_loss, cosine_loss, triplet_loss
+from lookalike.train.losses.proxies import gather_labels, gather_rows, workers
+from lookalike.train.losses.regularizers import embedding_norm_loss, koleo_loss, relational_loss, teacher_cosine_loss
 from lookalike.train.tasks.base import ONE_CLASS, TASKS, Batch, Task
 
 RELATIONS = (*ONE_CLASS, "row")

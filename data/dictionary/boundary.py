@@ -1,0 +1,199 @@
+"""The decision boundary of the visual dictionary, chosen by a criterion (Pinterest section 3.2.1).
+
+The paper takes the boundary after which pretraining does best. Two criteria stand in for that sweep:
+
+- ``words``: a list of words known to be concrete or abstract; the boundary that tells them apart best, by balanced
+  accuracy (Youden's index is twice that, less one).
+- ``retrieval``: for each candidate boundary, the cheapest model that learns from the surviving terms, a ridge
+  regression from frozen features to the terms of random training images. Validation images are represented by its
+  predictions and judged by P@1: does the nearest one share the group, or the category? The smallest boundary within one
+  standard error of the best is taken, so that no term goes without a measured reason. Predictions of a ridge regression
+  are linear in the features: this sees which directions the kept terms supervise, not what a deep model makes of them.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from lookalike import storage
+from lookalike.config import Config
+from lookalike.data.dictionary.sketch import Pools
+from lookalike.data.text.terms import canonical
+from lookalike.errors import UsageError
+
+CANDIDATES = np.arange(50, 100) / 100
+RETRIEVAL_EVERY = 5  # the retrieval criterion tries every fifth candidate: each costs a product of all images by all
+TERM_CHUNK = 8192  # terms whose regressions are held at a time
+
+
+class BoundaryConfig(Config):
+    """Where the boundary comes from."""
+
+    criterion: Literal["words", "retrieval"]
+    """``words`` needs a list, ``retrieval`` a validation split."""
+    words: str | None = None
+    """URI of the list: YAML with the lists ``concrete`` and ``abstract``, or CSV with the columns term, concrete (0 or
+    1)."""
+    split: str = "val"
+    """Split of the corpus whose images are the validation set."""
+    images: int = Field(4096, ge=16, le=32_768)
+    """Validation images at the most, chosen by hash among those with a group or a category."""
+    ridge: float = Field(0.1, gt=0, le=1000)
+    """Weight of the regression's penalty against an image's mean squared feature."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "BoundaryConfig":
+        if self.criterion == "words" and self.words is None:
+            raise ValueError("boundary_from.criterion 'words' needs boundary_from.words, the URI of a word list")
+        return self
+
+
+class Choice(NamedTuple):
+    """A boundary and the curve that it was read from."""
+
+    boundary: float
+    criterion: str
+    """What ``value`` of the curve is."""
+    curve: list[dict[str, float]]
+    """For each candidate ``boundary``: ``terms`` at or above, and ``value``."""
+    facts: dict[str, float]
+    """What else was measured."""
+
+
+def read_words(uri: str) -> dict[str, bool]:
+    """Canonical term -> whether it is concrete; raises ``UsageError`` when the file has another form."""
+    content = storage.read_bytes(uri)
+    try:
+        if uri.endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(content.decode())))
+            named = {row["term"]: {"0": False, "1": True}[row["concrete"].strip()] for row in rows}
+        else:
+            values = yaml.safe_load(content)
+            named = {str(word): side == "concrete" for side in ("abstract", "concrete") for word in values[side]}
+    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"word list {uri} cannot be read ({error!r}); give YAML with the lists 'concrete' and "
+            "'abstract', or CSV with the columns term, concrete (0 or 1)"
+        ) from None
+    words = {term: concrete for word, concrete in named.items() if (term := canonical(word))}
+    if len(set(words.values())) < 2:
+        raise UsageError(f"word list {uri} has {len(words)} usable words of one kind; give concrete and abstract ones")
+    return words
+
+
+def ranking_auc(dictionary: pa.Table, concrete: Sequence[str], abstract: Sequence[str]) -> float:
+    """Share of (concrete, abstract) pairs that concreteness ranks rightly, ties as half; words not scored are left out.
+
+    ``dictionary`` needs ``term`` and ``concreteness``. NaN when either side has no scored word.
+    """
+    high, low = (_scores_of(dictionary, words) for words in (concrete, abstract))
+    if not len(high) or not len(low):
+        return float("nan")
+    return float(((high[:, None] > low).mean() + (high[:, None] >= low).mean()) / 2)
+
+
+def _scores_of(dictionary: pa.Table, words: Sequence[str]) -> NDArray[np.float32]:
+    scores = dict(zip(dictionary["term"].to_pylist(), dictionary["concreteness"].to_pylist(), strict=True))
+    found = [scores[word] for word in words if scores.get(word) is not None]
+    return np.array(found, np.float32)
+
+
+def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> Choice:
+    """The smallest candidate with the best balanced accuracy; raises ``UsageError`` when too few words are scored."""
+    sides = [[word for word, concrete in words.items() if concrete == wanted] for wanted in (True, False)]
+    high, low = (_scores_of(dictionary, side) for side in sides)
+    if min(len(high), len(low)) < 5:
+        raise UsageError(
+            f"of the word list {len(high)} concrete and {len(low)} abstract words are scored terms, 5 of "
+            "each are needed; give a list in the corpus's own words, or dictionary.boundary"
+        )
+    at = CANDIDATES.astype(np.float32)
+    values = ((high >= at[:, None]).mean(axis=1) + (low < at[:, None]).mean(axis=1)) / 2
+    facts = {"auc": round(ranking_auc(dictionary, *sides), 4), "concrete_words": len(high), "abstract_words": len(low)}
+    return Choice(
+        float(CANDIDATES[int(values.argmax())]), "balanced accuracy", _curve(dictionary, CANDIDATES, values), facts
+    )
+
+
+def _curve(dictionary: pa.Table, at: NDArray[np.float64], values: NDArray[np.floating]) -> list[dict[str, float]]:
+    scores = dictionary["concreteness"].drop_null().to_numpy()
+    return [
+        {"boundary": float(b), "terms": int((scores >= np.float32(b)).sum()), "value": round(float(v), 5)}
+        for b, v in zip(at, values, strict=True)
+    ]
+
+
+def choose_by_retrieval(
+    dictionary: pa.Table, pools: Pools, vectors: NDArray[Any], labels: Sequence[str], ridge: float
+) -> Choice:
+    """The smallest candidate whose P@1 is within one standard error of the best.
+
+    ``vectors`` [n, D] and ``labels`` [n] are the validation images; those whose label no other has are not asked for.
+    Memory: n x n floats, and D x ``TERM_CHUNK``.
+    """
+    codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)[1] if len(labels) else np.zeros(0, np.int64)
+    asked = np.nonzero(np.bincount(codes)[codes] > 1)[0] if len(codes) else codes
+    if len(asked) < 16:
+        raise UsageError(
+            f"the validation split has {len(asked)} images that share a group or category with another, "
+            "16 are needed; name another split as boundary_from.split"
+        )
+    mean = pools.vectors.astype(np.float32).mean(axis=0)
+    images = np.asarray(vectors, np.float32) - mean
+    at = CANDIDATES[::RETRIEVAL_EVERY]
+    values = np.array([_p_at_1(images, gram, asked, codes) for gram in _grams(dictionary, pools, mean, at, ridge)])
+    best = float(values.max())
+    error = float(np.sqrt(best * (1 - best) / len(asked)))
+    chosen = int(np.nonzero(values >= best - error)[0][0])
+    return Choice(
+        float(at[chosen]),
+        "P@1 of the validation images",
+        _curve(dictionary, at, values),
+        {"standard_error": round(error, 5), "queries": len(asked)},
+    )
+
+
+def _grams(
+    dictionary: pa.Table, pools: Pools, mean: NDArray[np.float32], at: NDArray[np.float64], ridge: float
+) -> NDArray[np.float64]:
+    """W W^T [candidates, D, D], W the regressions to the terms at or above a candidate, each target of variance 1."""
+    x = pools.vectors.astype(np.float32) - mean
+    spread = x.T @ x / len(x)
+    inverse = np.linalg.inv(spread + ridge * np.trace(spread) / len(spread) * np.eye(len(spread)))
+    scores = dict(zip(dictionary["term"].to_pylist(), dictionary["concreteness"].to_pylist(), strict=True))
+    level = np.array([scores.get(term) or 0.0 for term in pools.terms.to_pylist()], np.float32)
+    bins = np.searchsorted(at.astype(np.float32), level, side="right")  # candidates that keep the term
+    grams = np.zeros((len(at) + 1, *spread.shape))
+    for start in range(0, len(level), TERM_CHUNK):
+        places = np.arange(start, min(start + TERM_CHUNK, len(level)))
+        places = places[bins[places] > 0]
+        sums = [_centred_sum(x, pools.rows_of(place)) for place in places.tolist()]
+        weights = inverse @ np.array(sums).reshape(-1, len(spread)).T
+        for kept in np.unique(bins[places]).tolist():
+            own = weights[:, bins[places] == kept]
+            grams[kept] += own @ own.T
+    return np.asarray(np.cumsum(grams[::-1], axis=0)[::-1][1:])
+
+
+def _centred_sum(x: NDArray[np.float32], rows: NDArray[np.integer]) -> NDArray[np.float64]:
+    share = len(rows) / len(x)
+    return np.asarray(x[rows].sum(axis=0) / len(x) / np.sqrt(max(share * (1 - share), 1e-12)), dtype=np.float64)
+
+
+def _p_at_1(
+    images: NDArray[np.float32], gram: NDArray[np.float64], asked: NDArray[np.integer], codes: NDArray[np.integer]
+) -> float:
+    """P@1 by cosine in the space of the predictions, whose inner products are x^T (W W^T) y."""
+    values, axes = np.linalg.eigh(gram)
+    small = images @ (axes * np.sqrt(np.maximum(values, 0))).astype(np.float32)
+    small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-12)
+    similar = small[asked] @ small.T
+    similar[np.arange(len(asked)), asked] = -np.inf
+    return float((codes[similar.argmax(axis=1)] == codes[asked]).mean())

@@ -1,0 +1,161 @@
+"""Thousands of small classifiers trained at once, as batched matrix products on CPU or GPU.
+
+Each model is one hidden layer on frozen features and answers one question: does the term apply to this picture? Its
+accuracy on pictures it has not seen is the term's visual concreteness (Pinterest section 3.2.1). Every picture is held
+out once: with F folds, F models a term, which share one product with the term's samples.
+
+What a term scores follows from its own samples: they are scaled by their own mean and deviation, padded to a size that
+depends on their number alone, and start from weights that all terms share. Gradients are written out, so that a step is
+five matrix products and one pass over flat parameters, and a term's numbers never meet another term's.
+
+Suffix legend: T terms, S samples, D features, F folds, J = F x hidden units (padded), K parameters.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import pad
+
+from lookalike.data.dictionary.scores import SCORES, DictionaryConfig, ProbeConfig, digest
+from lookalike.data.dictionary.sketch import Pools, Sample, choose_samples
+from lookalike.seeds import derive_seed
+
+PAD = 32  # samples of a term are padded to a multiple of this
+LANES = 16  # floats of a cache line: a term's rows of every tensor fill whole ones, or its rounding would depend on
+# where in a batch it stands (what is left over by vector instructions is computed without fused multiply-add)
+CPU_FLOATS, CUDA_FLOATS = 1 << 20, 1 << 28  # samples x D of one batch: a share of a cache; 1 GiB of a GPU
+BETAS = (0.9, 0.999)
+
+
+def score_bucket(
+    bucket: pa.Table, pools: Pools, previous: pa.Table, config: DictionaryConfig, *, seed: int, device: str = "cpu"
+) -> pa.Table:
+    """``SCORES`` of the terms whose merged sketches ``bucket`` holds.
+
+    ``previous`` (term, digest, hits): earlier scores; a term whose digest is unchanged keeps its hits, untrained.
+    """
+    chosen = list(choose_samples(bucket, pools, config.probe.folds, seed))
+    enough = [len(c.sample.positives) >= config.min_units for c in chosen]
+    digests = [digest(c.sample, config.probe, seed) if fits else None for c, fits in zip(chosen, enough, strict=True)]
+    terms = pa.array([c.term for c in chosen], pa.string())
+    earlier = previous.filter(pc.is_in(previous["term"], value_set=terms))
+    known = dict(zip(earlier["digest"].to_pylist(), earlier["hits"].to_pylist(), strict=True))
+    reused = [fits and name in known for name, fits in zip(digests, enough, strict=True)]
+    train = [row for row, (fits, keeps) in enumerate(zip(enough, reused, strict=True)) if fits and not keeps]
+    hits = np.array([known[name] if keeps else 0 for name, keeps in zip(digests, reused, strict=True)], np.int64)
+    hits[train] = score_terms([chosen[row].sample for row in train], config.probe, seed, device)
+    trials = [2 * len(c.sample.positives) if fits else 0 for c, fits in zip(chosen, enough, strict=True)]
+    columns = [terms, [c.sampled for c in chosen], trials, hits, digests, reused]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCORES, strict=True)], schema=SCORES)
+
+
+def score_terms(samples: list[Sample], config: ProbeConfig, seed: int, device: str = "cpu") -> NDArray[np.int64]:
+    """Held-out hits [len(samples)], each out of twice the term's positives."""
+    torch.set_num_threads(1)  # results must not depend on how a machine splits its sums
+    hits = np.zeros(len(samples), np.int64)
+    for rows in _batches(samples, CUDA_FLOATS if device == "cuda" else CPU_FLOATS):
+        x_TSD, target_TS, fold_TS = _stack([samples[row] for row in rows], device)
+        hits[rows] = _train(x_TSD, target_TS, fold_TS, config, seed).cpu().numpy()
+    return hits
+
+
+def _padded(sample: Sample) -> int:
+    return -(-2 * len(sample.positives) // PAD) * PAD
+
+
+def _batches(samples: list[Sample], floats: int) -> Iterator[list[int]]:
+    """Rows of ``samples`` of one padded size, as many as ``floats`` allow."""
+    by_size: dict[int, list[int]] = {}
+    for row, sample in enumerate(samples):
+        by_size.setdefault(_padded(sample), []).append(row)
+    for size, rows in sorted(by_size.items()):
+        step = max(1, floats // (size * samples[rows[0]].positives.shape[1]))
+        yield from (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+def _stack(samples: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Standardised features, targets, and the fold that holds a sample out (-1 in the padding)."""
+    size, dim = _padded(samples[0]), samples[0].positives.shape[1]
+    x = np.zeros((len(samples), size, dim), np.float16)
+    target, fold = np.zeros((len(samples), size), np.float32), np.full((len(samples), size), -1, np.int64)
+    for row, (positives, negatives, folds) in enumerate(samples):
+        half = len(positives)
+        x[row, :half], x[row, half : 2 * half] = positives, negatives
+        target[row, :half] = 1
+        fold[row, : 2 * half] = folds
+    fold_TS = torch.from_numpy(fold).to(device)
+    valid_TS1 = (fold_TS >= 0).float().unsqueeze(2)
+    share_TS1 = valid_TS1 / valid_TS1.sum(dim=1, keepdim=True)
+    x_TSD = torch.from_numpy(x).to(device).float()
+    x_TSD -= (x_TSD * share_TS1).sum(dim=1, keepdim=True)
+    x_TSD /= (x_TSD.square() * share_TS1).sum(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
+    return x_TSD.mul_(valid_TS1), torch.from_numpy(target).to(device), fold_TS
+
+
+def _train(
+    x_TSD: torch.Tensor, target_TS: torch.Tensor, fold_TS: torch.Tensor, config: ProbeConfig, seed: int
+) -> torch.Tensor:
+    """Hits [T] on held-out samples after training all folds' models on the other samples, both sides weighing half."""
+    held_TSF = fold_TS.unsqueeze(2) == torch.arange(config.folds, device=x_TSD.device)
+    target_TS1 = target_TS.unsqueeze(2)
+    train_TSF = ((fold_TS >= 0).unsqueeze(2) & ~held_TSF).float()
+    sides = (train_TSF * target_TS1, train_TSF * (1 - target_TS1))
+    positives_T1F, negatives_T1F = (side.sum(dim=1, keepdim=True) for side in sides)
+    weight_TSF = sides[0] / (2 * positives_T1F).clamp(min=1) + sides[1] / (2 * negatives_T1F).clamp(min=1)
+    flat_TK = _initial(x_TSD.shape[2], config, seed).to(x_TSD.device).repeat(len(x_TSD), 1)
+    first_TJD, bias_T1J, second_TJF, bias_T1F = _layers(flat_TK, x_TSD.shape[2], config)
+    slope_TK, mean_TK, square_TK = (torch.zeros_like(flat_TK) for _ in range(3))
+    slopes = _layers(slope_TK, x_TSD.shape[2], config)
+    own_JF = (second_TJF[0] != 0).float()  # a model reads its own hidden units only
+    for step in range(1, config.steps + 1):
+        hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TJD.transpose(1, 2)).relu_()
+        logits_TSF = torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF)
+        error_TSF = logits_TSF.sigmoid_().sub_(target_TS1).mul_(weight_TSF)  # d loss / d logits of cross-entropy
+        back_TSJ = torch.ops.aten.threshold_backward(torch.bmm(error_TSF, second_TJF.transpose(1, 2)), hidden_TSJ, 0.0)
+        slopes[0].copy_(torch.bmm(back_TSJ.transpose(1, 2), x_TSD))
+        slopes[1].copy_(back_TSJ.sum(dim=1, keepdim=True))
+        slopes[2].copy_(torch.bmm(hidden_TSJ.transpose(1, 2), error_TSF).mul_(own_JF))
+        slopes[3].copy_(error_TSF.sum(dim=1, keepdim=True))
+        mean_TK.lerp_(slope_TK, 1 - BETAS[0])  # AdamW from here on
+        square_TK.mul_(BETAS[1]).addcmul_(slope_TK, slope_TK, value=1 - BETAS[1])
+        root_TK = (square_TK / (1 - BETAS[1] ** step)).sqrt_().add_(1e-8)
+        flat_TK.mul_(1 - config.learning_rate * config.weight_decay)
+        flat_TK.addcdiv_(mean_TK, root_TK, value=-config.learning_rate / (1 - BETAS[0] ** step))
+    hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TJD.transpose(1, 2)).relu_()
+    says_TSF = torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF) > 0
+    says_TSF = (says_TSF & (positives_T1F > 0)) | (negatives_T1F == 0)  # who saw one side only knows no other
+    return ((says_TSF == (target_TS1 > 0.5)) & held_TSF).sum(dim=(1, 2))
+
+
+def _layers(flat_TK: torch.Tensor, dim: int, config: ProbeConfig) -> list[torch.Tensor]:
+    """Weights [T, J, D] and biases [T, 1, J] of the hidden layer and [T, J, F], [T, 1, F] of the last, as views."""
+    width = -(-config.folds * config.hidden // LANES) * LANES
+    shapes = [(width, dim), (1, width), (width, config.folds), (1, config.folds)]
+    ends = np.cumsum([rows * columns for rows, columns in shapes]).tolist()
+    return [
+        flat_TK[:, end - rows * columns : end].view(-1, rows, columns)
+        for end, (rows, columns) in zip(ends, shapes, strict=True)
+    ]
+
+
+def _initial(dim: int, config: ProbeConfig, seed: int) -> torch.Tensor:
+    """The parameters [K] that every term starts from: all folds alike, the last layer block diagonal, zeros elsewhere.
+
+    A hidden unit that only pads stays without weights: its gradient is zero.
+    """
+    folds, hidden = config.folds, config.hidden
+    generator = torch.Generator().manual_seed(derive_seed(seed, "probe"))
+    spare = -folds * hidden % LANES
+    first = torch.randn(hidden, dim, generator=generator) / dim**0.5
+    second = torch.randn(hidden, 1, generator=generator) / hidden**0.5
+    parts = [
+        pad(first.repeat(folds, 1), (0, 0, 0, spare)),
+        torch.zeros(folds * hidden + spare),
+        pad(torch.kron(torch.eye(folds), second), (0, 0, 0, spare)),
+        torch.zeros(-(-folds // LANES) * LANES),
+    ]
+    return torch.cat([part.flatten() for part in parts])

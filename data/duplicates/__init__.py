@@ -1,0 +1,1 @@
+"""Near-duplicates: signatures, candidates, verification, components. Plain functions, no Ray."""

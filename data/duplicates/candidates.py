@@ -1,0 +1,293 @@
+"""The near-duplicate search: cells of similar pictures, and all twins inside a cell.
+
+A cell is a centroid of spherical k-means over a sample of the embeddings, or a bucket of equal pieces of hashes; a
+picture is compared in its ``probes`` nearest cells and in ``hash_bands`` buckets. Inside a cell the search is exact:
+tiles of cosines and of hashes, of which the pairs that could pass the rule are verified. Memory is bounded by the tile
+and by ``neighbours`` twins a row, whatever a family of pictures holds.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lookalike.data.duplicates.twins import (
+    HASH_BITS,
+    DedupConfig,
+    Pictures,
+    look_alike,
+    measure,
+    pictures_of,
+)
+from lookalike.sampling import mix_keys
+from lookalike.seeds import derive_seed
+
+QUERY_TILE, BASE_TILE = 256, 8192  # 8 MB of cosines at a time
+PAIR_BATCH = 65_536  # pairs that are verified at a time, at about 1 kB
+ROUNDING = 1e-3  # a tile's cosines may differ by less from those that the rule judges
+SAMPLE_PER_CELL, MAX_SAMPLE = 64, 2_000_000  # vectors that the cells are trained on
+FLAT_CELLS = 4096  # above, centroids are looked up through a graph
+MAX_CELL_ROWS = 400_000  # larger cells are cut, by the hash of the pictures' hash
+
+PAIRS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("twin", pa.int64(), nullable=False),
+        pa.field("twin_id", pa.string(), nullable=False),
+        pa.field("split", pa.string()),
+        pa.field("same", pa.bool_()),
+        pa.field("bits", pa.int32()),
+        pa.field("cosine", pa.float32()),
+    ]
+)
+"""A training row and a twin of it: an earlier training row (``split`` is null), or a row of the held-out ``split``."""
+
+
+class Found(NamedTuple):
+    """Verified pairs, as places [p] among the rows of a cell."""
+
+    row: NDArray[np.int64]
+    twin: NDArray[np.int64]
+    same: NDArray[np.bool_]
+    bits: NDArray[np.int32]
+    cosine: NDArray[np.float32]
+
+    def take(self, chosen: NDArray[Any]) -> "Found":
+        """Some of the pairs."""
+        return Found(*(values[chosen] for values in self))
+
+    def join(self, other: "Found") -> "Found":
+        """These pairs, then the others."""
+        pairs: Any = zip(self, other, strict=True)
+        return Found(*(np.concatenate(pair) for pair in pairs))
+
+
+def count_cells(rows: int, config: DedupConfig) -> int:
+    """Cells for a corpus of ``rows`` images."""
+    return 1 if rows <= config.exact_rows else -(-rows // config.cell_rows)
+
+
+def sample_share(rows: int, cells: int) -> float:
+    """Share of the images that the cells are trained on."""
+    return min(1.0, min(SAMPLE_PER_CELL * cells, MAX_SAMPLE) / max(rows, 1))
+
+
+def _lookup(dim: int, cells: int) -> Any:
+    import faiss
+
+    faiss.omp_set_num_threads(1)  # several threads build another graph each time
+    if cells <= FLAT_CELLS:
+        return faiss.IndexFlatIP(dim)
+    index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
+    return index
+
+
+def train_cells(sample: NDArray[np.float32], cells: int, seed: int) -> NDArray[np.float32]:
+    """Centroids [min(cells, n), d] of the unit vectors ``sample`` [n, d], in an order of their own."""
+    import faiss
+
+    count = min(cells, len(sample))
+    clustering = faiss.Clustering(sample.shape[1], count)
+    clustering.spherical, clustering.niter, clustering.seed = True, 10, derive_seed(seed, "cells") % (1 << 31)
+    clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(sample)
+    clustering.train(np.ascontiguousarray(sample), _lookup(sample.shape[1], count))
+    return np.asarray(faiss.vector_to_array(clustering.centroids).reshape(count, -1), np.float32)
+
+
+class Cells:
+    """Looks up the nearest centroids."""
+
+    def __init__(self, centroids: NDArray[np.float32], probes: int) -> None:
+        self.probes = min(probes, len(centroids))
+        self._index = _lookup(centroids.shape[1], len(centroids))
+        self._index.add(centroids)
+        self._centroids = centroids
+
+    def nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Cells [n, probes] of unit vectors [n, d], the nearest first."""
+        batches = [self._nearest(vectors[start : start + BASE_TILE]) for start in range(0, len(vectors), BASE_TILE)]
+        return np.concatenate([np.zeros((0, self.probes), np.int64), *batches])
+
+    def _nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        rough = self._index.search(vectors, min(self.probes + 2, len(self._centroids)))[1]
+        rough = np.where(rough < 0, rough[:, :1], rough)  # a graph may find fewer: then a cell is named twice
+        score = np.einsum("nd,nkd->nk", vectors, self._centroids[rough], dtype=np.float64)
+        order = np.lexsort((rough, -score), axis=1)[:, : self.probes]  # double: no batch orders differently
+        return np.asarray(np.take_along_axis(rough, order, axis=1), np.int64)
+
+
+def cut_cells(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(first key, number of keys) [cells]: one key a cell, several for cells above ``MAX_CELL_ROWS``."""
+    cuts = np.maximum(1, -(-counts // MAX_CELL_ROWS))
+    return np.cumsum(cuts) - cuts, cuts
+
+
+def cell_keys(
+    cells: NDArray[np.int64], first: NDArray[np.int64], cuts: NDArray[np.int64], hashes: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """The key [n, probes] of each row in each of its ``cells`` [n, probes]; ``hashes`` [n, 4] are PDQ hashes.
+
+    Rows with one hash meet in the same cut of a cell.
+    """
+    mixed = hashes[:, 0]
+    for word in hashes[:, 1:].T:
+        mixed = mix_keys(mixed, 0, "cut") ^ word
+    part = (mix_keys(mixed, 0, "cut") >> np.uint64(1)).astype(np.int64)[:, None] % cuts[cells]
+    return np.asarray(first[cells] + part, np.int64)
+
+
+def band_keys(
+    hashes: NDArray[np.uint64], sharp: NDArray[np.bool_], first: int, buckets: int, bands: int
+) -> NDArray[np.int64]:
+    """Keys [n, bands] from ``first`` on, ``buckets`` of them a band, of the first 16-bit pieces of ``hashes`` [n, 4].
+
+    A picture whose hash is not sharp has the key -1: no hash pair is made of it.
+    """
+    pieces = np.ascontiguousarray(hashes).view(np.uint16)[:, :bands].astype(np.uint64)
+    keys = (mix_keys(pieces, 0, "band") % np.uint64(buckets)).astype(np.int64) + first + buckets * np.arange(bands)
+    return np.where(sharp[:, None], keys, -1)
+
+
+def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
+    """``PAIRS`` among the signatures of a cell: of each training row its earliest training twins and its closest
+    held-out one.
+
+    Between rows that both have a group only equal bytes count, unless one is held out.
+    """
+    rows = rows.sort_by("row")
+    pictures = pictures_of(rows, config.mirrored)
+    split = np.array(rows["split"].to_pylist(), dtype=object)
+    grouped = rows["group"].is_valid().to_numpy()
+    training, held_out = np.nonzero(split == "train")[0], np.nonzero(split != "train")[0]
+    found = [
+        *_earlier_twins(pictures, training, grouped, config),
+        *_closest_twins(pictures, training, held_out, config),
+    ]
+    if not found:
+        return PAIRS.empty_table()
+    both = Found(*(np.concatenate(values) for values in zip(*found, strict=True)))
+    ids = rows["image_id"].combine_chunks()
+    numbers = rows["row"].to_numpy()
+    splits = [value if value != "train" else None for value in split[both.twin]]
+    columns = [
+        pa.array(numbers[both.row]),
+        ids.take(pa.array(both.row)),
+        pa.array(numbers[both.twin]),
+        ids.take(pa.array(both.twin)),
+        pa.array(splits, pa.string()),
+        pa.array(both.same),
+        pa.array(both.bits),
+        pa.array(both.cosine),
+    ]
+    return pa.table(columns, schema=PAIRS)
+
+
+def _earlier_twins(
+    pictures: Pictures, training: NDArray[Any], grouped: NDArray[np.bool_], config: DedupConfig
+) -> Iterator[Found]:
+    for start in range(0, len(training), QUERY_TILE):
+        queries = training[start : start + QUERY_TILE]
+        twins = np.zeros(len(pictures.quality), np.int64)  # remembered of each row so far
+        for base in _tiles(training[: start + QUERY_TILE]):
+            found = _compare(pictures, queries, base, config)
+            together = grouped[found.row] & grouped[found.twin]
+            found = found.take((found.twin < found.row) & (found.same | ~together))
+            rank = _rank(found.row) + twins[found.row]
+            found = found.take(rank < config.neighbours)
+            if len(found.row):
+                twins += np.bincount(found.row, minlength=len(twins))
+                yield found
+            queries = queries[twins[queries] < config.neighbours]
+            if not len(queries):
+                break
+
+
+def _closest_twins(
+    pictures: Pictures, training: NDArray[Any], held_out: NDArray[Any], config: DedupConfig
+) -> Iterator[Found]:
+    for start in range(0, len(training), QUERY_TILE):
+        best: Found | None = None
+        for base in _tiles(held_out):
+            found = _compare(pictures, training[start : start + QUERY_TILE], base, config)
+            if best is not None:
+                found = best.join(found)
+            order = np.lexsort((found.twin, -found.cosine, found.bits, found.row))
+            found = found.take(order)
+            best = found.take(_rank(found.row) == 0)
+        if best is not None and len(best.row):
+            yield best
+
+
+def _tiles(places: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(places), BASE_TILE):
+        yield places[start : start + BASE_TILE]
+
+
+def _rank(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place [p] of each entry among those of its row; entries of a row stand together."""
+    first = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
+    starts = np.nonzero(first)[0]
+    return np.arange(len(rows)) - starts[np.cumsum(first) - 1] if len(rows) else np.zeros(0, np.int64)
+
+
+def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig) -> Found:
+    """Verified pairs of a tile, by query and then by base."""
+    row, twin = np.divmod(_candidates(pictures, queries, base, config), len(base))
+    row, twin = queries[row], base[twin]
+    found = [
+        _verify(pictures, row[start : start + PAIR_BATCH], twin[start : start + PAIR_BATCH], config)
+        for start in range(0, max(len(row), 1), PAIR_BATCH)
+    ]
+    return Found(*(np.concatenate(values) for values in zip(*found, strict=True)))
+
+
+def _verify(pictures: Pictures, row: NDArray[Any], twin: NDArray[Any], config: DedupConfig) -> Found:
+    pairs = measure(pictures, row, twin, config)
+    good = (row != twin) & (pairs.same | look_alike(pairs, config))
+    return Found(row, twin, pairs.same, np.minimum(pairs.bits, pairs.trimmed_bits), pairs.cosine).take(good)
+
+
+def _candidates(
+    pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig
+) -> NDArray[np.int64]:
+    """Places in a tile, query by query, of the pairs that could pass the rule, by cosine or hash without margins."""
+    floor = np.float32(min(config.min_cosine, config.sure_cosine) - ROUNDING)
+    product = pictures.vectors[queries] @ pictures.vectors[base].T
+    places = [np.flatnonzero(product.ravel() >= floor)]
+    sharp = pictures.quality[:, 1] >= config.min_quality
+    rows, columns = np.flatnonzero(sharp[queries]), np.flatnonzero(sharp[base])
+    for hashes in (pictures.hashes, pictures.mirrors)[: 1 + bool(len(pictures.mirrors))]:
+        row, column = _near_hashes(pictures.hashes[queries[rows], 1], hashes[base[columns], 1], config.trimmed_bits)
+        places.append(rows[row] * len(base) + columns[column])
+    return np.unique(np.concatenate(places))
+
+
+def _near_hashes(
+    wanted: NDArray[np.uint64], hashes: NDArray[np.uint64], bits: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(place in ``wanted`` [n, 4], place in ``hashes`` [m, 4]) of all pairs that differ in up to ``bits`` bits."""
+    import faiss
+
+    index = faiss.IndexBinaryFlat(HASH_BITS)
+    index.add(np.ascontiguousarray(hashes).view(np.uint8))
+    limits, _, found = index.range_search(np.ascontiguousarray(wanted).view(np.uint8), bits + 1)
+    edges = limits.astype(np.int64)
+    counts: NDArray[np.int64] = edges[1:] - edges[:-1]
+    return np.repeat(np.arange(len(wanted)), counts), np.asarray(found, np.int64)
+
+
+def merge_pairs(pairs: pa.Table) -> pl.DataFrame:
+    """``PAIRS`` of several cells as one frame: each pair of training rows once, by row and twin; of the held-out twins
+    of a row the closest (bits, then cosine, then corpus order), as if they came from one cell.
+    """
+    frame = pl.DataFrame(pl.from_arrow(pairs))
+    inside = frame.filter(pl.col("split").is_null()).sort("row", "twin", "bits").unique(["row", "twin"], keep="first")
+    across = frame.filter(pl.col("split").is_not_null()).sort(
+        "row", "bits", "cosine", "twin", descending=[False, False, True, False]
+    )
+    return pl.concat([inside, across.unique("row", keep="first")]).sort("row", "twin")

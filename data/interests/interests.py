@@ -1,0 +1,149 @@
+"""Step 4, interests: of terms, from a taxonomy with seed terms, and of images, from their own words (Pinterest 3.2.1).
+
+A word has several senses ("jaguar": animals, transport). A term gets all the interests its text embedding speaks for;
+an image gets those of its text and of what people did with it; only where both agree does a label stay.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import Field
+
+from lookalike import storage
+from lookalike.config import Config
+from lookalike.data.interests.term_embedders import embed_terms
+from lookalike.data.text.terms import canonical
+from lookalike.errors import UsageError
+
+UNLISTED = 0.3  # the most a seed term's probability for an interest may be that its taxonomy does not list it under
+
+
+class InterestConfig(Config):
+    """Interests of terms."""
+
+    taxonomy: str | None = None
+    """URI of a YAML file, interest -> seed terms; None: the packaged one with 24 interests."""
+    embedder: str = "minilm"
+    """Name in the registry ``lookalike.term_embedder``."""
+    score: float = Field(0.5, ge=0, le=1)
+    """Probability at which a term belongs to an interest; one always does, its best."""
+    most: int = Field(3, ge=1, le=24)
+    """Interests of a term at the most."""
+
+
+class RestrictionConfig(Config):
+    """Interests of an image."""
+
+    share: float = Field(0.65, ge=0, le=1)
+    """An image has its best interest and those that score at least this share of it; 0 turns the restriction off."""
+    interaction_weight: float = Field(1.0, ge=0)
+    """Weight of the terms of ``interactions`` (times their own weight, relative to the image's largest) beside the
+    annotations' scores; 0 leaves interactions out."""
+
+
+def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
+    """Interest -> canonical seed terms; raises ``UsageError`` when the file has another form."""
+    packaged = files("lookalike.data.interests").joinpath("interests.yaml")
+    values = yaml.safe_load(packaged.read_bytes() if uri is None else storage.read_bytes(uri))
+    if not isinstance(values, dict) or len(values) < 2 or not all(isinstance(v, list) and v for v in values.values()):
+        raise UsageError(f"taxonomy {uri}: give a YAML mapping of two or more interests, each to a list of seed terms")
+    seeds = {
+        str(name): list(dict.fromkeys(term for t in terms if (term := canonical(str(t)))))
+        for name, terms in values.items()
+    }
+    empty = [name for name, terms in seeds.items() if not terms]
+    if empty:
+        raise UsageError(
+            f"taxonomy {uri}: interest {empty[0]!r} has no usable seed term; give nouns of one to three words"
+        )
+    return seeds
+
+
+class InterestClassifier:
+    """One logistic classifier an interest on term embeddings: several may apply."""
+
+    def __init__(self, taxonomy: Mapping[str, Sequence[str]], embedder: str) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.multiclass import OneVsRestClassifier
+
+        self.interests = sorted(taxonomy)
+        self._embedder = embedder
+        terms = sorted({term for seeds in taxonomy.values() for term in seeds})
+        target = np.array([[term in taxonomy[name] for name in self.interests] for term in terms], int)
+        model = LogisticRegression(C=10.0, class_weight="balanced", solver="liblinear", max_iter=2000)
+        self._model = OneVsRestClassifier(model).fit(embed_terms(embedder, terms), target)
+        self._seeds = {term: row for term, row in zip(terms, target, strict=True)}
+
+    def probabilities(self, terms: Sequence[str], vectors: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """[n, interests]; a seed term is certain of the interests it is listed under.
+
+        ``vectors`` [n, d]: the terms' embeddings, when they are at hand.
+        """
+        if not terms:
+            return np.zeros((0, len(self.interests)), np.float32)
+        given = embed_terms(self._embedder, terms) if vectors is None else vectors
+        found = np.asarray(self._model.predict_proba(given), np.float32).round(4)
+        for row, term in enumerate(terms):
+            if term in self._seeds:
+                found[row] = np.where(self._seeds[term] > 0, 1.0, np.minimum(found[row], UNLISTED))
+        return found
+
+
+def choose_interests(probabilities: NDArray[np.float32], config: InterestConfig) -> list[list[int]]:
+    """Per term its interests, best first: those at ``score``, ``most`` at most, one at least."""
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : config.most]
+    return [
+        [int(i) for rank, i in enumerate(row) if rank == 0 or p[i] >= config.score]
+        for row, p in zip(order, probabilities, strict=True)
+    ]
+
+
+def votes(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[n, interests]: a term has one vote, split over its interests; a term of no clear interest has less of one."""
+    return np.asarray(probabilities / np.maximum(probabilities.sum(axis=1, keepdims=True), 1.0), np.float32)
+
+
+def image_interests(
+    evidence: Iterable[tuple[str, float]], voting: Mapping[str, NDArray[np.float32]], share: float
+) -> NDArray[np.int64]:
+    """Numbers of an image's interests: the votes of its terms, weighted, at ``share`` of the best.
+
+    ``evidence`` (term, weight) from annotations and interactions; ``voting`` term -> [interests], see :func:`votes`.
+    """
+    known = [(weight, voting[term]) for term, weight in sorted(evidence) if term in voting and weight > 0]
+    if not known:
+        return np.zeros(0, np.int64)
+    weights = np.array([weight for weight, _ in known], np.float64)
+    total = weights @ np.stack([vote for _, vote in known]).astype(np.float64)
+    return np.nonzero(total >= share * total.max() - 1e-9)[0]
+
+
+def interaction_evidence(
+    signals: Sequence[Mapping[str, Any]] | None, vocabulary: Mapping[str, Any], weight: float
+) -> list[tuple[str, float]]:
+    """(term, weight) of the vocabulary terms that the ``interactions`` of an image name (queries, board names)."""
+    from lookalike.data.text.terms import match_terms
+
+    largest = max((float(signal["weight"]) for signal in signals or ()), default=0.0)
+    if largest <= 0 or weight <= 0:
+        return []
+    found: dict[str, float] = {}
+    for signal in signals or ():
+        for term in match_terms(str(signal["term"]), vocabulary):
+            found[term] = max(found.get(term, 0.0), weight * float(signal["weight"]) / largest)
+    return sorted(found.items())
+
+
+def map_clusters(terms: Sequence[str], clusters: Mapping[str, Sequence[int]]) -> list[int]:
+    """Sorted cluster ids of ``terms``."""
+    return sorted({cluster for term in terms for cluster in clusters.get(term, ())})
+
+
+def restrict(clusters: Sequence[int], interest_of: Mapping[int, int], interests: NDArray[np.int64]) -> list[int]:
+    """The ``clusters`` whose interest is among ``interests``."""
+    allowed = set(interests.tolist())
+    return [cluster for cluster in clusters if interest_of[cluster] in allowed]

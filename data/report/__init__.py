@@ -1,0 +1,1 @@
+"""The HTML report of the ``labels`` stage. Reads tables and pictures; computes no label."""

@@ -1,0 +1,173 @@
+"""Terms: the canonical form of a phrase, the candidates a text yields, and which vocabulary terms it names.
+
+A term is one to three lower-case words, the last one singular: ``Office Chairs`` and ``office-chair`` are the same.
+These functions take one text; ``phrases`` does the same for many at a time, and is tested against them.
+"""
+
+import re
+import unicodedata
+from collections.abc import Container, Iterator
+from functools import lru_cache
+from importlib.resources import files
+
+import yaml
+
+MAX_WORDS = 3
+MAX_LENGTH = 60
+_TOKEN = re.compile(r"[\w'+&]+|\s-+\s|[^\w\s'+&-]+|[\n\r\t]")  # a word, or what ends a phrase
+_WORD_START = re.compile(r"[\w'+&]")
+_LETTER = re.compile(r"[^\W\d_]")
+
+_WORDS = yaml.safe_load(files("lookalike.data.text").joinpath("english.yaml").read_text(encoding="ascii"))
+STOP_WORDS = frozenset(_WORDS["stop_words"])
+_IRREGULAR: dict[str, str] = _WORDS["irregular"]
+_UNCHANGED = frozenset(_WORDS["unchanged"])
+ALIASES: dict[str, str] = _WORDS["aliases"]
+"""Terms with two spellings."""
+
+_INVISIBLE = [
+    (0xAD, 0xAD),
+    (0x61C, 0x61C),
+    (0x180E, 0x180E),
+    (0x200B, 0x200F),
+    (0x202A, 0x202E),
+    (0x2060, 0x206F),
+    (0xFE00, 0xFE0F),
+    (0xFEFF, 0xFEFF),
+    (0xE0000, 0xE01EF),
+]
+_APOSTROPHES = dict.fromkeys([0x60, 0xB4, 0x2BC, 0x2018, 0x2019, 0x2032], "'")
+_BEFORE = {code: None for first, last in _INVISIBLE for code in range(first, last + 1)} | _APOSTROPHES
+_BEFORE |= dict.fromkeys([0xA9, 0xAE, 0x2117, 0x2120, 0x2122])  # marks of trade, which NFKC would make letters
+_AFTER = dict.fromkeys([*range(0x300, 0x370), *range(0x20D0, 0x2100)]) | {ord("_"): " ", ord("`"): "'"}
+"""What is left of combining marks when no composed letter exists."""
+
+
+@lru_cache(maxsize=200_000)
+def singular(word: str) -> str:
+    """The singular of an English noun by rule; a word no rule fits stays."""
+    word = word.removesuffix("'s")
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    if word in _UNCHANGED or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is", "'s")):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if word.endswith(("ches", "shes", "xes", "sses", "zzes", "tzes")):
+        return word[:-2]
+    if word.endswith("uses") and len(word) > 5 and not word.endswith(("auses", "ouses")):
+        return word[:-2]
+    return word[:-1]
+
+
+def normalise(text: str) -> str:
+    """NFKC and case folded, without invisible characters, stray combining marks and marks of trade."""
+    if text.isascii():
+        return text.lower().translate(_AFTER) if "_" in text or "`" in text else text.lower()
+    folded = unicodedata.normalize("NFKC", text.translate(_BEFORE)).casefold()
+    return unicodedata.normalize("NFKC", folded).translate(_AFTER)
+
+
+def tokens_of(text: str) -> list[str]:
+    """Words of a text and, between them, the punctuation that ends a phrase."""
+    return _TOKEN.findall(normalise(text))
+
+
+def word_of(token: str) -> str | None:
+    """The word of a token, an empty string for one to skip (an apostrophe alone), None for the end of a phrase."""
+    if not _WORD_START.match(token):
+        return None
+    word = token.strip("'")
+    return word if word.strip("+&") else ""
+
+
+def words_of(text: str) -> list[list[str]]:
+    """Phrases of ``text`` (cut at punctuation and symbols) as lists of normalised words."""
+    phrases: list[list[str]] = [[]]
+    for token in tokens_of(text):
+        word = word_of(token)
+        if word is None:
+            phrases.append([])
+        elif word:
+            phrases[-1].append(word)
+    return [phrase for phrase in phrases if phrase]
+
+
+@lru_cache(maxsize=200_000)
+def canonical(phrase: str) -> str | None:
+    """The term for a phrase that is one already (a keyword, a category), or None when it is no acceptable term."""
+    words = [word for part in words_of(phrase) for word in part]
+    return join_words(tuple(words))
+
+
+def join_words(words: tuple[str, ...]) -> str | None:
+    """The term of these normalised words; None for more than three, a stop word at an end, or a word of digits."""
+    if not 1 <= len(words) <= MAX_WORDS or words[0] in STOP_WORDS or words[-1] in STOP_WORDS:
+        return None
+    if not all(has_letter(word) for word in words):
+        return None
+    term = " ".join((*words[:-1], singular(words[-1])))
+    return term if 1 < len(term) <= MAX_LENGTH else None
+
+
+def has_letter(word: str) -> bool:
+    """Whether a word is more than digits and signs."""
+    return _LETTER.search(word) is not None
+
+
+@lru_cache(maxsize=200_000)
+def is_latin(word: str) -> bool:
+    """Whether every letter of ``word`` is Latin: a look-alike from another script makes it no English word."""
+    return word.isascii() or all(
+        c.isascii() or not c.isalpha() or unicodedata.name(c, "").startswith("LATIN") for c in word
+    )
+
+
+def ngrams(text: str) -> set[str]:
+    """All candidate terms of one to three adjacent words within a phrase."""
+    found = set()
+    for phrase in words_of(text):
+        for start in range(len(phrase)):
+            for end in range(start + 1, min(start + MAX_WORDS, len(phrase)) + 1):
+                term = join_words(tuple(phrase[start:end]))
+                if term is not None:
+                    found.add(term)
+    return found
+
+
+def match_terms(text: str, vocabulary: Container[str]) -> set[str]:
+    """Vocabulary terms that ``text`` names: the longest at each place, and the shorter terms such a match ends in.
+
+    "office chair" names a chair, for English puts the head last; it does not name an office.
+    """
+    found: set[str] = set()
+    for phrase in words_of(text):
+        position = 0
+        while position < len(phrase):
+            position = _match_at(phrase, position, vocabulary, found)
+    return found
+
+
+def _match_at(phrase: list[str], start: int, vocabulary: Container[str], found: set[str]) -> int:
+    for end in range(min(start + MAX_WORDS, len(phrase)), start, -1):
+        term = join_words(tuple(phrase[start:end]))
+        if term is not None and term in vocabulary:
+            found.update(ending for ending in endings(term) if ending in vocabulary)
+            return end
+    return start + 1
+
+
+def endings(term: str) -> Iterator[str]:
+    """``term`` and the shorter terms it ends in, longest first."""
+    words = term.split(" ")
+    for start in range(len(words)):
+        yield " ".join(words[start:])
+
+
+def subterms(term: str) -> Iterator[str]:
+    """Every term of adjacent words within ``term``, itself included, and every single word as it is written."""
+    words = term.split(" ")
+    yield from words
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            yield " ".join((*words[start : end - 1], singular(words[end - 1])))

@@ -1,0 +1,36 @@
+"""The clients. Imports grpcio, protobuf, numpy and ``wire.errors``, nothing else of the service."""
+
+from lookalike.serve.client.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, AsyncClient, Client
+from lookalike.serve.client.credentials import ClientTls
+from lookalike.serve.client.results import (
+    Description,
+    Embeddings,
+    Hit,
+    PlanLike,
+    Query,
+    SearchInfo,
+    SearchPlan,
+    SearchResult,
+    SearchSettings,
+    StoredRow,
+)
+from lookalike.serve.wire.errors import RetrievalError
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "MAX_MESSAGE_BYTES",
+    "AsyncClient",
+    "Client",
+    "ClientTls",
+    "Description",
+    "Embeddings",
+    "Hit",
+    "PlanLike",
+    "Query",
+    "RetrievalError",
+    "SearchInfo",
+    "SearchPlan",
+    "SearchResult",
+    "SearchSettings",
+    "StoredRow",
+]

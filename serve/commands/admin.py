@@ -1,0 +1,128 @@
+"""``lookalike admin``: what a running service serves, changed from the command line."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
+
+from lookalike.errors import UsageError
+from lookalike.serve.client import DEFAULT_ADDRESS, Client, StoredRow, credentials
+from lookalike.serve.proto import retrieval_pb2 as pb
+
+
+def admin(args: Sequence[str]) -> int:
+    """Show or change what a service serves."""
+    options = _parse(args)
+    token, tls = credentials.read_token(options.token_file), credentials.read_tls(options)
+    with Client(options.address, timeout_s=options.timeout, token=token, tls=tls) as client:
+        print(run(client, options))
+    return 0
+
+
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
+    shared.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
+    shared.add_argument("--json", action="store_true", help="print one JSON object")
+    credentials.add_arguments(shared)
+    parser = argparse.ArgumentParser(
+        prog="lookalike admin",
+        description="Show or change what a running service serves; it must have writes.state.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, parents=[shared])
+
+    verb("status", "What is served and loaded, and what waits for compaction.")
+    switch = verb("switch", "Serve another index, once all replicas have loaded it; no request fails.")
+    switch.add_argument("index", help="URI of the index artifact")
+    switch.add_argument("--plan", default="", help="URI of a plan for it; default: exact search")
+    switch.add_argument("--encoder", default="", help="URI of its encoder, or none; default: the index's ancestor")
+    switch.add_argument(
+        "--includes-writes",
+        type=int,
+        metavar="N",
+        help="the index holds the writes up to number N; default: what its lineage tells",
+    )
+    verb("rollback", "Serve the previous index again.")
+    verb("compact", "Build an index that holds all writes, and serve it.")
+    upsert = verb("upsert", "Store images, or replace those of the same ids.")
+    upsert.add_argument("rows", nargs="+", metavar="ID=FILE", help="an id and its image file")
+    upsert.add_argument("--column", action="append", default=[], metavar="NAME=VALUE", help="a column of these rows")
+    delete = verb("delete", "Remove images by id.")
+    delete.add_argument("ids", nargs="+", metavar="ID")
+    return parser.parse_args(args)
+
+
+def run(client: Client, options: argparse.Namespace) -> str:
+    """Do one verb; what to print."""
+    if options.verb == "status":
+        status = client.status()
+        return json.dumps(_plain(status), indent=1) if options.json else render_status(status)
+    if options.verb in ("upsert", "delete"):
+        number = (
+            client.upsert(read_rows(options.rows, options.column))
+            if options.verb == "upsert"
+            else client.delete(options.ids)
+        )
+        return json.dumps({"write": number}) if options.json else f"stored as write {number}"
+    if options.verb == "switch":
+        current = client.switch(
+            options.index,
+            plan=options.plan,
+            encoder=options.encoder,
+            includes_writes=options.includes_writes,
+            timeout_s=options.timeout,
+        )
+    elif options.verb == "rollback":
+        current = client.rollback(timeout_s=options.timeout)
+    else:
+        current = client.compact(timeout_s=options.timeout)
+    return json.dumps(_plain(current), indent=1) if options.json else f"serving {_describe(current)}"
+
+
+def read_rows(pairs: Sequence[str], columns: Sequence[str]) -> list[StoredRow]:
+    """Rows of ``ID=FILE`` arguments, all with the columns of ``NAME=VALUE`` ones."""
+    metadata = dict(_split(text, "NAME=VALUE, as in view=icon") for text in columns)
+    rows = []
+    for text in pairs:
+        image_id, path = _split(text, "ID=FILE, as in chair-7=chair.jpg")
+        try:
+            rows.append(StoredRow(image_id, Path(path).read_bytes(), metadata))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from None
+    return rows
+
+
+def _split(text: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UsageError(f"{text!r} is no {form}")
+    return name, value
+
+
+def render_status(status: pb.StatusResponse) -> str:
+    """Lines of text about a service."""
+    marks = {status.current: "serving", status.previous: "previous"}
+    lines = [f"{marks.get(one.name, 'loaded'):9s} {_describe(one)}" for one in status.generations]
+    lines.append(f"writes    {status.last_write} in all, {status.pending_rows} rows wait for compaction")
+    lines += [f"replicas  {one.role}: {one.current} of {one.replicas} hold the index" for one in status.followers]
+    if status.HasField("recall"):
+        recall = status.recall
+        lines.append(f"recall    {recall.recall:.4f} ({recall.low:.4f} to {recall.high:.4f}, {recall.queries} queries)")
+    return "\n".join(lines)
+
+
+def _describe(one: pb.Generation) -> str:
+    plan = f", plan {one.plan}" if one.plan else ", exact"
+    return f"{one.name}: {one.num_rows} rows, writes up to {one.includes_writes}, {one.index}{plan}"
+
+
+def _plain(message: pb.StatusResponse | pb.Generation) -> dict[str, object]:
+    plain: dict[str, object] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return plain

@@ -1,0 +1,285 @@
+"""``lookalike serve`` and ``lookalike search``."""
+
+import argparse
+import json
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import yaml
+
+from lookalike.config import Config, apply_overrides, parse_config
+from lookalike.errors import ArtifactError, UsageError
+from lookalike.registry import nearest
+from lookalike.serve.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, Client, SearchResult, credentials
+from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.wire.errors import RetrievalError
+
+MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+"""Ray's bound of one gRPC message in bytes, read by its processes as they start; 2 GiB without it."""
+
+
+def serve(args: Sequence[str]) -> int:
+    """Serve an index from this machine until Ctrl-C or SIGTERM, or print what would be served."""
+    parser = argparse.ArgumentParser(prog="lookalike serve", description="Serve an index over gRPC.")
+    parser.add_argument("recipe", nargs="?", help="recipe YAML; its serve: section holds the settings")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings of the service, as in port=0 limits.max_k=50; with a recipe also the recipe's, as in root=...",
+    )
+    parser.add_argument("--index", help="URI of the index to serve; default: the recipe's step of stage index")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the settings; serve nothing")
+    parser.add_argument(
+        "--check-config",
+        metavar="FILE",
+        help="read a Serve config file or a RayService manifest, "
+        "refuse what Serve would ignore or fail on, and serve nothing",
+    )
+    parser.add_argument("--emit-config", action="store_true", help="print the YAML for `serve deploy` (serveConfigV2)")
+    options = parser.parse_intermixed_args(args)
+    if options.recipe and "=" in options.recipe and not Path(options.recipe).exists():
+        options.overrides, options.recipe = [options.recipe, *options.overrides], None
+    if options.check_config:
+        from lookalike.serve.commands.check_config import check_file
+
+        print("\n".join(check_file(options.check_config)))
+        return 0
+    config = resolve(options.recipe, options.overrides, options.index, in_cluster=options.emit_config)
+    if options.emit_config:
+        print(emit_config(config), end="")
+        return 0
+    if options.dry_run:
+        print(json.dumps(config.model_dump(mode="json"), indent=1))
+        return 0
+    return _serve_until_told(config)
+
+
+def resolve(
+    recipe_path: str | None, overrides: Sequence[str], index: str | None, *, in_cluster: bool = False
+) -> ServeConfig:
+    """The settings of a service from a recipe, overrides and an index; all artifacts are checked to fit together.
+
+    An override whose first key is a setting of the service counts as one; the others are the recipe's. In a cluster
+    callers come from other machines, so ``loopback_only`` is false there unless it is set.
+    """
+    own = [text for text in overrides if is_setting(text.partition("=")[0])]
+    others = [text for text in overrides if text not in own]
+    _refuse_unknown(others, recipe_path)
+    values = {} if recipe_path is None else _from_recipe(recipe_path, others)
+    if index is not None:  # the recipe's plan and encoder were made for its own index
+        values = {key: value for key, value in values.items() if key not in ("plan", "encoder")} | {"index": index}
+    values = apply_overrides(values, list(own))
+    if "index" not in values:
+        raise UsageError("nothing to serve; give a recipe or --index URI")
+    if in_cluster:
+        values.setdefault("loopback_only", False)
+    config = parse_config(ServeConfig, values, "serve")
+    from lookalike.serve.app import check_guard, read_service
+    from lookalike.serve.experiment.assignment import read_arms
+
+    check_guard(config)
+    read_arms(config, read_service(config))
+    return config
+
+
+def is_setting(key: str) -> bool:
+    """Whether a dotted key is one of the service's: ``index`` is, ``index.num_shards`` is a step's."""
+    head, dot, _ = key.partition(".")
+    field = ServeConfig.model_fields.get(head)
+    return field is not None and (not dot or isinstance(field.default, Config))
+
+
+def _refuse_unknown(overrides: list[str], recipe_path: str | None) -> None:
+    """Raise ``UsageError`` for an override of neither the service nor a key or step of the recipe."""
+    known: set[str] = set()
+    if recipe_path is not None:
+        from lookalike.recipe import Recipe, read_values
+
+        steps = read_values(recipe_path).get("steps")
+        known = {*Recipe.model_fields, *(steps if isinstance(steps, dict) else ())}
+    settings = list(ServeConfig.model_fields)
+    for text in overrides:
+        head = text.partition("=")[0].partition(".")[0]
+        if head not in known:
+            also = ", nor of the recipe" if known else ""
+            raise UsageError(
+                f"{text!r} is no setting of the service{also}{nearest(head, settings)}; the service has "
+                f"{', '.join(settings)}"
+            )
+
+
+def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
+    from lookalike.recipe import Recipe
+
+    recipe = Recipe.load(path, overrides)
+    values = dict(recipe.serve)
+    for key in ("index", "plan"):
+        steps = [name for name, step in recipe.steps.items() if step.stage == key]
+        if key in values or not steps:
+            continue
+        if len(steps) > 1:
+            raise UsageError(
+                f"recipe {recipe.name!r} has {len(steps)} {key!r} steps ({', '.join(steps)}); set "
+                f"serve.{key} to the URI of one"
+            )
+        artifact = recipe.published(steps[0])
+        if artifact is None:
+            raise ArtifactError(f"step {steps[0]!r} is not published yet; run `lookalike {key} {path}` first")
+        values[key] = artifact.uri
+    return values
+
+
+def emit_config(config: ServeConfig, *, name: str = "lookalike") -> str:
+    """The Serve config file (``serve deploy``, or ``serveConfigV2`` of a RayService) that runs ``config``.
+
+    In a cluster callers come from other machines, so ``loopback_only`` is false unless it was set on purpose.
+    """
+    from lookalike.serve.front.ingress import SERVICERS
+
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"port", "tls"})
+    given["loopback_only"] = config.loopback_only and "loopback_only" in config.model_fields_set
+    document = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "grpc_options": {"port": config.port or 9000, "grpc_servicer_functions": SERVICERS},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {"name": name, "route_prefix": "/", "import_path": "lookalike.serve.app:build", "args": given}
+        ],
+    }
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def _serve_until_told(config: ServeConfig) -> int:
+    from lookalike.serve.app import free_port, start, stop
+    from lookalike.serve.front.tls import proxy
+
+    message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
+    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for the processes of a Ray that starts here
+    told = threading.Event()
+    tls = config.tls.model_copy(update={"port": free_port(config.tls.port)}) if config.tls.enabled else None
+    with ExitStack() as stack:
+        address = start(config)
+        stack.callback(stop)
+        for number in (signal.SIGINT, signal.SIGTERM):  # after start: Ray sets its own SIGTERM handler there
+            signal.signal(number, lambda *_: told.set())
+        encrypted = None if tls is None else stack.enter_context(proxy(tls, int(address.rpartition(":")[2])))
+        also = "" if encrypted is None else f" and by TLS at {encrypted.address}"
+        print(f"serving {config.index} at {address}{also}; Ctrl-C stops it", flush=True)
+        while not told.wait(0.5):
+            if encrypted is not None:
+                encrypted.check()
+    return 0
+
+
+def search(args: Sequence[str]) -> int:
+    """Query a running service, or an index on disk."""
+    parser = argparse.ArgumentParser(prog="lookalike search", description="Find the stored images nearest to a query.")
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument("--image", type=Path, help="image file")
+    query.add_argument("--vector", type=Path, help=".npy file of one vector")
+    query.add_argument("--id", help="id of a stored image")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
+    where.add_argument("--local", metavar="URI", help="search this index in this process instead")
+    parser.add_argument("-k", type=int, default=10, help="hits wanted (default: %(default)s)")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="keep hits whose column holds this value; repeat it for more values of a column, or for more columns",
+    )
+    parser.add_argument("--min-recall", type=float, help="let the service choose the cheapest plan of this recall")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    credentials.add_arguments(parser)
+    options = parser.parse_intermixed_args(args)
+    asked = {**_read_query(options), "where": _read_where(options.where)}
+    with _open_client(options) as client:
+        try:
+            result = client.search(**asked, k=options.k, min_recall=options.min_recall)
+        except RetrievalError as error:
+            raise _with_remedy(error, options) from None
+    print(json.dumps(_plain(result), indent=1) if options.json else render(result))
+    return 0
+
+
+def _with_remedy(error: RetrievalError, options: argparse.Namespace) -> RetrievalError:
+    """``error``, which gRPC itself words where nothing listens, with what to do then."""
+    if options.local is not None or error.code != grpc.StatusCode.UNAVAILABLE:
+        return error
+    remedy = "start a service with `lookalike serve RECIPE`, or name the host:port of one with --address"
+    return RetrievalError(error.code, f"{error.message}; if none runs at {options.address}, {remedy}")
+
+
+def _open_client(options: argparse.Namespace) -> Client:
+    if options.local is None:
+        tls, token = credentials.read_tls(options), credentials.read_token(options.token_file)
+        return Client(options.address, timeout_s=options.timeout, token=token, tls=tls)
+    from lookalike.serve.local import LocalClient
+
+    return LocalClient(options.local, timeout_s=options.timeout)
+
+
+def _read_where(conditions: Sequence[str]) -> dict[str, list[str]]:
+    where: dict[str, list[str]] = {}
+    for condition in conditions:
+        column, equals, value = condition.partition("=")
+        if not equals or not column:
+            raise UsageError(f"--where {condition!r} is no COLUMN=VALUE, as in view=icon")
+        where.setdefault(column, []).append(value)
+    return where
+
+
+def _read_query(options: argparse.Namespace) -> dict[str, Any]:
+    if options.id is not None:
+        return {"image_id": options.id}
+    path = options.image or options.vector
+    try:
+        if options.image is not None:
+            return {"image": path.read_bytes()}
+        vector = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a file") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no .npy file of numbers ({error}); write one with numpy.save") from None
+    if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.floating):
+        raise UsageError(f"{path} holds {vector.dtype} of shape {vector.shape}; one vector of floats is needed")
+    return {"vector": vector}
+
+
+def _plain(result: SearchResult) -> dict[str, Any]:
+    info = result.info
+    return {
+        "hits": [{"id": hit.id, "score": hit.score, "metadata": dict(hit.metadata)} for hit in result.hits],
+        "plan": vars(info.plan),
+        "generation": info.generation,
+        "model_fingerprint": info.model_fingerprint,
+        "coverage": info.coverage,
+        "times_ms": dict(info.times_ms),
+        "request_id": info.request_id,
+        "arm": info.arm,
+        "degraded": info.degraded,
+    }
+
+
+def render(result: SearchResult) -> str:
+    """Hits as lines of text: rank, score, id, stored columns."""
+    lines = []
+    for rank, hit in enumerate(result.hits, 1):
+        columns = "  ".join(f"{name}={value}" for name, value in sorted(hit.metadata.items()))
+        lines.append(f"{rank:3d}  {hit.score:+.4f}  {hit.id}  {columns}".rstrip())
+    info = result.info
+    times = ", ".join(f"{stage} {duration:.1f} ms" for stage, duration in info.times_ms.items())
+    lines.append(f"index {info.generation}, {info.shards_answered} of {info.shards_asked} shards; {times}")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""``lookalike quickstart``: every step of a recipe, the service over its index, a few queries, and a report.
+
+Steps that are published are skipped, so running it again after an interruption continues where it stopped.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lookalike import storage
+from lookalike.artifacts import Artifact
+from lookalike.cli import DEFAULT_RECIPE, describe_step
+from lookalike.config import parse_config
+from lookalike.errors import UsageError
+from lookalike.recipe import Recipe, run_steps
+from lookalike.serve.commands import tour
+from lookalike.serve.commands.tour import Answer, TourConfig
+from lookalike.serve.commands.tour_report import render_html, render_text
+from lookalike.serve.settings.config import ServeConfig
+
+PLAN_FACTS = ("plan", "description", "target", "k", "num_queries", "map_check", "holdout")
+NEEDED = ("corpus", "labels", "evaluate", "index", "plan")
+"""Stages without which there is nothing to serve or to report."""
+PLAIN_QUERY = ("image_id", "title", "group", "view", "category")
+
+
+def quickstart(args: Sequence[str]) -> int:
+    """Run a recipe from end to end and show what came out."""
+    parser = argparse.ArgumentParser(
+        prog="lookalike quickstart",
+        description="Run every step of a recipe, serve its index, query it over gRPC and "
+        "write report.html and report.json under the recipe's root.",
+    )
+    parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"recipe YAML (default: {DEFAULT_RECIPE})")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for every stage")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
+    options = parser.parse_intermixed_args(args)
+    if "=" in options.recipe and not Path(options.recipe).exists():
+        options.overrides, options.recipe = [options.recipe, *options.overrides], DEFAULT_RECIPE
+    recipe = Recipe.load(options.recipe, options.overrides)
+    require_tour(recipe)
+    if options.dry_run:
+        print(json.dumps([describe_step(recipe, name) for name in recipe.steps], indent=1))
+        return 0
+    return _run(recipe, options)
+
+
+def _run(recipe: Recipe, options: argparse.Namespace) -> int:
+    from lookalike.cluster import ensure_ray
+
+    config = parse_config(TourConfig, recipe.demo, "demo")
+    start = time.monotonic()
+    ensure_ray(recipe.cluster)
+    artifacts, stages = run_steps(recipe)
+    asked = time.monotonic()
+    answers, description = serve_and_ask(options, artifacts, config, recipe.seed)
+    stages.append(
+        {"step": "serve and query", "stage": "serve", "skipped": False, "seconds": round(time.monotonic() - asked, 1)}
+    )
+    facts = collect(recipe, artifacts, answers, stages, description) | {"names": config.names}
+    facts["total_seconds"] = round(time.monotonic() - start, 1)
+    html = render_html(facts, artifacts, answers, tour.pictures(_of_stage(recipe, artifacts, "corpus"), answers))
+    storage.write_atomic(storage.join(recipe.root, "report.html"), html.encode())
+    storage.write_atomic(storage.join(recipe.root, "report.json"), (json.dumps(facts, indent=1) + "\n").encode())
+    print(render_text(facts, recipe.root))
+    return 0
+
+
+def require_tour(recipe: Recipe) -> None:
+    """Raise ``UsageError`` for what would stop a quickstart after its steps have run: a step that is not there, or
+    wrong settings in ``serve:`` or ``demo:``."""
+    for stage in NEEDED:
+        if not any(step.stage == stage for step in recipe.steps.values()):
+            raise UsageError(
+                f"recipe {recipe.name!r} has no {stage!r} step; the quickstart needs one (`lookalike run` does not)"
+            )
+    parse_config(TourConfig, recipe.demo, "demo")
+    parse_config(ServeConfig, {"index": "published by then", **recipe.serve}, "serve")
+
+
+def serve_and_ask(
+    options: argparse.Namespace, artifacts: dict[str, Artifact], config: TourConfig, seed: int
+) -> tuple[list[Answer], dict[str, Any]]:
+    """Start the service on a free port, query it as a client, stop it."""
+    from lookalike.serve.app import start, stop
+    from lookalike.serve.client import Client
+    from lookalike.serve.commands.commands import resolve
+
+    service = resolve(options.recipe, [*options.overrides, "port=0"], None)
+    corpus = next(a for a in artifacts.values() if a.manifest.kind == "corpus")
+    queries = tour.choose_queries(corpus, config, seed)
+    print(f"[serve] {service.placement} placement, querying with {len(queries)} images", file=sys.stderr, flush=True)
+    address = start(service)
+    try:
+        with Client(address, timeout_s=120.0) as client:
+            client.wait_ready(120.0)
+            described = client.describe()
+            answers = tour.ask(client, queries, config.k)
+    finally:
+        stop()
+    facts = {
+        "address": address,
+        "placement": service.placement,
+        "generation": described.generation,
+        "model_fingerprint": described.model_fingerprint,
+    }
+    return answers, facts
+
+
+def _of_stage(recipe: Recipe, artifacts: dict[str, Artifact], stage: str) -> Artifact:
+    return artifacts[[name for name, step in recipe.steps.items() if step.stage == stage][-1]]
+
+
+def collect(
+    recipe: Recipe,
+    artifacts: dict[str, Artifact],
+    answers: list[Answer],
+    stages: list[dict[str, Any]],
+    service: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything ``report.json`` holds."""
+    evaluation = _of_stage(recipe, artifacts, "evaluate").read_json("report.json")
+    plan = _of_stage(recipe, artifacts, "plan").read_json("plan.json")
+    shown = [
+        {
+            "query": {key: answer.query[key] for key in PLAIN_QUERY},
+            "same_by_vector": answer.same_by_vector,
+            "times_ms": answer.times_ms,
+            "hits": [{"id": hit.id, "score": round(hit.score, 4), **dict(hit.metadata)} for hit in answer.hits],
+        }
+        for answer in answers
+    ]
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "service": service,
+        "stages": stages,
+        "labels": _of_stage(recipe, artifacts, "labels").stats,
+        "corpus": _of_stage(recipe, artifacts, "corpus").stats,
+        "evaluation": evaluation,
+        "plan": {key: plan[key] for key in PLAN_FACTS} | {"chosen": plan["candidates"][plan["chosen"]]},
+        "neighbours": shown,
+        "index": _of_stage(recipe, artifacts, "index").uri,
+        "artifacts": {name: artifact.uri for name, artifact in artifacts.items()},
+    }

@@ -1,0 +1,80 @@
+"""Guardrails: an arm that is shown to break its limits gets no more traffic. Each replica judges what it answered."""
+
+from collections import deque
+from collections.abc import Callable
+
+from lookalike.serve.settings.experiment import ExperimentSettings
+from lookalike.serve.watch.intervals import Z, wilson
+from lookalike.serve.watch.recall_monitor import Estimate
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+WINDOW = 1000
+"""The last requests of an arm that are judged (or ``min_requests``, where that is more)."""
+SERVICE_ERRORS = (
+    "UNKNOWN",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "DATA_LOSS",
+    "UNIMPLEMENTED",
+    "RESOURCE_EXHAUSTED",
+)
+"""Status codes that are no fault of the caller."""
+P99_SHARE = 0.01
+PROOF = 3.0
+"""Standard errors beyond a limit that count as proof. An arm is looked at after every request, and chance has as many
+tries: at 1.96 (a 95% interval) many arms that keep to their limit would be closed in the long run."""
+
+
+class Guard:
+    """The arms of one replica that may still be asked; ``closed`` is called once for each that may not, with why."""
+
+    def __init__(self, settings: ExperimentSettings) -> None:
+        self.settings = settings
+        self.reasons: dict[str, str] = {}
+        """Closed arm -> what it broke."""
+        self.closed: Callable[[str, str], None] = lambda arm, reason: None
+        size = max(WINDOW, settings.guardrails.min_requests)
+        names = [arm.name for arm in settings.arms[1:]]  # control is never closed: there is nowhere else to go
+        self._failed: dict[str, deque[bool]] = {name: deque(maxlen=size) for name in names}
+        self._slow: dict[str, deque[bool]] = {name: deque(maxlen=size) for name in names}
+
+    def is_closed(self, arm: str) -> bool:
+        """Whether ``arm`` gets no more traffic here."""
+        return arm in self.reasons
+
+    def count(self, arm: str, code: str, duration_ms: float) -> None:
+        """One request that ``arm`` has answered, or failed to."""
+        limits = self.settings.guardrails
+        if arm not in self._failed or self.is_closed(arm) or code == "CANCELLED":
+            return
+        failed, slow = self._failed[arm], self._slow[arm]
+        failed.append(code in SERVICE_ERRORS)
+        slow.append(limits.max_p99_ms is not None and duration_ms > limits.max_p99_ms)
+        if len(failed) < limits.min_requests:
+            return
+        if limits.max_error_share is not None and wilson(sum(failed), len(failed), PROOF)[0] > limits.max_error_share:
+            self._close(
+                arm, f"{sum(failed)} of {len(failed)} requests failed, max_error_share is {limits.max_error_share:g}"
+            )
+        elif limits.max_p99_ms is not None and wilson(sum(slow), len(slow), PROOF)[0] > P99_SHARE:
+            self._close(arm, f"{sum(slow)} of {len(slow)} requests took longer than max_p99_ms, {limits.max_p99_ms:g}")
+
+    def recall(self, arm: str, estimate: Estimate) -> None:
+        """The recall of ``arm`` as it is known now."""
+        limits = self.settings.guardrails
+        if arm not in self._failed or self.is_closed(arm) or limits.min_recall is None:
+            return
+        highest = estimate.recall + PROOF / Z * (estimate.high - estimate.recall)
+        if estimate.queries >= limits.min_requests and highest < limits.min_recall:
+            self._close(
+                arm,
+                f"recall is {estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f}), min_recall "
+                f"{limits.min_recall:g}",
+            )
+
+    def _close(self, arm: str, reason: str) -> None:
+        self.reasons[arm] = reason
+        log.warning("arm closed %s", fields(experiment=self.settings.name, arm=arm, reason=reason))
+        self.closed(arm, reason)

@@ -1,0 +1,207 @@
+"""What an experiment's log shows, as figures with their chance.
+
+The units are what chance was asked for: sessions, and requests that have none. A split compares the share of units
+with feedback (a session counts once, however many answers it had) by a two-proportion test, Fisher's where counts are
+small; several arms share the 5% by Holm's rule. Interleaving counts for each unit which arm's hits had more feedback
+and tests wins against losses by a sign test.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from lookalike.serve.experiment.guardrails import SERVICE_ERRORS
+from lookalike.serve.experiment.log import ExperimentLog, Shown
+from lookalike.serve.watch.intervals import Interval, difference, wilson
+
+LEVEL = 0.05
+"""Chance of finding a difference where there is none."""
+MISMATCH = 0.001
+"""Below this chance the arms' sizes do not fit their weights."""
+POWER = 1.959964 + 0.841621
+"""Standard errors of a difference that is shown four times in five."""
+
+
+@dataclass(frozen=True)
+class ArmFigures:
+    """One arm. ``units`` are sessions, and requests without one."""
+
+    name: str
+    requests: int
+    sessions: int
+    errors: int
+    degraded: int
+    p50_ms: float
+    p99_ms: float
+    answers_with_feedback: int
+    feedback_rate: float
+    """Of the answers; those of one session go together, so it has no interval."""
+    units: int
+    units_with_feedback: int
+    unit_interval: Interval
+    """Wilson's, of the share of units with feedback."""
+    breaks: tuple[str, ...]
+    """Guardrails that the figures are beyond."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against control, of a split."""
+
+    arm: str
+    apart: float
+    """Share of units with feedback, less control's."""
+    interval: Interval
+    p_value: float
+    """Corrected for the number of arms."""
+    shown: bool
+    detectable: float
+    """Difference that as many units show four times in five."""
+
+
+@dataclass(frozen=True)
+class Duel:
+    """The two arms of an interleaving, by unit."""
+
+    arm: str
+    control: str
+    wins: int
+    ties: int
+    losses: int
+    p_value: float
+    shown: bool
+
+
+def describe_arms(log: ExperimentLog) -> list[ArmFigures]:
+    """Figures of each arm that answered; of interleaving there is one for the answers of both."""
+    acted = {request_id for request_id, _, _ in log.feedback}
+    by_arm: dict[str, list[Shown]] = defaultdict(list)
+    for request in log.requests:
+        by_arm[request.arm].append(request)
+    names = [arm.name for arm in log.settings.arms]
+    order = [*names, *sorted(set(by_arm) - set(names))]
+    return [_describe(name, by_arm[name], acted, log) for name in order if name in by_arm]
+
+
+def _describe(name: str, requests: Sequence[Shown], acted: set[str], log: ExperimentLog) -> ArmFigures:
+    errors = sum(request.code in SERVICE_ERRORS for request in requests)
+    answers = [request for request in requests if request.code == "OK"]
+    with_feedback = sum(request.request_id in acted for request in answers)
+    p50, p99 = np.percentile([request.duration_ms for request in requests], [50, 99])
+    limits = log.settings.guardrails
+    breaks = []
+    if limits.max_error_share is not None and errors / len(requests) > limits.max_error_share:
+        breaks.append(
+            f"{errors / len(requests):.2%} of the requests failed, max_error_share is {limits.max_error_share:.2%}"
+        )
+    if limits.max_p99_ms is not None and p99 > limits.max_p99_ms:
+        breaks.append(f"99% took up to {p99:.1f} ms, max_p99_ms is {limits.max_p99_ms:g}")
+    units, hit = _units(requests, acted)
+    return ArmFigures(
+        name,
+        len(requests),
+        len({request.session for request in requests} - {""}),
+        errors,
+        sum(request.degraded for request in requests),
+        float(p50),
+        float(p99),
+        with_feedback,
+        with_feedback / max(1, len(answers)),
+        units,
+        hit,
+        wilson(hit, units),
+        () if name == log.settings.control.name else tuple(breaks),
+    )
+
+
+def _units(requests: Sequence[Shown], acted: set[str]) -> tuple[int, int]:
+    return (
+        len({request.unit for request in requests}),
+        len({request.unit for request in requests if request.request_id in acted}),
+    )
+
+
+def sessions_of_several_arms(log: ExperimentLog) -> int:
+    """Sessions that saw more than one arm, which a split does not allow."""
+    arms: dict[str, set[str]] = defaultdict(set)
+    for request in log.requests:
+        if request.session:
+            arms[request.session].add(request.arm)
+    return sum(len(seen) > 1 for seen in arms.values())
+
+
+def compare(arms: Sequence[ArmFigures], control: str) -> list[Comparison]:
+    """Every other arm against ``control``; none where control has no units."""
+    base = next((arm for arm in arms if arm.name == control), None)
+    others = [arm for arm in arms if arm.name != control]
+    if base is None:
+        return []
+    found = holm(
+        [two_proportions(arm.units_with_feedback, arm.units, base.units_with_feedback, base.units) for arm in others]
+    )
+    return [_compare(arm, base, p_value) for arm, p_value in zip(others, found, strict=True)]
+
+
+def _compare(arm: ArmFigures, base: ArmFigures, p_value: float) -> Comparison:
+    hits, trials = arm.units_with_feedback, arm.units
+    apart = hits / trials - base.units_with_feedback / base.units
+    rate = (hits + base.units_with_feedback) / (trials + base.units)
+    detectable = POWER * sqrt(rate * (1 - rate) * (1 / trials + 1 / base.units))
+    interval = difference(hits, trials, base.units_with_feedback, base.units)
+    return Comparison(arm.name, apart, interval, p_value, p_value < LEVEL, detectable)
+
+
+def two_proportions(hits: int, trials: int, other_hits: int, other_trials: int) -> float:
+    """Two-sided p-value of equal shares: pooled z test, Fisher's exact one where a count below 5 is expected."""
+    from scipy.stats import fisher_exact, norm
+
+    total, all_hits = trials + other_trials, hits + other_hits
+    if all_hits in (0, total):
+        return 1.0
+    if min(trials, other_trials) * min(all_hits, total - all_hits) / total < 5:
+        table = [[hits, trials - hits], [other_hits, other_trials - other_hits]]
+        return float(fisher_exact(table).pvalue)
+    rate = all_hits / total
+    z = (hits / trials - other_hits / other_trials) / sqrt(rate * (1 - rate) * (1 / trials + 1 / other_trials))
+    return float(2 * norm.sf(abs(z)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in their order."""
+    corrected, largest = list(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        corrected[place] = largest
+    return corrected
+
+
+def duel(log: ExperimentLog) -> Duel:
+    """Which arm's hits had more feedback, unit by unit; units without any, and draws, are ties."""
+    from scipy.stats import binomtest
+
+    control, arm = (one.name for one in log.settings.arms)
+    requests = {request.request_id: request for request in log.requests}
+    leads: Counter[str] = Counter({request.unit: 0 for request in log.requests})
+    for request_id, hit, _ in log.feedback:
+        request = requests.get(request_id)
+        owner = request.owners.get(hit) if request is not None else None
+        if request is not None and owner is not None:
+            leads[request.unit] += 1 if owner == arm else -1
+    wins, losses = sum(lead > 0 for lead in leads.values()), sum(lead < 0 for lead in leads.values())
+    p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return Duel(arm, control, wins, len(leads) - wins - losses, losses, p_value, p_value < LEVEL)
+
+
+def mismatch(log: ExperimentLog, arms: Sequence[ArmFigures]) -> float | None:
+    """p-value of the arms' units under their weights (chi-square); None where weights decided nothing."""
+    from scipy.stats import chisquare
+
+    if log.settings.mode != "split":
+        return None
+    units = {arm.name: arm.units for arm in arms}
+    seen = np.array([units.get(arm.name, 0) for arm in log.settings.arms])
+    weights = np.array([arm.weight for arm in log.settings.arms])
+    return float(chisquare(seen, seen.sum() * weights / weights.sum()).pvalue)

@@ -1,0 +1,146 @@
+"""The gate of the ingress: who calls, with which right, within which size and quota. Nothing is worked on before it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import grpc
+
+from lookalike.serve.front.quota import now
+from lookalike.serve.front.tenants import Known, Tenants
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.settings.security import ROLES, Quota
+from lookalike.serve.wire.errors import RetrievalError, invalid
+from lookalike.serve.wire.requests import DEFAULT_K
+
+ADMIN_RPCS = frozenset(pb.DESCRIPTOR.services_by_name["AdminService"].methods_by_name)
+WRITE_RPCS = frozenset({"Upsert", "Delete"})
+COUNTED = {"SearchBatch": "queries", "Embed": "images", "Upsert": "rows", "Delete": "ids"}
+"""The field of an RPC's request whose items count as queries of a quota."""
+RETRY_MS = 100
+"""What callers with too many requests under way are told to wait, in milliseconds."""
+
+
+class Gate:
+    """Checks of one ingress replica; without ``tenants`` nobody is asked for a token."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._max_bytes = config.limits.max_request_bytes
+        self._tenants = None if config.tenants is None else Tenants(config.tenants)
+
+    def identify(self, rpc: str, metadata: Sequence[tuple[str, Any]]) -> "Caller":
+        """Who calls ``rpc``; raises UNAUTHENTICATED without a known token, PERMISSION_DENIED when its role is short."""
+        if self._tenants is None:
+            return Caller(None, self._max_bytes)
+        known = self._tenants.find(read_bearer(metadata))
+        if known is None:
+            raise RetrievalError(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the token is unknown here; send a valid one as `authorization: Bearer TOKEN`",
+            )
+        needed, role = role_for(rpc), known.tenant.role
+        if ROLES.index(role) < ROLES.index(needed):
+            raise RetrievalError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"{rpc} needs the role {needed!r}, tenant "
+                f"{known.tenant.name!r} has {role!r}; ask for a token of that role",
+            )
+        return Caller(known, self._max_bytes)
+
+
+class Caller:
+    """Someone whose request may be worked on while it keeps to sizes and quota."""
+
+    def __init__(self, known: Known | None, max_request_bytes: int) -> None:
+        self._known, self._max_bytes = known, max_request_bytes
+
+    @property
+    def name(self) -> str:
+        """The tenant's name; empty when nobody is asked."""
+        return "" if self._known is None else self._known.tenant.name
+
+    @contextmanager
+    def request(self, rpc: str, message: Any) -> Iterator[None]:
+        """Work on one request: raises INVALID_ARGUMENT for its size, RESOURCE_EXHAUSTED for the quota."""
+        with self.under_way():
+            self.check(rpc, message)
+            yield
+
+    def check(self, rpc: str, message: Any) -> None:
+        """Raise as ``request`` does, and count the request; for a batch of a stream this is all."""
+        if (size := message.ByteSize()) > self._max_bytes:
+            raise invalid(
+                f"the request has {size} bytes, the limit is {self._max_bytes}; send less at once, or raise "
+                "limits.max_request_bytes of the service"
+            )
+        if self._known is None:
+            return
+        if rpc == "SearchStream":
+            rpc, message = "SearchBatch", message.batch
+        tenant, meter = self._known
+        num_queries = _count(rpc, message)
+        _check_bounds(rpc, message, num_queries, tenant.name, tenant.quota)
+        if (refusal := meter.charge(tenant.quota, num_queries, now())) is not None:
+            raise _exhausted(tenant.name, refusal)
+
+    def under_way(self) -> AbstractContextManager[None]:
+        """Counts as a request under way as long as the block lasts."""
+        return _counted(self._known)
+
+
+@contextmanager
+def _counted(known: Known | None) -> Iterator[None]:
+    if known is None:
+        yield
+        return
+    allowed = known.tenant.quota.concurrent
+    if allowed is not None and known.meter.under_way >= allowed:
+        raise _exhausted(known.tenant.name, f"{allowed} requests under way; retry after {RETRY_MS} ms")
+    known.meter.under_way += 1
+    try:
+        yield
+    finally:
+        known.meter.under_way -= 1
+
+
+def role_for(rpc: str) -> str:
+    """The least role that may call ``rpc``."""
+    if rpc in ADMIN_RPCS:
+        return "admin"
+    return "write" if rpc in WRITE_RPCS else "read"
+
+
+def read_bearer(metadata: Sequence[tuple[str, Any]]) -> str:
+    """The token of a call; raises UNAUTHENTICATED when there is none, or more than one header of it."""
+    given = [value for key, value in metadata if key.lower() == "authorization"]
+    scheme, _, token = str(given[0]).partition(" ") if len(given) == 1 else ("", "", "")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise RetrievalError(
+            grpc.StatusCode.UNAUTHENTICATED,
+            "this service asks for a token; send one "
+            "`authorization: Bearer TOKEN` (Client(token=...), lookalike search --token-file)",
+        )
+    return token.strip()
+
+
+def _count(rpc: str, message: Any) -> int:
+    if rpc in COUNTED:
+        return len(getattr(message, COUNTED[rpc]))
+    return 1 if rpc == "Search" else 0
+
+
+def _check_bounds(rpc: str, message: Any, num_queries: int, name: str, quota: Quota) -> None:
+    if quota.max_batch is not None and num_queries > quota.max_batch:
+        raise invalid(
+            f"{num_queries} {COUNTED[rpc]} in one request, tenant {name!r} may send {quota.max_batch}; send "
+            "fewer at a time"
+        )
+    if quota.max_k is not None and rpc in ("Search", "SearchBatch"):
+        k = message.options.k if message.options.HasField("k") else DEFAULT_K
+        if k > quota.max_k:
+            raise invalid(f"k={k} exceeds the {quota.max_k} of tenant {name!r}; ask for fewer")
+
+
+def _exhausted(name: str, rule: str) -> RetrievalError:
+    return RetrievalError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"tenant {name!r} may have {rule}")

@@ -1,0 +1,333 @@
+"""The service itself: checked requests in, responses out; the ingress and local mode wrap it."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+
+import lookalike
+from lookalike.serve.experiment.arms import Answered, answer
+from lookalike.serve.experiment.assignment import Arm, Route
+from lookalike.serve.front.observer import Observer
+from lookalike.serve.front.overload import ARRIVED, Admission, Ladder
+from lookalike.serve.generations.generation import Generation
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.search.router import Floats, Found, Router
+from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.watch import trace
+from lookalike.serve.wire.errors import NotLoadedError, RetrievalError
+from lookalike.serve.wire.requests import (
+    Options,
+    check_ids,
+    check_image,
+    check_num,
+    check_rows,
+    check_uris,
+    portions,
+    read_options,
+    read_queries,
+    write_hits,
+    write_plan,
+    write_times,
+)
+
+T = TypeVar("T")
+MOVE_S = 86_400.0
+"""Longest that a switch or compaction may take, in seconds; the request usually says less."""
+Check = Callable[[pb.SearchStreamRequest], None]
+
+
+class Service:
+    """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer.
+
+    A request belongs to the generation that is ``current`` when it begins; if no worker holds that one any more, it
+    begins once again with what is current then.
+    """
+
+    def __init__(
+        self, config: ServeConfig, current: Generation, router: Router, writer: Any = None, arms: Sequence[Arm] = ()
+    ) -> None:
+        self.config, self.current, self.router, self.writer = config, current, router, writer
+        self.admission = Admission(config.max_ongoing_requests, config.max_queued_requests, config.timeout_s)
+        self._ladder = None if config.degrade is None else Ladder(config.degrade)
+        self.observer = Observer(config, router, arms)
+
+    async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
+        """``Search``."""
+        (found,), info = await self._search([request.query], request.options)
+        response = pb.SearchResponse(info=info)
+        response.hits.MergeFrom(found.hits)
+        return response
+
+    async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+        """``SearchBatch``."""
+        results, info = await self._search(request.queries, request.options)
+        return pb.SearchBatchResponse(results=results, info=info)
+
+    async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Answered:
+        async def work(served: Generation) -> Answered:
+            return await answer(self.observer.experiment, served, queries, options, self._search_one)
+
+        return await self._with_current(work)
+
+    async def _search_one(self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions) -> Answered:
+        """The answer of one generation."""
+        generation = route.generation
+        options = self._options(generation, message)
+        vectors, found = await self._find(generation, queries, options)
+        info = self._info(generation, options, found)
+        own_plan = message.HasField("plan") or message.HasField("min_recall")
+        searched = trace.Searched(generation, options, vectors, found, route.arm, own_plan, info.degraded)
+        trace.current().searches.append(searched)
+        return [write_hits(found.answer, query) for query in range(len(queries))], info
+
+    async def search_stream(
+        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None
+    ) -> AsyncIterator[pb.SearchStreamResponse]:
+        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests.
+
+        ``check`` may refuse a batch before it is worked on.
+        """
+        begun: deque[asyncio.Task[pb.SearchStreamResponse]] = deque()
+        reading: asyncio.Future[pb.SearchStreamRequest | None] | None = None
+        ended = False
+        try:
+            while begun or not ended:
+                if reading is None and not ended and len(begun) < self.config.stream_window:
+                    reading = asyncio.ensure_future(_next(requests))
+                awaited: list[asyncio.Future[Any]] = [*([reading] if reading else []), *islice(begun, 1)]
+                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                if reading is not None and reading.done():
+                    request, reading = reading.result(), None
+                    ended = request is None
+                    if request is not None:
+                        begun.append(asyncio.ensure_future(self.stream_one(request, check)))
+                while begun and begun[0].done():
+                    yield begun.popleft().result()
+        finally:  # the caller may have gone
+            if reading is not None:
+                reading.cancel()
+            for task in begun:
+                task.cancel()
+
+    async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
+        """The answer to one batch of a stream, or why there is none. It waits for a slot: its caller reads on later."""
+
+        async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+            if check is not None:
+                check(request)
+            async with self.admission.slot(batch.options.timeout_ms, patient=True):
+                return await self.search_batch(batch)
+
+        try:
+            batch = await self.observer.watch("SearchStream", work, request.batch)
+            return pb.SearchStreamResponse(tag=request.tag, batch=batch)
+        except RetrievalError as error:
+            failure = pb.Failure(code=error.code.value[0], message=error.message)
+            return pb.SearchStreamResponse(tag=request.tag, failure=failure)
+
+    async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
+        """``Feedback``."""
+        return await self.observer.feedback(request)
+
+    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        """``Embed``."""
+        check_num(request.images, "images", self.config.limits)
+        images = [check_image(image, self.config.limits) for image in request.images]
+        deadline = _deadline(self.config.timeout_s)
+
+        async def work(generation: Generation) -> tuple[Generation, list[Floats]]:
+            return generation, await self._encode(generation, images, deadline)
+
+        generation, vectors = await self._with_current(work)
+        return pb.EmbedResponse(
+            vectors=[vector.tobytes() for vector in vectors],
+            dim=generation.meta.dim,
+            model_fingerprint=generation.meta.model_fingerprint,
+        )
+
+    async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
+        """``Describe``."""
+        generation, meta = self.current, self.current.meta
+        return pb.DescribeResponse(
+            version=lookalike.__version__,
+            index_generation=generation.name,
+            dim=meta.dim,
+            model_fingerprint=meta.model_fingerprint,
+            dims=meta.dims,
+            num_rows=meta.num_live,
+            num_shards=len(self.router.shards),
+            plan=write_plan(generation.plans.default),
+            columns=meta.columns,
+            placement=self.config.placement,
+            limits=pb.Limits(**self.config.limits.model_dump()),
+            has_encoder=self._can_encode(generation),
+            writable=self.writer is not None,
+        )
+
+    async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
+        """``Upsert``: rows get their vectors here, and go to the writer in portions."""
+        self._require_writer()
+        deadline = _deadline(self.config.timeout_s)
+
+        async def work(generation: Generation) -> pb.UpsertResponse:
+            return await self._upsert(generation, request, deadline)
+
+        return await self._with_current(work)
+
+    async def _upsert(self, generation: Generation, request: pb.UpsertRequest, deadline: float) -> pb.UpsertResponse:
+        check_rows(request, limits=self.config.limits, meta=generation.meta)
+        images = [row.image for row in request.rows if row.WhichOneof("content") == "image"]
+        vectors = iter(await self._encode(generation, images, deadline) if images else [])
+        rows = [
+            row
+            if row.WhichOneof("content") == "vector"
+            else pb.Row(id=row.id, vector=next(vectors).astype("<f4").tobytes(), metadata=row.metadata)
+            for row in request.rows
+        ]
+        number = 0
+        for portion in portions(rows):
+            message = pb.UpsertRequest(rows=portion, model_fingerprint=generation.meta.model_fingerprint)
+            number = await self._write("upsert", message.SerializeToString(), deadline=deadline)
+        return pb.UpsertResponse(write=number)
+
+    async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
+        """``Delete``."""
+        self._require_writer()
+        check_ids(request, limits=self.config.limits)
+        deadline = _deadline(self.config.timeout_s)
+        return pb.DeleteResponse(write=await self._write("delete", request.SerializeToString(), deadline=deadline))
+
+    async def switch(self, request: pb.SwitchRequest) -> pb.SwitchResponse:
+        """``AdminService.Switch``."""
+        check_uris(request)
+        return pb.SwitchResponse(current=await self._move("switch", request.SerializeToString()))
+
+    async def rollback(self, request: pb.RollbackRequest) -> pb.RollbackResponse:
+        """``AdminService.Rollback``."""
+        return pb.RollbackResponse(current=await self._move("rollback"))
+
+    async def compact(self, request: pb.CompactRequest) -> pb.CompactResponse:
+        """``AdminService.Compact``."""
+        return pb.CompactResponse(current=await self._move("compact", float(request.timeout_s)))
+
+    async def status(self, request: pb.StatusRequest) -> pb.StatusResponse:
+        """``AdminService.Status``."""
+        self._require_writer()
+        deadline = _deadline(self.config.timeout_s)
+        response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
+        if (recall := self.observer.estimate(self.current)) is not None:
+            response.recall.CopyFrom(recall)
+        return response
+
+    async def _move(self, method: str, *args: Any) -> pb.Generation:
+        self._require_writer()
+        answer = await self._write(method, *args, deadline=_deadline(MOVE_S), again=False)
+        generation: pb.Generation = pb.Generation.FromString(answer)
+        return generation
+
+    async def _write(self, method: str, *args: Any, deadline: float, again: bool = True) -> Any:
+        """Ask the writer; a write may be made ``again``, storing the same twice changes nothing."""
+        return await self.router.ask_one(self.writer, method, *args, deadline=deadline, who="writer", again=again)
+
+    def _require_writer(self) -> None:
+        if self.writer is None:
+            raise RetrievalError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "this service answers searches only; set "
+                "writes.state to a folder to make it take writes and other indexes",
+            )
+
+    def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
+        read = read_options(
+            options,
+            limits=self.config.limits,
+            meta=generation.meta,
+            plans=generation.plans,
+            timeout_s=self.config.timeout_s,
+        )
+        if self._ladder is None or options.HasField("plan") or options.HasField("min_recall"):
+            return read
+        cheaper = self._ladder.choose(generation.plans, self.admission.share)
+        return read if cheaper is None else read._replace(plan=cheaper, degraded=True)
+
+    async def _with_current(self, work: Callable[[Generation], Awaitable[T]]) -> T:
+        generation = self.current
+        try:
+            return await work(generation)
+        except NotLoadedError:
+            if self.current is generation:
+                raise
+        return await work(self.current)
+
+    async def _find(
+        self, generation: Generation, queries: Sequence[pb.Query], options: Options
+    ) -> tuple[Floats, Found]:
+        deadline = _deadline(options.timeout_s)
+        vectors, times = await self._vectors(generation, queries, deadline)
+        found = await self.router.search(
+            generation.name,
+            vectors,
+            options.k,
+            options.plan,
+            options.filters,
+            deadline=deadline,
+            allow_partial=options.allow_partial,
+        )
+        return vectors, found._replace(times_ms={**times, **found.times_ms})
+
+    async def _vectors(
+        self, generation: Generation, queries: Sequence[pb.Query], deadline: float
+    ) -> tuple[Floats, dict[str, float]]:
+        read = read_queries(queries, limits=self.config.limits, dim=generation.meta.dim)
+        vectors, times = dict(read.vectors), {}
+        if read.images:
+            start = time.perf_counter()
+            encoded = await self._encode(generation, list(read.images.values()), deadline)
+            vectors.update(zip(read.images, encoded, strict=True))
+            times["encode"] = (time.perf_counter() - start) * 1000
+        if read.image_ids:
+            start = time.perf_counter()
+            ids = list(read.image_ids.values())
+            stored = await self.router.stored_vectors(generation.name, ids, deadline=deadline)
+            vectors.update(zip(read.image_ids, stored, strict=True))
+            times["lookup"] = (time.perf_counter() - start) * 1000
+        return np.stack([vectors[position] for position in range(len(queries))]), times
+
+    def _can_encode(self, generation: Generation) -> bool:
+        """A service that started without an encoder has none for an index that it switched to either."""
+        return generation.encoder is not None and self.router.encoder is not None
+
+    async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:
+        if not self._can_encode(generation):
+            raise RetrievalError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "this service runs without an encoder; send vectors, or set serve.encoder",
+            )
+        return await self.router.encode(generation.name, images, deadline=deadline)
+
+    def _info(self, generation: Generation, options: Options, found: Found) -> pb.SearchInfo:
+        coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=len(self.router.shards))
+        return pb.SearchInfo(
+            plan=write_plan(options.plan),
+            index_generation=generation.name,
+            model_fingerprint=generation.meta.model_fingerprint,
+            coverage=coverage,
+            stage_times=write_times(found.times_ms),
+            degraded=options.degraded,
+        )
+
+
+async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStreamRequest | None:
+    return await anext(requests, None)
+
+
+def _deadline(timeout_s: float) -> float:
+    """``timeout_s`` after the request's arrival, by the loop's clock; after now where nothing tells it."""
+    arrived = ARRIVED.get()
+    return (asyncio.get_running_loop().time() if arrived is None else arrived) + timeout_s

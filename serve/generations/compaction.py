@@ -1,0 +1,175 @@
+"""Compaction: an index that holds the writes, made as every index is.
+
+The embeddings that the index was made from, with the written rows in the place of their old ones, are published as an
+``embeddings`` artifact; then the index's own ``index`` stage runs over them with the old index as ``previous``, so that
+shards without writes are kept, few changes are appended and many rebuild a shard. Both are published in the service's
+folder; what an attempt that was killed has finished, the next finds.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lookalike import storage
+from lookalike.artifacts import Artifact, Draft, find, hash_json, lineage
+from lookalike.errors import ArtifactError, LookalikeError, UsageError
+from lookalike.serve.generations.journal import Record, read_frame
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.stages import execute, get_stage
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+ROOT = "artifacts"
+"""Where in the service's folder the artifacts of compactions are."""
+BATCH_ROWS = 8192
+"""Rows of a part that are held at a time."""
+VERSION = 1
+"""Raised when the same writes are merged otherwise."""
+
+
+def final_rows(records: Iterable[Record]) -> dict[str, pb.Row | None]:
+    """What the writes leave of each id that they touch: its row, or None when it is deleted."""
+    rows: dict[str, pb.Row | None] = {}
+    for record in records:
+        message = record.message
+        if isinstance(message, pb.UpsertRequest):
+            rows |= {row.id: row for row in message.rows}
+        else:
+            rows |= dict.fromkeys(message.ids)
+    return rows
+
+
+def merge_embeddings(embeddings: Artifact, records: Sequence[Record], root: str) -> Artifact:
+    """Publish ``embeddings`` with the writes merged in under ``root``; parts without touched rows are shared."""
+    writes = hashlib.sha256()
+    for record in records:
+        writes.update(record.to_bytes())
+    mark, name = hash_json([VERSION, embeddings.digest, writes.hexdigest()])[:20], embeddings.manifest.name
+    with storage.exclusive(storage.join(root, ".locks", f"embeddings-{name}-{mark}"), _tell_waiting):
+        done = find(root, "embeddings", name, mark)
+        return _merge(embeddings, records, Draft(root, "embeddings", name, mark)) if done is None else done
+
+
+def _tell_waiting() -> None:
+    log.warning("wait %s", fields(reason="an earlier attempt is still merging the same writes"))
+
+
+def _merge(embeddings: Artifact, records: Sequence[Record], draft: Draft) -> Artifact:
+    rows = final_rows(records)
+    draft.clear()
+    storage.make_directory(draft.uri)
+    parts = embeddings.files("part-", ".parquet")
+    if not parts:
+        raise ArtifactError(f"{embeddings.uri} holds no part-*.parquet; run embed again")
+    touched, num_kept = pa.array(rows, pa.string()), 0
+    for part in parts:
+        num_kept += _copy_part(part, draft.path(part.rpartition("/")[2]), touched)
+    stored = [row for row in rows.values() if row is not None]
+    if not num_kept and not stored:
+        raise UsageError("the writes delete every row, and an index holds at least one; compact when there are some")
+    if stored:
+        filesystem, path = storage.arrow_filesystem(parts[0])
+        table = make_table(stored, pq.read_schema(path, filesystem=filesystem))
+        _write(table, draft.path(f"part-writes-{records[-1].number:020d}.parquet"))
+    facts = embeddings.read_json("meta.json") | {"rows": num_kept + len(stored)}
+    draft.write_json("meta.json", facts)
+    draft.stats = {"rows": facts["rows"], "written_rows": len(stored), "deleted_ids": len(rows) - len(stored)}
+    config = {"writes": [records[0].number, records[-1].number]}
+    return draft.publish(config=config, parents={"embeddings": [embeddings]}, stage_version=VERSION, duration_s=0.0)
+
+
+def _copy_part(source: str, target: str, touched: pa.Array) -> int:
+    """Give ``target`` the rows of ``source`` whose ids are not ``touched``; how many they are."""
+    filesystem, path = storage.arrow_filesystem(source)
+    ids = pq.read_table(path, columns=["image_id"], filesystem=filesystem)["image_id"]
+    keep = pc.invert(pc.is_in(ids, touched))
+    num_kept = int(pc.sum(keep).as_py() or 0)
+    if num_kept == len(ids):
+        storage.share_file(source, target)
+    elif num_kept:
+        file, (out, to) = pq.ParquetFile(path, filesystem=filesystem), storage.arrow_filesystem(target)
+        with pq.ParquetWriter(to, file.schema_arrow, filesystem=out, use_dictionary=False) as writer:
+            for batch in file.iter_batches(BATCH_ROWS):
+                writer.write_batch(batch.filter(pc.invert(pc.is_in(batch.column("image_id"), touched))))
+    return num_kept
+
+
+def _write(table: pa.Table, uri: str) -> None:
+    filesystem, path = storage.arrow_filesystem(uri)
+    pq.write_table(table, path, filesystem=filesystem, use_dictionary=False)
+
+
+def make_table(rows: Sequence[pb.Row], schema: pa.Schema) -> pa.Table:
+    """Written rows as a table of ``schema``; columns that they do not name are null."""
+    kind = schema.field("vector").type
+    numbers = np.frombuffer(b"".join(row.vector for row in rows), "<f4")
+    values = pa.array(numbers.astype(kind.value_type.to_pandas_dtype()))
+    columns: dict[str, Any] = {
+        "image_id": pa.array([row.id for row in rows]),
+        "vector": pa.FixedSizeListArray.from_arrays(values, kind.list_size).cast(kind),
+    }
+    for field in schema:
+        if field.name not in columns:
+            texts = pa.array([row.metadata.get(field.name) for row in rows], pa.string())
+            columns[field.name] = texts.cast(field.type)
+    return pa.table([columns[field.name] for field in schema], schema=schema)
+
+
+def compact(index: str, records: Sequence[Record], folder: str) -> str:
+    """Publish the index at ``index`` with the writes merged in, under ``folder``; its URI."""
+    base = Artifact.open(index, "index", check=False)
+    embeddings = find_embeddings(base)
+    merged = merge_embeddings(embeddings, records, storage.join(folder, ROOT))
+    stage = get_stage("index")
+    config = stage.config.model_validate(base.manifest.config)
+    inputs = {"embeddings": [merged], "previous": [base]}
+    return execute(stage, config, inputs, storage.join(folder, ROOT), base.manifest.name).uri
+
+
+def held_writes(index: str, folder: str) -> int:
+    """Number of the last write of the service in ``folder`` that an index holds, by its lineage; 0 for none."""
+    root, numbers = storage.join(folder, ROOT) + "/", [0]
+    for _, _, ancestor in lineage(Artifact.open(index, "index", check=False)):
+        if isinstance(ancestor, Artifact) and ancestor.uri.startswith(root):
+            numbers += ancestor.manifest.config.get("writes", [])
+    return max(numbers)
+
+
+def find_embeddings(index: Artifact) -> Artifact:
+    """The embeddings that an index was made from; ``ArtifactError`` when they are gone."""
+    for name, _, uri in index.parents():
+        if name == "embeddings":
+            try:
+                return Artifact.open(uri, "embeddings", check=False)
+            except ArtifactError as error:
+                raise ArtifactError(
+                    f"the writes cannot be merged: the embeddings that {index.uri} was made from are "
+                    f"needed, and {error}"
+                ) from None
+    raise ArtifactError(f"{index.uri} names no embeddings that it was made from; build it with `lookalike index`")
+
+
+async def compact_in_task(index: str, records: Sequence[Record], folder: str) -> str:
+    """:func:`compact` as a Ray task, away from the writer's own process."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    frames = [record.to_bytes() for record in records]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # has the folder
+    task = ray.remote(num_cpus=0, max_retries=1)(_compact_frames).options(scheduling_strategy=here)
+    try:
+        return str(await task.remote(index, frames, folder))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (LookalikeError, OSError)):
+            raise error.cause from None
+        raise
+
+
+def _compact_frames(index: str, frames: Sequence[bytes], folder: str) -> str:
+    found = [read_frame(frame) for frame in frames]
+    return compact(index, [one[0] for one in found if one is not None], folder)

@@ -1,0 +1,49 @@
+"""Removes what compactions made and no index that is served needs any more: else each would take its place on the disk
+for good.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lookalike import storage
+from lookalike.artifacts import MANIFEST, Artifact
+from lookalike.errors import ArtifactError
+from lookalike.serve.generations.compaction import ROOT, find_embeddings
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+
+
+def prune(folder: str, held: Sequence[str], keep_s: float) -> list[str]:
+    """Remove the indexes and embeddings that compactions published in the service's ``folder`` more than ``keep_s``
+    seconds ago, but for the indexes ``held`` (URIs) and the embeddings that these were made from; what was removed.
+
+    Files that others share by hard links stay theirs. One that was removed in part does not open.
+    """
+    needed, oldest, removed = set(map(_mark, needed_by(held))), time.time() - keep_s, []
+    for kind in ("index", "embeddings"):
+        for manifest in sorted(Path(folder, ROOT, kind).glob(f"*/*/{MANIFEST}")):
+            uri = str(manifest.parent)
+            if _mark(uri) not in needed and manifest.stat().st_mtime < oldest:
+                manifest.unlink()
+                storage.remove_tree(uri)
+                removed.append(uri)
+    if removed:
+        log.info("pruned %s", fields(removed=len(removed), folder=folder))
+    return removed
+
+
+def needed_by(held: Sequence[str]) -> Iterable[str]:
+    """The indexes ``held`` and the embeddings that they were made from."""
+    for uri in held:
+        yield uri
+        try:
+            yield find_embeddings(Artifact.open(uri, "index", check=False)).uri
+        except ArtifactError as error:
+            log.warning("no embeddings to keep %s", fields(index=uri, reason=str(error)[:200]))
+
+
+def _mark(uri: str) -> tuple[str, ...]:
+    """Kind, name and fingerprint: the same by whatever path a folder is reached."""
+    return tuple(uri.rstrip("/").split("/")[-3:])

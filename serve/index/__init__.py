@@ -1,0 +1,1 @@
+"""The offline stages ``index`` and ``plan``. May import no other room of the wing."""

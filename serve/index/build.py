@@ -1,0 +1,325 @@
+"""Index stage: embeddings -> shards of a prefix store with shortlist indexes, one Ray task a shard.
+
+A row belongs to the shard that the hash of its id names and is sorted by id within it, so an index depends neither on
+the order of the embeddings nor on the number of workers. A task reads the ids of all parts twice (to count, to choose)
+and the vectors of all parts once, batch by batch: S shards read the embeddings S times, and hold the ids of their own
+rows, one batch of vectors, and one prefix while its shortlist is built.
+
+With a ``previous`` index, what has not changed is kept: see ``segments.py``. Then a shard reads once, to compare, the
+vectors of parts that the previous index was not made from, and again those row groups that hold what it builds.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from lookalike import storage
+from lookalike.cluster import ensure_ray
+from lookalike.errors import LookalikeError, UsageError
+from lookalike.progress import track
+from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, read_index_meta
+from lookalike.retrieval.ranking import Floats, Rows
+from lookalike.retrieval.shortlist import SHORTLISTS, ShortlistOptions, build_shortlist, shortlist_name
+from lookalike.retrieval.store import (
+    DIGESTS_FILE,
+    ROWS_FILE,
+    SHARD_META,
+    TOMBSTONES_FILE,
+    Dtype,
+    Mask,
+    PrefixStore,
+    ShardMeta,
+    check_dims,
+    read_meta,
+    write_store,
+)
+from lookalike.serve.index.rows import COLUMNS, Source, collect_rows, count_rows, digest_rows, read_source, read_vectors
+from lookalike.serve.index.segments import (
+    KINDS,
+    Change,
+    Previous,
+    SegmentOptions,
+    build_facts,
+    compare_shard,
+    explain_difference,
+    keep_segment,
+    new_folder,
+    read_mask,
+)
+from lookalike.stages import Input, Stage, StageConfig, StageRun
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+
+
+class IndexConfig(StageConfig, SegmentOptions, ShortlistOptions):
+    """What is indexed, and how."""
+
+    dims: tuple[int, ...] | None = None
+    """Prefixes that can be searched; the model's nested dims by default. The full dim is always among them."""
+    shortlist: str = "graph"
+    """Index type of the shortlists: flat, hnsw, graph, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary, binary-signs or one
+    registered."""
+    shortlist_dims: tuple[int, ...] | None = None
+    """Prefixes to build a shortlist index over; all dims but the full one by default. The plan picks among them."""
+    dtype: Dtype = "float32"
+    """Number format of the stored vectors; float16 halves the index and costs about 1e-4 in a cosine, int8 makes it a
+    quarter and costs about 1e-3."""
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    """Keep only rows whose column has one of the values, as in {"view": ["icon"]}; all conditions must hold."""
+
+    @field_validator("shortlist")
+    @classmethod
+    def _known(cls, shortlist: str) -> str:
+        SHORTLISTS.get(shortlist)  # an unknown name lists the valid ones
+        return shortlist
+
+
+class Segment(NamedTuple):
+    """A shard folder to make: plain values, sent to Ray tasks."""
+
+    name: str
+    shard: int
+    """The hash shard it belongs to."""
+    meta: ShardMeta
+    kept: str | None = None
+    """The folder of the previous index that goes on here; None for one to build."""
+    work: str | None = None
+    """Where the rows to build, or to keep, are written; None for all of the hash shard's."""
+
+
+def build_shard(
+    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None = None
+) -> ShardMeta:
+    """Fill a local, empty ``folder`` with one shard, or with some of its rows; ``shard.json`` comes last."""
+    meta = _write_rows(source, config, meta, shard, folder, only=only)
+    store = PrefixStore(folder, meta)
+    for dim in meta.shortlist_dims:
+        built = build_shortlist(meta.shortlist, store.unit_prefix(dim), config)
+        built.save(f"{folder}/{shortlist_name(dim, meta.shortlist)}")
+    storage.write_atomic(f"{folder}/{SHARD_META}", meta.model_dump_json(indent=1).encode())
+    return meta
+
+
+def _write_rows(
+    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None
+) -> ShardMeta:
+    """All but the shortlists, which need the memory that ids and metadata take here."""
+    own = collect_rows(source, shard, config.num_shards)
+    own = own if only is None else own.only(only)
+    assert len(own.table) == meta.num_rows, "the parts changed while the index was built"
+    digests = np.empty((1, meta.num_rows), "<u8")
+
+    def batches() -> Iterable[tuple[Rows, Floats]]:
+        for rows, vectors in read_vectors(source, own, config.batch_rows):
+            digests[0, rows] = digest_rows(own.table.take(rows), vectors)
+            yield rows, vectors
+
+    meta = write_store(folder, meta, own.table, batches())
+    np.save(f"{folder}/{DIGESTS_FILE}", digests)
+    return meta
+
+
+def place_shard(
+    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, uris: tuple[str, str], *, only: Mask | None = None
+) -> ShardMeta:
+    """Build one shard and put it into its folder; ``uris`` are that and the folder for scratch."""
+    if storage.is_local(uris[0]):
+        with new_folder(*uris) as folder:
+            return build_shard(source, config, meta, shard, folder, only=only)
+    with tempfile.TemporaryDirectory(prefix="lookalike-shard-") as folder, new_folder(*uris) as uri:
+        done = build_shard(source, config, meta, shard, folder, only=only)
+        filesystem, path = storage.resolve(uri)
+        for name in sorted(os.listdir(folder), key=lambda name: name == SHARD_META):
+            filesystem.put_file(f"{folder}/{name}", f"{path}/{name}")
+    return done
+
+
+def place_segment(
+    source: Source, config: IndexConfig, previous: Previous | None, segment: Segment, uris: tuple[str, str]
+) -> ShardMeta:
+    """Build a segment or keep it, unless a finished one is there."""
+    if storage.exists(storage.join(uris[0], SHARD_META)):
+        return read_meta(uris[0])
+    if previous is not None and segment.kept is not None and segment.work is not None:
+        return keep_segment(previous, segment.kept, segment.meta, segment.work, uris)
+    only = None if segment.work is None else read_mask(segment.work, "fresh")
+    return place_shard(source, config, segment.meta, segment.shard, uris, only=only)
+
+
+def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(nested dims, shortlist dims) of the index; ``UsageError`` when the model does not have them."""
+    full = model_dims[-1]
+    for name, dims in (("dims", config.dims), ("shortlist_dims", config.shortlist_dims)):
+        too_large = [dim for dim in dims or () if dim > full]
+        if too_large:
+            raise UsageError(
+                f"{name} {list(dims or ())} exceed the model's {full}; drop {too_large} or train a model "
+                f"with embedding.dim={max(too_large)}"
+            )
+    dims = tuple(sorted({*(config.dims or model_dims), full}))
+    check_dims(dims)
+    shortlist_dims = dims[:-1] or dims if config.shortlist_dims is None else tuple(sorted(set(config.shortlist_dims)))
+    unknown = [dim for dim in shortlist_dims if dim not in dims]
+    if unknown:
+        raise UsageError(
+            f"shortlist_dims {unknown} are not among the index's dims {list(dims)}; choose from these or "
+            "add them to dims"
+        )
+    return dims, shortlist_dims
+
+
+def find_previous(stage: StageRun[IndexConfig], wanted: IndexMeta) -> tuple[Previous | None, str]:
+    """(the previous index to keep parts of, or None; why nothing of one that was given is kept)."""
+    given = stage.many("previous")
+    if not given:
+        return None, ""
+    old = read_index_meta(given[0])
+    reason = explain_difference(
+        build_facts(old, given[0].manifest.stage_version, given[0].manifest.config),
+        build_facts(wanted, STAGE.version, stage.config.model_dump(mode="json")),
+    )
+    if reason:
+        log.warning("nothing is kept %s", fields(previous=given[0].uri, reason=reason, effect="all shards are built"))
+        return None, reason
+    return Previous.of(given[0], old, stage.config.where), ""
+
+
+def find_changes(stage: StageRun[IndexConfig], source: Source, previous: Previous | None) -> list[Change]:
+    """What becomes of each hash shard."""
+    num_shards = stage.config.num_shards
+    if previous is not None:
+        tasks = [(source, stage.config, previous, shard, _work(stage, shard)) for shard in range(num_shards)]
+        return _map_tasks(compare_shard, tasks, "compare shards")
+    counting = [(source, part, num_shards) for part in source.parts]
+    counts = np.sum(_map_tasks(count_rows, counting, "count rows"), axis=0)
+    return [Change(kind="rebuilt", num_fresh=int(rows)) for rows in counts]
+
+
+def _work(stage: StageRun[IndexConfig], shard: int) -> str:
+    return stage.out.work("changes", f"{shard:05d}")
+
+
+def list_segments(
+    stage: StageRun[IndexConfig], template: ShardMeta, previous: Previous | None, changes: list[Change]
+) -> list[Segment]:
+    """All folders of the index in the order of their rows: of each hash shard what is kept, then what is built."""
+    segments: list[Segment] = []
+    offset = 0
+
+    def add(shard: int, position: int, meta: ShardMeta, kept: str | None, work: str | None) -> None:
+        nonlocal offset
+        name = f"shard-{shard:05d}" + (f"-{position:03d}" if position else "")
+        segments.append(Segment(name, shard, meta.model_copy(update={"row_offset": offset}), kept, work))
+        offset += meta.num_rows
+
+    for shard, change in enumerate(changes):
+        for position, kept in enumerate(change.kept):
+            assert previous is not None, "what is kept comes from somewhere"
+            meta = read_meta(storage.join(previous.uri, kept.folder))
+            meta = meta.model_copy(update={"num_deleted": kept.num_deleted})
+            add(shard, position, meta, kept.folder, _work(stage, shard))
+        if change.num_fresh or not change.kept:
+            work = _work(stage, shard) if change.kept else None
+            add(shard, len(change.kept), template.model_copy(update={"num_rows": change.num_fresh}), None, work)
+    return segments
+
+
+def run(stage: StageRun[IndexConfig]) -> None:
+    """Build all shards, or what has changed of them, and write ``meta.json``."""
+    config, embeddings = stage.config, stage.one("embeddings")
+    facts = embeddings.read_json("meta.json")
+    SHORTLISTS.get(config.shortlist)
+    dims, shortlist_dims = choose_dims(config, [int(dim) for dim in facts["dims"]])
+    source = read_source(embeddings, config.where)
+    same: dict[str, Any] = {
+        "dims": dims,
+        "dtype": config.dtype,
+        "shortlist": config.shortlist,
+        "shortlist_dims": shortlist_dims,
+    }
+    encoder = EncoderRef(**{key: str(facts["encoder"].get(key, "")) for key in ("fingerprint", "name", "uri")})
+    shards = tuple(f"shard-{shard:05d}" for shard in range(config.num_shards))
+    meta = IndexMeta(num_rows=0, shards=shards, shard_rows=(0,) * len(shards), columns=COLUMNS, encoder=encoder, **same)
+    ensure_ray()
+    previous, reason = find_previous(stage, meta)
+    changes = find_changes(stage, source, previous)
+    segments = list_segments(stage, ShardMeta(num_rows=0, row_offset=0, **same), previous, changes)
+    if all(segment.meta.num_rows == segment.meta.num_deleted for segment in segments):
+        raise UsageError(f"where {config.where} keeps none of the {facts['rows']} embeddings; check its values")
+    tasks = [
+        (source, config, previous, segment, (stage.out.path(segment.name), stage.out.work("scratch")))
+        for segment in segments
+    ]
+    built: list[ShardMeta] = _map_tasks(place_segment, tasks, "index shards")
+    meta = meta.model_copy(
+        update={
+            "num_rows": sum(one.num_rows for one in built),
+            "num_deleted": sum(one.num_deleted for one in built),
+            "shards": tuple(segment.name for segment in segments),
+            "shard_rows": tuple(one.num_rows for one in built),
+            "hash_shards": tuple(segment.shard for segment in segments),
+        }
+    )
+    stage.out.write_json(INDEX_META, meta.model_dump(mode="json", exclude={"generation"}))
+    kinds = [change.kind for change in changes]
+    stage.out.stats |= _statistics(stage, meta, built) | {f"shards_{kind}": kinds.count(kind) for kind in KINDS}
+    stage.out.stats |= {"nothing_kept_because": reason} if reason else {}
+
+
+def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[ShardMeta]) -> dict[str, Any]:
+    sizes = {
+        name: storage.size_bytes(stage.out.path(name))
+        for name in storage.list_files(stage.out.uri)
+        if name.startswith("shard-")
+    }
+    marks = (DIGESTS_FILE, TOMBSTONES_FILE)
+    vectors = sum(size for name, size in sizes.items() if name.endswith(".npy") and not name.endswith(marks))
+    shortlists = {
+        str(dim): sum(size for name, size in sizes.items() if name.endswith(shortlist_name(dim, meta.shortlist)))
+        for dim in meta.shortlist_dims
+    }
+    num_zero = sum(shard.num_zero for shard in shards)
+    if num_zero:
+        log.warning("vectors of length zero %s", fields(rows=num_zero, effect="they score 0 for every query"))
+    if 0 in meta.shard_rows:
+        log.warning("empty shards %s", fields(shards=meta.shard_rows.count(0), remedy="lower num_shards"))
+    return {
+        "rows": meta.num_live,
+        "deleted_rows": meta.num_deleted,
+        "rows_per_shard": list(meta.shard_rows),
+        "dims": list(meta.dims),
+        "zero_vectors": num_zero,
+        "vector_bytes": vectors,
+        "shortlist_bytes": shortlists,
+        "metadata_bytes": sum(size for name, size in sizes.items() if name.endswith(ROWS_FILE)),
+    }
+
+
+def _map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str) -> list[Any]:
+    """``function`` over ``arguments`` as Ray tasks, results in order; our own errors come out as they were raised."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(function)
+    references = [task.remote(*values) for values in arguments]
+    try:
+        return [ray.get(reference) for reference in track(references, description)]
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LookalikeError):
+            raise error.cause from None
+        raise
+
+
+STAGE: Stage[IndexConfig] = Stage(
+    name="index",
+    kind="index",
+    config=IndexConfig,
+    run=run,
+    resumable=True,
+    version=2,
+    inputs={"embeddings": Input("embeddings"), "previous": Input("index", optional=True)},
+)

@@ -1,0 +1,309 @@
+"""Plan stage: index + sample queries -> the cheapest plan that keeps the recall asked for.
+
+How plans are measured, ranked and chosen is in ``lookalike.retrieval.planner``. The choice (with ``rank_by: model`` and
+no ``max_p99_ms``) and all figures but the times are the same whenever it is run on the same inputs. ``plan.json`` holds
+the plan, every candidate with what it costs, takes and breaks, the Pareto front, what one stage costs beside several,
+and the check of mAP; ``plan.png`` shows recall over cost (``serve/index/plan_plot.py``).
+"""
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from lookalike import storage
+from lookalike.artifacts import Artifact
+from lookalike.config import runtime
+from lookalike.errors import UsageError
+from lookalike.retrieval import metrics, planner
+from lookalike.retrieval.candidates import list_plans
+from lookalike.retrieval.machine import machine_facts
+from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.planner import Limits, Measured
+from lookalike.retrieval.ranking import Floats, Rows
+from lookalike.retrieval.searcher import Searcher
+from lookalike.seeds import derive_seed, hash_unit
+from lookalike.serve.index.plan_plot import plot
+from lookalike.serve.index.rows import Source, read_source
+from lookalike.stages import Input, Stage, StageConfig, StageRun
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+
+
+class PlanConfig(StageConfig):
+    """What the plan must reach, and among which candidates it is sought."""
+
+    target: float = Field(default=0.99, gt=0, le=1)
+    """Recall@k against the exact full-dim answer that the plan must reach."""
+    max_p99_ms: float | None = Field(default=None, gt=0)
+    """Longest time that 99% of the queries may take, sent one by one to a searcher of all shards on this machine, in
+    milliseconds; None: no limit. With it the choice rests on measured times, and at least 100 queries are timed."""
+    max_ram_mb: float | None = Field(default=None, gt=0)
+    """Memory that every query may walk through, all shards together, in MB (10^6 bytes): the shortlist of the plan's
+    dim, the norms it uses; not the memory-mapped vectors. None: no limit."""
+    decide_by: planner.DecideBy = "lower"
+    """Compare the target with the lower end of the 95% interval of the recall, or with its mean."""
+    rank_by: planner.RankBy = "model"
+    """Call the plan with the least modelled work the cheapest (reproducible), or the one with the least time here."""
+    k: int = Field(default=10, ge=1, le=10_000)
+    """Results a query asks for."""
+    num_queries: int = Field(default=400, ge=1, le=1_000_000)
+    """Sample queries, chosen by the hash of their ids; all when there are fewer. As many again, where there are, take
+    no part in the choice and tell what the plan is worth."""
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    """Take queries only from rows whose column has one of the values, as in {"split": ["test"]}."""
+    shortlist_ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 30, 50, 70, 100, 200, 400)
+    """Sizes K of the shortlist to try, in rows per shard; below those of the cheapest good plans a few more are."""
+    ef_search: tuple[int | None, ...] = (None, 64, 128)
+    """HNSW candidate lists to try; those not above K are the same as K, which None stands for."""
+    nprobe: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16, 64)
+    """Lists of an IVF type to look into, to try."""
+    scan_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Prefixes to try also as a scan without an index."""
+    funnels: bool = True
+    """Try each shortlist with funnels too: one stage at a quarter of the vector, and half the rows at every nested
+    dim."""
+    early_exit: bool = True
+    """Try the cheapest good plans also with margins, read off the sample, below which a row is dropped per query."""
+    allow_single_stage: bool = True
+    """Let the exact scan, and an index over the full dim, compete with two-stage plans on cost."""
+    label: Literal["group", "category"] | None = "group"
+    """Column by which mAP@k of plan and exact search are compared; None leaves the comparison out."""
+    max_map_loss: float = Field(default=0.1, ge=0, le=100)
+    """Largest difference in mAP@k by ``label`` from exact search that a plan may have, in points (0.01)."""
+    time_queries: int = runtime(16, ge=1, le=10_000)
+    """Queries that are timed, of the sample; at least 100 with ``max_p99_ms``."""
+    time_repeats: int = runtime(3, ge=1, le=1000)
+    """Rounds of timing; each runs every candidate, the median counts."""
+
+
+def sample_queries(source: Source, num: int, seed: int) -> tuple[Floats, list[dict[str, Any]]]:
+    """The ``num`` rows whose ids hash lowest: raw vectors [n, dim] and their metadata, sorted by hash."""
+    best: list[tuple[float, int, int, dict[str, Any]]] = []
+    for number, part in enumerate(source.parts):
+        table, places = source.table(part)
+        keys = np.array([hash_unit(seed, image_id) for image_id in table["image_id"].to_pylist()])
+        lowest = np.argsort(keys, kind="stable")[:num]
+        records = table.take(pa.array(lowest)).to_pylist()
+        best += [(float(keys[n]), number, int(places[n]), record) for n, record in zip(lowest, records, strict=True)]
+        best = sorted(best, key=lambda row: row[:3])[:num]
+    vectors = np.empty((len(best), source.dim), np.float32)
+    for number, part in enumerate(source.parts):
+        mine = sorted((place, target) for target, (_, owner, place, _) in enumerate(best) if owner == number)
+        if mine:
+            places, targets = np.array(mine, dtype=np.int64).T
+            for chosen, values in source.vectors(part, places, 16_384):
+                vectors[targets[chosen]] = values
+    return vectors, [record for *_, record in best]
+
+
+def require_same_model(searcher: Searcher, queries: Artifact) -> None:
+    """Raise ``UsageError`` unless queries and index come from the same model."""
+    facts = queries.read_json("meta.json")
+    theirs = facts["encoder"]["fingerprint"]
+    if theirs != searcher.meta.model_fingerprint or int(facts["dim"]) != searcher.meta.dim:
+        raise UsageError(
+            f"queries {queries.uri} come from model {theirs} ({facts['dim']}-d), the index from "
+            f"{searcher.meta.model_fingerprint} ({searcher.meta.dim}-d); embed both with one"
+        )
+
+
+def check_map(
+    searcher: Searcher, queries: Floats, records: list[dict[str, Any]], plan: Plan, *, label: str, k: int
+) -> dict[str, Any] | None:
+    """mAP@k (divided by k) and P@1 by ``label``, of exact search and of the plan; None when no query has one."""
+    known = [place for place, record in enumerate(records) if record.get(label)]
+    if not known:
+        log.warning("no mAP check %s", fields(label=label, reason="no sample query has one"))
+        return None
+    own_rows = searcher.find([records[place]["image_id"] for place in known])
+    wanted = np.array([records[place][label] for place in known])
+    figures: dict[str, Any] = {"label": label, "k": k, "num_queries": len(known)}
+    for name, candidate in (("exact", Plan.exact(searcher.meta.dim)), ("plan", plan)):
+        hits = planner.search_without(searcher, queries[known], k, candidate, own_rows)
+        found = np.array([row.get(label, "") for row in searcher.metadata(hits.rows)]).reshape(hits.rows.shape)
+        figures[f"{name}_map_at_{k}_by_k"] = metrics.map_at_k_by_k(found, wanted, k)
+        figures[f"{name}_top1"] = metrics.top1(found, wanted)
+    gap = figures[f"plan_map_at_{k}_by_k"] - figures[f"exact_map_at_{k}_by_k"]
+    return figures | {"difference_points": 100 * gap}
+
+
+def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[Measured]:
+    """All candidates of the configuration, measured, timed and held against its limits; the exact plan comes first."""
+    plans = list_plans(
+        searcher.meta,
+        k=config.k,
+        shortlist_ks=config.shortlist_ks,
+        efs=config.ef_search,
+        nprobes=config.nprobe,
+        scan_dims=config.scan_dims,
+        funnels=config.funnels,
+        single_stage=config.allow_single_stage,
+    )
+    seed = derive_seed(config.seed, "plan", "bootstrap")
+    exact = planner.search_without(searcher, queries, config.k, Plan.exact(searcher.meta.dim), own_rows)
+    measured = planner.measure(searcher, queries, config.k, plans, own_rows=own_rows, seed=seed, exact=exact)
+    for measure_more in (planner.measure_between, *([planner.measure_early_exit] if config.early_exit else [])):
+        measured += measure_more(
+            searcher,
+            queries,
+            config.k,
+            measured,
+            own_rows=own_rows,
+            seed=seed,
+            exact=exact,
+            target=config.target,
+            decide_by=config.decide_by,
+        )
+    num = max(config.time_queries, planner.P99_QUERIES if config.max_p99_ms else 0)
+    if config.max_p99_ms and len(queries) < planner.P99_QUERIES:
+        log.warning(
+            "few queries for a 99th percentile %s",
+            fields(
+                queries=len(queries),
+                needed=planner.P99_QUERIES,
+                taken="the slowest",
+                remedy="raise num_queries",
+            ),
+        )
+    timed = planner.time_plans(searcher, queries[:num], config.k, measured, repeats=config.time_repeats)
+    return limits_of(config).mark(timed)
+
+
+def limits_of(config: PlanConfig) -> Limits:
+    """What a plan may take."""
+    return Limits(config.max_p99_ms, config.max_ram_mb)
+
+
+def choose(
+    searcher: Searcher, queries: Floats, records: list[dict[str, Any]], measured: list[Measured], config: PlanConfig
+) -> tuple[int, dict[str, Any] | None]:
+    """(place of the plan, its mAP check): the cheapest good candidate whose mAP is that of the exact answer.
+
+    Raises ``UsageError`` that names the candidate which comes nearest when none keeps recall and limits.
+    """
+    good = planner.rank_good(
+        measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=config.allow_single_stage
+    )
+    if good in ([], [0]) and not (good and config.allow_single_stage):
+        others = measured[1:] or measured
+        _, why = planner.nearest(others, config.target, limits_of(config), decide_by=config.decide_by)
+        if not good:
+            raise UsageError(f"no plan keeps recall@{config.k} of {config.target} within the limits; {why}")
+        log.warning("no two-stage plan %s", fields(target=config.target, chosen="exact scan", nearest=why))
+    for place in good:
+        if config.label is None:
+            return place, None
+        checked = check_map(searcher, queries, records, measured[place].plan, label=config.label, k=config.k)
+        if checked is None or abs(checked["difference_points"]) <= config.max_map_loss:
+            return place, checked
+    raise UsageError(
+        f"no plan within the limits keeps mAP@{config.k} by {config.label} to {config.max_map_loss} "
+        "points; raise max_map_loss, or the limit that the exact scan breaks: "
+        f"{'; '.join(measured[0].breaks)}"
+    )
+
+
+def compare_stages(measured: list[Measured], place: int, config: PlanConfig) -> dict[str, Any]:
+    """The cheapest plans of one stage and of several that keep recall and limits; says so where one stage is chosen."""
+    good = planner.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=True)
+    facts = planner.compare_stages(measured, good, config.rank_by)
+    if config.allow_single_stage and measured[place].plan.is_single_stage:
+        several = facts["several_stages"]
+        log.info(
+            "one stage is the cheapest %s",
+            fields(
+                plan=measured[place].plan.describe(),
+                several_to_one=facts["several_to_one"],
+                several="none is good enough" if several is None else measured[int(several)].plan.describe(),
+            ),
+        )
+    return facts
+
+
+def check_plan(
+    searcher: Searcher, queries: Floats, records: list[dict[str, Any]], plan: Plan, config: PlanConfig
+) -> dict[str, Any] | None:
+    """Recall, its interval and the mAP check of ``plan`` on queries that did not choose it; None without any."""
+    if not len(queries):
+        log.warning("no holdout %s", fields(reason="every query took part in the choice; lower num_queries"))
+        return None
+    own_rows = searcher.find([record["image_id"] for record in records])
+    seed = derive_seed(config.seed, "plan", "holdout")
+    _, found = planner.measure(searcher, queries, config.k, [plan], own_rows=own_rows, seed=seed)
+    checked = None
+    if config.label is not None:
+        checked = check_map(searcher, queries, records, plan, label=config.label, k=config.k)
+    return {
+        "num_queries": len(queries),
+        "recall": found.recall,
+        "recall_low": found.recall_low,
+        "recall_high": found.recall_high,
+        "map_check": checked,
+    }
+
+
+def run(stage: StageRun[PlanConfig]) -> None:
+    """Measure, choose, check, and write ``plan.json`` and ``plan.png``."""
+    config, index = stage.config, stage.one("index")
+    searcher = Searcher.open(index.uri, check=False)  # the runner has opened, and so checked, it
+    require_same_model(searcher, stage.one("queries"))
+    source = read_source(stage.one("queries"), config.where)
+    sample, sampled = sample_queries(source, 2 * config.num_queries, derive_seed(config.seed, "plan", "queries"))
+    queries, records = sample[: config.num_queries], sampled[: config.num_queries]
+    if not len(queries):
+        raise UsageError(f"where {config.where} keeps no query of {stage.one('queries').uri}; check its values")
+    own_rows = searcher.find([record["image_id"] for record in records])
+    measured = measure_plans(searcher, queries, own_rows, config)
+    front = planner.pareto_front(measured, config.rank_by)
+    place, checked = choose(searcher, queries, records, measured, config)
+    chosen = measured[place]
+    kept_out = check_plan(searcher, sample[len(queries) :], sampled[len(queries) :], chosen.plan, config)
+    facts = {
+        "plan": chosen.plan.model_dump(mode="json"),
+        "description": chosen.plan.describe(),
+        "index": {"uri": index.uri, "generation": searcher.meta.generation},
+        "target": config.target,
+        "k": config.k,
+        "max_p99_ms": config.max_p99_ms,
+        "max_ram_mb": config.max_ram_mb,
+        "num_queries": len(queries),
+        "chosen": place,
+        "front": front,
+        "map_check": checked,
+        "holdout": kept_out,
+        "stages": compare_stages(measured, place, config),
+        "candidates": [one.model_dump(mode="json") | {"description": one.plan.describe()} for one in measured],
+        "machine": machine_facts(),
+        "ranked_by": config.rank_by,
+        "decided_by": config.decide_by,
+    }
+    stage.out.write_json("plan.json", facts)
+    drawn = plot(
+        measured, front, place, target=config.target, k=config.k, rank_by=config.rank_by, num_queries=len(queries)
+    )
+    storage.write_atomic(stage.out.path("plan.png"), drawn)
+    stage.out.stats |= {
+        "plan": chosen.plan.describe(),
+        "recall": chosen.recall,
+        "candidates": len(measured),
+        "queries": len(queries),
+        "model_us": chosen.model_us,
+        "exact_ratio": chosen.exact_ratio,
+        "ram_mb": chosen.ram_mb,
+        "shard_ram_mb": chosen.shard_ram_mb,
+        "p99_us": chosen.p99_us,
+        "map_difference_points": checked and checked["difference_points"],
+    }
+    log.info("plan %s", fields(plan=chosen.plan.describe(), recall=chosen.recall, us=chosen.query_us))
+
+
+STAGE: Stage[PlanConfig] = Stage(
+    name="plan",
+    kind="plan",
+    config=PlanConfig,
+    run=run,
+    inputs={"index": Input("index"), "queries": Input("embeddings")},
+)

@@ -1,0 +1,1 @@
+"""One search: router, batching, retries, shard workers, encoder. May import ``generations`` and the rooms below it."""

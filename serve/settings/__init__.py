@@ -1,0 +1,1 @@
+"""The settings of the service. Plain values: nothing here imports Ray, gRPC or another room."""

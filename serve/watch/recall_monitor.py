@@ -1,0 +1,171 @@
+"""The recall of live answers: a sample of the searches is made again exactly, in the background.
+
+A sample has the request's query, k and filters and goes to the generation that answered, by its exact plan. The share
+of the exact hits that the answer had (by id; a hit that scores like the k-th exact one counts, since duplicates make
+the list arbitrary) is one measurement; a batch gives one query of it at most, so that measurements are independent.
+A window of them for each generation and arm gives the estimate.
+
+Only what a plan of the service did to a whole index is measured: answers that are degraded, of a part of the shards, or
+by a plan that the request chose are left out and counted, and so are samples beyond ``max_per_s`` and in a busy moment.
+A replica knows the requests that it answered itself.
+"""
+
+import asyncio
+import random
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lookalike.retrieval.planner import per_query_recall
+from lookalike.retrieval.ranking import NO_ROW, NO_SCORE, Hits
+from lookalike.serve.search.router import Router
+from lookalike.serve.settings.watching import MonitorSettings
+from lookalike.serve.watch.intervals import mean_interval
+from lookalike.serve.watch.trace import Searched
+from lookalike.serve.wire.answers import Answer
+from lookalike.serve.wire.errors import RetrievalError
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
+MAX_WAITING = 16
+"""Samples that wait for their exact search."""
+MAX_WINDOWS = 32
+"""Generations and arms whose windows are kept; the one that was measured longest ago goes first."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean recall, its 95% interval and the queries it rests on."""
+
+    recall: float
+    low: float
+    high: float
+    queries: int
+
+
+Key = tuple[str, str]
+"""Generation and arm; the arm is empty outside an experiment."""
+
+
+class RecallMonitor:
+    """Measures what ``offer`` gives it; ``in_flight`` says how many requests the replica works on.
+
+    ``changed`` is called with a window's new estimate, or None when the window is given up; ``skipped`` with the reason
+    why a sample was not measured.
+    """
+
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        router: Router,
+        *,
+        in_flight: Callable[[], int] = lambda: 0,
+        changed: Callable[[Key, Estimate | None], None] = lambda key, estimate: None,
+        skipped: Callable[[str], None] = lambda reason: None,
+        seed: int | None = None,
+    ) -> None:
+        self.settings = settings
+        self._router, self._in_flight, self._changed, self._skipped = router, in_flight, changed, skipped
+        self._random = random.Random(seed)
+        self._windows: OrderedDict[Key, deque[float]] = OrderedDict()
+        self._waiting: deque[tuple[Searched, int]] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._next = 0.0
+
+    def offer(self, searched: Searched) -> None:
+        """Perhaps measure an answer; returns at once. Call it in the event loop of the searches."""
+        if self.settings.share <= 0 or self._random.random() >= self.settings.share:
+            return
+        if reason := self._unfit(searched) or self._inconvenient():
+            self._skipped(reason)
+            return
+        self._next = time.monotonic() + 1 / self.settings.max_per_s
+        self._waiting.append((searched, self._random.randrange(len(searched.vectors))))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.ensure_future(self._measure_waiting())
+
+    def estimate(self, generation: str, arm: str = "") -> Estimate | None:
+        """The recall of a generation, in an experiment of one arm; None before the first measurement."""
+        values = self._windows.get((generation, arm))
+        if not values:
+            return None
+        low, high = mean_interval(np.array(values))
+        return Estimate(float(np.mean(values)), low, high, len(values))
+
+    async def drain(self) -> None:
+        """Return when nothing waits."""
+        if self._worker is not None:
+            await self._worker
+
+    def _unfit(self, searched: Searched) -> str:
+        """Why an answer says nothing of the service's plan."""
+        if searched.own_plan:
+            return "own_plan"
+        if searched.degraded:
+            return "degraded"
+        return "partial" if searched.found.shards_answered < len(self._router.shards) else ""
+
+    def _inconvenient(self) -> str:
+        if self._in_flight() > self.settings.max_in_flight:
+            return "busy"
+        if time.monotonic() < self._next:
+            return "rate"
+        return "queue" if len(self._waiting) >= MAX_WAITING else ""
+
+    async def _measure_waiting(self) -> None:
+        while self._waiting:
+            searched, query = self._waiting.popleft()
+            if self._in_flight() > self.settings.max_in_flight:
+                self._skipped("busy")
+                continue
+            try:
+                recall = await self._measure(searched, query)
+            except RetrievalError as error:  # shards lost or late, or the generation has gone
+                self._skipped("failed")
+                log.info("recall not measured %s", fields(error=str(error)[:200]))
+            else:
+                self._add((searched.generation.name, searched.arm), recall)
+
+    async def _measure(self, searched: Searched, query: int) -> float:
+        generation, options = searched.generation, searched.options
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
+        exact = await self._router.search(
+            generation.name,
+            searched.vectors[query : query + 1],
+            options.k,
+            generation.plans.exact,
+            options.filters,
+            deadline=deadline,
+            allow_partial=False,
+        )
+        same_dim = options.plan.rerank_dim == generation.meta.dim
+        return recall_of(searched.found.answer, query, exact.answer, same_dim=same_dim)
+
+    def _add(self, key: Key, recall: float) -> None:
+        window = self._windows.setdefault(key, deque(maxlen=self.settings.window))
+        self._windows.move_to_end(key)
+        window.append(recall)
+        self._changed(key, self.estimate(*key))
+        if len(self._windows) > MAX_WINDOWS:
+            oldest, _ = self._windows.popitem(last=False)
+            self._changed(oldest, None)
+
+
+def recall_of(given: Answer, query: int, exact: Answer, *, same_dim: bool) -> float:
+    """Recall of the answer to ``query`` against ``exact``, the exact answer to that query alone, by ids.
+
+    ``same_dim``: both are scored at full dimension, so scores tell which other hits are as good.
+    """
+    numbers: dict[str, int] = {}
+
+    def by_id(answer: Answer, line: int) -> Hits:
+        rows = [
+            NO_ROW if row < 0 else numbers.setdefault(str(answer.entries[row][0]), len(numbers))
+            for row in answer.hits.rows[line].tolist()
+        ]
+        return Hits(np.array([rows]), np.where(np.array(rows) < 0, NO_SCORE, answer.hits.scores[line])[None])
+
+    return float(per_query_recall(by_id(given, query), by_id(exact, 0), same_dim=same_dim)[0])

@@ -1,0 +1,353 @@
+"""Requests of the wire, checked: bytes become arrays and plans, or INVALID_ARGUMENT with value, rule and remedy."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from lookalike.errors import LookalikeError, UsageError
+from lookalike.retrieval.index_meta import IndexMeta
+from lookalike.retrieval.plan import Plan, parse_plan
+from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.settings.config import Limits
+from lookalike.serve.wire.answers import Answer
+from lookalike.serve.wire.errors import RetrievalError, invalid, shorten
+
+DEFAULT_K = 10
+MAX_SESSION = 1024
+"""Characters of a session's name."""
+MAX_URI_CHARS = 4096
+PORTION_BYTES = 1 << 20
+
+
+class Plans(NamedTuple):
+    """What the service may do with a request that brings no plan."""
+
+    default: Plan
+    exact: Plan
+    measured: tuple[tuple[float, Plan], ...] = ()
+    """(recall it is known to reach, plan), cheapest first."""
+
+    def reaching(self, recall: float) -> Plan:
+        """The cheapest plan known to reach ``recall``; the exact one when none is."""
+        return next((plan for known, plan in self.measured if known >= recall), self.exact)
+
+
+class Options(NamedTuple):
+    """Checked search options."""
+
+    k: int
+    plan: Plan
+    timeout_s: float
+    allow_partial: bool
+    filters: dict[str, list[str]]
+    """Column -> values of which a hit holds one; no condition when empty."""
+    degraded: bool = False
+    """Whether ``plan`` is a cheaper one than the request would have had, because of the load."""
+
+
+class Queries(NamedTuple):
+    """Queries by kind: position in the request -> what was sent."""
+
+    vectors: dict[int, npt.NDArray[np.float32]]
+    images: dict[int, bytes]
+    image_ids: dict[int, str]
+
+
+def read_options(
+    options: pb.SearchOptions, *, limits: Limits, meta: IndexMeta, plans: Plans, timeout_s: float
+) -> Options:
+    """Options with the service's plan and ``timeout_s`` where the request has none."""
+    k = options.k if options.HasField("k") else DEFAULT_K
+    if not 1 <= k <= limits.max_k:
+        raise invalid(f"k={k} is not between 1 and {limits.max_k}; ask for fewer, or raise limits.max_k of the service")
+    if len(options.session) > MAX_SESSION:
+        raise invalid(
+            f"the session has {len(options.session)} characters, at most {MAX_SESSION} are taken; send a hash of it"
+        )
+    if options.model_fingerprint and options.model_fingerprint != meta.model_fingerprint:
+        raise RetrievalError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"the query is of model {shorten(options.model_fingerprint)}, the index of "
+            f"{meta.model_fingerprint}; embed the query with the index's model (Embed does), or send the image itself",
+        )
+    if options.HasField("plan") and options.HasField("min_recall"):
+        raise invalid("plan and min_recall are both set; send one: min_recall chooses the plan")
+    plan = plans.default
+    if options.HasField("plan"):
+        plan = read_plan(options.plan, limits=limits, meta=meta)
+    elif options.HasField("min_recall"):
+        if not 0 < options.min_recall <= 1:
+            raise invalid(f"min_recall={options.min_recall:g} is not above 0 and at most 1; 0.95 is a recall of 95%")
+        plan = plans.reaching(options.min_recall)
+    asked_s = options.timeout_ms / 1000 if options.timeout_ms else timeout_s
+    filters = read_filters(options.filters, limits=limits, meta=meta)
+    return Options(k, plan, min(asked_s, timeout_s), options.allow_partial, filters)
+
+
+def read_filters(filters: Sequence[pb.Filter], *, limits: Limits, meta: IndexMeta) -> dict[str, list[str]]:
+    """Conditions by column; refuses unknown columns, one named twice, and more values than the service takes."""
+    read: dict[str, list[str]] = {}
+    for condition in filters:
+        if condition.column not in meta.columns:
+            raise invalid(f"filter on {shorten(condition.column)}: the index has the columns {', '.join(meta.columns)}")
+        if condition.column in read:
+            raise invalid(f"two filters on {shorten(condition.column)}; put the values into one")
+        read[condition.column] = list(condition.values)
+    num = sum(len(values) for values in read.values())
+    if num > limits.max_filter_values:
+        raise invalid(
+            f"{num} filter values; send at most {limits.max_filter_values}, or raise "
+            "limits.max_filter_values of the service"
+        )
+    return read
+
+
+def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:
+    """The plan a request brings."""
+    if message.shortlist_k > limits.max_shortlist_k:
+        raise invalid(
+            f"plan.shortlist_k={message.shortlist_k} exceeds {limits.max_shortlist_k}; shortlist fewer, or "
+            "raise limits.max_shortlist_k of the service"
+        )
+    for name, given in (("stages", message.stages), ("margins", message.margins)):
+        if len(given) > len(meta.dims):
+            raise invalid(
+                f"plan.{name} has {len(given)} entries; an index of {len(meta.dims)} nested dims takes no "
+                "more than that"
+            )
+    values = {
+        "shortlist_dim": message.shortlist_dim,
+        "shortlist_k": message.shortlist_k,
+        "scan": message.scan,
+        "stages": tuple((step.dim, step.keep) for step in message.stages),
+        "rerank_dim": message.rerank_dim,
+        "ef_search": message.ef_search if message.HasField("ef_search") else None,
+        "nprobe": message.nprobe if message.HasField("nprobe") else None,
+        "margins": tuple(message.margins),
+    }
+    try:
+        plan = parse_plan(values, "the request")
+        check_plan(plan, meta)
+    except LookalikeError as error:
+        raise invalid(f"{error} (plan {values})") from None
+    return plan
+
+
+def check_plan(plan: Plan, meta: IndexMeta) -> None:
+    """Raise ``UsageError`` unless the index can run ``plan``."""
+    plan.require_dims(meta.dims)
+    if not plan.scan and plan.shortlist_dim not in meta.shortlist_dims:
+        raise UsageError(
+            f"the plan shortlists at {plan.shortlist_dim}-d, the index has shortlists over "
+            f"{list(meta.shortlist_dims)}; take one of these, or scan"
+        )
+
+
+def write_plan(plan: Plan) -> pb.Plan:
+    """A plan as it travels."""
+    return pb.Plan(
+        shortlist_dim=plan.shortlist_dim,
+        shortlist_k=plan.shortlist_k,
+        rerank_dim=plan.rerank_dim,
+        stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages],
+        ef_search=plan.ef_search,
+        scan=plan.scan,
+        nprobe=plan.nprobe,
+        margins=plan.margins,
+    )
+
+
+def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Queries:
+    """Queries sorted by kind; images are checked for size only, their decoding is the encoder's work."""
+    check_num(queries, "queries", limits)
+    read = Queries({}, {}, {})
+    for position, query in enumerate(queries):
+        kind = query.WhichOneof("kind")
+        if kind == "vector":
+            read.vectors[position] = read_vector(query.vector, dim)
+        elif kind == "image":
+            read.images[position] = check_image(query.image, limits)
+        elif kind == "image_id":
+            read.image_ids[position] = check_id(query.image_id, limits)
+        else:
+            raise invalid(f"query {position} is empty; set vector, image or image_id")
+    return read
+
+
+def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
+    """float32 [dim] from little-endian bytes; refuses another size, NaN, infinity and the zero vector."""
+    if len(data) != 4 * dim:
+        raise invalid(
+            f"the vector has {len(data)} bytes; {dim} float32 numbers are {4 * dim}: send the whole "
+            "embedding, the plan cuts prefixes"
+        )
+    vector = np.frombuffer(data, "<f4").astype(np.float32)
+    if 0 < _squared_length(vector) < np.inf:  # then all numbers are finite
+        return vector
+    if not np.isfinite(vector).all():
+        bad = int(np.flatnonzero(~np.isfinite(vector))[0])
+        raise invalid(f"the vector holds {vector[bad]} at position {bad}; send finite numbers")
+    with np.errstate(over="ignore"):
+        norm = np.linalg.norm(vector)
+    if not 0 < norm < np.inf:
+        raise invalid(f"the vector has length {norm} in float32 and so no direction; send the encoder's output")
+    return vector
+
+
+def _squared_length(vector: npt.NDArray[np.float32]) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(vector.dot(vector))
+
+
+def check_image(data: bytes, limits: Limits) -> bytes:
+    """``data``, unless it is larger than the service takes."""
+    if len(data) > limits.max_image_bytes:
+        raise invalid(f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes}; send a smaller file")
+    return data
+
+
+def check_id(image_id: str, limits: Limits) -> str:
+    """``image_id``, unless it is empty or longer than the service takes."""
+    size = len(image_id.encode())
+    if not 1 <= size <= limits.max_id_bytes:
+        raise invalid(
+            f"the id {shorten(image_id)} has {size} bytes; ids have 1 to {limits.max_id_bytes} "
+            "(limits.max_id_bytes of the service)"
+        )
+    return image_id
+
+
+def check_num(items: Sequence[object], what: str, limits: Limits) -> None:
+    """Refuse an empty request and one of more items than the service takes."""
+    if not 1 <= len(items) <= limits.max_batch:
+        raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
+
+
+def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) -> None:
+    """Refuse rows that cannot be stored: ids, content, columns, and another model."""
+    if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
+        raise RetrievalError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"the vectors are of model "
+            f"{shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; embed with "
+            "the index's model, or send images",
+        )
+    _check_written([row.id for row in request.rows], limits)
+    for row in request.rows:
+        kind = row.WhichOneof("content")
+        if kind == "vector":
+            read_vector(row.vector, meta.dim)
+        elif kind == "image":
+            check_image(row.image, limits)
+        else:
+            raise invalid(f"row {shorten(row.id)} is empty; set vector or image")
+        _check_metadata(row, limits, meta)
+
+
+def _check_metadata(row: pb.Row, limits: Limits, meta: IndexMeta) -> None:
+    columns = [name for name in meta.columns if name != "image_id"]
+    if unknown := [name for name in row.metadata if name not in columns]:
+        raise invalid(
+            f"row {shorten(row.id)} has metadata {shorten(unknown[0])}; the index has the columns {', '.join(columns)}"
+        )
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in row.metadata.items())
+    if size > limits.max_metadata_bytes:
+        raise invalid(
+            f"row {shorten(row.id)} has {size} bytes of metadata, the limit is {limits.max_metadata_bytes}; "
+            "store less, or raise limits.max_metadata_bytes of the service"
+        )
+
+
+def check_ids(request: pb.DeleteRequest, *, limits: Limits) -> None:
+    """Refuse ids that cannot be stored."""
+    _check_written(list(request.ids), limits)
+
+
+def check_uris(request: pb.SwitchRequest) -> None:
+    """Refuse URIs that cannot be any artifact's."""
+    if not request.index:
+        raise invalid("the index to switch to is not named; send the URI of its artifact")
+    for name in ("index", "plan", "encoder"):
+        uri: str = getattr(request, name)
+        if len(uri) > MAX_URI_CHARS or not uri.isprintable():
+            raise invalid(
+                f"{name}={shorten(uri)} has {len(uri)} characters; a URI has at most {MAX_URI_CHARS}, all printable"
+            )
+
+
+def _check_written(ids: Sequence[str], limits: Limits) -> None:
+    check_num(ids, "rows", limits)
+    for image_id in ids:
+        check_id(image_id, limits)
+    if len(set(ids)) < len(ids):
+        twice = next(image_id for image_id, num in Counter(ids).items() if num > 1)
+        raise invalid(f"id {shorten(twice)} occurs twice in one request; send each once")
+
+
+def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:
+    """``rows`` in order, in lists of at most about ``PORTION_BYTES``: what one call between processes takes."""
+    portion: list[pb.Row] = []
+    size = 0
+    for row in rows:
+        if portion and size + row.ByteSize() > PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(row)
+        size += row.ByteSize()
+    if portion:
+        yield portion
+
+
+def write_hits(answer: Answer, query: int) -> pb.HitList:
+    """The hits of one query of ``answer``, best first."""
+    written = pb.HitList()
+    add, others = written.hits.add, list(enumerate(answer.names))[1:]
+    for row, score in zip(answer.hits.rows[query].tolist(), answer.hits.scores[query].tolist(), strict=True):
+        if row >= 0:
+            entry = answer.entries[row]
+            metadata = add(id=entry[0], score=score).metadata  # filled where it is: copying takes twice the time
+            for place, name in others:
+                if (value := entry[place]) is not None:
+                    metadata[name] = value
+    return written
+
+
+def write_times(times_ms: Mapping[str, float]) -> list[pb.StageTime]:
+    """Stage times as they travel."""
+    return [pb.StageTime(stage=stage, duration_ms=duration) for stage, duration in times_ms.items()]
+
+
+REQUEST_ID = re.compile(r"[0-9a-f]{24}")
+
+
+KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+MAX_ID = 1024
+"""Characters of a hit's id."""
+
+
+def check_feedback(request: pb.FeedbackRequest, *, has_log: bool) -> None:
+    """Raise ``RetrievalError`` for feedback that cannot be written down."""
+    if not has_log:
+        raise RetrievalError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "feedback goes to the access log, which is off; set serve.access_log.folder",
+        )
+    if not REQUEST_ID.fullmatch(request.request_id):
+        raise invalid(
+            f"request_id={request.request_id[:40]!r} names no answer; send SearchInfo.request_id, 24 digits "
+            "of 0-9 and a-f"
+        )
+    if len(request.id) > MAX_ID:
+        raise invalid(f"the id has {len(request.id)} characters, at most {MAX_ID} are taken; send the hit's own id")
+    if not KIND.fullmatch(request.kind):
+        raise invalid(
+            f"kind={request.kind[:40]!r} is no short word; send a small letter and at most 31 of a-z, 0-9, _ "
+            "and -, as in 'click'"
+        )

@@ -1,0 +1,42 @@
+"""What ``lookalike admin`` reads and prints."""
+
+from pathlib import Path
+
+import pytest
+
+from lookalike.errors import UsageError
+from lookalike.serve.commands.admin import read_rows, render_status
+from lookalike.serve.proto import retrieval_pb2 as pb
+
+
+def test_rows_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a=b.jpg").write_bytes(b"picture")
+    (row,) = read_rows([f"chair={tmp_path}/a=b.jpg"], ["view=icon", "title=a = b"])
+    assert (row.id, row.content, row.metadata) == ("chair", b"picture", {"view": "icon", "title": "a = b"})
+    for wrong in ("chair", "=file", f"chair={tmp_path}/none"):
+        with pytest.raises(UsageError):
+            read_rows([wrong], [])
+    with pytest.raises(UsageError, match="NAME=VALUE"):
+        read_rows([], ["view"])
+
+
+def test_status_in_words() -> None:
+    one = pb.Generation(name="f00", index="/i", plan="/p", num_rows=7, includes_writes=3)
+    recall = pb.RecallEstimate(recall=0.97, low=0.95, high=0.98, queries=40)
+    followers = [pb.Followers(role="ingress", replicas=2, current=1)]
+    status = pb.StatusResponse(
+        generations=[one, pb.Generation(name="old", index="/o")],
+        current="f00",
+        previous="old",
+        last_write=5,
+        pending_rows=2,
+        followers=followers,
+        recall=recall,
+    )
+    assert render_status(status).splitlines() == [
+        "serving   f00: 7 rows, writes up to 3, /i, plan /p",
+        "previous  old: 0 rows, writes up to 0, /o, exact",
+        "writes    5 in all, 2 rows wait for compaction",
+        "replicas  ingress: 1 of 2 hold the index",
+        "recall    0.9700 (0.9500 to 0.9800, 40 queries)",
+    ]

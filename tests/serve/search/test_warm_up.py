@@ -1,0 +1,37 @@
+"""A replica has done once what requests will ask of it before it takes any."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lookalike.retrieval.searcher import ShardSearcher
+from lookalike.serve.generations.generation import read_generation
+from lookalike.serve.search.workers import RerankWorker, ShardWorker
+
+if TYPE_CHECKING:
+    from tests.serve.conftest import World
+
+
+def test_held_generations_are_warm(world: "World", monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = read_generation(world.index, world.plan, "none")
+    seen: list[tuple[str, int]] = []
+
+    def noting(name: str) -> None:
+        original = getattr(ShardSearcher, name)
+
+        def noted(self: ShardSearcher, vectors: object, *rest: object) -> object:
+            assert rest[-1] == generation.plans.default
+            seen.append((name, self.meta.row_offset))
+            return original(self, vectors, *rest)
+
+        monkeypatch.setattr(ShardSearcher, name, noted)
+
+    noting("search")
+    noting("rerank")
+    worker = ShardWorker(1, 2, [generation])
+    assert seen == [("search", world.searcher.meta.offsets[1])] * 8
+    (shard,) = worker._held[generation.name].shards
+    assert set(shard._shortlists) == set(generation.meta.shortlist_dims)
+    seen.clear()
+    RerankWorker([generation])
+    assert sorted(set(seen)) == [("rerank", offset) for offset in world.searcher.meta.offsets]

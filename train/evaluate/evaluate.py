@@ -1,0 +1,222 @@
+"""``lookalike evaluate``: exact retrieval per dimension, the embedding beside its baselines, one report.
+
+The first embeddings artifact is the subject, the others are what it is compared with. Each is measured at its prefixes
+(the subject's nested dims; plain truncation for one that was not trained nested) and, where asked, reduced by SVD, by
+random choice of features and by random projection.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from lookalike import storage
+from lookalike.artifacts import Artifact
+from lookalike.config import Config
+from lookalike.errors import UsageError
+from lookalike.progress import track
+from lookalike.registry import nearest
+from lookalike.retrieval import metrics
+from lookalike.stages import Input, Stage, StageConfig, StageRun
+from lookalike.train.evaluate.baselines import REDUCTIONS, Floats, normalize_prefix
+from lookalike.train.evaluate.embed import select_rows
+from lookalike.train.evaluate.plots import plot_by_dim
+
+K = 10
+QUERY_BLOCK = 512
+
+
+class RetrievalTask(Config):
+    """Queries, a database, and the column whose equal values make a hit."""
+
+    queries: dict[str, list[str]]
+    """Column -> values that select the query rows."""
+    database: dict[str, list[str]]
+    """Column -> values that select the database rows; a query row is never its own neighbour."""
+    label: str
+    """Column of the label, for example ``group`` or ``category``."""
+
+
+class EvaluateConfig(StageConfig):
+    """What to measure."""
+
+    tasks: dict[str, RetrievalTask] = Field(min_length=1)
+    """Name -> retrieval task; the first one is the headline."""
+    dims: tuple[int, ...] = Field(min_length=1)
+    """Sizes to measure, those above an embedding's own left out; its full size is always measured."""
+    svd_of: list[str] = []
+    """Names of embeddings artifacts (steps) to measure by SVD too."""
+    svd_fit: dict[str, list[str]] = {"split": ["train"]}
+    """Rows on which the SVD is fitted."""
+    random_of: list[str] = []
+    """Names of those to measure by a random choice of m of their features too, drawn by the stage's seed."""
+    jl_of: list[str] = []
+    """Names of those to measure by a Gaussian (Johnson-Lindenstrauss) projection too, drawn by the stage's seed."""
+
+    @property
+    def reduced(self) -> dict[str, list[str]]:
+        """Method of ``REDUCTIONS`` -> names of the embeddings to measure by it."""
+        return {"svd": self.svd_of, "random": self.random_of, "jl": self.jl_of}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An embeddings artifact in memory: vectors float32 [n, D] and its other columns."""
+
+    name: str
+    vectors: Floats
+    table: pa.Table
+    dims: tuple[int, ...]
+
+
+def load(artifact: Artifact) -> Embedded:
+    """Read all parts."""
+    tables = []
+    for uri in artifact.files("part-", ".parquet"):
+        filesystem, path = storage.arrow_filesystem(uri)
+        tables.append(pq.read_table(path, filesystem=filesystem))
+    table = pa.concat_tables(tables)
+    meta = artifact.read_json("meta.json")
+    flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    vectors = flat.reshape(-1, meta["dim"]).astype(np.float32)
+    return Embedded(artifact.manifest.name, vectors, table.drop_columns(["vector"]), tuple(meta["dims"]))
+
+
+def row_indices(table: pa.Table, where: Mapping[str, list[str]], what: str) -> npt.NDArray[np.int64]:
+    """Row numbers that match ``where``; none raises ``UsageError``."""
+    numbered = table.append_column("__row", pa.array(np.arange(table.num_rows)))
+    rows: npt.NDArray[np.int64] = select_rows(numbered, where)["__row"].to_numpy()
+    if not len(rows):
+        raise UsageError(f"{what} {dict(where)} select no row; look at the embeddings' columns")
+    return rows
+
+
+def nearest_rows(queries: Floats, database: Floats, same: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """Exact ``k`` best database rows of each query by inner product, int64 [q, k].
+
+    ``same`` [q]: the database row that is the query itself, left out, or -1.
+    """
+    found = []
+    for start in range(0, len(queries), QUERY_BLOCK):
+        scores = queries[start : start + QUERY_BLOCK] @ database.T
+        own = same[start : start + QUERY_BLOCK]
+        scores[np.flatnonzero(own >= 0), own[own >= 0]] = -np.inf
+        found.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    return np.concatenate(found)
+
+
+def neighbour_labels(
+    queries: Floats, database: Floats, same: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Labels of each query's ``K`` nearest database rows, int64 [q, K]; -1 where a small database has no more."""
+    neighbours = nearest_rows(queries, database, same, min(K, len(database)))
+    found = np.where(neighbours == same[:, None], -1, labels[neighbours])  # the query itself is no answer
+    return np.pad(found, ((0, 0), (0, K - found.shape[1])), constant_values=-1)
+
+
+def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: RetrievalTask) -> Iterator[dict[str, Any]]:
+    """One row of figures per dim for prefixes of ``vectors`` [n, D], each normalised after truncation."""
+    query_rows = row_indices(embedded.table, task.queries, "queries")
+    base_rows = row_indices(embedded.table, task.database, "database")
+    if task.label not in embedded.table.column_names:
+        valid = embedded.table.column_names
+        raise UsageError(
+            f"task label {task.label!r} is no column{nearest(task.label, valid)}; {embedded.name!r} has "
+            f"{', '.join(valid)}"
+        )
+    column = embedded.table[task.label].to_pylist()
+    classes = {value: i for i, value in enumerate(sorted({str(v) for v in column if v is not None}))}
+    labels = np.array([-1 if value is None else classes[str(value)] for value in column], np.int64)
+    query_rows = query_rows[labels[query_rows] >= 0]  # nothing is right or wrong for a query without a label
+    if not len(query_rows):
+        raise UsageError(f"no query of {dict(task.queries)} has a {task.label!r}; choose another label")
+    place = {int(row): i for i, row in enumerate(base_rows)}
+    same = np.array([place.get(int(row), -1) for row in query_rows], np.int64)
+    relevant = metrics.count_relevant(labels[base_rows], labels[query_rows])
+    relevant = relevant - (same >= 0)  # the query itself is no answer
+    for dim in dims:
+        unit = normalize_prefix(vectors, dim)
+        hits = neighbour_labels(unit[query_rows], unit[base_rows], same, labels[base_rows])
+        p1 = metrics.precision_at_k(hits, labels[query_rows], 1)
+        yield {
+            "dim": dim,
+            "queries": len(query_rows),
+            "database": len(base_rows),
+            "p_at_1": p1,
+            "p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(query_rows))),
+            "map_at_10_by_k": metrics.map_at_k_by_k(hits, labels[query_rows], K),
+            "recall_at_10": metrics.recall_at_k(hits, labels[query_rows], K, num_relevant=relevant),
+        }
+
+
+def measure(embedded: Embedded, config: EvaluateConfig) -> list[dict[str, Any]]:
+    """All figures of one embedding."""
+    full = embedded.vectors.shape[1]
+    dims = sorted({*(dim for dim in config.dims if dim <= full), full})
+    forms = {"prefix": embedded.vectors}
+    fit = embedded.vectors[:0]
+    if embedded.name in config.svd_of:
+        fit = embedded.vectors[row_indices(embedded.table, config.svd_fit, "svd_fit")]
+    for method, names in config.reduced.items():
+        if embedded.name in names:
+            forms[method] = REDUCTIONS[method](embedded.vectors, fit, config.seed)
+    rows = []
+    for method, vectors in forms.items():
+        usable = [dim for dim in dims if dim <= vectors.shape[1]]
+        for name, task in config.tasks.items():
+            rows += [
+                {"embedding": embedded.name, "method": method, "task": name, **figures}
+                for figures in measure_task(embedded, vectors, usable, task)
+            ]
+    return rows
+
+
+def evaluate(run: StageRun[EvaluateConfig]) -> None:
+    """Measure every embedding and write ``report.json`` and a plot per task."""
+    config, artifacts = run.config, run.many("embeddings")
+    for method, names in config.reduced.items():
+        if unknown := sorted(set(names) - {artifact.manifest.name for artifact in artifacts}):
+            raise UsageError(f"{method}_of names {unknown}; the embeddings are {[a.manifest.name for a in artifacts]}")
+    rows: list[dict[str, Any]] = []
+    for artifact in track(artifacts, "evaluate", len(artifacts), unit="embedding"):
+        rows += measure(load(artifact), config)
+    headline = next(iter(config.tasks))
+    subject = artifacts[0].manifest.name
+    full_dim = {name: full_dim_row(rows, name, headline) for name in dict.fromkeys(r["embedding"] for r in rows)}
+    report = {
+        "seed": config.seed,
+        "subject": subject,
+        "headline_task": headline,
+        "metric_notes": {
+            "map_at_10_by_k": "mean over queries of (1/10) sum_{i<=10} rel_i P@i, the MRL paper's form",
+            "recall_at_10": "relevant items among the first 10, divided by all relevant items in the database",
+        },
+        "full_dim": full_dim,
+        "rows": rows,
+    }
+    run.out.write_json("report.json", report)
+    for name in config.tasks:
+        storage.write_atomic(run.out.path(f"{name}.png"), plot_by_dim([r for r in rows if r["task"] == name], name))
+    run.out.stats.update(subject=subject, full_dim_p_at_1={n: round(row["p_at_1"], 4) for n, row in full_dim.items()})
+
+
+def full_dim_row(rows: list[dict[str, Any]], name: str, task: str) -> dict[str, Any]:
+    """The figures of an embedding at its own full size."""
+    return max(
+        (r for r in rows if r["embedding"] == name and r["task"] == task and r["method"] == "prefix"),
+        key=lambda row: row["dim"],
+    )
+
+
+STAGE = Stage(
+    name="evaluate",
+    kind="report",
+    config=EvaluateConfig,
+    run=evaluate,
+    inputs={"embeddings": Input("embeddings", many=True)},
+)

@@ -1,0 +1,1 @@
+"""Losses and their parts, as functions and modules of tensors. Knows neither data nor Ray."""

@@ -1,0 +1,1 @@
+"""Encoders as artifacts and beyond: the ``encoder`` stage, model cards, export, ONNX."""

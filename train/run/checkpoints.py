@@ -1,0 +1,147 @@
+"""Checkpoints of a run: ``<folder>/step-00000050/rank-00000-of-00002.pt``, one file a worker.
+
+The first worker's file holds the model, the optimizer and all else that workers share; every file holds what differs
+between them. A file appears whole or not at all, and a checkpoint counts when all files of its world are there: a crash
+leaves nothing that could be taken for one, and no worker waits for another. A thread writes, one checkpoint at a time;
+training goes on from a copy in memory, which the next checkpoint waits for.
+"""
+
+import random
+import re
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from torch import nn
+
+from lookalike import storage
+from lookalike.errors import LookalikeError
+from lookalike.train.run.shards import load_whole_state
+
+KEEP = 2
+"""Checkpoints kept: the last one, and the one before it until the last is complete."""
+_FILE = re.compile(r"step-(\d+)/rank-(\d+)-of-(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint that lies in a run's folder."""
+
+    folder: str
+    step: int
+    world: int
+
+    @property
+    def uri(self) -> str:
+        """Where its files are."""
+        return storage.join(self.folder, f"step-{self.step:08d}")
+
+    def read(self, rank: int = 0) -> dict[str, Any]:
+        """The content of one worker's file: tensors on the CPU, and plain values."""
+        uri = storage.join(self.uri, f"rank-{rank:05d}-of-{self.world:05d}.pt")
+        with fsspec.open(uri, "rb") as file:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+
+
+def find_checkpoints(folder: str) -> list[Checkpoint]:
+    """The complete checkpoints below ``folder``, the oldest first."""
+    ranks: dict[tuple[int, int], set[int]] = {}
+    for name in storage.list_files(folder) if storage.exists(folder) else []:
+        if match := _FILE.fullmatch(name):
+            step, rank, world = (int(number) for number in match.groups())
+            ranks.setdefault((step, world), set()).add(rank)
+    complete = sorted((step, world) for (step, world), found in ranks.items() if len(found) == world)
+    return [Checkpoint(folder, step, world) for step, world in complete]
+
+
+def last_checkpoint(folder: str) -> Checkpoint | None:
+    """The newest complete checkpoint, or None at a run's beginning."""
+    found = find_checkpoints(folder)
+    return found[-1] if found else None
+
+
+class CheckpointWriter:
+    """Writes one worker's files of a run's checkpoints in a thread."""
+
+    def __init__(self, folder: str, rank: int, world: int) -> None:
+        self.folder, self.rank, self.world = folder, rank, world
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Copy ``state`` and write it while training goes on; waits for the one before, whose failure it raises."""
+        self.wait()
+        self._running = self._pool.submit(self._write, step, copy_state(state))
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk; raises what went wrong there."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def close(self) -> None:
+        """Finish the checkpoint in flight and end the thread."""
+        self.wait()
+        self._pool.shutdown()
+
+    def _write(self, step: int, state: Any) -> None:
+        name = f"rank-{self.rank:05d}-of-{self.world:05d}.pt"
+        with storage.open_atomic(storage.join(self.folder, f"step-{step:08d}", name)) as file:
+            torch.save(state, file)
+        if self.rank == 0:
+            self._drop_old()
+
+    def _drop_old(self) -> None:
+        for old in find_checkpoints(self.folder)[:-KEEP]:
+            storage.remove_tree(old.uri)
+
+
+def copy_state(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples whose tensors lie on the CPU and follow no further training."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: copy_state(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copy_state(item) for item in value)
+    return value
+
+
+def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:
+    """Fill model and optimizer from a checkpoint's ``model`` and ``optimizer``; raises ``LookalikeError`` naming the
+    tensors and shapes when they are another model's."""
+    try:
+        load_whole_state(module, optimizer, state["model"], state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise LookalikeError(
+            f"checkpoint {source} does not fit the model: {' '.join(lines[:3])}; it was written by "
+            "another version of the code: remove that folder and run the step again"
+        ) from None
+
+
+def random_state() -> dict[str, Any]:
+    """State of the global random generators of this process: torch (CPU and GPU), numpy and Python."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, [int(key) for key in keys], position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put the generators back where ``random_state`` found them."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

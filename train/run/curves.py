@@ -1,0 +1,211 @@
+"""What a training run says of itself: losses of a step over all workers, the loss curve, gauges of Ray, trackers; and
+the stop at a loss that is no number."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lookalike.errors import LookalikeError
+from lookalike.train.run.trackers import Tracker
+
+CURVE_POINTS = 200
+"""A run keeps every step of its loss curve up to this number of steps, and this many points or a few more above."""
+IDS_SHOWN = 64
+
+
+class NonFiniteLossError(LookalikeError):
+    """A loss or a gradient is infinite or no number; the message names step, workers, images and checkpoint."""
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """One step's figures: means over its parts and over workers."""
+
+    step: int
+    values: dict[str, float]
+    """``loss`` (the sum that is trained on), ``loss_<task>``, ``grad_norm``, ``lr``."""
+    ids: Sequence[str] = ()
+    """Image ids of this worker's rows, where the loader gives them."""
+    bad: bool = False
+    """Some worker's loss, or the gradient of all, is not finite."""
+    bad_here: bool = False
+    """This worker's loss is not finite."""
+
+
+@dataclass
+class _Pending:
+    step: int
+    names: list[str]
+    numbers: torch.Tensor
+    """This worker's loss is bad (0 or 1), workers whose loss is, the gradient's norm, the losses; float64."""
+    norm_counts: bool
+    lr: float
+    ids: Sequence[str]
+    copied: "torch.cuda.Event | None"
+
+
+class StepReader:
+    """Takes each step's losses from the device to the host.
+
+    On a GPU they are read one step later, when they have long arrived, so that the device never waits for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lags = device.type == "cuda"
+        self._pending: _Pending | None = None
+
+    def put(
+        self,
+        step: int,
+        losses: Mapping[str, torch.Tensor],
+        norm: torch.Tensor,
+        *,
+        lr: float,
+        ids: Sequence[str],
+        norm_may_overflow: bool,
+    ) -> None:
+        """``losses``: this worker's share of each mean, scalars; the same names in the same order on every worker."""
+        own = torch.stack([loss.detach().double() for loss in losses.values()])
+        bad = ~own.isfinite().all()
+        shared = torch.cat([bad.double()[None], own])
+        if dist.is_initialized():
+            dist.all_reduce(shared)
+        numbers = torch.cat([bad.double()[None], shared[:1], norm.detach().double()[None], shared[1:]])
+        copied = None
+        if self.lags:
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            numbers, copied = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        self._pending = _Pending(step, list(losses), numbers, not norm_may_overflow, lr, ids, copied)
+
+    def take(self) -> StepValues | None:
+        """The step that was put last, once; None when it has been taken."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        bad_here, bad_workers, norm, *losses = pending.numbers.tolist()
+        values = {**dict(zip(pending.names, losses, strict=True)), "grad_norm": norm, "lr": pending.lr}
+        bad = bad_workers > 0 or (pending.norm_counts and not math.isfinite(norm))
+        return StepValues(pending.step, values, pending.ids, bad, bool(bad_here))
+
+
+def stop_if_bad(taken: StepValues, rank: int, last_good: Callable[[], str]) -> None:
+    """Raise ``NonFiniteLossError``, the same on every worker, when the loss of one or the gradient was bad.
+
+    ``last_good`` says which checkpoint there is; it is asked once every worker has come here, its own files written.
+    """
+    if not taken.bad:
+        return
+    found: list[Any] = [(rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here)]
+    if dist.is_initialized():
+        found = found * dist.get_world_size()
+        dist.all_gather_object(found, (rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here))
+    guilty = [entry for entry in found if entry[2]]
+    what = "loss" if guilty else "gradient"
+    where = "; ".join(
+        f"rank {number}, images {', '.join(ids) or 'not named by the loader'}" for number, ids, _ in guilty or found
+    )
+    raise NonFiniteLossError(
+        f"the {what} is not finite at step {taken.step} on {where}; {last_good()}. Run again with a lower "
+        "lr, a smaller clip_norm or a longer warm-up, with precision=float32 if it was lower, or look at these images"
+    )
+
+
+@dataclass
+class Curve:
+    """The loss curve of a run: points of means since the point before, a bounded number of them."""
+
+    total_steps: int
+    points: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+    def add(self, taken: StepValues) -> None:
+        """Take a step in; every ``total_steps / CURVE_POINTS`` steps, and at the end, a point is made."""
+        self.steps += 1
+        for name, value in taken.values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if taken.step % max(1, self.total_steps // CURVE_POINTS) and taken.step != self.total_steps:
+            return
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        self.points.append({"step": float(taken.step), **means, "lr": taken.values["lr"]})
+        self.sums, self.steps = {}, 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"points": list(self.points), "sums": dict(self.sums), "steps": self.steps}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.points, self.sums, self.steps = list(state["points"]), dict(state["sums"]), state["steps"]
+
+
+class Pace:
+    """How fast training is, and how much of its time waits for data."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self._images = images_per_step
+        self._begun = self._since = time.monotonic()
+        self._steps = self._all_steps = 0
+        self._waited = self._all_waited = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Add time that was spent waiting for a batch."""
+        self._waited += seconds
+        self._all_waited += seconds
+
+    def step(self) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._all_steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Images a second (of all workers) and this worker's share of time without data, since the last reading."""
+        now = time.monotonic()
+        seconds = max(now - self._since, 1e-9)
+        values = {"images_per_s": self._steps * self._images / seconds, "data_wait": self._waited / seconds}
+        self._since, self._steps, self._waited = now, 0, 0.0
+        return values
+
+    def whole(self) -> dict[str, float]:
+        """The same since this process began to train."""
+        seconds = max(time.monotonic() - self._begun, 1e-9)
+        return {"images_per_s": self._all_steps * self._images / seconds, "data_wait": self._all_waited / seconds}
+
+
+class Gauges:
+    """The first worker's latest figures as Ray's metrics, ``lookalike_train_<what>``, tagged with the run."""
+
+    NAMES = ("loss", "grad_norm", "lr", "images_per_s", "data_wait", "step")
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._tags = {"run": run}
+        self._gauges = {
+            name: Gauge(f"lookalike_train_{name}", f"{name} of the last step logged", ("run",)) for name in self.NAMES
+        }
+        self._task = Gauge("lookalike_train_task_loss", "loss of one task", ("run", "task"))
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Publish what is known of ``NAMES``, and ``loss_<task>`` under the task's name."""
+        for name, value in values.items():
+            if name in self._gauges:
+                self._gauges[name].set(value, self._tags)
+            elif name.startswith("loss_"):
+                self._task.set(value, {**self._tags, "task": name.removeprefix("loss_")})
+
+
+def publish(step: int, values: Mapping[str, float], gauges: Gauges, trackers: Sequence[Tracker]) -> None:
+    """Send a step's figures to Ray's metrics and the trackers."""
+    gauges.set({"step": float(step), **values})
+    for tracker in trackers:
+        tracker.log(step, values)

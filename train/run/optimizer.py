@@ -1,0 +1,198 @@
+"""Which parameters train, in which groups, by which optimizer, and how the learning rate moves."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from lookalike.errors import UsageError
+from lookalike.train.run.settings import TrainConfig
+from lookalike.train.tasks import MultiTaskModel
+from lookalike.vision.encoder import EmbeddingModel
+from lookalike.vision.tuning import lars, layer_groups, undecayed
+
+CYCLIC_START = 1e-4
+"""Share of the peak learning rate that ``cyclic`` begins with."""
+_STAGE = re.compile(r"(blocks|stages|layer)\.?(\d+)\.")
+
+
+def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
+    """Stop gradients of the leading backbone stages, by timm's names for them, or of all the backbone for a probe.
+
+    Raises ``UsageError`` for a backbone without so many stages, and when nothing is left that trains.
+    """
+    backbone = model.encoder.backbone
+    assert isinstance(backbone, nn.Module)
+    if config.trainable == "probe":
+        backbone.requires_grad_(False)
+    elif config.frozen_stages:
+        _freeze_stages(backbone, config.frozen_stages)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            "nothing trains: the backbone is frozen, there is no projection, and no task has weights; set "
+            "embedding_dim for a projection, or trainable=full"
+        )
+
+
+def _freeze_stages(backbone: nn.Module, stages: int) -> None:
+    prefixes = ["conv_stem", "bn1", "patch_embed", "stem", "cls_token", "pos_embed", "conv1"]
+    prefixes += [f"{name}.{i}" for name in ("blocks", "stages") for i in range(stages)]
+    prefixes += [f"layer{i + 1}" for i in range(stages)]
+    frozen = [
+        parameter
+        for name, parameter in backbone.named_parameters()
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+    ]
+    there = {match.groups() for name, _ in backbone.named_parameters() if (match := _STAGE.match(name))}
+    if not frozen or not there:
+        raise UsageError(
+            f"frozen_stages {stages}: a {type(backbone).__name__} has no stages that are known; set frozen_stages=0"
+        )
+    if stages > len(there):
+        raise UsageError(
+            f"frozen_stages {stages}: this {type(backbone).__name__} has {len(there)} stages; set "
+            f"frozen_stages to {len(there)} or less, or trainable=probe"
+        )
+    for parameter in frozen:
+        parameter.requires_grad = False
+
+
+def set_train_mode(model: MultiTaskModel, config: TrainConfig) -> None:
+    """Training mode, but for a probe's backbone, and for batch-norm layers whose statistics are to stay."""
+    model.train()
+    backbone = model.encoder.backbone
+    assert isinstance(backbone, nn.Module)
+    if config.trainable == "probe":
+        backbone.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            frozen = module.weight is not None and not module.weight.requires_grad
+            if config.freeze_batch_norm or frozen:
+                module.eval()
+
+
+def hasten_batch_norm(model: nn.Module, num_steps: int) -> None:
+    """Let running statistics follow within a tenth of the run, at most as fast as torch's default of 0.1 a step.
+
+    timm's ``tf_`` networks keep 0.99 of what they had: after 134 steps a quarter still is the 0 and 1 they began with.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, min(0.1, 10 / num_steps))
+
+
+def parameter_groups(model: MultiTaskModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Backbone (matrices and vectors, or a pair for each layer), projection, heads, proxies: every parameter that
+    trains, once. ``name`` says which; groups without parameters are left out."""
+    encoder = model.encoder
+    assert isinstance(encoder, EmbeddingModel)
+    heads = [(name, p) for name, p in model.tasks.named_parameters() if p.requires_grad]
+    plain = [p for name, p in heads if not is_proxy(name)]
+    proxy_momentum = config.momentum if config.proxy_momentum is None else config.proxy_momentum
+    groups = [
+        *_backbone_groups(encoder.backbone, config),
+        {
+            "name": "projection",
+            "params": [p for p in encoder.projection.parameters() if p.requires_grad],
+            "lr": config.projection_lr,
+            "weight_decay": config.weight_decay,
+        },
+        *_by_decay("heads", plain, config.head_lr, config.head_weight_decay),
+        {
+            "name": "proxies",
+            "params": [p for name, p in heads if is_proxy(name)],
+            "lr": config.proxy_lr or config.head_lr,
+            "weight_decay": config.proxy_weight_decay,
+            **({} if config.optimizer == "adamw" else {"momentum": proxy_momentum}),
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def is_proxy(name: str) -> bool:
+    """Whether a parameter of this dotted name is a class proxy."""
+    return "proxies" in name.split(".")
+
+
+def _backbone_groups(backbone: nn.Module, config: TrainConfig) -> Iterator[dict[str, Any]]:
+    if config.layer_decay is not None:
+        for group in layer_groups(backbone, config.weight_decay, config.layer_decay):
+            yield {"name": "backbone", **group, "lr": config.lr * group["lr_scale"]}
+        return
+    excluded = undecayed(backbone)
+    trained = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
+    vectors = {name for name, p in trained if p.ndim <= 1 or name in excluded}
+    yield {
+        "name": "backbone",
+        "params": [p for name, p in trained if name not in vectors],
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+    }
+    yield {
+        "name": "backbone",
+        "params": [p for name, p in trained if name in vectors],
+        "lr": config.lr,
+        "weight_decay": 0.0,
+    }
+
+
+def _by_decay(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    if weight_decay == 0.0:
+        return [{"name": name, "params": parameters, "lr": lr, "weight_decay": 0.0}]
+    return [
+        {"name": name, "params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"name": name, "params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: MultiTaskModel, config: TrainConfig, total_steps: int
+) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
+    """The optimizer over ``parameter_groups`` and the schedule of its learning rates, one step of it a step."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    elif config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    else:
+        optimizer = lars(
+            groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, trust_coeff=config.trust_coefficient
+        )
+    return optimizer, build_schedule(optimizer, config, total_steps)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> lr_scheduler.LRScheduler:
+    """The learning rates of ``total_steps`` steps: a linear rise, then the schedule of the settings."""
+    per_epoch = total_steps / config.epochs
+    if config.schedule == "cyclic":
+        warmup = min(max(1, round(config.peak_epoch * per_epoch)), total_steps - 1)
+        first = CYCLIC_START
+    else:
+        asked = config.warmup_fraction * total_steps if config.warmup_steps is None else config.warmup_steps
+        warmup = min(round(asked), total_steps - 1)
+        first = 1.0 / (warmup + 1)
+    rest = max(1, total_steps - warmup)
+    after: lr_scheduler.LRScheduler
+    if config.schedule == "cosine":
+        after = lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest)
+    elif config.schedule in ("linear", "cyclic"):
+        after = lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=rest)
+    elif config.schedule == "polynomial":
+        after = lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=config.schedule_power)
+    elif config.schedule == "step":
+        falls = [round(epoch * per_epoch) - warmup for epoch in config.schedule_epochs]
+        if falls[0] < 0:
+            raise UsageError(
+                f"schedule_epochs {list(config.schedule_epochs)} begin within the warm-up of {warmup} of "
+                f"{total_steps} steps; warm up shorter (warmup_steps, warmup_fraction)"
+            )
+        after = lr_scheduler.MultiStepLR(optimizer, milestones=falls, gamma=config.schedule_factor)
+    else:
+        after = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+    if warmup == 0:
+        return after
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=first, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, after], milestones=[warmup])

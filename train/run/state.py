@@ -1,0 +1,104 @@
+"""All that changes while a model trains, and so all that a checkpoint holds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lookalike.train.run.checkpoints import Checkpoint, random_state, restore, restore_random_state
+from lookalike.train.run.curves import Curve
+from lookalike.train.run.optimizer import build_optimizer, freeze
+from lookalike.train.run.settings import TrainConfig
+from lookalike.train.run.shards import whole_state
+from lookalike.train.tasks import MultiTaskModel
+from lookalike.vision.tuning import averaged
+
+
+@dataclass
+class Training:
+    """Model, optimizer, schedule, loss scale, averaged weights, loss curve, and the step they stand at.
+
+    The place in the data needs no more than the step: a stream's batches follow from seed, stream and step, and there
+    are ``num_workers`` streams whatever the number of workers.
+    """
+
+    model: MultiTaskModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    average: Any
+    """timm's moving average of the encoder, or None."""
+    curve: Curve
+    step: int = 0
+    worlds: list[list[int]] = field(default_factory=list)
+    """[step, workers] from which on so many trained, each time that it changed."""
+
+    @classmethod
+    def begin(cls, model: MultiTaskModel, config: TrainConfig, total_steps: int) -> "Training":
+        """Before the first step; freezes what the settings freeze."""
+        freeze(model, config)
+        optimizer, schedule = build_optimizer(model, config, total_steps)
+        scaler = torch.amp.GradScaler(enabled=config.precision == "float16")  # type: ignore[attr-defined]
+        average = None if config.ema_decay is None else averaged(model.encoder, config.ema_decay)
+        return cls(model, optimizer, schedule, scaler, average, Curve(total_steps))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group (the backbone's, where it trains) in the step to come."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def update(self, step: int) -> None:
+        """Change the weights by their gradients; ``step`` counts from 1."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update(self.model.encoder, step)
+        self.step = step
+
+    def join(self, world: int) -> None:
+        """Note how many workers train from here on."""
+        if not self.worlds or self.worlds[-1][1] != world:
+            self.worlds.append([self.step, world])
+
+    def state(self, rank: int, pace: dict[str, float]) -> dict[str, Any]:
+        """A worker's part of a checkpoint; every worker calls it. ``pace`` goes along for the final report."""
+        weights, moments = whole_state(self.model, self.optimizer)
+        own = {"random": random_state()}
+        if rank:
+            return own
+        average = None if self.average is None else self.average.module.state_dict()
+        return {
+            **own,
+            "step": self.step,
+            "model": weights,
+            "optimizer": moments,
+            "average": average,
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "curve": self.curve.state(),
+            "worlds": self.worlds,
+            "pace": pace,
+        }
+
+    def resume(self, found: Checkpoint, rank: int, world: int) -> None:
+        """Go on from a checkpoint, which another number of workers may have written."""
+        state = found.read()
+        restore(self.model, self.optimizer, state, found.uri)
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.curve.load(state["curve"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.step, self.worlds = state["step"], state["worlds"]
+        if world == found.world:  # with another number, what is drawn from now on derives from the seed alone
+            restore_random_state((state if rank == 0 else found.read(rank))["random"])
+
+
+def export_weights(state: dict[str, Any], encoder: nn.Module) -> None:
+    """Fill an encoder from a finished run's state: with the averaged weights where there are any."""
+    own = {
+        name.removeprefix("encoder."): value for name, value in state["model"].items() if name.startswith("encoder.")
+    }
+    encoder.load_state_dict(state["average"] or own)
