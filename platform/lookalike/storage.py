@@ -9,7 +9,8 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 import fsspec
 import pyarrow.fs as pafs
@@ -193,23 +194,37 @@ def remove_temporaries(uri: str) -> None:
             fs.rm_file(name)
 
 
+def try_lock(path: Path) -> IO[bytes] | None:
+    """Lock the file ``path`` on this machine; None if another process holds it.
+
+    The lock lasts until the returned file is closed or its process ends, however it ends.
+    """
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 @contextmanager
 def exclusive(uri: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file ``uri`` alone on this machine; ``waiting`` is called once when another process holds it.
+    """Hold the lock file ``uri`` alone on this machine; calls ``waiting`` once if another process holds it.
 
-    The lock is the kernel's, so it ends with its process, however that ends. Roots that are not local have none.
+    A root that is not local is not locked.
     """
     if not is_local(uri):
         yield
         return
-    path = local_path(uri)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    path = Path(local_path(uri))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = try_lock(path)
+    if file is None:
+        waiting()
+        file = path.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    with file:
         yield
 
 

@@ -3,6 +3,9 @@
 import errno
 import hashlib
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,45 @@ def test_source_digest_follows_content_not_time(tmp_path: Path) -> None:
     assert storage.source_digest(str(file)) == before
     file.write_bytes(b"two")
     assert storage.source_digest(str(file)) != before
+
+
+def test_a_lock_has_one_holder_until_it_is_closed_or_its_process_dies(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    held = storage.try_lock(path)
+    assert held is not None
+    assert storage.try_lock(path) is None
+    held.close()
+    code = (
+        "import pathlib, sys; from lookalike import storage; "
+        "lock = storage.try_lock(pathlib.Path(sys.argv[1])); print(lock, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() != b"None\n"
+        assert storage.try_lock(path) is None
+        child.kill()
+    with storage.try_lock(path) as again:
+        assert again is not None
+
+
+def test_a_second_process_waits_and_says_so_once(tmp_path: Path) -> None:
+    path = f"{tmp_path}/locks/step"
+    with storage.exclusive(path, pytest.fail):
+        said = threading.Event()
+        entered = threading.Event()
+
+        def wait() -> None:
+            with storage.exclusive(path, said.set):
+                entered.set()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert said.wait(30)
+        assert not entered.is_set()
+    thread.join(30)
+    assert entered.is_set()
+    with storage.exclusive("memory://locks/step", pytest.fail):
+        pass
 
 
 def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
