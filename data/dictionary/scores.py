@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import Field
 
 from lookalike.config import Config, runtime
 from lookalike.data.dictionary.boundary import BoundaryConfig
 from lookalike.data.dictionary.sketch import Sample, SampleConfig
+from lookalike.intervals import wilson_intervals
 
+Z = 1.96
+"""Half width of a 95% interval in standard errors; part of what a dictionary says."""
 FORMAT = 1  # raised when the same samples and settings give other scores: earlier scores are not reused then
 
 SCORES = pa.schema(
@@ -105,7 +107,7 @@ def merge_scores(vocabulary: Mapping[str, int], scores: pa.Table) -> pa.Table:
     places = pc.index_in(terms, value_set=scores["term"].combine_chunks())
     found = scores.take(places)
     positives, trials, hits = (found[name].fill_null(0).to_numpy() for name in ("positives", "trials", "hits"))
-    low, high = wilson_interval(hits, trials)
+    low, high = wilson_intervals(hits, trials, Z)
     ratios = [pa.array(values, pa.float32(), mask=trials == 0) for values in (hits / np.maximum(trials, 1), low, high)]
     images = pa.array([vocabulary[term] for term in terms.to_pylist()], pa.int64())
     columns: list[Any] = [terms, images, positives, trials, hits, *ratios, found["digest"]]
@@ -118,13 +120,3 @@ def decide(scored: pa.Table, boundary: float) -> pa.Table:
     kept = (concreteness >= np.float32(boundary)) & (low > 0.5)
     status = np.where(kept, "kept", np.where(scored["trials"].to_numpy() > 0, "abstract", "too_few"))
     return scored.append_column("status", pa.array(status, pa.string())).select(DICTIONARY.names)
-
-
-def wilson_interval(hits: NDArray[Any], trials: NDArray[Any], z: float = 1.96) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Wilson score interval of ``hits`` out of ``trials`` (arrays of one shape; 0 trials give 0 to 1)."""
-    n = np.maximum(np.asarray(trials, float), 1e-9)
-    p = np.asarray(hits, float) / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    empty = np.asarray(trials) == 0
-    return np.where(empty, 0.0, np.maximum(centre - half, 0)), np.where(empty, 1.0, np.minimum(centre + half, 1))

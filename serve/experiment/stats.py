@@ -13,9 +13,9 @@ from math import sqrt
 
 import numpy as np
 
+from lookalike.intervals import Interval, difference, wilson
 from lookalike.serve.experiment.guardrails import SERVICE_ERRORS
 from lookalike.serve.experiment.log import ExperimentLog, Shown
-from lookalike.serve.watch.intervals import Interval, difference, wilson
 
 LEVEL = 0.05
 """Chance of finding a difference where there is none."""

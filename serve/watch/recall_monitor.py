@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lookalike.intervals import mean_interval
 from lookalike.retrieval.planner import per_query_recall
 from lookalike.retrieval.ranking import NO_ROW, NO_SCORE, Hits
 from lookalike.serve.search.router import Router
 from lookalike.serve.settings.watching import MonitorSettings
-from lookalike.serve.watch.intervals import mean_interval
 from lookalike.serve.watch.trace import Searched
 from lookalike.serve.wire.answers import Answer
 from lookalike.serve.wire.errors import RetrievalError

@@ -17,13 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from PIL import Image, ImageDraw
 
 from lookalike.artifacts import Artifact
-from lookalike.data.dictionary.scores import wilson_interval
 from lookalike.data.parts import read_table
+from lookalike.intervals import wilson
 from lookalike.sampling import mix_keys, stable_keys
 from lookalike.vision.images import decode
 
@@ -60,15 +59,15 @@ def precision(verdicts: Sequence[dict[str, str]], existing: set[tuple[str, str]]
     apply = [row for row in verdicts if (row["image_id"], row["term"]) in existing]
     counts = Counter(row["verdict"] for row in apply)
     sure = counts["right"] + counts["wrong"]
-    low, high = wilson_interval(np.array([counts["right"]]), np.array([sure])) if sure else ([0.0], [1.0])
+    low, high = wilson(counts["right"], sure)
     return {
         "bench": "label_precision",
         "verdicts": len(verdicts),
         "still_apply": len(apply),
         **{verdict: counts[verdict] for verdict in ALLOWED},
         "precision": counts["right"] / sure if sure else None,
-        "low": round(float(low[0]), 4),
-        "high": round(float(high[0]), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
     }
 
 

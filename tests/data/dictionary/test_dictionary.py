@@ -12,20 +12,8 @@ from lookalike.data.dictionary.scores import (
     decide,
     digest,
     merge_scores,
-    wilson_interval,
 )
 from lookalike.data.dictionary.sketch import Sample
-
-
-def test_wilson_interval_against_scipy() -> None:
-    from scipy.stats import binomtest
-
-    hits, trials = np.array([0, 3, 9, 50]), np.array([4, 8, 9, 60])
-    low, high = wilson_interval(hits, trials)
-    for i in range(4):
-        oracle = binomtest(int(hits[i]), int(trials[i])).proportion_ci(0.95, method="wilson")
-        assert (low[i], high[i]) == pytest.approx((oracle.low, oracle.high), abs=1e-4)
-    assert [float(v[0]) for v in wilson_interval(np.array([0]), np.array([0]))] == [0.0, 1.0]
 
 
 def test_terms_with_too_few_samples_are_reported_not_scored() -> None:

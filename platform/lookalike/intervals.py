@@ -1,6 +1,7 @@
-"""95% intervals that hold at the ends too: where all of n succeeded, an interval still has a width."""
+"""95% intervals that keep a width at the ends too: also where all trials succeeded, or none."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,20 +13,28 @@ Interval = tuple[float, float]
 
 def wilson(hits: int, trials: int, z: float = Z) -> Interval:
     """Wilson's score interval of a share, ``z`` standard errors wide each way; [0, 1] of no trials."""
-    if not trials:
-        return 0.0, 1.0
-    share, spread = hits / trials, z * z / trials
-    middle = share + spread / 2
-    half = z * np.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, float((middle - half) / (1 + spread))), min(1.0, float((middle + half) / (1 + spread)))
+    low, high = wilson_intervals(np.array(hits), np.array(trials), z)
+    return float(low), float(high)
+
+
+def wilson_intervals(
+    hits: npt.NDArray[Any], trials: npt.NDArray[Any], z: float = Z
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Lower and upper ends of ``wilson`` for arrays of one shape."""
+    n = np.maximum(np.asarray(trials, float), 1e-9)
+    p = np.asarray(hits, float) / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    empty = np.asarray(trials) == 0
+    return np.where(empty, 0.0, np.maximum(centre - half, 0)), np.where(empty, 1.0, np.minimum(centre + half, 1))
 
 
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> Interval:
-    """Interval of the mean of independent values in [0, 1], such as the recall of one query each; [0, 1] of none.
+    """Interval of the mean of independent values in [0, 1], for example the recall of each query; [0, 1] of no values.
 
-    Agresti and Coull's idea for more than two values: z^2/2 made-up values of 0 and as many of 1 join the sample, then
-    mean and variance give a normal interval. Of zeros and ones it is their interval of a share; values that
-    differ less make it narrower. A bootstrap has no width when all values are 1.
+    Agresti and Coull's idea, extended to more than two values: add z^2/2 zeros and z^2/2 ones to the sample and take
+    the normal interval of its mean. For zeros and ones this is their interval of a share; values that differ less give
+    a narrower interval. A bootstrap would have no width when all values are 1.
     """
     sample = np.asarray(values, np.float64)
     if not len(sample):
@@ -34,7 +43,7 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> Interval
     mean = (sample.sum() + Z * Z / 2) / size
     variance = ((sample - mean) ** 2).sum() + Z * Z / 2 * (mean**2 + (1 - mean) ** 2)
     half = Z * np.sqrt(variance / size / size)
-    # what was measured always lies inside: of 1s alone the upper end is 1
+    # the interval must contain the measured mean: when all values are 1 the upper end is 1
     low, high = min(mean - half, float(sample.mean())), max(mean + half, float(sample.mean()))
     return max(0.0, float(low)), min(1.0, float(high))
 

@@ -4,13 +4,19 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from lookalike.serve.watch.intervals import difference, mean_interval, wilson
+from lookalike.intervals import difference, mean_interval, wilson, wilson_intervals
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 1), (0, 50), (3, 7), (50, 50), (999, 1000)])
 def test_wilson_is_scipys(hits: int, trials: int) -> None:
     wanted = binomtest(hits, trials).proportion_ci(method="wilson")
     assert wilson(hits, trials) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+
+
+def test_arrays_have_the_intervals_of_their_elements() -> None:
+    hits, trials = np.array([0, 3, 9, 50, 0]), np.array([4, 8, 9, 60, 0])
+    ends = zip(*wilson_intervals(hits, trials), strict=True)
+    assert list(ends) == [wilson(*pair) for pair in zip(hits.tolist(), trials.tolist(), strict=True)]
 
 
 def test_nothing_known_is_everything_possible() -> None:
