@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import gRPCOptions
+from ray.serve.config import AutoscalingConfig, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
 from lookalike.cluster import ensure_ray
@@ -22,9 +22,9 @@ from lookalike.serve.front.tenants import read_tenants
 from lookalike.serve.front.tls import LOOPBACK, check_files
 from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.writer import Writer
-from lookalike.serve.search.autoscaling import replica_options
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.settings.load import Deployed
 from lookalike.serve.settings.security import Tls
 from lookalike.telemetry import fields, get_logger
 
@@ -86,6 +86,27 @@ def build(config: ServeConfig) -> serve.Application:
         options = deployment("encoder", **replica_options(kinds.encoder, own.num_replicas, cpus, own.num_gpus))
         encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
     return ingress.bind(config, generation, (shards, reranker, encoder), writer, arms)
+
+
+def replica_options(settings: Deployed, num_replicas: int, num_cpus: float, num_gpus: float = 0.0) -> dict[str, Any]:
+    """Deployment options: number of replicas, and the resources of each; ``settings`` override the other arguments.
+
+    With autoscaling, ``num_replicas`` is where it starts, moved into its bounds.
+    """
+    actor: dict[str, Any] = {"num_cpus": num_cpus if settings.num_cpus is None else settings.num_cpus}
+    if num_gpus:
+        actor["num_gpus"] = num_gpus
+    if settings.memory_mb is not None:
+        actor["memory"] = settings.memory_mb << 20
+    scaling = settings.autoscaling
+    if scaling is None:
+        return {"num_replicas": num_replicas, "ray_actor_options": actor}
+    serve_scaling = AutoscalingConfig(
+        **scaling.model_dump(exclude={"look_back_s"}),
+        look_back_period_s=scaling.look_back_s,
+        initial_replicas=min(max(num_replicas, scaling.min_replicas), scaling.max_replicas),
+    )
+    return {"autoscaling_config": serve_scaling, "ray_actor_options": actor}
 
 
 def taken(config: ServeConfig) -> dict[str, int]:

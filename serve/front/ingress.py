@@ -20,7 +20,6 @@ from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.journal import Record
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.search.autoscaling import Paced
 from lookalike.serve.search.router import Router, Worker
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.watch import trace
@@ -43,7 +42,7 @@ MAX_DETAILS = 2000
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 
-class Ingress(Paced, Follows):
+class Ingress(Follows):
     """One replica of the front. Without ``workers`` it opens the whole index itself (placement ``fused``)."""
 
     def __init__(
@@ -215,10 +214,7 @@ class Ingress(Paced, Follows):
         finally:
             self._observer.end(seen, code)
             self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": seen.tenant})
-            seconds = time.perf_counter() - start
-            self._seconds.observe(seconds, {"method": rpc})
-            if rpc in ADMITTED:
-                self.pace.add(seconds)
+            self._seconds.observe(time.perf_counter() - start, {"method": rpc})
 
     def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:
         self._check_caller(context)

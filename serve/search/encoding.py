@@ -10,14 +10,13 @@ from ray import serve
 
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
-from lookalike.serve.search.autoscaling import Paced, paced
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import not_loaded
 from lookalike.vision.encoder import Encoder
 from lookalike.vision.images import ImageError, decode
 
 
-class EncoderWorker(Paced, Follows):
+class EncoderWorker(Follows):
     """The image encoders of the generations held; those of one model share one."""
 
     def __init__(self, config: ServeConfig, generations: Sequence[Generation], writer: Any = None) -> None:
@@ -51,7 +50,6 @@ class EncoderWorker(Paced, Follows):
         if model not in self._models.values():
             self._encoders.pop(model, None)
 
-    @paced
     async def encode(self, generation: str, images: Sequence[bytes]) -> list[bytes | str]:
         """A vector (float32 bytes, not normalised) for each image, or the reason why it is refused."""
         if generation not in self._models:

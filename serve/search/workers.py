@@ -20,7 +20,6 @@ from lookalike.retrieval.searcher import ShardSearcher
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.journal import Record
-from lookalike.serve.search.autoscaling import Paced, paced
 from lookalike.serve.search.delta import WRITTEN, Ask, Delta, Written, search_all, shortlist_all
 from lookalike.serve.wire.answers import Answer, Column, Entry, Packed, compose, occurring_rows, pack, read_hits, unpack
 from lookalike.serve.wire.errors import not_loaded
@@ -38,7 +37,7 @@ class Opened(NamedTuple):
     delta: Delta
 
 
-class ShardWorker(Paced, Follows):
+class ShardWorker(Follows):
     """One group of shards: shortlist and re-rank of their own rows, and what was written of them since."""
 
     packs = True
@@ -75,7 +74,6 @@ class ShardWorker(Paced, Follows):
             raise not_loaded(generation, self._held)
         return self._held[generation]
 
-    @paced
     async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Packed | Answer:
         """The group's ``k`` best rows for float32 [n, dim] ``queries``; ``plan`` and ``filters`` are JSON."""
         opened = self._opened(generation)
@@ -89,7 +87,6 @@ class ShardWorker(Paced, Follows):
         columns = read_columns(shards, names, occurring_rows(hits), written)
         return (pack if self.packs else compose)(hits, names, columns)
 
-    @paced
     async def shortlist(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Shortlisted:
         """The group's candidates, for the re-ranker."""
         opened = self._opened(generation)
@@ -129,7 +126,7 @@ class LocalShardWorker(ShardWorker):
     packs = False
 
 
-class RerankWorker(Paced, Follows):
+class RerankWorker(Follows):
     """Re-ranks the candidates of all groups, each shard's with its own rows, and merges them."""
 
     def __init__(self, generations: Sequence[Generation], writer: Any = None) -> None:
@@ -155,7 +152,6 @@ class RerankWorker(Paced, Follows):
         """Let go of a generation; calls under way keep what they use."""
         self._held.pop(name, None)
 
-    @paced
     async def rerank(
         self, generation: str, queries: bytes, k: int, plan: str, candidates: Mapping[int, Shortlisted]
     ) -> Packed:

@@ -50,22 +50,20 @@ class Degrade(Config):
 
 
 class Autoscaling(Config):
-    """Replicas by load: more when requests or latency exceed their target, fewer when both are well below."""
+    """Replicas by load: Serve's own autoscaling by the number of requests, which also rises when they take longer."""
 
     min_replicas: int = Field(default=1, ge=1, le=10_000)
     """Never fewer."""
     max_replicas: int = Field(ge=1, le=10_000)
     """Never more; the cluster must have room for them."""
     target_ongoing_requests: float = Field(default=8.0, gt=0.0)
-    """Requests that are worked on or wait, per replica."""
-    target_latency_ms: float | None = Field(default=None, gt=0.0)
-    """Mean time of a call in the replica, in milliseconds; None leaves it out of account."""
+    """Active and queued requests per replica that Serve aims at."""
     upscale_delay_s: float = Field(default=10.0, ge=0.0, le=86_400.0)
-    """How long more must be wanted before there are more, in seconds."""
+    """Seconds for which more replicas must be needed before Serve starts them."""
     downscale_delay_s: float = Field(default=300.0, ge=0.0, le=86_400.0)
-    """How long fewer must suffice before there are fewer, in seconds."""
+    """Seconds for which fewer replicas must suffice before Serve ends some."""
     look_back_s: float = Field(default=30.0, gt=0.0, le=3600.0)
-    """Time over which requests and latency are averaged, in seconds; Serve hears of them every ten."""
+    """Seconds over which Serve averages the number of requests; replicas report it every ten seconds."""
 
     @model_validator(mode="after")
     def _check_bounds(self) -> "Autoscaling":

@@ -11,7 +11,7 @@ import numpy as np
 
 from lookalike.serve.client import AsyncClient, StoredRow
 from lookalike.serve.wire.errors import RetrievalError
-from tests.serve.search.scaling import until
+from tests.serve.scaling import until
 
 DIM, K = 64, 5
 SURGE = 16

@@ -1,6 +1,6 @@
 """One to three ingress replicas and back under a short load, in a Ray of its own; prints one JSON object.
 
-RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S=0.5 python -m tests.serve.search.scaling
+RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S=0.5 python -m tests.serve.scaling
 """
 
 import asyncio
@@ -85,7 +85,6 @@ def main() -> None:
     scaling = Autoscaling(
         max_replicas=3,
         target_ongoing_requests=2,
-        target_latency_ms=500,
         upscale_delay_s=1,
         downscale_delay_s=3,
         look_back_s=3,

@@ -1,0 +1,92 @@
+"""How many replicas Serve is told to keep, and that it starts and ends them."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pydantic import ValidationError
+
+from lookalike.config import parse_config
+from lookalike.errors import UsageError
+from lookalike.serve.app import build, replica_options
+from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.settings.load import Autoscaling, Deployed, Deployments
+
+if TYPE_CHECKING:
+    from tests.serve.conftest import World
+
+
+def test_options_of_a_deployment() -> None:
+    assert replica_options(Deployed(), 3, 0.2) == {"num_replicas": 3, "ray_actor_options": {"num_cpus": 0.2}}
+    scaling = Autoscaling(min_replicas=2, max_replicas=4, target_ongoing_requests=3, downscale_delay_s=9, look_back_s=7)
+    own = Deployed(autoscaling=scaling, num_cpus=2, memory_mb=100)
+    options = replica_options(own, 9, 0.2, 0.5)
+    given = options["autoscaling_config"]
+    assert (given.min_replicas, given.initial_replicas, given.max_replicas) == (2, 4, 4)
+    assert (given.target_ongoing_requests, given.downscale_delay_s, given.look_back_period_s) == (3, 9, 7)
+    assert options["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 0.5, "memory": 100 << 20}
+    assert "num_replicas" not in options
+    with pytest.raises(ValidationError, match="below min_replicas"):
+        Autoscaling(min_replicas=3, max_replicas=2)
+
+
+def test_a_latency_is_no_target_any_more() -> None:
+    scaling = {"max_replicas": 4, "target_latency_ms": 50}
+    with pytest.raises(UsageError, match=r"unknown key 'deployments\.ingress\.autoscaling\.target_latency_ms'"):
+        parse_config(ServeConfig, {"index": "x", "deployments": {"ingress": {"autoscaling": scaling}}}, "serve")
+
+
+def test_every_deployment_but_the_writer_is_scaled_as_set(world: "World", tmp_path: Any) -> None:
+    scaled = Deployed(autoscaling=Autoscaling(max_replicas=3), memory_mb=64)
+    config = ServeConfig.model_validate(
+        {
+            "index": world.index,
+            "placement": "staged",
+            "shard_replicas": 2,
+            "writes": {"state": str(tmp_path)},
+            "deployments": Deployments(ingress=scaled, shards=Deployed(num_cpus=0.5), rerank=scaled, encoder=scaled),
+        }
+    )
+    found = {one.name: one for one in deployments_of(build(config))}
+    assert set(found) == {"ingress", "shard-000", "shard-001", "rerank", "encoder", "writer"}
+    for name in ("ingress", "rerank", "encoder"):
+        assert found[name]._deployment_config.autoscaling_config.max_replicas == 3
+        assert found[name].ray_actor_options["memory"] == 64 << 20
+    assert found["rerank"]._deployment_config.autoscaling_config.initial_replicas == 2
+    assert found["shard-001"].num_replicas == 2
+    assert found["shard-001"].ray_actor_options["num_cpus"] == 0.5
+    assert found["writer"].num_replicas == 1
+    assert found["writer"]._deployment_config.autoscaling_config is None
+
+
+def deployments_of(application: Any) -> list[Any]:
+    """The deployments that an application binds, itself first."""
+    deployment = application._bound_deployment
+    found, waiting = [deployment], list(deployment.init_args)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            waiting += value
+        elif hasattr(value, "_bound_deployment"):
+            found += [one for one in deployments_of(value) if one.name not in {known.name for known in found}]
+    return found
+
+
+@pytest.mark.soak
+def test_replicas_come_with_the_load_and_go_after_it() -> None:
+    often = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5" for who in ("HANDLE", "REPLICA")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.scaling"],
+        env={**os.environ, **often},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=400,
+    )
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert (seen["before"], seen["most"], seen["after"]) == (1, 3, 1)
+    assert seen["answered"] > 0
+    assert not seen["errors"]
