@@ -27,10 +27,10 @@ STAGE_HELP = {
     "plan": "measure shortlist and re-rank plans and choose one",
 }
 COMMANDS = {
-    "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands.commands:serve"),
+    "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands.serve:serve"),
     "search": (
         "query a running service or an index on disk by image, vector or id",
-        "lookalike.serve.commands.commands:search",
+        "lookalike.serve.commands.search:search",
     ),
     "token": ("make a bearer token of a tenant of the service", "lookalike.serve.commands.token:token"),
     "admin": ("show or change what a running service serves", "lookalike.serve.commands.admin:admin"),

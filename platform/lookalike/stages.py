@@ -87,7 +87,7 @@ _BUILT_IN = {
     "embed": "lookalike.train.evaluate.embed:STAGE",
     "evaluate": "lookalike.train.evaluate.evaluate:STAGE",
     "index": "lookalike.serve.index.build:STAGE",
-    "plan": "lookalike.serve.index.plan:STAGE",
+    "plan": "lookalike.serve.index.plan_stage:STAGE",
 }
 
 

@@ -18,7 +18,7 @@ from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe, run_steps
 from lookalike.serve.commands import tour
-from lookalike.serve.commands.tour import Answer, TourConfig
+from lookalike.serve.commands.tour import TourAnswer, TourConfig
 from lookalike.serve.commands.tour_report import render_html, render_text
 from lookalike.serve.settings.config import ServeConfig
 
@@ -84,11 +84,11 @@ def require_tour(recipe: Recipe) -> None:
 
 def serve_and_ask(
     options: argparse.Namespace, artifacts: dict[str, Artifact], config: TourConfig, seed: int
-) -> tuple[list[Answer], dict[str, Any]]:
+) -> tuple[list[TourAnswer], dict[str, Any]]:
     """Start the service on a free port, query it as a client, stop it."""
     from lookalike.serve.app import start, stop
     from lookalike.serve.client import Client
-    from lookalike.serve.commands.commands import resolve
+    from lookalike.serve.commands.serve import resolve
 
     service = resolve(options.recipe, [*options.overrides, "port=0"], None)
     corpus = next(a for a in artifacts.values() if a.manifest.kind == "corpus")
@@ -118,7 +118,7 @@ def _of_stage(recipe: Recipe, artifacts: dict[str, Artifact], stage: str) -> Art
 def collect(
     recipe: Recipe,
     artifacts: dict[str, Artifact],
-    answers: list[Answer],
+    answers: list[TourAnswer],
     stages: list[dict[str, Any]],
     service: dict[str, Any],
 ) -> dict[str, Any]:

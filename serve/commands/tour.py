@@ -36,7 +36,7 @@ class TourConfig(Config):
 
 
 @dataclass(frozen=True)
-class Answer:
+class TourAnswer:
     """A query image, its neighbours by image bytes, and whether the query by vector gave the same."""
 
     query: dict[str, Any]
@@ -70,7 +70,7 @@ def choose_queries(corpus: Artifact, config: TourConfig, seed: int) -> list[dict
     return (distinct + [row for row in rows if row not in distinct])[: config.queries]
 
 
-def ask(client: Client, queries: Sequence[dict[str, Any]], k: int) -> list[Answer]:
+def ask(client: Client, queries: Sequence[dict[str, Any]], k: int) -> list[TourAnswer]:
     """Send each query's bytes, then its vector, and compare; the query's own row is left out of what is shown."""
     answers = []
     vectors = client.embed([query["image"] for query in queries]).vectors
@@ -78,7 +78,7 @@ def ask(client: Client, queries: Sequence[dict[str, Any]], k: int) -> list[Answe
         by_image = client.search(image=query["image"], k=k + 1)
         by_vector = client.search(vector=vector, k=k + 1)
         answers.append(
-            Answer(
+            TourAnswer(
                 query=query,
                 hits=_without(by_image, str(query["image_id"]))[:k],
                 same_by_vector=[hit.id for hit in by_image.hits] == [hit.id for hit in by_vector.hits],
@@ -92,7 +92,7 @@ def _without(result: SearchResult, image_id: str) -> tuple[Hit, ...]:
     return tuple(hit for hit in result.hits if hit.id != image_id)
 
 
-def pictures(corpus: Artifact, answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+def pictures(corpus: Artifact, answers: Sequence[TourAnswer]) -> dict[str, dict[str, Any]]:
     """image_id -> corpus row of every image that the answers show."""
     wanted = sorted({hit.id for answer in answers for hit in answer.hits})
     return {row["image_id"]: row for row in read_rows(corpus, pc.field("image_id").isin(wanted))}

@@ -9,7 +9,7 @@ import jinja2
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
-from lookalike.serve.commands.tour import Answer
+from lookalike.serve.commands.tour import TourAnswer
 
 Row = dict[str, Any]
 METHODS = {"prefix": "", "svd": ", SVD"}
@@ -113,7 +113,7 @@ def _times_text(facts: Mapping[str, Any]) -> list[str]:
 def render_html(
     facts: Mapping[str, Any],
     artifacts: Mapping[str, Artifact],
-    answers: Sequence[Answer],
+    answers: Sequence[TourAnswer],
     pictures: Mapping[str, Row],
 ) -> str:
     """The same with pictures and plots, in one file."""

@@ -8,7 +8,7 @@ from lookalike.serve.experiment.assignment import Assignment, Experiment, Route
 from lookalike.serve.experiment.interleave import coins, draft
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.settings.experiment import INTERLEAVED
+from lookalike.serve.settings.watching import INTERLEAVED
 from lookalike.serve.watch import trace
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.serve.wire.requests import DEFAULT_K

@@ -20,8 +20,8 @@ from lookalike.serve.experiment.guardrails import Guard
 from lookalike.serve.generations.generation import Generation, read_generation, read_plans
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.settings.experiment import ArmSettings, ExperimentSettings
-from lookalike.serve.wire.requests import Plans, check_plan
+from lookalike.serve.settings.watching import ArmSettings, ExperimentSettings
+from lookalike.serve.wire.requests import ServicePlans, check_plan
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -36,7 +36,7 @@ class Arm:
     own: Generation | None = None
     """An index of its own."""
     plan: str | None = None
-    plans: Plans | None = None
+    plans: ServicePlans | None = None
     """Its own plan for the served index."""
 
     def on(self, served: Generation) -> Generation:

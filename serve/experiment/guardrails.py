@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 from lookalike.intervals import Z, wilson
-from lookalike.serve.settings.experiment import ExperimentSettings
+from lookalike.serve.settings.watching import ExperimentSettings
 from lookalike.serve.watch.recall_monitor import Estimate
 from lookalike.telemetry import fields, get_logger
 

@@ -10,11 +10,11 @@ from typing import Any
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.registry import nearest
-from lookalike.serve.settings.experiment import ExperimentSettings
+from lookalike.serve.settings.watching import ExperimentSettings
 
 
 @dataclass(slots=True)
-class Shown:
+class LoggedRequest:
     """One request that the experiment's chance has given its arm."""
 
     request_id: str
@@ -38,7 +38,7 @@ class ExperimentLog:
     """All that the logs say of an experiment."""
 
     settings: ExperimentSettings
-    requests: list[Shown] = field(default_factory=list)
+    requests: list[LoggedRequest] = field(default_factory=list)
     feedback: set[tuple[str, str, str]] = field(default_factory=set)
     """(request_id, hash of the hit's id or "", kind), each once: a client may have told it twice."""
     forced: Counter[str] = field(default_factory=Counter)
@@ -126,7 +126,7 @@ def _take(line: dict[str, Any], log: ExperimentLog) -> None:
         often = Counter(one for one, _ in shown)
         owners = {one: arm for one, arm in shown if often[one] == 1}  # of a batch's queries, several may share a hit
         log.requests.append(
-            Shown(
+            LoggedRequest(
                 line["request_id"],
                 line["arm"],
                 line.get("session", ""),

@@ -15,7 +15,7 @@ import numpy as np
 
 from lookalike.intervals import Interval, difference, wilson
 from lookalike.serve.experiment.guardrails import SERVICE_ERRORS
-from lookalike.serve.experiment.log import ExperimentLog, Shown
+from lookalike.serve.experiment.log import ExperimentLog, LoggedRequest
 
 LEVEL = 0.05
 """Chance of finding a difference where there is none."""
@@ -78,7 +78,7 @@ class Duel:
 def describe_arms(log: ExperimentLog) -> list[ArmFigures]:
     """Figures of each arm that answered; of interleaving there is one for the answers of both."""
     acted = {request_id for request_id, _, _ in log.feedback}
-    by_arm: dict[str, list[Shown]] = defaultdict(list)
+    by_arm: dict[str, list[LoggedRequest]] = defaultdict(list)
     for request in log.requests:
         by_arm[request.arm].append(request)
     names = [arm.name for arm in log.settings.arms]
@@ -86,7 +86,7 @@ def describe_arms(log: ExperimentLog) -> list[ArmFigures]:
     return [_describe(name, by_arm[name], acted, log) for name in order if name in by_arm]
 
 
-def _describe(name: str, requests: Sequence[Shown], acted: set[str], log: ExperimentLog) -> ArmFigures:
+def _describe(name: str, requests: Sequence[LoggedRequest], acted: set[str], log: ExperimentLog) -> ArmFigures:
     errors = sum(request.code in SERVICE_ERRORS for request in requests)
     answers = [request for request in requests if request.code == "OK"]
     with_feedback = sum(request.request_id in acted for request in answers)
@@ -117,7 +117,7 @@ def _describe(name: str, requests: Sequence[Shown], acted: set[str], log: Experi
     )
 
 
-def _units(requests: Sequence[Shown], acted: set[str]) -> tuple[int, int]:
+def _units(requests: Sequence[LoggedRequest], acted: set[str]) -> tuple[int, int]:
     return (
         len({request.unit for request in requests}),
         len({request.unit for request in requests if request.request_id in acted}),

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from lookalike.serve.front.quota import now
-from lookalike.serve.front.tenants import Known, Tenants
+from lookalike.serve.front.tenants import TenantAccount, Tenants
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.security import ROLES, Quota
@@ -52,7 +52,7 @@ class Gate:
 class Caller:
     """Someone whose request may be worked on while it keeps to sizes and quota."""
 
-    def __init__(self, known: Known | None, max_request_bytes: int) -> None:
+    def __init__(self, known: TenantAccount | None, max_request_bytes: int) -> None:
         self._known, self._max_bytes = known, max_request_bytes
 
     @property
@@ -90,7 +90,7 @@ class Caller:
 
 
 @contextmanager
-def _counted(known: Known | None) -> Iterator[None]:
+def _counted(known: TenantAccount | None) -> Iterator[None]:
     if known is None:
         yield
         return

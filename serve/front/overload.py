@@ -17,7 +17,7 @@ import grpc
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.settings.load import Degrade
 from lookalike.serve.wire.errors import RetrievalError
-from lookalike.serve.wire.requests import Plans
+from lookalike.serve.wire.requests import ServicePlans
 
 ADMITTED = frozenset({"Search", "SearchBatch", "Embed", "Upsert", "Delete"})
 """Methods that need a slot. The others are few, and must work under load: what is served, health, administration."""
@@ -100,7 +100,7 @@ class Ladder:
         self._settings, self._felt = settings, 0.0
         """The load that counts: it follows rises, and falls only once they are ``enter - leave`` behind."""
 
-    def choose(self, plans: Plans, share: float) -> Plan | None:
+    def choose(self, plans: ServicePlans, share: float) -> Plan | None:
         """A cheaper plan than the default one at the load ``share``; None where the default is to be taken."""
         settings = self._settings
         self._felt = min(max(self._felt, share), share + settings.enter - settings.leave)
@@ -111,7 +111,7 @@ class Ladder:
         return steps[min(int(depth * len(steps)), len(steps) - 1)]
 
 
-def find_rungs(plans: Plans, min_recall: float) -> list[Plan]:
+def find_rungs(plans: ServicePlans, min_recall: float) -> list[Plan]:
     """Plans known to reach ``min_recall`` that cost less than the default one, dearest first; each but those that a
     cheaper one equals. None where the default plan was not measured beside others."""
     places = [place for place, (_, plan) in enumerate(plans.measured) if plan == plans.default]

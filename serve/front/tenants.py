@@ -23,7 +23,7 @@ CHECK_S = 2.0
 """How often the file is looked at, in seconds."""
 
 
-class Known(NamedTuple):
+class TenantAccount(NamedTuple):
     """A tenant whose token was shown, and its meter."""
 
     tenant: Tenant
@@ -75,14 +75,14 @@ class Tenants:
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="lookalike-tenants", daemon=True).start()
 
-    def find(self, token: str) -> Known | None:
+    def find(self, token: str) -> TenantAccount | None:
         """The tenant of ``token``; how long it takes does not tell how much of a token is right."""
         digest, found = hash_token(token), None
         for tenant in self._tenants:
             for known in tenant.token_sha256:
                 if hmac.compare_digest(digest, known):
                     found = tenant
-        return None if found is None else Known(found, self._meters.setdefault(found.name, Meter()))
+        return None if found is None else TenantAccount(found, self._meters.setdefault(found.name, Meter()))
 
     def refresh(self) -> None:
         """Read the file again; one that is gone or broken changes nothing and is logged."""

@@ -6,7 +6,7 @@ from lookalike.artifacts import Artifact, lineage
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval.index_meta import IndexMeta, read_index_meta
 from lookalike.retrieval.plan import Plan, load_measured, load_plan
-from lookalike.serve.wire.requests import Plans, check_plan
+from lookalike.serve.wire.requests import ServicePlans, check_plan
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Generation:
     encoder: str | None
     """The encoder that made the index's vectors; None serves vectors and ids only."""
     meta: IndexMeta
-    plans: Plans
+    plans: ServicePlans
     includes_writes: int = 0
     """Number of the last write that the index itself holds."""
 
@@ -54,14 +54,14 @@ def read_generation(
     return Generation(index, plan, find_encoder(encoder, index, meta), meta, read_plans(plan, meta), includes_writes)
 
 
-def read_plans(uri: str | None, meta: IndexMeta) -> Plans:
+def read_plans(uri: str | None, meta: IndexMeta) -> ServicePlans:
     """The plan at ``uri`` and those measured beside it, checked against the index; exact search without one."""
     exact = Plan.exact(meta.dim)
     if uri is None:
-        return Plans(exact, exact)
+        return ServicePlans(exact, exact)
     plan = load_plan(uri)
     check_plan(plan, meta)
-    return Plans(plan, exact, load_measured(uri))
+    return ServicePlans(plan, exact, load_measured(uri))
 
 
 def find_encoder(wanted: str, index: str, meta: IndexMeta) -> str | None:

@@ -37,12 +37,20 @@ from lookalike.retrieval.store import (
     read_meta,
     write_store,
 )
-from lookalike.serve.index.rows import COLUMNS, Source, collect_rows, count_rows, digest_rows, read_source, read_vectors
+from lookalike.serve.index.rows import (
+    COLUMNS,
+    EmbeddingRows,
+    collect_rows,
+    count_rows,
+    digest_rows,
+    read_source,
+    read_vectors,
+)
 from lookalike.serve.index.segments import (
     KINDS,
-    Change,
     Previous,
     SegmentOptions,
+    ShardChange,
     build_facts,
     compare_shard,
     explain_difference,
@@ -93,7 +101,7 @@ class Segment(NamedTuple):
 
 
 def build_shard(
-    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None = None
+    source: EmbeddingRows, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None = None
 ) -> ShardMeta:
     """Fill a local, empty ``folder`` with one shard, or with some of its rows; ``shard.json`` comes last."""
     meta = _write_rows(source, config, meta, shard, folder, only=only)
@@ -106,7 +114,7 @@ def build_shard(
 
 
 def _write_rows(
-    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None
+    source: EmbeddingRows, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None
 ) -> ShardMeta:
     """All but the shortlists, which need the memory that ids and metadata take here."""
     own = collect_rows(source, shard, config.num_shards)
@@ -125,7 +133,13 @@ def _write_rows(
 
 
 def place_shard(
-    source: Source, config: IndexConfig, meta: ShardMeta, shard: int, uris: tuple[str, str], *, only: Mask | None = None
+    source: EmbeddingRows,
+    config: IndexConfig,
+    meta: ShardMeta,
+    shard: int,
+    uris: tuple[str, str],
+    *,
+    only: Mask | None = None,
 ) -> ShardMeta:
     """Build one shard and put it into its folder; ``uris`` are that and the folder for scratch."""
     if storage.is_local(uris[0]):
@@ -140,7 +154,7 @@ def place_shard(
 
 
 def place_segment(
-    source: Source, config: IndexConfig, previous: Previous | None, segment: Segment, uris: tuple[str, str]
+    source: EmbeddingRows, config: IndexConfig, previous: Previous | None, segment: Segment, uris: tuple[str, str]
 ) -> ShardMeta:
     """Build a segment or keep it, unless a finished one is there."""
     if storage.exists(storage.join(uris[0], SHARD_META)):
@@ -189,7 +203,7 @@ def find_previous(stage: StageRun[IndexConfig], wanted: IndexMeta) -> tuple[Prev
     return Previous.of(given[0], old, stage.config.where), ""
 
 
-def find_changes(stage: StageRun[IndexConfig], source: Source, previous: Previous | None) -> list[Change]:
+def find_changes(stage: StageRun[IndexConfig], source: EmbeddingRows, previous: Previous | None) -> list[ShardChange]:
     """What becomes of each hash shard."""
     num_shards = stage.config.num_shards
     if previous is not None:
@@ -197,7 +211,7 @@ def find_changes(stage: StageRun[IndexConfig], source: Source, previous: Previou
         return _map_tasks(compare_shard, tasks, "compare shards")
     counting = [(source, part, num_shards) for part in source.parts]
     counts = np.sum(_map_tasks(count_rows, counting, "count rows"), axis=0)
-    return [Change(kind="rebuilt", num_fresh=int(rows)) for rows in counts]
+    return [ShardChange(kind="rebuilt", num_fresh=int(rows)) for rows in counts]
 
 
 def _work(stage: StageRun[IndexConfig], shard: int) -> str:
@@ -205,7 +219,7 @@ def _work(stage: StageRun[IndexConfig], shard: int) -> str:
 
 
 def list_segments(
-    stage: StageRun[IndexConfig], template: ShardMeta, previous: Previous | None, changes: list[Change]
+    stage: StageRun[IndexConfig], template: ShardMeta, previous: Previous | None, changes: list[ShardChange]
 ) -> list[Segment]:
     """All folders of the index in the order of their rows: of each hash shard what is kept, then what is built."""
     segments: list[Segment] = []

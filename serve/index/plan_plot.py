@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lookalike.retrieval import planner
-from lookalike.retrieval.planner import Measured
+from lookalike.retrieval.planner import MeasuredPlan
 
 TICKS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 LOWEST = 0.5
@@ -15,7 +15,7 @@ LOWEST = 0.5
 
 
 def plot(
-    measured: Sequence[Measured],
+    measured: Sequence[MeasuredPlan],
     front: Sequence[int],
     chosen: int,
     *,
@@ -67,7 +67,7 @@ def plot(
 _CAPTIONS = {"model": "by the model", "measured": "measured"}
 
 
-def _marker(one: Measured) -> tuple[str, float]:
+def _marker(one: MeasuredPlan) -> tuple[str, float]:
     if one.breaks:
         return "x", 5
     if one.plan.margins:
@@ -75,7 +75,7 @@ def _marker(one: Measured) -> tuple[str, float]:
     return ("s", 6) if one.plan.is_single_stage else ("o", 4)
 
 
-def _group(measured: Sequence[Measured], dim: int) -> list[tuple[str, float, list[int]]]:
+def _group(measured: Sequence[MeasuredPlan], dim: int) -> list[tuple[str, float, list[int]]]:
     """(marker, its size, places) of the candidates of one prefix."""
     groups: dict[tuple[str, float], list[int]] = {}
     for place, one in enumerate(measured):

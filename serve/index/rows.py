@@ -29,7 +29,7 @@ Digests = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class Source:
+class EmbeddingRows:
     """The rows of an embeddings artifact that an index takes: plain values, sent to Ray tasks."""
 
     parts: list[str]
@@ -78,7 +78,7 @@ def _open_parquet(uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES)
 
 
-def count_rows(source: Source, part: str, num_shards: int) -> list[int]:
+def count_rows(source: EmbeddingRows, part: str, num_shards: int) -> list[int]:
     """How many of one part's rows go to each shard."""
     table, _ = source.table(part)
     return [int(count) for count in np.bincount(_shards_of(table, num_shards), minlength=num_shards)]
@@ -109,7 +109,7 @@ class ShardRows(NamedTuple):
         )
 
 
-def collect_rows(source: Source, shard: int, num_shards: int) -> ShardRows:
+def collect_rows(source: EmbeddingRows, shard: int, num_shards: int) -> ShardRows:
     """The rows of one shard; ``ArtifactError`` names an id that occurs twice."""
     tables, places = [], []
     for part in source.parts:
@@ -133,7 +133,7 @@ def collect_rows(source: Source, shard: int, num_shards: int) -> ShardRows:
     return ShardRows(table, places, np.split(rows, borders))
 
 
-def read_vectors(source: Source, own: ShardRows, batch_rows: int) -> Iterator[tuple[Rows, Floats]]:
+def read_vectors(source: EmbeddingRows, own: ShardRows, batch_rows: int) -> Iterator[tuple[Rows, Floats]]:
     """(rows [m], raw vectors float32 [m, dim]) that cover a shard's rows once, in the order of the parts.
 
     Raises ``ArtifactError`` naming the first row with a number that is not finite.
@@ -163,7 +163,7 @@ def digest_rows(table: pa.Table, vectors: Floats) -> Digests:
     return digests
 
 
-def read_source(embeddings: Artifact, where: dict[str, list[str]]) -> Source:
+def read_source(embeddings: Artifact, where: dict[str, list[str]]) -> EmbeddingRows:
     """Where the rows of an embeddings artifact are; ``UsageError`` for a column it does not carry."""
     unknown = [column for column in where if column not in COLUMNS]
     if unknown:
@@ -173,4 +173,4 @@ def read_source(embeddings: Artifact, where: dict[str, list[str]]) -> Source:
         raise ArtifactError(f"{embeddings.uri} holds no part-*.parquet; run embed again")
     sha256 = {embeddings.path(file.path): file.sha256 for file in embeddings.manifest.files}
     dim = int(embeddings.read_json("meta.json")["dim"])
-    return Source(parts, [sha256[part] for part in parts], dim, where)
+    return EmbeddingRows(parts, [sha256[part] for part in parts], dim, where)

@@ -43,7 +43,7 @@ from lookalike.retrieval.store import (
     read_meta,
     write_tombstones,
 )
-from lookalike.serve.index.rows import Digests, ShardRows, Source, collect_rows, digest_rows, read_vectors
+from lookalike.serve.index.rows import Digests, EmbeddingRows, ShardRows, collect_rows, digest_rows, read_vectors
 
 Kind = Literal["reused", "appended", "rebuilt"]
 KINDS: tuple[Kind, ...] = ("reused", "appended", "rebuilt")
@@ -109,7 +109,7 @@ def _parts_of(index: Artifact) -> frozenset[str]:
     return frozenset()
 
 
-class Kept(Config):
+class KeptSegment(Config):
     """A segment that goes on."""
 
     folder: str
@@ -118,17 +118,17 @@ class Kept(Config):
     """Rows under tombstones, in all."""
 
 
-class Change(Config):
+class ShardChange(Config):
     """What becomes of a hash shard."""
 
     kind: Kind
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[KeptSegment, ...] = ()
     """Segments of the previous index that go on."""
     num_fresh: int
     """Rows of the segment that is built: all of a shard that is rebuilt."""
 
 
-class Stored(NamedTuple):
+class SegmentRows(NamedTuple):
     """What comparing needs of a segment."""
 
     ids: pa.ChunkedArray
@@ -148,7 +148,7 @@ def explain_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} was {old[name]!r}, is {new[name]!r}" for name in new if old[name] != new[name])
 
 
-def read_segment(previous: Previous, folder: str) -> Stored:
+def read_segment(previous: Previous, folder: str) -> SegmentRows:
     """Ids, digests and live rows of a segment, nothing else of it."""
     meta = read_meta(storage.join(previous.uri, folder))
     for name in (ROWS_FILE, DIGESTS_FILE, *([TOMBSTONES_FILE] if meta.num_deleted else [])):
@@ -162,7 +162,7 @@ def read_segment(previous: Previous, folder: str) -> Stored:
     if meta.num_deleted:
         bits = _load(storage.join(previous.uri, folder, TOMBSTONES_FILE))[0]
         live = ~np.unpackbits(bits, count=meta.num_rows, bitorder="little").astype(bool)
-    return Stored(ids, _load(storage.join(previous.uri, folder, DIGESTS_FILE))[0], live)
+    return SegmentRows(ids, _load(storage.join(previous.uri, folder, DIGESTS_FILE))[0], live)
 
 
 def _load(uri: str) -> Any:
@@ -170,7 +170,7 @@ def _load(uri: str) -> Any:
 
 
 def compare_rows(
-    ids: pa.ChunkedArray, digests: Digests, seen: Mask, segments: Sequence[Stored]
+    ids: pa.ChunkedArray, digests: Digests, seen: Mask, segments: Sequence[SegmentRows]
 ) -> tuple[list[Mask], Mask, int]:
     """(live rows of each segment that are as they were, rows of ``ids`` that none holds so, ids that are gone).
 
@@ -201,10 +201,12 @@ def decide(options: SegmentOptions, stay: Sequence[Mask], fresh: Mask, gone: int
     return "appended" if few and len(going_on) + bool(num_fresh) <= options.max_segments else "rebuilt"
 
 
-def compare_shard(source: Source, options: SegmentOptions, previous: Previous, shard: int, work: str) -> Change:
+def compare_shard(
+    source: EmbeddingRows, options: SegmentOptions, previous: Previous, shard: int, work: str
+) -> ShardChange:
     """Decide about one hash shard; which rows stay and which are new goes to ``work``.npz, for those who build."""
     if storage.exists(f"{work}.json"):
-        return Change.model_validate(json.loads(storage.read_bytes(f"{work}.json")))
+        return ShardChange.model_validate(json.loads(storage.read_bytes(f"{work}.json")))
     own = collect_rows(source, shard, options.num_shards)
     seen = np.zeros(len(own.table), bool)
     for sha256, rows in zip(source.sha256, own.rows, strict=True):
@@ -217,8 +219,8 @@ def compare_shard(source: Source, options: SegmentOptions, previous: Previous, s
     masks = {folder: mask for folder, mask in zip(folders, stay, strict=True) if mask.any() or kind == "reused"}
     if kind == "rebuilt":
         masks, fresh = {}, np.ones(len(fresh), bool)
-    kept = tuple(Kept(folder=folder, num_deleted=int((~mask).sum())) for folder, mask in masks.items())
-    change = Change(kind=kind, kept=kept, num_fresh=int(fresh.sum()))
+    kept = tuple(KeptSegment(folder=folder, num_deleted=int((~mask).sum())) for folder, mask in masks.items())
+    change = ShardChange(kind=kind, kept=kept, num_fresh=int(fresh.sum()))
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, fresh=fresh, **masks)  # type: ignore[arg-type]  # names are keywords
     storage.write_atomic(f"{work}.npz", content.getvalue())
@@ -226,7 +228,7 @@ def compare_shard(source: Source, options: SegmentOptions, previous: Previous, s
     return change
 
 
-def _digest_unseen(source: Source, own: ShardRows, seen: Mask, batch_rows: int) -> Digests:
+def _digest_unseen(source: EmbeddingRows, own: ShardRows, seen: Mask, batch_rows: int) -> Digests:
     """Digests uint64 [n] of the rows that are not ``seen``, 0 for those that are."""
     digests, unseen = np.zeros(len(seen), np.uint64), np.flatnonzero(~seen)
     rest = own.only(~seen)

@@ -6,13 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from lookalike import storage
 from lookalike.config import Config
-from lookalike.serve.settings.experiment import ExperimentSettings
 from lookalike.serve.settings.load import Batching, Degrade, Deployments, Retries
 from lookalike.serve.settings.security import Tls
-from lookalike.serve.settings.watching import AccessLogSettings, MonitorSettings
+from lookalike.serve.settings.watching import AccessLogSettings, ExperimentSettings, MonitorSettings
 
 
-class Limits(Config):
+class RequestLimits(Config):
     """Bounds of a request; beyond them it is INVALID_ARGUMENT."""
 
     max_k: int = Field(default=1000, ge=1, le=100_000)
@@ -85,7 +84,7 @@ class ServeConfig(Config):
     """``fused``: all in the ingress replica, the fastest where its node can hold the whole index. ``sharded``: a
     deployment a shard, which re-ranks its own candidates. ``staged``: the same with re-ranking in a deployment of its
     own. The answers are the same."""
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     timeout_s: float = Field(default=10.0, gt=0.0, le=3600.0)
     """Longest time a request may take in the service, in seconds; requests may ask for less."""
     loopback_only: bool = True

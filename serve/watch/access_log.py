@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lookalike.errors import UsageError
-from lookalike.serve.settings.experiment import INTERLEAVED, ExperimentSettings
-from lookalike.serve.settings.watching import AccessLogSettings
+from lookalike.serve.settings.watching import INTERLEAVED, AccessLogSettings, ExperimentSettings
 from lookalike.serve.watch.trace import Trace
 from lookalike.telemetry import fields, get_logger
 

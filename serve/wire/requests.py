@@ -13,7 +13,7 @@ from lookalike.errors import LookalikeError, UsageError
 from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan, parse_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.settings.config import Limits
+from lookalike.serve.settings.config import RequestLimits
 from lookalike.serve.wire.answers import Answer
 from lookalike.serve.wire.errors import RetrievalError, invalid, shorten
 
@@ -24,7 +24,7 @@ MAX_URI_CHARS = 4096
 PORTION_BYTES = 1 << 20
 
 
-class Plans(NamedTuple):
+class ServicePlans(NamedTuple):
     """What the service may do with a request that brings no plan."""
 
     default: Plan
@@ -59,7 +59,7 @@ class Queries(NamedTuple):
 
 
 def read_options(
-    options: pb.SearchOptions, *, limits: Limits, meta: IndexMeta, plans: Plans, timeout_s: float
+    options: pb.SearchOptions, *, limits: RequestLimits, meta: IndexMeta, plans: ServicePlans, timeout_s: float
 ) -> Options:
     """Options with the service's plan and ``timeout_s`` where the request has none."""
     k = options.k if options.HasField("k") else DEFAULT_K
@@ -89,7 +89,7 @@ def read_options(
     return Options(k, plan, min(asked_s, timeout_s), options.allow_partial, filters)
 
 
-def read_filters(filters: Sequence[pb.Filter], *, limits: Limits, meta: IndexMeta) -> dict[str, list[str]]:
+def read_filters(filters: Sequence[pb.Filter], *, limits: RequestLimits, meta: IndexMeta) -> dict[str, list[str]]:
     """Conditions by column; refuses unknown columns, one named twice, and more values than the service takes."""
     read: dict[str, list[str]] = {}
     for condition in filters:
@@ -107,7 +107,7 @@ def read_filters(filters: Sequence[pb.Filter], *, limits: Limits, meta: IndexMet
     return read
 
 
-def read_plan(message: pb.Plan, *, limits: Limits, meta: IndexMeta) -> Plan:
+def read_plan(message: pb.Plan, *, limits: RequestLimits, meta: IndexMeta) -> Plan:
     """The plan a request brings."""
     if message.shortlist_k > limits.max_shortlist_k:
         raise invalid(
@@ -162,7 +162,7 @@ def write_plan(plan: Plan) -> pb.Plan:
     )
 
 
-def read_queries(queries: Sequence[pb.Query], *, limits: Limits, dim: int) -> Queries:
+def read_queries(queries: Sequence[pb.Query], *, limits: RequestLimits, dim: int) -> Queries:
     """Queries sorted by kind; images are checked for size only, their decoding is the encoder's work."""
     check_num(queries, "queries", limits)
     read = Queries({}, {}, {})
@@ -204,14 +204,14 @@ def _squared_length(vector: npt.NDArray[np.float32]) -> float:
         return float(vector.dot(vector))
 
 
-def check_image(data: bytes, limits: Limits) -> bytes:
+def check_image(data: bytes, limits: RequestLimits) -> bytes:
     """``data``, unless it is larger than the service takes."""
     if len(data) > limits.max_image_bytes:
         raise invalid(f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes}; send a smaller file")
     return data
 
 
-def check_id(image_id: str, limits: Limits) -> str:
+def check_id(image_id: str, limits: RequestLimits) -> str:
     """``image_id``, unless it is empty or longer than the service takes."""
     size = len(image_id.encode())
     if not 1 <= size <= limits.max_id_bytes:
@@ -222,13 +222,13 @@ def check_id(image_id: str, limits: Limits) -> str:
     return image_id
 
 
-def check_num(items: Sequence[object], what: str, limits: Limits) -> None:
+def check_num(items: Sequence[object], what: str, limits: RequestLimits) -> None:
     """Refuse an empty request and one of more items than the service takes."""
     if not 1 <= len(items) <= limits.max_batch:
         raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
 
 
-def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) -> None:
+def check_rows(request: pb.UpsertRequest, *, limits: RequestLimits, meta: IndexMeta) -> None:
     """Refuse rows that cannot be stored: ids, content, columns, and another model."""
     if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(
@@ -249,7 +249,7 @@ def check_rows(request: pb.UpsertRequest, *, limits: Limits, meta: IndexMeta) ->
         _check_metadata(row, limits, meta)
 
 
-def _check_metadata(row: pb.Row, limits: Limits, meta: IndexMeta) -> None:
+def _check_metadata(row: pb.Row, limits: RequestLimits, meta: IndexMeta) -> None:
     columns = [name for name in meta.columns if name != "image_id"]
     if unknown := [name for name in row.metadata if name not in columns]:
         raise invalid(
@@ -263,7 +263,7 @@ def _check_metadata(row: pb.Row, limits: Limits, meta: IndexMeta) -> None:
         )
 
 
-def check_ids(request: pb.DeleteRequest, *, limits: Limits) -> None:
+def check_ids(request: pb.DeleteRequest, *, limits: RequestLimits) -> None:
     """Refuse ids that cannot be stored."""
     _check_written(list(request.ids), limits)
 
@@ -280,7 +280,7 @@ def check_uris(request: pb.SwitchRequest) -> None:
             )
 
 
-def _check_written(ids: Sequence[str], limits: Limits) -> None:
+def _check_written(ids: Sequence[str], limits: RequestLimits) -> None:
     check_num(ids, "rows", limits)
     for image_id in ids:
         check_id(image_id, limits)

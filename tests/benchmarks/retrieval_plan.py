@@ -34,14 +34,14 @@ from lookalike.retrieval.graph import Graph
 from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import Measured
+from lookalike.retrieval.planner import MeasuredPlan
 from lookalike.retrieval.ranking import Floats, Hits
 from lookalike.retrieval.searcher import Searcher, ShardSearcher
 from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, effort_of, shortlist_name
 from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
 from lookalike.retrieval.synthetic import make_vectors
-from lookalike.serve.index.plan import PlanConfig
 from lookalike.serve.index.plan_plot import plot
+from lookalike.serve.index.plan_stage import PlanConfig
 
 K, TARGETS = 10, (0.99, 0.95)
 RANKINGS: tuple[planner.RankBy, ...] = ("model", "measured")
@@ -156,7 +156,7 @@ def search_grid(searcher: Searcher, sample: Judge, judge: Judge) -> list[dict[st
     return [{"plan": plans[n], "recall": recalls[n], "cpu_us": float(us)} for n, us in zip(chosen, times, strict=True)]
 
 
-def run_planner(searcher: Searcher, sample: Judge, target: float) -> list[Measured]:
+def run_planner(searcher: Searcher, sample: Judge, target: float) -> list[MeasuredPlan]:
     """What the plan stage measures, with its defaults, for both ways to decide."""
     config = PlanConfig(target=target)
     plans = list_plans(
@@ -186,7 +186,7 @@ def run_planner(searcher: Searcher, sample: Judge, target: float) -> list[Measur
 
 
 def compare(
-    searcher: Searcher, grid: list[dict[str, Any]], measured: list[Measured], judge: Judge, target: float
+    searcher: Searcher, grid: list[dict[str, Any]], measured: list[MeasuredPlan], judge: Judge, target: float
 ) -> Iterator[dict[str, Any]]:
     """The grid's best and the planner's choices at one target, timed again side by side."""
     cheapest = sorted(grid, key=lambda one: one["cpu_us"])
@@ -215,7 +215,7 @@ def compare(
             }
 
 
-def rank_quality(searcher: Searcher, measured: list[Measured], judge: Judge, target: float) -> dict[str, Any]:
+def rank_quality(searcher: Searcher, measured: list[MeasuredPlan], judge: Judge, target: float) -> dict[str, Any]:
     """How well model and measured times rank the candidates: Spearman, and the regret of choosing by them."""
     some = [one for one in measured if not one.plan.is_exact]
     times = cpu_us(searcher, judge.queries[:100], [one.plan for one in some], 3)
@@ -327,7 +327,7 @@ def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
     return {"case": f"prices {meta.shortlist}", "library": native.AVAILABLE, "prices_ns": fitted, "errors": facts}
 
 
-def draw(measured: list[Measured], path: str, num_queries: int) -> None:
+def draw(measured: list[MeasuredPlan], path: str, num_queries: int) -> None:
     """The plot of the plan stage."""
     ranked = planner.rank_good(measured, TARGETS[0], decide_by="lower", rank_by="model", exact=True)
     front = planner.pareto_front(measured, "model")

@@ -16,9 +16,9 @@ import yaml
 from lookalike.cli import STAGE_HELP
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe
-from lookalike.serve.commands.commands import MESSAGE_VARIABLE, emit_config
+from lookalike.serve.commands.serve import MESSAGE_VARIABLE, emit_config
 from lookalike.serve.front.tls import render
-from lookalike.serve.settings.config import Limits, ServeConfig
+from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.stages import load_object, stage_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +204,7 @@ def test_every_ray_pod_has_both_serve_flags() -> None:
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         env = {entry["name"]: entry["value"] for entry in group["template"]["spec"]["containers"][0]["env"]}
         assert env["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == env["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-        assert int(env[MESSAGE_VARIABLE]) == Limits().max_request_bytes
+        assert int(env[MESSAGE_VARIABLE]) == RequestLimits().max_request_bytes
 
 
 def put(path: str, value: Any) -> Callable[[Document], None]:

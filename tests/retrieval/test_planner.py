@@ -10,7 +10,7 @@ from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval import candidates, costs, planner
 from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import Limits, Measured
+from lookalike.retrieval.planner import Limits, MeasuredPlan
 from lookalike.retrieval.ranking import Hits
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import Work, shortlist_name
@@ -61,7 +61,7 @@ def graph(open_shard, tmp_path_factory):
 
 
 def candidate(plan, recall, cost, low=None, **more):
-    return Measured(
+    return MeasuredPlan(
         plan=plan,
         recall=recall,
         recall_low=recall if low is None else low,

@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.app import build, free_port
-from lookalike.serve.commands.commands import emit_config
+from lookalike.serve.commands.serve import emit_config
 from lookalike.serve.generations.generation import find_encoder
 from lookalike.serve.settings.config import ServeConfig, Writes
 

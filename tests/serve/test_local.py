@@ -13,7 +13,7 @@ from lookalike.retrieval.plan import Plan
 from lookalike.serve.client import Client, SearchPlan, StoredRow
 from lookalike.serve.generations.generation import read_generation
 from lookalike.serve.local import LocalClient
-from lookalike.serve.settings.config import Limits, ServeConfig
+from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.vision.encoder import to_bytes
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.serve.conftest import World
 
 PLAN = Plan(shortlist_dim=16, shortlist_k=12, rerank_dim=64)
-LIMITS = Limits(
+LIMITS = RequestLimits(
     max_k=50, max_batch=8, max_image_bytes=20_000, max_pixels=10_000, max_shortlist_k=100, max_filter_values=20
 )
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

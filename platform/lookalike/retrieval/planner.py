@@ -35,7 +35,7 @@ P99_QUERIES = 100
 """Queries from which on a 99th percentile is more than the slowest of a few."""
 
 
-class Measured(Config):
+class MeasuredPlan(Config):
     """One candidate plan, measured."""
 
     plan: Plan
@@ -117,7 +117,7 @@ def measure(
     own_rows: Rows,
     seed: int,
     exact: Hits | None = None,
-) -> list[Measured]:
+) -> list[MeasuredPlan]:
     """Recall, modelled work and memory of each plan for raw ``queries`` float32 [n, dim]; the exact plan comes first.
 
     ``exact`` is the exact answer (:func:`search_without` by ``Plan.exact``) where it is known already.
@@ -135,7 +135,7 @@ def measure(
         low, high = bootstrap_interval(recall, seed)
         memory = plan_memory(searcher, plan, k)
         result.append(
-            Measured(
+            MeasuredPlan(
                 plan=plan,
                 recall=float(recall.mean()),
                 recall_low=low,
@@ -166,14 +166,14 @@ def measure_between(
     searcher: Searcher,
     queries: Floats,
     k: int,
-    measured: Sequence[Measured],
+    measured: Sequence[MeasuredPlan],
     *,
     own_rows: Rows,
     seed: int,
     exact: Hits,
     target: float,
     decide_by: DecideBy,
-) -> list[Measured]:
+) -> list[MeasuredPlan]:
     """Twins of the ``BASES`` cheapest candidates that reach ``target``, with sizes K that are not in the list."""
     tried = [one.plan for one in measured]
     bases = _cheapest(measured, target, decide_by)
@@ -183,7 +183,9 @@ def measure_between(
     return measure(searcher, queries, k, plans.values(), own_rows=own_rows, seed=seed, exact=exact)[1:]
 
 
-def _cheapest(measured: Sequence[Measured], target: float, decide_by: DecideBy, *, several: bool = False) -> list[Plan]:
+def _cheapest(
+    measured: Sequence[MeasuredPlan], target: float, decide_by: DecideBy, *, several: bool = False
+) -> list[Plan]:
     """The ``BASES`` plans (of ``several`` stages) that reach ``target`` for the least modelled work, no exact scan; by
     the model whatever ranks in the end, so that the candidates are always the same."""
     good = rank_good(measured, target, decide_by=decide_by, rank_by="model", exact=False)
@@ -195,14 +197,14 @@ def measure_early_exit(
     searcher: Searcher,
     queries: Floats,
     k: int,
-    measured: Sequence[Measured],
+    measured: Sequence[MeasuredPlan],
     *,
     own_rows: Rows,
     seed: int,
     exact: Hits,
     target: float,
     decide_by: DecideBy,
-) -> list[Measured]:
+) -> list[MeasuredPlan]:
     """Early-exit twins of the ``BASES`` cheapest candidates of several stages that reach ``target``, and of the same
     with a larger K; margins come from every other query, the rest is measured on all."""
     bases = _cheapest(measured, target, decide_by, several=True)
@@ -218,8 +220,8 @@ def measure_early_exit(
 
 
 def time_plans(
-    searcher: Searcher, queries: Floats, k: int, measured: Sequence[Measured], *, repeats: int
-) -> list[Measured]:
+    searcher: Searcher, queries: Floats, k: int, measured: Sequence[MeasuredPlan], *, repeats: int
+) -> list[MeasuredPlan]:
     """The same candidates with times: each repeat runs all of them in turn, so that all see the same machine, and what
     else runs there meanwhile is left out by taking the least (``query_us``, ``batch_us``) or the median (``p99_us``) of
     a query's repeats."""
@@ -250,12 +252,12 @@ def _seconds(searcher: Searcher, queries: Floats, k: int, plan: Plan) -> float:
     return time.perf_counter() - start
 
 
-def cost_of(candidate: Measured, rank_by: RankBy) -> float:
+def cost_of(candidate: MeasuredPlan, rank_by: RankBy) -> float:
     """Microseconds a query: modelled, or measured one query at a time."""
     return candidate.model_us if rank_by == "model" else candidate.query_us
 
 
-def pareto_front(measured: Sequence[Measured], rank_by: RankBy) -> list[int]:
+def pareto_front(measured: Sequence[MeasuredPlan], rank_by: RankBy) -> list[int]:
     """Places of the candidates that no other beats in both cost and recall, cheapest first."""
     order = sorted(range(len(measured)), key=lambda n: (cost_of(measured[n], rank_by), -measured[n].recall, n))
     front: list[int] = []
@@ -271,9 +273,9 @@ class Limits(NamedTuple):
     max_p99_ms: float | None = None
     """Time of one query, 99th percentile, in milliseconds."""
     max_ram_mb: float | None = None
-    """Memory of a searcher that holds all shards (``Measured.ram_mb``), in megabytes."""
+    """Memory of a searcher that holds all shards (``MeasuredPlan.ram_mb``), in megabytes."""
 
-    def excess(self, one: Measured) -> dict[str, tuple[float, float, str]]:
+    def excess(self, one: MeasuredPlan) -> dict[str, tuple[float, float, str]]:
         """(value, limit, unit) of each limit that a candidate breaks."""
         pairs = {"p99": (one.p99_us / 1e3, self.max_p99_ms, "ms"), "RAM": (one.ram_mb, self.max_ram_mb, "MB")}
         return {
@@ -282,7 +284,7 @@ class Limits(NamedTuple):
             if limit is not None and value > limit
         }
 
-    def mark(self, measured: Sequence[Measured]) -> list[Measured]:
+    def mark(self, measured: Sequence[MeasuredPlan]) -> list[MeasuredPlan]:
         """The candidates with the limits that they break."""
         return [
             one.model_copy(
@@ -304,11 +306,11 @@ REMEDIES = {
 }
 
 
-def nearest(measured: Sequence[Measured], target: float, limits: Limits, *, decide_by: DecideBy) -> tuple[int, str]:
+def nearest(measured: Sequence[MeasuredPlan], target: float, limits: Limits, *, decide_by: DecideBy) -> tuple[int, str]:
     """(place, words) of the candidate that misses ``target`` and ``limits`` by the smallest factor: what it breaks and
     what would help. For when none holds all of them."""
 
-    def misses(one: Measured) -> dict[str, tuple[float, str]]:
+    def misses(one: MeasuredPlan) -> dict[str, tuple[float, str]]:
         recall, broken = recall_of(one, decide_by), limits.excess(one)
         found = {
             name: (value / limit, f"{name} {value:.3g} {unit}, limit {limit:g} {unit}")
@@ -324,13 +326,13 @@ def nearest(measured: Sequence[Measured], target: float, limits: Limits, *, deci
     return place, f"{measured[place].plan.describe()} comes nearest: {broken}; what helps: {remedies}"
 
 
-def recall_of(one: Measured, decide_by: DecideBy) -> float:
+def recall_of(one: MeasuredPlan, decide_by: DecideBy) -> float:
     """The recall that the target is compared with."""
     return one.recall_low if decide_by == "lower" else one.recall
 
 
 def rank_good(
-    measured: Sequence[Measured], target: float, *, decide_by: DecideBy, rank_by: RankBy, exact: bool
+    measured: Sequence[MeasuredPlan], target: float, *, decide_by: DecideBy, rank_by: RankBy, exact: bool
 ) -> list[int]:
     """Places of the candidates whose recall reaches ``target`` and that break no limit, cheapest first, the earlier one
     of equals.
@@ -346,7 +348,9 @@ def rank_good(
     return good if 0 in good or measured[0].breaks else [*good, 0]
 
 
-def compare_stages(measured: Sequence[Measured], good: Sequence[int], rank_by: RankBy) -> dict[str, int | float | None]:
+def compare_stages(
+    measured: Sequence[MeasuredPlan], good: Sequence[int], rank_by: RankBy
+) -> dict[str, int | float | None]:
     """The cheapest of the ``good`` plans of one stage and of several: their places, and how many times as much the
     latter costs (below 1: more than one stage pays)."""
     one = next((place for place in good if measured[place].plan.is_single_stage), None)

@@ -12,7 +12,7 @@ import yaml
 from lookalike.cli import main
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.client import Client
-from lookalike.serve.commands.commands import emit_config, is_setting, resolve
+from lookalike.serve.commands.serve import emit_config, is_setting, resolve
 from lookalike.serve.wire.errors import RetrievalError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from lookalike.serve.experiment.assignment import hash_share
 from lookalike.serve.experiment.guardrails import Guard
 from lookalike.serve.local import LocalClient
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.settings.experiment import ExperimentSettings
+from lookalike.serve.settings.watching import ExperimentSettings
 from lookalike.serve.watch.access_log import hash_text
 from lookalike.serve.watch.recall_monitor import Estimate
 from lookalike.serve.wire.errors import RetrievalError

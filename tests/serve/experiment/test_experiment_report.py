@@ -13,13 +13,12 @@ from lookalike.artifacts import Artifact
 from lookalike.cli import main
 from lookalike.errors import UsageError
 from lookalike.retrieval.plan import Plan
-from lookalike.serve.experiment.log import ExperimentLog, Shown, read_experiment_log
+from lookalike.serve.experiment.log import ExperimentLog, LoggedRequest, read_experiment_log
 from lookalike.serve.experiment.report import analyse, render
 from lookalike.serve.experiment.stats import holm, two_proportions
 from lookalike.serve.local import LocalClient
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.settings.experiment import ExperimentSettings
-from lookalike.serve.settings.watching import AccessLogSettings
+from lookalike.serve.settings.watching import AccessLogSettings, ExperimentSettings
 from lookalike.serve.watch.access_log import AccessLog, hash_text, publish_experiment
 from tests.serve.conftest import publish_plan
 
@@ -39,7 +38,7 @@ def split_log(seed: int, rates: dict[str, float], *, sessions: int = 600, **more
         arm, eager = rng.choice(names), rng.random()
         for one in range(rng.randint(1, 5)):
             request_id = f"{number}-{one}"
-            log.requests.append(Shown(request_id, arm, f"s{number}", "OK", rng.uniform(1, 9)))
+            log.requests.append(LoggedRequest(request_id, arm, f"s{number}", "OK", rng.uniform(1, 9)))
             if eager < rates[arm] and rng.random() < 0.7:
                 log.feedback.add((request_id, "", "click"))
     return log
@@ -53,7 +52,7 @@ def interleaved_log(seed: int, lead: float, *, sessions: int = 300) -> Experimen
         for one in range(rng.randint(1, 4)):
             request_id = f"{number}-{one}"
             owners = {"ha": "a", "hb": "b"}
-            log.requests.append(Shown(request_id, "interleave", f"s{number}", "OK", 5.0, owners=owners))
+            log.requests.append(LoggedRequest(request_id, "interleave", f"s{number}", "OK", 5.0, owners=owners))
             log.feedback.add((request_id, "hb" if rng.random() < taste else "ha", "click"))
     return log
 
@@ -113,7 +112,7 @@ def test_small_counts_are_compared_by_fishers_exact_test(table: tuple[int, int, 
 
 
 def test_what_is_called_detectable_is_shown_four_times_in_five() -> None:
-    log = ExperimentLog(settings(), [Shown(str(n), "ab"[n % 2], "", "OK", 1.0) for n in range(4000)])
+    log = ExperimentLog(settings(), [LoggedRequest(str(n), "ab"[n % 2], "", "OK", 1.0) for n in range(4000)])
     log.feedback = {(str(n), "", "click") for n in range(4000) if n % 4 < 2}  # half of each arm
     (one,) = analyse(log)["comparisons"]
     rng, apart = np.random.default_rng(3), one["detectable"]
@@ -152,7 +151,9 @@ def test_arms_that_lose_requests_are_not_compared_in_silence() -> None:
 
 def test_weights_are_what_sizes_are_checked_against() -> None:
     weighted = settings(arms=[{"name": "a", "weight": 3.0}, {"name": "b"}])
-    log = ExperimentLog(weighted, [Shown(str(n), "b" if n % 4 == 0 else "a", "", "OK", 1.0) for n in range(4000)])
+    log = ExperimentLog(
+        weighted, [LoggedRequest(str(n), "b" if n % 4 == 0 else "a", "", "OK", 1.0) for n in range(4000)]
+    )
     assert analyse(log)["weights_p_value"] == pytest.approx(1.0)
     log.settings = settings()
     assert analyse(log)["weights_p_value"] < 1e-9
@@ -160,7 +161,7 @@ def test_weights_are_what_sizes_are_checked_against() -> None:
 
 def test_a_session_in_two_arms_is_told() -> None:
     log = split_log(4, {"a": 0.3, "b": 0.3})
-    log.requests += [Shown("x", "a", "both", "OK", 1.0), Shown("y", "b", "both", "OK", 1.0)]
+    log.requests += [LoggedRequest("x", "a", "both", "OK", 1.0), LoggedRequest("y", "b", "both", "OK", 1.0)]
     assert "do not trust the comparison: 1 sessions saw several arms" in " ".join(analyse(log)["means"])
 
 

@@ -31,7 +31,7 @@ from lookalike.serve.client import Client
 from lookalike.serve.front.tenants import hash_token
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc
-from lookalike.serve.settings.config import Limits, ServeConfig, Writes
+from lookalike.serve.settings.config import RequestLimits, ServeConfig, Writes
 from lookalike.serve.wire.errors import RetrievalError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.ray
 
 TOKEN = "a-token-of-the-test"
 METADATA = (("authorization", f"Bearer {TOKEN}"),)
-LIMITS = Limits(
+LIMITS = RequestLimits(
     max_k=200,
     max_batch=16,
     max_image_bytes=200_000,

@@ -16,7 +16,7 @@ from lookalike.serve.app import start, stop
 from lookalike.serve.client import AsyncClient, Client, SearchPlan, SearchResult
 from lookalike.serve.front.ingress import SERVICE_NAME
 from lookalike.serve.local import LocalClient
-from lookalike.serve.settings.config import Limits, ServeConfig
+from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.wire.errors import RetrievalError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def client(ray_session: None, world: "World") -> Iterator[Client]:
-    limits = Limits(max_k=50, max_pixels=10_000)
+    limits = RequestLimits(max_k=50, max_pixels=10_000)
     address = start(ServeConfig(index=world.index, plan=world.plan, placement="staged", port=0, limits=limits))
     with Client(address) as client:
         client.wait_ready()

@@ -19,7 +19,7 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.load import Degrade
 from lookalike.serve.wire.errors import RetrievalError
-from lookalike.serve.wire.requests import Plans
+from lookalike.serve.wire.requests import ServicePlans
 from tests.serve.test_placements import Context
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SIZES = (5, 10, 20, 40)
 STEPS = [Plan(shortlist_dim=8, shortlist_k=size, rerank_dim=64) for size in SIZES]
-PLANS = Plans(STEPS[3], Plan.exact(64), ((0.8, STEPS[0]), (0.92, STEPS[1]), (0.95, STEPS[2]), (0.99, STEPS[3])))
+PLANS = ServicePlans(STEPS[3], Plan.exact(64), ((0.8, STEPS[0]), (0.92, STEPS[1]), (0.95, STEPS[2]), (0.99, STEPS[3])))
 
 
 async def hold(admission: Admission, until: asyncio.Event) -> str:

@@ -14,7 +14,7 @@ from lookalike.cli import main
 from lookalike.serve.app import free_port
 from lookalike.serve.client import Client, ClientTls
 from lookalike.serve.client.credentials import TOKEN_VARIABLE
-from lookalike.serve.commands.commands import MESSAGE_VARIABLE
+from lookalike.serve.commands.serve import MESSAGE_VARIABLE
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.front.certificates import Authority
 

@@ -18,7 +18,7 @@ from lookalike.serve.front.gate import Gate, read_bearer, role_for
 from lookalike.serve.front.quota import Bucket, Meter
 from lookalike.serve.front.tenants import Tenants, hash_token, read_tenants
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.settings.config import Limits, ServeConfig
+from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.settings.security import Quota
 from lookalike.serve.wire.errors import RetrievalError
 
@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def make_gate(path: Path, *entries: dict[str, Any], **limits: int) -> Gate:
-    return Gate(ServeConfig(index="x", tenants=write(path / "tenants.yaml", *entries), limits=Limits(**limits)))
+    return Gate(ServeConfig(index="x", tenants=write(path / "tenants.yaml", *entries), limits=RequestLimits(**limits)))
 
 
 def bearer(token: str) -> list[tuple[str, str]]:
@@ -170,7 +170,7 @@ def test_sizes_are_checked_before_quotas(tmp_path: Path) -> None:
         with refused(grpc.StatusCode.INVALID_ARGUMENT, words):
             caller.check(rpc, message)
     caller.check("SearchBatch", batch(2, k=20))  # none of these was counted
-    anyone = Gate(ServeConfig(index="x", limits=Limits(max_request_bytes=2000))).identify("SearchBatch", [])
+    anyone = Gate(ServeConfig(index="x", limits=RequestLimits(max_request_bytes=2000))).identify("SearchBatch", [])
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "the limit is 2000"):
         anyone.check("SearchBatch", large)
 

@@ -22,7 +22,7 @@ from lookalike.retrieval.synthetic import embeddings_table, make_vectors, publis
 from lookalike.serve.generations.generation import read_generation
 from lookalike.serve.index import build as module
 from lookalike.serve.index.build import IndexConfig
-from lookalike.serve.index.rows import Source
+from lookalike.serve.index.rows import EmbeddingRows
 from lookalike.serve.local import LocalClient
 from lookalike.serve.search.router import Router
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
@@ -295,9 +295,9 @@ def test_parts_that_were_indexed_before_are_not_read_again(tmp_path, monkeypatch
         return publish_tables(draft, iter(tables[:count]), dims=DIMS, encoder="synthetic")
 
     read = []
-    original = Source.vectors
+    original = EmbeddingRows.vectors
     monkeypatch.setattr(
-        Source,
+        EmbeddingRows,
         "vectors",
         lambda self, part, places, rows: (
             read.extend([Path(part).name] if len(places) else []),
@@ -390,7 +390,7 @@ def test_killed_at_any_step_nothing_opens_and_the_next_run_gives_the_same_bytes(
 SUBPROCESS = """
 import sys
 from lookalike.artifacts import Artifact, Draft
-from lookalike.serve import index as module
+from lookalike.serve.index import build as module
 from lookalike.stages import execute
 module._map_tasks = lambda function, arguments, _: [function(*values) for values in arguments]
 module.ensure_ray = lambda: None

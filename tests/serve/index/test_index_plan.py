@@ -21,8 +21,8 @@ from lookalike.retrieval.store import ShardMeta
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.index.build import STAGE as INDEX
 from lookalike.serve.index.build import IndexConfig, Segment, build_shard, place_segment, place_shard
-from lookalike.serve.index.plan import STAGE as PLAN
-from lookalike.serve.index.plan import PlanConfig, choose, measure_plans, sample_queries
+from lookalike.serve.index.plan_stage import STAGE as PLAN
+from lookalike.serve.index.plan_stage import PlanConfig, choose, measure_plans, sample_queries
 from lookalike.serve.index.rows import collect_rows, read_source
 from lookalike.stages import execute
 
@@ -198,7 +198,7 @@ def test_finished_shards_are_kept_and_half_ones_built_again(served, tmp_path):
 KILLED = """
 import os, sys
 from lookalike.artifacts import Artifact
-from lookalike.serve import index as module
+from lookalike.serve.index import build as module
 from lookalike.stages import execute
 original = module.build_shard
 module._map_tasks = lambda function, arguments, _: [function(*values) for values in arguments]

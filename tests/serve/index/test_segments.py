@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike.serve.index.rows import digest_rows
-from lookalike.serve.index.segments import SegmentOptions, Stored, compare_rows, decide
+from lookalike.serve.index.segments import SegmentOptions, SegmentRows, compare_rows, decide
 
 rows_of = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2))
 
@@ -22,7 +22,7 @@ def test_compare_rows_is_what_dictionaries_say(world, layers, as_before):
         ids = sorted(layer)
         live = np.array([owner[name] == number and layer[name] > 0 for name in ids], bool)
         digests = np.array([layer[name] for name in ids], np.uint64)
-        stored.append(Stored(pa.chunked_array([ids], pa.string()), digests, live))
+        stored.append(SegmentRows(pa.chunked_array([ids], pa.string()), digests, live))
     now = sorted(world)
     held = {name: layers[number][name] for name, number in owner.items() if layers[number][name] > 0}
     digests = np.array([world[name] for name in now], np.uint64)

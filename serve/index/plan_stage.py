@@ -20,12 +20,12 @@ from lookalike.retrieval import metrics, planner
 from lookalike.retrieval.candidates import list_plans
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import Limits, Measured
+from lookalike.retrieval.planner import Limits, MeasuredPlan
 from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.searcher import Searcher
 from lookalike.seeds import derive_seed, hash_unit
 from lookalike.serve.index.plan_plot import plot
-from lookalike.serve.index.rows import Source, read_source
+from lookalike.serve.index.rows import EmbeddingRows, read_source
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
 
@@ -79,7 +79,7 @@ class PlanConfig(StageConfig):
     """Rounds of timing; each runs every candidate, the median counts."""
 
 
-def sample_queries(source: Source, num: int, seed: int) -> tuple[Floats, list[dict[str, Any]]]:
+def sample_queries(source: EmbeddingRows, num: int, seed: int) -> tuple[Floats, list[dict[str, Any]]]:
     """The ``num`` rows whose ids hash lowest: raw vectors [n, dim] and their metadata, sorted by hash."""
     best: list[tuple[float, int, int, dict[str, Any]]] = []
     for number, part in enumerate(source.parts):
@@ -130,7 +130,7 @@ def check_map(
     return figures | {"difference_points": 100 * gap}
 
 
-def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[Measured]:
+def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[MeasuredPlan]:
     """All candidates of the configuration, measured, timed and held against its limits; the exact plan comes first."""
     plans = list_plans(
         searcher.meta,
@@ -178,7 +178,7 @@ def limits_of(config: PlanConfig) -> Limits:
 
 
 def choose(
-    searcher: Searcher, queries: Floats, records: list[dict[str, Any]], measured: list[Measured], config: PlanConfig
+    searcher: Searcher, queries: Floats, records: list[dict[str, Any]], measured: list[MeasuredPlan], config: PlanConfig
 ) -> tuple[int, dict[str, Any] | None]:
     """(place of the plan, its mAP check): the cheapest good candidate whose mAP is that of the exact answer.
 
@@ -206,7 +206,7 @@ def choose(
     )
 
 
-def compare_stages(measured: list[Measured], place: int, config: PlanConfig) -> dict[str, Any]:
+def compare_stages(measured: list[MeasuredPlan], place: int, config: PlanConfig) -> dict[str, Any]:
     """The cheapest plans of one stage and of several that keep recall and limits; says so where one stage is chosen."""
     good = planner.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=True)
     facts = planner.compare_stages(measured, good, config.rank_by)

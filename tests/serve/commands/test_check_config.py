@@ -10,7 +10,7 @@ import yaml
 from lookalike.cli import main
 from lookalike.errors import UsageError
 from lookalike.serve.commands.check_config import check_file, check_serve_config
-from lookalike.serve.commands.commands import emit_config
+from lookalike.serve.commands.serve import emit_config
 from lookalike.serve.settings.config import ServeConfig
 
 GOOD = yaml.safe_load(emit_config(ServeConfig(index="/index")))

@@ -1,4 +1,4 @@
-"""``lookalike serve`` and ``lookalike search``."""
+"""``lookalike serve``."""
 
 import argparse
 import json
@@ -10,16 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import grpc
-import numpy as np
 import yaml
 
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import nearest
-from lookalike.serve.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, Client, SearchResult, credentials
+from lookalike.serve.client import MAX_MESSAGE_BYTES
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.wire.errors import RetrievalError
 
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 """Ray's bound of one gRPC message in bytes, read by its processes as they start; 2 GiB without it."""
@@ -179,107 +176,3 @@ def _serve_until_told(config: ServeConfig) -> int:
             if encrypted is not None:
                 encrypted.check()
     return 0
-
-
-def search(args: Sequence[str]) -> int:
-    """Query a running service, or an index on disk."""
-    parser = argparse.ArgumentParser(prog="lookalike search", description="Find the stored images nearest to a query.")
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--image", type=Path, help="image file")
-    query.add_argument("--vector", type=Path, help=".npy file of one vector")
-    query.add_argument("--id", help="id of a stored image")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
-    where.add_argument("--local", metavar="URI", help="search this index in this process instead")
-    parser.add_argument("-k", type=int, default=10, help="hits wanted (default: %(default)s)")
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="COLUMN=VALUE",
-        help="keep hits whose column holds this value; repeat it for more values of a column, or for more columns",
-    )
-    parser.add_argument("--min-recall", type=float, help="let the service choose the cheapest plan of this recall")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    credentials.add_arguments(parser)
-    options = parser.parse_intermixed_args(args)
-    asked = {**_read_query(options), "where": _read_where(options.where)}
-    with _open_client(options) as client:
-        try:
-            result = client.search(**asked, k=options.k, min_recall=options.min_recall)
-        except RetrievalError as error:
-            raise _with_remedy(error, options) from None
-    print(json.dumps(_plain(result), indent=1) if options.json else render(result))
-    return 0
-
-
-def _with_remedy(error: RetrievalError, options: argparse.Namespace) -> RetrievalError:
-    """``error``, which gRPC itself words where nothing listens, with what to do then."""
-    if options.local is not None or error.code != grpc.StatusCode.UNAVAILABLE:
-        return error
-    remedy = "start a service with `lookalike serve RECIPE`, or name the host:port of one with --address"
-    return RetrievalError(error.code, f"{error.message}; if none runs at {options.address}, {remedy}")
-
-
-def _open_client(options: argparse.Namespace) -> Client:
-    if options.local is None:
-        tls, token = credentials.read_tls(options), credentials.read_token(options.token_file)
-        return Client(options.address, timeout_s=options.timeout, token=token, tls=tls)
-    from lookalike.serve.local import LocalClient
-
-    return LocalClient(options.local, timeout_s=options.timeout)
-
-
-def _read_where(conditions: Sequence[str]) -> dict[str, list[str]]:
-    where: dict[str, list[str]] = {}
-    for condition in conditions:
-        column, equals, value = condition.partition("=")
-        if not equals or not column:
-            raise UsageError(f"--where {condition!r} is no COLUMN=VALUE, as in view=icon")
-        where.setdefault(column, []).append(value)
-    return where
-
-
-def _read_query(options: argparse.Namespace) -> dict[str, Any]:
-    if options.id is not None:
-        return {"image_id": options.id}
-    path = options.image or options.vector
-    try:
-        if options.image is not None:
-            return {"image": path.read_bytes()}
-        vector = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a file") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is no .npy file of numbers ({error}); write one with numpy.save") from None
-    if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.floating):
-        raise UsageError(f"{path} holds {vector.dtype} of shape {vector.shape}; one vector of floats is needed")
-    return {"vector": vector}
-
-
-def _plain(result: SearchResult) -> dict[str, Any]:
-    info = result.info
-    return {
-        "hits": [{"id": hit.id, "score": hit.score, "metadata": dict(hit.metadata)} for hit in result.hits],
-        "plan": vars(info.plan),
-        "generation": info.generation,
-        "model_fingerprint": info.model_fingerprint,
-        "coverage": info.coverage,
-        "times_ms": dict(info.times_ms),
-        "request_id": info.request_id,
-        "arm": info.arm,
-        "degraded": info.degraded,
-    }
-
-
-def render(result: SearchResult) -> str:
-    """Hits as lines of text: rank, score, id, stored columns."""
-    lines = []
-    for rank, hit in enumerate(result.hits, 1):
-        columns = "  ".join(f"{name}={value}" for name, value in sorted(hit.metadata.items()))
-        lines.append(f"{rank:3d}  {hit.score:+.4f}  {hit.id}  {columns}".rstrip())
-    info = result.info
-    times = ", ".join(f"{stage} {duration:.1f} ms" for stage, duration in info.times_ms.items())
-    lines.append(f"index {info.generation}, {info.shards_answered} of {info.shards_asked} shards; {times}")
-    return "\n".join(lines)
