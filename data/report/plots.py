@@ -1,8 +1,9 @@
 """Plots of the label report and of the shards, as PNG bytes."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lookalike.plots import create_figure, to_png
 
 
 def plot_zipf(series: Mapping[str, Sequence[float]]) -> bytes:
@@ -12,7 +13,7 @@ def plot_zipf(series: Mapping[str, Sequence[float]]) -> bytes:
         axes.loglog(range(1, len(images) + 1), sorted(images, reverse=True), marker=".", linewidth=1, label=name)
     if len(series) > 1:
         axes.legend(frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def plot_concreteness(scores: Sequence[float], boundary: float) -> bytes:
@@ -21,7 +22,7 @@ def plot_concreteness(scores: Sequence[float], boundary: float) -> bytes:
     axes.hist(scores, bins=40, range=(0.0, 1.0), color="#7a9cc6")
     axes.axvline(boundary, color="#b03030", linewidth=1.5, label=f"boundary {boundary:g}")
     axes.legend(frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def plot_curve(curve: Sequence[Mapping[str, float]], criterion: str, boundary: float) -> bytes:
@@ -35,7 +36,7 @@ def plot_curve(curve: Sequence[Mapping[str, float]], criterion: str, boundary: f
     terms.set_ylabel("Terms kept (dotted)")
     terms.spines[["top"]].set_visible(False)
     axes.legend(frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def plot_bars(counts: Mapping[str, int], x: str) -> bytes:
@@ -43,19 +44,11 @@ def plot_bars(counts: Mapping[str, int], x: str) -> bytes:
     figure, axes = _axes(x, "", height=0.6 + 0.2 * len(counts))
     names = sorted(counts, key=lambda name: counts[name])
     axes.barh(names, [counts[name] for name in names], color="#7a9cc6")
-    return _png(figure)
+    return to_png(figure)
 
 
 def _axes(x: str, y: str, height: float = 3.2) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, height), layout="constrained")
+    figure = create_figure(7, height)
     axes = figure.add_subplot(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()

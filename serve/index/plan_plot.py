@@ -1,11 +1,11 @@
 """``plan.png``: recall over cost of every candidate that the planner measured."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lookalike.plots import create_figure, label_decades, to_png
 from lookalike.retrieval import planner
 from lookalike.retrieval.planner import MeasuredPlan
 
@@ -29,10 +29,7 @@ def plot(
     Colour: prefix of the shortlist. Circle: a plan of several stages; square: of one; triangle: with early exit; cross:
     one that breaks a limit. The line is the Pareto front, dots mark the target, the star the choice.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = create_figure(8, 5)
     axes = figure.subplots()
     finest = 0.5 / (num_queries * k)  # less than one result missed: drawn as half of one
     costs = np.array([planner.cost_of(one, rank_by) for one in measured])
@@ -54,14 +51,11 @@ def plot(
         xlabel=f"cost of a query [us], {_CAPTIONS[rank_by]}",
         ylabel=f"recall@{k} against exact",
     )
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter("{x:g}")
+    label_decades(axes.xaxis)
     axes.set_title(f"chosen: {measured[chosen].plan.describe()}", fontsize=9)
     _label_recall(axes, finest)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return to_png(figure)
 
 
 _CAPTIONS = {"model": "by the model", "measured": "measured"}

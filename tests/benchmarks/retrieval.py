@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -24,6 +25,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from lookalike.plots import create_figure, to_png
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.metrics import per_query_overlap
 from lookalike.retrieval.plan import Plan
@@ -281,9 +283,7 @@ def _cheapest(rows: dict[str, dict[str, Any]], start: str, recall: float) -> str
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     """Recall against queries a second of a batch on one thread, a line for each family."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = create_figure(8, 5)
     axes = figure.subplots()
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -298,7 +298,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     axes.axvline(0.99, color="0.6", lw=0.8, ls=":")
     axes.set(xlim=(0.9, 1.003), yscale="log", xlabel="recall@10 against exact", ylabel="queries a second, one thread")
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    Path(path).write_bytes(to_png(figure))
 
 
 if __name__ == "__main__":

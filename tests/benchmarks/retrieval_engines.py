@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from lookalike.artifacts import Artifact
+from lookalike.plots import create_figure, to_png
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.store import normalise
@@ -167,12 +168,8 @@ def _compare(rows: Sequence[Row], prefix: str, figure: str, least: float) -> Row
 
 def plot(rows: Sequence[Row], path: str, title: str) -> None:
     """Recall against rate, one line an engine: its settings that no other of its settings beats in both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(15, 6), layout="constrained", sharey=True)
+    figure = create_figure(15, 6)
+    axes = figure.subplots(1, 2, sharey=True)
     names = sorted(
         {row["engine"] for row in rows if "recall" in row}, key=lambda name: (not name.startswith("ours"), name)
     )
@@ -203,8 +200,7 @@ def plot(rows: Sequence[Row], path: str, title: str) -> None:
     axes[0].set_ylabel("queries per second, one core")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    Path(path).write_bytes(to_png(figure))
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,12 +1,8 @@
 """Plots of evaluation results as PNG bytes."""
 
-import io
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from lookalike.plots import create_figure, to_png
 
 
 def plot_by_dim(rows: list[dict[str, Any]], title: str) -> bytes:
@@ -14,7 +10,8 @@ def plot_by_dim(rows: list[dict[str, Any]], title: str) -> bytes:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault(f"{row['embedding']} ({row['method']})", []).append(row)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = create_figure(11, 4)
+    axes = figure.subplots(1, 2)
     for axis, metric, label in zip(axes, ("p_at_1", "map_at_10_by_k"), ("P@1", "mAP@10 (by k)"), strict=True):
         for name, points in lines.items():
             ordered = sorted(points, key=lambda row: row["dim"])
@@ -25,7 +22,4 @@ def plot_by_dim(rows: list[dict[str, Any]], title: str) -> bytes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    return to_png(figure)
