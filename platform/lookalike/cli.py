@@ -5,7 +5,6 @@ at once. Exit codes: 0 done, 1 failed, 2 the input is wrong, 3 an artifact is mi
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -39,16 +38,18 @@ COMMANDS = {
         "lookalike.serve.experiment.report:experiment",
     ),
     "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.publish.export:export"),
-    "show": ("print an artifact with its lineage back to the corpus", "lookalike.show:show"),
-    "verify": ("compare every file of artifacts with their manifests", "lookalike.verify:verify"),
-    "run": ("run every step of a recipe", "lookalike.run:run"),
-    "variants": ("run a recipe of variants: label counts beside retrieval (Table 2)", "lookalike.variants:variants"),
+    "show": ("print an artifact with its lineage back to the corpus", "lookalike.commands.show:show"),
+    "verify": ("compare every file of artifacts with their manifests", "lookalike.commands.verify:verify"),
+    "run": ("run every step of a recipe", "lookalike.commands.run:run"),
+    "variants": (
+        "run a recipe of variants: label counts beside retrieval (Table 2)",
+        "lookalike.commands.variants:variants",
+    ),
     "quickstart": (
         "run a whole recipe, serve it, query it, write a report",
         "lookalike.serve.commands.quickstart:quickstart",
     ),
 }
-DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
 EXTRAS = {
     **dict.fromkeys(("wordllama", "py3langid", "pdqhash", "sklearn"), "labels"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
@@ -80,7 +81,9 @@ def _dispatch(args: list[str]) -> int:
     verb = args[0] if args else ""
     plugins = {point.name: point for point in entry_points(group="lookalike.command")}
     if verb in STAGE_HELP:
-        return _run_stage(verb, args[1:])
+        from lookalike.commands.run import run_stage
+
+        return run_stage(verb, f"{STAGE_HELP[verb].capitalize()}.", args[1:])
     if verb in COMMANDS or verb in plugins:
         from lookalike.stages import load_object
         from lookalike.telemetry import setup_logging
@@ -113,77 +116,6 @@ def _top_level(args: list[str], plugins: dict[str, Any]) -> int:
         )
     parser.parse_args(args)  # only --help, --version and no verb at all come here; each of them exits
     return 2
-
-
-def _run_stage(verb: str, args: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"lookalike {verb}", description=STAGE_HELP[verb][0].upper() + STAGE_HELP[verb][1:] + "."
-    )
-    parser.add_argument("recipe", help=f"recipe YAML, for example {DEFAULT_RECIPE}")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="dotted overrides: root=..., seed=3, or STEP.key=value for a step's setting",
-    )
-    parser.add_argument("--step", action="append", help=f"run only this step (default: every {verb!r} step)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, run nothing")
-    parser.add_argument("--describe", action="store_true", help="print the JSON schema of the settings and exit")
-    if "--describe" in args:
-        from lookalike.stages import get_stage
-
-        print(json.dumps(get_stage(verb).config.model_json_schema(), indent=1))
-        return 0
-    options = parser.parse_intermixed_args(args)
-    return _stage_steps(verb, options)
-
-
-def _stage_steps(verb: str, options: argparse.Namespace) -> int:
-    from lookalike.errors import UsageError
-    from lookalike.recipe import Recipe
-    from lookalike.telemetry import setup_logging
-
-    setup_logging()
-    recipe = Recipe.load(options.recipe, options.overrides)
-    names = options.step or recipe.steps_of(verb)
-    for name in names:
-        if recipe.stage(name).name != verb:
-            other = recipe.stage(name).name
-            raise UsageError(f"step {name!r} is a {other!r} step; run `lookalike {other}`")
-    if options.dry_run:
-        print(json.dumps([describe_step(recipe, name) for name in names], indent=1))
-        return 0
-    from lookalike.cluster import ensure_ray
-
-    for name in names:
-        if recipe.published(name) is None:  # raises when inputs are missing: no reason to start Ray either
-            ensure_ray(recipe.cluster)
-        print(recipe.run_step(name).uri)
-    return 0
-
-
-def describe_step(recipe: Any, name: str) -> dict[str, Any]:
-    """What a dry run says of a step: its resolved settings and what would happen."""
-    from lookalike.errors import ArtifactError
-
-    try:
-        artifact = recipe.published(name)
-        state = "would run" if artifact is None else "published already"
-        uri = None if artifact is None else artifact.uri
-    except ArtifactError as error:
-        state, uri = f"waits: {error}", None
-    step = recipe.steps[name]
-    preview = {"preview": recipe.preview(name)} if state == "would run" else {}
-    return {
-        "step": name,
-        "stage": step.stage,
-        "inputs": step.inputs,
-        "state": state,
-        "uri": uri,
-        **preview,
-        "settings": recipe.config(name).model_dump(mode="json"),
-    }
 
 
 if __name__ == "__main__":

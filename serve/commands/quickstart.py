@@ -13,7 +13,7 @@ from typing import Any
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
-from lookalike.cli import DEFAULT_RECIPE, describe_step
+from lookalike.commands.run import DEFAULT_RECIPE, print_dry_run
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe, run_steps
@@ -44,7 +44,7 @@ def quickstart(args: Sequence[str]) -> int:
     recipe = Recipe.load(options.recipe, options.overrides)
     require_tour(recipe)
     if options.dry_run:
-        print(json.dumps([describe_step(recipe, name) for name in recipe.steps], indent=1))
+        print_dry_run(recipe, recipe.steps)
         return 0
     return _run(recipe, options)
 

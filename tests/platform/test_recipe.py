@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lookalike.cli import describe_step
+from lookalike.commands.run import describe_step
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.recipe import Recipe, run_steps
 

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 
 from lookalike.artifacts import Artifact, Draft
+from lookalike.commands.variants import render, table_of
 from lookalike.errors import UsageError
-from lookalike.variants import render, table_of
 
 
 def publish(root: str, kind: str, name: str, stats: dict[str, Any], **parents: list[Artifact]) -> Artifact:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lookalike import storage
 from lookalike.artifacts import MANIFEST, Artifact, Draft
 from lookalike.cli import main
+from lookalike.commands.verify import scrub
 from lookalike.errors import ArtifactError
-from lookalike.verify import scrub
 
 
 def publish(root: str, name: str = "one") -> Artifact:

@@ -9,11 +9,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from lookalike import storage
+from lookalike import cluster, storage
 from lookalike.artifacts import Artifact, lineage
+from lookalike.commands.run import recipe_arguments
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.recipe import Recipe, run_steps
-from lookalike.run import recipe_arguments
 
 COLUMNS = (
     ("variant", "variant"),
@@ -33,8 +33,6 @@ WITHOUT = "without-"
 
 def variants(args: Sequence[str]) -> int:
     """Run the recipe, print the table, write ``variants.json`` under its root."""
-    from lookalike.cluster import ensure_ray
-
     parser = recipe_arguments(
         "variants",
         "Run a recipe of variants and print label counts beside retrieval, one row "
@@ -46,7 +44,7 @@ def variants(args: Sequence[str]) -> int:
     if options.dry_run:
         print(json.dumps(recipe.steps[evaluation].inputs, indent=1))
         return 0
-    ensure_ray(recipe.cluster)
+    cluster.ensure_ray(recipe.cluster)
     artifacts, _ = run_steps(recipe)
     rows = table_of(artifacts[evaluation])
     target = storage.join(recipe.root, "variants.json")
