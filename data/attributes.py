@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 COUNTS = pa.schema([("name", pa.string()), ("value", pa.string()), ("images", pa.int64())])
 """Images of a value of an attribute."""
 Pairs = list[tuple[str, str]]
-Classes = Mapping[str, Sequence[str]]
+AttributeClasses = Mapping[str, Sequence[str]]
 """Attribute -> its values that are classes; both in order."""
 
 
@@ -45,7 +45,7 @@ def choose_classes(frequent: pa.Table) -> dict[str, list[str]]:
     return {name: values for name, values in classes.items() if len(values) > 1}
 
 
-def classes_of_rows(rows: pa.Table, classes: Classes) -> list[list[int]]:
+def classes_of_rows(rows: pa.Table, classes: AttributeClasses) -> list[list[int]]:
     """Each row's class of every attribute of ``classes``, in their order; -1 where it states none that is a class.
 
     A row with several values of an attribute (a sofa in red and blue) takes the first that is a class.

@@ -22,18 +22,18 @@ from pydantic import Field
 from lookalike.cluster import ensure_ray
 from lookalike.config import runtime
 from lookalike.data.parts import Item, PartWriter, blocks_of, map_parts, num_partitions, write_table
-from lookalike.data.sources import SOURCE_FORMATS, Reader, Source
-from lookalike.data.sources.records import REPAIRED, Limits, count_reasons
-from lookalike.data.sources.units import (
+from lookalike.data.sources import SOURCE_FORMATS, Reader, RecordSource
+from lookalike.data.sources.ingest import (
     IDS,
-    Checks,
-    Places,
     Summary,
+    UnitChecks,
+    UnitFiles,
     check_unit,
     drop_repeated,
     find_repeated,
     problems_of_unit,
 )
+from lookalike.data.sources.records import REPAIRED, RecordLimits, count_reasons
 from lookalike.errors import CorpusError
 from lookalike.progress import progress_bar, track
 from lookalike.sampling import stable_keys
@@ -51,7 +51,7 @@ _SUMMARY_ROW = pa.schema([("summary", pa.string())])
 class CorpusConfig(StageConfig):
     """What to read and what to accept."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[RecordSource] = Field(min_length=1)
     """Read in this order: of acceptable records with the same id the first stays."""
     max_bytes: int = Field(20_000_000, ge=1)
     """Bytes of one encoded image."""
@@ -72,10 +72,10 @@ class CorpusConfig(StageConfig):
         return SOURCE_FORMATS.get(chosen.format)(chosen, self.max_bytes)
 
     @property
-    def checks(self) -> Checks:
+    def checks(self) -> UnitChecks:
         """What a task does with a unit."""
-        limits = Limits(self.max_bytes, self.max_pixels, self.min_side_px, self.max_text_chars)
-        return Checks(limits, self.seed, 2 * self.rows_per_part)
+        limits = RecordLimits(self.max_bytes, self.max_pixels, self.min_side_px, self.max_text_chars)
+        return UnitChecks(limits, self.seed, 2 * self.rows_per_part)
 
 
 def plan_units(config: CorpusConfig) -> list[Item]:
@@ -94,7 +94,9 @@ def plan_units(config: CorpusConfig) -> list[Item]:
     return items
 
 
-def _drop_all_repeated(items: list[Item], images: int, places: Places, config: CorpusConfig) -> dict[int, Counter[str]]:
+def _drop_all_repeated(
+    items: list[Item], images: int, places: UnitFiles, config: CorpusConfig
+) -> dict[int, Counter[str]]:
     """Unit -> what was dropped from it, by split. The first shuffle moves ids, the second those that are repeated."""
     buckets = max(1, images // IDS_PER_BUCKET)
 
@@ -117,7 +119,7 @@ def _drop_all_repeated(items: list[Item], images: int, places: Places, config: C
 
 
 def merge_quarantine(
-    summaries: Sequence[Summary], repeated: Container[int], places: Places, target: str
+    summaries: Sequence[Summary], repeated: Container[int], places: UnitFiles, target: str
 ) -> Counter[str]:
     """Join the units' problems into one file, in the order of the records, streaming; rows by reason.
 
@@ -145,7 +147,7 @@ def merge_quarantine(
     return counts
 
 
-def _check_all(items: list[Item], config: CorpusConfig, places: Places) -> list[Summary]:
+def _check_all(items: list[Item], config: CorpusConfig, places: UnitFiles) -> list[Summary]:
     """The summaries of all units, in their order."""
 
     def check(item: Item) -> pa.Table:
@@ -163,7 +165,7 @@ def _check_all(items: list[Item], config: CorpusConfig, places: Places) -> list[
 
 def run(run: StageRun[CorpusConfig]) -> None:
     """Check all sources and write the corpus; raises ``CorpusError`` when nothing is acceptable."""
-    config, places = run.config, Places(run.out.uri, run.out.work())
+    config, places = run.config, UnitFiles(run.out.uri, run.out.work())
     items = plan_units(config)
     ensure_ray()
     summaries = _check_all(items, config, places)

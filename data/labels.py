@@ -1,65 +1,71 @@
-"""Stage ``labels``: noisy text to per-image labels in seven steps (Pinterest section 3.2.1; see data/README.md).
+"""Stage ``labels``: noisy text to per-image labels (Pinterest section 3.2.1; see data/README.md).
 
-Each step is a pure function of a module beside this one, run on parts of the corpus by the module of the same concern
-in ``steps/``. Near-duplicates are found first, although the paper lists them last, so that copies of one picture cannot
-vouch for a term on both sides of a hold-out.
+``run`` calls every step once, in order; a module of ``steps/`` wires each one to Ray. Near-duplicates are found first,
+although the paper lists them last, so that copies of one picture cannot vouch for a term on both sides of a hold-out.
 """
 
-import json
 from typing import Any
 
-from lookalike import storage
 from lookalike.cluster import ensure_ray
-from lookalike.data.report.report import write_report
-from lookalike.data.steps import dictionary as visual
-from lookalike.data.steps import duplicates, text
-from lookalike.data.steps import interests as assign
+from lookalike.data.report.page import write_report
+from lookalike.data.steps import dictionary, duplicates, interests, signing, text
 from lookalike.data.steps.job import LabelJob, LabelsConfig
 from lookalike.stages import Input, Stage, StageRun
 
 
 def run(run: StageRun[LabelsConfig]) -> None:
-    """All steps, in order; see the module's text."""
+    """All steps. The comment above a step says which files it reads and which it writes."""
     ensure_ray()
     job = LabelJob(run)
-    job.once("sign", duplicates.sign)
-    dropped = job.once("duplicates", duplicates.find)
-    terms = job.once("vocabulary", text.mine)
+    # corpus, embeddings -> signatures, held-out groups
+    signed = job.once("sign", signing.sign)
+    # signatures -> duplicates, lent (which row inherits the words of a dropped copy)
+    dropped = job.once("duplicates", duplicates.find, signed["splits"])
+    # corpus -> vocabulary
+    mined = job.once("vocabulary", text.mine)
+    # corpus, vocabulary -> annotations
     annotated = job.once("annotations", text.annotate_all)
-    dictionary = job.once("dictionary", visual.score)
-    clusters = job.once("clusters", assign.cluster)
-    assigned = job.once("labels", lambda job: assign.assign(job, clusters["interests"]))
-    senses = job.once("polysemy", assign.tell_senses)
+    # annotations, lent -> borrowed (annotations of the dropped copies)
+    job.once("borrowed", duplicates.lend, dropped["reasons"])
+    # signatures, duplicates, annotations, vocabulary -> dictionary
+    scored = job.once("dictionary", dictionary.score, signed["splits"])
+    # dictionary, vocabulary -> clusters, votes of terms for interests
+    clustered = job.once("clusters", interests.cluster)
+    # corpus, duplicates, annotations, borrowed, clusters, votes -> image_labels, classes.json, assigned
+    assigned = job.once("labels", interests.assign, clustered["interests"])
+    # assigned -> polysemy
+    senses = job.once("polysemy", interests.tell_senses)
     stats = {
         **assigned,
         "duplicates": dropped,
-        "terms": terms["terms"],
+        "terms": mined["terms"],
         "annotations": annotated["annotations"],
-        "dictionary": dictionary,
-        "terms_used": clusters["terms"],
-        "clusters": clusters["clusters"],
-        "carried_over": clusters["carried_over"],
-        "next_cluster": clusters["next_cluster"],
+        "dictionary": scored,
+        "terms_used": clustered["terms"],
+        "clusters": clustered["clusters"],
+        "carried_over": clustered["carried_over"],
+        "next_cluster": clustered["next_cluster"],
         "polysemy": senses,
     }
     check_flow(stats)
-    classes = json.loads(storage.read_bytes(run.out.path("classes.json")))
-    job.once("report", lambda job: write_report(run.out, job.corpus, stats, run.config.report, classes))
+    # everything above -> report.html and its pictures
+    job.once("report", lambda job: write_report(job.out, job.corpus, stats, job.config.report))
     run.out.stats = stats
 
 
 def check_flow(stats: dict[str, Any]) -> None:
-    """Every image and every term is accounted for: in = kept + dropped by reason."""
-    duplicates, dictionary = stats["duplicates"], stats["dictionary"]
-    assert sum(duplicates["reasons"].values()) == duplicates["dropped"]
-    assert duplicates["rows"].get("train", 0) == stats["images"] + duplicates["dropped"]
-    assert stats["terms"] == sum(dictionary.get(status, 0) for status in ("kept", "abstract", "too_few"))
+    """Assert that every image and every term is accounted for: in = kept + dropped by reason."""
+    dropped, terms = stats["duplicates"], stats["dictionary"]
+    assert sum(dropped["reasons"].values()) == dropped["dropped"]
+    assert dropped["rows"].get("train", 0) == stats["images"] + dropped["dropped"]
+    assert stats["terms"] == sum(terms.get(status, 0) for status in ("kept", "abstract", "too_few"))
 
 
 def _sources(config: LabelsConfig) -> list[str]:
-    chosen = config.dictionary.boundary_from
-    named = [config.dedup.labelled_pairs, config.clusters.interests.taxonomy, None if chosen is None else chosen.words]
-    return [*(uri for uri in named if uri is not None), *config.annotations.sources()]
+    boundary = config.dictionary.boundary_from
+    words = boundary.words if boundary is not None else None
+    uris = [config.dedup.labelled_pairs, config.clusters.interests.taxonomy, words]
+    return [*(uri for uri in uris if uri is not None), *config.annotations.sources()]
 
 
 STAGE: Stage[LabelsConfig] = Stage(

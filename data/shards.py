@@ -129,7 +129,7 @@ class Classes:
         num_labels: int,
         config: ShardsConfig,
         seed: int,
-        stated: attributes.Classes | None = None,
+        stated: attributes.AttributeClasses | None = None,
     ) -> None:
         self.config, self.seed, self.attributes = config, seed, dict(stated or {})
         images = np.array([counts.get(("label", str(label)), 0) for label in range(num_labels)], np.int64)

@@ -55,7 +55,7 @@ class BoundaryConfig(Config):
         return self
 
 
-class Choice(NamedTuple):
+class BoundaryChoice(NamedTuple):
     """A boundary and the curve that it was read from."""
 
     boundary: float
@@ -105,7 +105,7 @@ def _scores_of(dictionary: pa.Table, words: Sequence[str]) -> NDArray[np.float32
     return np.array(found, np.float32)
 
 
-def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> Choice:
+def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> BoundaryChoice:
     """The smallest candidate with the best balanced accuracy; raises ``UsageError`` when too few words are scored."""
     sides = [[word for word, concrete in words.items() if concrete == wanted] for wanted in (True, False)]
     high, low = (_scores_of(dictionary, side) for side in sides)
@@ -117,7 +117,7 @@ def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> Choice:
     at = CANDIDATES.astype(np.float32)
     values = ((high >= at[:, None]).mean(axis=1) + (low < at[:, None]).mean(axis=1)) / 2
     facts = {"auc": round(ranking_auc(dictionary, *sides), 4), "concrete_words": len(high), "abstract_words": len(low)}
-    return Choice(
+    return BoundaryChoice(
         float(CANDIDATES[int(values.argmax())]), "balanced accuracy", _curve(dictionary, CANDIDATES, values), facts
     )
 
@@ -132,7 +132,7 @@ def _curve(dictionary: pa.Table, at: NDArray[np.float64], values: NDArray[np.flo
 
 def choose_by_retrieval(
     dictionary: pa.Table, pools: Pools, vectors: NDArray[Any], labels: Sequence[str], ridge: float
-) -> Choice:
+) -> BoundaryChoice:
     """The smallest candidate whose P@1 is within one standard error of the best.
 
     ``vectors`` [n, D] and ``labels`` [n] are the validation images; those whose label no other has are not asked for.
@@ -152,7 +152,7 @@ def choose_by_retrieval(
     best = float(values.max())
     error = float(np.sqrt(best * (1 - best) / len(asked)))
     chosen = int(np.nonzero(values >= best - error)[0][0])
-    return Choice(
+    return BoundaryChoice(
         float(at[chosen]),
         "P@1 of the validation images",
         _curve(dictionary, at, values),

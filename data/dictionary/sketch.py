@@ -225,7 +225,7 @@ class Sample(NamedTuple):
     """[2n]: the fold that holds an image out, positives first."""
 
 
-class Chosen(NamedTuple):
+class TermSample(NamedTuple):
     """A term and its images."""
 
     term: str
@@ -252,7 +252,7 @@ def assign_folds(origins: NDArray[np.uint64], folds: int) -> NDArray[np.int64]:
     return fold[places]
 
 
-def choose_samples(bucket: pa.Table, pools: Pools, folds: int, seed: int) -> Iterator[Chosen]:
+def choose_samples(bucket: pa.Table, pools: Pools, folds: int, seed: int) -> Iterator[TermSample]:
     """The samples of every term of a merged bucket, terms ascending."""
     if not bucket.num_rows:
         return
@@ -272,7 +272,7 @@ def choose_samples(bucket: pa.Table, pools: Pools, folds: int, seed: int) -> Ite
             held.append(pools.origins_of(name, origins[mine], units[mine]))
         left, right = (np.concatenate(side) for side in zip(*chosen, strict=True))
         fold = assign_folds(np.concatenate([*held, pools.origins[right]]), folds)
-        yield Chosen(str(keys[start]), int(stop - start), Sample(vectors[left], pools.vectors[right], fold))
+        yield TermSample(str(keys[start]), int(stop - start), Sample(vectors[left], pools.vectors[right], fold))
 
 
 def first_by_hash(rows: pa.Table, count: int, seed: int) -> pa.Table:

@@ -67,7 +67,7 @@ def small_star(edges: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([tied, least.select("node", other="least")]).filter(pl.col("node") != pl.col("other")).unique()
 
 
-def digest(edges: pl.DataFrame) -> int:
+def edge_checksum(edges: pl.DataFrame) -> int:
     """A number that adds up over any partition of a set of edges and changes with it."""
     node, other = (edges[name].to_numpy().astype(np.uint64) for name in ("node", "other"))
     return int(mix_keys(mix_keys(node, 0, "node") ^ other, 0, "edge").sum(dtype=np.uint64))

@@ -14,7 +14,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lookalike.data.duplicates.candidates import merge_pairs, search_cell
 from lookalike.data.duplicates.components import connected
 from lookalike.data.duplicates.copies import (
     FATES,
@@ -25,6 +24,7 @@ from lookalike.data.duplicates.copies import (
     select_searched,
     settle_part,
 )
+from lookalike.data.duplicates.pair_search import merge_pairs, search_cell
 from lookalike.data.duplicates.twins import DedupConfig
 
 COPIES_WITHIN = ("duplicate", "near_duplicate")  # reasons of rows whose twin is a training row that stays

@@ -80,7 +80,7 @@ class Pictures(NamedTuple):
     """Digest of the bytes [n, 2]."""
 
 
-class Measured(NamedTuple):
+class PairDistances(NamedTuple):
     """How close pairs [p] are."""
 
     bits: NDArray[np.int32]
@@ -114,7 +114,7 @@ def words_of(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     return np.frombuffer(raw, "<u8").reshape(-1, column.type.byte_width // 8)
 
 
-def measure(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config: DedupConfig) -> Measured:
+def measure(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config: DedupConfig) -> PairDistances:
     """How close the rows ``left`` [p] and ``right`` [p] are; the same whatever other pairs are asked for."""
     sharp = np.minimum(pictures.quality[left], pictures.quality[right]) >= config.min_quality
     bits = _count_bits(pictures.hashes[left], pictures.hashes[right])
@@ -127,7 +127,7 @@ def measure(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config:
     cosine = np.einsum("ij,ij->i", pictures.vectors[left], pictures.vectors[right])
     same = (pictures.contents[left] == pictures.contents[right]).all(axis=1)
     trimmed_bits = np.where(sharp[:, 1], bits[:, 1], HASH_BITS + 1)
-    return Measured(bits[:, 0], sharp[:, 0], np.asarray(cosine, np.float32), trimmed_bits, colour, same)
+    return PairDistances(bits[:, 0], sharp[:, 0], np.asarray(cosine, np.float32), trimmed_bits, colour, same)
 
 
 def _count_bits(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -139,7 +139,7 @@ def _worst_cell(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np
     return np.asarray(worst.reshape(len(worst), COLOURS).max(axis=1), np.int32)
 
 
-def look_alike(pairs: Measured, config: DedupConfig) -> NDArray[np.bool_]:
+def look_alike(pairs: PairDistances, config: DedupConfig) -> NDArray[np.bool_]:
     """The rule for pictures whose bytes differ [p]."""
     near = pairs.sharp & (pairs.bits <= config.max_bits) & (pairs.cosine >= config.min_cosine)
     sure = (pairs.bits <= config.sure_max_bits) & (pairs.cosine >= config.sure_cosine)
@@ -147,7 +147,7 @@ def look_alike(pairs: Measured, config: DedupConfig) -> NDArray[np.bool_]:
     return near | sure | framed
 
 
-def rule_margin(pairs: Measured, config: DedupConfig) -> NDArray[np.float64]:
+def rule_margin(pairs: PairDistances, config: DedupConfig) -> NDArray[np.float64]:
     """How far inside the rule a pair lies [p]: not negative exactly where :func:`look_alike` holds.
 
     The largest of the three conditions' smaller slack, bits and levels in units of 256 and cosines as they are, so that

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from lookalike.config import Config
-from lookalike.data.interests.interests import InterestConfig
+from lookalike.data.interests.taxonomy import InterestConfig
 from lookalike.errors import UsageError
 from lookalike.registry import nearest
 from lookalike.seeds import derive_seed
@@ -29,7 +29,7 @@ CLUSTERS = pa.schema(
 """One row a term of a cluster; ``similarity`` is its cosine to the cluster's centre."""
 
 
-class ClusterConfig(Config):
+class TermClusterConfig(Config):
     """Interests of terms, and clusters within each."""
 
     interests: InterestConfig = InterestConfig()
@@ -49,7 +49,7 @@ def cluster_terms(
     chosen: Sequence[Sequence[int]],
     *,
     interests: Sequence[str],
-    config: ClusterConfig,
+    config: TermClusterConfig,
     seed: int,
 ) -> pa.Table:
     """``CLUSTERS`` of sorted ``terms`` [n] with unit ``vectors`` [n, d]; ids count through the interests in order.

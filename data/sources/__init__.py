@@ -5,6 +5,17 @@ A reader cuts its files into units of work and yields the raw records of one uni
 """
 
 from lookalike.data.sources import folder, lance, parquet, tables, webdataset
-from lookalike.data.sources.base import SOURCE_FORMATS, Reader, Record, Source, Unit
+from lookalike.data.sources.reader import SOURCE_FORMATS, Reader, Record, RecordSource, Unit
 
-__all__ = ["SOURCE_FORMATS", "Reader", "Record", "Source", "Unit", "folder", "lance", "parquet", "tables", "webdataset"]
+__all__ = [
+    "SOURCE_FORMATS",
+    "Reader",
+    "Record",
+    "RecordSource",
+    "Unit",
+    "folder",
+    "lance",
+    "parquet",
+    "tables",
+    "webdataset",
+]

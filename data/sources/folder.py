@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lookalike import storage
-from lookalike.data.sources.base import SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.data.sources.columns import candidates, pick_fields
 from lookalike.data.sources.parquet import ParquetReader
+from lookalike.data.sources.reader import SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.data.sources.tables import CsvReader, JsonlReader
 from lookalike.errors import CorpusError
 

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 
 from lookalike import storage
-from lookalike.data.sources.base import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.data.sources.columns import arrow_records, resolve_schema, top_level
+from lookalike.data.sources.reader import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.errors import CorpusError, UsageError
 
 

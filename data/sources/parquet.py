@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lookalike import storage
-from lookalike.data.sources.base import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.data.sources.columns import arrow_records, resolve_schema, top_level
+from lookalike.data.sources.reader import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.errors import CorpusError
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lookalike.data.sources.base import UNREADABLE, Record, Source
 from lookalike.data.sources.columns import GATHERED, SCORED, TEXT
+from lookalike.data.sources.reader import UNREADABLE, Record, RecordSource
 from lookalike.data.sources.texts import read_attributes, read_scored, read_text, read_words
 from lookalike.schemas import CORPUS, QUARANTINE
 from lookalike.seeds import hash_unit
@@ -21,7 +21,7 @@ REPAIRED = "repaired: "  # how the reasons of rows begin whose record was accept
 MAX_ID_CHARS = 1024
 
 
-class Limits(NamedTuple):
+class RecordLimits(NamedTuple):
     """What an acceptable image may measure, and how long a text may be."""
 
     max_bytes: int
@@ -30,17 +30,17 @@ class Limits(NamedTuple):
     max_text_chars: int
 
 
-class Origin(NamedTuple):
+class RecordOrigin(NamedTuple):
     """Where some records come from."""
 
     file: str
     first_row: int
     """Number of the first of them in its unit."""
-    source: Source
+    source: RecordSource
     seed: int
 
 
-class Checked(NamedTuple):
+class CheckedRecords(NamedTuple):
     """Rows in ``CORPUS``, and in ``QUARANTINE``; row numbers of the former."""
 
     accepted: pa.Table
@@ -48,7 +48,9 @@ class Checked(NamedTuple):
     quarantine: pa.Table
 
 
-def check_records(records: Sequence[Record], origin: Origin, *, limits: Limits, seen: set[str]) -> Checked:
+def check_records(
+    records: Sequence[Record], origin: RecordOrigin, *, limits: RecordLimits, seen: set[str]
+) -> CheckedRecords:
     """Corpus rows of ``records`` and what is wrong with the others.
 
     An image is bytes, or the ``ImageError`` met in fetching it. ``seen`` holds the ids accepted before and is extended:
@@ -72,13 +74,13 @@ def check_records(records: Sequence[Record], origin: Origin, *, limits: Limits, 
             {"image_id": row["image_id"], "source": origin.file, "row": number, "field": field, "reason": reason}
             for field, reason in found
         ]
-    return Checked(
+    return CheckedRecords(
         pa.Table.from_pylist(accepted, schema=CORPUS), rows, pa.Table.from_pylist(problems, schema=QUARANTINE)
     )
 
 
 def _refuse(
-    record: Record, row: dict[str, Any], origin: Origin, limits: Limits, seen: set[str]
+    record: Record, row: dict[str, Any], origin: RecordOrigin, limits: RecordLimits, seen: set[str]
 ) -> list[tuple[str, str]]:
     """The first problem that keeps a record out, as a list of at most one; fills in id, image and its size."""
     if UNREADABLE in record:
@@ -95,7 +97,7 @@ def _refuse(
     return [] if reason is None else [("image", reason)]
 
 
-def _refuse_image(data: Any, row: dict[str, Any], limits: Limits) -> str | None:
+def _refuse_image(data: Any, row: dict[str, Any], limits: RecordLimits) -> str | None:
     if data is None:
         return "null"
     if isinstance(data, ImageError):
@@ -112,7 +114,7 @@ def _refuse_image(data: Any, row: dict[str, Any], limits: Limits) -> str | None:
     return "too_small" if min(image.size) < limits.min_side_px else None
 
 
-def _fill(record: Record, row: dict[str, Any], origin: Origin, limits: Limits) -> list[tuple[str, str]]:
+def _fill(record: Record, row: dict[str, Any], origin: RecordOrigin, limits: RecordLimits) -> list[tuple[str, str]]:
     """Fill in everything but id and image; the repairs."""
     source, most = origin.source, limits.max_text_chars
     found: dict[str, set[str]] = {}

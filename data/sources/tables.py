@@ -9,8 +9,8 @@ from itertools import islice, pairwise
 from typing import Any, BinaryIO, cast
 
 from lookalike import storage
-from lookalike.data.sources.base import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
+from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
 from lookalike.errors import CorpusError
 
 MAX_LINE_BYTES = 64 << 20  # a longer line, or cell, is refused instead of held

@@ -6,9 +6,9 @@ from itertools import islice
 from typing import IO, Any, Self
 
 from lookalike import storage
-from lookalike.data.sources.base import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
 from lookalike.data.sources.folder import IMAGE_SUFFIXES
+from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
 from lookalike.data.sources.tables import parse_object
 
 SAMPLE_RECORDS = 100

@@ -1,1 +1,1 @@
-"""The wiring of the ``labels`` stage: a module a step, each a thin layer of Ray Data over pure modules of ``data``."""
+"""The steps of the ``labels`` stage on Ray Data. No step computes here: its tasks call the rooms below."""

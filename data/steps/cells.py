@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lookalike.data.duplicates.candidates import (
+from lookalike.data.duplicates.copies import COPIES, find_copies, find_leaders, select_searched
+from lookalike.data.duplicates.pair_search import (
     Cells,
     band_keys,
     cell_keys,
@@ -18,14 +19,13 @@ from lookalike.data.duplicates.candidates import (
     search_cell,
     train_cells,
 )
-from lookalike.data.duplicates.copies import COPIES, find_copies, find_leaders, select_searched
 from lookalike.data.duplicates.signatures import ROW_SHIFT
 from lookalike.data.duplicates.twins import words_of
 from lookalike.data.features import feature_schema, unit_rows, vectors_of
 from lookalike.data.parts import Item, blocks_of, broadcast, collect, read_table, write_table
 from lookalike.data.steps.exchange import exchange, num_buckets, read_part, total, with_key, work_items
 from lookalike.data.steps.job import LabelJob
-from lookalike.data.steps.signatures import HELD_OUT
+from lookalike.data.steps.signing import HELD_OUT
 from lookalike.sampling import mix_keys, stable_keys
 
 _CELLS = "cells.parquet"

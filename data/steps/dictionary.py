@@ -11,7 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike import storage
-from lookalike.data.dictionary.boundary import BoundaryConfig, Choice, choose_by_retrieval, choose_by_words, read_words
+from lookalike.data.dictionary.boundary import (
+    BoundaryChoice,
+    BoundaryConfig,
+    choose_by_retrieval,
+    choose_by_words,
+    read_words,
+)
 from lookalike.data.dictionary.scores import SCORES, decide, merge_scores
 from lookalike.data.dictionary.sketch import (
     LIMITS,
@@ -37,7 +43,6 @@ from lookalike.data.parts import (
 )
 from lookalike.data.steps.exchange import exchange, with_key, work_items
 from lookalike.data.steps.job import LabelJob
-from lookalike.data.steps.signatures import sign
 from lookalike.progress import track
 
 FEW_SPANS = 16  # up to here sketches are shuffled as they are; above, limits are found first
@@ -45,10 +50,10 @@ ROW_BYTES = 400  # of a row that a shuffle counts on
 _VALID = pa.schema([("image_id", pa.string()), ("label", pa.string())])
 
 
-def score(job: LabelJob) -> dict[str, Any]:
+def score(job: LabelJob, splits: dict[str, int]) -> dict[str, Any]:
     """``dictionary.parquet``: concreteness of every term. The driver holds this table, about 150 bytes a term."""
     vocabulary = job.vocabulary()
-    buckets = job.once("sketch", lambda job: _sketch(job, vocabulary))["buckets"]
+    buckets = job.once("sketch", _sketch, vocabulary, sum(splits.values()))["buckets"]
     scores = _score_buckets(job, buckets)
     scored = merge_scores(vocabulary, scores)
     config = job.config.dictionary
@@ -86,11 +91,10 @@ def _spans(job: LabelJob) -> list[Item]:
     return [{"number": n, "parts": job.parts[start : start + size]} for n, start in enumerate(starts)]
 
 
-def _sketch(job: LabelJob, vocabulary: dict[str, int]) -> dict[str, Any]:
+def _sketch(job: LabelJob, vocabulary: dict[str, int], images: int) -> dict[str, Any]:
     """``sketch-B/part-N``: the samples of every bucket's terms, and the pools."""
     config, spans = job.config.dictionary, _spans(job)
     buckets = max(1, -(-len(vocabulary) // config.terms_per_task))
-    images = sum(job.once("sign", sign)["splits"].values())
     rows = sum(min(count, config.positives) for count in vocabulary.values()) + min(images, config.pool_total)
     limits = None
     if len(spans) > FEW_SPANS:
@@ -161,7 +165,7 @@ def _previous(job: LabelJob) -> pa.Table:
     return table.select(empty.column_names).filter(pc.is_valid(table["digest"]))
 
 
-def _choose(job: LabelJob, scored: pa.Table, config: BoundaryConfig, buckets: int) -> Choice:
+def _choose(job: LabelJob, scored: pa.Table, config: BoundaryConfig, buckets: int) -> BoundaryChoice:
     if config.criterion == "words":
         assert config.words is not None
         return choose_by_words(scored, read_words(config.words))

@@ -21,19 +21,18 @@ from lookalike.data.parts import Item, blocks_of, broadcast, collect, part_name,
 from lookalike.data.steps import cells, fates
 from lookalike.data.steps.exchange import exchange, read_part, with_key, work_items
 from lookalike.data.steps.job import LabelJob
-from lookalike.data.steps.signatures import sign
 from lookalike.data.text.annotations import ANNOTATIONS
 from lookalike.errors import UsageError
 from lookalike.progress import track
 
-__all__ = ["find", "lend", "sign"]
-
 _COUNTS = pa.schema([("reason", pa.string()), ("split", pa.string()), ("rows", pa.int64())])
 
 
-def find(job: LabelJob) -> dict[str, Any]:
-    """``duplicates.parquet`` and, in the work folder, ``lent/part-N``; counts by split and by reason."""
-    splits: dict[str, int] = job.once("sign", sign)["splits"]
+def find(job: LabelJob, splits: dict[str, int]) -> dict[str, Any]:
+    """Write ``duplicates.parquet`` and, in the work folder, ``lent/part-N``; return counts by split and by reason.
+
+    ``splits``: rows of each split.
+    """
     rows, config = sum(splits.values()), job.config.dedup
     blocks = _find_whole(job) if rows <= config.exact_rows else _find_in_cells(job, rows)
     reasons: dict[str, int] = {}
@@ -83,10 +82,10 @@ def _find_whole(job: LabelJob) -> Iterable[pa.Table]:
 
 
 def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
-    copies = job.once("copies", lambda job: cells.split_copies(job, rows))["copies"]
-    job.once("cells", lambda job: cells.make_cells(job, rows))
-    found = job.once("pairs", lambda job: cells.search_cells(job, rows))
-    decided = job.once("fates", lambda job: fates.decide(job, found["pairs"], found["inside"]))["fates"]
+    copies = job.once("copies", cells.split_copies, rows)["copies"]
+    job.once("cells", cells.make_cells, rows)
+    found = job.once("pairs", cells.search_cells, rows)
+    decided = job.once("fates", fates.decide, found["pairs"], found["inside"])["fates"]
     fates.send_fates(job, decided + copies)
     out, work, config, held = job.out.uri, job.out.work(), job.config.dedup, broadcast(cells.held_groups(job))
 
@@ -103,11 +102,13 @@ def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
     return track(blocks_of(job.map(work_items(job, "signatures"), task)), "labels duplicates", unit="part")
 
 
-def lend(job: LabelJob) -> None:
-    """``borrowed/part-N`` in the work folder: annotations of dropped copies, at the part of the row that stays."""
+def lend(job: LabelJob, reasons: dict[str, int]) -> dict[str, Any]:
+    """Write ``borrowed/part-N`` of the work folder: annotations of dropped copies, at the part of the row that stays.
+
+    ``reasons``: dropped rows by reason.
+    """
     text, lent = job.out.path("annotations.parquet"), job.out.work("lent")
-    stats = job.once("duplicates", find)
-    copies = sum(stats["reasons"].get(reason, 0) for reason in COPIES_WITHIN)
+    copies = sum(reasons.get(reason, 0) for reason in COPIES_WITHIN)
 
     def spread(item: Item) -> pa.Table:
         annotations = read_part(text, item["number"], ANNOTATIONS)
@@ -118,6 +119,7 @@ def lend(job: LabelJob) -> None:
         return words.sort_by([("image_id", "ascending"), ("term", "ascending"), ("score", "ascending")])
 
     exchange(job, job.parts, spread, gather, kind="borrowed", rows=copies)
+    return {"copies": copies}
 
 
 def judge_labelled(job: LabelJob) -> dict[str, float]:

@@ -7,18 +7,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike import storage
-from lookalike.data.duplicates.candidates import PAIRS, merge_pairs
 from lookalike.data.duplicates.components import (
     both_ways,
     contract,
-    digest,
     downwards,
+    edge_checksum,
     edge_frame,
     large_star,
     small_star,
 )
 from lookalike.data.duplicates.copies import FATES
 from lookalike.data.duplicates.dedup import decide_fates
+from lookalike.data.duplicates.pair_search import PAIRS, merge_pairs
 from lookalike.data.duplicates.signatures import ROW_SHIFT
 from lookalike.data.parts import Item, blocks_of, part_name, read_table, write_table
 from lookalike.data.steps.exchange import (
@@ -49,7 +49,7 @@ def decide(job: LabelJob, pairs: int, inside: int) -> dict[str, Any]:
             return pa.table({"rows": [fates.num_rows]})
 
         return {"fates": sum(block["rows"][0].as_py() for block in blocks_of(job.map([{"number": 0}], whole)))}
-    stars = job.once("components", lambda job: find_components(job, inside))
+    stars = job.once("components", find_components, inside)
     _root_pairs(job, stars["stars"], pairs)
     buckets = num_buckets(pairs)
 
@@ -82,7 +82,7 @@ def find_components(job: LabelJob, edges: int) -> dict[str, Any]:
         inside = table.filter(table["split"].is_null())
         tied = contract(edge_frame(inside["row"].to_numpy(), inside["twin"].to_numpy()))
         write_table(storage.join(first, part_name(item["number"])), tied.to_arrow().cast(_EDGES))
-        return [digest(tied)]
+        return [edge_checksum(tied)]
 
     before, turn = total(job, pairs, start), 0
 
@@ -110,7 +110,9 @@ def find_components(job: LabelJob, edges: int) -> dict[str, Any]:
             kind=f"stars-{turn}",
             rows=edges,
         )
-        after = total(job, work_items(job, f"stars-{turn}"), lambda item: [digest(as_frame(read_table(item["uri"])))])
+        after = total(
+            job, work_items(job, f"stars-{turn}"), lambda item: [edge_checksum(as_frame(read_table(item["uri"])))]
+        )
         if after == before:
             return {"stars": f"stars-{turn}", "rounds": turn}
         before = after

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from lookalike import storage
 from lookalike.data.duplicates.dedup import keep_training
-from lookalike.data.interests import assignment
+from lookalike.data.interests import labelling
 from lookalike.data.interests.clusters import carry_over, cluster_terms
-from lookalike.data.interests.interests import InterestClassifier, choose_interests, read_taxonomy, votes
 from lookalike.data.interests.polysemy import SENSES, count_senses, describe_senses, separated
+from lookalike.data.interests.taxonomy import InterestClassifier, choose_interests, read_taxonomy, votes
 from lookalike.data.interests.term_embedders import embed_terms
 from lookalike.data.parts import (
     Item,
@@ -90,16 +90,16 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
     """``image_labels.parquet/part-*`` and ``classes.json``; counts for the ablation."""
     out, minimum = job.out, job.config.min_images_per_label
     counts = _assign_parts(job, interests)
-    columns = assignment.choose_classes(counts, minimum)
+    columns = labelling.choose_classes(counts, minimum)
     totals, own = _number_parts(job, columns)
     images, labelled, labels = (int(value) for value in totals[len(columns) :])
     clusters, everything = _clusters(job)
     out.write_json(
         "classes.json",
-        assignment.describe_classes(clusters, columns, totals[: len(columns)].tolist(), _previous_labels(job)),
+        labelling.describe_classes(clusters, columns, totals[: len(columns)].tolist(), _previous_labels(job)),
     )
     kept = len(clusters["term"].unique())
-    terms = dict(zip(assignment.VARIANTS, (len(everything["term"].unique()), kept, kept), strict=True))
+    terms = dict(zip(labelling.VARIANTS, (len(everything["term"].unique()), kept, kept), strict=True))
     return {
         "images": images,
         "labelled_images": labelled,
@@ -107,7 +107,7 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
         "label_count": labels,
         "labels_per_image": round(labels / max(labelled, 1), 3),
         "interests": dict(sorted(own.items())),
-        "ablation": assignment.ablation_rows(counts, images, minimum, terms),
+        "ablation": labelling.ablation_rows(counts, images, minimum, terms),
     }
 
 
@@ -123,12 +123,12 @@ def _assign_parts(job: LabelJob, interests: list[str]) -> pa.Table:
         rows = keep_training(read_table(item["uri"], columns), read_table(storage.join(dropped, name)))
         annotations = read_table(storage.join(text, name))
         lent = read_part(borrowed, item["number"], ANNOTATIONS)
-        assigned, counts = assignment.assign_part(pa.concat_tables([annotations, lent]), rows, shared())
+        assigned, counts = labelling.assign_part(pa.concat_tables([annotations, lent]), rows, shared())
         write_table(storage.join(work, name), assigned)
         write_table(storage.join(counted, name), counts)
         return counts
 
-    return add_up(blocks_of(job.map(job.parts, task)), ["variant", "cluster"], assignment.LABEL_COUNTS)
+    return add_up(blocks_of(job.map(job.parts, task)), ["variant", "cluster"], labelling.LABEL_COUNTS)
 
 
 def _number_parts(job: LabelJob, columns: dict[int, int]) -> tuple[NDArray[np.int64], Counter[str]]:
@@ -140,10 +140,10 @@ def _number_parts(job: LabelJob, columns: dict[int, int]) -> tuple[NDArray[np.in
             numbered = read_table(target)
         else:
             assigned = read_table(storage.join(work, part_name(item["number"])))
-            numbered = assignment.number_part(assigned, columns)
+            numbered = labelling.number_part(assigned, columns)
             write_table(target, numbered)
-        counts = assignment.count_labels(numbered, len(columns)).tolist()
-        return pa.table({"counts": [counts], "interests": [assignment.count_interests(numbered)]})
+        counts = labelling.count_labels(numbered, len(columns)).tolist()
+        return pa.table({"counts": [counts], "interests": [labelling.count_interests(numbered)]})
 
     totals, own = np.zeros(len(columns) + 3, np.int64), Counter[str]()
     for block in blocks_of(job.map(job.parts, task)):
@@ -163,12 +163,12 @@ def tell_senses(job: LabelJob) -> dict[str, Any]:
     return {"terms": len(senses["term"].unique()), "separated": len(apart)}
 
 
-def _tables(job: LabelJob, interests: list[str]) -> assignment.Tables:
+def _tables(job: LabelJob, interests: list[str]) -> labelling.LabelTables:
     table = read_table(job.out.work("votes.parquet"))
     values = np.stack(table["vote"].to_numpy(zero_copy_only=False)).astype(np.float32)
     voting = dict(zip(table["term"].to_pylist(), values, strict=True))
     clusters, everything = _clusters(job)
-    return assignment.make_tables(voting, clusters, everything, interests, job.config.restriction)
+    return labelling.make_tables(voting, clusters, everything, interests, job.config.restriction)
 
 
 def _clusters(job: LabelJob) -> tuple[pa.Table, pa.Table]:

@@ -1,13 +1,13 @@
-"""What the steps of the ``labels`` stage share: settings, the opened inputs, the draft, and markers of finished steps.
+"""What the steps of the ``labels`` stage share: settings, opened inputs, the draft, and markers of finished steps.
 
-A step reads files and writes files; what it returns is small (counts) and goes into its marker. A step that has a
-marker is not run again, and within a step parts that are written are not redone: a killed driver or worker costs the
-parts that were in flight.
+A step reads files and writes files. It returns a few counts, which go into its marker. A step with a marker does not
+run again, and inside a step parts that are already written are skipped: a killed driver or worker costs only the parts
+that were in flight.
 """
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import pyarrow as pa
 from pydantic import Field
@@ -16,24 +16,25 @@ from lookalike import storage
 from lookalike.config import runtime
 from lookalike.data.dictionary.scores import DictionaryConfig
 from lookalike.data.duplicates.twins import DedupConfig
-from lookalike.data.interests.clusters import ClusterConfig
-from lookalike.data.interests.interests import RestrictionConfig
+from lookalike.data.interests.clusters import TermClusterConfig
+from lookalike.data.interests.restriction import RestrictionConfig
 from lookalike.data.parts import Item, map_parts, part_items, read_table
-from lookalike.data.report.report import ReportConfig
+from lookalike.data.report.page import ReportConfig
 from lookalike.data.text.settings import AnnotationConfig
 from lookalike.stages import StageConfig, StageRun
 from lookalike.telemetry import get_logger, timed
 
 log = get_logger(__name__)
+Inputs = ParamSpec("Inputs")
 
 
 class LabelsConfig(StageConfig):
-    """Settings of the seven steps."""
+    """Settings of all steps."""
 
     annotations: AnnotationConfig = AnnotationConfig()
     dedup: DedupConfig = DedupConfig()
     dictionary: DictionaryConfig = DictionaryConfig()
-    clusters: ClusterConfig = ClusterConfig()
+    clusters: TermClusterConfig = TermClusterConfig()
     restriction: RestrictionConfig = RestrictionConfig()
     feature_dim: int = Field(128, ge=8, le=4096)
     """Size to which the frozen embeddings are projected for the dictionary and the duplicate search."""
@@ -41,27 +42,33 @@ class LabelsConfig(StageConfig):
     """Training images a cluster needs to become a class."""
     report: ReportConfig = ReportConfig()
     concurrency: int | None = runtime(None, ge=1)
-    """Tasks at a time; None: as many as there are CPUs."""
+    """Tasks at a time; None: one per CPU."""
 
 
 class LabelJob:
-    """One run of the stage over its draft."""
+    """One run of the stage: its settings, inputs and draft."""
 
     def __init__(self, run: StageRun[LabelsConfig]) -> None:
         self.config, self.out = run.config, run.out
         self.corpus, self.embeddings = run.one("corpus"), run.one("embeddings")
         self.previous = next(iter(run.many("previous")), None)
-        """Labels of an earlier run, whose cluster ids are carried over."""
+        """Labels of an earlier run. Clusters that continue keep their ids, unchanged terms their scores."""
         self.parts = part_items(self.corpus.files("part-", ".parquet"))
 
-    def once(self, name: str, step: Callable[["LabelJob"], dict[str, Any]]) -> dict[str, Any]:
-        """The step's small result, from its marker when an earlier attempt finished it."""
+    def once(
+        self,
+        name: str,
+        step: Callable[Concatenate["LabelJob", Inputs], dict[str, Any]],
+        *inputs: Inputs.args,
+        **more: Inputs.kwargs,
+    ) -> dict[str, Any]:
+        """Return the counts of ``step(job, *inputs)``, from its marker when an earlier attempt finished it."""
         marker = self.out.work(f"{name}.json")
         if storage.exists(marker):
             return dict(json.loads(storage.read_bytes(marker)))
-        with timed(log, "step", name=name) as more:
-            result = step(self)
-            more.update({key: value for key, value in result.items() if isinstance(value, (int, float))})
+        with timed(log, "step", name=name) as fields:
+            result = step(self, *inputs, **more)
+            fields.update({key: value for key, value in result.items() if isinstance(value, (int, float))})
         storage.write_atomic(marker, json.dumps(result).encode())
         return result
 
@@ -70,11 +77,11 @@ class LabelJob:
         return map_parts(items, task, concurrency=self.config.concurrency)
 
     def work_parts(self, kind: str) -> list[str]:
-        """URIs of the parts of a kind in the work folder, in order."""
+        """URIs of the files in the folder ``kind`` of the work folder, in order."""
         folder = self.out.work(kind)
         return [storage.join(folder, name) for name in storage.list_files(folder)] if storage.exists(folder) else []
 
     def vocabulary(self) -> dict[str, int]:
-        """Term -> training images that propose it, of the terms that enough images propose."""
+        """The mined terms: term -> number of training images that propose it."""
         table = read_table(self.out.work("vocabulary.parquet"))
         return dict(zip(table["term"].to_pylist(), table["images"].to_pylist(), strict=True))

@@ -1,4 +1,4 @@
-"""Annotations: the vocabulary, the terms of every image, and what dropped copies lend to the rows that stay."""
+"""Annotations: the vocabulary, and the terms of every image."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -19,7 +19,6 @@ from lookalike.data.parts import (
     read_table,
     write_table,
 )
-from lookalike.data.steps import duplicates
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.text.annotations import (
     ANNOTATIONS,
@@ -96,7 +95,7 @@ def read_text(uri: str) -> Iterator[pa.Table]:
 
 
 def annotate_all(job: LabelJob) -> dict[str, Any]:
-    """``annotations.parquet/part-*`` and, in the work folder, what dropped copies lend."""
+    """Write ``annotations.parquet/part-*``; return the number of annotations."""
     folder, config = storage.join(job.out.uri, "annotations.parquet"), job.config.annotations
     shared = broadcast(Vocabulary(job.vocabulary(), config.lists().aliases))
 
@@ -106,7 +105,6 @@ def annotate_all(job: LabelJob) -> dict[str, Any]:
         return pa.table([rows], schema=_DONE)
 
     rows = sum(sum(block["annotations"].to_pylist()) for block in blocks_of(job.map(_groups(job.parts), task)))
-    duplicates.lend(job)
     return {"annotations": rows}
 
 

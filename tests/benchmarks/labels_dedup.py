@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from lookalike.data.duplicates.candidates import (
+from lookalike.data.duplicates.dedup import decide_fates
+from lookalike.data.duplicates.pair_search import (
     Cells,
     band_keys,
     cell_keys,
@@ -42,7 +43,6 @@ from lookalike.data.duplicates.candidates import (
     search_cell,
     train_cells,
 )
-from lookalike.data.duplicates.dedup import decide_fates
 from lookalike.data.duplicates.signatures import sign_image, signature_schema
 from lookalike.data.duplicates.twins import DedupConfig, judge_pairs, look_alike, measure, pictures_of, words_of
 from lookalike.data.features import project

@@ -17,7 +17,7 @@ from PIL import Image
 from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.data.corpus import STAGE, CorpusConfig, merge_quarantine, plan_units, tally
-from lookalike.data.sources.units import IDS, Places, check_unit, drop_repeated, find_repeated
+from lookalike.data.sources.ingest import IDS, UnitFiles, check_unit, drop_repeated, find_repeated
 from lookalike.errors import CorpusError
 from lookalike.stages import execute
 from tests.data.conftest import make_rows
@@ -50,7 +50,7 @@ def read(artifact: Artifact) -> list[dict[str, Any]]:
 
 def run_here(config: CorpusConfig, out: str) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
     """Rows, statistics and quarantine of the stage's own functions, called one after the other without Ray."""
-    places = Places(out, f"{out}/_work")
+    places = UnitFiles(out, f"{out}/_work")
     items = plan_units(config)
     summaries = []
     for item in items:

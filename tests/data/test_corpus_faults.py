@@ -21,7 +21,7 @@ from PIL import Image
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.data.corpus import STAGE, CorpusConfig, plan_units
-from lookalike.data.sources.units import Places, check_unit
+from lookalike.data.sources.ingest import UnitFiles, check_unit
 from lookalike.errors import CorpusError, LookalikeError
 from lookalike.stages import fingerprint
 from tests.data.conftest import make_rows
@@ -71,7 +71,7 @@ def test_finished_units_are_not_read_again(tmp_path: Path, root: str) -> None:
     calm = build(f"{root}/calm", uri, rows_per_part=10)
     config = CorpusConfig.model_validate({"sources": [{"uri": uri, "dataset": "shapes"}], "rows_per_part": 10})
     draft = Draft(root, "corpus", "c", fingerprint(STAGE, config, {}))
-    places = Places(draft.uri, draft.work())
+    places = UnitFiles(draft.uri, draft.work())
     items = plan_units(config)
     for item in items[:4]:  # an attempt that was killed after four units, and in the fifth
         check_unit(item["number"], json.loads(item["unit"]), config.reader(0), places, config.checks)

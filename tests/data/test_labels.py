@@ -120,18 +120,22 @@ def test_the_report_shows_what_was_kept_and_dropped(built: list[dict[str, Artifa
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("step", ["dictionary"])
+@pytest.mark.parametrize("interrupted", ["dictionary"])
 def test_an_interrupted_run_continues_to_the_same_result(
-    step: str, built: list[dict[str, Artifact]], root: str, monkeypatch: pytest.MonkeyPatch
+    interrupted: str, built: list[dict[str, Artifact]], root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, done = labels.LabelsConfig.model_validate(SETTINGS), built[1]
     given = {key: [done[key]] for key in ("corpus", "embeddings")}
     ran: list[str] = []
     original = labels.LabelJob.once
 
-    def once(self: labels.LabelJob, name: str, work: Any) -> Any:
-        result = original(self, name, lambda job: ran.append(name) or work(job))  # type: ignore[func-returns-value]
-        if name == step and ran.count("crash") == 0:
+    def once(self: labels.LabelJob, name: str, step: Any, *inputs: Any) -> Any:
+        def work(job: labels.LabelJob) -> Any:
+            ran.append(name)
+            return step(job, *inputs)
+
+        result = original(self, name, work)
+        if name == interrupted and ran.count("crash") == 0:
             ran.append("crash")
             raise KeyboardInterrupt
         return result
@@ -142,7 +146,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
     draft = Draft(root, "labels", "labels", fingerprint(labels.STAGE, config, given))
     assert not storage.exists(draft.path("manifest.json"))
     again = execute(labels.STAGE, config, given, root, "labels")
-    assert ran.count(step) == 1
+    assert ran.count(interrupted) == 1
     assert [f.model_dump() for f in again.manifest.files] == [f.model_dump() for f in done["labels"].manifest.files]
     assert again.stats == done["labels"].stats
 

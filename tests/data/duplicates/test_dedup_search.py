@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from lookalike.data.duplicates import candidates
-from lookalike.data.duplicates.candidates import (
+from lookalike.data.duplicates import pair_search
+from lookalike.data.duplicates.components import (
+    both_ways,
+    connected,
+    contract,
+    downwards,
+    edge_checksum,
+    edge_frame,
+    large_star,
+    small_star,
+)
+from lookalike.data.duplicates.pair_search import (
     Cells,
     band_keys,
     cell_keys,
@@ -22,16 +32,6 @@ from lookalike.data.duplicates.candidates import (
     merge_pairs,
     search_cell,
     train_cells,
-)
-from lookalike.data.duplicates.components import (
-    both_ways,
-    connected,
-    contract,
-    digest,
-    downwards,
-    edge_frame,
-    large_star,
-    small_star,
 )
 from lookalike.data.duplicates.signatures import match_vectors, running_spans, signature_schema
 from lookalike.data.duplicates.twins import COLOURS, DedupConfig
@@ -107,8 +107,8 @@ def pairs_by_loops(table: pa.Table, config: DedupConfig) -> tuple[set[tuple[int,
 
 @pytest.mark.parametrize("tile", [(7, 11), (256, 8192)])
 def test_a_cell_finds_exactly_the_pairs_of_the_rule(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "QUERY_TILE", tile[0])
-    monkeypatch.setattr(candidates, "BASE_TILE", tile[1])
+    monkeypatch.setattr(pair_search, "QUERY_TILE", tile[0])
+    monkeypatch.setattr(pair_search, "BASE_TILE", tile[1])
     table, config = noisy(300, 2), DedupConfig()
     shuffled = table.take(pa.array(np.random.default_rng(0).permutation(300)))
     inside, across = pairs_by_loops(table, config)
@@ -121,8 +121,8 @@ def test_a_cell_finds_exactly_the_pairs_of_the_rule(tile: tuple[int, int], monke
 
 
 def test_a_family_costs_as_many_pairs_as_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "QUERY_TILE", 16)
-    monkeypatch.setattr(candidates, "BASE_TILE", 16)
+    monkeypatch.setattr(pair_search, "QUERY_TILE", 16)
+    monkeypatch.setattr(pair_search, "BASE_TILE", 16)
     one = noisy(1, 0).set_column(7, "split", pa.array(["train"])).to_pylist()[0]
     rows = [
         one | {"image_id": f"i{n}", "row": n, "quality": 90, "group": None, "content": bytes([n] * 16)}
@@ -151,16 +151,16 @@ def test_cells_are_the_nearest_centroids_whatever_the_batch(monkeypatch: pytest.
     assert np.allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
     expected = np.argsort(-(sample.astype(np.float64) @ centroids.T.astype(np.float64)), axis=1)[:, :3]
     assert np.array_equal(Cells(centroids, 3).nearest(sample), expected)
-    monkeypatch.setattr(candidates, "BASE_TILE", 7)
+    monkeypatch.setattr(pair_search, "BASE_TILE", 7)
     assert np.array_equal(Cells(centroids, 3).nearest(sample), expected)
-    monkeypatch.setattr(candidates, "FLAT_CELLS", 1)  # the graph of large corpora
+    monkeypatch.setattr(pair_search, "FLAT_CELLS", 1)  # the graph of large corpora
     assert (Cells(centroids, 3).nearest(sample) == expected).mean() > 0.99
 
 
 def test_cells_grow_with_the_corpus_and_large_ones_are_cut_by_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     config = DedupConfig(exact_rows=100, cell_rows=40)
     assert [count_cells(rows, config) for rows in (0, 100, 101, 4000)] == [1, 1, 3, 100]
-    monkeypatch.setattr(candidates, "MAX_CELL_ROWS", 10)
+    monkeypatch.setattr(pair_search, "MAX_CELL_ROWS", 10)
     first, cuts = cut_cells(np.array([3, 25, 10]))
     assert (first.tolist(), cuts.tolist()) == ([0, 1, 4], [1, 3, 1])
     hashes = np.random.default_rng(0).integers(0, 1 << 63, (90, 4)).astype(np.uint64)
@@ -207,10 +207,10 @@ def test_stars_spread_over_buckets_end_as_the_components(seed: int, nodes: int, 
         return [step(together.filter(pl.col("node") % 3 == bucket)) for bucket in range(3)]
 
     for _ in range(40):
-        before = sum(map(digest, parts)) % 2**64
+        before = sum(map(edge_checksum, parts)) % 2**64
         parts = by_bucket([both_ways(part) for part in parts], large_star)
         parts = by_bucket([downwards(part) for part in parts], small_star)
-        if sum(map(digest, parts)) % 2**64 == before:
+        if sum(map(edge_checksum, parts)) % 2**64 == before:
             break
     else:
         pytest.fail("the stars never settle")

@@ -12,7 +12,7 @@ from sklearn.metrics import precision_recall_curve, precision_score, recall_scor
 from lookalike.data.duplicates.signatures import sign_images
 from lookalike.data.duplicates.twins import (
     DedupConfig,
-    Measured,
+    PairDistances,
     Pictures,
     judge_pairs,
     look_alike,
@@ -46,7 +46,7 @@ def test_the_margin_is_not_negative_exactly_where_the_rule_holds(seed: int) -> N
     cosine = (rng.integers(0, 9, 200) / 8).astype(np.float32)  # bounds are hit exactly
     colour, same = rng.integers(0, 25, 200).astype(np.int32), np.zeros(200, bool)
     trimmed = np.where(rng.random(200) < 0.5, rng.integers(0, 40, 200), 257).astype(np.int32)
-    pairs = Measured(bits, sharp, cosine, trimmed, colour, same)
+    pairs = PairDistances(bits, sharp, cosine, trimmed, colour, same)
     assert ((rule_margin(pairs, config) >= 0) == look_alike(pairs, config)).all()
 
 

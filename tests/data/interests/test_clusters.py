@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from lookalike.data.interests.clusters import (
     CLUSTERS,
-    ClusterConfig,
+    TermClusterConfig,
     carry_over,
     cluster_terms,
     match_sets,
     spherical_kmeans,
     split_outliers,
 )
-from lookalike.data.interests.interests import InterestClassifier, InterestConfig, choose_interests, read_taxonomy
+from lookalike.data.interests.taxonomy import InterestClassifier, InterestConfig, choose_interests, read_taxonomy
 from lookalike.data.interests.term_embedders import embed_terms
 from lookalike.errors import UsageError
 
@@ -23,7 +23,7 @@ def classifier() -> InterestClassifier:
     return InterestClassifier(read_taxonomy(None), "minilm")
 
 
-def clustered(classifier: InterestClassifier, terms: list[str], config: ClusterConfig) -> pa.Table:
+def clustered(classifier: InterestClassifier, terms: list[str], config: TermClusterConfig) -> pa.Table:
     vectors = embed_terms("minilm", terms)
     chosen = choose_interests(classifier.probabilities(terms, vectors), config.interests)
     return cluster_terms(terms, vectors, chosen, interests=classifier.interests, config=config, seed=1)
@@ -48,7 +48,7 @@ def test_outliers_get_clusters_of_their_own() -> None:
 
 def test_synonyms_share_a_cluster_and_a_term_may_have_several(classifier: InterestClassifier) -> None:
     terms = sorted(["sofa", "couch", "violin", "cello", "jaguar", "cat", "sedan", "desk"])
-    rows = clustered(classifier, terms, ClusterConfig(interests=InterestConfig(score=0.4))).to_pylist()
+    rows = clustered(classifier, terms, TermClusterConfig(interests=InterestConfig(score=0.4))).to_pylist()
     by_term = {term: {row["cluster"] for row in rows if row["term"] == term} for term in terms}
     assert all(by_term.values())
     assert by_term["sofa"] & by_term["couch"]
@@ -59,13 +59,13 @@ def test_synonyms_share_a_cluster_and_a_term_may_have_several(classifier: Intere
 def test_the_number_of_clusters_is_the_rules_or_the_recipes(classifier: InterestClassifier) -> None:
     terms = sorted(["bear", "lion", "wolf", "eagle", "shark", "snake"])
     for config, expected in (
-        (ClusterConfig(terms_per_cluster=3, min_similarity=0), 2),
-        (ClusterConfig(num_clusters={"animals": 4}, min_similarity=0), 4),
+        (TermClusterConfig(terms_per_cluster=3, min_similarity=0), 2),
+        (TermClusterConfig(num_clusters={"animals": 4}, min_similarity=0), 4),
     ):
         found = clustered(classifier, terms, config)
         assert len({row["cluster"] for row in found.to_pylist() if row["interest"] == "animals"}) == expected
     with pytest.raises(UsageError, match=r"num_clusters has 'animal': 4.*did you mean 'animals'"):
-        clustered(classifier, terms, ClusterConfig(num_clusters={"animal": 4}))
+        clustered(classifier, terms, TermClusterConfig(num_clusters={"animal": 4}))
 
 
 def as_clusters(*members: tuple[int, str, str]) -> pa.Table:

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lookalike.data.sources import Source
+from lookalike.data.sources import RecordSource
 from lookalike.data.sources.columns import arrow_records, resolve, resolve_schema
-from lookalike.data.sources.records import Limits, Origin, check_records, count_reasons
+from lookalike.data.sources.records import RecordLimits, RecordOrigin, check_records, count_reasons
 from lookalike.data.sources.texts import read_attributes, read_scored, read_text, read_words
 from lookalike.errors import CorpusError
 from lookalike.vision.images import ImageError
 
-LIMITS = Limits(max_bytes=100_000, max_pixels=1_000_000, min_side_px=4, max_text_chars=1000)
+LIMITS = RecordLimits(max_bytes=100_000, max_pixels=1_000_000, min_side_px=4, max_text_chars=1000)
 
 
-def origin(**settings: Any) -> Origin:
-    return Origin("file.parquet", 0, Source.model_validate({"uri": "u", "dataset": "set", **settings}), 1)
+def origin(**settings: Any) -> RecordOrigin:
+    return RecordOrigin("file.parquet", 0, RecordSource.model_validate({"uri": "u", "dataset": "set", **settings}), 1)
 
 
 def png(size: tuple[int, int] = (16, 12)) -> bytes:
@@ -369,11 +369,13 @@ def test_plain_columns_are_gathered_as_attributes() -> None:
     )
     mapping = {"attributes": {"colour": "paint", "made in": "year", "tag": "tags"}}
     source = origin(columns=mapping).source
-    assert Source.model_validate(source.model_dump()) == source  # as a manifest has it
+    assert RecordSource.model_validate(source.model_dump()) == source  # as a manifest has it
     records = list(arrow_records(table, resolve_schema(source.columns, table.schema, "source")))
     made = [[(e["name"], e["value"]) for e in row["attributes"]] for row in check_list(records)[0]]
     assert made == [[("colour", "red"), ("made in", "1999"), ("tag", "x"), ("tag", "y")], [("made in", "2000")]]
-    beside = Source.model_validate({"uri": "u", "dataset": "d", "columns": {"attributes.colour": "paint"}}).columns
+    beside = RecordSource.model_validate(
+        {"uri": "u", "dataset": "d", "columns": {"attributes.colour": "paint"}}
+    ).columns
     records = list(arrow_records(table, resolve_schema(beside, table.schema, "source")))
     made = [[(e["name"], e["value"]) for e in row["attributes"]] for row in check_list(records)[0]]
     assert made == [[("colour", "blue"), ("colour", "red")], [("old", "1")]]

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookalike.data.sources import SOURCE_FORMATS, Source
-from lookalike.data.sources.base import UNREADABLE, Reader
+from lookalike.data.sources import SOURCE_FORMATS, RecordSource
 from lookalike.data.sources.columns import resolve
 from lookalike.data.sources.folder import walk_files
-from lookalike.data.sources.images import fetch_images
+from lookalike.data.sources.image_fetch import fetch_images
 from lookalike.data.sources.parquet import cut_groups
+from lookalike.data.sources.reader import UNREADABLE, Reader
 from lookalike.data.sources.tables import open_buffered, read_lines
 from lookalike.errors import CorpusError, UsageError
 from lookalike.vision.images import ImageError
@@ -56,7 +56,7 @@ def put(uri: str, content: bytes) -> str:
 
 
 def reader(uri: str, kind: str, **settings: Any) -> Reader:
-    source = Source.model_validate({"uri": uri, "format": kind, "dataset": "d", **settings})
+    source = RecordSource.model_validate({"uri": uri, "format": kind, "dataset": "d", **settings})
     return SOURCE_FORMATS.get(kind)(source, 1000)
 
 
@@ -416,7 +416,7 @@ def test_a_store_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Source.model_validate({"uri": "x", "dataset": "d", **settings})
+        RecordSource.model_validate({"uri": "x", "dataset": "d", **settings})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.data import labels
 from lookalike.data.duplicates.copies import DUPLICATES
-from lookalike.data.steps import duplicates, exchange, fates
+from lookalike.data.steps import duplicates, exchange, fates, signing
 from lookalike.data.steps.job import LabelJob, LabelsConfig
 from lookalike.errors import UsageError
 from lookalike.stages import StageRun, execute
@@ -59,7 +59,8 @@ def job_of(root: str, given: dict[str, list[Artifact]], **dedup: Any) -> LabelJo
 
 
 def result(job: LabelJob) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    stats = job.once("duplicates", duplicates.find)
+    splits = job.once("sign", signing.sign)["splits"]
+    stats = job.once("duplicates", duplicates.find, splits)
     names = storage.list_files(job.out.path("duplicates.parquet"))
     tables = [pq.read_table(job.out.path("duplicates.parquet", name)) for name in names]
     assert all(table.schema.equals(DUPLICATES) for table in tables)
@@ -115,7 +116,7 @@ def test_a_stopped_search_keeps_its_finished_cells(
     job = job_of(root, publish(root, 3), exact_rows=0, cell_rows=1000)
     monkeypatch.setattr(fates, "send_fates", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        job.once("duplicates", duplicates.find)
+        result(job)
     monkeypatch.undo()
     marks = {name: storage.read_bytes(job.out.work(name)) for name in storage.list_files(job.out.work())}
     for marker in ("sign.json", "copies.json", "cells.json", "pairs.json", "fates.json"):

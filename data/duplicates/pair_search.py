@@ -47,7 +47,7 @@ PAIRS = pa.schema(
 """A training row and a twin of it: an earlier training row (``split`` is null), or a row of the held-out ``split``."""
 
 
-class Found(NamedTuple):
+class TwinPairs(NamedTuple):
     """Verified pairs, as places [p] among the rows of a cell."""
 
     row: NDArray[np.int64]
@@ -56,14 +56,14 @@ class Found(NamedTuple):
     bits: NDArray[np.int32]
     cosine: NDArray[np.float32]
 
-    def take(self, chosen: NDArray[Any]) -> "Found":
+    def take(self, chosen: NDArray[Any]) -> "TwinPairs":
         """Some of the pairs."""
-        return Found(*(values[chosen] for values in self))
+        return TwinPairs(*(values[chosen] for values in self))
 
-    def join(self, other: "Found") -> "Found":
+    def join(self, other: "TwinPairs") -> "TwinPairs":
         """These pairs, then the others."""
         pairs: Any = zip(self, other, strict=True)
-        return Found(*(np.concatenate(pair) for pair in pairs))
+        return TwinPairs(*(np.concatenate(pair) for pair in pairs))
 
 
 def count_cells(rows: int, config: DedupConfig) -> int:
@@ -170,7 +170,7 @@ def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
     ]
     if not found:
         return PAIRS.empty_table()
-    both = Found(*(np.concatenate(values) for values in zip(*found, strict=True)))
+    both = TwinPairs(*(np.concatenate(values) for values in zip(*found, strict=True)))
     ids = rows["image_id"].combine_chunks()
     numbers = rows["row"].to_numpy()
     splits = [value if value != "train" else None for value in split[both.twin]]
@@ -189,7 +189,7 @@ def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
 
 def _earlier_twins(
     pictures: Pictures, training: NDArray[Any], grouped: NDArray[np.bool_], config: DedupConfig
-) -> Iterator[Found]:
+) -> Iterator[TwinPairs]:
     for start in range(0, len(training), QUERY_TILE):
         queries = training[start : start + QUERY_TILE]
         twins = np.zeros(len(pictures.quality), np.int64)  # remembered of each row so far
@@ -209,9 +209,9 @@ def _earlier_twins(
 
 def _closest_twins(
     pictures: Pictures, training: NDArray[Any], held_out: NDArray[Any], config: DedupConfig
-) -> Iterator[Found]:
+) -> Iterator[TwinPairs]:
     for start in range(0, len(training), QUERY_TILE):
-        best: Found | None = None
+        best: TwinPairs | None = None
         for base in _tiles(held_out):
             found = _compare(pictures, training[start : start + QUERY_TILE], base, config)
             if best is not None:
@@ -235,7 +235,7 @@ def _rank(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.arange(len(rows)) - starts[np.cumsum(first) - 1] if len(rows) else np.zeros(0, np.int64)
 
 
-def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig) -> Found:
+def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig) -> TwinPairs:
     """Verified pairs of a tile, by query and then by base."""
     row, twin = np.divmod(_candidates(pictures, queries, base, config), len(base))
     row, twin = queries[row], base[twin]
@@ -243,13 +243,13 @@ def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], conf
         _verify(pictures, row[start : start + PAIR_BATCH], twin[start : start + PAIR_BATCH], config)
         for start in range(0, max(len(row), 1), PAIR_BATCH)
     ]
-    return Found(*(np.concatenate(values) for values in zip(*found, strict=True)))
+    return TwinPairs(*(np.concatenate(values) for values in zip(*found, strict=True)))
 
 
-def _verify(pictures: Pictures, row: NDArray[Any], twin: NDArray[Any], config: DedupConfig) -> Found:
+def _verify(pictures: Pictures, row: NDArray[Any], twin: NDArray[Any], config: DedupConfig) -> TwinPairs:
     pairs = measure(pictures, row, twin, config)
     good = (row != twin) & (pairs.same | look_alike(pairs, config))
-    return Found(row, twin, pairs.same, np.minimum(pairs.bits, pairs.trimmed_bits), pairs.cosine).take(good)
+    return TwinPairs(row, twin, pairs.same, np.minimum(pairs.bits, pairs.trimmed_bits), pairs.cosine).take(good)
 
 
 def _candidates(

@@ -1,9 +1,10 @@
 import pyarrow as pa
 
-from lookalike.data.interests.assignment import (
+from lookalike.data.interests.clusters import CLUSTERS
+from lookalike.data.interests.labelling import (
     ASSIGNED,
     LABEL_COUNTS,
-    Tables,
+    LabelTables,
     assign_part,
     choose_classes,
     count_labels,
@@ -11,16 +12,15 @@ from lookalike.data.interests.assignment import (
     number_part,
     terms_of_images,
 )
-from lookalike.data.interests.clusters import CLUSTERS
-from lookalike.data.interests.interests import RestrictionConfig
 from lookalike.data.interests.polysemy import SENSES, count_senses, describe_senses, separated
+from lookalike.data.interests.restriction import RestrictionConfig
 from lookalike.data.parts import add_up
-from tests.data.interests.test_interests import VOTES
+from tests.data.interests.test_restriction import VOTES
 
 
-def tables(share: float = 0.5) -> Tables:
+def tables(share: float = 0.5) -> LabelTables:
     clusters = {"jaguar": [0, 1], "cat": [0]}
-    return Tables(
+    return LabelTables(
         VOTES,
         clusters,
         {**clusters, "engine": [2]},

@@ -4,6 +4,7 @@ Counts that add up from the corpus to the labels, plots of label frequency, conc
 the least concrete terms, and contact sheets of labels, of dropped terms and of the senses of polysemous terms.
 """
 
+import json
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -47,11 +48,10 @@ class ReportConfig(Config):
     """Images a sense must have to itself for its term to count as told apart."""
 
 
-def write_report(
-    out: Draft, corpus: Artifact, stats: dict[str, Any], config: ReportConfig, classes: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Write ``report.html`` and its pictures into the draft; returns how many sheets it has."""
+def write_report(out: Draft, corpus: Artifact, stats: dict[str, Any], config: ReportConfig) -> dict[str, Any]:
+    """Write ``report.html`` and its pictures into the draft; return the number of contact sheets."""
     dictionary, polysemy = read_table(out.path("dictionary.parquet")), read_table(out.path("polysemy.parquet"))
+    classes = json.loads(storage.read_bytes(out.path("classes.json")))
     by_rank = sorted(classes, key=lambda c: (-c["images"], c["label"]))
     sections = {
         "labels": label_sheets(by_rank, config.labels),

@@ -1,12 +1,10 @@
-"""Step 4, interests: of terms, from a taxonomy with seed terms, and of images, from their own words (Pinterest 3.2.1).
+"""Interests of terms, learned from a taxonomy that lists seed terms under each interest (Pinterest section 3.2.1).
 
-A word has several senses ("jaguar": animals, transport). A term gets all the interests its text embedding speaks for;
-an image gets those of its text and of what people did with it; only where both agree does a label stay.
+A word may have several senses ("jaguar": animals, transport), so a term may belong to several interests.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 import yaml
@@ -19,7 +17,7 @@ from lookalike.data.interests.term_embedders import embed_terms
 from lookalike.data.text.terms import canonical
 from lookalike.errors import UsageError
 
-UNLISTED = 0.3  # the most a seed term's probability for an interest may be that its taxonomy does not list it under
+UNLISTED = 0.3  # upper bound of a seed term's probability for an interest under which the taxonomy does not list it
 
 
 class InterestConfig(Config):
@@ -33,16 +31,6 @@ class InterestConfig(Config):
     """Probability at which a term belongs to an interest; one always does, its best."""
     most: int = Field(3, ge=1, le=24)
     """Interests of a term at the most."""
-
-
-class RestrictionConfig(Config):
-    """Interests of an image."""
-
-    share: float = Field(0.65, ge=0, le=1)
-    """An image has its best interest and those that score at least this share of it; 0 turns the restriction off."""
-    interaction_weight: float = Field(1.0, ge=0)
-    """Weight of the terms of ``interactions`` (times their own weight, relative to the image's largest) beside the
-    annotations' scores; 0 leaves interactions out."""
 
 
 def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
@@ -105,45 +93,3 @@ def choose_interests(probabilities: NDArray[np.float32], config: InterestConfig)
 def votes(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
     """[n, interests]: a term has one vote, split over its interests; a term of no clear interest has less of one."""
     return np.asarray(probabilities / np.maximum(probabilities.sum(axis=1, keepdims=True), 1.0), np.float32)
-
-
-def image_interests(
-    evidence: Iterable[tuple[str, float]], voting: Mapping[str, NDArray[np.float32]], share: float
-) -> NDArray[np.int64]:
-    """Numbers of an image's interests: the votes of its terms, weighted, at ``share`` of the best.
-
-    ``evidence`` (term, weight) from annotations and interactions; ``voting`` term -> [interests], see :func:`votes`.
-    """
-    known = [(weight, voting[term]) for term, weight in sorted(evidence) if term in voting and weight > 0]
-    if not known:
-        return np.zeros(0, np.int64)
-    weights = np.array([weight for weight, _ in known], np.float64)
-    total = weights @ np.stack([vote for _, vote in known]).astype(np.float64)
-    return np.nonzero(total >= share * total.max() - 1e-9)[0]
-
-
-def interaction_evidence(
-    signals: Sequence[Mapping[str, Any]] | None, vocabulary: Mapping[str, Any], weight: float
-) -> list[tuple[str, float]]:
-    """(term, weight) of the vocabulary terms that the ``interactions`` of an image name (queries, board names)."""
-    from lookalike.data.text.terms import match_terms
-
-    largest = max((float(signal["weight"]) for signal in signals or ()), default=0.0)
-    if largest <= 0 or weight <= 0:
-        return []
-    found: dict[str, float] = {}
-    for signal in signals or ():
-        for term in match_terms(str(signal["term"]), vocabulary):
-            found[term] = max(found.get(term, 0.0), weight * float(signal["weight"]) / largest)
-    return sorted(found.items())
-
-
-def map_clusters(terms: Sequence[str], clusters: Mapping[str, Sequence[int]]) -> list[int]:
-    """Sorted cluster ids of ``terms``."""
-    return sorted({cluster for term in terms for cluster in clusters.get(term, ())})
-
-
-def restrict(clusters: Sequence[int], interest_of: Mapping[int, int], interests: NDArray[np.int64]) -> list[int]:
-    """The ``clusters`` whose interest is among ``interests``."""
-    allowed = set(interests.tolist())
-    return [cluster for cluster in clusters if interest_of[cluster] in allowed]

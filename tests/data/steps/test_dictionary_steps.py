@@ -14,8 +14,7 @@ import pytest
 from lookalike import storage
 from lookalike.artifacts import Draft
 from lookalike.data.parts import read_table
-from lookalike.data.steps import dictionary as visual
-from lookalike.data.steps import duplicates, text
+from lookalike.data.steps import dictionary, duplicates, signing, text
 from lookalike.data.steps.job import LabelJob, LabelsConfig
 from lookalike.errors import UsageError
 from lookalike.stages import StageRun
@@ -25,10 +24,18 @@ pytestmark = pytest.mark.ray
 SETTINGS: dict[str, Any] = {"annotations": {"min_images": 4}, "dictionary": {"positives": 48, "terms_per_task": 2}}
 
 
-def make_job(given: dict[str, Any], root: str, previous: Draft | None = None, **dictionary: Any) -> LabelJob:
-    settings = {**SETTINGS, "dictionary": {**SETTINGS["dictionary"], **dictionary}}
+def make_job(given: dict[str, Any], root: str, previous: Draft | None = None, **more: Any) -> LabelJob:
+    settings = {**SETTINGS, "dictionary": {**SETTINGS["dictionary"], **more}}
     inputs = {**given, "previous": [] if previous is None else [previous]}
     return LabelJob(StageRun(LabelsConfig.model_validate(settings), inputs, Draft(root, "labels", "x", "0" * 20)))
+
+
+def splits_of(job: LabelJob) -> dict[str, int]:
+    return dict(job.once("sign", signing.sign)["splits"])
+
+
+def score(job: LabelJob) -> dict[str, Any]:
+    return dictionary.score(job, splits_of(job))
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +45,9 @@ def annotated(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tu
     given = {"corpus": [publish_corpus(root, rows, 4)], "embeddings": [publish_embeddings(root, rows, 2)]}
     job = make_job(given, root)
     storage.make_directory(job.out.uri)
-    for name, step in (
-        ("sign", duplicates.sign),
-        ("duplicates", duplicates.find),
-        ("vocabulary", text.mine),
-        ("annotations", text.annotate_all),
-    ):
-        job.once(name, step)
+    job.once("duplicates", duplicates.find, splits_of(job))
+    job.once("vocabulary", text.mine)
+    job.once("annotations", text.annotate_all)
     return given, root
 
 
@@ -60,7 +63,7 @@ def dictionary_of(job: LabelJob) -> pa.Table:
 @pytest.fixture(scope="module")
 def scored(annotated: tuple[dict[str, Any], str], tmp_path_factory: pytest.TempPathFactory) -> tuple[LabelJob, Any]:
     job = copy(annotated, tmp_path_factory.mktemp("scored"))
-    return job, visual.score(job)
+    return job, score(job)
 
 
 def test_every_term_is_scored_or_too_few(scored: tuple[LabelJob, dict[str, Any]]) -> None:
@@ -78,11 +81,11 @@ def test_shuffle_limits_and_size_of_buckets_change_nothing(
 ) -> None:
     """The way of a large corpus: limits first, then a shuffle by bucket; and all terms in one bucket."""
     one = copy(annotated, tmp_path / "one", terms_per_task=1000)
-    assert visual.score(one) == scored[1]
-    monkeypatch.setattr(visual, "FEW_SPANS", 1)
+    assert score(one) == scored[1]
+    monkeypatch.setattr(dictionary, "FEW_SPANS", 1)
     monkeypatch.setattr("lookalike.data.steps.exchange.LOCAL_ROWS", 0)
     large = copy(annotated, tmp_path / "large", terms_per_task=3)
-    assert visual.score(large) == scored[1]
+    assert score(large) == scored[1]
     assert dictionary_of(large).equals(dictionary_of(scored[0]))
     assert dictionary_of(one).equals(dictionary_of(scored[0]))
     bucket = next(uri for uri in large.work_parts("sketch-6"))
@@ -97,7 +100,7 @@ def test_a_run_that_was_cut_off_scores_what_is_missing(scored: tuple[LabelJob, A
     os.remove(first)
     os.remove(again.out.path("dictionary.parquet"))
     before = [os.stat(uri).st_mtime_ns for uri in others]
-    assert visual.score(again) == stats
+    assert score(again) == stats
     assert dictionary_of(again).equals(dictionary_of(job))
     assert [os.stat(uri).st_mtime_ns for uri in others] == before
 
@@ -106,7 +109,7 @@ def test_with_earlier_labels_only_changed_terms_train(
     scored: tuple[LabelJob, Any], annotated: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     same = copy(annotated, tmp_path / "same", previous=scored[0].out)
-    stats = visual.score(same)
+    stats = score(same)
     assert (stats["trained"], stats["reused"]) == (0, scored[1]["trained"])
     assert dictionary_of(same).equals(dictionary_of(scored[0]))
     results = []
@@ -116,7 +119,7 @@ def test_with_earlier_labels_only_changed_terms_train(
         table = read_table(part)
         red = pc.equal(table["term"], "magick")
         pq.write_table(table.filter(pc.invert(red)), part)  # in this part no image is called so any more
-        results.append((visual.score(job), dictionary_of(job)))
+        results.append((score(job), dictionary_of(job)))
     (fresh, expected), (continued, found) = results
     assert found.equals(expected)
     old = dict(zip(*(dictionary_of(scored[0])[name].to_pylist() for name in ("term", "digest")), strict=True))
@@ -132,7 +135,7 @@ def test_the_boundary_from_retrieval_and_from_words(scored: tuple[LabelJob, Any]
     shutil.copytree(Path(job.out.root) / "labels", tmp_path / "labels")
     given = {"corpus": [job.corpus], "embeddings": [job.embeddings]}
     chosen = {"criterion": "retrieval", "split": "test", "images": 100}
-    found = visual.score(make_job(given, str(tmp_path), boundary_from=chosen))
+    found = score(make_job(given, str(tmp_path), boundary_from=chosen))
     assert found["criterion"] == "P@1 of the validation images"
     assert found["queries"] == sum(row["split"] == "test" and row["category"] is not None for row in make_rows(240))
     values = {row["boundary"]: row["value"] for row in found["curve"]}
@@ -144,7 +147,7 @@ def test_the_boundary_from_retrieval_and_from_words(scored: tuple[LabelJob, Any]
     words = tmp_path / "words.csv"
     words.write_text("term,concrete\ncircle,1\nred,1\nmagick,0\n")
     with pytest.raises(UsageError, match="2 concrete and 1 abstract"):
-        visual.score(make_job(given, str(tmp_path), boundary_from={"criterion": "words", "words": str(words)}))
+        score(make_job(given, str(tmp_path), boundary_from={"criterion": "words", "words": str(words)}))
     with pytest.raises(UsageError, match="0 images that share"):
-        visual.score(make_job(given, str(tmp_path), boundary_from={"criterion": "retrieval"}))
+        score(make_job(given, str(tmp_path), boundary_from={"criterion": "retrieval"}))
     assert stats["boundary"] == 0.65

@@ -21,7 +21,7 @@ UNREADABLE = "unreadable"  # key of a record that could not be read; its value i
 BATCH_ROWS = 256  # rows of a columnar file decoded at a time
 
 
-class Source(Config):
+class RecordSource(Config):
     """One set of raw records."""
 
     uri: str
@@ -79,7 +79,7 @@ class Reader(ABC):
     natural: ClassVar[Mapping[str, str]] = {}
     """Corpus field -> the column that holds it in this format when the recipe maps none: the format's own key."""
 
-    def __init__(self, source: Source, max_bytes: int) -> None:
+    def __init__(self, source: RecordSource, max_bytes: int) -> None:
         self.source = source
         self.max_bytes = max_bytes
         """No more than this and one byte of an image is read; ``data.records`` refuses what is longer."""

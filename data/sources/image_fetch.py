@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lookalike import storage
-from lookalike.data.sources.base import Record
+from lookalike.data.sources.reader import Record
 from lookalike.data.sources.texts import read_text
 from lookalike.vision.images import ImageError
 

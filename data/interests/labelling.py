@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lookalike.data.interests.interests import (
+from lookalike.data.interests.restriction import (
     RestrictionConfig,
     image_interests,
     interaction_evidence,
@@ -43,7 +43,7 @@ IMAGE_LABELS = pa.schema(
 """One row a training image that was kept: columns of the classifier (may be empty) and its interests."""
 
 
-class Tables(NamedTuple):
+class LabelTables(NamedTuple):
     """What every part needs; all of dictionary size, broadcast once."""
 
     voting: dict[str, NDArray[np.float32]]
@@ -66,14 +66,14 @@ def make_tables(
     everything: pa.Table,
     interests: list[str],
     restriction: RestrictionConfig,
-) -> Tables:
-    """``Tables`` from the ``CLUSTERS`` of the dictionary and of the whole vocabulary."""
+) -> LabelTables:
+    """``LabelTables`` from the ``CLUSTERS`` of the dictionary and of the whole vocabulary."""
     interest_of = {row["cluster"]: interests.index(row["interest"]) for row in clusters.to_pylist()}
     senses: dict[str, set[int]] = {}
     for row in everything.to_pylist():
         senses.setdefault(row["term"], set()).add(interests.index(row["interest"]))
     several = {term: sorted(own) for term, own in senses.items() if len(own) > 1}
-    return Tables(voting, _by_term(clusters), _by_term(everything), interest_of, several, interests, restriction)
+    return LabelTables(voting, _by_term(clusters), _by_term(everything), interest_of, several, interests, restriction)
 
 
 def _by_term(clusters: pa.Table) -> dict[str, list[int]]:
@@ -93,7 +93,7 @@ def terms_of_images(annotations: pa.Table, kept: Sequence[str]) -> list[dict[str
     return [found[image_id] for image_id in kept]
 
 
-def assign_part(annotations: pa.Table, rows: pa.Table, tables: Tables) -> tuple[pa.Table, pa.Table]:
+def assign_part(annotations: pa.Table, rows: pa.Table, tables: LabelTables) -> tuple[pa.Table, pa.Table]:
     """``ASSIGNED`` of the images in ``rows`` and their ``LABEL_COUNTS``.
 
     ``rows`` has ``image_id`` and, where the corpus has it, ``interactions``; ``annotations`` may hold other images too.
@@ -125,7 +125,7 @@ def assign_part(annotations: pa.Table, rows: pa.Table, tables: Tables) -> tuple[
     return pa.Table.from_pylist(assigned, schema=ASSIGNED), pa.Table.from_pylist(counted, schema=LABEL_COUNTS)
 
 
-def _interests(terms: dict[str, float], signals: list[dict[str, Any]] | None, tables: Tables) -> NDArray[np.int64]:
+def _interests(terms: dict[str, float], signals: list[dict[str, Any]] | None, tables: LabelTables) -> NDArray[np.int64]:
     asked = tables.restriction
     if asked.share == 0:  # no restriction: every interest is the image's
         return np.arange(len(tables.interests))
@@ -133,7 +133,7 @@ def _interests(terms: dict[str, float], signals: list[dict[str, Any]] | None, ta
     return image_interests([*terms.items(), *used], tables.voting, asked.share)
 
 
-def senses_of(terms: Iterable[str], own: NDArray[np.int64], tables: Tables) -> list[dict[str, Any]]:
+def senses_of(terms: Iterable[str], own: NDArray[np.int64], tables: LabelTables) -> list[dict[str, Any]]:
     """Each polysemous term of an image with those of its interests that are the image's too."""
     image = set(own.tolist())
     return [

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 
 from lookalike import storage
 from lookalike.data.parts import PartWriter, part_name, read_table, write_table
-from lookalike.data.sources.base import BATCH_ROWS, Reader, Record, Unit
-from lookalike.data.sources.images import fetch_images
-from lookalike.data.sources.records import Limits, Origin, check_records
+from lookalike.data.sources.image_fetch import fetch_images
+from lookalike.data.sources.reader import BATCH_ROWS, Reader, Record, Unit
+from lookalike.data.sources.records import RecordLimits, RecordOrigin, check_records
 from lookalike.errors import CorpusError
 from lookalike.schemas import CORPUS, QUARANTINE
 
@@ -30,15 +30,15 @@ Summary = dict[str, Any]
 """Of a unit: number, file, records, accepted (split -> rows), quarantined rows, number of its part files."""
 
 
-class Checks(NamedTuple):
+class UnitChecks(NamedTuple):
     """How a unit is checked and written."""
 
-    limits: Limits
+    limits: RecordLimits
     seed: int
     rows_per_file: int
 
 
-class Places:
+class UnitFiles:
     """Where a unit's results lie: its parts in the artifact, the rest in the draft's private folder."""
 
     def __init__(self, out: str, work: str) -> None:
@@ -58,7 +58,7 @@ class Places:
         return read_table(uri) if storage.exists(uri) else schema.empty_table()
 
 
-def check_unit(number: int, unit: Unit, reader: Reader, places: Places, how: Checks) -> Summary:
+def check_unit(number: int, unit: Unit, reader: Reader, places: UnitFiles, how: UnitChecks) -> Summary:
     """Read, check and write one unit, or return the summary that an earlier attempt left of it."""
     mark = places.of("summaries", number, "json")
     if storage.exists(mark):
@@ -73,7 +73,7 @@ def check_unit(number: int, unit: Unit, reader: Reader, places: Places, how: Che
     ):
         for records in _batches(reader, unit):
             fetch_images(records, reader.base, how.limits.max_bytes)
-            origin = Origin(unit["uri"], row, reader.source, how.seed)
+            origin = RecordOrigin(unit["uri"], row, reader.source, how.seed)
             checked = check_records(records, origin, limits=how.limits, seen=seen)
             parts.write(checked.accepted)
             ids.write(_ids(checked.accepted, number, checked.rows))
@@ -117,7 +117,7 @@ def find_repeated(ids: pa.Table) -> pa.Table:
     return frame.filter(pl.col("unit") > pl.col("unit").min().over("image_id")).to_arrow().cast(IDS)
 
 
-def drop_repeated(repeated: pa.Table, places: Places) -> pa.Table:
+def drop_repeated(repeated: pa.Table, places: UnitFiles) -> pa.Table:
     """Take some records of one unit out of its parts and note them for the quarantine; ``DROPPED``.
 
     May be repeated, and cut off at any point: it starts from the ids, which do not change.
@@ -154,7 +154,7 @@ def _drop_from_part(uri: str, image_ids: pa.Array) -> None:
         write_table(uri, read_table(uri).filter(pc.invert(dropped)), row_group_size=BATCH_ROWS)
 
 
-def problems_of_unit(unit: int, places: Places) -> pa.Table:
+def problems_of_unit(unit: int, places: UnitFiles) -> pa.Table:
     """``QUARANTINE`` rows of a unit in record order, rows counted within it.
 
     Repairs of a record that was dropped as repeated are left out: a record is either refused, by one row, or accepted.
