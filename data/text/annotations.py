@@ -5,16 +5,14 @@ threshold. Both are functions on a part of the corpus.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike.data.text.annotators import ANNOTATORS, Annotator
 from lookalike.data.text.settings import AnnotationConfig
-from lookalike.data.text.vocabulary import Integers, Vocabulary
+from lookalike.data.text.vocabulary import Vocabulary
 from lookalike.data.text.wordlists import WordLists
 
 TEXT_COLUMNS = [
@@ -57,27 +55,12 @@ def count_candidates(records: pa.Table, annotator: Annotator, lists: WordLists) 
     Aliases are merged, terms outside a supplied vocabulary left out; ``frequent_terms`` refuses the unfit.
     """
     for piece in _pieces(records.filter(pc.equal(records["split"], "train"))):
-        proposed = annotator.candidates(piece)
-        code, terms = _merged(proposed["term"], lists)
-        pair = np.unique(proposed["row"].to_numpy() * max(len(terms), 1) + code)
-        images = np.bincount(pair % max(len(terms), 1), minlength=len(terms))
-        keep = pa.array(images > 0)
+        proposed = pl.DataFrame(annotator.candidates(piece))
+        merged = proposed.select("row", pl.col("term").cast(pl.String).replace(dict(lists.aliases or {}))).unique()
+        counts = merged.group_by("term").agg(images=pl.len())
         if lists.vocabulary is not None:
-            keep = pc.and_(keep, pc.is_in(terms, value_set=pa.array(sorted(lists.vocabulary), pa.string())))
-        yield pa.table([terms, pa.array(images, pa.int64())], schema=COUNTS).filter(keep)
-
-
-def _merged(column: Any, lists: WordLists) -> tuple[Integers, Any]:
-    """A column of terms as codes and the terms they stand for, aliases merged; some terms may have no code."""
-    column = column.combine_chunks()
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    terms, aliases = encoded.dictionary, pa.array(list(lists.aliases or ()), pa.string())
-    merged = np.flatnonzero(pc.is_in(terms, value_set=aliases).to_numpy(zero_copy_only=False))
-    targets = [lists.merge(term) for term in terms.take(pa.array(merged)).to_pylist()]
-    terms = pa.concat_arrays([terms, pa.array(targets, pa.string())])
-    to = np.arange(len(terms))
-    to[merged] = pc.index_in(pa.array(targets, pa.string()), value_set=terms).to_numpy(zero_copy_only=False)
-    return to[encoded.indices.to_numpy(zero_copy_only=False)], terms
+            counts = counts.filter(pl.col("term").is_in(lists.vocabulary))
+        yield counts.to_arrow().cast(COUNTS)
 
 
 def frequent_terms(counts: pa.Table, config: AnnotationConfig, lists: WordLists) -> pa.Table:

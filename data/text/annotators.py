@@ -4,27 +4,26 @@
 ``precomputed`` takes the output of the user's own keyword model.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from functools import reduce
+from operator import mul
 
-import numpy as np
+import polars as pl
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from lookalike.data.text.phrases import Phrases
+from lookalike.data.text.languages import readable
+from lookalike.data.text.phrases import longest, spans
+from lookalike.data.text.settings import AnnotationConfig
 from lookalike.data.text.terms import canonical
-from lookalike.data.text.textfields import Entries, Fields, flatten_scored
-from lookalike.data.text.vocabulary import Integers, Vocabulary, expand
+from lookalike.data.text.textfields import read_fields
+from lookalike.data.text.vocabulary import Vocabulary
 from lookalike.registry import Registry
-
-if TYPE_CHECKING:
-    from lookalike.data.text.settings import AnnotationConfig
 
 FREE_TEXT = ("title", "description")
 OWNERS = ("creator", "dataset")
+IS_FREE = pl.col("field").is_in(FREE_TEXT)
 
 
 class Annotator(ABC):
@@ -54,143 +53,78 @@ ANNOTATORS: Registry[type[Annotator]] = Registry("annotator")
 class Lexical(Annotator):
     """Candidates are n-grams; a term scores 1 - prod(1 - weight) over the fields that name it.
 
-    Free text names the longest terms in it; a keyword or a part of a category names itself, or, when it is no term,
-    what it holds. Names of the record's creator or data set are no terms of it: they say who made the picture.
+    Free text names the longest terms in it; a keyword or a part of a category names itself or, if it is no term, the
+    terms in it. Terms in the name of the record's creator or data set do not count: they say who made the picture.
     """
 
     def candidates(self, records: pa.Table) -> pa.Table:
         """Terms of the fields that can make an annotation by themselves."""
         names = [name for name, weight in self.config.field_weights.items() if weight >= self.config.min_score]
-        fields = Fields(records, [*names, *OWNERS], self.config.max_characters)
-        phrases = Phrases(fields.texts)
-        text, key = phrases.ngrams()
-        count, whole = np.bincount(text, minlength=phrases.count), phrases.whole()
-        rows, keys = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for name in names:
-            entries = self._readable(fields, name)
-            if name in FREE_TEXT:
-                found, index = expand(entries.text, count, key)
-            else:
-                index = np.nonzero(whole[entries.text])[0]
-                found = whole[entries.text[index]]
-            rows.append(entries.row[index])
-            keys.append(found)
-        row, (terms, code) = np.concatenate(rows), np.unique(np.concatenate(keys), return_inverse=True)
-        keep = ~_is_own(row, code, len(terms), _own(fields, count, key, terms))
-        named = pa.DictionaryArray.from_arrays(pa.array(code[keep], pa.int32()), phrases.strings(terms))
-        return pa.table({"row": row[keep], "term": named})
+        entries, owners, terms = self._read(records, names)
+        named = entries.join(terms, on="text").filter(pl.when(IS_FREE).then("within").otherwise("whole"))
+        own = owners.join(terms.filter("within"), on="text")
+        return named.join(own, on=["row", "term"], how="anti").select("row", "term").to_arrow()
 
     def annotate(self, records: pa.Table, vocabulary: Vocabulary) -> pa.Table:
         """Noisy-or over the fields, in the order of the settings."""
-        fields = Fields(records, list(self.config.field_weights), self.config.max_characters)
-        phrases = Phrases(fields.texts)
-        text, position = phrases.matches(vocabulary)
-        count, whole = np.bincount(text, minlength=phrases.count), phrases.whole_matches(vocabulary)
-        size = max(len(vocabulary), 1)
-        pairs, strengths = [], []
-        for name in self.config.field_weights:
-            entries = self._readable(fields, name)
-            direct = np.where(name in FREE_TEXT, -1, whole[entries.text])
-            within, index = expand(entries.text[direct < 0], count, position)
-            row = np.concatenate([entries.row[direct >= 0], entries.row[direct < 0][index]])
-            pairs.append(row * size + np.concatenate([direct[direct >= 0], within]))
-            strength = entries.strength
-            strengths.append(np.concatenate([strength[direct >= 0], strength[direct < 0][index]]))
-        pair, score = _noisy_or(pairs, strengths, list(self.config.field_weights.values()))
-        row, code = pair // size, pair % size
-        keep = ~_is_own(row, code, size, self._own_positions(records, vocabulary))
-        named = pa.DictionaryArray.from_arrays(pa.array(code[keep], pa.int32()), vocabulary.array)
-        return pa.table({"row": row[keep], "term": named, "score": score[keep]})
+        weights = self.config.field_weights
+        entries, owners, terms = self._read(records, weights)
+        matches = terms.join(vocabulary.spellings, on="term")
+        within, whole = matches.filter("within"), matches.filter("whole").select("text", "position")
+        free = longest(within).select("text", position="ends").explode("position")
+        listed = pl.concat([whole, free.join(whole, on="text", how="anti")])
+        named = pl.concat(
+            [entries.filter(IS_FREE).join(free, on="text"), entries.filter(~IS_FREE).join(listed, on="text")]
+        )
+        named = named.join(owners.join(within, on="text"), on=["row", "position"], how="anti")
+        strength = [pl.when(field=name).then("strength").otherwise(0.0).max().alias(name) for name in weights]
+        doubt = [1.0 - weight * pl.col(name) for name, weight in weights.items()]
+        scored = (
+            named.group_by("row", "position").agg(strength).with_columns(score=1.0 - reduce(mul, doubt, pl.lit(1.0)))
+        )
+        return scored.select("row", vocabulary.terms.gather(scored["position"]).alias("term"), "score").to_arrow()
 
-    def _readable(self, fields: Fields, name: str) -> Entries:
-        """A category is not asked for its language: it comes from the one taxonomy of its source."""
-        return fields[name] if name == "category" else fields.in_language(name, self.config.language)
+    def _read(self, records: pa.Table, names: Iterable[str]) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+        """Entries of the named fields that may be read, names of owners, and the ``spans`` of their distinct texts.
 
-    def _own_positions(self, records: pa.Table, vocabulary: Vocabulary) -> tuple[Integers, Integers]:
-        owners = Fields(records, OWNERS, self.config.max_characters)
-        text, position = Phrases(owners.texts).named(vocabulary)
-        order = np.argsort(text, kind="stable")
-        return _of_owners(owners, np.bincount(text, minlength=len(owners.texts)), position[order])
-
-
-def _of_owners(fields: Fields, count: Integers, values: Integers) -> tuple[Integers, Integers]:
-    """(row, value) of everything the names of each record's owners hold."""
-    found = [(fields[name].row, *expand(fields[name].text, count, values)) for name in OWNERS]
-    return np.concatenate([row[index] for row, _, index in found]), np.concatenate([value for _, value, _ in found])
-
-
-def _own(fields: Fields, count: Integers, key: Integers, terms: Integers) -> tuple[Integers, Integers]:
-    row, own = _of_owners(fields, count, key)
-    at = np.minimum(np.searchsorted(terms, own), max(len(terms) - 1, 0))
-    same = terms[at] == own if len(terms) else np.zeros(len(own), bool)
-    return row[same], at[same]
-
-
-def _is_own(row: Integers, code: Integers, size: int, own: tuple[Integers, Integers]) -> NDArray[np.bool_]:
-    named = np.zeros(size, bool)
-    named[own[1]] = True
-    doubtful = np.nonzero(named[code])[0]
-    result = np.zeros(len(row), bool)
-    result[doubtful] = np.isin(row[doubtful] * size + code[doubtful], own[0] * size + own[1])
-    return result
-
-
-def _noisy_or(
-    pairs: list[Integers], strengths: list[NDArray[np.float64]], weights: list[float]
-) -> tuple[Integers, NDArray[np.float64]]:
-    """The distinct pairs of all fields and 1 - prod(1 - weight x the pair's greatest strength in the field)."""
-    distinct, inverse = np.unique(np.concatenate([np.zeros(0, np.int64), *pairs]), return_inverse=True)
-    doubt = np.ones(len(distinct))
-    start = 0
-    for pair, strength, weight in zip(pairs, strengths, weights, strict=True):
-        best = np.zeros(len(distinct))
-        np.maximum.at(best, inverse[start : start + len(pair)], strength)
-        doubt *= 1.0 - weight * best
-        start += len(pair)
-    return distinct, 1.0 - doubt
+        A category is not asked for its language: it comes from the one taxonomy of its source.
+        """
+        entries = read_fields(records, [*names, *OWNERS])
+        entries = entries.with_columns(pl.col("text").str.head(self.config.max_characters))
+        if self.config.language is not None:
+            exempt = pl.col("field").is_in(["category", *OWNERS])
+            read = readable(entries.filter(~exempt), self.config.language)
+            entries = pl.concat([entries.filter(exempt), read])
+        texts = entries["text"].to_arrow().dictionary_encode()
+        entries = entries.with_columns(text=pl.Series(texts.indices, dtype=pl.Int64))
+        owned = pl.col("field").is_in(OWNERS)
+        return entries.filter(~owned), entries.filter(owned), spans(texts.dictionary.to_pylist())
 
 
 @ANNOTATORS.register("precomputed")
 class Precomputed(Annotator):
-    """Terms and scores of the user's own keyword model, brought into canonical form."""
+    """Terms and scores of the user's own keyword model, in canonical form."""
 
     def candidates(self, records: pa.Table) -> pa.Table:
         """The terms that can make an annotation."""
-        row, terms, score = self._given(records)
-        code, distinct = _canonical_codes(terms)
-        keep = (code >= 0) & (score >= self.config.min_score)
-        return pa.table({"row": row[keep], "term": pa.array(distinct, pa.string()).take(pa.array(code[keep]))})
+        given = self._given(records)
+        return given.filter(pl.col("score") >= self.config.min_score).select("row", "term").to_arrow()
 
     def annotate(self, records: pa.Table, vocabulary: Vocabulary) -> pa.Table:
         """The user's score of each term."""
-        row, terms, score = self._given(records)
-        code, distinct = _canonical_codes(terms)
-        position = np.array([*(vocabulary.position(term) for term in distinct), -1], np.int64)[code]
-        keep = position >= 0
-        return pa.table(
-            {"row": row[keep], "term": vocabulary.array.take(pa.array(position[keep])), "score": score[keep]}
-        )
+        given = self._given(records).join(vocabulary.spellings, on="term")
+        return given.select("row", vocabulary.terms.gather(given["position"]).alias("term"), "score").to_arrow()
 
-    def _given(self, records: pa.Table) -> tuple[Integers, Any, NDArray[np.float64]]:
-        name = self.config.scores_from
-        if name == "annotations":
-            if name not in records.column_names or pa.types.is_null(records.schema.field(name).type):
-                return np.zeros(0, np.int64), pa.array([], pa.string()), np.zeros(0)
-            return flatten_scored(records[name], "score")
-        fields = Fields(records, [name], self.config.max_characters)
-        parsed = [parse_scored(text) for text in fields.texts]
-        entries = fields[name]
-        score = np.array([value for _, value in parsed], np.float64)[entries.text]
-        return entries.row, pa.array([term for term, _ in parsed], pa.string()).take(pa.array(entries.text)), score
-
-
-def _canonical_codes(terms: Any) -> tuple[Integers, list[str]]:
-    """The canonical form of each term as an index of the distinct ones; -1 for what is no term."""
-    encoded = terms.dictionary_encode()
-    numbers: dict[str, int] = {}
-    forms = (canonical(term) for term in encoded.dictionary.to_pylist())
-    code = np.array([-1 if form is None else numbers.setdefault(form, len(numbers)) for form in forms], np.int64)
-    return code[encoded.indices.to_numpy(zero_copy_only=False)], list(numbers)
+    def _given(self, records: pa.Table) -> pl.DataFrame:
+        name, cut = self.config.scores_from, self.config.max_characters
+        entries = read_fields(records, [name])
+        texts = entries["text"].unique().to_list()
+        pairs = [(text, 1.0) if name == "annotations" else parse_scored(text[:cut]) for text in texts]
+        terms = [canonical(term) for term, _ in pairs]
+        scores = [score for _, score in pairs]
+        schema = {"text": pl.String, "term": pl.String, "score": pl.Float64}
+        parsed = pl.DataFrame({"text": texts, "term": terms, "score": scores}, schema=schema).drop_nulls("term")
+        return entries.join(parsed, on="text").with_columns(score=pl.col("score") * pl.col("strength"))
 
 
 def parse_scored(keyword: str) -> tuple[str, float]:

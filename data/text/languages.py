@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 MIN_WORDS = 4
@@ -149,28 +150,24 @@ def _score(text: NDArray[np.int64], feature: NDArray[np.int64], count: int, mode
     return np.asarray(scores, dtype=np.float32)
 
 
-def readable(
-    texts: Sequence[str],
-    text: NDArray[np.int64],
-    locales: Sequence[str | None],
-    locale: NDArray[np.int64],
-    language: str,
-) -> NDArray[np.bool_]:
-    """Whether each pair of a text and a locale may be read as ``language``.
+def readable(entries: pl.DataFrame, language: str) -> pl.DataFrame:
+    """The rows of ``entries`` (columns ``text`` and ``locale``) that may be read as ``language``.
 
-    ``text`` and ``locale`` [n] index the distinct ``texts`` and ``locales``. A text of at least four words is read when
-    it is identified as the language, whatever its locale; when its locale is the language and it is not surely
-    something else; and when it has no locale and is not likely something else. A shorter text is read unless its
-    locale is another language.
+    A text of at least four words is read if it is identified as the language, whatever its locale; if its locale is the
+    language and the text is not surely in another; and if it has no locale and is not likely in another. A shorter text
+    is read unless its locale is another language.
     """
-    codes = [language_of(value) for value in locales]
-    foreign = np.array([code not in (None, language) for code in codes], bool)[locale]
-    limit = np.array([LIKELY if code is None else SURE for code in codes], np.float32)[locale]
-    long = np.array([len(value.split(None, MIN_WORDS)) >= MIN_WORDS for value in texts], bool)
-    is_wanted, other = np.zeros(len(texts), bool), np.zeros(len(texts), np.float32)
-    if long.any():
-        chosen = np.nonzero(long)[0]
-        found, confidence = identify([texts[at] for at in chosen.tolist()])
-        is_wanted[chosen] = found == language
-        other[chosen] = np.where(found == language, 0, confidence)
-    return np.asarray(is_wanted[text] | (~foreign & (other[text] < limit)))
+    texts = [text for text in entries["text"].unique().to_list() if len(text.split(None, MIN_WORDS)) >= MIN_WORDS]
+    codes, confidence = identify(texts)
+    wanted = codes == language
+    identified = pl.DataFrame(
+        {"text": texts, "doubt": np.where(wanted, -1, confidence)}, schema={"text": pl.String, "doubt": pl.Float32}
+    )
+    limits = {None: LIKELY, language: SURE}
+    locales = entries["locale"].unique()
+    limit = pl.DataFrame(
+        {"locale": locales, "limit": [limits.get(language_of(code), 0.0) for code in locales]},
+        schema={"locale": pl.String, "limit": pl.Float32},
+    )
+    doubt = entries.join(identified, on="text", how="left").join(limit, on="locale", how="left", nulls_equal=True)
+    return doubt.filter(pl.col("doubt").fill_null(0.0) < pl.col("limit")).select(entries.columns)

@@ -1,4 +1,5 @@
 import numpy as np
+import polars as pl
 import pytest
 
 from lookalike.data.text.languages import IDENTIFY_CHARACTERS, identify, language_of, readable
@@ -33,7 +34,8 @@ def test_batches_answer_as_py3langid_does_for_one_text() -> None:
 
 
 def may(text: str, locale: str | None, language: str = "en") -> bool:
-    return bool(readable([text], np.zeros(1, int), [locale], np.zeros(1, int), language)[0])
+    schema = {"text": pl.String, "locale": pl.String}
+    return not readable(pl.DataFrame({"text": [text], "locale": [locale]}, schema=schema), language).is_empty()
 
 
 def test_foreign_text_is_not_read_and_the_locale_is_a_hint() -> None:
