@@ -1,14 +1,14 @@
-"""``lookalike serve --check-config``: a Serve config file, held against Serve's own schema and ours, key by key.
+"""``lookalike serve --check-config``: compare a Serve config file, key by key, with Serve's own schema and ours.
 
-Serve ignores most keys that it does not know, so a misspelt setting would keep its default without a word.
+Serve ignores most keys that it does not know, so a misspelt setting would silently keep its default.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
@@ -16,24 +16,27 @@ from lookalike.registry import nearest
 from lookalike.serve.settings.config import ServeConfig
 
 IMPORT_PATH = "lookalike.serve.app:build"
-Schema = Mapping[str, Any]
 
 
 def check_file(path: str) -> list[str]:
-    """A line on each application in a Serve config file or in the RayService manifests of a YAML file.
+    """Return a line for each application in a Serve config file, or in the RayService manifests of a YAML file.
 
-    Raises ``UsageError`` for what Serve refuses, keys that it would ignore, and settings that are not ours.
+    Raises ``UsageError`` for what Serve refuses, for keys that it would ignore, and for unknown settings of ours.
     """
     try:
-        documents = [one for one in yaml.safe_load_all(Path(path).read_text()) if one is not None]
+        documents = [document for document in yaml.safe_load_all(Path(path).read_text()) if document is not None]
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}); give a Serve config file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no YAML: {error}") from None
+        raise UsageError(f"{path} is not YAML: {error}") from None
     configs = list(_configs(documents, path))
     if not configs:
         raise UsageError(f"{path} holds neither a Serve config nor a RayService; give one of them")
-    return [line for where, config in configs for line in describe(check_serve_config(config, where))]
+    return [
+        f"{name}: " + ("not ours, its args are not checked" if settings is None else f"serves {settings.index}")
+        for where, config in configs
+        for name, settings in check_serve_config(config, where).items()
+    ]
 
 
 def _configs(documents: list[Any], path: str) -> Iterator[tuple[str, Any]]:
@@ -52,75 +55,58 @@ def _read_manifest(document: Mapping[str, Any], where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, AttributeError) as error:
-        raise UsageError(f"{where}: spec.serveConfigV2 is no YAML text: {error}") from None
-
-
-def describe(settings: Mapping[str, ServeConfig | None]) -> list[str]:
-    """Lines of text on what ``check_serve_config`` found."""
-    return [
-        f"{name}: {'not ours, its args are not checked' if one is None else f'serves {one.index}'}"
-        for name, one in settings.items()
-    ]
+        raise UsageError(f"{where}: spec.serveConfigV2 is not YAML text: {error}") from None
 
 
 def check_serve_config(config: Any, where: str) -> dict[str, ServeConfig | None]:
-    """The settings of each application by name (None for one that is not ours); raises as ``check_file`` does."""
+    """Return the settings of each application by name, None for a foreign one; raises as ``check_file`` does."""
     from ray.serve.schema import ServeDeploySchema
 
-    schema = ServeDeploySchema.model_json_schema()
-    for place, key, valid in unknown_keys(config, schema, schema.get("$defs", {})):
+    for place, key, valid in ignored_keys(config, ServeDeploySchema):
         raise UsageError(
-            f"{where}: Serve would ignore {f'{place}.{key}'.removeprefix('.')!r}{nearest(key, valid)}; "
-            f"valid keys: {', '.join(valid)}"
+            f"{where}: Serve would ignore {place + key!r}{nearest(key, valid)}; valid keys: {', '.join(valid)}"
         )
     try:
         applications = ServeDeploySchema.model_validate(config).applications
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
         raise UsageError(f"{where}: Serve refuses " + "; ".join(problems)) from None
     if not applications:
         raise UsageError(f"{where} holds no application, and Serve would end those that run; add one")
-    return {one.name: _check_args(one.import_path, one.args, f"{where}: {one.name}") for one in applications}
+    return {app.name: _check_args(app.import_path, app.args, f"{where}: {app.name}") for app in applications}
 
 
 def _check_args(import_path: str, args: Mapping[str, Any], where: str) -> ServeConfig | None:
     if import_path != IMPORT_PATH:
         if import_path.startswith("lookalike."):
-            raise UsageError(f"{where}: import_path {import_path!r} is no application; ours is {IMPORT_PATH}")
+            raise UsageError(f"{where}: import_path {import_path!r} is not an application; ours is {IMPORT_PATH}")
         return None
     config = parse_config(ServeConfig, args, where)
     if "tls" in args:
-        raise UsageError(f"{where}: 'tls' is of `lookalike serve` alone; put a proxy before the gRPC port instead")
+        raise UsageError(f"{where}: 'tls' is only for `lookalike serve`; put a proxy before the gRPC port instead")
     return config
 
 
-def unknown_keys(value: Any, schema: Schema, shared: Schema, place: str = "") -> Iterator[tuple[str, str, list[str]]]:
-    """(place, key, valid keys) of each key that the JSON schema does not name where it names some."""
-    options = list(_options(schema, shared))
-    if isinstance(value, Mapping):
-        known = {key: part for option in options for key, part in option.get("properties", {}).items()}
-        others = [
-            option["additionalProperties"]
-            for option in options
-            if isinstance(option.get("additionalProperties"), Mapping)
-        ]
-        for key, item in value.items():
-            if known and key not in known:
-                yield place, str(key), sorted(known)
-            inner = known.get(key, {"anyOf": others})
-            yield from unknown_keys(item, inner, shared, f"{place}.{key}".removeprefix("."))
-    elif isinstance(value, list):
-        items = {"anyOf": [option["items"] for option in options if "items" in option]}
+def ignored_keys(value: Any, kind: Any, place: str = "") -> Iterator[tuple[str, str, list[str]]]:
+    """Yield (place, key, valid keys) for each key of ``value`` that no pydantic model in the type ``kind`` has.
+
+    Serve's models are read, not built: building some of them imports the user's modules.
+    """
+    models = list(_models_in(kind))
+    if isinstance(value, list):
         for position, item in enumerate(value):
-            yield from unknown_keys(item, items, shared, f"{place}.{position}".removeprefix("."))
+            yield from ignored_keys(item, kind, f"{place}{position}.")
+    elif isinstance(value, Mapping) and models:
+        types = {name: field.annotation for model in models for name, field in model.model_fields.items()}
+        for key, item in value.items():
+            if key not in types:
+                yield place, str(key), sorted(types)
+            yield from ignored_keys(item, types.get(key), f"{place}{key}.")
 
 
-def _options(schema: Schema, shared: Schema) -> Iterator[Schema]:
-    """The plain schemas that ``schema`` stands for; where one is a model, a free mapping beside it does not count."""
-    if "$ref" in schema:
-        yield from _options(shared[schema["$ref"].rpartition("/")[2]], shared)
-    elif "anyOf" in schema or "allOf" in schema:
-        for part in [*schema.get("anyOf", ()), *schema.get("allOf", ())]:
-            yield from _options(part, shared)
-    else:
-        yield schema
+def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
+    """Yield the pydantic models that a type names, as in ``list[Model]`` or ``dict | Model | None``."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for part in get_args(kind):
+        yield from _models_in(part)

@@ -52,7 +52,7 @@ DEPLOYMENT = "applications.0.deployments"
         ("applications.0.import_path", "lookalike.serve.app:buidl", "ours is lookalike.serve.app:build"),
         ("applications.0.args.limits", {"max_kk": 3}, "unknown key 'limits.max_kk' (did you mean 'max_k'?)"),
         ("applications.0.args.placement", "all", "'placement' is 'all'"),
-        ("applications.0.args.tls", {"port": 1}, "'tls' is of `lookalike serve` alone"),
+        ("applications.0.args.tls", {"port": 1}, "'tls' is only for `lookalike serve`"),
     ],
 )
 def test_a_mistake_is_named_with_its_place(path: str, value: Any, words: str) -> None:
@@ -100,12 +100,12 @@ def test_files_and_manifests_and_other_applications(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("- 1", "holds a list where a mapping"),
         ("", "neither a Serve config nor a RayService"),
         ("apiVersion: v1\nkind: Service", "neither"),
-        ("apiVersion: v1\nkind: RayService\nspec: {}", "is no YAML text"),
-        ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'a: ['}", "is no YAML text"),
+        ("apiVersion: v1\nkind: RayService\nspec: {}", "is not YAML text"),
+        ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'a: ['}", "is not YAML text"),
         ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'text'}", "Serve refuses"),
     ],
 )
