@@ -1,4 +1,4 @@
-"""The Python clients of the retrieval service, blocking and asyncio; need grpcio, protobuf and numpy, nothing else.
+"""The Python clients of the retrieval service, blocking and asyncio. They need only grpcio, protobuf and numpy.
 
     with Client("127.0.0.1:9000") as client:
         for hit in client.search(image=open("chair.jpg", "rb").read(), k=5).hits:
@@ -60,8 +60,8 @@ RETRY = json.dumps(
         ]
     }
 )
-"""gRPC service config: calls are reads, or writes that may be made twice, so one that found no server is repeated,
-within its deadline. What else is repeated: ``lookalike.serve.client.attempts``."""
+"""gRPC service config: a call that found no server is repeated within its deadline. All calls are reads, or writes
+that may be made twice. ``lookalike.serve.client.attempts`` repeats calls for other reasons."""
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_retries", 1),
@@ -73,9 +73,9 @@ OPTIONS = [
 class Client:
     """Blocking client; safe to share between threads. Every method raises ``RetrievalError`` with a gRPC status.
 
-    ``address`` is ``host:port``; ``timeout_s`` the deadline of each call; ``application`` the Serve application to
-    ask where several share the port; ``token`` the bearer token, which travels in clear text without ``tls``;
-    ``channel`` replaces the channel (interceptors).
+    ``address`` is ``host:port``; ``timeout_s`` is the deadline of each call in seconds; ``application`` names the Serve
+    application when several share the port; ``token`` is the bearer token, sent in clear text without ``tls``;
+    ``channel`` replaces the gRPC channel, for interceptors.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class Client:
         image_id: str | None = None,
         **settings: Unpack[SearchSettings],
     ) -> SearchResult:
-        """The ``k`` stored images nearest to one query: exactly one of ``image``, ``vector`` and ``image_id``.
+        """Return the ``k`` stored images nearest to one query: exactly one of ``image``, ``vector`` and ``image_id``.
 
-        ``vector`` is float [dim], normalised or not; ``settings`` are those of ``SearchSettings``.
+        ``vector`` is float [dim], normalised or not; ``SearchSettings`` lists the other arguments.
         """
         query = to_query(one_of(image, vector, image_id))
         return from_response(self._call("Search", pb.SearchRequest(query=query, options=to_options(settings))))
@@ -111,15 +111,15 @@ class Client:
     def search_batch(
         self, queries: Sequence[Query] | FloatArray, **settings: Unpack[SearchSettings]
     ) -> list[SearchResult]:
-        """One result a query (see ``Query``; a float [n, dim] array is n vectors), in one round trip."""
+        """Return one result per query, in one round trip; a float [n, dim] array is n vector queries."""
         return from_batch(self._call("SearchBatch", to_batch(queries, settings)))
 
     def search_stream(
         self, batches: Iterable[Sequence[Query] | FloatArray], **settings: Unpack[SearchSettings]
     ) -> Iterator[list[SearchResult] | RetrievalError]:
-        """The answers to ``batches``, in their order, over one call that has no deadline of its own.
+        """Yield the results of each batch, in order, over one call without a deadline.
 
-        A batch that fails has its error in its place. ``batches`` may be endless: they are drawn as answers are.
+        A batch that fails yields its error instead. ``batches`` may be endless: it is read as the answers are.
         """
         requests = (pb.SearchStreamRequest(batch=to_batch(queries, settings)) for queries in batches)
         try:
@@ -128,24 +128,27 @@ class Client:
             raise to_error(error) from None
 
     def embed(self, images: Sequence[bytes]) -> Embeddings:
-        """Vectors of encoded images, one row each."""
+        """Return the vectors of encoded images, one row per image."""
         return from_embeddings(self._call("Embed", pb.EmbedRequest(images=images)))
 
     def feedback(self, request_id: str, kind: str, *, id: str = "") -> None:
-        """Tell what became of an answer (``SearchInfo.request_id``): ``kind`` is a short word such as "click", ``id``
-        the hit that was acted on, if one was."""
+        """Report what a user did with an answer.
+
+        ``request_id`` comes from ``SearchInfo``; ``kind`` is a short word such as "click"; ``id`` is the hit that the
+        user acted on, if any.
+        """
         self._call("Feedback", pb.FeedbackRequest(request_id=request_id, id=id, kind=kind))
 
     def describe(self) -> Description:
-        """What the service serves."""
+        """Describe what the service serves."""
         return from_description(self._call("Describe", pb.DescribeRequest()))
 
     def upsert(self, rows: Iterable[StoredRow], *, model_fingerprint: str = "") -> int:
-        """Store images, or replace those of the same ids; the number of the write, which is then durable."""
+        """Store images, or replace those with the same ids. Return the number of the write, which is then durable."""
         return int(self._call("Upsert", to_upsert(rows, model_fingerprint)).write)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Remove images by id; the number of the write, which is then durable."""
+        """Remove images by id. Return the number of the write, which is then durable."""
         return int(self._call("Delete", pb.DeleteRequest(ids=ids)).write)
 
     def switch(
@@ -157,7 +160,7 @@ class Client:
         includes_writes: int | None = None,
         timeout_s: float = 600.0,
     ) -> pb.Generation:
-        """Serve another index from now on, once all replicas have loaded it; see ``SwitchRequest``."""
+        """Serve another index once all replicas have loaded it; see ``SwitchRequest`` in ``retrieval.proto``."""
         request = pb.SwitchRequest(
             index=index, plan=plan, encoder=encoder, includes_writes=includes_writes, timeout_s=round(timeout_s)
         )
@@ -170,18 +173,18 @@ class Client:
         return response.current
 
     def compact(self, *, timeout_s: float = 3600.0) -> pb.Generation:
-        """Build an index that holds all writes, and serve it."""
+        """Build an index that contains all writes, and serve it."""
         request = pb.CompactRequest(timeout_s=round(timeout_s))
         response: pb.CompactResponse = self._admin("Compact", request, timeout_s)
         return response.current
 
     def status(self) -> pb.StatusResponse:
-        """What is served and loaded, and what waits for compaction."""
+        """Return what is served and loaded, and how many rows wait for compaction."""
         response: pb.StatusResponse = self._admin("Status", pb.StatusRequest(), self.timeout_s)
         return response
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Return when the address accepts connections; raises UNAVAILABLE after ``timeout_s`` seconds."""
+        """Return when the address accepts connections; raise UNAVAILABLE after ``timeout_s`` seconds."""
         try:
             grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
         except grpc.FutureTimeoutError:
@@ -222,7 +225,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio: methods are coroutines; a cancelled one ends its call in the service too."""
+    """The same for asyncio. Methods are coroutines; cancelling one also ends its call in the service."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a client shows to the service: a bearer token, and certificates of TLS. Needs grpcio, nothing else."""
+"""A client's credentials: bearer token and TLS certificates. Needs only grpcio."""
 
 import argparse
 import os
@@ -12,34 +12,34 @@ import grpc
 from lookalike.errors import UsageError
 
 TOKEN_VARIABLE = "LOOKALIKE_TOKEN"
-Paths = str | Path
+PathLike = str | Path
 
 
 @dataclass(frozen=True)
 class ClientTls:
-    """TLS towards the service; every field is the path of a PEM file or left out."""
+    """TLS settings of a client; each path names a PEM file."""
 
-    ca: Paths | None = None
-    """Certificates of the authorities that the service's is signed by; None takes the public ones that gRPC brings."""
-    certificate: Paths | None = None
-    """The client's own certificate, where the service asks for one (mTLS)."""
-    key: Paths | None = None
-    """Its key."""
+    ca: PathLike | None = None
+    """Authorities that may have signed the service's certificate; None takes the public ones that come with gRPC."""
+    certificate: PathLike | None = None
+    """The client's certificate, if the service asks for one (mTLS)."""
+    key: PathLike | None = None
+    """The key of ``certificate``."""
     server_name: str = ""
-    """Name in the service's certificate, when it is not the one it is called by."""
+    """Name in the service's certificate, if it differs from the host in the address."""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """For a secure channel; raises ``UsageError`` for what cannot be read."""
+        """Return the credentials of a secure channel; raises ``UsageError`` for a file that cannot be read."""
         if (self.certificate is None) != (self.key is None):
             raise UsageError("the client's certificate and its key belong together; give both, or neither")
         return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
 
     def options(self) -> list[tuple[str, Any]]:
-        """Options of the channel."""
+        """Channel options for these settings."""
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
 
 
-def _read(path: Paths | None) -> bytes | None:
+def _read(path: PathLike | None) -> bytes | None:
     if path is None:
         return None
     try:
@@ -49,14 +49,14 @@ def _read(path: Paths | None) -> bytes | None:
 
 
 def open_channel(grpc_module: Any, address: str, tls: ClientTls | None, options: Sequence[tuple[str, Any]]) -> Any:
-    """A channel of ``grpc`` or ``grpc.aio``."""
+    """Open a channel of ``grpc`` or ``grpc.aio``, encrypted if ``tls`` is given."""
     if tls is None:
         return grpc_module.insecure_channel(address, options=options)
     return grpc_module.secure_channel(address, tls.credentials(), options=[*options, *tls.options()])
 
 
 def call_metadata(application: str, token: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata of each call; raises ``UsageError`` for a token that no header can hold."""
+    """Return the metadata of every call; raises ``UsageError`` for a token that does not fit into a header."""
     pairs = [("application", application)] if application else []
     if token is not None:
         if not token or not token.isascii() or not token.isprintable() or " " in token:
@@ -69,7 +69,7 @@ def call_metadata(application: str, token: str | None) -> tuple[tuple[str, str],
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token in the file at ``path``, or in the environment; None without either."""
+    """Return the token from the file at ``path`` or, without a path, from the environment; None if there is none."""
     if path is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip() or None
     try:
@@ -79,7 +79,7 @@ def read_token(path: Path | None) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that asks a service."""
+    """Add the access flags of a command that calls the service."""
     group = parser.add_argument_group("access")
     group.add_argument(
         "--token-file",
@@ -94,6 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_tls(options: argparse.Namespace) -> ClientTls | None:
-    """TLS as the flags ask for it."""
+    """Return the TLS settings that the flags of ``add_arguments`` ask for."""
     paths = options.tls_ca, options.tls_cert, options.tls_key
     return ClientTls(*paths) if options.tls or any(paths) else None

@@ -1,4 +1,4 @@
-"""What the clients take and give, and its way to and from messages; needs grpcio, protobuf and numpy, nothing else."""
+"""What the clients take and return, converted to and from messages. Needs only grpcio, protobuf and numpy."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,13 +53,13 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Hit:
-    """A stored image: its id, its cosine similarity to the query and the columns stored with it."""
+    """A stored image: its id, its cosine similarity to the query, and its stored columns."""
 
     id: str
     score: float
     metadata: Mapping[str, str] = field(default_factory=dict)
     arm: str = ""
-    """In an interleaving experiment, the arm that brought it."""
+    """The arm that contributed this hit, in an interleaving experiment."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,21 @@ class SearchInfo:
     times_ms: Mapping[str, float]
     """Stage -> milliseconds inside the service."""
     request_id: str = field(default="", compare=False)
-    """Names this answer in ``feedback``."""
+    """Identifies this answer in ``feedback``."""
     arm: str = ""
-    """The experiment's arm that answered; empty without one, ``interleave`` when two did."""
+    """The experiment's arm that answered: empty outside experiments, ``interleave`` if two arms did."""
     degraded: bool = False
-    """The service was too busy for its plan: ``plan`` is a cheaper one."""
+    """Whether ``plan`` is cheaper than the service's usual plan because of the load."""
 
     @property
     def coverage(self) -> float:
-        """Share of the shards that answered; below 1 only where ``allow_partial`` was asked for."""
+        """Share of the shards that answered; below 1 only with ``allow_partial``."""
         return self.shards_answered / max(1, self.shards_asked)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Hits of one query, best first, and what produced them."""
+    """Hits of one query, best first, with what produced them."""
 
     hits: tuple[Hit, ...]
     info: SearchInfo
@@ -102,7 +102,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Vectors float32 [n, dim], not normalised, and the model that made them."""
+    """Vectors float32 [n, dim], not normalised, with the fingerprint of their model."""
 
     vectors: npt.NDArray[np.float32]
     model_fingerprint: str
@@ -110,7 +110,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Description:
-    """What a service serves; ``limits`` are its bounds by name."""
+    """What a service serves; ``limits`` maps names to bounds."""
 
     version: str
     generation: str
@@ -131,25 +131,25 @@ class SearchSettings(TypedDict, total=False):
     """Keyword arguments of every search."""
 
     k: int
-    """Hits wanted; 10 by default."""
+    """Number of hits; 10 by default."""
     plan: PlanLike | None
-    """Takes the place of the service's plan."""
+    """Replaces the service's plan."""
     min_recall: float | None
-    """Let the service take the cheapest plan that was measured to reach this recall, instead of ``plan``."""
+    """Instead of ``plan``: take the cheapest plan with at least this measured recall."""
     where: Mapping[str, Sequence[str]] | None
-    """Column -> values of which a hit's column holds one; all conditions must hold."""
+    """Column -> allowed values; a hit meets all conditions."""
     timeout_ms: int
-    """Bounds the work in the service."""
+    """Time limit of the work in the service, in milliseconds."""
     model_fingerprint: str
-    """The model that made the vectors: the service refuses those of another one."""
+    """The model that made the vectors; the service refuses vectors of another model."""
     allow_partial: bool
-    """Answer with the shards that could be reached, with ``coverage`` below 1."""
+    """Accept an answer from the reachable shards alone, with ``coverage`` below 1."""
     session: str
-    """Whoever searches, as any stable string: in an experiment it decides the arm."""
+    """Any stable string that identifies the searcher; in an experiment it decides the arm."""
 
 
 def to_query(query: Query) -> pb.Query:
-    """The message of one query."""
+    """Return the message of one query; ``ValueError`` unless a vector has one dimension."""
     if isinstance(query, bytes):
         return pb.Query(image=query)
     if isinstance(query, str):
@@ -161,7 +161,7 @@ def to_query(query: Query) -> pb.Query:
 
 
 def to_options(settings: SearchSettings) -> pb.SearchOptions:
-    """The message of ``settings``."""
+    """Return the message of ``settings``; INVALID_ARGUMENT for numbers that the wire cannot carry."""
     k, timeout_ms, plan = settings.get("k", 10), settings.get("timeout_ms", 0), settings.get("plan")
     if k < 1:  # unsigned on the wire, as is timeout_ms
         raise RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, f"k={k} is less than 1; ask for 1 or more")
@@ -170,24 +170,10 @@ def to_options(settings: SearchSettings) -> pb.SearchOptions:
             grpc.StatusCode.INVALID_ARGUMENT,
             f"timeout_ms={timeout_ms} is negative; give milliseconds, or 0 for the service's own limit",
         )
-    sent = (
-        None
-        if plan is None
-        else pb.Plan(
-            shortlist_dim=plan.shortlist_dim,
-            shortlist_k=plan.shortlist_k,
-            rerank_dim=plan.rerank_dim,
-            stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages],
-            ef_search=plan.ef_search,
-            scan=plan.scan,
-            nprobe=plan.nprobe,
-            margins=plan.margins,
-        )
-    )
     filters = [pb.Filter(column=column, values=values) for column, values in (settings.get("where") or {}).items()]
     return pb.SearchOptions(
         k=k,
-        plan=sent,
+        plan=None if plan is None else to_plan(plan),
         timeout_ms=timeout_ms,
         model_fingerprint=settings.get("model_fingerprint", ""),
         allow_partial=settings.get("allow_partial", False),
@@ -197,14 +183,28 @@ def to_options(settings: SearchSettings) -> pb.SearchOptions:
     )
 
 
+def to_plan(plan: PlanLike) -> pb.Plan:
+    """Return the message of a plan."""
+    return pb.Plan(
+        shortlist_dim=plan.shortlist_dim,
+        shortlist_k=plan.shortlist_k,
+        rerank_dim=plan.rerank_dim,
+        stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages],
+        ef_search=plan.ef_search,
+        scan=plan.scan,
+        nprobe=plan.nprobe,
+        margins=plan.margins,
+    )
+
+
 def to_batch(queries: Sequence[Query] | FloatArray, settings: SearchSettings) -> pb.SearchBatchRequest:
-    """The message of many queries."""
+    """Return the message of many queries with the same settings."""
     return pb.SearchBatchRequest(queries=[to_query(query) for query in queries], options=to_options(settings))
 
 
 @dataclass(frozen=True)
 class StoredRow:
-    """An image to store: its id, its content (an encoded image or a vector) and columns by name."""
+    """A row to store: an id, an encoded image or a vector, and columns by name."""
 
     id: str
     content: bytes | FloatArray
@@ -212,7 +212,7 @@ class StoredRow:
 
 
 def to_upsert(rows: Iterable[StoredRow], model_fingerprint: str) -> pb.UpsertRequest:
-    """The message of rows to store."""
+    """Return the message that stores ``rows``."""
     sent = []
     for row in rows:
         content = row.content
@@ -222,7 +222,7 @@ def to_upsert(rows: Iterable[StoredRow], model_fingerprint: str) -> pb.UpsertReq
 
 
 def one_of(image: bytes | None, vector: FloatArray | None, image_id: str | None) -> Query:
-    """The query that was given; ``ValueError`` unless it is exactly one."""
+    """Return the one query that is not None; ``ValueError`` unless there is exactly one."""
     given = [query for query in (image, vector, image_id) if query is not None]
     if len(given) != 1:
         raise ValueError(f"{len(given)} queries given; pass exactly one of image=, vector= and image_id=")
@@ -230,31 +230,31 @@ def one_of(image: bytes | None, vector: FloatArray | None, image_id: str | None)
 
 
 def from_response(reply: pb.SearchResponse) -> SearchResult:
-    """The result of one query."""
+    """Return the result of one query."""
     return SearchResult(_hits(reply.hits), _info(reply.info))
 
 
 def from_batch(reply: pb.SearchBatchResponse) -> list[SearchResult]:
-    """One result a query."""
+    """Return one result per query."""
     info = _info(reply.info)
     return [SearchResult(_hits(result.hits), info) for result in reply.results]
 
 
 def from_stream(reply: pb.SearchStreamResponse) -> "list[SearchResult] | RetrievalError":
-    """One result a query of a batch, or why it was not answered."""
+    """Return one result per query of a stream's batch, or the error of a batch that failed."""
     if reply.WhichOneof("outcome") == "failure":
         return RetrievalError(CODES.get(reply.failure.code, grpc.StatusCode.UNKNOWN), reply.failure.message)
     return from_batch(reply.batch)
 
 
 def from_embeddings(reply: pb.EmbedResponse) -> Embeddings:
-    """Vectors of an answer."""
+    """Return the vectors of an answer as one array."""
     vectors = np.frombuffer(b"".join(reply.vectors), "<f4").reshape(len(reply.vectors), reply.dim)
     return Embeddings(vectors, reply.model_fingerprint)
 
 
 def from_description(reply: pb.DescribeResponse) -> Description:
-    """What is served."""
+    """Return the description of what is served."""
     limits = {bound.name: int(getattr(reply.limits, bound.name)) for bound in pb.Limits.DESCRIPTOR.fields}
     return Description(
         version=reply.version,

@@ -1,7 +1,7 @@
-"""The gate of the ingress: who calls, with which right, within which size and quota. Nothing is worked on before it."""
+"""The gate of the ingress: checks the token, role, size and quota of every request before any work is done."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -17,104 +17,104 @@ from lookalike.serve.wire.requests import DEFAULT_K
 ADMIN_RPCS = frozenset(pb.DESCRIPTOR.services_by_name["AdminService"].methods_by_name)
 WRITE_RPCS = frozenset({"Upsert", "Delete"})
 COUNTED = {"SearchBatch": "queries", "Embed": "images", "Upsert": "rows", "Delete": "ids"}
-"""The field of an RPC's request whose items count as queries of a quota."""
+"""RPC -> the request field whose items count as queries of a quota."""
 RETRY_MS = 100
-"""What callers with too many requests under way are told to wait, in milliseconds."""
+"""Pause suggested to a caller with too many requests under way, in milliseconds."""
 
 
 class Gate:
-    """Checks of one ingress replica; without ``tenants`` nobody is asked for a token."""
+    """The gate of one ingress replica; without ``tenants`` it asks for no token."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._max_bytes = config.limits.max_request_bytes
         self._tenants = None if config.tenants is None else Tenants(config.tenants)
 
     def identify(self, rpc: str, metadata: Sequence[tuple[str, Any]]) -> "Caller":
-        """Who calls ``rpc``; raises UNAUTHENTICATED without a known token, PERMISSION_DENIED when its role is short."""
+        """Return the caller of ``rpc``; raises UNAUTHENTICATED (no known token) or PERMISSION_DENIED (role too low)."""
         if self._tenants is None:
             return Caller(None, self._max_bytes)
-        known = self._tenants.find(read_bearer(metadata))
-        if known is None:
+        account = self._tenants.find(read_bearer(metadata))
+        if account is None:
             raise RetrievalError(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "the token is unknown here; send a valid one as `authorization: Bearer TOKEN`",
             )
-        needed, role = role_for(rpc), known.tenant.role
+        needed, role = role_for(rpc), account.tenant.role
         if ROLES.index(role) < ROLES.index(needed):
             raise RetrievalError(
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"{rpc} needs the role {needed!r}, tenant "
-                f"{known.tenant.name!r} has {role!r}; ask for a token of that role",
+                f"{account.tenant.name!r} has {role!r}; ask for a token of that role",
             )
-        return Caller(known, self._max_bytes)
+        return Caller(account, self._max_bytes)
 
 
 class Caller:
-    """Someone whose request may be worked on while it keeps to sizes and quota."""
+    """An admitted caller, whose requests must keep to size and quota."""
 
-    def __init__(self, known: TenantAccount | None, max_request_bytes: int) -> None:
-        self._known, self._max_bytes = known, max_request_bytes
+    def __init__(self, account: TenantAccount | None, max_request_bytes: int) -> None:
+        self._account, self._max_bytes = account, max_request_bytes
 
     @property
     def name(self) -> str:
-        """The tenant's name; empty when nobody is asked."""
-        return "" if self._known is None else self._known.tenant.name
+        """The tenant's name; empty without tenants."""
+        return "" if self._account is None else self._account.tenant.name
 
     @contextmanager
     def request(self, rpc: str, message: Any) -> Iterator[None]:
-        """Work on one request: raises INVALID_ARGUMENT for its size, RESOURCE_EXHAUSTED for the quota."""
+        """Check one request and count it as under way during the block.
+
+        Raises INVALID_ARGUMENT for its size, RESOURCE_EXHAUSTED for the quota.
+        """
         with self.under_way():
             self.check(rpc, message)
             yield
 
     def check(self, rpc: str, message: Any) -> None:
-        """Raise as ``request`` does, and count the request; for a batch of a stream this is all."""
+        """Check and count one request as ``request`` does; for a batch of a stream, which is under way already."""
         if (size := message.ByteSize()) > self._max_bytes:
             raise invalid(
                 f"the request has {size} bytes, the limit is {self._max_bytes}; send less at once, or raise "
                 "limits.max_request_bytes of the service"
             )
-        if self._known is None:
+        if self._account is None:
             return
         if rpc == "SearchStream":
             rpc, message = "SearchBatch", message.batch
-        tenant, meter = self._known
+        tenant, meter = self._account
         num_queries = _count(rpc, message)
         _check_bounds(rpc, message, num_queries, tenant.name, tenant.quota)
         if (refusal := meter.charge(tenant.quota, num_queries, now())) is not None:
             raise _exhausted(tenant.name, refusal)
 
-    def under_way(self) -> AbstractContextManager[None]:
-        """Counts as a request under way as long as the block lasts."""
-        return _counted(self._known)
-
-
-@contextmanager
-def _counted(known: TenantAccount | None) -> Iterator[None]:
-    if known is None:
-        yield
-        return
-    allowed = known.tenant.quota.concurrent
-    if allowed is not None and known.meter.under_way >= allowed:
-        raise _exhausted(known.tenant.name, f"{allowed} requests under way; retry after {RETRY_MS} ms")
-    known.meter.under_way += 1
-    try:
-        yield
-    finally:
-        known.meter.under_way -= 1
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Count a request as under way during the block; raises RESOURCE_EXHAUSTED beyond the quota."""
+        if self._account is None:
+            yield
+            return
+        tenant, meter = self._account
+        allowed = tenant.quota.concurrent
+        if allowed is not None and meter.under_way >= allowed:
+            raise _exhausted(tenant.name, f"{allowed} requests under way; retry after {RETRY_MS} ms")
+        meter.under_way += 1
+        try:
+            yield
+        finally:
+            meter.under_way -= 1
 
 
 def role_for(rpc: str) -> str:
-    """The least role that may call ``rpc``."""
+    """Return the lowest role that may call ``rpc``."""
     if rpc in ADMIN_RPCS:
         return "admin"
     return "write" if rpc in WRITE_RPCS else "read"
 
 
 def read_bearer(metadata: Sequence[tuple[str, Any]]) -> str:
-    """The token of a call; raises UNAUTHENTICATED when there is none, or more than one header of it."""
-    given = [value for key, value in metadata if key.lower() == "authorization"]
-    scheme, _, token = str(given[0]).partition(" ") if len(given) == 1 else ("", "", "")
+    """Return the token of a call; raises UNAUTHENTICATED unless exactly one header holds one."""
+    headers = [value for key, value in metadata if key.lower() == "authorization"]
+    scheme, _, token = str(headers[0]).partition(" ") if len(headers) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not token.strip():
         raise RetrievalError(
             grpc.StatusCode.UNAUTHENTICATED,

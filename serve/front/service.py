@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 
 import lookalike
+from lookalike.serve.client.results import to_plan
 from lookalike.serve.experiment.arms import Answered, answer
 from lookalike.serve.experiment.assignment import Arm, Route
 from lookalike.serve.front.observer import Observer
@@ -32,7 +33,6 @@ from lookalike.serve.wire.requests import (
     read_options,
     read_queries,
     write_hits,
-    write_plan,
     write_times,
 )
 
@@ -162,7 +162,7 @@ class Service:
             dims=meta.dims,
             num_rows=meta.num_live,
             num_shards=len(self.router.shards),
-            plan=write_plan(generation.plans.default),
+            plan=to_plan(generation.plans.default),
             columns=meta.columns,
             placement=self.config.placement,
             limits=pb.Limits(**self.config.limits.model_dump()),
@@ -314,7 +314,7 @@ class Service:
     def _info(self, generation: Generation, options: Options, found: Found) -> pb.SearchInfo:
         coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=len(self.router.shards))
         return pb.SearchInfo(
-            plan=write_plan(options.plan),
+            plan=to_plan(options.plan),
             index_generation=generation.name,
             model_fingerprint=generation.meta.model_fingerprint,
             coverage=coverage,

@@ -1,6 +1,6 @@
-"""Who may ask what, and how much: bearer tokens, roles and quotas of tenants, from a file that is read again on change.
+"""The tenants of a service, with their bearer tokens, roles and quotas; read from a file, and again when it changes.
 
-The file holds SHA-256 hashes, never tokens, so reading it gives no access. ``lookalike token NAME`` makes both.
+The file holds SHA-256 hashes instead of tokens, so reading it gives no access. ``lookalike token NAME`` makes both.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
 CHECK_S = 2.0
-"""How often the file is looked at, in seconds."""
+"""Pause between two looks at the file, in seconds."""
 
 
 class TenantAccount(NamedTuple):
-    """A tenant whose token was shown, and its meter."""
+    """A tenant and the meter of what it used."""
 
     tenant: Tenant
     meter: Meter
 
 
 def read_tenants(uri: str) -> tuple[Tenant, ...]:
-    """The tenants in the YAML or JSON file at ``uri``; raises ``UsageError`` for one that cannot be used."""
+    """Return the tenants in the YAML or JSON file at ``uri``; raises ``UsageError`` for an unusable file."""
     return _parse(uri, _read(uri))
 
 
@@ -49,16 +49,16 @@ def _parse(uri: str, content: bytes) -> tuple[Tenant, ...]:
     try:
         values = yaml.safe_load(content)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        place = str(getattr(error, "problem_mark", "")).strip()  # never the text itself: it may hold a token
+        place = str(getattr(error, "problem_mark", "")).strip()  # not the text itself: it may hold a token
         raise UsageError(f"tenants: {uri} is neither YAML nor JSON {place}; write `tenants:` and a list") from None
     if not isinstance(values, dict):
         raise UsageError(f"tenants: {uri} holds a {type(values).__name__}; write `tenants:` and a list below it")
     try:
         return TenantsFile.model_validate(values).tenants
-    except ValidationError as error:  # its inputs stay unsaid, too
-        problems = [
-            (".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, "))
-            for one in error.errors(include_input=False)
+    except ValidationError as error:
+        problems = [  # without the input, which may hold a token
+            (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))
+            for problem in error.errors(include_input=False)
         ]
         raise UsageError(
             f"tenants: {uri}: " + "; ".join(f"{place}: {text}".removeprefix(": ") for place, text in problems)
@@ -66,7 +66,7 @@ def _parse(uri: str, content: bytes) -> tuple[Tenant, ...]:
 
 
 class Tenants:
-    """The tenants of a service, as the file last said; a thread of its own looks whether it changed."""
+    """The tenants in the file's last valid version; a thread looks for changes."""
 
     def __init__(self, uri: str) -> None:
         self._uri, self._content = uri, _read(uri)
@@ -76,27 +76,27 @@ class Tenants:
         threading.Thread(target=self._watch, name="lookalike-tenants", daemon=True).start()
 
     def find(self, token: str) -> TenantAccount | None:
-        """The tenant of ``token``; how long it takes does not tell how much of a token is right."""
-        digest, found = hash_token(token), None
+        """Return the tenant of ``token``, in a time that does not tell how much of the token is right."""
+        digest, owner = hash_token(token), None
         for tenant in self._tenants:
-            for known in tenant.token_sha256:
-                if hmac.compare_digest(digest, known):
-                    found = tenant
-        return None if found is None else TenantAccount(found, self._meters.setdefault(found.name, Meter()))
+            for valid in tenant.token_sha256:
+                if hmac.compare_digest(digest, valid):
+                    owner = tenant
+        return None if owner is None else TenantAccount(owner, self._meters.setdefault(owner.name, Meter()))
 
     def refresh(self) -> None:
-        """Read the file again; one that is gone or broken changes nothing and is logged."""
+        """Read the file again. A missing or broken file is logged and changes nothing."""
         try:
             content = _read(self._uri)
             if content != self._content:
                 self._tenants = _parse(self._uri, content)
                 self._content = content
                 log.info("tenants changed %s", fields(uri=self._uri, num=len(self._tenants)))
-        except Exception as error:  # noqa: BLE001  (whatever a store raises: those known before stay known)
+        except Exception as error:  # noqa: BLE001  (whatever a store raises, the tenants stay as they were)
             log.error("tenants kept as they were %s", fields(error=error))
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop looking for changes."""
         self._ended.set()
 
     def _watch(self) -> None:
@@ -105,5 +105,5 @@ class Tenants:
 
 
 def hash_token(token: str) -> str:
-    """SHA-256 of a token, in hexadecimal."""
+    """Return the SHA-256 of a token, in hexadecimal."""
     return hashlib.sha256(token.encode()).hexdigest()

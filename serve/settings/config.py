@@ -1,4 +1,4 @@
-"""Settings of the retrieval service: the argument of the application builder, so also ``args:`` of a Serve config."""
+"""Settings of the retrieval service: the argument of ``serve.app:build``, so also ``args:`` of a Serve config."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from lookalike.serve.settings.watching import AccessLogSettings, ExperimentSetti
 
 
 class RequestLimits(Config):
-    """Bounds of a request; beyond them it is INVALID_ARGUMENT."""
+    """Bounds of a request; a request beyond them is INVALID_ARGUMENT."""
 
     max_k: int = Field(default=1000, ge=1, le=100_000)
     """Hits a query may ask for."""
@@ -25,13 +25,13 @@ class RequestLimits(Config):
     max_shortlist_k: int = Field(default=10_000, ge=1)
     """Candidates in each shard's shortlist."""
     max_filter_values: int = Field(default=1000, ge=1, le=1_000_000)
-    """Values of all filters of a request together."""
+    """Values in all filters of a request together."""
     max_request_bytes: int = Field(default=64 << 20, ge=1024, le=(1 << 31) - 1)
     """Encoded size of one request, or of one batch of a stream, in bytes."""
     max_id_bytes: int = Field(default=512, ge=1, le=65_536)
     """Length of an id in bytes of UTF-8; none is empty."""
     max_metadata_bytes: int = Field(default=16_384, ge=0, le=16 << 20)
-    """Names and values of a written row's columns together, in bytes of UTF-8."""
+    """Column names and values of a written row together, in bytes of UTF-8."""
 
 
 class EncoderReplicas(Config):
@@ -40,62 +40,61 @@ class EncoderReplicas(Config):
     num_replicas: int = Field(default=1, ge=1)
     """Copies of the encoder."""
     num_threads: int = Field(default=1, ge=1)
-    """Torch threads a replica computes with."""
+    """Torch threads per replica."""
     num_gpus: float = Field(default=0.0, ge=0.0)
     """GPUs a replica reserves; 0 computes on CPU."""
     max_batch: int = Field(default=16, ge=1)
     """Images of concurrent requests encoded in one forward pass."""
     batch_wait_ms: float = Field(default=2.0, ge=0.0)
-    """How long the first image of a batch waits for others, in milliseconds."""
+    """Longest time that the first image of a batch waits for others, in milliseconds."""
 
 
 class Writes(Config):
-    """Writes and changes of the index while it is served."""
+    """Writes and index changes while the service runs."""
 
     state: str | None = None
-    """Folder for this service alone that keeps its writes, which index it serves, and the indexes that compaction
-    builds: on a disk, shared where replicas run on several machines. Without one the service answers searches only."""
+    """Folder of this service alone for its writes, the name of the served index, and the indexes that compaction
+    builds. It must be on a disk, shared if replicas run on several machines. None: searches only."""
     compact_rows: int | None = Field(default=20_000, ge=1)
-    """Written and deleted rows from which on an index that holds them is built; None leaves that to the operator."""
+    """Compact once this many written and deleted rows wait; None leaves compaction to the operator."""
     keep_hours: float | None = Field(default=24.0, ge=0.0)
-    """How long at least what a compaction made is kept once no index that is served, or may be rolled back to, needs
-    it, counted in hours from when it was made; the next compaction removes it. None removes nothing."""
+    """Age in hours from which the next compaction removes the files of an earlier one, if no index that is served, or
+    may be rolled back to, needs them. None removes nothing."""
     max_pending_rows: int = Field(default=200_000, ge=1)
-    """Written and deleted rows that may wait for compaction; beyond them writes are RESOURCE_EXHAUSTED."""
+    """Written and deleted rows that may wait for compaction; further writes are RESOURCE_EXHAUSTED."""
 
     @field_validator("state")
     @classmethod
     def _on_a_disk(cls, state: str | None) -> str | None:
         if state is not None and (not state or not storage.is_local(state)):
-            raise ValueError(f"writes.state is {state!r}; it must be a folder on a disk, where a write can be synced")
+            raise ValueError(f"writes.state is {state!r}; it must be a folder on a disk, so that writes can be synced")
         return state
 
 
 class ServeConfig(Config):
-    """Everything that ``lookalike.serve.app:build`` needs."""
+    """All settings of a service."""
 
     index: str
     """URI of the ``index`` artifact."""
     plan: str | None = None
-    """URI of a ``plan`` artifact made for this index; without one, search is exact at full dimension."""
+    """URI of a ``plan`` artifact made for this index; None searches exactly, at full dimension."""
     encoder: str = "auto"
     """URI of the ``encoder`` artifact; ``auto`` takes the index's ancestor, ``none`` serves vectors and ids only."""
     placement: Literal["fused", "sharded", "staged"] = "fused"
-    """``fused``: all in the ingress replica, the fastest where its node can hold the whole index. ``sharded``: a
-    deployment a shard, which re-ranks its own candidates. ``staged``: the same with re-ranking in a deployment of its
-    own. The answers are the same."""
+    """``fused``: all in the ingress replica, the fastest if its node can hold the whole index. ``sharded``: one
+    deployment per shard, which re-ranks its own candidates. ``staged``: also a separate deployment that re-ranks. The
+    answers are the same."""
     limits: RequestLimits = RequestLimits()
     timeout_s: float = Field(default=10.0, gt=0.0, le=3600.0)
-    """Longest time a request may take in the service, in seconds; requests may ask for less."""
+    """Longest time a request may take in the service, in seconds; a request may ask for less."""
     loopback_only: bool = True
-    """Refuse callers from other machines. Ray's gRPC listener always binds every interface, so this is checked per
-    request; set it to false in a cluster, and guard the port by network policy."""
+    """Refuse callers from other machines. Each request is checked, because Ray's gRPC listener always binds every
+    interface. Set it to false in a cluster, and guard the port by network policy."""
     tenants: str | None = None
-    """URI of the YAML or JSON file of the tenants (``front/tenants.py``): every call then needs a token. None asks for
-    none."""
+    """URI of the tenants file, YAML or JSON (``front/tenants.py``): every call then needs a token. None: no tokens."""
     tls: Tls = Tls()
     port: int = Field(default=9000, ge=0, le=65_535)
-    """gRPC port of ``lookalike serve``; 0 takes a free one. Under a Serve config ``grpc_options.port`` decides."""
+    """gRPC port of ``lookalike serve``; 0 takes a free one. In a Serve config ``grpc_options.port`` decides."""
     num_replicas: int = Field(default=1, ge=1)
     """Copies of the ingress."""
     shard_replicas: int = Field(default=1, ge=1)
@@ -105,17 +104,17 @@ class ServeConfig(Config):
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests a replica works on at a time."""
     max_queued_requests: int = Field(default=256, ge=-1)
-    """Requests that wait in an ingress replica, or at a caller for another deployment, before RESOURCE_EXHAUSTED; -1 is
-    no bound."""
+    """Requests that may wait in an ingress replica, or before another deployment; further ones are RESOURCE_EXHAUSTED.
+    -1: no bound."""
     degrade: Degrade | None = None
-    """Cheaper plans under load; None keeps every request's plan."""
+    """Cheaper plans under load; None never changes a plan."""
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
     access_log: AccessLogSettings = AccessLogSettings()
     monitor: MonitorSettings = MonitorSettings()
     experiment: ExperimentSettings | None = None
-    """Arms that share the traffic; None sends all of it to ``index`` and ``plan``."""
+    """Arms that share the traffic; None sends all of it to ``index`` with ``plan``."""
     deployments: Deployments = Deployments()
     retries: Retries = Retries()
     batching: Batching = Batching()

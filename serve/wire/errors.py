@@ -1,4 +1,4 @@
-"""The one error of the retrieval service, the same on both sides of the wire."""
+"""The error of the retrieval service, the same on both sides of the wire. Needs only grpcio."""
 
 from collections.abc import Collection
 
@@ -7,17 +7,17 @@ import grpc
 from lookalike.errors import LookalikeError
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
-"""The gRPC status of each number on the wire."""
+"""Number on the wire -> gRPC status."""
 MAX_SHOWN = 60
-"""Characters of a caller's text that a message repeats."""
+"""Longest text of a caller that a message repeats whole, in characters."""
 
 
 class RetrievalError(LookalikeError):
     """A request that was not answered: ``code`` is the gRPC status, the message names value, rule and remedy.
 
     INVALID_ARGUMENT (the request is wrong), NOT_FOUND (no such image), FAILED_PRECONDITION (another model, or no
-    encoder), UNAVAILABLE (shards lost), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queues full, a tenant over its
-    quota), UNAUTHENTICATED (no valid token), PERMISSION_DENIED (from another machine, or the token's role is short).
+    encoder), UNAVAILABLE (shards lost), DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (queues full, or a tenant over its
+    quota), UNAUTHENTICATED (no valid token), PERMISSION_DENIED (a caller on another machine, or a role too low).
     """
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
@@ -42,21 +42,21 @@ class RetrievalError(LookalikeError):
 
 
 class NotLoadedError(RetrievalError):
-    """A worker was asked for a generation that it does not hold: it has been replaced, or is not there yet."""
+    """A worker does not hold the generation of a call: it was replaced, or is not loaded yet."""
 
 
 def not_loaded(generation: str, held: Collection[str]) -> NotLoadedError:
-    """The error of a worker that holds the generations ``held`` and was asked for another."""
+    """Return the error of a worker that holds the generations ``held`` and not ``generation``."""
     message = f"index {generation} is not loaded here, only {', '.join(sorted(held)) or 'none'}; ask again"
     return NotLoadedError(grpc.StatusCode.UNAVAILABLE, message)
 
 
 def invalid(message: str) -> RetrievalError:
-    """An INVALID_ARGUMENT error."""
+    """Return an INVALID_ARGUMENT error."""
     return RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
 def shorten(text: str) -> str:
-    """``text`` quoted, in ASCII, its middle left out: fit for a message, whatever was sent."""
+    """Return ``text`` quoted, in ASCII and without its middle if it is long: safe to put into any message."""
     shown = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 10]}...{text[-7:]}"
     return ascii(shown)

@@ -1,4 +1,4 @@
-"""Requests of the wire, checked: bytes become arrays and plans, or INVALID_ARGUMENT with value, rule and remedy."""
+"""Check requests: bytes become arrays and plans, or raise INVALID_ARGUMENT with value, rule and remedy."""
 
 import re
 from collections import Counter
@@ -19,22 +19,27 @@ from lookalike.serve.wire.errors import RetrievalError, invalid, shorten
 
 DEFAULT_K = 10
 MAX_SESSION = 1024
-"""Characters of a session's name."""
+"""Longest session name, in characters."""
 MAX_URI_CHARS = 4096
 PORTION_BYTES = 1 << 20
+"""Size of the rows that one call between processes carries."""
+MAX_HIT_ID = 1024
+"""Longest hit id in feedback, in characters."""
+REQUEST_ID = re.compile(r"[0-9a-f]{24}")
+FEEDBACK_KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
 class ServicePlans(NamedTuple):
-    """What the service may do with a request that brings no plan."""
+    """The plans of a service, for requests that bring none."""
 
     default: Plan
     exact: Plan
     measured: tuple[tuple[float, Plan], ...] = ()
-    """(recall it is known to reach, plan), cheapest first."""
+    """(measured recall, plan), cheapest first."""
 
     def reaching(self, recall: float) -> Plan:
-        """The cheapest plan known to reach ``recall``; the exact one when none is."""
-        return next((plan for known, plan in self.measured if known >= recall), self.exact)
+        """Return the cheapest plan with at least this measured recall; the exact plan if there is none."""
+        return next((plan for measured, plan in self.measured if measured >= recall), self.exact)
 
 
 class Options(NamedTuple):
@@ -45,13 +50,13 @@ class Options(NamedTuple):
     timeout_s: float
     allow_partial: bool
     filters: dict[str, list[str]]
-    """Column -> values of which a hit holds one; no condition when empty."""
+    """Column -> allowed values; empty for no condition."""
     degraded: bool = False
-    """Whether ``plan`` is a cheaper one than the request would have had, because of the load."""
+    """Whether ``plan`` is cheaper than usual because of the load."""
 
 
 class Queries(NamedTuple):
-    """Queries by kind: position in the request -> what was sent."""
+    """Queries by kind; each maps a position in the request to its query."""
 
     vectors: dict[int, npt.NDArray[np.float32]]
     images: dict[int, bytes]
@@ -61,7 +66,7 @@ class Queries(NamedTuple):
 def read_options(
     options: pb.SearchOptions, *, limits: RequestLimits, meta: IndexMeta, plans: ServicePlans, timeout_s: float
 ) -> Options:
-    """Options with the service's plan and ``timeout_s`` where the request has none."""
+    """Return checked options; the service's plan and ``timeout_s`` fill in for what the request leaves out."""
     k = options.k if options.HasField("k") else DEFAULT_K
     if not 1 <= k <= limits.max_k:
         raise invalid(f"k={k} is not between 1 and {limits.max_k}; ask for fewer, or raise limits.max_k of the service")
@@ -84,40 +89,40 @@ def read_options(
         if not 0 < options.min_recall <= 1:
             raise invalid(f"min_recall={options.min_recall:g} is not above 0 and at most 1; 0.95 is a recall of 95%")
         plan = plans.reaching(options.min_recall)
-    asked_s = options.timeout_ms / 1000 if options.timeout_ms else timeout_s
+    request_s = options.timeout_ms / 1000 if options.timeout_ms else timeout_s
     filters = read_filters(options.filters, limits=limits, meta=meta)
-    return Options(k, plan, min(asked_s, timeout_s), options.allow_partial, filters)
+    return Options(k, plan, min(request_s, timeout_s), options.allow_partial, filters)
 
 
 def read_filters(filters: Sequence[pb.Filter], *, limits: RequestLimits, meta: IndexMeta) -> dict[str, list[str]]:
-    """Conditions by column; refuses unknown columns, one named twice, and more values than the service takes."""
-    read: dict[str, list[str]] = {}
+    """Return conditions by column; refuse unknown or repeated columns and too many values."""
+    conditions: dict[str, list[str]] = {}
     for condition in filters:
         if condition.column not in meta.columns:
             raise invalid(f"filter on {shorten(condition.column)}: the index has the columns {', '.join(meta.columns)}")
-        if condition.column in read:
+        if condition.column in conditions:
             raise invalid(f"two filters on {shorten(condition.column)}; put the values into one")
-        read[condition.column] = list(condition.values)
-    num = sum(len(values) for values in read.values())
+        conditions[condition.column] = list(condition.values)
+    num = sum(len(values) for values in conditions.values())
     if num > limits.max_filter_values:
         raise invalid(
             f"{num} filter values; send at most {limits.max_filter_values}, or raise "
             "limits.max_filter_values of the service"
         )
-    return read
+    return conditions
 
 
 def read_plan(message: pb.Plan, *, limits: RequestLimits, meta: IndexMeta) -> Plan:
-    """The plan a request brings."""
+    """Return the plan of a request; refuse one that the limits or the index do not allow."""
     if message.shortlist_k > limits.max_shortlist_k:
         raise invalid(
             f"plan.shortlist_k={message.shortlist_k} exceeds {limits.max_shortlist_k}; shortlist fewer, or "
             "raise limits.max_shortlist_k of the service"
         )
-    for name, given in (("stages", message.stages), ("margins", message.margins)):
-        if len(given) > len(meta.dims):
+    for name, entries in (("stages", message.stages), ("margins", message.margins)):
+        if len(entries) > len(meta.dims):
             raise invalid(
-                f"plan.{name} has {len(given)} entries; an index of {len(meta.dims)} nested dims takes no "
+                f"plan.{name} has {len(entries)} entries; an index of {len(meta.dims)} nested dims takes no "
                 "more than that"
             )
     values = {
@@ -148,39 +153,25 @@ def check_plan(plan: Plan, meta: IndexMeta) -> None:
         )
 
 
-def write_plan(plan: Plan) -> pb.Plan:
-    """A plan as it travels."""
-    return pb.Plan(
-        shortlist_dim=plan.shortlist_dim,
-        shortlist_k=plan.shortlist_k,
-        rerank_dim=plan.rerank_dim,
-        stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages],
-        ef_search=plan.ef_search,
-        scan=plan.scan,
-        nprobe=plan.nprobe,
-        margins=plan.margins,
-    )
-
-
 def read_queries(queries: Sequence[pb.Query], *, limits: RequestLimits, dim: int) -> Queries:
-    """Queries sorted by kind; images are checked for size only, their decoding is the encoder's work."""
+    """Return queries by kind. Of images only the size is checked; the encoder decodes them."""
     check_num(queries, "queries", limits)
-    read = Queries({}, {}, {})
+    by_kind = Queries({}, {}, {})
     for position, query in enumerate(queries):
         kind = query.WhichOneof("kind")
         if kind == "vector":
-            read.vectors[position] = read_vector(query.vector, dim)
+            by_kind.vectors[position] = read_vector(query.vector, dim)
         elif kind == "image":
-            read.images[position] = check_image(query.image, limits)
+            by_kind.images[position] = check_image(query.image, limits)
         elif kind == "image_id":
-            read.image_ids[position] = check_id(query.image_id, limits)
+            by_kind.image_ids[position] = check_id(query.image_id, limits)
         else:
             raise invalid(f"query {position} is empty; set vector, image or image_id")
-    return read
+    return by_kind
 
 
 def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
-    """float32 [dim] from little-endian bytes; refuses another size, NaN, infinity and the zero vector."""
+    """Return float32 [dim] from little-endian bytes; refuse a wrong size, NaN, infinity and the zero vector."""
     if len(data) != 4 * dim:
         raise invalid(
             f"the vector has {len(data)} bytes; {dim} float32 numbers are {4 * dim}: send the whole "
@@ -205,14 +196,14 @@ def _squared_length(vector: npt.NDArray[np.float32]) -> float:
 
 
 def check_image(data: bytes, limits: RequestLimits) -> bytes:
-    """``data``, unless it is larger than the service takes."""
+    """Return ``data``; refuse it if it is too large."""
     if len(data) > limits.max_image_bytes:
         raise invalid(f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes}; send a smaller file")
     return data
 
 
 def check_id(image_id: str, limits: RequestLimits) -> str:
-    """``image_id``, unless it is empty or longer than the service takes."""
+    """Return ``image_id``; refuse it if it is empty or too long."""
     size = len(image_id.encode())
     if not 1 <= size <= limits.max_id_bytes:
         raise invalid(
@@ -223,13 +214,13 @@ def check_id(image_id: str, limits: RequestLimits) -> str:
 
 
 def check_num(items: Sequence[object], what: str, limits: RequestLimits) -> None:
-    """Refuse an empty request and one of more items than the service takes."""
+    """Refuse an empty request and one with too many items."""
     if not 1 <= len(items) <= limits.max_batch:
         raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
 
 
 def check_rows(request: pb.UpsertRequest, *, limits: RequestLimits, meta: IndexMeta) -> None:
-    """Refuse rows that cannot be stored: ids, content, columns, and another model."""
+    """Refuse rows that cannot be stored, for their ids, content, columns or model."""
     if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(
             grpc.StatusCode.FAILED_PRECONDITION,
@@ -269,7 +260,7 @@ def check_ids(request: pb.DeleteRequest, *, limits: RequestLimits) -> None:
 
 
 def check_uris(request: pb.SwitchRequest) -> None:
-    """Refuse URIs that cannot be any artifact's."""
+    """Refuse URIs that cannot name an artifact."""
     if not request.index:
         raise invalid("the index to switch to is not named; send the URI of its artifact")
     for name in ("index", "plan", "encoder"):
@@ -290,7 +281,7 @@ def _check_written(ids: Sequence[str], limits: RequestLimits) -> None:
 
 
 def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:
-    """``rows`` in order, in lists of at most about ``PORTION_BYTES``: what one call between processes takes."""
+    """Yield ``rows`` in order, in lists of about ``PORTION_BYTES`` at most."""
     portion: list[pb.Row] = []
     size = 0
     for row in rows:
@@ -304,36 +295,26 @@ def portions(rows: Sequence[pb.Row]) -> Iterator[list[pb.Row]]:
 
 
 def write_hits(answer: Answer, query: int) -> pb.HitList:
-    """The hits of one query of ``answer``, best first."""
-    written = pb.HitList()
-    add, others = written.hits.add, list(enumerate(answer.names))[1:]
+    """Return the hits of one query of ``answer``, best first."""
+    message = pb.HitList()
+    add, others = message.hits.add, list(enumerate(answer.names))[1:]
     for row, score in zip(answer.hits.rows[query].tolist(), answer.hits.scores[query].tolist(), strict=True):
         if row >= 0:
             entry = answer.entries[row]
-            metadata = add(id=entry[0], score=score).metadata  # filled where it is: copying takes twice the time
+            metadata = add(id=entry[0], score=score).metadata  # filled in place: a copy takes twice as long
             for place, name in others:
                 if (value := entry[place]) is not None:
                     metadata[name] = value
-    return written
+    return message
 
 
 def write_times(times_ms: Mapping[str, float]) -> list[pb.StageTime]:
-    """Stage times as they travel."""
+    """Return the messages of stage times."""
     return [pb.StageTime(stage=stage, duration_ms=duration) for stage, duration in times_ms.items()]
 
 
-REQUEST_ID = re.compile(r"[0-9a-f]{24}")
-
-
-KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-
-
-MAX_ID = 1024
-"""Characters of a hit's id."""
-
-
 def check_feedback(request: pb.FeedbackRequest, *, has_log: bool) -> None:
-    """Raise ``RetrievalError`` for feedback that cannot be written down."""
+    """Refuse feedback that cannot be logged."""
     if not has_log:
         raise RetrievalError(
             grpc.StatusCode.FAILED_PRECONDITION,
@@ -344,9 +325,9 @@ def check_feedback(request: pb.FeedbackRequest, *, has_log: bool) -> None:
             f"request_id={request.request_id[:40]!r} names no answer; send SearchInfo.request_id, 24 digits "
             "of 0-9 and a-f"
         )
-    if len(request.id) > MAX_ID:
-        raise invalid(f"the id has {len(request.id)} characters, at most {MAX_ID} are taken; send the hit's own id")
-    if not KIND.fullmatch(request.kind):
+    if len(request.id) > MAX_HIT_ID:
+        raise invalid(f"the id has {len(request.id)} characters, at most {MAX_HIT_ID} are taken; send the hit's own id")
+    if not FEEDBACK_KIND.fullmatch(request.kind):
         raise invalid(
             f"kind={request.kind[:40]!r} is no short word; send a small letter and at most 31 of a-z, 0-9, _ "
             "and -, as in 'click'"

@@ -26,10 +26,10 @@ from lookalike.retrieval.plan import Plan, load_plan
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.app import free_port, start, stop
+from lookalike.serve.client.results import to_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto.retrieval_pb2_grpc import RetrievalServiceServicer, add_RetrievalServiceServicer_to_server
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.wire.requests import write_plan
 from tests.benchmarks.serving_hop import build_hop
 
 START_S = 300.0
@@ -100,7 +100,7 @@ class RawService(RetrievalServiceServicer):  # type: ignore[misc]
         meta = self._searcher.meta
         coverage = pb.Coverage(shards_answered=meta.num_shards, shards_asked=meta.num_shards)
         self._info = pb.SearchInfo(
-            plan=write_plan(self._plan),
+            plan=to_plan(self._plan),
             index_generation=meta.generation,
             coverage=coverage,
             model_fingerprint=meta.model_fingerprint,

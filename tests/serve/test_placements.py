@@ -9,10 +9,10 @@ from ray import serve
 
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.app import build
+from lookalike.serve.client.results import to_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import RetrievalError
-from lookalike.serve.wire.requests import write_plan
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
@@ -55,7 +55,7 @@ def ingress(request: pytest.FixtureRequest, world: "World") -> Any:
 def test_same_answers_as_the_searcher(ingress: Any, world: "World", plan: Plan) -> None:
     names = list(world.images)[:9]
     queries = [pb.Query(vector=world.vectors[name].tobytes()) for name in names]
-    request = pb.SearchBatchRequest(queries=queries, options=pb.SearchOptions(k=6, plan=write_plan(plan)))
+    request = pb.SearchBatchRequest(queries=queries, options=pb.SearchOptions(k=6, plan=to_plan(plan)))
     response = ingress.SearchBatch.remote(request, grpc_context=Context()).result()
     hits = world.searcher.search(np.stack([world.vectors[name] for name in names]), 6, plan)
     results = [result.hits for result in response.results]

@@ -231,7 +231,7 @@ HASH, ZEROS = hash_token("x"), "0" * 64
         ("tenants: []", "at least 1 item"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: a, token_sha256: ['{ZEROS}']}}]", "twice"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: b, token_sha256: ['{HASH}']}}]", "the same token"),
-        ("tenants: [{name: a, token_sha256: [the-token-itself]}]", "16 characters are no SHA-256"),
+        ("tenants: [{name: a, token_sha256: [the-token-itself]}]", "16 characters are not a SHA-256"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}'], role: root}}]", r"0\.role: .*'read', 'write'"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}'], quota: {{requests_per_s: 0}}}}]", "greater than 0"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}'], the-token-itself: 1}}]", "Extra inputs"),
