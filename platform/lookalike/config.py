@@ -4,7 +4,7 @@ A field made by :func:`runtime` says how a stage runs (workers, batch of rows in
 stays out of the fingerprint, so that changing it never redoes finished work.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -64,24 +64,34 @@ def parse_config(config_class: type[C], values: Mapping[str, Any], where: str) -
 def _explain(config_class: type[BaseModel], problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        valid = _fields_at(config_class, problem["loc"][:-1])
-        return f"unknown key {place!r}{nearest(str(problem['loc'][-1]), valid)}; valid keys: {', '.join(valid)}"
+        *parents, name = problem["loc"]
+        model = _model_at(config_class, parents)
+        valid = sorted(getattr(model, "model_fields", {}))
+        return f"unknown key {place!r}{_hint(model, str(name), valid)}; valid keys: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"{place!r} is required; add it"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "value_error" and not place:
-        return message
+    if problem["type"] == "value_error" and isinstance(problem["input"], Mapping):
+        return f"{place}: {message}" if place else message
     return f"{place!r} is {problem['input']!r}: {message}"
 
 
-def _fields_at(config_class: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the model that ``loc`` leads to, through models, their unions, mappings and sequences."""
+def _hint(model: Any, name: str, valid: list[str]) -> str:
+    """The key that ``name`` may stand for: one of ``valid``, or a key of the model's groups (``optimizer.lr``)."""
+    groups = {key: getattr(model.model_fields[key].annotation, "model_fields", {}) for key in valid}
+    dotted = [f"{group}.{key}" for group, keys in groups.items() for key in keys]
+    moved = [key for key in dotted if key.endswith(f".{name}")]
+    return nearest(moved[0], moved) if moved else nearest(name, [*valid, *dotted])
+
+
+def _model_at(config_class: type[BaseModel], loc: Sequence[Any]) -> Any:
+    """The model that ``loc`` leads to, through models, their unions, mappings and sequences."""
     current: Any = config_class
     for part in loc:
         field = getattr(current, "model_fields", {}).get(part)
         annotation = current if field is None else field.annotation
         current = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), annotation)
-    return sorted(getattr(current, "model_fields", {}))
+    return current
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -93,16 +93,14 @@ def settings(options: argparse.Namespace, seed: int) -> TrainConfig:
             },
             "mix": {"furniture": 1},
             "batch_size": options.batch_size,
-            "initialise": "random",
+            "initialise": {"method": "random"},
             "embedding_dim": 128,
             "epochs": STEPS * options.batch_size / rows,
             "dims": [16, 128],
             "checkpoint_every": 10,
-            "num_workers": options.workers,
-            "use_gpu": options.gpu,
+            "workers": {"num": options.workers, "use_gpu": options.gpu},
             "seed": seed,
-            "loader_processes": options.loader_processes,
-            "decode_actors": options.decode_actors,
+            "loader": {"processes": options.loader_processes, "actors": options.decode_actors},
         }
     )
 
@@ -119,7 +117,7 @@ def step_bare(values: dict[str, Any]) -> None:
     from ray.train.torch import get_device, prepare_model
 
     config = LoopConfig.model_validate(values["loop"])
-    torch.set_num_threads(config.train.cpus_per_worker)
+    torch.set_num_threads(config.train.workers.cpus)
     world, size = ray.train.get_context().get_world_size(), config.encoder.transform.size
     model: torch.nn.Module = build_multitask_model(config, initialise=False)
     model = prepare_model(model, parallel_strategy="ddp" if world > 1 else None)
@@ -157,13 +155,13 @@ def measure_bare(config: LoopConfig, folder: str) -> float:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     train = config.train
-    resources = {"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})}
+    resources = {"CPU": train.workers.cpus, **({"GPU": 1} if train.workers.use_gpu else {})}
     trainer = TorchTrainer(
         step_bare,
         train_loop_config={"loop": config.model_dump(mode="json"), "result": f"{folder}.txt"},
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if train.workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=resources
+            num_workers=train.workers.num, use_gpu=train.workers.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(storage_path=folder),
     )

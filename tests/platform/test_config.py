@@ -54,6 +54,7 @@ class Outer(Config):
             ["'named.a.widht' (did you mean 'width'?)", "valid keys: threads, width"],
         ),
         ({"name": "x", "listed": [{"widht": 2}]}, ["'listed.0.widht' (did you mean 'width'?)"]),
+        ({"name": "x", "width": 2}, ["unknown key 'width' (did you mean 'inner.width'?)", "valid keys: inner, listed"]),
         ({"name": "x", "inner": {"width": 0}}, ["'inner.width' is 0", "greater than or equal to 1"]),
         ({"name": "x", "workers": "many"}, ["'workers' is 'many'"]),
     ],

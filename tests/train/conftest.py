@@ -102,8 +102,8 @@ class Bench:
             "dims": [2, 4, 8],
             "epochs": 1.8,
             "batch_size": 8,
-            "num_workers": 1,
-            "initialise": "random",
+            "workers": {"num": 1},
+            "initialise": {"method": "random"},
             "checkpoint_every": 4,
             **settings,
         }

@@ -169,11 +169,11 @@ def test_variants_differ_from_the_subject_in_what_they_are_named_for(name: str) 
         "mrl-e": {"tasks"},
         "single": {"dims"},
         "one-task": {"tasks"},
-        "triplet": {"tasks", "balance"},
+        "triplet": {"tasks", "loader"},
         **{f"ff-{k}": {"dims", "tasks"} for k in (8, 16, 32, 64)},
-        "probe": {"trainable", "frozen_stages"},
-        "plain": {"resample"},
-        "scratch": {"frozen_stages", "freeze_batch_norm"},
+        "probe": {"backbone"},
+        "plain": {"loader"},
+        "scratch": {"backbone"},
     }
     seeded = Recipe.load(path, seed_overrides(recipe, 99, "evaluate"))
     assert {step for step in recipe.steps if seeded.config(step).seed == 99} == {*found, "evaluate"} - {"base"}

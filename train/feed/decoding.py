@@ -87,7 +87,7 @@ def actor_batches(
             yield pool.take(
                 plan,
                 reference,
-                f"{num_actors} decode_actors of {num_cpus:g} CPUs"
+                f"{num_actors} loader.actors of {num_cpus:g} CPUs"
                 + (f" and resource {resource!r}" if resource else ""),
                 limit_s,
             )
@@ -145,5 +145,5 @@ class _Pool:
             if seconds >= limit_s:
                 raise LookalikeError(
                     f"no batch from {who} within {limit_s:g} s; each training worker starts its own, "
-                    "besides its cpus_per_worker: add nodes, or lower decode_actors"
+                    "besides its workers.cpus: add nodes, or lower loader.actors"
                 )

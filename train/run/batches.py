@@ -12,11 +12,16 @@ from lookalike.vision.transforms import build_augmentation
 
 
 def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
-    """The batches of forward passes ``start`` on of one of the ``num_workers`` data streams."""
+    """Batches of one data stream, beginning at forward pass ``start``."""
     train = config.train
     files = {name: config.files[name] for name in train.mix}
     streams = build_streams(
-        files, seed=train.seed, rank=stream, world=train.num_workers, resample=train.resample, balance=train.balance
+        files,
+        seed=train.seed,
+        rank=stream,
+        world=train.workers.num,
+        resample=train.loader.resample,
+        balance=train.loader.balance,
     )
     augment = build_augmentation(config.encoder.transform, train.augment)
     return BatchDataset(
@@ -25,8 +30,8 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
         augment,
         seed=train.seed,
         start=start,
-        stop=config.total_steps * train.accumulation,
-        views=train.views,
+        stop=config.total_steps * train.compute.accumulation,
+        views=train.loader.views,
         num_classes=config.class_fields,
         attributes=config.attributes,
     )
@@ -36,8 +41,10 @@ def feed(dataset: BatchDataset, config: LoopConfig, device: torch.device) -> Ite
     """The dataset's batches on ``device``, images normalised, decoded where the settings say."""
     train = config.train
     built: Iterable[Batch] = (
-        actor_batches(dataset, train.decode_actors, num_cpus=train.decode_cpus, resource=train.decode_resource)
-        if train.decode_actors
-        else build_loader(dataset, train.loader_processes)
+        actor_batches(
+            dataset, train.loader.actors, num_cpus=train.loader.actor_cpus, resource=train.loader.actor_resource
+        )
+        if train.loader.actors
+        else build_loader(dataset, train.loader.processes)
     )
     return on_device(built, device, config.encoder.transform)

@@ -72,12 +72,15 @@ def preview(run: StageRun[TrainConfig]) -> list[str]:
 def describe(memory: StepMemory, train: TrainConfig, encoder: EncoderConfig) -> list[str]:
     """Text lines of ``memory``, the largest parts first."""
     size = encoder.transform.size
-    place = "of a GPU" if train.use_gpu else "of a machine"
+    place = "of a GPU" if train.workers.use_gpu else "of a machine"
     parts = sorted((item for item in vars(memory).items() if item[0] != "unknown" and item[1]), key=lambda i: -i[1])
-    lines = [f"memory {place}, one step of a worker: {train.micro_batch} images of {size} x {size}, {train.precision}"]
+    lines = [
+        f"memory {place}, one step of a worker: {train.micro_batch} images of {size} x {size}, "
+        f"{train.compute.precision}"
+    ]
     lines += [f"  {name.replace('_', ' '):<20}{_mib(value)}" for name, value in parts]
     lines += [
-        f"  {'total':<20}{_mib(memory.total)}, for each of {train.num_workers} workers; temporary memory of "
+        f"  {'total':<20}{_mib(memory.total)}, for each of {train.workers.num} workers; temporary memory of "
         "kernels and the libraries themselves come on top"
     ]
     lines += [f"  {'checkpoint':<20}{_mib(memory.checkpoint)} more in the first worker's host while one is written"]
@@ -99,22 +102,22 @@ def measure(
         weights = train.nested_weights or (1.0,) * len(encoder.dims)
         model = MultiTaskModel(network, build_tasks(train.tasks, encoder.dims, num_classes, weights))
         teacher_size = _bytes(build_model(teacher)) if teacher else 0
-    freeze(model, train)
-    if train.activation_checkpointing:
+    freeze(model, train.backbone)
+    if train.compute.activation_checkpointing:
         recompute_activations(network.backbone)
-    set_train_mode(model, train)
+    set_train_mode(model, train.backbone)
     with FakeTensorMode():
         _make_fake(model)
         batch = _fake_batch(train, encoder.transform.size, teacher.dim if teacher else 1)
-        body, heads, unknown = _activations(model, network, batch, train.precision)
+        body, heads, unknown = _activations(model, network, batch, train.compute.precision)
     parameters = _bytes(model)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return StepMemory(
         parameters=parameters,
         gradients=gradients,
-        buckets=gradients if train.num_workers > 1 else 0,
-        optimizer=gradients * (2 if train.optimizer == "adamw" else int(train.momentum > 0)),
-        average=_bytes(network) if train.ema_decay is not None else 0,
+        buckets=gradients if train.workers.num > 1 else 0,
+        optimizer=gradients * train.optimizer.slots,
+        average=_bytes(network) if train.optimizer.ema_decay is not None else 0,
         teacher=teacher_size,
         batch=batch["images"].nbytes,
         encoder_activations=body,

@@ -1,6 +1,6 @@
 """The training loop that runs on every Ray Train worker: DDP, accumulation, mixed precision, checkpoints, metrics.
 
-Pretraining and fine-tuning differ in configuration alone. The data comes in ``num_workers`` streams, however many
+Pretraining and fine-tuning differ in configuration alone. The data comes in ``workers.num`` streams, however many
 workers are left: a worker takes the streams ``rank``, ``rank + world``, ... one after the other and adds up their
 gradients. So a run that shrinks reads the same batches, with the same augmentation and dropout, and differs from one
 that did not in the order of floating-point sums alone (and in batch-norm statistics where they are not frozen). With
@@ -63,12 +63,12 @@ class Place:
     @property
     def streams(self) -> range:
         """The data streams that this worker reads."""
-        return range(self.rank, self.config.train.num_workers, self.world)
+        return range(self.rank, self.config.train.workers.num, self.world)
 
     @property
     def parts(self) -> int:
         """Forward passes of all workers in one step."""
-        return self.config.train.num_workers * self.config.train.accumulation
+        return self.config.train.parts
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -88,19 +88,19 @@ def train_worker(values: dict[str, Any]) -> None:
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)  # workers of a node see all its GPUs, and nccl takes the current one
     require_even_rounds(train, place.world)
-    torch.set_num_threads(train.cpus_per_worker)
+    torch.set_num_threads(train.workers.cpus)
     torch.manual_seed(derive_seed(train.seed, "model"))
     found = agree(last_checkpoint(place.folder))
     announce(place, found)
     model = build_multitask_model(place.config, initialise=found is None)
-    if train.activation_checkpointing:
+    if train.compute.activation_checkpointing:
         recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
     hasten_batch_norm(model, place.config.total_steps)
     training = Training.begin(model.to(place.device), train, place.config.total_steps)
     if found is not None:
         training.resume(found, place.rank, place.world)
     training.join(place.world)
-    if train.compile:
+    if train.compute.compile:
         model.encoder.compile()
     ignore_in_ddp(model)
     wrapped = prepare_model(model, parallel_strategy="ddp" if place.world > 1 else None)
@@ -110,11 +110,11 @@ def train_worker(values: dict[str, Any]) -> None:
 def require_even_rounds(train: TrainConfig, world: int) -> None:
     """Raise ``UsageError`` when tasks that all workers compute together would find some without a batch."""
     together = [name for name, task in train.tasks.items() if task.shard or task.across_workers]
-    if together and train.num_workers % world:
+    if together and train.workers.num % world:
         raise UsageError(
             f"task {together[0]!r} needs all workers at once, but {world} of them cannot share "
-            f"{train.num_workers} data streams evenly; wait for all (min_workers=null), or for a number "
-            f"that divides {train.num_workers}"
+            f"{train.workers.num} data streams evenly; wait for all (workers.min=null), or for a number "
+            f"that divides {train.workers.num}"
         )
 
 
@@ -137,7 +137,9 @@ def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskM
     """Backbone of the source encoder, projection and heads; ``initialise`` starts the last two from training images."""
     train = config.train
     _, source = read_encoder(
-        Artifact.open(config.source_encoder, "encoder"), size=config.encoder.transform.size, drop_path=train.drop_path
+        Artifact.open(config.source_encoder, "encoder"),
+        size=config.encoder.transform.size,
+        drop_path=train.backbone.drop_path,
     )
     encoder = EmbeddingModel(
         source.backbone, config.encoder.num_features, config.encoder.dim if config.encoder.projection else None
@@ -151,7 +153,7 @@ def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskM
         seed=train.seed,
         dims_per_step=train.dims_per_step,
     )
-    if initialise and train.initialise == "data":
+    if initialise and train.initialise.method == "data":
         initialise_from_data(config, encoder, tasks)
     model = MultiTaskModel(encoder, tasks)
     if is_convolutional(encoder.backbone):
@@ -170,12 +172,12 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
         units,
         build_eval_transform(config.encoder.transform),
         sorted({task.config.field for task in cosine}),
-        config.train.initialise_images,
+        config.train.initialise.images,
         num_classes=config.class_fields,
         attributes=config.attributes,
     )
     if isinstance(encoder.projection, nn.Linear):
-        weight = pca_projection(features, config.encoder.dim, config.train.projection_whitening)
+        weight = pca_projection(features, config.encoder.dim, config.train.initialise.whitening)
         encoder.projection.weight.data.copy_(weight)
     with torch.no_grad():
         embedding = encoder.projection(features)
@@ -190,7 +192,7 @@ class Feed:
     def __init__(self, place: Place, done: int, pace: Pace) -> None:
         config = place.config
         self.place, self.done, self._pace = place, done, pace
-        start = done * config.train.accumulation
+        start = done * config.train.compute.accumulation
         self._loaders: Mapping[int, Iterator[Batch]] = {
             stream: feed(worker_batches(config, stream, start), config, place.device) for stream in place.streams
         }
@@ -199,13 +201,13 @@ class Feed:
     def step(self) -> Iterator[tuple[Batch, bool]]:
         """The batches of the next step, and whether each is the worker's last."""
         train = self.place.config.train
-        rounds = [(stream, part) for stream in self._loaders for part in range(train.accumulation)]
+        rounds = [(stream, part) for stream in self._loaders for part in range(train.compute.accumulation)]
         for number, (stream, part) in enumerate(rounds, 1):
             asked = time.monotonic()
             batch = next(self._loaders[stream])
             self._pace.waited(time.monotonic() - asked)
             # dropout and the like depend on the place in the data, not on how many processes load or train
-            torch.manual_seed(derive_seed(train.seed, "forward", stream, self.done * train.accumulation + part))
+            torch.manual_seed(derive_seed(train.seed, "forward", stream, self.done * train.compute.accumulation + part))
             if self._teacher is not None:
                 batch["teacher"] = self._teacher(batch["images"])
             yield batch, number == len(rounds)
@@ -245,7 +247,7 @@ def forward_backward(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[str]]:
     """Gradients of one step, clipped: this worker's shares of the mean losses, the gradient's norm, the image ids."""
     train = place.config.train
-    set_train_mode(training.model, train)
+    set_train_mode(training.model, train.backbone)
     training.optimizer.zero_grad(set_to_none=True)
     shares: dict[str, torch.Tensor] = {}
     ids: list[str] = []
@@ -260,13 +262,13 @@ def forward_backward(
             share = loss.detach() / place.parts
             shares[name] = shares[name] + share if name in shares else share
     training.scaler.unscale_(training.optimizer)
-    norm = clip_gradients(training.model, train.clip_norm or float("inf"))
+    norm = clip_gradients(training.model, train.optimizer.clip_norm or float("inf"))
     return shares, norm, ids
 
 
 def autocast(place: Place) -> AbstractContextManager[Any]:
     """The forward pass's number format."""
-    dtype = DTYPES.get(place.config.train.precision)
+    dtype = DTYPES.get(place.config.train.compute.precision)
     return nullcontext() if dtype is None else torch.autocast(place.device.type, dtype=dtype)
 
 

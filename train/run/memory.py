@@ -101,7 +101,7 @@ def require_memory(
         if after < before and set(change) <= set(readable):
             remedies.append(f"{text} ({after / 2**30:.2f} GiB)")
     raise UsageError(
-        f"the tasks need {total:.2f} GiB a worker, more than task_memory_gib {limit_gib:g}; the largest is {name!r} "
-        f"over {num_classes.get(config.field, 0):,} classes with {found[name].describe()}. For it set "
+        f"the tasks need {total:.2f} GiB a worker, more than compute.task_memory_gib {limit_gib:g}; the largest is "
+        f"{name!r} over {num_classes.get(config.field, 0):,} classes with {found[name].describe()}. For it set "
         f"{', or '.join([*remedies, 'a smaller batch_size'])}"
     )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lookalike.errors import UsageError
-from lookalike.train.run.settings import TrainConfig
+from lookalike.train.run.sections import BackboneConfig, OptimizerConfig, ScheduleConfig
 from lookalike.train.tasks import MultiTaskModel
 from lookalike.vision.encoder import EmbeddingModel
 from lookalike.vision.tuning import lars, layer_groups, undecayed
@@ -19,10 +19,10 @@ CYCLIC_START = 1e-4
 _STAGE = re.compile(r"(blocks|stages|layer)\.?(\d+)\.")
 
 
-def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
-    """Stop gradients of the leading backbone stages, by timm's names for them, or of all the backbone for a probe.
+def freeze(model: MultiTaskModel, config: BackboneConfig) -> None:
+    """Stop gradients of the leading backbone stages, found by timm's names, or of the whole backbone for a probe.
 
-    Raises ``UsageError`` for a backbone without so many stages, and when nothing is left that trains.
+    Raises ``UsageError`` if the backbone has fewer stages, or if nothing is left to train.
     """
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
@@ -33,7 +33,7 @@ def freeze(model: MultiTaskModel, config: TrainConfig) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(
             "nothing trains: the backbone is frozen, there is no projection, and no task has weights; set "
-            "embedding_dim for a projection, or trainable=full"
+            "embedding_dim for a projection, or backbone.trainable=full"
         )
 
 
@@ -49,18 +49,18 @@ def _freeze_stages(backbone: nn.Module, stages: int) -> None:
     there = {match.groups() for name, _ in backbone.named_parameters() if (match := _STAGE.match(name))}
     if not frozen or not there:
         raise UsageError(
-            f"frozen_stages {stages}: a {type(backbone).__name__} has no stages that are known; set frozen_stages=0"
+            f"backbone.frozen_stages {stages}: a {type(backbone).__name__} has no known stages; set it to 0"
         )
     if stages > len(there):
         raise UsageError(
-            f"frozen_stages {stages}: this {type(backbone).__name__} has {len(there)} stages; set "
-            f"frozen_stages to {len(there)} or less, or trainable=probe"
+            f"backbone.frozen_stages {stages}: this {type(backbone).__name__} has {len(there)} stages; set "
+            f"it to {len(there)} or less, or backbone.trainable=probe"
         )
     for parameter in frozen:
         parameter.requires_grad = False
 
 
-def set_train_mode(model: MultiTaskModel, config: TrainConfig) -> None:
+def set_train_mode(model: MultiTaskModel, config: BackboneConfig) -> None:
     """Training mode, but for a probe's backbone, and for batch-norm layers whose statistics are to stay."""
     model.train()
     backbone = model.encoder.backbone
@@ -84,7 +84,7 @@ def hasten_batch_norm(model: nn.Module, num_steps: int) -> None:
             module.momentum = max(module.momentum, min(0.1, 10 / num_steps))
 
 
-def parameter_groups(model: MultiTaskModel, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: MultiTaskModel, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Backbone (matrices and vectors, or a pair for each layer), projection, heads, proxies: every parameter that
     trains, once. ``name`` says which; groups without parameters are left out."""
     encoder = model.encoder
@@ -106,7 +106,7 @@ def parameter_groups(model: MultiTaskModel, config: TrainConfig) -> list[dict[st
             "params": [p for name, p in heads if is_proxy(name)],
             "lr": config.proxy_lr or config.head_lr,
             "weight_decay": config.proxy_weight_decay,
-            **({} if config.optimizer == "adamw" else {"momentum": proxy_momentum}),
+            **({} if config.kind == "adamw" else {"momentum": proxy_momentum}),
         },
     ]
     return [group for group in groups if group["params"]]
@@ -117,7 +117,7 @@ def is_proxy(name: str) -> bool:
     return "proxies" in name.split(".")
 
 
-def _backbone_groups(backbone: nn.Module, config: TrainConfig) -> Iterator[dict[str, Any]]:
+def _backbone_groups(backbone: nn.Module, config: OptimizerConfig) -> Iterator[dict[str, Any]]:
     if config.layer_decay is not None:
         for group in layer_groups(backbone, config.weight_decay, config.layer_decay):
             yield {"name": "backbone", **group, "lr": config.lr * group["lr_scale"]}
@@ -148,51 +148,58 @@ def _by_decay(name: str, parameters: list[nn.Parameter], lr: float, weight_decay
     ]
 
 
-def build_optimizer(
-    model: MultiTaskModel, config: TrainConfig, total_steps: int
-) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
-    """The optimizer over ``parameter_groups`` and the schedule of its learning rates, one step of it a step."""
+def build_optimizer(model: MultiTaskModel, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over ``parameter_groups``."""
     groups = parameter_groups(model, config)
-    if config.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    elif config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-    else:
-        optimizer = lars(
-            groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, trust_coeff=config.trust_coefficient
-        )
-    return optimizer, build_schedule(optimizer, config, total_steps)
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    return lars(
+        groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, trust_coeff=config.trust_coefficient
+    )
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> lr_scheduler.LRScheduler:
-    """The learning rates of ``total_steps`` steps: a linear rise, then the schedule of the settings."""
-    per_epoch = total_steps / config.epochs
-    if config.schedule == "cyclic":
-        warmup = min(max(1, round(config.peak_epoch * per_epoch)), total_steps - 1)
-        first = CYCLIC_START
-    else:
-        asked = config.warmup_fraction * total_steps if config.warmup_steps is None else config.warmup_steps
-        warmup = min(round(asked), total_steps - 1)
-        first = 1.0 / (warmup + 1)
-    rest = max(1, total_steps - warmup)
-    after: lr_scheduler.LRScheduler
-    if config.schedule == "cosine":
-        after = lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest)
-    elif config.schedule in ("linear", "cyclic"):
-        after = lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=rest)
-    elif config.schedule == "polynomial":
-        after = lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=config.schedule_power)
-    elif config.schedule == "step":
-        falls = [round(epoch * per_epoch) - warmup for epoch in config.schedule_epochs]
-        if falls[0] < 0:
-            raise UsageError(
-                f"schedule_epochs {list(config.schedule_epochs)} begin within the warm-up of {warmup} of "
-                f"{total_steps} steps; warm up shorter (warmup_steps, warmup_fraction)"
-            )
-        after = lr_scheduler.MultiStepLR(optimizer, milestones=falls, gamma=config.schedule_factor)
-    else:
-        after = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, epochs: float, total_steps: int
+) -> lr_scheduler.LRScheduler:
+    """The learning rates of ``total_steps`` steps: a linear rise, then the schedule of the settings.
+
+    Raises ``UsageError`` if a drop falls into the warm-up.
+    """
+    warmup, start_factor = _warmup(config, epochs, total_steps)
+    after = _after_warmup(optimizer, config, warmup, total_steps / epochs, total_steps)
     if warmup == 0:
         return after
-    rise = lr_scheduler.LinearLR(optimizer, start_factor=first, total_iters=warmup)
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=start_factor, total_iters=warmup)
     return lr_scheduler.SequentialLR(optimizer, [rise, after], milestones=[warmup])
+
+
+def _warmup(config: ScheduleConfig, epochs: float, total_steps: int) -> tuple[int, float]:
+    """Steps of the rise, and the share of the peak it begins with."""
+    if config.kind == "cyclic":
+        return min(max(1, round(config.peak_epoch * (total_steps / epochs))), total_steps - 1), CYCLIC_START
+    steps = config.warmup_fraction * total_steps if config.warmup_steps is None else config.warmup_steps
+    warmup = min(round(steps), total_steps - 1)
+    return warmup, 1.0 / (warmup + 1)
+
+
+def _after_warmup(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, warmup: int, per_epoch: float, total_steps: int
+) -> lr_scheduler.LRScheduler:
+    rest = max(1, total_steps - warmup)
+    if config.kind == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest)
+    if config.kind in ("linear", "cyclic"):
+        return lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=rest)
+    if config.kind == "polynomial":
+        return lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=config.power)
+    if config.kind == "constant":
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+    drops = [round(epoch * per_epoch) - warmup for epoch in config.drop_epochs]
+    if drops[0] < 0:
+        raise UsageError(
+            f"schedule.drop_epochs {list(config.drop_epochs)} begin within the warm-up of {warmup} of "
+            f"{total_steps} steps; warm up shorter (schedule.warmup_steps, schedule.warmup_fraction)"
+        )
+    return lr_scheduler.MultiStepLR(optimizer, milestones=drops, gamma=config.drop_factor)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lookalike.train.run.checkpoints import Checkpoint, random_state, restore, restore_random_state
 from lookalike.train.run.curves import Curve
-from lookalike.train.run.optimizer import build_optimizer, freeze
+from lookalike.train.run.optimizer import build_optimizer, build_schedule, freeze
 from lookalike.train.run.settings import TrainConfig
 from lookalike.train.run.shards import whole_state
 from lookalike.train.tasks import MultiTaskModel
@@ -20,7 +20,7 @@ class Training:
     """Model, optimizer, schedule, loss scale, averaged weights, loss curve, and the step they stand at.
 
     The place in the data needs no more than the step: a stream's batches follow from seed, stream and step, and there
-    are ``num_workers`` streams whatever the number of workers.
+    are ``workers.num`` streams whatever the number of workers.
     """
 
     model: MultiTaskModel
@@ -37,10 +37,11 @@ class Training:
     @classmethod
     def begin(cls, model: MultiTaskModel, config: TrainConfig, total_steps: int) -> "Training":
         """Before the first step; freezes what the settings freeze."""
-        freeze(model, config)
-        optimizer, schedule = build_optimizer(model, config, total_steps)
-        scaler = torch.amp.GradScaler(enabled=config.precision == "float16")  # type: ignore[attr-defined]
-        average = None if config.ema_decay is None else averaged(model.encoder, config.ema_decay)
+        freeze(model, config.backbone)
+        optimizer = build_optimizer(model, config.optimizer)
+        schedule = build_schedule(optimizer, config.schedule, config.epochs, total_steps)
+        scaler = torch.amp.GradScaler(enabled=config.compute.precision == "float16")  # type: ignore[attr-defined]
+        average = None if config.optimizer.ema_decay is None else averaged(model.encoder, config.optimizer.ema_decay)
         return cls(model, optimizer, schedule, scaler, average, Curve(total_steps))
 
     @property

@@ -7,7 +7,7 @@ time; each tracker is told where the run (re)starts and continues the curves tha
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +51,15 @@ def start_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
     if "tensorboard" not in wanted and importlib.util.find_spec("tensorboardX") and storage.is_local(run.root):
         wanted.append("tensorboard")
     return [TRACKERS.get(name)(run) for name in wanted]
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings with one key per value: ``optimizer.lr``."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _require(module: str, tracker: str, extra: str) -> None:
@@ -108,7 +117,7 @@ class MLflow:
 
     def _begin(self, experiment: str, run: TrackedRun) -> str:
         begun = self._client.create_run(experiment, run_name=run.name, tags={"fingerprint": run.fingerprint})
-        for key, value in run.settings.items():
+        for key, value in dotted(run.settings):
             self._client.log_param(begun.info.run_id, key, str(value)[:500])
         return str(begun.info.run_id)
 

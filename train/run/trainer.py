@@ -88,7 +88,7 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
         teacher=teacher.uri if teacher else None,
         num_classes=num_classes,
         attributes=attribute_names(shards) if any(name.startswith(ATTRIBUTE) for name in num_classes) else (),
-        rows_per_epoch=expected_rows(files[first], train.resample),
+        rows_per_epoch=expected_rows(files[first], train.loader.resample),
     )
 
 
@@ -99,7 +99,7 @@ def find_files(train: TrainConfig, shards: Artifact) -> dict[str, list[str]]:
     for name in train.mix:
         files[name] = shards.files(f"{name}/", ".parquet")
         if files[name]:
-            require_units(name, list_units(files[name]), train.num_workers)
+            require_units(name, list_units(files[name]), train.workers.num)
         else:
             valid = sorted({uri.rsplit("/", 2)[-2] for uri in shards.files(suffix=".parquet")})
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")
@@ -137,21 +137,21 @@ def _may_hold(uri: str, field: str) -> bool:
 
 
 def require_task_memory(train: TrainConfig, encoder: EncoderConfig, num_classes: dict[str, int]) -> None:
-    """Raise ``UsageError`` when the tasks need more than ``task_memory_gib`` on a worker."""
+    """Raise ``UsageError`` if the tasks need more than ``compute.task_memory_gib`` on a worker."""
     require_memory(
         train.tasks,
         encoder.dims,
         num_classes,
         rows=train.micro_batch,
-        world=train.num_workers,
-        slots=2 if train.optimizer == "adamw" else 1,
-        limit_gib=train.task_memory_gib,
+        world=train.workers.num,
+        slots=train.optimizer.slots,
+        limit_gib=train.compute.task_memory_gib,
     )
 
 
 def resolve_encoder(train: TrainConfig, base: EncoderConfig) -> EncoderConfig:
     """The configuration of the encoder that training from ``base`` makes."""
-    size = {} if train.image_size is None else {"size": train.image_size}
+    size = {} if train.backbone.image_size is None else {"size": train.backbone.image_size}
     return EncoderConfig(
         backbone=base.backbone,
         num_features=base.num_features,
@@ -238,22 +238,22 @@ def fit(config: LoopConfig, folder: str, progress: Any) -> None:
     storage.make_directory(folder)
     storage.remove_temporaries(folder)
     filesystem, path = storage.arrow_filesystem(folder)
-    workers = train.num_workers if train.min_workers is None else (train.min_workers, train.num_workers)
+    workers = train.workers.num if train.workers.min is None else (train.workers.min, train.workers.num)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"loop": config.model_dump(mode="json"), "folder": folder, "progress": progress},
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if train.workers.use_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]
-            use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+            use_gpu=train.workers.use_gpu,
+            resources_per_worker={"CPU": train.workers.cpus, **({"GPU": 1} if train.workers.use_gpu else {})},
         ),
         run_config=RunConfig(
             name="ray",
             storage_path=os.path.abspath(path) if storage.is_local(folder) else path,
             storage_filesystem=filesystem,
             callbacks=[StopAtOwnErrors()],  # type: ignore[list-item]
-            failure_config=FailureConfig(max_failures=train.max_failures),
+            failure_config=FailureConfig(max_failures=train.workers.max_failures),
         ),
     )
     try:
@@ -265,15 +265,19 @@ def fit(config: LoopConfig, folder: str, progress: Any) -> None:
 def check_resources(train: TrainConfig) -> None:
     """Raise ``UsageError`` when this Ray has too few CPUs or GPUs: on one machine the run would wait for ever. A
     cluster that was joined may grow, so there it is a warning."""
-    workers = train.min_workers or train.num_workers
+    workers = train.workers.min or train.workers.num
     there = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, each in (("CPU", train.cpus_per_worker), ("GPU", int(train.use_gpu))):
+    for name, each in (("CPU", train.workers.cpus), ("GPU", int(train.workers.use_gpu))):
         if workers * each <= there.get(name, 0.0):
             continue
-        setting = "use_gpu=false or a machine with GPUs" if name == "GPU" else "cluster.num_cpus, or fewer num_workers"
+        setting = (
+            "workers.use_gpu=false, or take a machine with GPUs"
+            if name == "GPU"
+            else "cluster.num_cpus, a smaller workers.num"
+        )
         message = (
             f"{workers} workers need {workers * each} {name}s and Ray has {there.get(name, 0.0):g}; set "
-            f"{setting}, or min_workers"
+            f"{setting}, or workers.min"
         )
         if not os.environ.get("RAY_ADDRESS"):
             raise UsageError(message)

@@ -47,7 +47,7 @@ def recompute_activations(backbone: nn.Module) -> None:
     except (AttributeError, AssertionError):
         raise UsageError(
             f"a {type(backbone).__name__} cannot recompute its activations; set "
-            "activation_checkpointing=false, or raise accumulation to save memory"
+            "compute.activation_checkpointing=false, or raise compute.accumulation to save memory"
         ) from None
 
 

@@ -94,5 +94,5 @@ def test_an_error_in_an_actor_arrives_as_it_is(ray_session: None, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [{"num_cpus": 64.0}, {"resource": "decoder"}])
 def test_actors_that_find_no_place_are_explained(ray_session: None, tmp_path: Path, wanted: dict[str, Any]) -> None:
-    with pytest.raises(LookalikeError, match=r"no batch from 1 decode_actors of .* within 1 s; .* add nodes, or lower"):
+    with pytest.raises(LookalikeError, match=r"no batch from 1 loader.actors of .* within 1 s; .* add nodes, or lower"):
         next(actor_batches(make_batches(files(tmp_path)), 1, limit_s=1.0, **wanted))

@@ -14,6 +14,7 @@ from lookalike.errors import UsageError
 from lookalike.train.feed.draws import BalanceConfig, arrange_runs
 from lookalike.train.feed.loader import BatchDataset
 from lookalike.train.feed.streams import build_streams
+from lookalike.train.run.sections import ComputeConfig
 from lookalike.train.run.settings import TrainConfig
 from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation
 from tests.train.conftest import shard_rows, write_shard
@@ -104,14 +105,20 @@ def test_rows_left_out_and_repeated_are_counted(tmp_path: Path, caplog: pytest.L
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"balance": {"furnitur": {}}}, "balance names 'furnitur', which mix does not have; it has furniture"),
         (
-            {"balance": {"furniture": {"samples": 5}}},
-            "holds 8 pictures of dataset 'furniture', no multiple of balance.",
+            {"loader": {"balance": {"furnitur": {}}}},
+            r"loader.balance names 'furnitur', which mix does not have; it has furniture",
         ),
-        ({"balance": {"furniture": {"samples": 1}}}, "'balance.furniture.samples' is 1"),
-        ({"views": 2, "batch_size": 18}, "a worker's part of a batch, 9 images, is no multiple of views 2"),
-        ({"loader_processes": 1, "decode_actors": 1}, "loader_processes 1 and decode_actors 1 exclude each other"),
+        (
+            {"loader": {"balance": {"furniture": {"samples": 5}}}},
+            r"holds 8 pictures of dataset 'furniture', not a multiple of loader.balance.",
+        ),
+        ({"loader": {"balance": {"furniture": {"samples": 1}}}}, r"'loader.balance.furniture.samples' is 1"),
+        (
+            {"loader": {"views": 2}, "batch_size": 18},
+            r"a worker's part of a batch, 9 images, is not a multiple of loader.views 2",
+        ),
+        ({"loader": {"processes": 1, "actors": 1}}, "loader: processes 1 and actors 1 exclude each other"),
     ],
 )
 def test_settings_that_cannot_be_are_explained(values: dict[str, Any], words: str) -> None:
@@ -120,6 +127,8 @@ def test_settings_that_cannot_be_are_explained(values: dict[str, Any], words: st
 
 
 def test_batch_size_counts_images_of_all_views() -> None:
-    config = parse_config(TrainConfig, {"tasks": TASKS, "mix": {"a": 3, "b": 1}, "batch_size": 32, "views": 2}, "x")
+    config = parse_config(
+        TrainConfig, {"tasks": TASKS, "mix": {"a": 3, "b": 1}, "batch_size": 32, "loader": {"views": 2}}, "x"
+    )
     assert config.pictures() == {"a": 6, "b": 2}
-    assert config.model_copy(update={"accumulation": 2}).pictures() == {"a": 3, "b": 1}
+    assert config.model_copy(update={"compute": ComputeConfig(accumulation=2)}).pictures() == {"a": 3, "b": 1}

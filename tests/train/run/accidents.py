@@ -36,7 +36,7 @@ CONFIG = {
     "epochs": 2.4,
     "batch_size": 8,
     "checkpoint_every": 3,
-    "num_workers": 2,
+    "workers": {"num": 2},
 }
 STEPS = 16
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -91,7 +91,7 @@ def main(root: str, log: str, seed: int) -> None:
         if os.path.exists(log):
             os.unlink(log)
         with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread alone
-            training = pool.submit(run, folder, **({"min_workers": 1} if kind == "shrink" else {}))
+            training = pool.submit(run, folder, **({"workers": {"num": 2, "min": 1}} if kind == "shrink" else {}))
             if kind != "calm":
                 pid = wait_for(log, steps.randint(5, STEPS - 2), second.node_id, training)
             if kind == "worker":

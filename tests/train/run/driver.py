@@ -28,8 +28,8 @@ CONFIG = {
     "epochs": 2.4,
     "batch_size": 8,
     "checkpoint_every": 5,
-    "num_workers": 2,
-    "freeze_batch_norm": False,
+    "workers": {"num": 2},
+    "backbone": {"freeze_batch_norm": False},
 }
 
 

@@ -36,11 +36,11 @@ def encoder_settings(backbone: str, size: int = 64) -> EncoderConfig:
     ("backbone", "size", "values"),
     [
         ("test_efficientnet", 64, {}),
-        ("test_efficientnet", 64, {"frozen_stages": 1, "optimizer": "sgd"}),
-        ("test_efficientnet", 64, {"trainable": "probe"}),
-        ("test_vit", 160, {"ema_decay": 0.9, "num_workers": 1}),
-        ("test_vit", 160, {"activation_checkpointing": True}),
-        ("test_vit", 160, {"precision": "bfloat16"}),
+        ("test_efficientnet", 64, {"backbone": {"frozen_stages": 1}, "optimizer": {"kind": "sgd"}}),
+        ("test_efficientnet", 64, {"backbone": {"trainable": "probe"}}),
+        ("test_vit", 160, {"optimizer": {"ema_decay": 0.9}, "workers": {"num": 1}}),
+        ("test_vit", 160, {"compute": {"activation_checkpointing": True}}),
+        ("test_vit", 160, {"compute": {"precision": "bfloat16"}}),
     ],
 )
 def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, values: dict[str, Any]) -> None:
@@ -48,10 +48,10 @@ def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, va
     told = measure(train, encoder, NUM_CLASSES)
     network = build_model(encoder)
     model = MultiTaskModel(network, build_tasks(train.tasks, encoder.dims, NUM_CLASSES, (1.0, 1.0)))
-    freeze(model, train)
-    if train.activation_checkpointing:
+    freeze(model, train.backbone)
+    if train.compute.activation_checkpointing:
         recompute_activations(network.backbone)
-    set_train_mode(model, train)
+    set_train_mode(model, train.backbone)
     rows = train.micro_batch
     batch = {
         "images": torch.randn(rows, 3, size, size),
@@ -59,11 +59,11 @@ def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, va
         "category": torch.randint(0, 3, (rows,)),
         "group": torch.randint(0, 4, (rows,)),
     }
-    low = train.precision == "bfloat16"
+    low = train.compute.precision == "bfloat16"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low), count_saved(model) as counted:
         total, _ = model(batch)
         kept = counted()
-    optimizer, _ = build_optimizer(model, train, 10)
+    optimizer = build_optimizer(model, train.optimizer)
     total.backward()
     optimizer.step()
     moments = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if getattr(v, "ndim", 0))
@@ -73,22 +73,24 @@ def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, va
     assert told.encoder_activations + told.head_activations == pytest.approx(kept, rel=0.01)
     assert (told.parameters, told.gradients, told.batch) == (whole, gradients, batch["images"].nbytes)
     assert told.optimizer == pytest.approx(moments, abs=4 * len(optimizer.state))  # step counters besides
-    assert told.average == (body if train.ema_decay else 0)
-    assert told.buckets == (gradients if train.num_workers > 1 else 0)
+    assert told.average == (body if train.optimizer.ema_decay else 0)
+    assert told.buckets == (gradients if train.workers.num > 1 else 0)
     assert told.unknown == ()
     parts = {name: value for name, value in vars(told).items() if name != "unknown"}
     assert told.total == sum(parts.values())
 
 
 def test_frozen_layers_and_recomputation_save_memory() -> None:
-    def told(backbone: str, **values: Any) -> StepMemory:
-        return measure(train_settings(**values), encoder_settings(backbone, 160), NUM_CLASSES)
+    def told(**values: Any) -> StepMemory:
+        return measure(train_settings(**values), encoder_settings("test_vit", 160), NUM_CLASSES)
 
-    plain = told("test_vit")
-    assert told("test_vit", activation_checkpointing=True).encoder_activations < plain.encoder_activations / 2
-    halves = told("test_vit", accumulation=2)
+    plain = told()
+    assert (
+        told(compute={"activation_checkpointing": True}).encoder_activations < plain.encoder_activations / 2
+    )
+    halves = told(compute={"accumulation": 2})
     assert halves.encoder_activations == pytest.approx(plain.encoder_activations / 2, rel=0.05)
-    probe = told("test_vit", trainable="probe")
+    probe = told(backbone={"trainable": "probe"})
     assert probe.encoder_activations < plain.encoder_activations / 50
     assert probe.gradients < plain.gradients / 10
 
@@ -104,7 +106,7 @@ def test_a_dry_run_says_what_a_step_needs(bench: Bench) -> None:
     assert f"{told.total / 2**20:.1f} MiB" in total
     with pytest.raises(UsageError, match=r"mix names dataset 'catalog' \(did you mean 'catalogue'\?\)"):
         preview(bench.run(train_settings(mix={"catalog": 1}, batch_size=8)))
-    with pytest.raises(UsageError, match="more than task_memory_gib 1e-06"):
-        preview(bench.run(train_settings(mix={"catalogue": 1}, batch_size=8, task_memory_gib=1e-6)))
+    with pytest.raises(UsageError, match=r"more than compute.task_memory_gib 1e-06"):
+        preview(bench.run(train_settings(mix={"catalogue": 1}, batch_size=8, compute={"task_memory_gib": 1e-6})))
     unknown = StepMemory(*[1] * 9, unknown=("pairs",))
     assert "left out: activations of pairs" in describe(unknown, train, encoder_settings("test_vit"))[-1]

@@ -75,7 +75,7 @@ def test_too_many_proxies_are_refused_with_what_would_help() -> None:
     with pytest.raises(UsageError) as caught:
         require_memory(configs, DIMS, counts, **kwargs, limit_gib=16)
     message = str(caught.value)
-    assert "more than task_memory_gib 16; the largest is 'identity' over 20,000,000 classes with 3" in message
+    assert "more than compute.task_memory_gib 16; the largest is 'identity' over 20,000,000 classes with 3" in message
     assert "(parameters 8.94, gradients 8.94, optimizer 17.88, activations " in message
     assert "nesting: mrl-e (19." in message
     assert "shard: true over the 4 workers (" in message

@@ -1,4 +1,4 @@
-"""Optimizer and schedule: what is frozen, what decays, how the learning rate moves, which settings are refused."""
+"""Optimizer and schedule: what is frozen, what decays, how the learning rate moves."""
 
 from typing import Any
 
@@ -11,12 +11,13 @@ from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.train.run.optimizer import (
     build_optimizer,
+    build_schedule,
     freeze,
     hasten_batch_norm,
     parameter_groups,
     set_train_mode,
 )
-from lookalike.train.run.settings import TrainConfig
+from lookalike.train.run.sections import BackboneConfig, OptimizerConfig, ScheduleConfig
 from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.encoder import EmbeddingModel
@@ -25,10 +26,6 @@ TASKS = {
     "identity": TaskConfig(kind="normalized_softmax", field="group"),
     "category": TaskConfig(kind="softmax", field="category"),
 }
-
-
-def settings(**values: Any) -> TrainConfig:
-    return parse_config(TrainConfig, {"tasks": TASKS, "mix": {"catalogue": 1}, **values}, "step 'finetune'")
 
 
 def make_model(architecture: str = "test_efficientnet", projection: int | None = 16) -> MultiTaskModel:
@@ -61,7 +58,7 @@ def test_freezing_stops_the_leading_stages_and_nothing_else(
     architecture: str, stages: int, frozen: list[str], trained: list[str]
 ) -> None:
     model = make_model(architecture)
-    freeze(model, settings(frozen_stages=stages))
+    freeze(model, BackboneConfig(frozen_stages=stages))
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
     for name, parameter in backbone.named_parameters():
@@ -74,20 +71,20 @@ def test_freezing_stops_the_leading_stages_and_nothing_else(
 
 def test_nothing_is_frozen_by_default() -> None:
     model = make_model()
-    freeze(model, settings())
+    freeze(model, BackboneConfig())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_backbone_without_stages_cannot_be_frozen() -> None:
     model = MultiTaskModel(EmbeddingModel(nn.Sequential(nn.Linear(3, 16)), 16, None), {})
-    with pytest.raises(UsageError, match=r"frozen_stages 2: .* has no stages that are known; set frozen_stages=0"):
-        freeze(model, settings(frozen_stages=2))
+    with pytest.raises(UsageError, match=r"frozen_stages 2: .* has no known stages; set it to 0"):
+        freeze(model, BackboneConfig(frozen_stages=2))
 
 
 def test_more_stages_than_there_are_cannot_be_frozen() -> None:
-    freeze(make_model("test_resnet"), settings(frozen_stages=4))
-    with pytest.raises(UsageError, match=r"frozen_stages 5: this ResNet has 4 stages; set frozen_stages to 4 or less"):
-        freeze(make_model("test_resnet"), settings(frozen_stages=5))
+    freeze(make_model("test_resnet"), BackboneConfig(frozen_stages=4))
+    with pytest.raises(UsageError, match=r"frozen_stages 5: this ResNet has 4 stages; set it to 4 or less"):
+        freeze(make_model("test_resnet"), BackboneConfig(frozen_stages=5))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
@@ -98,11 +95,13 @@ def test_every_trained_parameter_is_in_one_group_with_its_own_settings(
     model = make_model()
     rates = {"lr": 1e-3, "head_lr": 2e-2, "projection_lr": 3e-3, "proxy_lr": 0.5}
     decays = {"weight_decay": 0.05, "head_weight_decay": 0.02, "proxy_weight_decay": 0.01}
-    config = settings(
-        frozen_stages=1, optimizer=optimizer, proxy_momentum=0.4, layer_decay=layer_decay, **rates, **decays
+    config = parse_config(
+        OptimizerConfig,
+        {"kind": optimizer, "proxy_momentum": 0.4, "layer_decay": layer_decay, **rates, **decays},
+        "optimizer",
     )
-    freeze(model, config)
-    groups = build_optimizer(model, config, 100)[0].param_groups
+    freeze(model, BackboneConfig(frozen_stages=1))
+    groups = build_optimizer(model, config).param_groups
     home = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(home)
     assert set(home) == {id(p) for p in model.parameters() if p.requires_grad}
@@ -124,14 +123,14 @@ def test_every_trained_parameter_is_in_one_group_with_its_own_settings(
         assert group["weight_decay"] == (decay if parameter.ndim > 1 or kind == "proxies" else 0.0), name
         rate = {"proxies": 0.5, "heads": 2e-2, "projection": 3e-3, "backbone": 1e-3}[kind]
         if kind != "backbone" or layer_decay is None:
-            assert group["initial_lr"] == pytest.approx(rate), name
+            assert group["lr"] == pytest.approx(rate), name
         if optimizer != "adamw":
             assert group["momentum"] == (0.4 if kind == "proxies" else 0.9)
 
 
 def test_layers_learn_the_slower_the_lower_they_are() -> None:
     model = make_model("test_vit")
-    config = settings(layer_decay=0.5, lr=1.0)
+    config = OptimizerConfig(layer_decay=0.5, lr=1.0)
     home = {id(p): group["lr"] for group in parameter_groups(model, config) for p in group["params"]}
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
@@ -148,7 +147,7 @@ def test_position_embeddings_and_class_tokens_do_not_decay() -> None:
     model = make_model("test_vit")
     decay = {
         id(p): group["weight_decay"]
-        for group in parameter_groups(model, settings(weight_decay=0.1))
+        for group in parameter_groups(model, OptimizerConfig(weight_decay=0.1))
         for p in group["params"]
     }
     backbone = model.encoder.backbone
@@ -162,8 +161,9 @@ def test_position_embeddings_and_class_tokens_do_not_decay() -> None:
 def test_lars_scales_a_step_by_the_ratio_of_norms() -> None:
     """One step by You et al. 2017, equation 6, for matrices that decay; vectors and heads take plain SGD's."""
     model = make_model()
-    config = settings(optimizer="lars", lr=0.5, head_lr=0.1, weight_decay=0.01, momentum=0.0, warmup_fraction=0.0)
-    optimizer, _ = build_optimizer(model, config, 10)
+    optimizer = build_optimizer(
+        model, OptimizerConfig(kind="lars", lr=0.5, head_lr=0.1, weight_decay=0.01, momentum=0.0)
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, 0.01 * (number % 5 + 1))
@@ -182,12 +182,13 @@ def test_lars_scales_a_step_by_the_ratio_of_norms() -> None:
 
 def test_momenta_decay_rates_and_trust_reach_the_optimizer() -> None:
     model = make_model()
-    adamw, _ = build_optimizer(model, settings(betas=[0.8, 0.95]), 10)
+    nesterov: dict[str, Any] = {"momentum": 0.7, "nesterov": True}
+    adamw = build_optimizer(model, OptimizerConfig(betas=(0.8, 0.95)))
     assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.95)}
-    for kind in ("sgd", "lars"):
-        optimizer, _ = build_optimizer(model, settings(optimizer=kind, momentum=0.7, nesterov=True), 10)
+    for config in (OptimizerConfig(kind="sgd", **nesterov), OptimizerConfig(kind="lars", **nesterov)):
+        optimizer = build_optimizer(model, config)
         assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(0.7, True)}
-    lars, _ = build_optimizer(model, settings(optimizer="lars", trust_coefficient=0.02), 10)
+    lars = build_optimizer(model, OptimizerConfig(kind="lars", trust_coefficient=0.02))
     assert {group["trust_coeff"] for group in lars.param_groups} == {0.02}
 
 
@@ -214,70 +215,71 @@ def expected_rates(schedule: str, total: int, epochs: float) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial", "step", "constant", "cyclic"])
-@pytest.mark.parametrize("resume_at", [0, 3, 17])
-def test_learning_rates_follow_their_formula_also_when_resumed(schedule: str, resume_at: int) -> None:
-    total = 40
-    more = {"schedule_epochs": [1.5, 3.0]} if schedule == "step" else {}
-    config = settings(schedule=schedule, lr=1.0, epochs=4.0, **more)
-    optimizer, plan = build_optimizer(make_model(), config, total)
+def walk(schedule: ScheduleConfig, epochs: float, total: int, resume_at: int = -1) -> list[float]:
+    """Learning rates of a run at peak 1, resumed before step ``resume_at``."""
+
+    def begin() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return optimizer, build_schedule(optimizer, schedule, epochs, total)
+
+    optimizer, plan = begin()
     rates = []
     for step in range(total):
         if step == resume_at:
             states = optimizer.state_dict(), plan.state_dict()
-            optimizer, plan = build_optimizer(make_model(), config, total)
+            optimizer, plan = begin()
             optimizer.load_state_dict(states[0])
             plan.load_state_dict(states[1])
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         plan.step()
-    assert rates == pytest.approx(expected_rates(schedule, total, 4.0), abs=1e-9)
+    return rates
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "polynomial", "step", "constant", "cyclic"])
+@pytest.mark.parametrize("resume_at", [0, 3, 17])
+def test_learning_rates_follow_their_formula_also_when_resumed(kind: str, resume_at: int) -> None:
+    config = ScheduleConfig.model_validate({"kind": kind, "drop_epochs": [1.5, 3.0] if kind == "step" else []})
+    assert walk(config, 4.0, 40, resume_at) == pytest.approx(expected_rates(kind, 40, 4.0), abs=1e-9)
 
 
 @pytest.mark.parametrize(("total", "fraction"), [(40, 0.1), (40, 0.0), (1, 0.5), (2, 0.9), (3, 0.5)])
 @pytest.mark.parametrize("as_steps", [False, True])
 def test_the_warm_up_is_a_share_of_the_steps_or_a_number(total: int, fraction: float, as_steps: bool) -> None:
     warmup = min(round(fraction * total), total - 1)
-    steps = {"warmup_steps": round(fraction * total), "warmup_fraction": 0.3}
-    given = steps if as_steps else {"warmup_fraction": fraction}
-    optimizer, schedule = build_optimizer(make_model(), settings(lr=1.0, schedule="constant", **given), total)
-    rates = []
-    for _ in range(total):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([min(1.0, (step + 1) / (warmup + 1)) for step in range(total)], abs=1e-6)
+    steps = round(fraction * total) if as_steps else None
+    config = ScheduleConfig(kind="constant", warmup_fraction=0.3 if as_steps else fraction, warmup_steps=steps)
+    assert walk(config, 1.0, total) == pytest.approx([min(1.0, (i + 1) / (warmup + 1)) for i in range(total)], abs=1e-6)
 
 
-def test_a_fall_within_the_warm_up_is_refused() -> None:
-    config = settings(schedule="step", schedule_epochs=[0.1], epochs=4.0, warmup_fraction=0.5)
-    with pytest.raises(UsageError, match=r"schedule_epochs \[0.1\] begin within the warm-up of 20 of 40 steps"):
-        build_optimizer(make_model(), config, 40)
+def test_a_drop_within_the_warm_up_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"drop_epochs \[0.1\] begin within the warm-up of 20 of 40 steps"):
+        walk(ScheduleConfig(kind="step", drop_epochs=(0.1,), warmup_fraction=0.5), 4.0, 40)
 
 
 def test_a_probe_freezes_the_backbone_and_needs_something_to_train() -> None:
     model = make_model()
-    freeze(model, settings(trainable="probe"))
+    freeze(model, BackboneConfig(trainable="probe"))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if not name.startswith("encoder.backbone.")}
-    set_train_mode(model, settings(trainable="probe", freeze_batch_norm=False))
+    set_train_mode(model, BackboneConfig(trainable="probe", freeze_batch_norm=False))
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
     assert not any(module.training for module in backbone.modules())
     bare = MultiTaskModel(EmbeddingModel(create_backbone("test_vit"), 64, None), {})
     with pytest.raises(UsageError, match=r"nothing trains: the backbone is frozen, .* set embedding_dim"):
-        freeze(bare, settings(trainable="probe"))
+        freeze(bare, BackboneConfig(trainable="probe"))
 
 
 def test_batch_norm_statistics_stay_when_frozen() -> None:
     model = make_model()
     for keep in (True, False):
-        set_train_mode(model, settings(freeze_batch_norm=keep))
+        set_train_mode(model, BackboneConfig(freeze_batch_norm=keep))
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert norms
         assert {m.training for m in norms} == {not keep}
         assert model.training
-    config = settings(freeze_batch_norm=False, frozen_stages=1)
+    config = BackboneConfig(freeze_batch_norm=False, frozen_stages=1)
     freeze(model, config)
     set_train_mode(model, config)
     assert {m.training == m.weight.requires_grad for m in norms} == {True}
@@ -292,65 +294,3 @@ def test_short_runs_hasten_batch_norm(own: float | None, steps: int, momentum: f
     layer = nn.BatchNorm2d(4, momentum=own)
     hasten_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), layer), steps)
     assert layer.momentum == momentum
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"dims": [4, 8], "nested_weights": [1.0]}, "nested_weights has 1 values for 2 dims; give one each"),
-        ({"batch_size": 9}, "batch_size 9 is no multiple of num_workers 2"),
-        ({"batch_size": 12, "accumulation": 4}, r"accumulation 4 does not divide a worker's 6 rows \(batch_size 12"),
-        ({"num_workers": [2, 1]}, r"num_workers \[2, 1\] is no range; give a number, or \[min, max\]"),
-        ({"num_workers": [0, 2]}, r"num_workers \[0, 2\] is no range"),
-        ({"num_workers": [1, 2, 3]}, "is no range"),
-        ({"min_workers": 3}, "min_workers 3 is above num_workers 2"),
-        ({"precision": "float16"}, "precision float16 needs a GPU; set use_gpu=true, or precision=bfloat16"),
-        ({"trainable": "full", "frozen_stages": 2}, "trainable full and frozen_stages 2 exclude each other"),
-        ({"trainable": "probe", "frozen_stages": 2}, "trainable probe and frozen_stages 2 exclude each other"),
-        ({"trainable": "partial"}, "trainable partial needs frozen_stages of 1 or more"),
-        ({"optimizer": "sgd", "nesterov": True, "momentum": 0.0}, "nesterov needs a momentum above 0"),
-        ({"optimizer": "sgd", "nesterov": True, "proxy_momentum": 0.0}, "momentum above 0, for proxies"),
-        ({"schedule": "step"}, r"schedule step with schedule_epochs \[\]: step needs epochs"),
-        ({"schedule_epochs": [1.0]}, r"schedule cosine with schedule_epochs \[1.0\]"),
-        ({"schedule": "step", "schedule_epochs": [2.0, 1.0]}, r"\[2.0, 1.0\] must be positive and incr"),
-        ({"schedule": "cyclic"}, "peak_epoch 2.0 is not before the end, epochs 1.0; lower it"),
-        ({"trackers": ["tensorbord"]}, r"unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"),
-        ({"tasks": {"a": {"kind": "softmax", "field": "groups"}}}, "'tasks.a.field' is 'groups'"),
-        ({"tasks": {"a": {"kind": "softmax", "fild": "group"}}}, r"unknown key 'tasks.a.fild' \(did you mean 'field'"),
-        ({"schedule": "step", "schedule_epochs": [0.5, 1.0]}, r"do not all come before the end, epochs 1.0; drop 1.0"),
-        ({"num_workers": [1, 2], "min_workers": 2}, r"num_workers \[1, 2\] sets min_workers, which is 2 besides"),
-        ({"dims": [4, 8], "dims_per_step": 3}, "dims_per_step 3 exceeds the 2 dims; lower or drop it"),
-        ({"dims": [4, 8], "nested_weights": [1.0, -1.0]}, "'nested_weights.1' is -1.0"),
-        ({"dims": [4, 8], "nested_weights": [0.0, 0.0]}, r"nested_weights \[0.0, 0.0\] are all zero"),
-        ({"dims": []}, r"dims \[\] must be positive"),
-        ({"dims": [8, 4]}, r"dims \[8, 4\] must be positive"),
-        ({"dims_per_step": 2}, "dims_per_step 2 exceeds the 1 dims"),
-        ({"betas": [0.9, 1.0]}, "'betas.1' is 1.0"),
-        ({"betas": [-0.1, 0.9]}, "'betas.0' is -0.1"),
-        ({"tasks": {"a.b": TASKS["category"]}}, "task 'a.b' is no name"),
-        ({"tasks": {"training": TASKS["category"]}}, "task 'training' is no name"),
-        ({"mix": {"a": 0.0}}, "'mix.a' is 0.0"),
-        ({"mix": {"a": -1.0}}, "'mix.a' is -1.0"),
-        ({"mix": {}}, "'mix' is {}"),
-        ({"warmup_fraction": 1.0}, "'warmup_fraction' is 1.0"),
-    ],
-)
-def test_wrong_settings_are_explained(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        settings(**values)
-
-
-def test_a_range_of_workers_shapes_the_result_by_its_upper_end_alone() -> None:
-    ranged = settings(num_workers=[1, 2])
-    assert (ranged.min_workers, ranged.num_workers, ranged.micro_batch) == (1, 2, 32)
-    assert ranged.identity() == settings(num_workers=2).identity()
-    assert ranged.identity() != settings(num_workers=1).identity()
-    assert settings(**ranged.model_dump()) == ranged
-
-
-def test_nested_dims_must_fit_the_embedding() -> None:
-    assert settings().resolve_dims(256) == (256,)
-    assert settings(embedding_dim=64).resolve_dims(256) == (64,)
-    assert settings(dims=[8, 256]).resolve_dims(256) == (8, 256)
-    with pytest.raises(UsageError, match=r"dims \[8, 512\] exceed the model's 256; drop 512 or set embedding_dim=512"):
-        settings(dims=[8, 512]).resolve_dims(256)

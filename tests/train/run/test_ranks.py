@@ -11,6 +11,8 @@ from lookalike.train.run.checkpoints import last_checkpoint
 from tests.train.conftest import Bench
 from tests.train.run.ranks import train_rank
 
+SGD = {"kind": "sgd", "lr": 0.01, "head_lr": 0.01}
+
 
 def train(bench: Bench, folder: Path, world: int, spoil: int = 0, **settings: Any) -> dict[str, Any]:
     """The last checkpoint of a run of ``world`` processes."""
@@ -31,7 +33,7 @@ def close(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> bool:
 
 @pytest.mark.soak
 def test_workers_share_the_streams_and_a_run_may_shrink(bench: Bench, tmp_path: Path) -> None:
-    settings = {"num_workers": 2, "optimizer": "sgd", "lr": 0.01, "head_lr": 0.01}
+    settings = {"workers": {"num": 2}, "optimizer": SGD}
     two = train(bench, tmp_path / "two", 2, **settings)
     one = train(bench, tmp_path / "one", 1, **settings)
     # a sum of two does not depend on its order, and halving is exact
@@ -47,7 +49,7 @@ def test_workers_share_the_streams_and_a_run_may_shrink(bench: Bench, tmp_path: 
 
 @pytest.mark.soak
 def test_streams_need_not_divide_among_workers(bench: Bench, tmp_path: Path) -> None:
-    settings = {"num_workers": 4, "batch_size": 16, "epochs": 1.2, "optimizer": "sgd", "lr": 0.01, "head_lr": 0.01}
+    settings = {"workers": {"num": 4}, "batch_size": 16, "epochs": 1.2, "optimizer": SGD}
     one = train(bench, tmp_path / "one", 1, **settings)
     three = train(bench, tmp_path / "three", 3, **settings)
     assert close(one, three, 1e-5)
@@ -57,7 +59,7 @@ def test_streams_need_not_divide_among_workers(bench: Bench, tmp_path: Path) -> 
 
 @pytest.mark.soak
 def test_every_worker_stops_at_a_bad_loss_of_one(bench: Bench, tmp_path: Path) -> None:
-    train(bench, tmp_path / "run", 2, spoil=6, num_workers=2)
+    train(bench, tmp_path / "run", 2, spoil=6, workers={"num": 2})
     said = [Path(f"{tmp_path}/run.error-{rank}").read_text() for rank in (0, 1)]
     assert said[0] == said[1]
     assert "not finite at step 6 on rank 1, images" in said[0]

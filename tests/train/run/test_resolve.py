@@ -43,7 +43,7 @@ def test_tasks_without_classes_are_let_through_and_described(shards: Artifact, e
         "spread": {"kind": "koleo", "field": "images"},
         "category": {"kind": "softmax", "field": "category", "dims": [4]},
     }
-    config = settle(shards, encoder, tasks, dims_per_step=1, views=2)
+    config = settle(shards, encoder, tasks, dims_per_step=1, loader={"views": 2})
     card = model_card("tiny", config, {})
     assert "- `views`: contrastive over `row`, mrl, weight 1.0" in card
     assert f"- `category`: softmax over {config.num_classes['category']} classes of `category`" in card
@@ -59,9 +59,11 @@ def test_a_task_s_dims_must_be_the_embedding_s(shards: Artifact, encoder: Artifa
 
 def test_tasks_above_the_memory_given_are_refused(shards: Artifact, encoder: Artifact) -> None:
     tasks = {"c": {"kind": "normalized_softmax", "field": "group"}}
-    settle(shards, encoder, tasks, task_memory_gib=1.0)
-    with pytest.raises(UsageError, match=r"need .* GiB a worker, more than task_memory_gib 1e-06; the largest is 'c'"):
-        settle(shards, encoder, tasks, task_memory_gib=1e-6)
+    settle(shards, encoder, tasks, compute={"task_memory_gib": 1.0})
+    with pytest.raises(
+        UsageError, match=r"need .* GiB a worker, more than compute.task_memory_gib 1e-06; the largest is 'c'"
+    ):
+        settle(shards, encoder, tasks, compute={"task_memory_gib": 1e-6})
 
 
 @pytest.mark.parametrize(("field", "none"), [("category", -1), ("group", -1), ("labels", [])])

@@ -51,8 +51,12 @@ def train_and_kill(bench: Bench, config: LoopConfig, folder: Path, at: int, monk
     "settings",
     [
         {},
-        {"optimizer": "sgd", "nesterov": True, "schedule": "step", "schedule_epochs": [1.0]},
-        {"optimizer": "lars", "lr": 0.1, "ema_decay": 0.9, "accumulation": 2, "freeze_batch_norm": False},
+        {"optimizer": {"kind": "sgd", "nesterov": True}, "schedule": {"kind": "step", "drop_epochs": [1.0]}},
+        {
+            "optimizer": {"kind": "lars", "lr": 0.1, "ema_decay": 0.9},
+            "compute": {"accumulation": 2},
+            "backbone": {"freeze_batch_norm": False},
+        },
     ],
 )
 def test_a_resumed_run_ends_with_the_same_weights_and_curve(
@@ -76,7 +80,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_curve(
     for state in states:
         state.pop("pace")
     assert json.dumps(states[0]["optimizer"]["param_groups"]) == json.dumps(states[1]["optimizer"]["param_groups"])
-    if config.train.ema_decay:
+    if config.train.optimizer.ema_decay:
         assert same(states[0]["average"], states[1]["average"])
 
 
@@ -88,7 +92,7 @@ def test_old_checkpoints_go(bench: Bench, tmp_path: Path) -> None:
 
 def test_accumulated_parts_give_the_gradient_of_their_mean(bench: Bench, tmp_path: Path) -> None:
     """Two parts of four rows against the same rows by hand, one part after the other, gradients averaged."""
-    config = bench.config(accumulation=2, clip_norm=None)
+    config = bench.config(compute={"accumulation": 2}, optimizer={"clip_norm": None})
     training = bench.begin(config)
     place = Place(config, 0, 1, torch.device("cpu"), str(tmp_path))
     batches = list(loop.Feed(place, 0, loop.Pace(8)).step())
@@ -109,7 +113,7 @@ def test_accumulated_parts_give_the_gradient_of_their_mean(bench: Bench, tmp_pat
 
 
 def test_the_average_follows_the_weights_and_is_what_is_exported(bench: Bench, tmp_path: Path) -> None:
-    config = bench.config(ema_decay=0.9, lr=1e-2)
+    config = bench.config(optimizer={"ema_decay": 0.9, "lr": 1e-2})
     training = bench.begin(config)
     expected: dict[str, torch.Tensor] = {}
     update = training.update
@@ -144,7 +148,7 @@ def test_without_an_average_the_weights_are_exported(bench: Bench, tmp_path: Pat
 
 
 def test_a_probe_leaves_the_backbone_as_it_is(bench: Bench, tmp_path: Path) -> None:
-    config = bench.config(trainable="probe", freeze_batch_norm=False)
+    config = bench.config(backbone={"trainable": "probe", "freeze_batch_norm": False})
     training = bench.begin(config)
     before = weights(training.model)
     bench.train(config, tmp_path / "run", training)
@@ -157,12 +161,12 @@ def test_a_probe_leaves_the_backbone_as_it_is(bench: Bench, tmp_path: Path) -> N
 
 def test_recomputed_activations_and_bfloat16(bench: Bench, tmp_path: Path) -> None:
     plain = bench.train(bench.config(), tmp_path / "plain")
-    config = bench.config(activation_checkpointing=True)
+    config = bench.config(compute={"activation_checkpointing": True})
     training = bench.begin(config)
     loop.recompute_activations(training.model.encoder.backbone)  # type: ignore[arg-type]
     bench.train(config, tmp_path / "recomputed", training)
     assert same(weights(training.model), weights(plain.model))
-    low = bench.train(bench.config(precision="bfloat16"), tmp_path / "low")
+    low = bench.train(bench.config(compute={"precision": "bfloat16"}), tmp_path / "low")
     gap = abs(low.curve.points[0]["loss"] / plain.curve.points[0]["loss"] - 1)
     assert 0 < gap < 0.02
 
@@ -204,7 +208,7 @@ def test_a_loss_that_is_no_number_stops_with_step_images_and_checkpoint(
 
 def test_dropout_follows_the_place_in_the_data(bench: Bench, tmp_path: Path) -> None:
     """What a forward pass draws is the same whoever comes to a micro-batch, whatever was drawn before."""
-    config = bench.config(num_workers=2, accumulation=2, batch_size=16)
+    config = bench.config(workers={"num": 2}, compute={"accumulation": 2}, batch_size=16)
 
     def draws(rank: int, world: int, done: int) -> dict[tuple[int, int, int], float]:
         place = Place(config, rank, world, torch.device("cpu"), str(tmp_path))
@@ -224,10 +228,10 @@ def test_dropout_follows_the_place_in_the_data(bench: Bench, tmp_path: Path) -> 
 
 def test_a_scaled_loss_changes_nothing_and_an_overflow_skips_the_step(bench: Bench, tmp_path: Path) -> None:
     """The path of float16, on a CPU: a power of two scales exactly, and infinite gradients are no reason to stop."""
-    plain = bench.train(bench.config(clip_norm=None), tmp_path / "plain")
-    training = bench.begin(bench.config(clip_norm=None))
+    plain = bench.train(bench.config(optimizer={"clip_norm": None}), tmp_path / "plain")
+    training = bench.begin(bench.config(optimizer={"clip_norm": None}))
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)  # type: ignore[attr-defined]
-    bench.train(bench.config(clip_norm=None), tmp_path / "scaled", training)
+    bench.train(bench.config(optimizer={"clip_norm": None}), tmp_path / "scaled", training)
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(training.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     wild = bench.begin(bench.config())

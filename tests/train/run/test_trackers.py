@@ -14,7 +14,7 @@ from tests.train.conftest import Bench
 
 
 def tracked(root: str, start: int = 0) -> TrackedRun:
-    return TrackedRun("tiny", "f" * 20, root, start, {"lr": 0.1})
+    return TrackedRun("tiny", "f" * 20, root, start, {"epochs": 2, "optimizer": {"lr": 0.1}})
 
 
 def read_curve(folder: Path, name: str) -> dict[int, float]:
@@ -112,4 +112,4 @@ def test_mlflow_keeps_one_run_a_fingerprint(monkeypatch: pytest.MonkeyPatch, tmp
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("lookalike").experiment_id])
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 1.0), (3, 2.0)]
-    assert run.data.params == {"lr": "0.1"}
+    assert run.data.params == {"epochs": "2", "optimizer.lr": "0.1"}

@@ -82,7 +82,7 @@ def test_a_worker_puts_the_teachers_embeddings_into_the_batch(
     from lookalike.train.run.loop import Feed, Pace, Place
 
     teacher = publish_teacher(bench.root)
-    train = settings(tasks=distill, num_workers=1, embedding_dim=8)
+    train = settings(tasks=distill, workers={"num": 1}, embedding_dim=8)
     config = resolve(bench.run(train, teacher=teacher))
     ((batch, _),) = Feed(Place(config, 0, 1, torch.device("cpu"), str(tmp_path)), 0, Pace(8)).step()
     assert batch["teacher"].shape == (8, 6)
@@ -98,14 +98,18 @@ def test_shares_that_leave_a_dataset_without_rows_are_refused_before_the_run() -
 def test_too_few_cpus_or_no_gpu_are_explained_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    check_resources(settings(num_workers=2))
-    check_resources(settings(num_workers=[1, 4]))
-    with pytest.raises(UsageError, match=r"4 workers need 4 CPUs and Ray has 2; set cluster.num_cpus, or fewer"):
-        check_resources(settings(num_workers=4))
-    with pytest.raises(UsageError, match=r"2 workers need 2 GPUs and Ray has 0; set use_gpu=false or a machine"):
-        check_resources(settings(use_gpu=True))
+    check_resources(settings())
+    check_resources(settings(workers={"num": 4, "min": 1}))
+    with pytest.raises(
+        UsageError, match=r"4 workers need 4 CPUs and Ray has 2; set cluster.num_cpus, a smaller workers.num, or"
+    ):
+        check_resources(settings(workers={"num": 4}))
+    with pytest.raises(
+        UsageError, match=r"2 workers need 2 GPUs and Ray has 0; set workers.use_gpu=false, or take a machine"
+    ):
+        check_resources(settings(workers={"use_gpu": True}))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    check_resources(settings(num_workers=4))  # a cluster may grow
+    check_resources(settings(workers={"num": 4}))  # a cluster may grow
 
 
 def test_an_error_of_ours_ends_the_run_and_others_are_tried_again() -> None:
@@ -139,7 +143,7 @@ def test_a_damaged_image_ends_the_run_at_the_first_attempt(tmp_path: Path) -> No
     write_shard(f"{draft.uri}/catalogue/part-00000.parquet", rows, 8)
     draft.write_json("classes.json", {name: [str(i) for i in range(n)] for name, n in NUM_CLASSES.items()})
     draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
-    run = Bench(root).run(settings(num_workers=1, initialise="random", max_failures=3))
+    run = Bench(root).run(settings(workers={"num": 1, "max_failures": 3}, initialise={"method": "random"}))
     with pytest.raises(LookalikeError, match="image"):
         execute(STAGE, run.config, run.inputs, root, "tiny")
     (curves,) = (tmp_path / "root" / "tensorboard").iterdir()

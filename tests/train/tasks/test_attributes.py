@@ -179,7 +179,7 @@ def test_proxies_start_from_the_attribute_s_rows(tmp_path: Path) -> None:
 
 def test_tasks_on_attributes_train_from_data_and_are_foretold(stated: Bench, tmp_path: Path) -> None:
     tasks = {**STATED, "pairs": {"kind": "triplet", "field": "attribute.made in"}}
-    config = stated.config(tasks=tasks, initialise="data", initialise_images=32, epochs=0.6)
+    config = stated.config(tasks=tasks, initialise={"images": 32}, epochs=0.6)
     before = build_multitask_model(config, initialise=True).state_dict()
     training = stated.train(config, tmp_path / "run")
     after = training.model.state_dict()
