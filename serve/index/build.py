@@ -22,21 +22,21 @@ from lookalike.cluster import ensure_ray
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.progress import track
 from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, read_index_meta
-from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.shortlist import SHORTLISTS, ShortlistOptions, build_shortlist, shortlist_name
-from lookalike.retrieval.store import (
+from lookalike.retrieval.index_types import SHORTLISTS, ShortlistOptions
+from lookalike.retrieval.ranking import Floats, Mask, Rows
+from lookalike.retrieval.shard_meta import (
     DIGESTS_FILE,
     ROWS_FILE,
     SHARD_META,
     TOMBSTONES_FILE,
     Dtype,
-    Mask,
-    PrefixStore,
     ShardMeta,
     check_dims,
     read_meta,
-    write_store,
 )
+from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.store_writer import write_store
 from lookalike.serve.index.rows import (
     COLUMNS,
     EmbeddingRows,

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from lookalike.plots import create_figure, label_decades, to_png
-from lookalike.retrieval import planner
-from lookalike.retrieval.planner import MeasuredPlan
+from lookalike.retrieval.choice import MeasuredPlan, RankBy, cost_of
 
 TICKS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 LOWEST = 0.5
@@ -21,7 +20,7 @@ def plot(
     *,
     target: float,
     k: int,
-    rank_by: planner.RankBy,
+    rank_by: RankBy,
     num_queries: int,
 ) -> bytes:
     """A PNG: what is missed of the answer, on a log scale so that the good plans stand apart, over the cost.
@@ -32,7 +31,7 @@ def plot(
     figure = create_figure(8, 5)
     axes = figure.subplots()
     finest = 0.5 / (num_queries * k)  # less than one result missed: drawn as half of one
-    costs = np.array([planner.cost_of(one, rank_by) for one in measured])
+    costs = np.array([cost_of(one, rank_by) for one in measured])
     missed = np.clip([1 - one.recall for one in measured], finest, 1 - LOWEST)
     dims = sorted({one.plan.shortlist_dim for one in measured})
     for number, dim in enumerate(dims):

@@ -16,11 +16,11 @@ from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.config import runtime
 from lookalike.errors import UsageError
-from lookalike.retrieval import metrics, planner
+from lookalike.retrieval import choice, metrics, planner
 from lookalike.retrieval.candidates import list_plans
+from lookalike.retrieval.choice import MeasuredPlan, PlanLimits
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import Limits, MeasuredPlan
 from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.searcher import Searcher
 from lookalike.seeds import derive_seed, hash_unit
@@ -43,9 +43,9 @@ class PlanConfig(StageConfig):
     max_ram_mb: float | None = Field(default=None, gt=0)
     """Memory that every query may walk through, all shards together, in MB (10^6 bytes): the shortlist of the plan's
     dim, the norms it uses; not the memory-mapped vectors. None: no limit."""
-    decide_by: planner.DecideBy = "lower"
+    decide_by: choice.DecideBy = "lower"
     """Compare the target with the lower end of the 95% interval of the recall, or with its mean."""
-    rank_by: planner.RankBy = "model"
+    rank_by: choice.RankBy = "model"
     """Call the plan with the least modelled work the cheapest (reproducible), or the one with the least time here."""
     k: int = Field(default=10, ge=1, le=10_000)
     """Results a query asks for."""
@@ -143,20 +143,11 @@ def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: P
         single_stage=config.allow_single_stage,
     )
     seed = derive_seed(config.seed, "plan", "bootstrap")
-    exact = planner.search_without(searcher, queries, config.k, Plan.exact(searcher.meta.dim), own_rows)
-    measured = planner.measure(searcher, queries, config.k, plans, own_rows=own_rows, seed=seed, exact=exact)
-    for measure_more in (planner.measure_between, *([planner.measure_early_exit] if config.early_exit else [])):
-        measured += measure_more(
-            searcher,
-            queries,
-            config.k,
-            measured,
-            own_rows=own_rows,
-            seed=seed,
-            exact=exact,
-            target=config.target,
-            decide_by=config.decide_by,
-        )
+    sample = planner.take_sample(searcher, queries, config.k, own_rows=own_rows, seed=seed)
+    measured = planner.measure(sample, plans)
+    measured += planner.measure_between(sample, measured, config.target, config.decide_by)
+    if config.early_exit:
+        measured += planner.measure_early_exit(sample, measured, config.target, config.decide_by)
     num = max(config.time_queries, planner.P99_QUERIES if config.max_p99_ms else 0)
     if config.max_p99_ms and len(queries) < planner.P99_QUERIES:
         log.warning(
@@ -172,9 +163,9 @@ def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: P
     return limits_of(config).mark(timed)
 
 
-def limits_of(config: PlanConfig) -> Limits:
+def limits_of(config: PlanConfig) -> PlanLimits:
     """What a plan may take."""
-    return Limits(config.max_p99_ms, config.max_ram_mb)
+    return PlanLimits(config.max_p99_ms, config.max_ram_mb)
 
 
 def choose(
@@ -184,12 +175,12 @@ def choose(
 
     Raises ``UsageError`` that names the candidate which comes nearest when none keeps recall and limits.
     """
-    good = planner.rank_good(
+    good = choice.rank_good(
         measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=config.allow_single_stage
     )
     if good in ([], [0]) and not (good and config.allow_single_stage):
         others = measured[1:] or measured
-        _, why = planner.nearest(others, config.target, limits_of(config), decide_by=config.decide_by)
+        _, why = choice.nearest_miss(others, config.target, limits_of(config), decide_by=config.decide_by)
         if not good:
             raise UsageError(f"no plan keeps recall@{config.k} of {config.target} within the limits; {why}")
         log.warning("no two-stage plan %s", fields(target=config.target, chosen="exact scan", nearest=why))
@@ -208,8 +199,8 @@ def choose(
 
 def compare_stages(measured: list[MeasuredPlan], place: int, config: PlanConfig) -> dict[str, Any]:
     """The cheapest plans of one stage and of several that keep recall and limits; says so where one stage is chosen."""
-    good = planner.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=True)
-    facts = planner.compare_stages(measured, good, config.rank_by)
+    good = choice.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=True)
+    facts = choice.compare_stages(measured, good, config.rank_by)
     if config.allow_single_stage and measured[place].plan.is_single_stage:
         several = facts["several_stages"]
         log.info(
@@ -232,7 +223,8 @@ def check_plan(
         return None
     own_rows = searcher.find([record["image_id"] for record in records])
     seed = derive_seed(config.seed, "plan", "holdout")
-    _, found = planner.measure(searcher, queries, config.k, [plan], own_rows=own_rows, seed=seed)
+    sample = planner.take_sample(searcher, queries, config.k, own_rows=own_rows, seed=seed)
+    _, found = planner.measure(sample, [plan])
     checked = None
     if config.label is not None:
         checked = check_map(searcher, queries, records, plan, label=config.label, k=config.k)
@@ -257,7 +249,7 @@ def run(stage: StageRun[PlanConfig]) -> None:
         raise UsageError(f"where {config.where} keeps no query of {stage.one('queries').uri}; check its values")
     own_rows = searcher.find([record["image_id"] for record in records])
     measured = measure_plans(searcher, queries, own_rows, config)
-    front = planner.pareto_front(measured, config.rank_by)
+    front = choice.pareto_front(measured, config.rank_by)
     place, checked = choose(searcher, queries, records, measured, config)
     chosen = measured[place]
     kept_out = check_plan(searcher, sample[len(queries) :], sampled[len(queries) :], chosen.plan, config)

@@ -19,8 +19,7 @@ from lookalike import schemas, storage
 from lookalike.artifacts import Artifact
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval.index_meta import shard_of
-from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.store import Mask
+from lookalike.retrieval.ranking import Floats, Mask, Rows
 
 COLUMNS = tuple(name for name in schemas.embeddings(1).names if name != "vector")
 READ_BYTES = 4 << 20

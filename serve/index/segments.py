@@ -32,17 +32,10 @@ from lookalike.artifacts import Artifact
 from lookalike.config import Config, runtime
 from lookalike.errors import ArtifactError
 from lookalike.retrieval.index_meta import IndexMeta
-from lookalike.retrieval.shortlist import ShortlistOptions
-from lookalike.retrieval.store import (
-    DIGESTS_FILE,
-    ROWS_FILE,
-    SHARD_META,
-    TOMBSTONES_FILE,
-    Mask,
-    ShardMeta,
-    read_meta,
-    write_tombstones,
-)
+from lookalike.retrieval.index_types import ShortlistOptions
+from lookalike.retrieval.ranking import Mask
+from lookalike.retrieval.shard_meta import DIGESTS_FILE, ROWS_FILE, SHARD_META, TOMBSTONES_FILE, ShardMeta, read_meta
+from lookalike.retrieval.store_writer import write_tombstones
 from lookalike.serve.index.rows import Digests, EmbeddingRows, ShardRows, collect_rows, digest_rows, read_vectors
 
 Kind = Literal["reused", "appended", "rebuilt"]

@@ -16,8 +16,8 @@ from lookalike.retrieval.filters import FILTERS_KEPT, Conditions
 from lookalike.retrieval.index_meta import IndexMeta, shard_of
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, merge_hits, sort_keys
-from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.retrieval.store import inverse_norms, normalise
+from lookalike.retrieval.shard_searcher import ShardSearcher
+from lookalike.retrieval.vectors import inverse_norms, normalise
 from lookalike.serve.generations.journal import Record
 from lookalike.serve.proto import retrieval_pb2 as pb
 

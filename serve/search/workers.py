@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, Hits, empty_hits, merge_hits
-from lookalike.retrieval.searcher import ShardSearcher
+from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.journal import Record

@@ -75,7 +75,7 @@ def open_ours_again(folder: str, dim: int) -> Callable[..., Search]:
     Without ``p`` the graph over the full vectors answers, in one stage.
     """
     from lookalike.retrieval.plan import Plan
-    from lookalike.retrieval.searcher import ShardSearcher
+    from lookalike.retrieval.shard_searcher import ShardSearcher
 
     shard = ShardSearcher.open(f"{folder}/shard")
 

@@ -26,20 +26,18 @@ import numpy as np
 import pyarrow as pa
 
 from lookalike.plots import create_figure, to_png
+from lookalike.retrieval.index_types import EF_CONSTRUCTION, HNSW_M, ShortlistOptions
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.metrics import per_query_overlap
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.retrieval.shortlist import (
-    EF_CONSTRUCTION,
-    HNSW_M,
-    ShortlistOptions,
-    build_shortlist,
-    shortlist_name,
-)
-from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, normalise, write_store
+from lookalike.retrieval.shard_meta import SHARD_META, ShardMeta
+from lookalike.retrieval.shard_searcher import ShardSearcher
+from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.store_writer import write_store
 from lookalike.retrieval.synthetic import make_vectors
+from lookalike.retrieval.vectors import normalise
 
 K = 10
 FUNNEL = ((512, 25),)

@@ -33,8 +33,8 @@ from lookalike.artifacts import Artifact
 from lookalike.plots import create_figure, to_png
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors
+from lookalike.retrieval.vectors import normalise
 from tests.benchmarks.engine_case import ENGINES, find_engine
 
 ONE_THREAD = dict.fromkeys(

@@ -20,13 +20,16 @@ import numpy as np
 import pyarrow as pa
 
 from lookalike.retrieval import filters
+from lookalike.retrieval.index_types import ShortlistOptions
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.metrics import per_query_overlap
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
-from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
+from lookalike.retrieval.ranking import Floats, Mask, Rows
+from lookalike.retrieval.shard_meta import SHARD_META, ShardMeta
+from lookalike.retrieval.shard_searcher import ShardSearcher
+from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.store_writer import write_store
 from lookalike.retrieval.synthetic import make_vectors
 
 DIMS, PREFIX, CLASSES, QUERIES = (32, 64, 128), 64, 300, 100
@@ -45,7 +48,7 @@ def open_shard(folder: str, kind: str, data: Floats) -> ShardSearcher:
     return ShardSearcher.open(folder)
 
 
-def make_masks(share: float, classes: Rows) -> dict[str, filters.Mask]:
+def make_masks(share: float, classes: Rows) -> dict[str, Mask]:
     """``share`` of the rows: at random, and as whole classes."""
     generator = np.random.default_rng(0)
     order = generator.permutation(CLASSES)
@@ -54,7 +57,7 @@ def make_masks(share: float, classes: Rows) -> dict[str, filters.Mask]:
     return {"random": generator.random(len(classes)) < share, "class": np.isin(classes, chosen)}
 
 
-def measure(shard: ShardSearcher, queries: Floats, mask: filters.Mask, *, scan: bool) -> dict[str, float]:
+def measure(shard: ShardSearcher, queries: Floats, mask: Mask, *, scan: bool) -> dict[str, float]:
     """Recall and times with the allowed rows scanned, or the index asked."""
     filters.SCAN_ROWS = len(mask) if scan else 0
     filters.SCAN_GRAPH = filters.SCAN_LISTS = 0

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
@@ -29,23 +29,28 @@ from scipy import optimize, stats
 
 from lookalike.retrieval import costs, native, planner
 from lookalike.retrieval.candidates import calibrate_margins, list_funnels, list_plans
+from lookalike.retrieval.choice import DecideBy, MeasuredPlan, RankBy, cost_of, pareto_front, rank_good
 from lookalike.retrieval.costs import Counts
 from lookalike.retrieval.graph import Graph
 from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
+from lookalike.retrieval.index_types import ShortlistOptions, effort_of
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import MeasuredPlan
-from lookalike.retrieval.ranking import Floats, Hits
-from lookalike.retrieval.searcher import Searcher, ShardSearcher
-from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, effort_of, shortlist_name
-from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
+from lookalike.retrieval.planner import PlanSample
+from lookalike.retrieval.ranking import Floats
+from lookalike.retrieval.searcher import Searcher
+from lookalike.retrieval.shard_meta import SHARD_META, ShardMeta
+from lookalike.retrieval.shard_searcher import ShardSearcher
+from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.store_writer import write_store
 from lookalike.retrieval.synthetic import make_vectors
 from lookalike.serve.index.plan_plot import plot
 from lookalike.serve.index.plan_stage import PlanConfig
 
 K, TARGETS = 10, (0.99, 0.95)
-RANKINGS: tuple[planner.RankBy, ...] = ("model", "measured")
-DECISIONS: tuple[planner.DecideBy, ...] = ("lower", "mean")
+RANKINGS: tuple[RankBy, ...] = ("model", "measured")
+DECISIONS: tuple[DecideBy, ...] = ("lower", "mean")
 GRID_KS = (15, 20, 25, 30, 35, 40, 45, 50, 60, 70, 85, 100, 140)
 GRID_KEEPS, GRID_SHARES = (20, 25, 35), (4, 8)
 """Rows that a grid's one stage keeps, and at which parts of the vector it stands."""
@@ -56,16 +61,10 @@ OWN_PRICES = ("rows", "row_numbers", "beam", "centroids", "lists")
 COPY_BYTES, ROW_BYTES = 256 << 20, 256
 
 
-class Judge(NamedTuple):
-    """Queries [n, dim], and their exact answer."""
-
-    queries: Floats
-    exact: Hits
-
-    def recall(self, searcher: Searcher, plan: Plan) -> dict[planner.DecideBy, float]:
-        """Recall@10 of a plan: its mean, and the lower end of its interval."""
-        found = planner.per_query_recall(searcher.search(self.queries, K, plan), self.exact, same_dim=True)
-        return {"mean": float(found.mean()), "lower": planner.bootstrap_interval(found, 1)[0]}
+def recalls_of(sample: PlanSample, plan: Plan) -> dict[DecideBy, float]:
+    """Recall@10 of a plan: its mean, and the lower end of its interval."""
+    recall = planner.per_query_recall(sample.searcher.search(sample.queries, K, plan), sample.exact, same_dim=True)
+    return {"mean": float(recall.mean()), "lower": planner.bootstrap_interval(recall, 1)[0]}
 
 
 def make_shard(folder: str, kind: str, data: Floats) -> None:
@@ -113,9 +112,9 @@ def cpu_us(searcher: Searcher, queries: Floats, plans: Sequence[Plan], repeats: 
     return np.asarray(seconds.min(axis=0) / len(queries) * 1e6)
 
 
-def list_grid(searcher: Searcher, sample: Judge) -> Iterator[Plan]:
+def list_grid(sample: PlanSample) -> Iterator[Plan]:
     """Shortlist dim x K x effort x funnels (also of other sizes and dims than the planner's) x margins."""
-    meta, effort = searcher.meta, effort_of(searcher.meta.shortlist)
+    meta, effort = sample.searcher.meta, effort_of(sample.searcher.meta.shortlist)
     for dim in meta.shortlist_dims:
         for size in GRID_KS:
             funnels = {*list_funnels(meta.dims, dim, size, K)}
@@ -143,67 +142,63 @@ def list_grid(searcher: Searcher, sample: Judge) -> Iterator[Plan]:
                     yield plan
                     if beam == beams[0] and dim < meta.dim:
                         yield from calibrate_margins(
-                            searcher, sample.queries[:100], sample.exact.rows[:100], K, plan, quantiles=GRID_QUANTILES
+                            sample.searcher,
+                            sample.queries[:100],
+                            sample.exact.rows[:100],
+                            K,
+                            plan,
+                            quantiles=GRID_QUANTILES,
                         )
 
 
-def search_grid(searcher: Searcher, sample: Judge, judge: Judge) -> list[dict[str, Any]]:
+def search_grid(sample: PlanSample, judge: PlanSample) -> list[dict[str, Any]]:
     """Recall, by the judge, and a first processor time of each plan of the grid that comes near a target."""
-    plans = list(list_grid(searcher, sample))
-    recalls = [judge.recall(searcher, plan) for plan in plans]
+    plans = list(list_grid(sample))
+    recalls = [recalls_of(judge, plan) for plan in plans]
     chosen = [n for n, recall in enumerate(recalls) if recall["mean"] >= min(TARGETS)]
-    times = cpu_us(searcher, judge.queries[:100], [plans[n] for n in chosen], 2)
+    times = cpu_us(judge.searcher, judge.queries[:100], [plans[n] for n in chosen], 2)
     return [{"plan": plans[n], "recall": recalls[n], "cpu_us": float(us)} for n, us in zip(chosen, times, strict=True)]
 
 
-def run_planner(searcher: Searcher, sample: Judge, target: float) -> list[MeasuredPlan]:
+def run_planner(sample: PlanSample, target: float) -> list[MeasuredPlan]:
     """What the plan stage measures, with its defaults, for both ways to decide."""
     config = PlanConfig(target=target)
     plans = list_plans(
-        searcher.meta,
+        sample.searcher.meta,
         k=K,
         shortlist_ks=config.shortlist_ks,
         efs=config.ef_search,
         nprobes=config.nprobe,
         scan_dims=config.scan_dims,
     )
-    nobody = np.full(len(sample.queries), -1)
-    measured = planner.measure(searcher, sample.queries, K, plans, own_rows=nobody, seed=1, exact=sample.exact)
+    measured = planner.measure(sample, plans)
     for decide_by in DECISIONS:
         for measure_more in (planner.measure_between, planner.measure_early_exit):
-            measured += measure_more(
-                searcher,
-                sample.queries,
-                K,
-                measured,
-                own_rows=nobody,
-                seed=1,
-                exact=sample.exact,
-                target=target,
-                decide_by=decide_by,
-            )
-    return planner.time_plans(searcher, sample.queries[: config.time_queries], K, measured, repeats=config.time_repeats)
+            measured += measure_more(sample, measured, target, decide_by)
+    return planner.time_plans(
+        sample.searcher, sample.queries[: config.time_queries], K, measured, repeats=config.time_repeats
+    )
 
 
 def compare(
-    searcher: Searcher, grid: list[dict[str, Any]], measured: list[MeasuredPlan], judge: Judge, target: float
+    grid: list[dict[str, Any]], measured: list[MeasuredPlan], judge: PlanSample, target: float
 ) -> Iterator[dict[str, Any]]:
     """The grid's best and the planner's choices at one target, timed again side by side."""
     cheapest = sorted(grid, key=lambda one: one["cpu_us"])
-    plans: list[tuple[planner.DecideBy, str, Plan]] = []
+    plans: list[tuple[DecideBy, str, Plan]] = []
     for decide_by in DECISIONS:
         reached = [one["plan"] for one in cheapest if one["recall"][decide_by] >= target][:FINALISTS]
         plans += [(decide_by, "grid", plan) for plan in reached]
         for rank_by in RANKINGS:
-            ranked = planner.rank_good(measured, target, decide_by=decide_by, rank_by=rank_by, exact=True)
+            ranked = rank_good(measured, target, decide_by=decide_by, rank_by=rank_by, exact=True)
             plans.append((decide_by, rank_by, measured[ranked[0]].plan))
-    times = cpu_us(searcher, judge.queries, [plan for *_, plan in plans], 7)
+    times = cpu_us(judge.searcher, judge.queries, [plan for *_, plan in plans], 7)
     for decide_by in DECISIONS:
         finalists = [n for n, (by, name, _) in enumerate(plans) if (by, name) == (decide_by, "grid")]
         best = min(finalists, key=lambda n: times[n])
         for number in [best, *(n for n, (by, name, _) in enumerate(plans) if by == decide_by and name != "grid")]:
             _, name, plan = plans[number]
-            recall = {f"recall_at_10_{by}": round(value, 4) for by, value in judge.recall(searcher, plan).items()}
+            recall = {f"recall_at_10_{by}": round(value, 4) for by, value in recalls_of(judge, plan).items()}
             yield {
                 "case": f"{'grid best' if number == best else name} by {decide_by} at {target}",
                 "target": target,
@@ -211,19 +206,19 @@ def compare(
                 **recall,
                 "cpu_us": round(float(times[number]), 1),
                 "vs_grid": round(float(times[number] / times[best]), 3),
-                **bytes_of(searcher, judge, plan),
+                **bytes_of(judge, plan),
             }
 
 
-def rank_quality(searcher: Searcher, measured: list[MeasuredPlan], judge: Judge, target: float) -> dict[str, Any]:
+def rank_quality(measured: list[MeasuredPlan], judge: PlanSample, target: float) -> dict[str, Any]:
     """How well model and measured times rank the candidates: Spearman, and the regret of choosing by them."""
     some = [one for one in measured if not one.plan.is_exact]
-    times = cpu_us(searcher, judge.queries[:100], [one.plan for one in some], 3)
+    times = cpu_us(judge.searcher, judge.queries[:100], [one.plan for one in some], 3)
     good = [n for n, one in enumerate(some) if one.recall >= target]
     fastest = times[good].min() if good else 1.0
     facts: dict[str, Any] = {"case": f"ranking of candidates at {target}", "candidates": len(some), "good": len(good)}
     for rank_by in RANKINGS:
-        by = [planner.cost_of(one, rank_by) for one in some]
+        by = [cost_of(one, rank_by) for one in some]
         facts[f"{rank_by}_spearman"] = round(float(stats.spearmanr(by, times).statistic), 3)
         facts[f"{rank_by}_regret"] = round(float(times[min(good, key=lambda n: by[n])] / fastest), 3) if good else None
     off = float(np.median([one.model_us / us for one, us in zip(some, times, strict=True)]))
@@ -246,13 +241,14 @@ def bandwidth() -> dict[str, float]:
     return {name: round(value, 2) for name, value in best.items()}
 
 
-def bytes_of(searcher: Searcher, judge: Judge, plan: Plan) -> dict[str, float]:
+def bytes_of(judge: PlanSample, plan: Plan) -> dict[str, float]:
     """Bytes that a query must read: codes and scales computed, links of the beam, blocks and norms gathered; 0 for
     other shortlists than the int8 graph. And the time per query of one batch, which no Python is in."""
+    searcher = judge.searcher
     index = None if plan.scan else searcher.shards[0].index_over(plan.shortlist_dim)
     if not isinstance(index, Graph):
         return {}
-    _, counts, _ = planner.run_plan(searcher, judge.queries, K, plan, np.full(len(judge.queries), -1))
+    _, counts, _ = planner.run_plan(judge, plan)
     walked = counts.rows * (plan.shortlist_dim + 4) + counts.beam * index.links.shape[1] * 4
     gathered = counts.numbers * np.dtype(searcher.meta.dtype).itemsize + counts.places * 4
     best = np.inf
@@ -278,27 +274,26 @@ def floor_of(row: dict[str, Any], speed: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
+def fit(judge: PlanSample) -> dict[str, Any]:
     """Prices from the times of a grid of plans: non-negative least squares on relative errors.
 
     Those of an index type from its plans; the common ones too when it is the graph, or there is no library, else they
     stay as they are.
     """
-    meta = searcher.meta
+    meta = judge.searcher.meta
     plans = list_plans(
         meta, k=K, shortlist_ks=(10, 20, 50, 100, 200, 400), efs=(None, 64, 128, 256), nprobes=(2, 4, 8, 16, 32, 64)
     )
     some = [plan for plan in plans if plan.shortlist_k in {50, 200}]
     for plan in some:
-        plans += calibrate_margins(searcher, judge.queries, judge.exact.rows, K, plan, quantiles=(0.99,))
+        plans += calibrate_margins(judge.searcher, judge.queries, judge.exact.rows, K, plan, quantiles=(0.99,))
     plans += [
         Plan(shortlist_dim=dim, shortlist_k=size, rerank_dim=meta.dim, scan=True)
         for dim in meta.dims[2:-1]
         for size in (20, 100)
     ]
-    nobody = np.full(len(judge.queries), -1)
-    counted = [planner.run_plan(searcher, judge.queries, K, plan, nobody)[1:] for plan in plans]
-    times = cpu_us(searcher, judge.queries, plans, 3) * 1e3
+    counted = [planner.run_plan(judge, plan)[1:] for plan in plans]
+    times = cpu_us(judge.searcher, judge.queries, plans, 3) * 1e3
     fitted: dict[str, dict[str, float]] = {}
     facts, common = {}, np.array(costs.prices_of(meta.shortlist))
     for kind in dict.fromkeys((meta.shortlist, "flat")):
@@ -329,24 +324,24 @@ def fit(searcher: Searcher, judge: Judge) -> dict[str, Any]:
 
 def draw(measured: list[MeasuredPlan], path: str, num_queries: int) -> None:
     """The plot of the plan stage."""
-    ranked = planner.rank_good(measured, TARGETS[0], decide_by="lower", rank_by="model", exact=True)
-    front = planner.pareto_front(measured, "model")
+    ranked = rank_good(measured, TARGETS[0], decide_by="lower", rank_by="model", exact=True)
+    front = pareto_front(measured, "model")
     with open(path, "wb") as file:
         file.write(plot(measured, front, ranked[0], target=TARGETS[0], k=K, rank_by="model", num_queries=num_queries))
 
 
-def measure_all(searcher: Searcher, sample: Judge, judge: Judge, plot_to: str | None) -> Iterator[dict[str, Any]]:
+def measure_all(sample: PlanSample, judge: PlanSample, plot_to: str | None) -> Iterator[dict[str, Any]]:
     """All rows but the summary."""
     speed = bandwidth()
     yield {"case": "memory", **speed}
-    grid = search_grid(searcher, sample, judge)
+    grid = search_grid(sample, judge)
     yield {"case": "grid", "plans_timed": len(grid)}
     for target in TARGETS:
-        measured = run_planner(searcher, sample, target)
+        measured = run_planner(sample, target)
         if plot_to and target == TARGETS[0]:
             draw(measured, plot_to, len(sample.queries))
-        yield rank_quality(searcher, measured, judge, target)
-        for row in compare(searcher, grid, measured, judge, target):
+        yield rank_quality(measured, judge, target)
+        for row in compare(grid, measured, judge, target):
             yield row | floor_of(row, speed)
 
 
@@ -398,16 +393,16 @@ def main() -> int:
             "threads": 1,
             "machine": machine_facts(),
         }
-        exact = searcher.search(queries, K)
+        nobody = np.full(len(queries), -1)
         halves = [
-            Judge(queries[part], Hits(exact.rows[part], exact.scores[part]))
-            for part in (slice(0, None, 2), slice(1, None, 2))
+            planner.take_sample(searcher, queries[half], K, own_rows=nobody[half], seed=1)
+            for half in (slice(0, None, 2), slice(1, None, 2))
         ]
         if arguments.fit:
-            few = Judge(halves[0].queries[:60], Hits(*(part[:60] for part in halves[0].exact)))
-            print(json.dumps(facts | fit(searcher, few)))
+            few = planner.take_sample(searcher, halves[0].queries[:60], K, own_rows=nobody[:60], seed=1)
+            print(json.dumps(facts | fit(few)))
             return 0
-        for row in measure_all(searcher, halves[0], halves[1], arguments.plot):
+        for row in measure_all(halves[0], halves[1], arguments.plot):
             rows[row["case"]] = row
             print(json.dumps(facts | row), flush=True)
     print(json.dumps(facts | {"summary": True, **summarise(rows)}))

@@ -7,9 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
-from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
+from lookalike.retrieval.index_types import ShortlistOptions
+from lookalike.retrieval.shard_meta import SHARD_META, ShardMeta
+from lookalike.retrieval.shard_searcher import ShardSearcher
+from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.store_writer import write_store
 
 DIMS = (4, 8, 16, 32)
 MakeShard = Callable[..., ShardSearcher]

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval import candidates, costs, planner
+from lookalike.retrieval import candidates, choice, costs, planner
+from lookalike.retrieval.choice import MeasuredPlan, PlanLimits
 from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.planner import Limits, MeasuredPlan
 from lookalike.retrieval.ranking import Hits
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import Work, shortlist_name
-from lookalike.retrieval.store import normalise
 from lookalike.retrieval.synthetic import make_vectors
+from lookalike.retrieval.vectors import normalise
 
 DIMS = (4, 8, 16, 32)
 
@@ -60,6 +60,10 @@ def graph(open_shard, tmp_path_factory):
     return Searcher(meta, [shard])
 
 
+def sample_of(searcher, queries, *, k=10, seed=1):
+    return planner.take_sample(searcher, queries, k, own_rows=np.full(len(queries), -1), seed=seed)
+
+
 def candidate(plan, recall, cost, low=None, **more):
     return MeasuredPlan(
         plan=plan,
@@ -84,17 +88,17 @@ GOOD = [
 
 
 def test_the_cheapest_good_plan_is_first_and_the_exact_one_always_there():
-    ranked = planner.rank_good(GOOD, 0.99, decide_by="lower", rank_by="model", exact=True)
+    ranked = choice.rank_good(GOOD, 0.99, decide_by="lower", rank_by="model", exact=True)
     assert ranked == [2, 3, 0]
-    assert planner.rank_good(GOOD, 0.99, decide_by="mean", rank_by="model", exact=True) == [1, 2, 3, 0]
-    assert planner.rank_good(GOOD[:2], 0.999, decide_by="mean", rank_by="model", exact=False) == [0]
+    assert choice.rank_good(GOOD, 0.99, decide_by="mean", rank_by="model", exact=True) == [1, 2, 3, 0]
+    assert choice.rank_good(GOOD[:2], 0.999, decide_by="mean", rank_by="model", exact=False) == [0]
     cheap_exact = [GOOD[0].model_copy(update={"model_us": 0.1}), *GOOD[1:]]
-    assert planner.rank_good(cheap_exact, 0.99, decide_by="lower", rank_by="model", exact=True)[0] == 0
-    assert planner.rank_good(cheap_exact, 0.99, decide_by="lower", rank_by="model", exact=False) == [2, 3, 0]
+    assert choice.rank_good(cheap_exact, 0.99, decide_by="lower", rank_by="model", exact=True)[0] == 0
+    assert choice.rank_good(cheap_exact, 0.99, decide_by="lower", rank_by="model", exact=False) == [2, 3, 0]
 
 
 def test_candidates_beyond_a_limit_are_marked_and_never_chosen():
-    limits = Limits(max_p99_ms=2, max_ram_mb=100)
+    limits = PlanLimits(max_p99_ms=2, max_ram_mb=100)
     rows = [
         candidate(Plan.exact(32), 1, 9, p99_us=9000),
         candidate(TWO, 0.999, 3, p99_us=1999, ram_mb=101),
@@ -109,34 +113,34 @@ def test_candidates_beyond_a_limit_are_marked_and_never_chosen():
         ("p99 3 ms > 2 ms", "RAM 300 MB > 100 MB"),
     ]
     settings = {"decide_by": "mean", "rank_by": "model", "exact": True}
-    assert planner.rank_good(marked, 0.99, **settings) == [2]
-    assert planner.rank_good([marked[0], marked[3]], 0.99, **settings) == []
-    assert planner.rank_good(Limits().mark(rows), 0.99, **settings) == [1, 2, 0]
+    assert choice.rank_good(marked, 0.99, **settings) == [2]
+    assert choice.rank_good([marked[0], marked[3]], 0.99, **settings) == []
+    assert choice.rank_good(PlanLimits().mark(rows), 0.99, **settings) == [1, 2, 0]
 
 
 def test_the_nearest_candidate_is_named_with_what_it_breaks_and_what_helps():
-    limits, wide = Limits(max_p99_ms=2, max_ram_mb=100), TWO.model_copy(update={"shortlist_k": 77})
+    limits, wide = PlanLimits(max_p99_ms=2, max_ram_mb=100), TWO.model_copy(update={"shortlist_k": 77})
     rows = [
         candidate(Plan.exact(32), 1, 9, p99_us=9000),
         candidate(TWO, 0.999, 3, ram_mb=130),
         candidate(wide, 0.9, 3, p99_us=2100),
     ]
-    place, why = planner.nearest(rows, 0.99, limits, decide_by="mean")
+    place, why = choice.nearest_miss(rows, 0.99, limits, decide_by="mean")
     assert place == 2
     assert "77 rows" in why
     assert "p99 2.1 ms, limit 2 ms" in why
     assert "recall 0.9000 (mean), target 0.99" in why
     assert "larger shortlist_ks" in why
-    place, why = planner.nearest(rows[:2], 0.99, limits, decide_by="mean")
+    place, why = choice.nearest_miss(rows[:2], 0.99, limits, decide_by="mean")
     assert (place, "RAM 130 MB, limit 100 MB" in why, "ivf-rabitq" in why, "recall" in why) == (1, True, True, False)
 
 
 def test_one_stage_is_held_against_several():
     one = Plan(shortlist_dim=32, shortlist_k=20, rerank_dim=32)
     rows = [candidate(Plan.exact(32), 1, 9), candidate(TWO, 1, 6), candidate(one, 1, 4), candidate(TWO, 1, 5)]
-    facts = planner.compare_stages(rows, [2, 3, 1, 0], "model")
+    facts = choice.compare_stages(rows, [2, 3, 1, 0], "model")
     assert facts == {"one_stage": 2, "several_stages": 3, "several_to_one": 1.25}
-    assert planner.compare_stages(rows, [2, 0], "model") == {
+    assert choice.compare_stages(rows, [2, 0], "model") == {
         "one_stage": 2,
         "several_stages": None,
         "several_to_one": None,
@@ -144,7 +148,7 @@ def test_one_stage_is_held_against_several():
 
 
 def test_the_pareto_front_is_what_nothing_beats():
-    front = planner.pareto_front(GOOD, "model")
+    front = choice.pareto_front(GOOD, "model")
     assert front == [4, 1, 2, 0]
     for place, one in enumerate(GOOD):
         beaten = any(other.model_us <= one.model_us and other.recall > one.recall for other in GOOD)
@@ -300,14 +304,14 @@ def test_margins_are_quantiles_of_how_far_neighbours_lie_below_the_kth_best(grap
 
 def test_rows_that_margins_leave_are_counted_and_cost_less(graph):
     queries, _ = make_vectors(50, 32, num_classes=60, seed=3)
-    early, nobody = FUNNEL.model_copy(update={"margins": (0.1, 0.05)}), np.full(50, -1)
+    early = FUNNEL.model_copy(update={"margins": (0.1, 0.05)})
     rows = graph.shards[0].shortlist(queries, 10, FUNNEL).rows
     scores = np.sort(cosines(graph, queries, rows, 8), axis=1)[:, ::-1]
     expected = (scores >= scores[:, 9:10] - 0.1).sum(axis=1).mean()
     ((first, second),) = candidates.count_left(graph, queries, 10, early)
     assert first == pytest.approx(expected, abs=0.05)
     assert 10 <= second <= min(first, 40)
-    _, plain, short = planner.measure(graph, queries, 10, [FUNNEL, early], own_rows=nobody, seed=1)
+    _, plain, short = planner.measure(sample_of(graph, queries), [FUNNEL, early])
     walked = plain.mflops_done - (60 * 8 + 60 * 8 + 40 * 16) / 1e6  # prefixes, step to 16, step to 32
     assert short.mflops_done == pytest.approx(walked + (60 * 8 + first * 8 + second * 16) / 1e6)
     assert short.model_us < plain.model_us
@@ -315,31 +319,26 @@ def test_rows_that_margins_leave_are_counted_and_cost_less(graph):
 
 def test_early_exit_twins_of_the_cheapest_good_plans_keep_recall_on_other_queries(graph):
     queries, _ = make_vectors(800, 32, num_classes=60, seed=3)
-    sample, holdout, nobody = queries[:400], queries[400:], np.full(400, -1)
+    sample, holdout = sample_of(graph, queries[:400]), sample_of(graph, queries[400:], seed=2)
     plans = candidates.list_plans(graph.meta, k=10, shortlist_ks=[20, 60, 120], efs=[None])
-    exact = planner.search_without(graph, sample, 10, Plan.exact(32), nobody)
-    settings = {"own_rows": nobody, "seed": 1, "exact": exact}
-    measured = planner.measure(graph, sample, 10, plans, **settings)
-    early = planner.measure_early_exit(graph, sample, 10, measured, target=0.95, decide_by="mean", **settings)
+    measured = planner.measure(sample, plans)
+    early = planner.measure_early_exit(sample, measured, 0.95, "mean")
     assert early
     for one in early:
         assert len(one.plan.margins) == 1 + len(one.plan.stages)
-        plain = planner.measure(
-            graph, holdout, 10, [one.plan.model_copy(update={"margins": ()}), one.plan], own_rows=nobody, seed=2
-        )[1:]
+        plain = planner.measure(holdout, [one.plan.model_copy(update={"margins": ()}), one.plan])[1:]
         assert plain[0].recall - plain[1].recall <= 0.01 * len(one.plan.margins)
-    again = planner.measure_early_exit(graph, sample, 10, measured, target=0.95, decide_by="mean", **settings)
-    assert early == again
-    assert planner.measure_early_exit(graph, sample, 10, measured, target=1.0, decide_by="lower", **settings) == []
+    assert planner.measure_early_exit(sample, measured, 0.95, "mean") == early
+    assert planner.measure_early_exit(sample, measured, 1.0, "lower") == []
 
 
 def test_where_one_stage_is_the_cheapest_it_is_chosen(graph):
     """2,000 short vectors: nothing that a second stage could save is worth the price of a step."""
     queries, _ = make_vectors(100, 32, num_classes=60, seed=3)
     plans = candidates.list_plans(graph.meta, k=10, shortlist_ks=[10, 20, 100, 300], efs=[None, 64])
-    measured = planner.measure(graph, queries, 10, plans, own_rows=np.full(100, -1), seed=1)
-    ranked = planner.rank_good(measured, 0.95, decide_by="lower", rank_by="model", exact=True)
-    facts = planner.compare_stages(measured, ranked, "model")
+    measured = planner.measure(sample_of(graph, queries), plans)
+    ranked = choice.rank_good(measured, 0.95, decide_by="lower", rank_by="model", exact=True)
+    facts = choice.compare_stages(measured, ranked, "model")
     assert measured[ranked[0]].plan.is_single_stage
     assert facts["one_stage"] == ranked[0]
     assert facts["several_to_one"] > 1
@@ -385,8 +384,7 @@ def test_a_query_is_counted_step_by_step(graph):
 def test_measured_recall_is_overlap_with_brute_force_and_the_same_each_time(searcher):
     queries, _ = make_vectors(60, 32, num_classes=100, seed=8)
     plans = [Plan(shortlist_dim=dim, shortlist_k=k, rerank_dim=32) for dim, k in ((4, 20), (16, 300))]
-    nobody = np.full(60, -1)
-    exact, few, many = planner.measure(searcher, queries, 10, plans, own_rows=nobody, seed=1)
+    exact, few, many = planner.measure(sample_of(searcher, queries), plans)
     stored = searcher.vectors(np.arange(3000)).astype(np.float64)
     truth = np.argsort(-(queries @ stored.T), axis=1)[:, :10]
     found = searcher.search(queries, 10, plans[0]).rows
@@ -396,12 +394,12 @@ def test_measured_recall_is_overlap_with_brute_force_and_the_same_each_time(sear
     assert few.recall < many.recall
     assert few.recall_low < few.recall < few.recall_high
     assert few.mflops_done < many.mflops_done
-    assert planner.measure(searcher, queries, 10, plans, own_rows=nobody, seed=1)[1:] == [few, many]
+    assert planner.measure(sample_of(searcher, queries), plans)[1:] == [few, many]
 
 
 def test_the_model_counts_the_rows_of_the_lists_and_the_prefixes_of_coded_types(make_shard):
     data, _ = make_vectors(3030, 32, num_classes=100, seed=4)
-    queries, nobody = data[3000:], np.full(30, -1)
+    queries = data[3000:]
     plan = Plan(shortlist_dim=16, shortlist_k=20, rerank_dim=32, nprobe=4)
     cost = {}
     for kind in ("ivf", "ivf-rabitq", "binary", "binary-signs"):
@@ -418,7 +416,7 @@ def test_the_model_counts_the_rows_of_the_lists_and_the_prefixes_of_coded_types(
             encoder=EncoderRef(fingerprint="m"),
         )
         plans = [plan, plan.model_copy(update={"nprobe": 9})]
-        _, few, many = planner.measure(Searcher(meta, [shard]), queries, 10, plans, own_rows=nobody, seed=1)
+        _, few, many = planner.measure(sample_of(Searcher(meta, [shard]), queries), plans)
         cost[kind] = few
         index = shard.index_over(16)
         if kind.startswith("binary"):
@@ -459,7 +457,7 @@ def test_rows_as_good_as_the_kth_count_as_found():
 
 def test_times_are_measured_for_every_candidate(searcher):
     queries = searcher.vectors(np.arange(4))
-    measured = planner.measure(searcher, queries, 5, [TWO], own_rows=np.full(4, -1), seed=0)
+    measured = planner.measure(sample_of(searcher, queries, k=5), [TWO])
     timed = planner.time_plans(searcher, queries, 5, measured, repeats=2)
     assert timed[0].exact_ratio == 1
     assert all(one.query_us > 0 and one.batch_us > 0 for one in timed)
@@ -469,7 +467,7 @@ def test_times_are_measured_for_every_candidate(searcher):
 
 def test_times_are_the_least_of_the_repeats_and_the_tail_is_over_queries(searcher, monkeypatch):
     queries = searcher.vectors(np.arange(100))
-    measured = planner.measure(searcher, queries[:4], 5, [TWO], own_rows=np.full(4, -1), seed=0)
+    measured = planner.measure(sample_of(searcher, queries[:4], k=5), [TWO])
     turn = {"number": -1}
 
     def seconds(_, asked, k, plan):

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval import native, store
+from lookalike.retrieval import native, shard_meta
+from lookalike.retrieval.index_types import ShortlistOptions as Options
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Hits, empty_hits, from_keys, merge_hits, sort_keys, top_k
-from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.retrieval.shortlist import ShortlistOptions as Options
+from lookalike.retrieval.shard_meta import NORMS_FILE, SHARD_META, block_name, choose_blocks
+from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
-from lookalike.retrieval.store import NORMS_FILE, SHARD_META, block_name
 
 
 def cosines(queries, vectors, dim):
@@ -53,7 +53,7 @@ def test_exact_search_is_brute_force_cosine_at_every_nested_dim(make_shard, vect
 @pytest.fixture(params=[1, 40, 128])
 def block_bytes(request, monkeypatch):
     """Four, three and one blocks."""
-    monkeypatch.setattr(store, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(shard_meta, "BLOCK_BYTES", request.param)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_one_call_answers_as_its_stages_one_after_the_other_do(make_shard, vecto
     ],
 )
 def test_blocks_end_where_a_read_is_worth_its_place(dims, dtype, ends):
-    assert store.choose_blocks(dims, dtype) == ends
+    assert choose_blocks(dims, dtype) == ends
 
 
 def test_two_stage_equals_faiss_index_refine(make_shard, vectors, queries):

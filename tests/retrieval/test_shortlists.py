@@ -10,19 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lookalike.errors import UsageError
+from lookalike.retrieval.index_types import MIN_TRAINED, SHORTLISTS, ShortlistOptions, choose_nlist, effort_of
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW
-from lookalike.retrieval.shortlist import (
-    MIN_TRAINED,
-    SHORTLISTS,
-    ShortlistOptions,
-    build_shortlist,
-    choose_nlist,
-    effort_of,
-    load_shortlist,
-)
-from lookalike.retrieval.store import normalise
+from lookalike.retrieval.shortlist import build_shortlist, load_shortlist
 from lookalike.retrieval.synthetic import make_vectors
+from lookalike.retrieval.vectors import normalise
 from lookalike.train.losses.classes import binarize
 
 KINDS = ("flat", "hnsw", "graph", "hnsw-sq8", "ivf", "ivf-pq", "ivf-rabitq", "binary", "binary-signs")

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lookalike.retrieval.store import ROWS_FILE, PrefixStore, ShardMeta, write_store
+from lookalike.retrieval.shard_meta import ROWS_FILE, ShardMeta
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.store_writer import write_store
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from lookalike.errors import ArtifactError
+from lookalike.retrieval.index_types import SHORTLISTS
 from lookalike.retrieval.plan import Plan
-from lookalike.retrieval.searcher import ShardSearcher
-from lookalike.retrieval.shortlist import SHORTLISTS
-from lookalike.retrieval.store import SHARD_META, TOMBSTONES_FILE, write_tombstones
+from lookalike.retrieval.shard_meta import SHARD_META, TOMBSTONES_FILE
+from lookalike.retrieval.shard_searcher import ShardSearcher
+from lookalike.retrieval.store_writer import write_tombstones
 
 PLANS = [
     Plan.exact(32),

@@ -13,9 +13,12 @@ from PIL import Image, ImageDraw
 from lookalike import schemas
 from lookalike.artifacts import Artifact, Draft
 from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, shard_of
+from lookalike.retrieval.index_types import ShortlistOptions
 from lookalike.retrieval.searcher import Searcher
-from lookalike.retrieval.shortlist import ShortlistOptions, build_shortlist, shortlist_name
-from lookalike.retrieval.store import SHARD_META, PrefixStore, ShardMeta, write_store
+from lookalike.retrieval.shard_meta import SHARD_META, ShardMeta
+from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.store_writer import write_store
 from lookalike.serve.settings.config import ServeConfig, Writes
 from lookalike.vision.encoder import Encoder, EncoderConfig, build_model, save_encoder, to_bytes
 from lookalike.vision.transforms import TransformConfig

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lookalike.retrieval.index_meta import IndexMeta
+from lookalike.retrieval.index_types import effort_of
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW, NO_SCORE, Floats, Hits, Rows, top_k
 from lookalike.retrieval.rerank import extend
-from lookalike.retrieval.searcher import Searcher, ShardSearcher
-from lookalike.retrieval.shortlist import effort_of
-from lookalike.retrieval.store import check_queries
+from lookalike.retrieval.searcher import Searcher
+from lookalike.retrieval.shard_searcher import ShardSearcher
+from lookalike.retrieval.vectors import check_queries
 
 QUANTILES = (0.998, 0.995)
 """Shares of the true neighbours that a margin may not drop."""

@@ -26,7 +26,8 @@ from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Floats
 from lookalike.retrieval.rerank import INSERTED
-from lookalike.retrieval.searcher import Searcher, ShardSearcher
+from lookalike.retrieval.searcher import Searcher
+from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.shortlist import NPROBE, Work, shortlist_name
 
 COUNTED_SCANS = 16

@@ -10,14 +10,12 @@ from functools import cached_property
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike.errors import UsageError
-from lookalike.retrieval.ranking import Rows
+from lookalike.retrieval.ranking import Mask, Rows
 
-Mask = npt.NDArray[np.bool_]
 Conditions = Mapping[str, Sequence[str]]
 """{column: [values]}: rows whose column holds one of the values, for every column named."""
 RowFilter = Conditions | Mask

@@ -22,7 +22,7 @@ from lookalike.retrieval import native
 from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.native import Bits, Codes, NativeGraph, NativeStore, Steps
 from lookalike.retrieval.ranking import Floats, Hits, empty_hits, from_keys, pad_hits, sort_keys
-from lookalike.retrieval.store import quantise, row_slices
+from lookalike.retrieval.vectors import quantise, row_slices
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import ArtifactError
-from lookalike.retrieval.store import FORMAT_VERSION, require_format
+from lookalike.retrieval.shard_meta import FORMAT_VERSION, require_format
 
 INDEX_META = "meta.json"
 

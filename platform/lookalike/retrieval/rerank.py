@@ -25,7 +25,8 @@ from lookalike.retrieval.ranking import (
     sort_keys,
     top_k,
 )
-from lookalike.retrieval.store import PrefixStore, inverse_norms, normalise, row_slices
+from lookalike.retrieval.store import PrefixStore
+from lookalike.retrieval.vectors import inverse_norms, normalise, row_slices
 
 GATHER_NUMBERS = 1 << 21
 """Numbers that a re-rank converts at a time: 8 MB as float32."""

@@ -16,8 +16,9 @@ from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval.index_meta import shard_of
 from lookalike.retrieval.plan import Plan, load_plan
-from lookalike.retrieval.searcher import Searcher, ShardSearcher
-from lookalike.retrieval.store import ShardMeta
+from lookalike.retrieval.searcher import Searcher
+from lookalike.retrieval.shard_meta import ShardMeta
+from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.index.build import STAGE as INDEX
 from lookalike.serve.index.build import IndexConfig, Segment, build_shard, place_segment, place_shard

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lookalike.retrieval.searcher import ShardSearcher
+from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.serve.generations.generation import read_generation
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
 
