@@ -1,12 +1,12 @@
-"""Benchmark (b) of the label pipeline: the whole text side, vocabulary and annotations, in records a second and core.
+"""Benchmark (b) of the label pipeline: the whole text side, vocabulary and annotations, in records per CPU second.
 
     python -m tests.benchmarks.labels_text [--quick]
 
 Each case runs in a process of its own on one thread, so that its peak memory is its own; records are made before and
 not timed. ``lookalike`` runs the functions of the ``labels`` stage part by part; candidate counts are cut by a hash of
-the term into files, as the stage's shuffle does, so that memory does not grow with the records. ``polars`` is one
-process over all parts (what it leaves out: ``text_polars``), ``daft`` runs row functions and is skipped where it is
-not installed; the ``_no_language`` cases identify no language. Rates are records by CPU seconds, all threads.
+the term into files, as the stage's shuffle does, so that memory does not grow with the records. ``plain`` follows the
+same rules one text at a time in Python, ``daft`` runs them as row functions and is skipped where it is not installed.
+``lookalike_no_language`` identifies no language. CPU seconds are those of all threads.
 """
 
 import argparse
@@ -23,104 +23,83 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lookalike.data.parts import add_up, read_table, write_table
+from lookalike.data.steps.text import read_text
+from lookalike.data.text.annotations import (
+    COUNTS,
+    annotate,
+    count_candidates,
+    frequent_terms,
+    make_annotator,
+    most_frequent,
+)
+from lookalike.data.text.settings import AnnotationConfig
+from lookalike.data.text.vocabulary import Vocabulary
+from tests.benchmarks import text_daft, text_plain
+from tests.benchmarks.text_records import Generator
+
 SIZES, QUICK = (10_000, 100_000, 1_000_000), (10_000, 50_000)
-COMPARED = 100_000  # records of the largest comparison: one polars process holds 10 kB a record
-OTHERS_MOST = {"lookalike": SIZES[-1], "polars": COMPARED, "daft": COMPARED if find_spec("daft") else 0}
+COMPARED = 100_000  # records of the largest comparison
+LARGEST = {"lookalike": SIZES[-1], "plain": COMPARED, "daft": COMPARED if find_spec("daft") else 0}
 PARTS_PER_TASK, RECORDS_PER_PARTITION = 16, 50_000
 SEED = 11
 LIMITS = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0"}
 
 
-def lookalike(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
-    """The stage's own functions over the parts."""
-    from lookalike.data.parts import add_up, read_table, write_table
-    from lookalike.data.steps.text import read_text
-    from lookalike.data.text.annotations import (
-        COUNTS,
-        annotate,
-        count_candidates,
-        frequent_terms,
-        make_annotator,
-        most_frequent,
-    )
-    from lookalike.data.text.settings import AnnotationConfig
-    from lookalike.data.text.vocabulary import Vocabulary
-
-    config = AnnotationConfig() if languages else AnnotationConfig(language=None)
+def run_stage(paths: list[str], config: AnnotationConfig) -> dict[str, Any]:
+    """The stage's own functions over the parts: sizes of the vocabulary and the annotations, and the time of these."""
     annotator, lists = make_annotator(config), config.lists()
     partitions = max(1, len(paths) * 10_000 // RECORDS_PER_PARTITION)
-    for group in range(0, len(paths), PARTS_PER_TASK):
-        records = chain.from_iterable(read_text(path) for path in paths[group : group + PARTS_PER_TASK])
-        found = chain.from_iterable(count_candidates(batch, annotator, lists) for batch in records)
-        counts = add_up(found, ["term"], COUNTS)
-        for number, share in enumerate(_shuffle(counts, partitions)):
-            write_table(str(work / f"counts-{number}" / f"{group}.parquet"), share)
-    frequent = []
-    for number in range(partitions):
-        files = sorted((work / f"counts-{number}").iterdir())
-        share = add_up((read_table(str(file)) for file in files), ["term"], COUNTS)
-        frequent.append(frequent_terms(share, config, lists))
-    mined_s = time.process_time()
-    import pyarrow as pa
+    with tempfile.TemporaryDirectory(dir=Path(paths[0]).parents[1]) as folder:
+        work = Path(folder)
+        for group in range(0, len(paths), PARTS_PER_TASK):
+            records = chain.from_iterable(read_text(path) for path in paths[group : group + PARTS_PER_TASK])
+            candidates = chain.from_iterable(count_candidates(batch, annotator, lists) for batch in records)
+            for number, share in enumerate(_shuffle(add_up(candidates, ["term"], COUNTS), partitions)):
+                write_table(str(work / f"counts-{number}" / f"{group}.parquet"), share)
+        frequent = []
+        for number in range(partitions):
+            files = sorted((work / f"counts-{number}").iterdir())
+            share = add_up((read_table(str(file)) for file in files), ["term"], COUNTS)
+            frequent.append(frequent_terms(share, config, lists))
+        mined_s = time.process_time()
+        terms = most_frequent(pa.concat_tables(frequent), None)["term"].to_pylist()
+        vocabulary, rows = Vocabulary(terms, lists.aliases), 0
+        for number, path in enumerate(paths):
+            annotations = pa.concat_tables([annotate(batch, annotator, vocabulary) for batch in read_text(path)])
+            write_table(str(work / "annotations" / f"{number}.parquet"), annotations)
+            rows += annotations.num_rows
+        return {"terms": len(vocabulary), "annotations": rows, "annotate_s": time.process_time() - mined_s}
 
-    vocabulary = Vocabulary(most_frequent(pa.concat_tables(frequent), None)["term"].to_pylist(), lists.aliases)
-    rows = 0
-    for number, path in enumerate(paths):
-        found = pa.concat_tables([annotate(batch, annotator, vocabulary) for batch in read_text(path)])
-        write_table(str(work / "annotations" / f"{number}.parquet"), found)
-        rows += found.num_rows
-    return {"terms": len(vocabulary), "annotations": rows, "annotate_s": time.process_time() - mined_s}
 
-
-def _shuffle(counts: Any, partitions: int) -> Iterator[Any]:
-    import numpy as np
-    import polars as pl
-
+def _shuffle(counts: pa.Table, partitions: int) -> Iterator[pa.Table]:
     share = (pl.Series(counts["term"].combine_chunks()).hash(SEED) % partitions).to_numpy()
     for number in range(partitions):
         yield counts.take(np.flatnonzero(share == number))
 
 
-def with_polars(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
-    """The same in idiomatic polars."""
-    from tests.benchmarks.text_polars import run
-
-    return run(paths, languages)
-
-
-def with_daft(paths: list[str], languages: bool, work: Path) -> dict[str, Any]:
-    """The same in Daft, with row functions."""
-    from tests.benchmarks.text_daft import run
-
-    return run(paths, languages)
-
-
-RUNNERS = {"lookalike": lookalike, "polars": with_polars, "daft": with_daft}
-CASES = (("lookalike", True), ("polars", True), ("daft", True), ("lookalike", False), ("polars", False))
+RUNNERS = {"lookalike": run_stage, "plain": text_plain.run, "daft": text_daft.run}
+CASES = (("lookalike", True), ("plain", True), ("daft", True), ("lookalike", False))
 
 
 def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
     """One case in this process; imports and the language model are loaded before the clock starts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from lookalike.data.text.annotations import annotate, make_annotator
-    from lookalike.data.text.settings import AnnotationConfig
-    from lookalike.data.text.vocabulary import Vocabulary
-
+    config = AnnotationConfig() if languages else AnnotationConfig(language=None)
     pa.set_cpu_count(1)
     warm = pa.table({"image_id": ["a"], "title": ["A red sofa in the living room"], "split": ["train"]})
     annotate(warm, make_annotator(AnnotationConfig()), Vocabulary(["sofa"]))
     if engine != "lookalike":
-        from tests.benchmarks.text_polars import language_model
-
-        language_model()
+        text_plain.language_model()
     paths = [str(path) for path in sorted(folder.glob("part-*.parquet"))]
     before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        wall, cpu = time.perf_counter(), time.process_time()
-        figures = RUNNERS[engine](paths, languages, Path(work))
-        cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
+    wall, cpu = time.perf_counter(), time.process_time()
+    figures = RUNNERS[engine](paths, config)
+    cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
     records = sum(pq.read_metadata(path).num_rows for path in paths)
     return {
         "engine": engine,
@@ -131,7 +110,7 @@ def run_case(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
         "wall_s": round(wall_s, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "rss_before_mb": round(before_mb),
-        **{k: round(v, 2) for k, v in figures.items()},
+        **{name: round(value, 2) for name, value in figures.items()},
     }
 
 
@@ -151,33 +130,30 @@ def _spawn(engine: str, languages: bool, folder: Path) -> dict[str, Any]:
 
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """One row a case, then the ratios."""
-    from tests.benchmarks.text_records import Generator
-
+    """One row per case, then the ratios."""
     sizes = QUICK if quick else SIZES
     generator = Generator(SEED)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    results: dict[tuple[str, int], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             parts = Path(folder) / str(size)
             generator.write(parts, size)
             for engine, languages in CASES:
-                if size <= OTHERS_MOST[engine] and (languages or size <= COMPARED):
+                if size <= LARGEST[engine] and (languages or size <= COMPARED):
                     row = _spawn(engine, languages, parts)
-                    found[row["case"], size] = row
+                    results[row["case"], size] = row
                     yield row
-    if not OTHERS_MOST["daft"]:
+    if not LARGEST["daft"]:
         yield {"bench": "labels_text", "case": "daft", "skipped": "not installed; see labels-requirements.txt"}
-    yield {"bench": "labels_text", "summary": True, "ratios": _ratios(found, sizes), "cpus": os.cpu_count()}
+    yield {"bench": "labels_text", "summary": True, "ratios": _ratios(results, sizes), "cpus": os.cpu_count()}
 
 
-def _ratios(found: dict[tuple[str, int], dict[str, Any]], sizes: tuple[int, ...]) -> dict[str, float]:
+def _ratios(results: dict[tuple[str, int], dict[str, Any]], sizes: tuple[int, ...]) -> dict[str, float]:
     compared = max(size for size in sizes if size <= COMPARED)
-    cost = {key: row["us_per_record"] for key, row in found.items() if "us_per_record" in row}
+    cost = {key: row["us_per_record"] for key, row in results.items() if "us_per_record" in row}
     pairs = {
-        "text_vs_polars": (("polars", compared), ("lookalike", compared)),
+        "text_vs_plain": (("plain", compared), ("lookalike", compared)),
         "text_vs_daft": (("daft", compared), ("lookalike", compared)),
-        "text_vs_polars_no_language": (("polars_no_language", compared), ("lookalike_no_language", compared)),
         "growth_1m_over_10k": (("lookalike", 1_000_000), ("lookalike", 10_000)),
         "growth_largest_over_smallest": (("lookalike", sizes[-1]), ("lookalike", sizes[0])),
     }

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -21,10 +22,11 @@ from lookalike.data.text.annotations import (
 )
 from lookalike.data.text.annotators import ANNOTATORS, Annotator
 from lookalike.data.text.settings import AnnotationConfig
-from lookalike.data.text.terms import canonical, match_terms, ngrams
 from lookalike.data.text.vocabulary import Vocabulary
 from lookalike.data.text.wordlists import WordLists
 from lookalike.errors import UsageError
+from tests.benchmarks import text_plain
+from tests.benchmarks.text_records import Generator
 
 CONFIG = AnnotationConfig(min_images=1)
 KINDS = {
@@ -161,61 +163,55 @@ def test_fields_that_are_null_empty_or_absent_say_nothing() -> None:
     assert annotate(few.slice(0, 0), annotator, Vocabulary(["sofa"])).num_rows == 0
 
 
-WORDS = st.sampled_from(["red", "sofas", "Lamp", "of", "oak", ",", "nicu", "42"])
-PHRASES = st.lists(WORDS, max_size=4).map(" ".join)
+WORDS = st.sampled_from(["red", "sofas", "Lamp", "of", "oak", ",", "nicu", "42", "couch", "Fl\u00fcgel"])
+PHRASES = st.lists(WORDS, max_size=6).map(" ".join)
+WEIGHED = st.fixed_dictionaries({"term": st.none() | PHRASES, "weight": st.floats(-1, 2, width=32)})
 ROWS = st.lists(
     st.fixed_dictionaries(
         {
             "title": st.none() | PHRASES,
-            "keywords": st.lists(PHRASES, max_size=3),
-            "category": st.none() | PHRASES,
+            "keywords": st.none() | st.lists(st.none() | PHRASES, max_size=3),
+            "category": st.none() | st.lists(PHRASES, max_size=2).map("/".join),
             "description": st.none() | PHRASES,
+            "interactions": st.none() | st.lists(WEIGHED, max_size=2),
+            "locale": st.sampled_from([None, "en_GB", "de"]),
             "creator": st.sampled_from([None, "Nicu", "oak lamp"]),
             "split": st.sampled_from(["train", "test"]),
         }
     ),
     max_size=6,
 )
+TERMS = st.sets(st.sampled_from(["red", "sofa", "red sofa", "lamp", "oak", "oak lamp", "nicu", "couch"]), min_size=1)
 
 
-def own(row: dict[str, Any]) -> set[str]:
-    return ngrams(row["creator"] or "")
+def assert_as_one_by_one(records: pa.Table, config: AnnotationConfig, vocabulary: set[str] | None = None) -> int:
+    """Number of annotations, which are to the bit those of the rules for one record and one text at a time."""
+    annotator, lists, rows = make_annotator(config), config.lists(), records.to_pylist()
+    images = counted(records, annotator, lists)
+    assert dict(zip(*images.to_pydict().values(), strict=True)) == text_plain.count(rows, config)
+    mined = frequent_terms(images, config, lists)["term"].to_pylist() if vocabulary is None else vocabulary
+    terms = text_plain.spellings(dict.fromkeys(mined, config.min_images), config)
+    expected = [
+        (row["image_id"], term, np.float32(score))
+        for row in rows
+        for term, score in sorted(text_plain.scores(row, config, terms).items(), key=lambda s: (-s[1], s[0]))
+    ]
+    named = annotate(records, annotator, Vocabulary(mined, lists.aliases)).select(["image_id", "term", "score"])
+    assert list(zip(*named.to_pydict().values(), strict=True)) == expected
+    return len(expected)
 
 
-def expected_counts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for row in rows:
-        if row["split"] == "train":
-            phrases = {canonical(t) for t in [*row["keywords"], row["category"] or ""]} - {None}
-            for term in ({t for t in phrases if t} | ngrams(row["title"] or "")) - own(row):
-                total[term] = total.get(term, 0) + 1
-    return total
+@settings(max_examples=60, deadline=None)
+@given(ROWS, TERMS, st.sampled_from([None, "en"]))
+def test_messy_rows_say_what_the_rules_say_one_by_one(
+    rows: list[dict[str, Any]], vocabulary: set[str], language: str | None
+) -> None:
+    aliases = {"couch": "sofa", "oak lamp": "lamp"}
+    assert_as_one_by_one(table(*rows), AnnotationConfig(min_images=1, language=language, aliases=aliases), vocabulary)
 
 
-def expected_scores(row: dict[str, Any], vocabulary: set[str]) -> dict[str, float]:
-    doubt: dict[str, float] = {}
-    for field, weight in (("keywords", 0.7), ("title", 0.6), ("category", 0.6), ("description", 0.35)):
-        texts = row[field] if field == "keywords" else [row[field] or ""]
-        named: set[str] = set()
-        for text in texts:
-            whole = canonical(text) if field in ("keywords", "category") else None
-            named |= {whole} if whole is not None and whole in vocabulary else match_terms(text, vocabulary)
-        for term in named - own(row):
-            doubt[term] = doubt.get(term, 1.0) * (1.0 - weight)
-    return {term: 1.0 - rest for term, rest in doubt.items() if 1.0 - rest >= 0.5}
-
-
-@settings(max_examples=40, deadline=None)
-@given(ROWS, st.sets(st.sampled_from(["red", "sofa", "red sofa", "lamp", "oak", "oak lamp", "nicu"]), min_size=1))
-def test_batches_say_what_the_rules_say_row_by_row(rows: list[dict[str, Any]], vocabulary: set[str]) -> None:
-    config = AnnotationConfig(min_images=1, language=None)
-    annotator = make_annotator(config)
-    images = counted(table(*rows), annotator, config.lists())
-    assert dict(zip(*images.to_pydict().values(), strict=True)) == expected_counts(rows)
-    found: dict[str, dict[str, float]] = {str(number): {} for number in range(len(rows))}
-    for entry in annotate(table(*rows), annotator, Vocabulary(vocabulary)).to_pylist():
-        found[entry["image_id"]][entry["term"]] = entry["score"]
-    assert found == {str(n): pytest.approx(expected_scores(row, vocabulary)) for n, row in enumerate(rows)}
+def test_records_of_the_benchmark_say_what_the_rules_say_one_by_one() -> None:
+    assert assert_as_one_by_one(Generator(3).part(0, 1500), AnnotationConfig()) > 3000
 
 
 def test_results_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
