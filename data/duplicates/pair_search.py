@@ -14,8 +14,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lookalike.data.duplicates.pdq import HASH_BITS
 from lookalike.data.duplicates.twins import (
-    HASH_BITS,
     DedupConfig,
     Pictures,
     look_alike,

@@ -1,7 +1,7 @@
 """Signatures: everything of an image that the duplicate search and the dictionary need, aligned with the corpus."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lookalike.data.duplicates.margins import shrink, trim_margin
-from lookalike.data.duplicates.twins import COLOURS, HASH_BITS
+from lookalike.data.duplicates.pdq import HASH_BITS, hash_images
+from lookalike.data.duplicates.twins import COLOURS
 from lookalike.sampling import stable_keys
 from lookalike.vision.images import decode
 
 ROW_SHIFT = 32  # a row's number is its part's number, shifted, plus its index there: the corpus order
+BATCH_PIXELS = 1 << 18  # hashed together
 SIGNED_COLUMNS = ["image_id", "image", "group", "split", "dataset"]
 
 
@@ -48,9 +50,11 @@ def row_numbers(part: int, count: int) -> NDArray[np.int64]:
 def sign_images(table: pa.Table, vectors: pa.Array, part: int, mirrored: bool) -> pa.Table:
     """Signatures of a corpus part (``SIGNED_COLUMNS``) and its projected vectors, in its order."""
     schema = signature_schema(vectors.type.list_size)
+    data = table["image"].to_pylist()
+    signatures = sign_pixels(map(decode, data), mirrored)
     rows = [
-        sign_image(decode(data), mirrored) | {"content": hashlib.blake2b(data, digest_size=16).digest()}
-        for data in table["image"].to_pylist()
+        row | {"content": hashlib.blake2b(value, digest_size=16).digest()}
+        for row, value in zip(signatures, data, strict=True)
     ]
     given = {"row": pa.array(row_numbers(part, table.num_rows)), "vector": vectors}
     given |= {name: table[name].combine_chunks() for name in ("image_id", "group", "split", "dataset")}
@@ -58,23 +62,39 @@ def sign_images(table: pa.Table, vectors: pa.Array, part: int, mirrored: bool) -
     return pa.table(columns, schema=schema)
 
 
-def sign_image(image: Image.Image, mirrored: bool) -> dict[str, Any]:
-    """What a signature says of the pixels of an RGB picture, by column."""
-    content = trim_margin(image)
-    signed: dict[str, Any] = {"colours": shrink(content).tobytes()}
-    for pixels, prefix, name in ((np.asarray(image), "", "pdq"), (content, "trimmed_", "trimmed")):
-        signed[name], signed[f"{prefix}quality"] = hash_pixels(pixels)
-        turned = hash_pixels(np.ascontiguousarray(pixels[:, ::-1]))[0] if mirrored else None
-        signed[f"{prefix}mirror"] = turned
-    return signed
+def sign_pixels(images: Iterable[Image.Image], mirrored: bool) -> Iterator[dict[str, Any]]:
+    """Yield for each RGB image the columns of its signature that depend on its pixels alone."""
+    for batch in batches_of(images):
+        contents = [trim_margin(image) for image in batch]
+        whole = hash_columns([np.asarray(image) for image in batch], mirrored, ("pdq", "mirror", "quality"))
+        trimmed = hash_columns(contents, mirrored, ("trimmed", "trimmed_mirror", "trimmed_quality"))
+        for content, columns, trimmed_columns in zip(contents, whole, trimmed, strict=True):
+            yield {"colours": shrink(content).tobytes()} | columns | trimmed_columns
 
 
-def hash_pixels(pixels: NDArray[np.uint8]) -> tuple[bytes, int]:
-    """PDQ hash (bits packed, 32 bytes) and quality of an RGB image [h, w, 3]."""
-    import pdqhash
+def batches_of(images: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
+    """Consecutive images, about ``BATCH_PIXELS`` at a time: so many fit into a processor's cache."""
+    batch, pixels = [], 0
+    for image in images:
+        batch.append(image)
+        pixels += image.width * image.height
+        if pixels >= BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
 
-    bits, quality = pdqhash.compute(pixels)
-    return np.packbits(np.asarray(bits, dtype=np.uint8)).tobytes(), int(quality)
+
+def hash_columns(
+    images: list[NDArray[np.uint8]], mirrored: bool, names: tuple[str, str, str]
+) -> Iterator[dict[str, Any]]:
+    """Yield for each RGB image [h, w, 3] its PDQ hash, the hash of its mirror image (or None) and its quality."""
+    turned = [pixels[:, ::-1] for pixels in images] if mirrored else []
+    bits, quality = hash_images([*images, *turned])
+    hashes: list[bytes | None] = [row.tobytes() for row in bits]
+    mirrors = hashes[len(images) :] or [None] * len(images)
+    for values in zip(hashes[: len(images)], mirrors, quality[: len(images)].tolist(), strict=True):
+        yield dict(zip(names, values, strict=True))
 
 
 class Span(NamedTuple):

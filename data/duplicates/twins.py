@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from lookalike.config import Config
+from lookalike.data.duplicates.pdq import HASH_BITS
 from lookalike.data.features import unit_rows, vectors_of
 
-HASH_BITS = 256
 COLOURS = 8 * 8 * 3  # bytes: RGB in cells
 
 

@@ -51,7 +51,7 @@ COMMANDS = {
     ),
 }
 EXTRAS = {
-    **dict.fromkeys(("wordllama", "py3langid", "pdqhash", "sklearn"), "labels"),
+    **dict.fromkeys(("wordllama", "py3langid", "sklearn"), "labels"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
 }
 """Top-level module -> the extra that brings it; cpu (or gpu) brings the others."""

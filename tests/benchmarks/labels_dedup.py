@@ -43,7 +43,7 @@ from lookalike.data.duplicates.pair_search import (
     search_cell,
     train_cells,
 )
-from lookalike.data.duplicates.signatures import sign_image, signature_schema
+from lookalike.data.duplicates.signatures import sign_pixels, signature_schema
 from lookalike.data.duplicates.twins import DedupConfig, judge_pairs, look_alike, measure, pictures_of, words_of
 from lookalike.data.features import project
 from lookalike.progress import track
@@ -120,12 +120,13 @@ def embed(image: Image.Image) -> NDArray[np.float32]:
 def sign_chunk(task: tuple[int, list[tuple[int, str]]]) -> dict[str, list[Any]]:
     """Signatures of pictures given as (picture, kind of change or "")."""
     seed, wanted = task
-    rows = []
+    images = []
     for picture, kind in wanted:
         image = compose(seed, picture)
         if kind:
             image = change(image, kind, np.random.default_rng([seed, picture, KINDS.index(kind)]))
-        rows.append(sign_image(image, True) | {"vector": embed(image)})
+        images.append(image)
+    rows = [row | {"vector": embed(image)} for image, row in zip(images, sign_pixels(images, True), strict=True)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -177,7 +178,8 @@ def try_samples(count: int, seed: int) -> dict[str, Any]:
         rng, copies = np.random.default_rng([seed, number]), images
         for step in kind.split(", "):
             copies = [change(image, step, rng) for image in copies]
-        rows = [sign_image(image, True) | {"vector": embed(image)} for image in images + copies]
+        both = images + copies
+        rows = [row | {"vector": embed(image)} for image, row in zip(both, sign_pixels(both, True), strict=True)]
         signed = as_table({name: [row[name] for row in rows] for name in rows[0]}, seed)
         place = np.arange(len(images))
         pairs = measure(pictures_of(signed, False), place, place + len(images), config)
