@@ -85,9 +85,7 @@ def test_frozen_layers_and_recomputation_save_memory() -> None:
         return measure(train_settings(**values), encoder_settings("test_vit", 160), NUM_CLASSES)
 
     plain = told()
-    assert (
-        told(compute={"activation_checkpointing": True}).encoder_activations < plain.encoder_activations / 2
-    )
+    assert told(compute={"activation_checkpointing": True}).encoder_activations < plain.encoder_activations / 2
     halves = told(compute={"accumulation": 2})
     assert halves.encoder_activations == pytest.approx(plain.encoder_activations / 2, rel=0.05)
     probe = told(backbone={"trainable": "probe"})
