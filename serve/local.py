@@ -10,25 +10,10 @@ from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.experiment.assignment import own_generations, read_arms
 from lookalike.serve.front.fused import open_workers
-from lookalike.serve.front.service import Service
+from lookalike.serve.front.service import RPCS, Service
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
-
-_METHODS = {
-    "Search": "search",
-    "SearchBatch": "search_batch",
-    "SearchStream": "stream_one",
-    "Embed": "embed",
-    "Describe": "describe",
-    "Feedback": "feedback",
-    "Upsert": "upsert",
-    "Delete": "delete",
-    "Switch": "switch",
-    "Rollback": "rollback",
-    "Compact": "compact",
-    "Status": "status",
-}
 
 
 class LocalClient(Client):
@@ -45,15 +30,14 @@ class LocalClient(Client):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lookalike-local", daemon=True)
         self._thread.start()
-        self._service = self._run(_open_service(config, generation))
-        self.observer = self._service.observer
+        self.service = self._run(_open_service(config, generation))
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Ready since it was made."""
+        """Return at once: it is ready."""
 
     def close(self) -> None:
         """End the thread that answers."""
-        self.observer.close()
+        self.service.observer.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -69,11 +53,12 @@ class LocalClient(Client):
         return self._call(method, request)
 
     def _call(self, method: str, request: Any) -> Any:
-        sent = type(request).FromString(request.SerializeToString())  # what a server would see
-        work = getattr(self._service, _METHODS[method])
-        if method == "SearchStream":  # watches its batches itself
-            return self._run(work(sent))
-        return self._run(self.observer.watch(method, work, sent))
+        sent = type(request).FromString(request.SerializeToString())  # as a server would see it
+        return self._run(self.service.stream_one(sent) if method == "SearchStream" else self._answer(method, sent))
+
+    async def _answer(self, method: str, request: Any) -> Any:
+        with self.service.observer.watch(method) as trace:
+            return await RPCS[method](self.service, request, trace)
 
 
 async def _open_service(config: ServeConfig, generation: Generation) -> Service:

@@ -10,6 +10,7 @@ import time
 
 import grpc
 
+from lookalike.serve.wire.backoff import backoff_s
 from lookalike.serve.wire.errors import RetrievalError
 
 MAX_ATTEMPTS = 5
@@ -57,6 +58,6 @@ class Attempts:
 
     def _pause_s(self, error: grpc.RpcError, told: RetrievalError) -> float | None:
         if told.code != error.code():
-            return PAUSE_S * 2.0 ** (self._made - 1) * random.uniform(0.5, 1.0)
+            return backoff_s(self._made, PAUSE_S)
         found = _RETRY_AFTER.search(told.message) if told.code == grpc.StatusCode.RESOURCE_EXHAUSTED else None
         return int(found[1]) / 1000 * random.uniform(1.0, 1.5) if found else None  # not all callers at once

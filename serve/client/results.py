@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import grpc
 import numpy as np
@@ -10,31 +10,11 @@ import numpy.typing as npt
 
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.wire.errors import CODES, RetrievalError
+from lookalike.serve.wire.plans import PlanLike, to_plan
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Query = bytes | str | FloatArray
 """An encoded image (bytes), the id of a stored image (str) or a vector (1-d array)."""
-
-
-class PlanLike(Protocol):
-    """What ``plan=`` takes: ``SearchPlan`` here, or ``lookalike.retrieval.plan.Plan``."""
-
-    @property
-    def shortlist_dim(self) -> int: ...  # noqa: D102
-    @property
-    def shortlist_k(self) -> int: ...  # noqa: D102
-    @property
-    def stages(self) -> tuple[tuple[int, int], ...]: ...  # noqa: D102
-    @property
-    def rerank_dim(self) -> int: ...  # noqa: D102
-    @property
-    def ef_search(self) -> int | None: ...  # noqa: D102
-    @property
-    def nprobe(self) -> int | None: ...  # noqa: D102
-    @property
-    def margins(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def scan(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -180,20 +160,6 @@ def to_options(settings: SearchSettings) -> pb.SearchOptions:
         filters=filters,
         min_recall=settings.get("min_recall"),
         session=settings.get("session", ""),
-    )
-
-
-def to_plan(plan: PlanLike) -> pb.Plan:
-    """Return the message of a plan."""
-    return pb.Plan(
-        shortlist_dim=plan.shortlist_dim,
-        shortlist_k=plan.shortlist_k,
-        rerank_dim=plan.rerank_dim,
-        stages=[pb.PlanStep(dim=dim, keep=keep) for dim, keep in plan.stages],
-        ef_search=plan.ef_search,
-        scan=plan.scan,
-        nprobe=plan.nprobe,
-        margins=plan.margins,
     )
 
 

@@ -1,107 +1,75 @@
-"""Carries out what an experiment decided: one arm answers, or two do and the hits are drafted."""
+"""Carries out what an experiment decides: where a request goes, and the one answer made from those of two arms."""
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from lookalike.serve.experiment.assignment import Assignment, Experiment, Route
+from lookalike.serve.experiment.assignment import Experiment, Route
 from lookalike.serve.experiment.interleave import coins, draft
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.watching import INTERLEAVED
-from lookalike.serve.watch import trace
+from lookalike.serve.watch.trace import Trace
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.serve.wire.requests import DEFAULT_K
 
-Answered = tuple[list[pb.HitList], pb.SearchInfo]
-"""The hits of each query, and what produced them."""
-Search = Callable[[Route, Sequence[pb.Query], pb.SearchOptions], Awaitable[Answered]]
+
+class SearchReply(NamedTuple):
+    """The hits of each query, and what produced them."""
+
+    results: list[pb.HitList]
+    info: pb.SearchInfo
 
 
-async def answer(
-    experiment: Experiment | None,
-    served: Generation,
-    queries: Sequence[pb.Query],
-    options: pb.SearchOptions,
-    search: Search,
-) -> Answered:
-    """The answer of the arm, or arms, that the request belongs to; of ``served`` outside an experiment."""
-    seen = trace.current()
-    seen.k = options.k if options.HasField("k") else DEFAULT_K
-    seen.num_queries = len(queries)
-    assigned = Assignment([Route("", served)])
-    if experiment is not None:
-        assigned = experiment.assign(served, queries, options)
-        if assigned.routes[0].arm:
-            seen.experiment, seen.session = experiment.settings.name, options.session
-    seen.forced, seen.arm = assigned.forced, assigned.routes[0].arm
-    if len(assigned.routes) == 1:
-        results, info = await _timed(assigned.routes[0], queries, options, search)
-    else:
-        assert experiment is not None
-        results, info = await _together(experiment.settings.name, assigned.routes, queries, options, search)
-    info.request_id, info.arm = seen.request_id, seen.arm
-    seen.info, seen.results = info, results
-    return results, info
+def choose_routes(
+    experiment: Experiment, served: Generation, queries: Sequence[pb.Query], options: pb.SearchOptions, trace: Trace
+) -> list[Route]:
+    """The arm that a request belongs to, or two arms; the ``served`` generation if it stays outside the experiment."""
+    routes, forced = experiment.assign(served, queries, options)
+    if routes[0].arm:
+        trace.experiment, trace.session = experiment.settings.name, options.session
+    trace.forced, trace.arm = forced, routes[0].arm if len(routes) == 1 else INTERLEAVED
+    return routes
 
 
-async def _timed(route: Route, queries: Sequence[pb.Query], options: pb.SearchOptions, search: Search) -> Answered:
-    start, code = time.perf_counter(), "INTERNAL"
-    try:
-        answered = await search(route, queries, options)
-        code = "OK"
-    except RetrievalError as error:
-        code = error.code.name
-        raise
-    except asyncio.CancelledError:
-        code = "CANCELLED"
-        raise
-    finally:
-        if route.arm:
-            duration_ms = (time.perf_counter() - start) * 1000
-            trace.current().outcomes.append(trace.Outcome(route.arm, code, duration_ms))
-    return answered
+def interleave(
+    replies: Sequence[SearchReply | BaseException], routes: Sequence[Route], session: str, trace: Trace
+) -> SearchReply:
+    """Both arms' hits in one list. If one arm failed, the hits of the other, which makes the request a forced one.
 
-
-async def _together(
-    experiment: str, routes: Sequence[Route], queries: Sequence[pb.Query], options: pb.SearchOptions, search: Search
-) -> Answered:
-    """Both arms' hits in one list; those of one arm where the other failed, which makes the request a forced one."""
-    seen = trace.current()
-    seen.arm = INTERLEAVED
-    asked = (_timed(route, queries, options, search) for route in routes)
-    outcomes = await asyncio.gather(*asked, return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, RetrievalError):
-            raise outcome
-    good = [
-        (route.arm, outcome)
-        for route, outcome in zip(routes, outcomes, strict=True)
-        if not isinstance(outcome, BaseException)
-    ]
-    if not good:
-        assert isinstance(outcomes[0], RetrievalError)
-        raise outcomes[0]
-    if len(good) == 1:
-        seen.arm, seen.forced = good[0][0], "failed"
-        return good[0][1]
-    (first, (hits, info)), (second, (other_hits, other_info)) = good
-    k = seen.k or DEFAULT_K
+    Raises the error of control if both failed, and any error that is no ``RetrievalError``.
+    """
+    for reply in replies:
+        if isinstance(reply, BaseException) and not isinstance(reply, RetrievalError):
+            raise reply
+    by_arm = {
+        route.arm: reply for route, reply in zip(routes, replies, strict=True) if not isinstance(reply, BaseException)
+    }
+    if not by_arm:
+        assert isinstance(replies[0], RetrievalError)
+        raise replies[0]
+    arms = tuple(by_arm)
+    if len(arms) == 1:
+        trace.arm, trace.forced = arms[0], "failed"
+        return by_arm[arms[0]]
+    control, other = by_arm.values()
     results = [
         draft(
-            one.hits, other.hits, (first, second), k, coins(experiment, options.session, seen.request_id, str(position))
+            hits.hits,
+            other_hits.hits,
+            (arms[0], arms[1]),
+            trace.k or DEFAULT_K,
+            coins(trace.experiment, session, trace.request_id, str(position)),
         )
-        for position, (one, other) in enumerate(zip(hits, other_hits, strict=True))
+        for position, (hits, other_hits) in enumerate(zip(control.results, other.results, strict=True))
     ]
-    return results, _joined(info, other_info)
+    return SearchReply(results, _join(control.info, other.info))
 
 
-def _joined(first: pb.SearchInfo, second: pb.SearchInfo) -> pb.SearchInfo:
+def _join(first: pb.SearchInfo, second: pb.SearchInfo) -> pb.SearchInfo:
     """Control's, with the lower coverage and the longer times: the arms were asked at the same time."""
     info = pb.SearchInfo()
     info.CopyFrom(first)
-    coverages = [one.coverage for one in (first, second)]
-    info.coverage.CopyFrom(min(coverages, key=lambda one: one.shards_answered / max(1, one.shards_asked)))
+    info.coverage.CopyFrom(min(first.coverage, second.coverage, key=_share))
     info.degraded = first.degraded or second.degraded
     times: dict[str, float] = {}
     for part in (*first.stage_times, *second.stage_times):
@@ -109,3 +77,7 @@ def _joined(first: pb.SearchInfo, second: pb.SearchInfo) -> pb.SearchInfo:
     del info.stage_times[:]
     info.stage_times.extend(pb.StageTime(stage=stage, duration_ms=duration) for stage, duration in times.items())
     return info
+
+
+def _share(coverage: pb.Coverage) -> float:
+    return coverage.shards_answered / max(1, coverage.shards_asked)

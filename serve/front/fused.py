@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.search.router import Router
-from lookalike.serve.search.workers import LocalShardWorker
+from lookalike.serve.search.workers import ShardWorker
 from lookalike.serve.settings.config import ServeConfig
 
 
@@ -14,8 +14,8 @@ def open_workers(config: ServeConfig, generation: Generation, generations: Seque
     There are as many groups as ``generation`` has hash shards, and an encoder if one of them has.
     """
     num_groups, retries = generation.meta.num_hash_shards, config.retries.model_copy(update={"hedge_ms": None})
-    shards = [LocalShardWorker(group, num_groups, generations) for group in range(num_groups)]
-    if all(one.encoder is None for one in (generation, *generations)):
+    shards = [ShardWorker(group, num_groups, generations) for group in range(num_groups)]
+    if all(held.encoder is None for held in (generation, *generations)):
         return Router(shards, retries=retries)
     from lookalike.serve.search.encoding import EncoderWorker  # torch: only for those who encode
 

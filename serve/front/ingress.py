@@ -1,45 +1,49 @@
-"""The gRPC ingress deployment: methods named like the RPCs, exact status codes, metrics. The work is ``Service``'s."""
+"""The gRPC ingress deployment: methods named like the RPCs; callers, slots and status codes around ``Service``."""
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
-from ray.util.metrics import Counter, Histogram
 
 from lookalike.serve.experiment.assignment import Arm, own_generations
 from lookalike.serve.front.fused import open_workers
 from lookalike.serve.front.gate import Caller, Gate
-from lookalike.serve.front.overload import ADMITTED, ShedError, allowed_ms
-from lookalike.serve.front.service import Service
+from lookalike.serve.front.overload import ADMITTED, allowed_ms
+from lookalike.serve.front.service import RPCS, Service
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.journal import Record
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Router, Worker
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.watch import trace
-from lookalike.serve.wire.errors import CODES, RetrievalError, invalid, shorten
+from lookalike.serve.wire.errors import RetrievalError, invalid, shorten
 from lookalike.telemetry import get_logger
 
 log = get_logger(__name__)
-Request = TypeVar("Request")
-Response = TypeVar("Response")
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 SERVICERS = [
     "lookalike.serve.proto.retrieval_pb2_grpc.add_RetrievalServiceServicer_to_server",
     "lookalike.serve.proto.retrieval_pb2_grpc.add_AdminServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
-"""What Serve's gRPC listener must be started with (``grpc_options.grpc_servicer_functions``)."""
+"""The servicers of Serve's gRPC listener (``grpc_options.grpc_servicer_functions``)."""
 Handles = tuple[list[Worker], Worker | None, Worker | None]
 """Serve handles of the shards, the re-ranker and the encoder."""
 MAX_DETAILS = 2000
-SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+
+
+def _answering(rpc: str) -> Callable[["Ingress", Any, RayServegRPCContext], Awaitable[Any]]:
+    """The method of an RPC that answers one message; Serve passes the context by its name."""
+
+    async def method(self: "Ingress", request: Any, grpc_context: RayServegRPCContext) -> Any:
+        return await self.answer(rpc, request, grpc_context)
+
+    method.__name__ = rpc
+    return method
 
 
 class Ingress(Follows):
@@ -65,97 +69,55 @@ class Ingress(Follows):
             router = Router(
                 *workers, retries=config.retries, batching=config.batching if config.batching.enabled else None
             )
-        self._service = Service(config, generation, router, writer, arms)
-        self._observer = self._service.observer
+        self.service = Service(config, generation, router, writer, arms)
+        self._observer = self.service.observer
         self._gate = Gate(config)
         self._loopback_only = config.loopback_only
-        self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code", "tenant"))
-        self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
-        self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
-        self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
-        self._shed = Counter("lookalike_shed_total", "Requests refused because the queue was full.", ("method",))
-        self._degraded = Counter("lookalike_degraded_total", "Answers by a cheaper plan because of the load.")
 
     def __del__(self) -> None:
-        """Serve calls it when a replica is stopped: what waits for the access log is written."""
+        """Write the lines that wait for the access log; Serve calls this when a replica is stopped."""
         if hasattr(self, "_observer"):
             self._observer.close()
-
-    async def Search(self, request: pb.SearchRequest, grpc_context: RayServegRPCContext) -> pb.SearchResponse:
-        """RPC."""
-        response = await self._answer("Search", self._service.search, request, grpc_context)
-        self._observe(response.info)
-        return response
-
-    async def SearchBatch(
-        self, request: pb.SearchBatchRequest, grpc_context: RayServegRPCContext
-    ) -> pb.SearchBatchResponse:
-        """RPC."""
-        response = await self._answer("SearchBatch", self._service.search_batch, request, grpc_context)
-        self._observe(response.info)
-        return response
 
     async def SearchStream(
         self, requests: gRPCInputStream[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """RPC; counted by its batches."""
-        seen = trace.begin("SearchStream")
+        """RPC; its batches go on record, and the stream itself only if it fails."""
+        tenant = ""
         try:
             caller = self._identify("SearchStream", grpc_context)
-            seen.tenant = caller.name
+            tenant = caller.name
             with caller.under_way():
-                async for response in self._service.search_stream(requests, partial(caller.check, "SearchStream")):
-                    failed = response.WhichOneof("outcome") == "failure"
-                    code = CODES[response.failure.code].name if failed else "OK"
-                    self._requests.inc(1, {"method": "SearchStream", "code": code, "tenant": seen.tenant})
-                    if not failed:
-                        self._observe(response.batch.info)
+                check = partial(caller.check, "SearchStream")
+                async for response in self.service.search_stream(requests, check, tenant):
                     yield response
             if requests.is_cancelled():  # so Serve ends a stream whose caller left, or whose bytes are no message
                 raise invalid("the stream broke off: it ended, or went on with bytes that are no SearchStreamRequest")
         except Exception as error:  # noqa: BLE001
             failure = as_retrieval_error(error)
-            self._requests.inc(1, {"method": "SearchStream", "code": failure.code.name, "tenant": seen.tenant})
+            self._observer.count("SearchStream", failure.code.name, tenant)
             raise tell(grpc_context, failure) from None
 
-    async def Feedback(self, request: pb.FeedbackRequest, grpc_context: RayServegRPCContext) -> pb.FeedbackResponse:
-        """RPC."""
-        return await self._answer("Feedback", self._service.feedback, request, grpc_context)
+    Search, SearchBatch, Embed = _answering("Search"), _answering("SearchBatch"), _answering("Embed")
+    Describe, Feedback = _answering("Describe"), _answering("Feedback")
+    Upsert, Delete = _answering("Upsert"), _answering("Delete")
+    Switch, Rollback, Compact = _answering("Switch"), _answering("Rollback"), _answering("Compact")
+    Status = _answering("Status")
 
-    async def Embed(self, request: pb.EmbedRequest, grpc_context: RayServegRPCContext) -> pb.EmbedResponse:
-        """RPC."""
-        return await self._answer("Embed", self._service.embed, request, grpc_context)
-
-    async def Describe(self, request: pb.DescribeRequest, grpc_context: RayServegRPCContext) -> pb.DescribeResponse:
-        """RPC."""
-        return await self._answer("Describe", self._service.describe, request, grpc_context)
-
-    async def Upsert(self, request: pb.UpsertRequest, grpc_context: RayServegRPCContext) -> pb.UpsertResponse:
-        """RPC."""
-        return await self._answer("Upsert", self._service.upsert, request, grpc_context)
-
-    async def Delete(self, request: pb.DeleteRequest, grpc_context: RayServegRPCContext) -> pb.DeleteResponse:
-        """RPC."""
-        return await self._answer("Delete", self._service.delete, request, grpc_context)
-
-    async def Switch(self, request: pb.SwitchRequest, grpc_context: RayServegRPCContext) -> pb.SwitchResponse:
-        """RPC."""
-        return await self._answer("Switch", self._service.switch, request, grpc_context)
-
-    async def Rollback(self, request: pb.RollbackRequest, grpc_context: RayServegRPCContext) -> pb.RollbackResponse:
-        """RPC."""
-        return await self._answer("Rollback", self._service.rollback, request, grpc_context)
-
-    async def Compact(self, request: pb.CompactRequest, grpc_context: RayServegRPCContext) -> pb.CompactResponse:
-        """RPC."""
-        return await self._answer("Compact", self._service.compact, request, grpc_context)
-
-    async def Status(self, request: pb.StatusRequest, grpc_context: RayServegRPCContext) -> pb.StatusResponse:
-        """RPC."""
-        return await self._answer("Status", self._service.status, request, grpc_context)
+    async def answer(self, rpc: str, request: Any, context: RayServegRPCContext) -> Any:
+        """The response of ``rpc``; a failure sets the status of ``context`` and raises its ``RetrievalError``."""
+        try:
+            with self._observer.watch(rpc) as trace:
+                caller = self._identify(rpc, context)
+                trace.tenant = caller.name
+                with caller.request(rpc, request):
+                    async with self.service.admission.slot(allowed_ms(request)) if rpc in ADMITTED else nullcontext():
+                        return await RPCS[rpc](self.service, request, trace)
+        except Exception as error:  # noqa: BLE001
+            raise tell(context, as_retrieval_error(error)) from None
 
     def open(self, generation: Generation) -> list[Any]:
-        """What each worker in this process opens."""
+        """Have each worker in this process open ``generation``."""
         return [worker.open(generation) for worker in self._local]
 
     def apply(self, opened: list[Any], records: Sequence[Record]) -> None:
@@ -177,7 +139,7 @@ class Ingress(Follows):
 
     def switch(self, name: str) -> None:
         """Requests that begin now belong to this generation."""
-        self._service.current = self._generations[name]
+        self.service.current = self._generations[name]
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
         """``grpc.health.v1.Health/Check``: a replica that answers serves."""
@@ -192,30 +154,6 @@ class Ingress(Follows):
         raise tell(grpc_context, RetrievalError(grpc.StatusCode.UNIMPLEMENTED, message))
         yield
 
-    async def _answer(
-        self, rpc: str, work: Callable[[Request], Awaitable[Response]], request: Request, context: RayServegRPCContext
-    ) -> Response:
-        start, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-        seen = self._observer.begin(rpc)
-        try:
-            caller = self._identify(rpc, context)
-            seen.tenant = caller.name
-            with caller.request(rpc, request):
-                async with self._service.admission.slot(allowed_ms(request)) if rpc in ADMITTED else nullcontext():
-                    response = await work(request)
-            code = grpc.StatusCode.OK
-            return response
-        except Exception as error:  # noqa: BLE001
-            failure = as_retrieval_error(error)
-            code = failure.code
-            if isinstance(error, ShedError):
-                self._shed.inc(1, {"method": rpc})
-            raise tell(context, failure) from None
-        finally:
-            self._observer.end(seen, code)
-            self._requests.inc(1, {"method": rpc, "code": code.name, "tenant": seen.tenant})
-            self._seconds.observe(time.perf_counter() - start, {"method": rpc})
-
     def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:
         self._check_caller(context)
         return self._gate.identify(rpc, context.invocation_metadata())
@@ -228,17 +166,9 @@ class Ingress(Follows):
                 f"caller {peer} is on another machine; set serve.loopback_only=false to admit it",
             )
 
-    def _observe(self, info: pb.SearchInfo) -> None:
-        for part in info.stage_times:
-            self._stages.observe(part.duration_ms / 1000, {"stage": part.stage})
-        if missing := info.coverage.shards_asked - info.coverage.shards_answered:
-            self._missing.inc(missing)
-        if info.degraded:
-            self._degraded.inc(1)
-
 
 def as_retrieval_error(error: Exception) -> RetrievalError:
-    """``error``, or INTERNAL for a fault of ours: its traceback is for the log, not for callers."""
+    """``error``, or INTERNAL for a fault of the service, whose traceback goes to the log and not to callers."""
     if isinstance(error, RetrievalError):
         return error
     log.error("fault", exc_info=error)

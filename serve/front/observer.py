@@ -1,33 +1,31 @@
-"""What watches the service: every request that ends passes here, to the access log, the recall monitor, the experiment
-and their metrics. Nothing here makes a request wait, or fails one.
+"""Watches the service: every request goes on record here, in metrics, access log, recall monitor and experiment.
+
+Nothing here makes a request wait, or fails one.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-import grpc
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from lookalike.serve.experiment.assignment import Arm, Experiment
+from lookalike.serve.front.overload import ShedError
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Router
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.watch import trace
 from lookalike.serve.watch.access_log import AccessLog, publish_experiment
 from lookalike.serve.watch.recall_monitor import Estimate, Key, RecallMonitor
-from lookalike.serve.wire.errors import RetrievalError
+from lookalike.serve.watch.trace import Trace
 from lookalike.serve.wire.requests import check_feedback
 
-Request = TypeVar("Request")
-Response = TypeVar("Response")
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 NO_ARM = "default"
-"""Label of what no experiment touches."""
+"""Label of requests outside every experiment."""
 
 
 class Observer:
-    """One replica's access log, recall monitor and experiment. All is of this replica: it knows nothing of others."""
+    """One replica's metrics, access log, recall monitor and experiment. It knows nothing of other replicas."""
 
     def __init__(self, config: ServeConfig, router: Router, arms: Sequence[Arm] = ()) -> None:
         self.in_flight = 0
@@ -38,7 +36,7 @@ class Observer:
         self._make_metrics()
         self.monitor = RecallMonitor(
             config.monitor,
-            router.patient(),
+            router.for_background(),
             in_flight=lambda: self.in_flight,
             changed=self._recall_changed,
             skipped=self._recall_skipped,
@@ -50,6 +48,12 @@ class Observer:
 
     def _make_metrics(self) -> None:
         arm = ("arm",)
+        self._requests = Counter("lookalike_requests_total", "Requests by status.", ("method", "code", "tenant"))
+        self._seconds = Histogram("lookalike_request_duration_seconds", "Time in the ingress.", SECONDS, ("method",))
+        self._stages = Histogram("lookalike_stage_duration_seconds", "Time of a search's parts.", SECONDS, ("stage",))
+        self._missing = Counter("lookalike_shards_missing_total", "Shards that partial answers went without.")
+        self._shed = Counter("lookalike_shed_total", "Requests refused because the queue was full.", ("method",))
+        self._degraded = Counter("lookalike_degraded_total", "Answers by a cheaper plan because of the load.")
         self._lost = Counter("lookalike_access_log_dropped_total", "Lines of the access log that were not written.")
         self._arm_requests = Counter("lookalike_arm_requests_total", "Requests of an experiment.", ("arm", "code"))
         self._arm_seconds = Histogram("lookalike_arm_duration_seconds", "Time an arm took.", SECONDS, arm)
@@ -61,60 +65,71 @@ class Observer:
         self._recall_low = Gauge("lookalike_recall_low", "Lower end of its 95% interval.", labels)
         self._recall_high = Gauge("lookalike_recall_high", "Upper end of its 95% interval.", labels)
 
-    def begin(self, method: str) -> trace.Trace:
-        """A request has come in; it must ``end``."""
+    @contextmanager
+    def watch(self, method: str, tenant: str = "") -> Iterator[Trace]:
+        """The trace of one request, which the block answers; it goes on record when the block ends."""
         self.in_flight += 1
-        return trace.begin(method)
+        trace = Trace(method=method, tenant=tenant)
+        try:
+            with trace:
+                yield trace
+        except ShedError:
+            self._shed.inc(1, {"method": method})
+            raise
+        finally:
+            self.in_flight -= 1
+            self._record(trace)
 
-    def end(self, seen: trace.Trace, code: grpc.StatusCode) -> None:
-        """A request that ``begin`` began has been answered, or has failed."""
-        self.in_flight -= 1
-        trace.end(seen, code.name)
-        self._write(seen)
-        if seen.experiment:
-            self._arm_requests.inc(1, {"arm": seen.arm, "code": seen.code})
-        for arm, arm_code, duration_ms in seen.outcomes:
-            self._arm_seconds.observe(duration_ms / 1000, {"arm": arm})
-            if self.experiment is not None:
-                self.experiment.guard.count(arm, arm_code, duration_ms)
-        for searched in seen.searches if code is grpc.StatusCode.OK else ():
-            self.monitor.offer(searched)
-
-    def _write(self, seen: trace.Trace) -> None:
+    def _record(self, trace: Trace) -> None:
+        self.count(trace.method, trace.code, trace.tenant)
+        self._seconds.observe(trace.total_ms / 1000, {"method": trace.method})
         if self._log is not None:
-            self._log.add(seen)
+            self._log.add(trace)
             if lost := self._log.dropped - self._dropped:
                 self._lost.inc(lost)
                 self._dropped += lost
+        if trace.experiment:
+            self._record_arms(trace)
+        if trace.code == "OK" and trace.info is not None:
+            self._record_search(trace, trace.info)
 
-    async def watch(self, method: str, work: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
-        """``work(request)``, as one request from begin to end."""
-        seen, code = self.begin(method), grpc.StatusCode.CANCELLED
-        try:
-            response = await work(request)
-            code = grpc.StatusCode.OK
-            return response
-        except Exception as error:
-            code = error.code if isinstance(error, RetrievalError) else grpc.StatusCode.INTERNAL
-            raise
-        finally:
-            self.end(seen, code)
+    def count(self, method: str, code: str, tenant: str) -> None:
+        """Count a request; a stream that failed as a whole is counted by this alone."""
+        self._requests.inc(1, {"method": method, "code": code, "tenant": tenant})
 
-    async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
+    def _record_arms(self, trace: Trace) -> None:
+        assert self.experiment is not None
+        self._arm_requests.inc(1, {"arm": trace.arm, "code": trace.code})
+        for timing in trace.arms:
+            self._arm_seconds.observe(timing.total_ms / 1000, {"arm": timing.arm})
+            self.experiment.guard.count(timing.arm, timing.code, timing.total_ms)
+
+    def _record_search(self, trace: Trace, info: pb.SearchInfo) -> None:
+        for part in info.stage_times:
+            self._stages.observe(part.duration_ms / 1000, {"stage": part.stage})
+        if missing := info.coverage.shards_asked - info.coverage.shards_answered:
+            self._missing.inc(missing)
+        if info.degraded:
+            self._degraded.inc(1)
+        if self.monitor.settings.share:
+            for search in trace.searches:
+                self.monitor.offer(search)
+
+    async def feedback(self, request: pb.FeedbackRequest, trace: Trace) -> pb.FeedbackResponse:
         """``Feedback``: it goes into the access log as the line of its own request."""
         check_feedback(request, has_log=self._log is not None)
-        trace.current().feedback = request
+        trace.feedback = request
         return pb.FeedbackResponse()
 
     def estimate(self, generation: Generation) -> pb.RecallEstimate | None:
-        """Recall of the default plan on ``generation``, as this replica measured it on the searches it answered."""
+        """Recall of the default plan on ``generation``, measured on the searches that this replica answered."""
         control = self.experiment.arms[0] if self.experiment is not None else None
         arm = control.name if control is not None and control.plans is None else ""
-        found = self.monitor.estimate(generation.name, arm)
-        return None if found is None else pb.RecallEstimate(**vars(found))
+        estimate = self.monitor.estimate(generation.name, arm)
+        return None if estimate is None else pb.RecallEstimate(**vars(estimate))
 
     def close(self) -> None:
-        """Write what waits for the access log."""
+        """Write the lines that wait for the access log."""
         if self._log is not None:
             self._log.close()
 

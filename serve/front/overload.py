@@ -1,15 +1,15 @@
 """Too many requests: a bounded queue in each ingress replica, refusal with a time to come back, and cheaper plans.
 
-A request first waits for one of the replica's slots. When the queue is full it is refused, with how long the queue
-takes to empty at the pace of late. Before that, where the service may degrade, requests that leave the plan to the
-service take a cheaper one of those that were measured.
+A request first waits for one of the replica's slots. If the queue is full it is refused, and told how long the queue
+takes to drain at the recent rate. Before that, if the service may degrade, a request that brings no plan gets a cheaper
+plan among the measured ones.
 """
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -20,11 +20,9 @@ from lookalike.serve.wire.errors import RetrievalError
 from lookalike.serve.wire.requests import ServicePlans
 
 ADMITTED = frozenset({"Search", "SearchBatch", "Embed", "Upsert", "Delete"})
-"""Methods that need a slot. The others are few, and must work under load: what is served, health, administration."""
-ARRIVED: ContextVar[float | None] = ContextVar("arrived", default=None)
-"""When the request of this task arrived, by the loop's clock in seconds: the wait for a slot counts as its time."""
+"""Methods that need a slot. The others (Describe, health, administration) are few and must work under load."""
 SMOOTHING = 0.1
-"""Weight of the newest request in the mean time of late."""
+"""Weight of the newest request in the moving average of request time."""
 FIRST_MEAN_S = 0.02
 
 
@@ -43,38 +41,35 @@ class Admission:
 
     @property
     def share(self) -> float:
-        """Requests that are worked on or wait, per slot; above 1 some wait."""
+        """Active and queued requests per slot; above 1 some wait."""
         return (self.ongoing + self.waiting) / self.max_ongoing
 
     @property
     def retry_after_ms(self) -> int:
-        """How long the queue as it is takes at the pace of late, in milliseconds."""
+        """Time to drain the queue at the recent rate, in ms."""
         return math.ceil(1000 * self._mean_s * (self.waiting + 1) / self.max_ongoing)
 
     @asynccontextmanager
     async def slot(self, timeout_ms: int = 0, *, patient: bool = False) -> AsyncIterator[None]:
-        """A slot for as long as the block runs. Raises ``ShedError`` when too many wait already, unless ``patient``,
-        and DEADLINE_EXCEEDED when none came free in the time that the request (``timeout_ms``, 0 says nothing) or the
-        service allows."""
+        """Hold a slot while the block runs.
+
+        Raises ``ShedError`` if the queue is full, unless ``patient``, and DEADLINE_EXCEEDED if no slot comes free in
+        the time that the request (``timeout_ms``; 0: any time) and the service allow.
+        """
         if self._slots.locked() and not patient and 0 <= self.max_queued <= self.waiting:
             raise ShedError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{self.ongoing} requests are worked on and {self.waiting} wait; retry after {self.retry_after_ms} ms",
             )
-        loop = asyncio.get_running_loop()
-        arrived = ARRIVED.set(loop.time())
+        await self._wait(min(timeout_ms / 1000 or self._timeout_s, self._timeout_s))
+        start = time.perf_counter()
+        self.ongoing += 1
         try:
-            await self._wait(min(timeout_ms / 1000 or self._timeout_s, self._timeout_s))
-            start = loop.time()
-            self.ongoing += 1
-            try:
-                yield
-            finally:
-                self.ongoing -= 1
-                self._slots.release()
-                self._mean_s += SMOOTHING * (loop.time() - start - self._mean_s)
+            yield
         finally:
-            ARRIVED.reset(arrived)
+            self.ongoing -= 1
+            self._slots.release()
+            self._mean_s += SMOOTHING * (time.perf_counter() - start - self._mean_s)
 
     async def _wait(self, timeout_s: float) -> None:
         if not self._slots.locked():
@@ -94,14 +89,14 @@ class Admission:
 
 
 class Ladder:
-    """Which plan to take at which load: down at once when it rises, up only when it has clearly fallen."""
+    """Chooses the plan for the load: a cheaper one as soon as it rises, a better one once it has clearly fallen."""
 
     def __init__(self, settings: Degrade) -> None:
         self._settings, self._felt = settings, 0.0
-        """The load that counts: it follows rises, and falls only once they are ``enter - leave`` behind."""
+        """The load that counts: it rises with the load, and stays up to ``enter - leave`` above it when that falls."""
 
     def choose(self, plans: ServicePlans, share: float) -> Plan | None:
-        """A cheaper plan than the default one at the load ``share``; None where the default is to be taken."""
+        """A cheaper plan than the default at the load ``share``; None if the default is to be taken."""
         settings = self._settings
         self._felt = min(max(self._felt, share), share + settings.enter - settings.leave)
         steps = find_rungs(plans, settings.min_recall)
@@ -112,15 +107,17 @@ class Ladder:
 
 
 def find_rungs(plans: ServicePlans, min_recall: float) -> list[Plan]:
-    """Plans known to reach ``min_recall`` that cost less than the default one, dearest first; each but those that a
-    cheaper one equals. None where the default plan was not measured beside others."""
+    """Plans known to reach ``min_recall`` that cost less than the default plan.
+
+    Most expensive first, without plans that a cheaper one matches. Empty if the default plan was not measured.
+    """
     places = [place for place, (_, plan) in enumerate(plans.measured) if plan == plans.default]
-    best, found = -math.inf, list[Plan]()
+    best, rungs = -math.inf, list[Plan]()
     for recall, plan in plans.measured[: places[0]] if places else ():
         if recall >= min_recall and recall > best:
             best = recall
-            found.append(plan)
-    return found[::-1]
+            rungs.append(plan)
+    return rungs[::-1]
 
 
 def allowed_ms(request: Any) -> int:

@@ -5,24 +5,26 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 import numpy as np
 
 import lookalike
-from lookalike.serve.client.results import to_plan
-from lookalike.serve.experiment.arms import Answered, answer
-from lookalike.serve.experiment.assignment import Arm, Route
+from lookalike.serve.experiment.arms import SearchReply, choose_routes, interleave
+from lookalike.serve.experiment.assignment import Arm, Experiment, Route
 from lookalike.serve.front.observer import Observer
-from lookalike.serve.front.overload import ARRIVED, Admission, Ladder
+from lookalike.serve.front.overload import Admission, Ladder
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.search.router import Floats, Found, Router
+from lookalike.serve.search.router import Floats, Router, SearchOutcome
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.watch import trace
+from lookalike.serve.watch.trace import SearchRecord, Trace
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import NotLoadedError, RetrievalError
+from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
+    DEFAULT_K,
     Options,
     check_ids,
     check_image,
@@ -36,17 +38,19 @@ from lookalike.serve.wire.requests import (
     write_times,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 MOVE_S = 86_400.0
-"""Longest that a switch or compaction may take, in seconds; the request usually says less."""
+"""Longest time that a switch or compaction may take, in seconds; the request usually asks for less."""
 Check = Callable[[pb.SearchStreamRequest], None]
 
 
 class Service:
-    """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` for what it cannot answer.
+    """Answers the messages of ``lookalike.v1``; every method raises ``RetrievalError`` if it cannot.
 
-    A request belongs to the generation that is ``current`` when it begins; if no worker holds that one any more, it
-    begins once again with what is current then.
+    Methods add to the request's trace what they learn about it. A request belongs to the generation that is ``current``
+    when it begins; if no worker holds that one any more, it begins again, once, with the generation that is then
+    current.
     """
 
     def __init__(
@@ -57,37 +61,69 @@ class Service:
         self._ladder = None if config.degrade is None else Ladder(config.degrade)
         self.observer = Observer(config, router, arms)
 
-    async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
+    async def search(self, request: pb.SearchRequest, trace: Trace) -> pb.SearchResponse:
         """``Search``."""
-        (found,), info = await self._search([request.query], request.options)
-        response = pb.SearchResponse(info=info)
-        response.hits.MergeFrom(found.hits)
-        return response
+        reply = await self._search([request.query], request.options, trace)
+        return pb.SearchResponse(hits=reply.results[0].hits, info=reply.info)
 
-    async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+    async def search_batch(self, request: pb.SearchBatchRequest, trace: Trace) -> pb.SearchBatchResponse:
         """``SearchBatch``."""
-        results, info = await self._search(request.queries, request.options)
-        return pb.SearchBatchResponse(results=results, info=info)
+        reply = await self._search(request.queries, request.options, trace)
+        return pb.SearchBatchResponse(results=reply.results, info=reply.info)
 
-    async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Answered:
-        async def work(served: Generation) -> Answered:
-            return await answer(self.observer.experiment, served, queries, options, self._search_one)
+    async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions, trace: Trace) -> SearchReply:
+        trace.k = options.k if options.HasField("k") else DEFAULT_K
+        trace.num_queries = len(queries)
+        experiment = self.observer.experiment
+        if experiment is None:
+            results, info = await self._with_current(self._search_generation, queries, options, trace)
+        else:
+            results, info = await self._with_current(self._search_arms, experiment, queries, options, trace)
+        info.request_id, info.arm = trace.request_id, trace.arm
+        trace.info, trace.results = info, results
+        return SearchReply(results, info)
 
-        return await self._with_current(work)
-
-    async def _search_one(self, route: Route, queries: Sequence[pb.Query], message: pb.SearchOptions) -> Answered:
-        """The answer of one generation."""
-        generation = route.generation
+    async def _search_generation(
+        self,
+        generation: Generation,
+        queries: Sequence[pb.Query],
+        message: pb.SearchOptions,
+        trace: Trace,
+        arm: str = "",
+    ) -> SearchReply:
         options = self._options(generation, message)
-        vectors, found = await self._find(generation, queries, options)
-        info = self._info(generation, options, found)
+        deadline = _deadline(trace, options.timeout_s)
+        vectors, times = await self._vectors(generation, queries, deadline)
+        ask = Ask(generation.meta.generation, vectors, options.k, options.plan, options.filters)
+        outcome = await self.router.search(ask, deadline=deadline, allow_partial=options.allow_partial)
+        outcome = outcome._replace(times_ms={**times, **outcome.times_ms})
         own_plan = message.HasField("plan") or message.HasField("min_recall")
-        searched = trace.Searched(generation, options, vectors, found, route.arm, own_plan, info.degraded)
-        trace.current().searches.append(searched)
-        return [write_hits(found.answer, query) for query in range(len(queries))], info
+        trace.searches.append(SearchRecord(generation, options, vectors, outcome, arm, own_plan))
+        results = [write_hits(outcome.answer, query) for query in range(len(queries))]
+        return SearchReply(results, self._info(generation, options, outcome))
+
+    async def _search_arms(
+        self,
+        served: Generation,
+        experiment: Experiment,
+        queries: Sequence[pb.Query],
+        options: pb.SearchOptions,
+        trace: Trace,
+    ) -> SearchReply:
+        async def search(route: Route) -> SearchReply:
+            if not route.arm:
+                return await self._search_generation(route.generation, queries, options, trace)
+            with trace.time_arm(route.arm):
+                return await self._search_generation(route.generation, queries, options, trace, route.arm)
+
+        routes = choose_routes(experiment, served, queries, options, trace)
+        if len(routes) == 1:
+            return await search(routes[0])
+        replies = await asyncio.gather(*map(search, routes), return_exceptions=True)
+        return interleave(replies, routes, options.session, trace)
 
     async def search_stream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None
+        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None, tenant: str = ""
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests.
 
@@ -106,7 +142,7 @@ class Service:
                     request, reading = reading.result(), None
                     ended = request is None
                     if request is not None:
-                        begun.append(asyncio.ensure_future(self.stream_one(request, check)))
+                        begun.append(asyncio.ensure_future(self.stream_one(request, check, tenant)))
                 while begun and begun[0].done():
                     yield begun.popleft().result()
         finally:  # the caller may have gone
@@ -115,43 +151,40 @@ class Service:
             for task in begun:
                 task.cancel()
 
-    async def stream_one(self, request: pb.SearchStreamRequest, check: Check | None = None) -> pb.SearchStreamResponse:
-        """The answer to one batch of a stream, or why there is none. It waits for a slot: its caller reads on later."""
-
-        async def work(batch: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
-            if check is not None:
-                check(request)
-            async with self.admission.slot(batch.options.timeout_ms, patient=True):
-                return await self.search_batch(batch)
-
+    async def stream_one(
+        self, request: pb.SearchStreamRequest, check: Check | None = None, tenant: str = ""
+    ) -> pb.SearchStreamResponse:
+        """The answer to one batch of a stream, or why there is none. It waits for a slot, however long the queue is."""
+        response = pb.SearchStreamResponse(tag=request.tag)
         try:
-            batch = await self.observer.watch("SearchStream", work, request.batch)
-            return pb.SearchStreamResponse(tag=request.tag, batch=batch)
+            with self.observer.watch("SearchStream", tenant) as trace:
+                if check is not None:
+                    check(request)
+                async with self.admission.slot(request.batch.options.timeout_ms, patient=True):
+                    response.batch.CopyFrom(await self.search_batch(request.batch, trace))
         except RetrievalError as error:
-            failure = pb.Failure(code=error.code.value[0], message=error.message)
-            return pb.SearchStreamResponse(tag=request.tag, failure=failure)
+            response.failure.CopyFrom(pb.Failure(code=error.code.value[0], message=error.message))
+        return response
 
-    async def feedback(self, request: pb.FeedbackRequest) -> pb.FeedbackResponse:
+    async def feedback(self, request: pb.FeedbackRequest, trace: Trace) -> pb.FeedbackResponse:
         """``Feedback``."""
-        return await self.observer.feedback(request)
+        return await self.observer.feedback(request, trace)
 
-    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+    async def embed(self, request: pb.EmbedRequest, trace: Trace) -> pb.EmbedResponse:
         """``Embed``."""
         check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
-        deadline = _deadline(self.config.timeout_s)
+        return await self._with_current(self._embed, images, _deadline(trace, self.config.timeout_s))
 
-        async def work(generation: Generation) -> tuple[Generation, list[Floats]]:
-            return generation, await self._encode(generation, images, deadline)
-
-        generation, vectors = await self._with_current(work)
+    async def _embed(self, generation: Generation, images: Sequence[bytes], deadline: float) -> pb.EmbedResponse:
+        vectors = await self._encode(generation, images, deadline)
         return pb.EmbedResponse(
             vectors=[vector.tobytes() for vector in vectors],
             dim=generation.meta.dim,
             model_fingerprint=generation.meta.model_fingerprint,
         )
 
-    async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
+    async def describe(self, request: pb.DescribeRequest, trace: Trace) -> pb.DescribeResponse:
         """``Describe``."""
         generation, meta = self.current, self.current.meta
         return pb.DescribeResponse(
@@ -170,15 +203,10 @@ class Service:
             writable=self.writer is not None,
         )
 
-    async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
+    async def upsert(self, request: pb.UpsertRequest, trace: Trace) -> pb.UpsertResponse:
         """``Upsert``: rows get their vectors here, and go to the writer in portions."""
         self._require_writer()
-        deadline = _deadline(self.config.timeout_s)
-
-        async def work(generation: Generation) -> pb.UpsertResponse:
-            return await self._upsert(generation, request, deadline)
-
-        return await self._with_current(work)
+        return await self._with_current(self._upsert, request, _deadline(trace, self.config.timeout_s))
 
     async def _upsert(self, generation: Generation, request: pb.UpsertRequest, deadline: float) -> pb.UpsertResponse:
         check_rows(request, limits=self.config.limits, meta=generation.meta)
@@ -196,38 +224,38 @@ class Service:
             number = await self._write("upsert", message.SerializeToString(), deadline=deadline)
         return pb.UpsertResponse(write=number)
 
-    async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
+    async def delete(self, request: pb.DeleteRequest, trace: Trace) -> pb.DeleteResponse:
         """``Delete``."""
         self._require_writer()
         check_ids(request, limits=self.config.limits)
-        deadline = _deadline(self.config.timeout_s)
+        deadline = _deadline(trace, self.config.timeout_s)
         return pb.DeleteResponse(write=await self._write("delete", request.SerializeToString(), deadline=deadline))
 
-    async def switch(self, request: pb.SwitchRequest) -> pb.SwitchResponse:
+    async def switch(self, request: pb.SwitchRequest, trace: Trace) -> pb.SwitchResponse:
         """``AdminService.Switch``."""
         check_uris(request)
-        return pb.SwitchResponse(current=await self._move("switch", request.SerializeToString()))
+        return pb.SwitchResponse(current=await self._move(trace, "switch", request.SerializeToString()))
 
-    async def rollback(self, request: pb.RollbackRequest) -> pb.RollbackResponse:
+    async def rollback(self, request: pb.RollbackRequest, trace: Trace) -> pb.RollbackResponse:
         """``AdminService.Rollback``."""
-        return pb.RollbackResponse(current=await self._move("rollback"))
+        return pb.RollbackResponse(current=await self._move(trace, "rollback"))
 
-    async def compact(self, request: pb.CompactRequest) -> pb.CompactResponse:
+    async def compact(self, request: pb.CompactRequest, trace: Trace) -> pb.CompactResponse:
         """``AdminService.Compact``."""
-        return pb.CompactResponse(current=await self._move("compact", float(request.timeout_s)))
+        return pb.CompactResponse(current=await self._move(trace, "compact", float(request.timeout_s)))
 
-    async def status(self, request: pb.StatusRequest) -> pb.StatusResponse:
+    async def status(self, request: pb.StatusRequest, trace: Trace) -> pb.StatusResponse:
         """``AdminService.Status``."""
         self._require_writer()
-        deadline = _deadline(self.config.timeout_s)
+        deadline = _deadline(trace, self.config.timeout_s)
         response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
         if (recall := self.observer.estimate(self.current)) is not None:
             response.recall.CopyFrom(recall)
         return response
 
-    async def _move(self, method: str, *args: Any) -> pb.Generation:
+    async def _move(self, trace: Trace, method: str, *args: Any) -> pb.Generation:
         self._require_writer()
-        answer = await self._write(method, *args, deadline=_deadline(MOVE_S), again=False)
+        answer = await self._write(method, *args, deadline=_deadline(trace, MOVE_S), again=False)
         generation: pb.Generation = pb.Generation.FromString(answer)
         return generation
 
@@ -256,30 +284,16 @@ class Service:
         cheaper = self._ladder.choose(generation.plans, self.admission.share)
         return read if cheaper is None else read._replace(plan=cheaper, degraded=True)
 
-    async def _with_current(self, work: Callable[[Generation], Awaitable[T]]) -> T:
+    async def _with_current(
+        self, work: Callable[Concatenate[Generation, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         generation = self.current
         try:
-            return await work(generation)
+            return await work(generation, *args, **kwargs)
         except NotLoadedError:
             if self.current is generation:
                 raise
-        return await work(self.current)
-
-    async def _find(
-        self, generation: Generation, queries: Sequence[pb.Query], options: Options
-    ) -> tuple[Floats, Found]:
-        deadline = _deadline(options.timeout_s)
-        vectors, times = await self._vectors(generation, queries, deadline)
-        found = await self.router.search(
-            generation.name,
-            vectors,
-            options.k,
-            options.plan,
-            options.filters,
-            deadline=deadline,
-            allow_partial=options.allow_partial,
-        )
-        return vectors, found._replace(times_ms={**times, **found.times_ms})
+        return await work(self.current, *args, **kwargs)
 
     async def _vectors(
         self, generation: Generation, queries: Sequence[pb.Query], deadline: float
@@ -311,14 +325,14 @@ class Service:
             )
         return await self.router.encode(generation.name, images, deadline=deadline)
 
-    def _info(self, generation: Generation, options: Options, found: Found) -> pb.SearchInfo:
-        coverage = pb.Coverage(shards_answered=found.shards_answered, shards_asked=len(self.router.shards))
+    def _info(self, generation: Generation, options: Options, outcome: SearchOutcome) -> pb.SearchInfo:
+        coverage = pb.Coverage(shards_answered=outcome.shards_answered, shards_asked=len(self.router.shards))
         return pb.SearchInfo(
             plan=to_plan(options.plan),
-            index_generation=generation.name,
+            index_generation=generation.meta.generation,
             model_fingerprint=generation.meta.model_fingerprint,
             coverage=coverage,
-            stage_times=write_times(found.times_ms),
+            stage_times=write_times(outcome.times_ms),
             degraded=options.degraded,
         )
 
@@ -327,7 +341,22 @@ async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStr
     return await anext(requests, None)
 
 
-def _deadline(timeout_s: float) -> float:
-    """``timeout_s`` after the request's arrival, by the loop's clock; after now where nothing tells it."""
-    arrived = ARRIVED.get()
-    return (asyncio.get_running_loop().time() if arrived is None else arrived) + timeout_s
+def _deadline(trace: Trace, timeout_s: float) -> float:
+    """``timeout_s`` after the request's arrival, by the loop's clock: the wait for a slot counts as its time."""
+    return asyncio.get_running_loop().time() - trace.elapsed_s + timeout_s
+
+
+RPCS: dict[str, Callable[[Service, Any, Trace], Awaitable[Any]]] = {
+    "Search": Service.search,
+    "SearchBatch": Service.search_batch,
+    "Embed": Service.embed,
+    "Describe": Service.describe,
+    "Feedback": Service.feedback,
+    "Upsert": Service.upsert,
+    "Delete": Service.delete,
+    "Switch": Service.switch,
+    "Rollback": Service.rollback,
+    "Compact": Service.compact,
+    "Status": Service.status,
+}
+"""The RPCs that answer one message with one."""

@@ -1,109 +1,108 @@
 """Micro-batching: concurrent searches with the same generation, k, plan and filters share one call to a shard.
 
-No query waits while a call may be made: while ``max_in_flight`` calls to a shard are out, queries that arrive gather,
-and go together when one returns. Each caller keeps its own deadline and may leave; a call ends early only when all have
-left. The searcher's answer to a query does not depend on the others in its batch, so its bits are those of a call of
-its own.
+While fewer than ``max_in_flight`` calls to a shard are under way, a query is sent at once. Otherwise queries gather and
+go together when a call returns. Each caller keeps its deadline and may leave; a call ends early only when all its
+callers have left. The answer to a query does not depend on the others in its batch, so its bits are the same as alone.
 """
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import grpc
+import numpy as np
 
 from lookalike.retrieval.ranking import Hits
 from lookalike.serve.settings.load import Batching
-from lookalike.serve.wire.answers import Answer, occurring_rows, unpack
+from lookalike.serve.wire.answers import Answer, Packed, occurring_rows, unpack
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 
-Key = tuple[str, int, str, str]
-"""Generation, k, plan and filters: what searches must have in common."""
 
+class PendingQuery(NamedTuple):
+    """One caller's query and the future of its answer."""
 
-class Asked(NamedTuple):
-    """One caller's query and where its answer goes."""
-
-    query: bytes
+    ask: Ask
     answer: "asyncio.Future[Answer]"
 
 
 class BatchedShard:
-    """Shares ``search`` calls to one shard; it answers with an ``Answer`` instead of bytes."""
+    """Shares calls to one shard; ``search_shard`` makes one."""
 
-    def __init__(self, shard: Any, settings: Batching, ask: Callable[..., Awaitable[Any]]) -> None:
-        self._shard, self._settings, self._ask = shard, settings, ask
-        self._gathered: dict[Key, list[Asked]] = {}
-        """What has not been sent, the longest waiting first."""
+    def __init__(self, search_shard: Callable[[Ask], Awaitable[Packed | Answer]], settings: Batching) -> None:
+        self._search_shard, self._settings = search_shard, settings
+        self._gathered: dict[Hashable, list[PendingQuery]] = {}
+        """Queries not sent yet by the kind of their ask, the kind that has waited longest first."""
         self._sent: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def search(self, generation: str, query: bytes, k: int, plan: str, filters: str) -> Answer:
-        """As ``ShardWorker.search`` of one query, float32 [1, dim]."""
-        asked = Asked(query, asyncio.get_running_loop().create_future())
-        self._gathered.setdefault((generation, k, plan, filters), []).append(asked)
+    async def search(self, ask: Ask) -> Answer:
+        """The shard's answer to the one query of ``ask``."""
+        pending = PendingQuery(ask, asyncio.get_running_loop().create_future())
+        self._gathered.setdefault(ask.kind, []).append(pending)
         self._send()
-        return await asked.answer
+        return await pending.answer
 
-    def _send(self, *, all_of_them: bool = False) -> None:
-        """Send what has gathered as far as calls may be out."""
-        while self._gathered and (all_of_them or len(self._sent) < self._settings.max_in_flight):
-            key = next(iter(self._gathered))
-            alive = [asked for asked in self._gathered.pop(key) if not asked.answer.done()]
+    def _send(self, *, beyond_limit: bool = False) -> None:
+        """Send gathered queries as long as another call may be made."""
+        while self._gathered and (beyond_limit or len(self._sent) < self._settings.max_in_flight):
+            kind = next(iter(self._gathered))
+            alive = [pending for pending in self._gathered.pop(kind) if not pending.answer.done()]
             batch, rest = alive[: self._settings.max_batch], alive[self._settings.max_batch :]
             if rest:
-                self._gathered[key] = rest  # behind the others
+                self._gathered[kind] = rest  # behind the others
             if batch:
-                self._call(key, batch)
+                self._call(batch)
         if self._gathered and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._settings.max_wait_ms / 1000, self._overdue)
 
     def _overdue(self) -> None:
-        """No call has returned for long, as when a node is gone: the queries may find another replica."""
+        """Send all: no call has returned for long, as when a node is gone, and another replica may answer these."""
         self._timer = None
-        self._send(all_of_them=True)
+        self._send(beyond_limit=True)
 
-    def _call(self, key: Key, batch: Sequence[Asked]) -> None:
-        # in a context of its own: Serve ends the calls that a request's context made when its caller leaves
-        task = asyncio.get_running_loop().create_task(self._answer(key, batch), context=contextvars.Context())
+    def _call(self, batch: Sequence[PendingQuery]) -> None:
+        # in a context of its own: when a caller leaves, Serve ends the calls made in its request's context
+        task = asyncio.get_running_loop().create_task(self._answer(batch), context=contextvars.Context())
         self._sent.add(task)
 
-        def left(_: Any) -> None:
-            if all(asked.answer.done() for asked in batch):
+        def end_unless_awaited(_: object) -> None:
+            if all(pending.answer.done() for pending in batch):
                 task.cancel()
 
-        def ended(_: Any) -> None:
+        def send_next(_: object) -> None:
             self._sent.discard(task)
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
             self._send()
 
-        for asked in batch:
-            asked.answer.add_done_callback(left)
-        task.add_done_callback(ended)
+        for pending in batch:
+            pending.answer.add_done_callback(end_unless_awaited)
+        task.add_done_callback(send_next)
 
-    async def _answer(self, key: Key, batch: Sequence[Asked]) -> None:
-        generation, k, plan, filters = key
-        queries = b"".join(asked.query for asked in batch)
+    async def _answer(self, batch: Sequence[PendingQuery]) -> None:
+        ask = replace(batch[0].ask, queries=np.concatenate([pending.ask.queries for pending in batch]))
         try:
-            packed = await self._ask(self._shard, "search", generation, queries, k, plan, filters)
-            answers = split(unpack(packed, len(batch)))
+            answers = split(unpack(await self._search_shard(ask), len(batch)))
         except asyncio.CancelledError:
-            for asked in batch:
-                if not asked.answer.done():
-                    message = "the call that this search shared was ended; try again"
-                    asked.answer.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, message))
+            message = "the call that this search shared was ended; try again"
+            _fail(batch, RetrievalError(grpc.StatusCode.UNAVAILABLE, message))
             raise
         except Exception as error:  # noqa: BLE001  # each caller is told
-            for asked in batch:
-                if not asked.answer.done():
-                    asked.answer.set_exception(error)
+            _fail(batch, error)
             return
-        for asked, answer in zip(batch, answers, strict=True):
-            if not asked.answer.done():
-                asked.answer.set_result(answer)
+        for pending, answer in zip(batch, answers, strict=True):
+            if not pending.answer.done():
+                pending.answer.set_result(answer)
+
+
+def _fail(batch: Sequence[PendingQuery], error: Exception) -> None:
+    for pending in batch:
+        if not pending.answer.done():
+            pending.answer.set_exception(error)
 
 
 def split(answer: Answer) -> list[Answer]:
@@ -113,6 +112,6 @@ def split(answer: Answer) -> list[Answer]:
         for place in range(len(answer.hits.rows))
     ]
     return [
-        answer._replace(hits=one, entries={row: answer.entries[row] for row in occurring_rows(one).tolist()})
-        for one in hits
+        answer._replace(hits=own, entries={row: answer.entries[row] for row in occurring_rows(own).tolist()})
+        for own in hits
     ]

@@ -1,8 +1,8 @@
-"""Asking again: a call that failed because its replica, process or node is gone is repeated, and Serve takes another.
+"""Calls made again: if a call fails because its replica, process or node is gone, Serve may take another replica.
 
-A wrong request is not repeated, nor is one that a full queue refused. A call that takes too long is hedged (Dean and
-Barroso, The Tail at Scale, CACM 2013): made a second time beside the first, and whichever ends first counts; one that
-no replica took says nothing while the other goes on.
+A wrong request is not repeated, nor is a request that a full queue refused. A slow call is hedged (Dean and Barroso,
+The Tail at Scale, CACM 2013): it is made a second time beside the first, and the first answer counts. A call that no
+replica took is no answer while the other goes on.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.util.metrics import Counter
 
 from lookalike.serve.settings.load import Retries
+from lookalike.serve.wire.backoff import backoff_s
 from lookalike.serve.wire.errors import NotLoadedError
 
 GONE = (
@@ -36,23 +37,23 @@ GONE = (
     DeploymentUnavailableError,
     NotLoadedError,
 )
-"""What a call fails with that another replica may answer."""
+"""Exceptions after which another replica may succeed."""
 
 MOST_HEDGES = 10.0
-"""Second calls that may be made at once."""
+"""Second calls that may be made at once, before their share of all calls limits them."""
 NOT_TAKEN = 2
 """Rank of a call that no replica has taken; an answer is 0."""
 
 
 def is_gone(error: BaseException) -> bool:
-    """Whether a call failed because its process is gone, or does not hold the generation."""
+    """Whether a call failed because its process is gone or does not hold the generation."""
     if isinstance(error, grpc.RpcError):
         return bool(error.code() == grpc.StatusCode.UNAVAILABLE)
     return isinstance(error, GONE)
 
 
 async def repeat(call: Callable[[], Awaitable[Any]], retries: Retries, who: str) -> Any:
-    """What ``call`` returns, made anew while it fails for ``is_gone``; whoever waits gives up by cancelling."""
+    """Return the result of ``call``, made again while it fails with an error that ``is_gone``; cancel it to give up."""
     attempt = 1
     while True:
         try:
@@ -60,20 +61,20 @@ async def repeat(call: Callable[[], Awaitable[Any]], retries: Retries, who: str)
         except Exception as error:
             if attempt >= retries.max_attempts or not is_gone(error):
                 raise
-        _counter().inc(1, {"who": who})
-        await asyncio.sleep(retries.pause_s(attempt))
+        _retries_total().inc(1, {"who": who})
+        await asyncio.sleep(backoff_s(attempt, retries.pause_ms / 1000, retries.max_pause_ms / 1000))
         attempt += 1
 
 
 class Hedges:
-    """Makes slow calls twice, as far as their share of all calls allows."""
+    """Makes slow calls twice, up to a share of all calls."""
 
     def __init__(self, retries: Retries) -> None:
         self._after_s = None if retries.hedge_ms is None or not retries.hedge_share else retries.hedge_ms / 1000
         self._share, self._left = retries.hedge_share, MOST_HEDGES
 
     async def fastest(self, call: Callable[[], Coroutine[Any, Any, Any]], who: str) -> Any:
-        """What ``call`` returns, or a second one of it where the first is slow; the other is cancelled."""
+        """Return the result of ``call``, or of a second ``call`` if the first is slow; the other is cancelled."""
         if self._after_s is None:
             return await call()
         self._left = min(MOST_HEDGES, self._left + self._share)
@@ -82,16 +83,16 @@ class Hedges:
             done, _ = await asyncio.wait(calls, timeout=self._after_s)
             if not done and self._left >= 1:
                 self._left -= 1
-                _hedged().inc(1, {"who": who})
+                _hedges_total().inc(1, {"who": who})
                 calls.append(asyncio.ensure_future(call()))
-            return (await _first_told(calls)).result()
+            return (await _first_answered(calls)).result()
         finally:
-            for one in calls:
-                one.cancel()
+            for task in calls:
+                task.cancel()
 
 
-async def _first_told(calls: Sequence[asyncio.Future[Any]]) -> asyncio.Future[Any]:
-    """The first of ``calls`` that some replica has answered, or refused; the last to end where none has."""
+async def _first_answered(calls: Sequence[asyncio.Future[Any]]) -> asyncio.Future[Any]:
+    """The first call that a replica answered or refused; if none did, the last one to finish."""
     left = set(calls)
     while True:
         done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
@@ -107,10 +108,10 @@ def _rank(call: asyncio.Future[Any]) -> int:
 
 
 @lru_cache(1)
-def _hedged() -> Counter:
+def _hedges_total() -> Counter:
     return Counter("lookalike_hedges_total", "Calls made a second time because the first was slow.", ("who",))
 
 
 @lru_cache(1)
-def _counter() -> Counter:
+def _retries_total() -> Counter:
     return Counter("lookalike_retries_total", "Calls repeated because a process was gone.", ("who",))

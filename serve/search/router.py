@@ -1,13 +1,13 @@
-"""Fan-out: ask every shard, wait as long as the request allows, merge what came.
+"""Fan-out: ask every shard, wait as long as the request allows, merge the answers.
 
-A worker is an object with async methods, in this process or behind a Serve handle; nothing here depends on which, so
+A worker is an object with async methods, in this process or behind a Serve handle. Nothing here depends on which, so
 every placement gives the same answers.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -16,12 +16,11 @@ import numpy.typing as npt
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from lookalike.retrieval.filters import Conditions
-from lookalike.retrieval.plan import Plan
 from lookalike.serve.search.batching import BatchedShard
 from lookalike.serve.search.retries import Hedges, repeat
 from lookalike.serve.settings.load import Batching, Retries
 from lookalike.serve.wire.answers import Answer, merge, unpack
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, invalid, shorten
 from lookalike.telemetry import fields, get_logger
 
@@ -31,8 +30,8 @@ Worker = Any
 """A worker of ``lookalike.serve.search.workers``, or the Serve handle of one."""
 
 
-class Found(NamedTuple):
-    """An answer, how many shards it rests on and the milliseconds its parts took."""
+class SearchOutcome(NamedTuple):
+    """The answer to a search, the number of shards behind it and the milliseconds that its parts took."""
 
     answer: Answer
     shards_answered: int
@@ -57,67 +56,58 @@ class Router:
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
         self.retries = Retries() if retries is None else retries
         self._hedges = Hedges(self.retries)
-        shared = shards if batching is not None else []
-        self._batched = [BatchedShard(shard, batching or Batching(), self._ask_shard) for shard in shared]
+        self._batched: list[BatchedShard] = []
+        if batching is not None and reranker is None:
+            self._batched = [BatchedShard(partial(self._search_shard, shard), batching) for shard in shards]
 
-    def patient(self) -> "Router":
-        """The same workers for who can wait: a slow call is made once, and none is shared with others."""
+    def for_background(self) -> "Router":
+        """A router to the same workers that makes no second calls and shares none."""
         retries = self.retries.model_copy(update={"hedge_ms": None})
         return Router(self.shards, self.reranker, self.encoder, retries=retries)
 
-    async def search(
-        self,
-        generation: str,
-        queries: Floats,
-        k: int,
-        plan: Plan,
-        filters: Conditions | None = None,
-        *,
-        deadline: float,
-        allow_partial: bool,
-    ) -> Found:
-        """The ``k`` best rows of ``generation`` for each query, float32 [n, dim], that meet the ``filters``.
+    async def search(self, ask: Ask, *, deadline: float, allow_partial: bool) -> SearchOutcome:
+        """The best rows for each query of ``ask``.
 
-        Raises UNAVAILABLE or DEADLINE_EXCEEDED when a shard fails or is late, unless ``allow_partial``; then only when
-        none answered. ``NotLoadedError``: the workers do not hold ``generation`` any more.
+        Raises UNAVAILABLE or DEADLINE_EXCEEDED if a shard fails or is late; with ``allow_partial`` only if none
+        answered. ``NotLoadedError``: the workers no longer hold the generation.
         """
-        call = (generation, np.ascontiguousarray(queries, "<f4").tobytes(), k, plan.model_dump_json())
-        method = "search" if self.reranker is None else "shortlist"
         start = time.perf_counter()
-        shared = self._batched if method == "search" and len(queries) == 1 else []
-        outcomes = await self._ask_shards(method, *call, json.dumps(filters or {}), deadline=deadline, shards=shared)
-        good = accept(outcomes, allow_partial=allow_partial)
-        times = {"shards": _since_ms(start)}
         if self.reranker is not None:
-            start = time.perf_counter()
-            outcome = await self._ask(self.reranker, "rerank", *call, good, deadline=deadline, who="re-ranker")
-            packed = accept([outcome], allow_partial=False, who="re-ranker")[0]
-            answer = unpack(packed, len(queries))
+            calls = [self._hedged(shard, "shortlist", ask, who="shard") for shard in self.shards]
+        elif self._batched and len(ask.queries) == 1:  # their shared calls are hedged and repeated
+            calls = [shard.search(ask) for shard in self._batched]
+        else:
+            calls = [self._search_shard(shard, ask) for shard in self.shards]
+        by_shard = accept(await _outcomes(calls, deadline), allow_partial=allow_partial)
+        times = {"shards": _since_ms(start)}
+        start = time.perf_counter()
+        if self.reranker is not None:
+            reranked = await self._ask(self.reranker, "rerank", ask, by_shard, deadline=deadline, who="re-ranker")
+            answer = unpack(reranked, len(ask.queries))
             times["rerank"] = _since_ms(start)
         else:
-            start = time.perf_counter()
-            answer = merge([unpack(packed, len(queries)) for packed in good.values()], k)
+            answer = merge([unpack(packed, len(ask.queries)) for packed in by_shard.values()], ask.k)
             times["merge"] = _since_ms(start)
-        return Found(answer, len(good), times)
+        return SearchOutcome(answer, len(by_shard), times)
 
     async def stored_vectors(self, generation: str, image_ids: Sequence[str], *, deadline: float) -> list[Floats]:
-        """The vectors that ``generation`` stores under ``image_ids``; NOT_FOUND names the first that no shard holds."""
-        outcomes = await self._ask_shards("vectors", generation, list(image_ids), deadline=deadline)
-        found: dict[str, bytes] = {}
+        """The vectors stored in ``generation`` under ``image_ids``; NOT_FOUND names the first id that is missing."""
+        calls = [self._hedged(shard, "vectors", generation, list(image_ids), who="shard") for shard in self.shards]
+        outcomes = await _outcomes(calls, deadline)
+        vectors: dict[str, bytes] = {}
         for outcome in outcomes:
-            found |= {} if isinstance(outcome, Exception) else outcome
-        missing = [image_id for image_id in image_ids if image_id not in found]
+            vectors |= {} if isinstance(outcome, Exception) else outcome
+        missing = [image_id for image_id in image_ids if image_id not in vectors]
         if missing:
-            accept(outcomes, allow_partial=False)  # a lost shard may hold it: that is no NOT_FOUND
+            accept(outcomes, allow_partial=False)  # a lost shard may hold the id: then this is no NOT_FOUND
             raise RetrievalError(
                 grpc.StatusCode.NOT_FOUND, f"no image {shorten(missing[0])} in the index; search by the image itself"
             )
-        return [np.frombuffer(found[image_id], "<f4") for image_id in image_ids]
+        return [np.frombuffer(vectors[image_id], "<f4") for image_id in image_ids]
 
     async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
         """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT says why one is refused."""
-        outcome = await self._ask(self.encoder, "encode", generation, list(images), deadline=deadline, who="encoder")
-        results = accept([outcome], allow_partial=False, who="encoder")[0]
+        results = await self._ask(self.encoder, "encode", generation, list(images), deadline=deadline, who="encoder")
         for position, result in enumerate(results):
             if isinstance(result, str):
                 raise invalid(result if len(results) == 1 else f"image {position}: {result}")
@@ -126,38 +116,32 @@ class Router:
     async def ask_one(
         self, worker: Worker, method: str, *args: Any, deadline: float, who: str, again: bool = True
     ) -> Any:
-        """What one worker answers; raises as a search does when it fails or is late.
+        """The answer of one worker; raises as ``search`` does if it fails or is late.
 
-        ``again`` says that the call may be made twice, so it is repeated when the worker is gone.
+        ``again``: the call may be made twice, so it is repeated when the worker is gone.
         """
-        call = self._repeated(worker, method, *args, who=who) if again else ask(worker, method, *args)
-        return accept([await _outcome(call, deadline)], allow_partial=False, who=who)[0]
-
-    async def _ask_shards(self, method: str, *args: Any, deadline: float, shards: Sequence[Worker] = ()) -> list[Any]:
-        """``shards`` are those that share calls: they see to hedges and repetitions themselves, for all who share."""
-        calls = [ask(shard, method, *args) for shard in shards] or [
-            self._ask_shard(shard, method, *args) for shard in self.shards
-        ]
-        return await _outcomes(calls, deadline)
-
-    def _ask_shard(self, shard: Worker, method: str, *args: Any) -> Coroutine[Any, Any, Any]:
-        return self._hedged(shard, method, *args, who="shard")
+        call = self._repeated(worker, method, *args, who=who) if again else ask_worker(worker, method, *args)
+        return await _accepted(call, deadline, who)
 
     async def _ask(self, worker: Worker, method: str, *args: Any, deadline: float, who: str) -> Any:
-        return await _outcome(self._hedged(worker, method, *args, who=who), deadline)
+        return await _accepted(self._hedged(worker, method, *args, who=who), deadline, who)
+
+    def _search_shard(self, shard: Worker, ask: Ask) -> Coroutine[Any, Any, Any]:
+        return self._hedged(shard, "search", ask, who="shard")
 
     def _hedged(self, worker: Worker, method: str, *args: Any, who: str) -> Coroutine[Any, Any, Any]:
         return self._hedges.fastest(lambda: self._repeated(worker, method, *args, who=who), who)
 
     def _repeated(self, worker: Worker, method: str, *args: Any, who: str) -> Coroutine[Any, Any, Any]:
-        return repeat(lambda: ask(worker, method, *args), self.retries, who)
+        return repeat(lambda: ask_worker(worker, method, *args), self.retries, who)
 
 
-async def ask(worker: Worker, method: str, *args: Any) -> Any:
-    """Call a worker here or elsewhere; giving up on the answer also cancels the call behind a handle."""
+async def ask_worker(worker: Worker, method: str, *args: Any) -> Any:
+    """Call a worker here or in another process, where giving up on the answer also cancels the call."""
     if not isinstance(worker, DeploymentHandle):
         return await getattr(worker, method)(*args)
-    response = getattr(worker, method).remote(*args)
+    packed = (arg.packed if isinstance(arg, Ask) else arg for arg in args)
+    response = getattr(worker, method).remote(*packed)
     try:
         return await response
     except asyncio.CancelledError:
@@ -165,13 +149,13 @@ async def ask(worker: Worker, method: str, *args: Any) -> Any:
         raise
 
 
-async def _outcome(call: Coroutine[Any, Any, Any], deadline: float) -> Any:
-    """What ``call`` returns, or the exception it failed with; ``TimeoutError`` when it is not done by ``deadline``."""
-    return (await _outcomes([call], deadline))[0]
+async def _accepted(call: Coroutine[Any, Any, Any], deadline: float, who: str) -> Any:
+    """The result of ``call``; raises ``RetrievalError`` if it fails, or is not done by ``deadline``."""
+    return accept(await _outcomes([call], deadline), allow_partial=False, who=who)[0]
 
 
 async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> list[Any]:
-    """The same for several calls at once."""
+    """For each call its result, the exception it raised, or ``TimeoutError`` if it is not done by ``deadline``."""
     left_s = deadline - asyncio.get_running_loop().time()
     if left_s <= 0:
         for call in calls:
@@ -189,15 +173,15 @@ async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) 
 
 
 def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:
-    """Position -> outcome of those that are no exceptions; raises ``RetrievalError`` when they do not suffice.
+    """Successful outcomes by position; raises ``RetrievalError`` if there are too few.
 
-    That is a worker's own ``RetrievalError`` where there is one: it says what is wrong with the request.
+    A worker's own ``RetrievalError`` goes first: it says what is wrong with the request.
     """
     good = {position: outcome for position, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)}
     failed = {position: outcome for position, outcome in enumerate(outcomes) if position not in good}
-    told = sorted((error for error in failed.values() if isinstance(error, RetrievalError)), key=_is_not_loaded)
-    if told and not (allow_partial and good):
-        raise told[0]
+    refusals = sorted((error for error in failed.values() if isinstance(error, RetrievalError)), key=_is_not_loaded)
+    if refusals and not (allow_partial and good):
+        raise refusals[0]
     for position, error in failed.items():
         log.warning("failed %s", fields(who=who, number=position, error=repr(error)[:300]))
     if failed and not (allow_partial and good):
@@ -209,9 +193,9 @@ def _is_not_loaded(error: Exception) -> bool:
     return isinstance(error, NotLoadedError)
 
 
-def _failure(failed: dict[int, Exception], asked: int, who: str) -> RetrievalError:
+def _failure(failed: dict[int, Exception], num_calls: int, who: str) -> RetrievalError:
     errors = list(failed.values())
-    names = f"{who} {', '.join(map(str, failed))} of {asked}" if asked > 1 else who
+    names = f"{who} {', '.join(map(str, failed))} of {num_calls}" if num_calls > 1 else who
     remedy = "or take what is there with allow_partial" if who == "shard" else "or look into the service's log"
     if all(isinstance(error, TimeoutError) for error in errors):
         code = grpc.StatusCode.DEADLINE_EXCEEDED

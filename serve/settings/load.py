@@ -1,7 +1,5 @@
 """Settings of how the service meets faults and load. Plain values: nothing here needs Ray."""
 
-import random
-
 from pydantic import Field, model_validator
 
 from lookalike.config import Config
@@ -21,11 +19,6 @@ class Retries(Config):
     milliseconds: one that hangs, or whose node is out of reach, fails no call. None asks one only."""
     hedge_share: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of calls that may be made twice so: when all are slow, more calls would make them slower."""
-
-    def pause_s(self, attempt: int) -> float:
-        """Seconds to wait after ``attempt`` (1, 2, ...) has failed."""
-        longest = min(self.pause_ms * 2.0 ** (attempt - 1), self.max_pause_ms) / 1000
-        return longest * random.uniform(0.5, 1.0)
 
 
 class Degrade(Config):

@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from hashlib import blake2b
 from logging.handlers import RotatingFileHandler
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,7 +60,7 @@ def to_line(trace: Trace, now: float) -> dict[str, Any]:
         given = trace.feedback
         line |= {"request_id": given.request_id, "kind": given.kind, "id": hash_text(given.id) if given.id else None}
     if trace.experiment:
-        failed = [one.arm for one in trace.outcomes if one.code != "OK"]
+        failed = [timing.arm for timing in trace.arms if timing.code != "OK"]
         session = hash_text(trace.session) if trace.session else None
         line |= {
             "experiment": trace.experiment,
@@ -80,7 +81,7 @@ def _answered(trace: Trace) -> dict[str, Any]:
     line: dict[str, Any] = {
         "generation": info.index_generation,
         "degraded": info.degraded,
-        "plan": " | ".join(one.options.plan.describe() for one in sorted(trace.searches, key=lambda one: one.arm)),
+        "plan": " | ".join(search.options.plan.describe() for search in sorted(trace.searches, key=attrgetter("arm"))),
         "coverage": round(info.coverage.shards_answered / asked, 4) if asked else None,
         "stages": {part.stage: round(part.duration_ms, 3) for part in info.stage_times},
     }

@@ -24,8 +24,9 @@ from lookalike.retrieval.planner import per_query_recall
 from lookalike.retrieval.ranking import NO_ROW, NO_SCORE, Hits
 from lookalike.serve.search.router import Router
 from lookalike.serve.settings.watching import MonitorSettings
-from lookalike.serve.watch.trace import Searched
+from lookalike.serve.watch.trace import SearchRecord
 from lookalike.serve.wire.answers import Answer
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.telemetry import fields, get_logger
 
@@ -71,19 +72,19 @@ class RecallMonitor:
         self._router, self._in_flight, self._changed, self._skipped = router, in_flight, changed, skipped
         self._random = random.Random(seed)
         self._windows: OrderedDict[Key, deque[float]] = OrderedDict()
-        self._waiting: deque[tuple[Searched, int]] = deque()
+        self._waiting: deque[tuple[SearchRecord, int]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._next = 0.0
 
-    def offer(self, searched: Searched) -> None:
+    def offer(self, search: SearchRecord) -> None:
         """Perhaps measure an answer; returns at once. Call it in the event loop of the searches."""
         if self.settings.share <= 0 or self._random.random() >= self.settings.share:
             return
-        if reason := self._unfit(searched) or self._inconvenient():
+        if reason := self._unfit(search) or self._inconvenient():
             self._skipped(reason)
             return
         self._next = time.monotonic() + 1 / self.settings.max_per_s
-        self._waiting.append((searched, self._random.randrange(len(searched.vectors))))
+        self._waiting.append((search, self._random.randrange(len(search.vectors))))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.ensure_future(self._measure_waiting())
 
@@ -100,13 +101,13 @@ class RecallMonitor:
         if self._worker is not None:
             await self._worker
 
-    def _unfit(self, searched: Searched) -> str:
+    def _unfit(self, search: SearchRecord) -> str:
         """Why an answer says nothing of the service's plan."""
-        if searched.own_plan:
+        if search.own_plan:
             return "own_plan"
-        if searched.degraded:
+        if search.options.degraded:
             return "degraded"
-        return "partial" if searched.found.shards_answered < len(self._router.shards) else ""
+        return "partial" if search.outcome.shards_answered < len(self._router.shards) else ""
 
     def _inconvenient(self) -> str:
         if self._in_flight() > self.settings.max_in_flight:
@@ -117,32 +118,26 @@ class RecallMonitor:
 
     async def _measure_waiting(self) -> None:
         while self._waiting:
-            searched, query = self._waiting.popleft()
+            search, query = self._waiting.popleft()
             if self._in_flight() > self.settings.max_in_flight:
                 self._skipped("busy")
                 continue
             try:
-                recall = await self._measure(searched, query)
+                recall = await self._measure(search, query)
             except RetrievalError as error:  # shards lost or late, or the generation has gone
                 self._skipped("failed")
                 log.info("recall not measured %s", fields(error=str(error)[:200]))
             else:
-                self._add((searched.generation.name, searched.arm), recall)
+                self._add((search.generation.name, search.arm), recall)
 
-    async def _measure(self, searched: Searched, query: int) -> float:
-        generation, options = searched.generation, searched.options
+    async def _measure(self, search: SearchRecord, query: int) -> float:
+        generation, options = search.generation, search.options
         deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
-        exact = await self._router.search(
-            generation.name,
-            searched.vectors[query : query + 1],
-            options.k,
-            generation.plans.exact,
-            options.filters,
-            deadline=deadline,
-            allow_partial=False,
-        )
+        vector = search.vectors[query : query + 1]
+        ask = Ask(generation.name, vector, options.k, generation.plans.exact, options.filters)
+        exact = await self._router.search(ask, deadline=deadline, allow_partial=False)
         same_dim = options.plan.rerank_dim == generation.meta.dim
-        return recall_of(searched.found.answer, query, exact.answer, same_dim=same_dim)
+        return recall_of(search.outcome.answer, query, exact.answer, same_dim=same_dim)
 
     def _add(self, key: Key, recall: float) -> None:
         window = self._windows.setdefault(key, deque(maxlen=self.settings.window))

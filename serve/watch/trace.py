@@ -1,86 +1,85 @@
-"""What is known of one request while it is answered. The ingress begins a trace; whoever learns something adds it."""
+"""Facts about one request, collected while it is answered. Whoever answers is handed the trace and adds to it."""
 
 import secrets
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from types import TracebackType
 
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.search.router import Floats, Found
+from lookalike.serve.search.router import Floats, SearchOutcome
+from lookalike.serve.wire.errors import RetrievalError
 from lookalike.serve.wire.requests import Options
 
 
 @dataclass(frozen=True)
-class Searched:
-    """A search that was made for a request: of its arm, in an experiment."""
+class SearchRecord:
+    """A search made for a request; in an experiment there may be one for each arm."""
 
     generation: Generation
     options: Options
     vectors: Floats
     """The queries, float32 [n, dim]."""
-    found: Found
+    outcome: SearchOutcome
     arm: str = ""
     own_plan: bool = False
-    """The request brought a plan, or the recall to choose one by."""
-    degraded: bool = False
-
-
-class Outcome(NamedTuple):
-    """What an arm did for a request: the status code and the milliseconds it took."""
-
-    arm: str
-    code: str
-    duration_ms: float
+    """Whether the request brought a plan, or the recall to choose a plan by."""
 
 
 @dataclass
-class Trace:
-    """One request. Holds no payload longer than the request and a recall sample of it last."""
+class Timing:
+    """Status code and time of what a ``with`` block does."""
+
+    code: str = "CANCELLED"
+    total_ms: float = 0.0
+    begun: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self.begun
+
+    def __enter__(self) -> "Timing":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.total_ms = 1000 * self.elapsed_s
+        if error is None:
+            self.code = "OK"
+        elif isinstance(error, Exception):
+            self.code = error.code.name if isinstance(error, RetrievalError) else "INTERNAL"
+
+
+@dataclass(kw_only=True)
+class ArmTiming(Timing):
+    """What one arm of an experiment did for a request."""
+
+    arm: str
+
+
+@dataclass(kw_only=True)
+class Trace(Timing):
+    """One request. Payload is held no longer than the request, and a recall sample of it, last."""
 
     method: str
     request_id: str = field(default_factory=lambda: secrets.token_hex(12))
-    begun: float = field(default_factory=time.perf_counter)
-    code: str = "UNKNOWN"
     tenant: str = ""
     k: int | None = None
     num_queries: int | None = None
     experiment: str = ""
     arm: str = ""
     forced: str = ""
-    """Why the arm is not the one that chance, or the session, would have given; such requests compare nothing."""
+    """Why the request did not go to the arm of its session, or of chance; a comparison leaves such requests out."""
     session: str = ""
     info: pb.SearchInfo | None = None
     results: list[pb.HitList] = field(default_factory=list)
-    """Hits of each query, in the order they were sent."""
-    searches: list[Searched] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    """What each arm that was asked did."""
+    """Hits of each query, in the order of the request."""
+    searches: list[SearchRecord] = field(default_factory=list)
+    arms: list[ArmTiming] = field(default_factory=list)
+    """The arms that were asked."""
     feedback: pb.FeedbackRequest | None = None
-    total_ms: float = 0.0
-    """Time in the ingress, once it has ended."""
-    outer: "Trace | None" = None
-    """The stream that the request is part of."""
 
-
-_CURRENT: ContextVar[Trace | None] = ContextVar("lookalike_trace", default=None)
-
-
-def begin(method: str) -> Trace:
-    """A new trace, current in this task and in those it starts; one within another is of the same tenant."""
-    outer = _CURRENT.get()
-    trace = Trace(method, tenant="" if outer is None else outer.tenant, outer=outer)
-    _CURRENT.set(trace)
-    return trace
-
-
-def end(trace: Trace, code: str) -> None:
-    """The request has been answered, or has failed."""
-    trace.code, trace.total_ms = code, (time.perf_counter() - trace.begun) * 1000
-    _CURRENT.set(trace.outer)
-
-
-def current() -> Trace:
-    """The trace of the request that this task works on; one that nobody sees where none was begun."""
-    return _CURRENT.get() or Trace("")
+    def time_arm(self, arm: str) -> ArmTiming:
+        """The timing of an arm that is asked now."""
+        self.arms.append(ArmTiming(arm=arm))
+        return self.arms[-1]

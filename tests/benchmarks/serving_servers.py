@@ -26,10 +26,10 @@ from lookalike.retrieval.plan import Plan, load_plan
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.app import free_port, start, stop
-from lookalike.serve.client.results import to_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto.retrieval_pb2_grpc import RetrievalServiceServicer, add_RetrievalServiceServicer_to_server
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.wire.plans import to_plan
 from tests.benchmarks.serving_hop import build_hop
 
 START_S = 300.0

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -167,6 +167,22 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "POLL_S", 0.2)
     monkeypatch.setattr(module, "SILENCE_S", 0.6)
     monkeypatch.setattr(follower, "RETRY_S", 0.02)
+
+
+@pytest.fixture
+def deployed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of the deployments that a test builds, by name."""
+    from ray import serve
+
+    options: dict[str, Any] = {}
+    original = serve.deployment
+
+    def deployment(**given: Any) -> Any:
+        options[given["name"]] = given
+        return original(**given)
+
+    monkeypatch.setattr(serve, "deployment", deployment)
+    return options
 
 
 @pytest.fixture

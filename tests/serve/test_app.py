@@ -1,12 +1,11 @@
 """What ``build`` refuses before anything is served."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
-from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from lookalike.config import parse_config
@@ -28,17 +27,11 @@ if TYPE_CHECKING:
         ("staged", {"ingress", "shard-000", "shard-001", "rerank", "encoder"}),
     ],
 )
-def test_placement_decides_the_deployments(world: "World", placement: str, wanted: set[str]) -> None:
-    config = parse_config(ServeConfig, {"index": world.index, "placement": placement}, "serve")
-    assert names_of(build(config)) == wanted
-
-
-def names_of(application: serve.Application) -> set[str]:
-    """Names of an application's deployments: the ingress and those among its arguments."""
-    ingress = application._bound_deployment
-    shards, *others = ingress.init_args[2] or ([],)
-    bound = [*shards, *(other for other in others if other is not None)]
-    return {ingress.name, *(worker._bound_deployment.name for worker in bound)}
+def test_placement_decides_the_deployments(
+    world: "World", deployed: dict[str, Any], placement: str, wanted: set[str]
+) -> None:
+    build(parse_config(ServeConfig, {"index": world.index, "placement": placement}, "serve"))
+    assert set(deployed) == wanted
 
 
 def test_unknown_settings_are_refused_with_the_nearest() -> None:

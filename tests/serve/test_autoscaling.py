@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,7 +40,9 @@ def test_a_latency_is_no_target_any_more() -> None:
         parse_config(ServeConfig, {"index": "x", "deployments": {"ingress": {"autoscaling": scaling}}}, "serve")
 
 
-def test_every_deployment_but_the_writer_is_scaled_as_set(world: "World", tmp_path: Any) -> None:
+def test_every_deployment_but_the_writer_is_scaled_as_set(
+    world: "World", deployed: dict[str, Any], tmp_path: Path
+) -> None:
     scaled = Deployed(autoscaling=Autoscaling(max_replicas=3), memory_mb=64)
     config = ServeConfig.model_validate(
         {
@@ -50,29 +53,16 @@ def test_every_deployment_but_the_writer_is_scaled_as_set(world: "World", tmp_pa
             "deployments": Deployments(ingress=scaled, shards=Deployed(num_cpus=0.5), rerank=scaled, encoder=scaled),
         }
     )
-    found = {one.name: one for one in deployments_of(build(config))}
-    assert set(found) == {"ingress", "shard-000", "shard-001", "rerank", "encoder", "writer"}
+    build(config)
+    assert set(deployed) == {"ingress", "shard-000", "shard-001", "rerank", "encoder", "writer"}
     for name in ("ingress", "rerank", "encoder"):
-        assert found[name]._deployment_config.autoscaling_config.max_replicas == 3
-        assert found[name].ray_actor_options["memory"] == 64 << 20
-    assert found["rerank"]._deployment_config.autoscaling_config.initial_replicas == 2
-    assert found["shard-001"].num_replicas == 2
-    assert found["shard-001"].ray_actor_options["num_cpus"] == 0.5
-    assert found["writer"].num_replicas == 1
-    assert found["writer"]._deployment_config.autoscaling_config is None
-
-
-def deployments_of(application: Any) -> list[Any]:
-    """The deployments that an application binds, itself first."""
-    deployment = application._bound_deployment
-    found, waiting = [deployment], list(deployment.init_args)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-            waiting += value
-        elif hasattr(value, "_bound_deployment"):
-            found += [one for one in deployments_of(value) if one.name not in {known.name for known in found}]
-    return found
+        assert deployed[name]["autoscaling_config"].max_replicas == 3
+        assert deployed[name]["ray_actor_options"]["memory"] == 64 << 20
+    assert deployed["rerank"]["autoscaling_config"].initial_replicas == 2
+    assert deployed["shard-001"]["num_replicas"] == 2
+    assert deployed["shard-001"]["ray_actor_options"]["num_cpus"] == 0.5
+    assert deployed["writer"]["num_replicas"] == 1
+    assert "autoscaling_config" not in deployed["writer"]
 
 
 @pytest.mark.soak

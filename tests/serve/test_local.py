@@ -217,7 +217,7 @@ def test_writes_and_switches_are_refused_as_a_service_refuses_them(client: Clien
 
 def test_a_service_that_started_without_an_encoder_has_none_after_a_switch(world: "World") -> None:
     with LocalClient(ServeConfig(index=world.index, encoder="none")) as client:
-        client._service.current = read_generation(world.index, None)
+        client.service.current = read_generation(world.index, None)
         assert not client.describe().has_encoder
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*without an encoder"):
             client.search(image=world.images["img-000"])
@@ -225,6 +225,6 @@ def test_a_service_that_started_without_an_encoder_has_none_after_a_switch(world
 
 def test_a_call_may_take_as_long_as_is_asked_for(world: "World") -> None:
     with LocalClient(world.index, timeout_s=77) as client:
-        assert client._service.config.timeout_s == 77
+        assert client.service.config.timeout_s == 77
     with pytest.raises(UsageError, match="timeout_s"):
         LocalClient(world.index, timeout_s=0)

@@ -22,6 +22,7 @@ from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.watching import ExperimentSettings
 from lookalike.serve.watch.access_log import hash_text
 from lookalike.serve.watch.recall_monitor import Estimate
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.conftest import publish_embeddings, publish_index, publish_plan
 
@@ -173,14 +174,14 @@ def test_an_interleaved_arm_that_fails_leaves_the_other(world: "World", plan_b: 
 def break_plan(client: LocalClient, shortlist_k: int) -> Counter[int]:
     """Searches by the plan with this shortlist_k fail from now on; counts those by each shortlist_k."""
     asked: Counter[int] = Counter()
-    router: Any = client._service.router
+    router: Any = client.service.router
     answered = router.search
 
-    async def search(*args: Any, **settings: Any) -> Any:
-        asked[args[3].shortlist_k] += 1
-        if args[3].shortlist_k == shortlist_k:
+    async def search(ask: Ask, **settings: Any) -> Any:
+        asked[ask.plan.shortlist_k] += 1
+        if ask.plan.shortlist_k == shortlist_k:
             raise RetrievalError(grpc.StatusCode.UNAVAILABLE, "broken on purpose")
-        return await answered(*args, **settings)
+        return await answered(ask, **settings)
 
     router.search = search
     return asked

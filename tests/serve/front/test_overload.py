@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lookalike.retrieval.plan import Plan
-from lookalike.serve.app import build, read_service
+from lookalike.serve.app import read_service, taken
 from lookalike.serve.client import SearchPlan
 from lookalike.serve.client.results import from_response
 from lookalike.serve.front.ingress import Ingress
@@ -195,7 +195,7 @@ def busy(world: "World") -> ServeConfig:
 def test_the_reply_says_what_was_degraded(busy: ServeConfig, world: "World") -> None:
     async def run() -> None:
         ingress = Ingress(busy, read_service(busy))
-        admission, until = ingress._service.admission, asyncio.Event()
+        admission, until = ingress.service.admission, asyncio.Event()
         calm = from_response(await search(ingress, world)[0])
         assert (calm.info.degraded, calm.info.plan) == (False, SearchPlan(16, 12, 64))
         held = [asyncio.create_task(hold(admission, until)) for _ in range(3)]
@@ -224,7 +224,7 @@ def test_time_in_the_queue_counts_as_the_requests_own(busy: ServeConfig, world: 
     async def run() -> None:
         config = busy.model_copy(update={"max_ongoing_requests": 1, "max_queued_requests": 4})
         ingress, until = Ingress(config, read_service(config)), asyncio.Event()
-        first = asyncio.create_task(hold(ingress._service.admission, until))
+        first = asyncio.create_task(hold(ingress.service.admission, until))
         await settle()
         late = asyncio.create_task(search(ingress, world, timeout_ms=30)[0])
         await asyncio.sleep(0.06)
@@ -237,12 +237,8 @@ def test_time_in_the_queue_counts_as_the_requests_own(busy: ServeConfig, world: 
 
 
 def test_serves_own_bound_lies_beyond(busy: ServeConfig) -> None:
-    def bound(config: ServeConfig) -> int:
-        deployment = build(config)._bound_deployment
-        return int(deployment.max_ongoing_requests)
-
-    assert bound(busy) > 4
-    assert bound(busy.model_copy(update={"max_queued_requests": -1})) == 100_000
+    assert taken(busy)["max_ongoing_requests"] > 4
+    assert taken(busy.model_copy(update={"max_queued_requests": -1}))["max_ongoing_requests"] == 100_000
 
 
 def test_a_caller_that_leaves_ends_its_work_and_frees_its_slot(busy: ServeConfig, world: "World") -> None:
@@ -256,16 +252,16 @@ def test_a_caller_that_leaves_ends_its_work_and_frees_its_slot(busy: ServeConfig
             finally:
                 ended.append("shard")
 
-        for shard in ingress._local:
+        for shard in ingress.service.router.shards:
             shard.search = hang
         caller = asyncio.create_task(search(ingress, world)[0])
-        while not ingress._service.admission.ongoing:
+        while not ingress.service.admission.ongoing:
             await asyncio.sleep(0)
         await settle()
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
         await settle()
-        assert (ingress._service.admission.ongoing, ended) == (0, ["shard", "shard"])
+        assert (ingress.service.admission.ongoing, ended) == (0, ["shard", "shard"])
 
     asyncio.run(run())

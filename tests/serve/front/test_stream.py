@@ -11,6 +11,7 @@ from lookalike.serve.front.service import Service
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Router
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.watch.trace import Trace
 from lookalike.serve.wire.errors import RetrievalError
 
 WINDOW = 3
@@ -24,7 +25,7 @@ class Slow(Service):
         super().__init__(ServeConfig(index="x", stream_window=WINDOW), nothing, Router([]))
         self.delays, self.working, self.most, self.cancelled = delays, 0, 0, 0
 
-    async def search_batch(self, request: pb.SearchBatchRequest) -> pb.SearchBatchResponse:
+    async def search_batch(self, request: pb.SearchBatchRequest, trace: Trace) -> pb.SearchBatchResponse:
         self.working += 1
         self.most = max(self.most, self.working)
         try:

@@ -27,6 +27,7 @@ from lookalike.serve.local import LocalClient
 from lookalike.serve.search.router import Router
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.wire.ask import Ask
 from lookalike.stages import execute
 
 DIMS = [4, 8, 16]
@@ -159,13 +160,12 @@ def test_a_re_ranker_takes_the_segments_of_all_shards(tmp_path, plan):
     generation = read_generation(index.uri, None, "none")
     router = Router([ShardWorker(group, 2, [generation]) for group in range(2)], RerankWorker([generation]))
 
-    async def ask():
+    async def search():
         deadline = asyncio.get_running_loop().time() + 30
-        return await router.search(
-            generation.name, QUERIES, 10, plan, {"view": ["icon"]}, deadline=deadline, allow_partial=False
-        )
+        ask = Ask(generation.name, QUERIES, 10, plan, {"view": ["icon"]})
+        return await router.search(ask, deadline=deadline, allow_partial=False)
 
-    found = asyncio.run(ask())
+    found = asyncio.run(search())
     assert found.shards_answered == 2
     hits = searcher.search(QUERIES, 10, plan, {"view": ["icon"]})
     np.testing.assert_array_equal(found.answer.hits.rows, hits.rows)

@@ -10,10 +10,11 @@ from ray.exceptions import RayActorError
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.app import read_service
 from lookalike.serve.generations.generation import Generation
-from lookalike.serve.search.router import Found, Router
+from lookalike.serve.search.router import Router, SearchOutcome
 from lookalike.serve.search.workers import ShardWorker
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.load import Batching, Retries
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.test_placements import PLANS
 
@@ -36,8 +37,8 @@ class Watched:
         self.hang = 0
         """Number of the call that never returns."""
 
-    async def search(self, generation: str, queries: bytes, *rest: Any) -> Any:
-        self.sizes.append(len(queries) // 256)
+    async def search(self, ask: Ask) -> Any:
+        self.sizes.append(len(ask.queries))
         try:
             await self.gate.wait()
             if len(self.sizes) == self.hang:
@@ -47,7 +48,7 @@ class Watched:
             raise
         if self.errors:
             raise self.errors.pop()
-        return await self._shard.search(generation, queries, *rest)
+        return await self._shard.search(ask)
 
 
 class Bench:
@@ -62,11 +63,10 @@ class Bench:
 
     def ask(
         self, vector: np.ndarray, plan: Plan = DEFAULT, k: int = 6, timeout_s: float = 60.0, **where: list[str]
-    ) -> "asyncio.Task[Found]":
+    ) -> "asyncio.Task[SearchOutcome]":
         deadline = asyncio.get_running_loop().time() + timeout_s
-        return asyncio.ensure_future(
-            self.router.search(self.name, vector[None], k, plan, where, deadline=deadline, allow_partial=False)
-        )
+        ask = Ask(self.name, vector[None], k, plan, where)
+        return asyncio.ensure_future(self.router.search(ask, deadline=deadline, allow_partial=False))
 
     def open(self) -> None:
         for shard in self.shards:
@@ -87,7 +87,7 @@ async def settle() -> None:
 def test_shared_calls_give_the_bits_of_single_ones(generation: Generation, world: "World", plan: Plan) -> None:
     vectors = [world.vectors[name] for name in list(world.images)[:20]]
 
-    async def run(batching: Batching | None) -> tuple[list[Found], list[int]]:
+    async def run(batching: Batching | None) -> tuple[list[SearchOutcome], list[int]]:
         bench = Bench(generation, batching)
         tasks = [bench.ask(vector, plan) for vector in vectors]
         await settle()
@@ -97,11 +97,11 @@ def test_shared_calls_give_the_bits_of_single_ones(generation: Generation, world
     shared, sizes = asyncio.run(run(ONE_AT_A_TIME))
     alone, each = asyncio.run(run(None))
     assert (sizes, each) == ([1, 8, 8, 3], [1] * 20)
-    for one, other in zip(shared, alone, strict=True):
-        assert np.array_equal(one.answer.hits.rows, other.answer.hits.rows)
-        assert np.array_equal(one.answer.hits.scores, other.answer.hits.scores)
-        assert one.answer.entries == other.answer.entries
-        assert one.shards_answered == 2
+    for mine, other in zip(shared, alone, strict=True):
+        assert np.array_equal(mine.answer.hits.rows, other.answer.hits.rows)
+        assert np.array_equal(mine.answer.hits.scores, other.answer.hits.scores)
+        assert mine.answer.entries == other.answer.entries
+        assert mine.shards_answered == 2
 
 
 def test_only_like_searches_share(generation: Generation, world: "World") -> None:
@@ -123,10 +123,10 @@ def test_only_like_searches_share(generation: Generation, world: "World") -> Non
         ]
         await settle()
         bench.open()
-        found = await asyncio.gather(*tasks)
+        outcomes = await asyncio.gather(*tasks)
         assert sorted(bench.shards[0].sizes) == [1, 1, 1, 2, 2]
-        assert [one.answer.hits.rows.shape[1] for one in found] == [6, 6, 3, 6, 6, 6, 6]
-        answer = found[6].answer
+        assert [outcome.answer.hits.rows.shape[1] for outcome in outcomes] == [6, 6, 3, 6, 6, 6, 6]
+        answer = outcomes[6].answer
         place = list(answer.names).index("view")
         assert {entry[place] for entry in answer.entries.values()} == {"side"}
 
@@ -192,7 +192,7 @@ def test_a_lost_call_is_made_again_for_all_its_callers(generation: Generation, w
         await settle()
         bench.shards[0].errors = [RayActorError(), RayActorError()]
         bench.open()
-        assert [one.shards_answered for one in await asyncio.gather(*tasks)] == [2, 2, 2]
+        assert [outcome.shards_answered for outcome in await asyncio.gather(*tasks)] == [2, 2, 2]
 
     asyncio.run(run())
 
@@ -223,7 +223,7 @@ def test_a_shared_call_that_hangs_is_made_again_as_one(generation: Generation, w
             shard.hang = 2  # the second call
         bench.open()
         tasks = [bench.ask(world.vectors["img-001"], timeout_s=5) for _ in range(40)]
-        assert [one.shards_answered for one in await asyncio.gather(*tasks)] == [2] * 40
+        assert [outcome.shards_answered for outcome in await asyncio.gather(*tasks)] == [2] * 40
         assert bench.shards[0].sizes == [1, 39, 39]
 
     asyncio.run(run())

@@ -13,9 +13,10 @@ from lookalike.retrieval.plan import Plan
 from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.journal import DELETE, UPSERT, Record
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.search.delta import Ask, search_all
+from lookalike.serve.search.delta import search_all
 from lookalike.serve.search.router import Router
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
+from lookalike.serve.wire.ask import Ask
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
@@ -52,8 +53,8 @@ def routers(generation: Generation, records: list[Record]) -> list[Router]:
     shards = [ShardWorker(group, 2, [generation]) for group in range(2)]
     for shard in shards:
         half = len(records) // 2
-        shard.apply(shard._held[generation.name], records[:half])
-        shard.apply(shard._held[generation.name], records)  # the first half is known
+        shard.apply(shard.generations[generation.name], records[:half])
+        shard.apply(shard.generations[generation.name], records)  # the first half is known
     return [Router(shards), Router(shards, RerankWorker([generation]))]
 
 
@@ -95,8 +96,8 @@ def test_any_writes_over_an_index(world: "World", steps: list[tuple[list[int], b
 
 async def ask(router, generation, queries, plan, conditions):
     deadline = asyncio.get_running_loop().time() + 30
-    found = await router.search(generation, queries, 7, plan, conditions, deadline=deadline, allow_partial=False)
-    return found.answer
+    outcome = await router.search(Ask(generation, queries, 7, plan, conditions), deadline=deadline, allow_partial=False)
+    return outcome.answer
 
 
 def test_stored_vectors_are_the_newest(world: "World") -> None:
@@ -140,13 +141,13 @@ def test_vectors_of_another_model_are_left_out(world: "World") -> None:
 def test_masks_of_many_filters_are_not_kept(world: "World") -> None:
     generation = read_generation(world.index, None, "none", check=False)
     shard = ShardWorker(0, 1, [generation])
-    opened = shard._held[generation.name]
+    opened = shard.generations[generation.name]
     shard.apply(opened, records_of([(["img-001"], True)], 3, generation.meta.model_fingerprint, {}))
     written = opened.delta.written()
     assert written is not None
     gone = "img-001"
     for number in range(500):
         wanted = {"image_id": [gone, f"nobody-{number}"]}
-        ask_for = Ask(world.vectors[gone][None], 3, Plan.exact(64), wanted)
+        ask_for = Ask(generation.name, world.vectors[gone][None], 3, Plan.exact(64), wanted)
         assert (search_all(opened.shards, written, ask_for).rows == -1).all()
-    assert 0 < len(written._masks) <= FILTERS_KEPT * len(opened.shards)
+    assert 0 < len(written.masks) <= FILTERS_KEPT * len(opened.shards)

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,15 +16,19 @@ from ray.serve.exceptions import BackPressureError
 
 from lookalike.errors import UsageError
 from lookalike.retrieval.plan import Plan
+from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.serve.app import read_service
 from lookalike.serve.front.fused import open_workers
 from lookalike.serve.front.service import Service
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.retries import is_gone
-from lookalike.serve.search.router import Found, Router
+from lookalike.serve.search.router import Router, SearchOutcome
 from lookalike.serve.search.workers import ShardWorker
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.load import Retries
+from lookalike.serve.watch.trace import Trace
+from lookalike.serve.wire.ask import Ask
+from lookalike.serve.wire.backoff import backoff_s
 from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, invalid, not_loaded
 
 if TYPE_CHECKING:
@@ -66,11 +69,13 @@ class Failing:
             raise self.errors[self.calls - 1]
 
 
-def search(*shards: Any, timeout_s: float = 5.0, retries: Retries = QUICK, allow_partial: bool = False) -> Found:
-    async def run() -> Found:
+def search(
+    *shards: Any, timeout_s: float = 5.0, retries: Retries = QUICK, allow_partial: bool = False
+) -> SearchOutcome:
+    async def run() -> SearchOutcome:
         deadline = asyncio.get_running_loop().time() + timeout_s
         router = Router(shards, retries=retries)
-        return await router.search("g", QUERY, 1, Plan.exact(4), deadline=deadline, allow_partial=allow_partial)
+        return await router.search(Ask("g", QUERY, 1, Plan.exact(4)), deadline=deadline, allow_partial=allow_partial)
 
     return asyncio.run(run())
 
@@ -149,9 +154,24 @@ def test_a_service_without_an_encoder_says_so_whatever_it_was_switched_to(world:
     config = ServeConfig(index=world.index, encoder="none", retries=QUICK)
     held = read_service(config)
     service = Service(config, replace(held, encoder=world.encoder_uri), open_workers(config, held, [held]))
-    assert not asyncio.run(service.describe(pb.DescribeRequest())).has_encoder
+    assert not asyncio.run(service.describe(pb.DescribeRequest(), Trace(method="Describe"))).has_encoder
     with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*without an encoder"):
-        asyncio.run(service.embed(pb.EmbedRequest(images=[world.images["img-000"]])))
+        asyncio.run(service.embed(pb.EmbedRequest(images=[world.images["img-000"]]), Trace(method="Embed")))
+
+
+class Noting:
+    """A shard that notes the generations it is asked for."""
+
+    def __init__(self, shard: ShardWorker, names: set[str]) -> None:
+        self._shard, self._names = shard, names
+
+    async def search(self, ask: Ask) -> Any:
+        self._names.add(ask.generation)
+        return await self._shard.search(ask)
+
+    async def vectors(self, generation: str, image_ids: list[str]) -> Any:
+        self._names.add(generation)
+        return await self._shard.vectors(generation, image_ids)
 
 
 @pytest.mark.parametrize("kind", ["vector", "image_id"])
@@ -165,25 +185,23 @@ def test_a_generation_that_nobody_holds_any_more_gives_way_to_the_current_one(wo
         old = replace(held, meta=held.meta.model_copy(update={"generation": "old"}))
         service = Service(config, old, open_workers(config, held, [held]))
         with pytest.raises(NotLoadedError):  # nothing else is current
-            await service.search(request)
+            await service.search(request, Trace(method="Search"))
         asyncio.get_running_loop().call_later(0.002, setattr, service, "current", held)
-        shards, asked = service.router.shards, Counter[str]()
-        for shard in shards:
-            inner = shard._opened
-            shard._opened = lambda name, inner=inner: (asked.update([name]), inner(name))[1]
-        response = await service.search(request)
-        assert set(asked) == {"old", held.name}
+        names = set[str]()
+        service.router.shards = [Noting(shard, names) for shard in service.router.shards]
+        response = await service.search(request, Trace(method="Search"))
+        assert names == {"old", held.name}
         assert response.info.index_generation == held.name
         return response
 
     assert asyncio.run(run()).hits[0].id == "img-004"
 
 
-def test_a_cancelled_call_whose_thread_is_queued_never_runs(world: "World") -> None:
+def test_a_cancelled_call_whose_thread_is_queued_never_runs(world: "World", monkeypatch: pytest.MonkeyPatch) -> None:
     generation = read_service(ServeConfig(index=world.index, encoder="none"))
     worker, ran = ShardWorker(0, 1, [generation]), []
-    worker._search = lambda *args: ran.append(args)  # type: ignore[method-assign,assignment]
-    release = threading.Event()
+    monkeypatch.setattr(ShardSearcher, "search", lambda *args: ran.append(args))
+    ask, release = Ask(generation.name, np.ones((1, 64), np.float32), 1, Plan.exact(64)), threading.Event()
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -192,15 +210,11 @@ def test_a_cancelled_call_whose_thread_is_queued_never_runs(world: "World") -> N
         await asyncio.sleep(0)
         router = Router([worker])
         with pytest.raises(RetrievalError, match="DEADLINE_EXCEEDED"):
-            await router.search(
-                generation.name, QUERY, 1, Plan.exact(64), deadline=loop.time() + 0.05, allow_partial=False
-            )
-        caller = asyncio.create_task(
-            router.search(generation.name, QUERY, 1, Plan.exact(64), deadline=loop.time() + 50, allow_partial=False)
-        )
-        await asyncio.sleep(0.02)
+            await router.search(ask, deadline=loop.time() + 0.05, allow_partial=False)
+        caller = asyncio.create_task(router.search(ask, deadline=loop.time() + 50, allow_partial=False))
+        await settle()
         caller.cancel()
-        await asyncio.sleep(0.02)
+        await settle()
         release.set()
         await busy
         await asyncio.to_thread(time.sleep, 0)  # the one thread is free again: whatever was queued before has run
@@ -209,10 +223,16 @@ def test_a_cancelled_call_whose_thread_is_queued_never_runs(world: "World") -> N
     assert not ran
 
 
+async def settle() -> None:
+    """Let tasks run as far as they can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 def test_pauses_grow_to_their_bound() -> None:
-    retries = Retries(pause_ms=10, max_pause_ms=35)
-    assert 0.005 <= retries.pause_s(1) <= 0.010
-    assert 0.0175 <= retries.pause_s(9) <= 0.035
+    assert 0.005 <= backoff_s(1, 0.010, 0.035) <= 0.010
+    assert 0.010 <= backoff_s(2, 0.010, 0.035) <= 0.020
+    assert 0.0175 <= backoff_s(9, 0.010, 0.035) <= 0.035
 
 
 def test_details_of_dead_replicas() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
-from lookalike.serve.app import start, stop
+from lookalike.serve.app import APP_NAME, start, stop
 from lookalike.serve.client import Client, StoredRow
 from lookalike.serve.settings.config import ServeConfig, Writes
 from lookalike.serve.settings.load import Retries
@@ -140,8 +141,8 @@ def test_no_search_fails_for_a_replica_that_hangs(ray_session: None, world: "Wor
 
 def find_process(role: str) -> int:
     """The process of one replica of ``role``."""
-    state = ray._private.state.actors(replica(role)._actor_id.hex())
-    return int(state["Pid"])
+    started_here = psutil.Process().children(recursive=True)
+    return next(process.pid for process in started_here if f"ServeReplica:{APP_NAME}:{role}" in process.cmdline()[0])
 
 
 @pytest.mark.soak

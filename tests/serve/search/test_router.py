@@ -12,8 +12,9 @@ from ray.serve.exceptions import BackPressureError
 
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Hits
-from lookalike.serve.search.router import Found, Router
+from lookalike.serve.search.router import Router, SearchOutcome
 from lookalike.serve.wire.answers import merge, occurring_rows, pack, unpack
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 
 QUERY = np.ones((1, 4), np.float32)
@@ -25,7 +26,7 @@ class Shard:
     def __init__(self, row: int, trouble: Exception | float | None = None) -> None:
         self.row, self.trouble, self.cancelled = row, trouble, False
 
-    async def search(self, generation: str, queries: bytes, k: int, plan: str, filters: str) -> Any:
+    async def search(self, ask: Ask) -> Any:
         await self._suffer()
         score = 1.0 / (1 + self.row)
         return pack(Hits(np.array([[self.row]]), np.array([[score]], np.float32)), ["image_id"], [[f"id{self.row}"]])
@@ -45,21 +46,22 @@ class Shard:
                 raise
 
 
-def search(shards: list[Shard], allow_partial: bool, timeout_s: float = 0.5) -> Found:
-    async def run() -> Found:
+def search(shards: list[Shard], allow_partial: bool, timeout_s: float = 0.5) -> SearchOutcome:
+    async def run() -> SearchOutcome:
         deadline = asyncio.get_running_loop().time() + timeout_s
-        return await Router(shards).search("g", QUERY, 3, Plan.exact(4), deadline=deadline, allow_partial=allow_partial)
+        ask = Ask("g", QUERY, 3, Plan.exact(4))
+        return await Router(shards).search(ask, deadline=deadline, allow_partial=allow_partial)
 
     return asyncio.run(run())
 
 
-def ids(found: Found) -> list[str]:
-    return [found.answer.entries[row][0] for row in found.answer.hits.rows[0].tolist() if row >= 0]
+def ids(outcome: SearchOutcome) -> list[str]:
+    return [outcome.answer.entries[row][0] for row in outcome.answer.hits.rows[0].tolist() if row >= 0]
 
 
 def test_all_shards_answer() -> None:
-    found = search([Shard(1), Shard(0)], allow_partial=False)
-    assert (ids(found), found.shards_answered) == (["id0", "id1"], 2)
+    outcome = search([Shard(1), Shard(0)], allow_partial=False)
+    assert (ids(outcome), outcome.shards_answered) == (["id0", "id1"], 2)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +78,8 @@ def test_a_bad_shard_fails_the_request_or_lowers_coverage(trouble: Exception | f
         search(shards, allow_partial=False)
     assert caught.value.code == code
     assert "shard 1 of 2" in caught.value.message
-    found = search(shards, allow_partial=True)
-    assert (ids(found), found.shards_answered) == (["id0"], 1)
+    outcome = search(shards, allow_partial=True)
+    assert (ids(outcome), outcome.shards_answered) == (["id0"], 1)
     with pytest.raises(RetrievalError) as caught:
         search([Shard(0, trouble), Shard(1, trouble)], allow_partial=True)
     assert caught.value.code == code

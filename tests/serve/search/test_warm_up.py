@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lookalike.retrieval import shard_searcher
 from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.serve.generations.generation import read_generation
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
@@ -30,8 +31,10 @@ def test_held_generations_are_warm(world: "World", monkeypatch: pytest.MonkeyPat
     noting("rerank")
     worker = ShardWorker(1, 2, [generation])
     assert seen == [("search", world.searcher.meta.offsets[1])] * 8
-    (shard,) = worker._held[generation.name].shards
-    assert set(shard._shortlists) == set(generation.meta.shortlist_dims)
+    (shard,) = worker.generations[generation.name].shards
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_searcher, "load_shortlist", None)  # nothing is left to load
+        assert [shard.index_over(dim) is not None for dim in generation.meta.shortlist_dims] == [True, True]
     seen.clear()
     RerankWorker([generation])
     assert sorted(set(seen)) == [("rerank", offset) for offset in world.searcher.meta.offsets]

@@ -45,7 +45,7 @@ def test_a_line_a_request_and_no_payload(logged: tuple[LocalClient, Path], world
         client.search(image_id="img-999")
     client.embed([world.images["img-001"]])
     list(client.search_stream([["img-001"], ["img-998"]], k=1))
-    client.observer.close()
+    client.service.observer.close()
     lines = read_lines(folder)
     told = [(line["method"], line["code"], line.get("k"), line.get("queries")) for line in lines]
     assert told == [
@@ -76,10 +76,10 @@ def test_a_fault_of_ours_is_no_cancelled_call(
     async def broken(*_: Any, **__: Any) -> None:
         raise KeyError("broken")
 
-    monkeypatch.setattr(client._service, "_search_one", broken)
+    monkeypatch.setattr(client.service.router, "search", broken)
     with pytest.raises(KeyError, match="broken"):
         list(client.search_stream([["img-001"]]))
-    client.observer.close()
+    client.service.observer.close()
     assert [line["code"] for line in read_lines(folder)] == ["INTERNAL"]
 
 
@@ -88,7 +88,7 @@ def test_feedback_is_a_line_with_the_answers_id(logged: tuple[LocalClient, Path]
     found = client.search(image_id="img-001", k=2)
     client.feedback(found.info.request_id, "click", id=found.ids[1])
     client.feedback(found.info.request_id, "save")
-    client.observer.close()
+    client.service.observer.close()
     search, click, save = read_lines(folder)
     assert search["request_id"] == click["request_id"] == save["request_id"]
     assert (click["method"], click["kind"], click["id"]) == ("Feedback", "click", hash_text(found.ids[1]))

@@ -38,7 +38,7 @@ class Watched(LocalClient):
 
     def __init__(self, world: "World", plan: str, **settings: Any) -> None:
         super().__init__(ServeConfig(index=world.index, plan=plan, monitor=MonitorSettings(**settings)))
-        self.monitor = self.observer.monitor
+        self.monitor = self.service.observer.monitor
         self.monitor._random = random.Random(3)
         self.skips: Counter[str] = Counter()
         self.monitor._skipped = lambda reason: self.skips.update([reason])
@@ -73,7 +73,7 @@ def test_all_searches_sampled_is_the_offline_measurement(watched: Watched, world
     assert found is not None
     assert (found.recall, found.queries) == (pytest.approx(wanted.mean(), abs=1e-12), 60)
     assert found.low < found.recall < found.high
-    message = watched.observer.estimate(watched._service.current)
+    message = watched.service.observer.estimate(watched.service.current)
     assert message is not None
     assert (message.recall, message.queries) == (found.recall, 60)
     assert not watched.skips
@@ -93,7 +93,7 @@ class Metric:
 
 
 def test_the_gauges_say_what_the_estimate_says(watched: Watched, world: "World") -> None:
-    observer: Any = watched.observer
+    observer: Any = watched.service.observer
     names = ("_recall", "_recall_low", "_recall_high", "_sampled")
     for name in names:
         setattr(observer, name, Metric())
@@ -136,16 +136,16 @@ def test_what_says_nothing_of_the_plan_is_left_out_and_counted(watched: Watched,
     watched.search(vector=vector, min_recall=0.5)
     watched.drain()
     assert watched.skips == {"own_plan": 2}
-    router = watched._service.router
+    router = watched.service.router
     whole, router.shards = router.shards, [router.shards[0], Broken()]
     watched.search(vector=vector, allow_partial=True)
     watched.drain()
     assert watched.skips == {"own_plan": 2, "partial": 1}
     router.shards = whole
-    watched.observer.in_flight = 5
+    watched.service.observer.in_flight = 5
     watched.search(vector=vector)
     assert watched.skips["busy"] == 1
-    watched.observer.in_flight = 0
+    watched.service.observer.in_flight = 0
     assert watched.monitor.estimate(world.searcher.meta.generation) is None
 
 
