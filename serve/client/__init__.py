@@ -1,4 +1,4 @@
-"""The clients. Imports grpcio, protobuf, numpy and ``wire.errors``, nothing else of the service."""
+"""The clients. Imports grpcio, protobuf, numpy, ``proto`` and the plain modules of ``wire``, nothing else."""
 
 from lookalike.serve.client.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, AsyncClient, Client
 from lookalike.serve.client.credentials import ClientTls
@@ -6,7 +6,6 @@ from lookalike.serve.client.results import (
     Description,
     Embeddings,
     Hit,
-    PlanLike,
     Query,
     SearchInfo,
     SearchPlan,
@@ -15,6 +14,7 @@ from lookalike.serve.client.results import (
     StoredRow,
 )
 from lookalike.serve.wire.errors import RetrievalError
+from lookalike.serve.wire.plans import PlanLike
 
 __all__ = [
     "DEFAULT_ADDRESS",
