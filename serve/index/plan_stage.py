@@ -1,7 +1,7 @@
 """Plan stage: index + sample queries -> the cheapest plan that keeps the recall asked for.
 
-How plans are measured, ranked and chosen is in ``lookalike.retrieval.planner``. The choice (with ``rank_by: model`` and
-no ``max_p99_ms``) and all figures but the times are the same whenever it is run on the same inputs. ``plan.json`` holds
+``lookalike.retrieval.planner`` measures plans, ``lookalike.retrieval.choice`` ranks them. The choice (with ``rank_by:
+model`` and no ``max_p99_ms``) and all figures but the times are the same on the same inputs. ``plan.json`` holds
 the plan, every candidate with what it costs, takes and breaks, the Pareto front, what one stage costs beside several,
 and the check of mAP; ``plan.png`` shows recall over cost (``serve/index/plan_plot.py``).
 """

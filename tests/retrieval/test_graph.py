@@ -131,7 +131,7 @@ def test_files_come_back_and_damage_is_named(built: Graph, vectors: Floats, tmp_
         with pytest.raises(ArtifactError, match=r"graph is damaged"):
             Graph.load(path, num_rows=ROWS, dim=DIM)
     Graph(built.codes, built.scales, np.where(built.links == 3, ROWS, built.links), built.entries).save(path)
-    with pytest.raises(ArtifactError, match=r"has links to rows that are not there"):
+    with pytest.raises(ArtifactError, match=r"has links to rows that do not exist"):
         Graph.load(path, num_rows=ROWS, dim=DIM)
     Path(path).unlink()
     with pytest.raises(ArtifactError, match=r"graph is missing"):

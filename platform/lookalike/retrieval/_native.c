@@ -1,9 +1,9 @@
 /* The inner loops of retrieval: graph search over int8 prefixes, re-rank and funnel, exact scan with bounds.
  *
- * native.py calls these functions through ctypes, without the GIL; it checks shapes and types, so nothing here does.
- * All are deterministic, and a score depends on its row and query alone: equal rows get equal scores. Order everywhere:
- * score falling, then row rising. On x86-64 each function exists twice, for any processor and for AVX2 with FMA and
- * F16C, chosen when the library is loaded.
+ * native.py calls these functions through ctypes, without the GIL, and checks shapes and types; nothing here does. All
+ * are deterministic, and a score depends only on its row and query: equal rows get equal scores. The order everywhere is
+ * descending score, then ascending row. On x86-64 each function exists twice, for any processor and for AVX2 with FMA
+ * and F16C; each call chooses.
  */
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
@@ -35,7 +35,7 @@ static int compare(const void *a, const void *b) {
     return better(*(const Found *)a, *(const Found *)b) ? -1 : better(*(const Found *)b, *(const Found *)a);
 }
 
-/* Put `one` into the sorted list of at most `most`; its place, or -1 when it is worse than all of a full list. */
+/* Insert `one` into the sorted list of at most `most`. Returns its place, or -1 if the list is full of better ones. */
 INLINE int insert(Found *list, uint8_t *marks, int *size, int most, Found one) {
     if (*size == most && (most == 0 || !better(one, list[most - 1]))) return -1;
     int low = 0, high = *size;
@@ -65,7 +65,7 @@ INLINE float half_to_float(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
     union { uint32_t bits; float value; } one;
     one.bits = rest << 13;
-    one.value *= 0x1p112f; /* moves the exponent, and makes subnormal halves right too; stored numbers are finite */
+    one.value *= 0x1p112f; /* moves the exponent, which is right for subnormal halves too; stored numbers are finite */
     one.bits |= sign;
     return one.value;
 }
@@ -213,7 +213,7 @@ EXPORT int64_t lookalike_scan(const Store *store, const float *queries, int32_t 
     return CALL(scan, store, queries, num_queries, num_blocks, allowed, k, found_rows, found_scores);
 }
 
-/* Mark in `reached` what `links` lead to from `start`; `stack` has room for every row. How many were newly marked. */
+/* Mark in `reached` the rows that `links` lead to from `start`; `stack` has room for all rows. Returns the newly marked. */
 EXPORT int64_t lookalike_reach(const int32_t *links, int32_t degree, int64_t start, uint8_t *reached, int32_t *stack) {
     int64_t size = 0, count = 0;
     if (reached[start]) return 0;

@@ -5,19 +5,19 @@
 typedef struct {
     const int8_t *codes;    /* [num_rows, dim], none of them -128 */
     const float *scales;    /* [num_rows] */
-    const int32_t *links;   /* [num_rows, degree], -1 after the last of a row */
+    const int32_t *links;   /* [num_rows, degree], padded with -1 */
     const int32_t *entries; /* [num_entries] rows at which every search begins */
     int64_t num_rows;
     int32_t dim, degree, num_entries;
 } Graph;
 
-/* A prefix store: dimension blocks, and the norm of each row's prefix at the end of each block. Blocks may lie side by
- * side in one array, whose rows are then wider than they are. */
+/* A prefix store: dimension blocks, and the norm of each row's prefix at the end of each block. Several blocks may lie
+ * side by side in one array, whose rows are then wider than a block's. */
 typedef struct {
     const void *const *blocks;  /* [num_blocks] of [num_rows, width], float32, float16 or int8 */
     const int32_t *widths;      /* [num_blocks] */
     const int64_t *strides;     /* [num_blocks] bytes from one row to the next */
-    const float *const *scales; /* [num_blocks] of [num_rows], what int8 are multiplied with */
+    const float *const *scales; /* [num_blocks] of [num_rows], factors of int8 codes */
     const float *norms;         /* [num_blocks, num_rows] */
     int64_t num_rows;
     int32_t num_blocks, dtype, dim; /* dim: of a query */
@@ -44,8 +44,8 @@ typedef struct {
 } Marks;
 #endif
 
-/* Best-first search (Malkov and Yashunin 2018, algorithm 2) on one layer, begun at all entries at once. Rows outside
- * `allowed` lead on but are no answer. Returns how many scores were computed, or -1 without memory. */
+/* Best-first search (Malkov and Yashunin 2018, algorithm 2) on one layer, from all entries at once. Rows outside
+ * `allowed` are walked over but not returned. Returns the number of scores computed, or -1 without memory. */
 TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queries, int32_t num_queries, int32_t ef,
                                          int32_t keep, const uint8_t *allowed, const Marks *marks, int64_t *rows,
                                          float *scores) {
@@ -113,7 +113,7 @@ TARGET static int64_t NAME(graph_search)(const Graph *graph, const int8_t *queri
     return computed;
 }
 
-/* The blocks from `block` on, but not beyond `stop`, that lie side by side. */
+/* The blocks from `block` to `stop` at most that lie side by side. */
 INLINE Run NAME(run_from)(const Store *store, int32_t block, int32_t stop) {
     const int32_t size = store->dtype == FLOAT32 ? 4 : store->dtype == FLOAT16 ? 2 : 1;
     Run run = {store->blocks[block], store->scales[block], store->strides[block], store->widths[block], 0, block + 1};
@@ -152,8 +152,8 @@ INLINE float NAME(cosine)(float dot, float one, float other) {
 }
 
 /* Each step adds the blocks up to its `stop` to the dot products of the survivors and keeps the best `keep` by cosine
- * there, but for those that lie more than `margin` below the k-th. `scores` are cosines at the end of block
- * `first_block` - 1, and of no account when that is 0. Returns 0, or -1 without memory. */
+ * there, without those more than `margin` below the k-th. `scores` are cosines at the end of block `first_block` - 1,
+ * ignored if `first_block` is 0. Returns 0, or -1 without memory. */
 TARGET static int32_t NAME(rerank)(const Store *store, const float *queries, int32_t num_queries, const int64_t *rows,
                                    const float *scores, int32_t num_candidates, int32_t first_block, const Step *steps,
                                    int32_t num_steps, int32_t k, int64_t *found_rows, float *found_scores) {
@@ -221,7 +221,7 @@ TARGET static int32_t NAME(rerank)(const Store *store, const float *queries, int
     return 0;
 }
 
-/* int8 codes of a query's prefix, up to a scale that no order depends on. */
+/* int8 codes of a query's prefix, up to a scale that does not change the order. */
 TARGET INLINE void NAME(quantise)(const float *query, int32_t dim, int8_t *codes) {
     float largest = 0;
     for (int32_t i = 0; i < dim; i++) largest = fmaxf(largest, fabsf(query[i]));
@@ -229,8 +229,8 @@ TARGET INLINE void NAME(quantise)(const float *query, int32_t dim, int8_t *codes
     for (int32_t i = 0; i < dim; i++) codes[i] = (int8_t)rintf(query[i] * inverse);
 }
 
-/* Graph search over the queries' prefixes, and the steps over the `keep` rows that it finds. Returns how many scores the
- * graph has computed, or -1 without memory. */
+/* Graph search over the queries' prefixes, then the steps over the `keep` rows found. Returns the number of scores that
+ * the graph computed, or -1 without memory. */
 TARGET static int64_t NAME(search)(const Graph *graph, const Store *store, const float *queries, int32_t num_queries,
                                    int32_t ef, int32_t keep, const uint8_t *allowed, const Marks *marks,
                                    const Step *steps, int32_t num_steps, int32_t k, int64_t *found_rows,
@@ -255,16 +255,16 @@ TARGET static int64_t NAME(search)(const Graph *graph, const Store *store, const
     return computed;
 }
 
-/* The exact k best at the end of block `num_blocks` - 1 among all (allowed) rows. Rows are taken a chunk at a time and
- * block by block; one is dropped as soon as its dot product so far and the lengths of what is left of it and of the
- * query (Cauchy-Schwarz) cannot reach the k-th best: as Faiss's Panorama does, on the norms that are stored anyway.
- * Returns how many numbers were read, or -1 without memory. */
+/* The exact k best at the end of block `num_blocks` - 1 among all (allowed) rows, read chunk by chunk and block by
+ * block. A row is dropped as soon as its dot product so far plus the product of the remaining lengths (Cauchy-Schwarz)
+ * cannot reach the k-th best, as in Faiss's Panorama, with the norms that are stored anyway. Returns how many numbers
+ * were read, or -1 without memory. */
 TARGET static int64_t NAME(scan)(const Store *store, const float *queries, int32_t num_queries, int32_t num_blocks,
                                  const uint8_t *allowed, int32_t k, int64_t *found_rows, float *found_scores) {
     const int64_t n = store->num_rows;
     const float *whole = store->norms + (int64_t)(num_blocks - 1) * n;
-    const float slack = 4e-6f;   /* what rounding may do to a cosine */
-    const float rounding = 4e-7f; /* and to the difference of two squared norms, in squares of the larger */
+    const float slack = 4e-6f;   /* largest rounding error of a cosine */
+    const float rounding = 4e-7f; /* of the difference of two squared norms, relative to the larger */
     int64_t numbers = 0;
     Found *best = malloc(sizeof(Found) * ((int64_t)k + 1));
     float *lengths = malloc(sizeof(float) * num_blocks);
@@ -288,7 +288,7 @@ TARGET static int64_t NAME(scan)(const Store *store, const float *queries, int32
                 const Run run = NAME(run_from)(store, block, num_blocks);
                 numbers += (int64_t)size * run.width;
                 for (int32_t i = 0; i < size; i++) {
-                    /* all rows of a block lie in order, and the processor foresees them; survivors do not */
+                    /* the processor prefetches all rows of a block by itself, as they lie in order; survivors do not */
                     if (size < CHUNK && i + AHEAD < size) NAME(prefetch_run)(&run, alive[i + AHEAD].row);
                     alive[i].score += NAME(dot_run)(store, &run, at, alive[i].row);
                 }

@@ -1,15 +1,13 @@
-"""Which plans the planner tries: prefixes x K x effort x funnels, and early exit with margins that a sample tells.
+"""Candidate plans: prefixes x K x effort x funnels, and early exit with margins calibrated on sample queries.
 
-**Funnels.** A step costs little beside the rows that it saves from being read whole, but each saves less than the one
-before it; so three shapes are tried for each shortlist and no more: none, one stage at about a quarter of the vector
-that keeps a few rows for each result (at 2048-d the cheapest there is), and half the rows at every nested dim (what
-the MRL paper uses, and of use where K is large).
+**Funnels.** A step costs little beside the rows that it saves from being read whole, but each further step saves less.
+So each shortlist gets three shapes: no stage; one stage at about a quarter of the vector that keeps a few rows per
+result (the cheapest at 2048-d); and half the rows at every nested dim (as in the MRL paper, useful for a large K).
 
-**Early exit.** A row can be dropped as soon as it lies so far below the k-th best that rows of the answer hardly ever
-do. How far that is, is read off sample queries: the deficit of each true neighbour below the k-th best at each step's
-dim, of which the margin is a high quantile. The quantile of a sample may lie too low: it is taken a standard error
-higher, and over half of the queries, while recall is measured over all of them; the holdout of the plan stage has the
-last word.
+**Early exit.** A row is dropped once it lies farther below the k-th best than rows of the answer almost ever do. Sample
+queries show how far that is: the margin is a high quantile of the gaps between true neighbours and the k-th best at
+each step's dim. A sample's quantile may be too low, so it is taken one standard error higher and over half of the
+queries, while recall is measured over all; the holdout of the plan stage decides in the end.
 """
 
 import math
@@ -30,15 +28,15 @@ from lookalike.retrieval.vectors import check_queries
 QUANTILES = (0.998, 0.995)
 """Shares of the true neighbours that a margin may not drop."""
 STAGE_SHARE = 4
-"""The one stage of a short funnel stands at the nested dim nearest to a quarter of the vector."""
+"""The stage of a one-stage funnel is at the nested dim nearest to a quarter of the vector."""
 STAGE_ROWS = 2.5
-"""Rows that it keeps, for each result asked for."""
+"""Rows that it keeps per result."""
 BETWEEN = 3
-"""Sizes K tried between a good one and the next smaller one, once it is known which plans are good."""
+"""Sizes K tried between the K of a good plan and the next smaller K."""
 WIDER = (1.2, 1.5)
-"""How much larger K is in the early-exit twins of a plan: margins make room for it."""
+"""Factors of K in the early-exit twins of a plan: margins leave room for more rows."""
 MARGIN_DIGITS = 4
-"""Digits of a margin."""
+"""Decimals of a margin."""
 
 
 def list_plans(
@@ -52,9 +50,9 @@ def list_plans(
     funnels: bool = True,
     single_stage: bool = True,
 ) -> list[Plan]:
-    """Every candidate without margins: prefixes with an index (and those to scan) x K x effort x funnels.
+    """All candidates without margins: prefixes (with an index, or to scan) x K x effort x funnels.
 
-    The effort is ef or nprobe, whichever the index type takes; ef values not above K are the same as K.
+    The effort is ef or nprobe, depending on the index type; an ef of at most K means K.
     """
     effort = effort_of(meta.shortlist)
     plans: dict[str, Plan] = {}
@@ -83,26 +81,28 @@ def list_plans(
 
 
 def list_funnels(dims: Sequence[int], dim: int, rows: int, k: int) -> list[tuple[tuple[int, int], ...]]:
-    """The stages to try between a shortlist of ``rows`` at ``dim`` and the last of the nested ``dims``: none, a single
-    one, and half the rows at each dim as long as 2 k are left."""
+    """Stages to try between a shortlist of ``rows`` at ``dim`` and the last of the nested ``dims``: none, one stage,
+    and half the rows at each dim while at least 2 k are left."""
     between = [wider for wider in dims if dim < wider < dims[-1]]
     halving = tuple((wider, rows >> step) for step, wider in enumerate(between, start=1) if rows >> step >= 2 * k)
-    found: list[tuple[tuple[int, int], ...]] = [()]
+    funnels: list[tuple[tuple[int, int], ...]] = [()]
     few = int(STAGE_ROWS * k)
     if between and few < rows:
         at = min(between, key=lambda wider: (abs(wider * STAGE_SHARE - dims[-1]), wider))
-        found.append(((at, few),))
-    return [*found, halving] if halving and halving not in found else found
+        funnels.append(((at, few),))
+    return [*funnels, halving] if halving and halving not in funnels else funnels
 
 
 def without_margins(plan: Plan) -> Plan:
-    """The same plan with no early exit."""
+    """The same plan without early exit."""
     return plan.model_copy(update={"margins": ()})
 
 
 def follow(shard: ShardSearcher, queries: Floats, k: int, plan: Plan) -> Iterator[Hits]:
-    """What is left of each query's shortlist after each step but the last: global rows, best first, and their cosines
-    at the step's dim. The same steps as ``rerank``, which tells the end only."""
+    """Surviving global rows after each step but the last, best first, with cosines at the step's dim.
+
+    The same steps as ``rerank``, which returns only the last.
+    """
     vectors = check_queries(queries, shard.meta.dim)
     hits, reached, offset = shard.shortlist(vectors, k, plan), plan.shortlist_dim, shard.meta.row_offset
     hits = Hits(np.where(hits.rows == NO_ROW, NO_ROW, hits.rows - offset), hits.scores)
@@ -117,7 +117,7 @@ def follow(shard: ShardSearcher, queries: Floats, k: int, plan: Plan) -> Iterato
 
 
 def count_left(searcher: Searcher, queries: Floats, k: int, plan: Plan) -> list[list[float]]:
-    """Rows that go on from each step but the last, mean over ``queries``, for each shard."""
+    """Mean number of rows that survive each step but the last, for each shard."""
     return [
         [float((hits.rows != NO_ROW).sum(axis=1).mean()) for hits in follow(shard, queries, k, plan)]
         for shard in searcher.shards
@@ -127,42 +127,44 @@ def count_left(searcher: Searcher, queries: Floats, k: int, plan: Plan) -> list[
 def calibrate_margins(
     searcher: Searcher, queries: Floats, exact: Rows, k: int, plan: Plan, *, quantiles: Sequence[float] = QUANTILES
 ) -> list[Plan]:
-    """``plan`` with the margins of each of ``quantiles``, read off ``queries`` and their true neighbours ``exact``
+    """``plan`` with margins at each of ``quantiles``, calibrated on ``queries`` and their true neighbours ``exact``
     [n, <= k], global rows, -1 for none.
 
-    A margin is that quantile (and a standard error more) of how far true neighbours, where the plan has not lost them,
-    lie below the k-th best row of their shard at the step's dim; those above it have a deficit of 0. Plans that only
-    rank the shortlist have no step to leave: none come back.
+    A margin is that quantile (plus a standard error) of the gaps at the step's dim: how far a true neighbour that the
+    plan still has lies below the k-th best row of its shard, 0 if it lies above. Empty for a plan of one stage, which
+    has no step to leave early.
     """
     plain = without_margins(plan)
-    deficits: list[list[npt.NDArray[np.float32]]] = [[] for _ in plain.list_steps(k)[:-1]]
+    gaps_by_step: list[list[npt.NDArray[np.float32]]] = [[] for _ in plain.list_steps(k)[:-1]]
     for shard in searcher.shards:
-        for found, hits in zip(deficits, follow(shard, queries, k, plain), strict=True):
+        for step_gaps, hits in zip(gaps_by_step, follow(shard, queries, k, plain), strict=True):
             kth = hits.scores[:, k - 1 : k]
             true = (hits.rows[:, :, None] == exact[:, None, :]).any(axis=2) & (hits.rows != NO_ROW)
             gaps = np.where(true & np.isfinite(kth), np.maximum(0, kth - np.where(true, hits.scores, 0)), 0)
-            found.append(gaps[true])
-    if not deficits or not all(sum(map(len, found)) for found in deficits):
+            step_gaps.append(gaps[true])
+    if not gaps_by_step or not all(sum(map(len, step_gaps)) for step_gaps in gaps_by_step):
         return []
-    limits = [_upper_quantiles(np.concatenate(found), quantiles) for found in deficits]
+    limits = [_upper_quantiles(np.concatenate(step_gaps), quantiles) for step_gaps in gaps_by_step]
     return [plain.model_copy(update={"margins": margins}) for margins in zip(*limits, strict=True)]
 
 
 def _upper_quantiles(values: npt.NDArray[np.float32], quantiles: Sequence[float]) -> list[float]:
-    """A standard error above each quantile of ``values``, rounded up."""
+    """Each quantile of ``values`` plus a standard error, rounded up."""
     scale = 10**MARGIN_DIGITS
     levels = [min(1.0, level + math.sqrt(level * (1 - level) / len(values))) for level in quantiles]
-    found = np.quantile(values, levels, method="higher").astype(np.float64)
-    return [min(2.0, math.ceil(value * scale) / scale) for value in found.tolist()]
+    upper = np.quantile(values, levels, method="higher").astype(np.float64)
+    return [min(2.0, math.ceil(value * scale) / scale) for value in upper.tolist()]
 
 
 def list_between(plan: Plan, tried: Sequence[Plan], k: int) -> list[Plan]:
-    """``plan`` with ``BETWEEN`` sizes K, evenly spaced, between its own and the next smaller one among ``tried``: what
-    a coarse list of sizes wastes. A beam narrower than K is K, and a stage keeps no more rows than it is given."""
+    """``plan`` with ``BETWEEN`` evenly spaced sizes K between its own and the next smaller K among ``tried``, because a
+    coarse list of sizes is wasteful. A stage keeps at most K rows."""
     smaller = [
-        one.shortlist_k
-        for one in tried
-        if one.shortlist_dim == plan.shortlist_dim and one.scan == plan.scan and one.shortlist_k < plan.shortlist_k
+        other.shortlist_k
+        for other in tried
+        if other.shortlist_dim == plan.shortlist_dim
+        and other.scan == plan.scan
+        and other.shortlist_k < plan.shortlist_k
     ]
     low = max(smaller, default=k)
     step = (plan.shortlist_k - low) / (BETWEEN + 1)
@@ -176,7 +178,7 @@ def list_between(plan: Plan, tried: Sequence[Plan], k: int) -> list[Plan]:
 
 
 def widen(meta: IndexMeta, plan: Plan) -> list[Plan]:
-    """``plan`` itself and the same with a larger K."""
+    """``plan`` itself and its twins with a larger K."""
     most = max(meta.shard_rows)
     sizes = sorted({min(most, round(plan.shortlist_k * factor)) for factor in (1, *WIDER)})
     return [plan.model_copy(update={"shortlist_k": size}) for size in sizes]

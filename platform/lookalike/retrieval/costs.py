@@ -1,18 +1,17 @@
-"""What a query's work costs on the reference core, by a model whose inputs are counts, and what a plan keeps in memory.
+"""The cost model of a query, and the memory that a plan needs.
 
-A count of N * D_s multiply-adds is wrong as soon as D_s is small; the model counts what a stopwatch confirms to matter:
-the distances that a graph really computed and the beam that it kept in order; the centroids, lists and rows that IVF
-really looked at; the numbers that an exact scan really read before its bounds dropped the rest; the places in memory
-that a re-rank reads, of the rows that are really left; the fixed price of a call and of a step. A cost is the sum of
-these counts times their prices, and the prices are fitted (non-negative least squares on relative errors) to the times
-of a grid of plans::
+N * D_s multiply-adds do not predict the time of a query when D_s is small. The model counts the work that does: the
+distances that a graph computed and the beam that it kept sorted; the centroids, lists and rows that IVF looked at; the
+numbers that an exact scan read before its bounds dropped the rest; the places in memory that a re-rank reads for the
+rows left; each call and each step. The cost is the sum of counts times prices. The prices are fitted (non-negative
+least squares on relative errors) to the times of a grid of plans::
 
     python -m tests.benchmarks.retrieval_plan --fit [--kind KIND] [--without-library]
 
 ``NATIVE`` and the prices of ``graph`` and ``flat`` come from it: 200,000 x 2048-d in float16, one thread of a busy AMD
-EPYC. ``PLAIN`` and the prices of the other types are older: least squares over 32-d to 256-d, 50,000 rows, before there
-was a C library, and common prices by estimate. Only ratios matter for a choice. A registered type without prices of its
-own has those of a flat one.
+EPYC. ``PLAIN`` and the prices of the other types are older: least squares over 32-d to 256-d, 50,000 rows, before the C
+library existed, with estimated common prices. Only ratios matter for a choice. A registered type without its own prices
+gets those of ``flat``.
 """
 
 import os
@@ -31,24 +30,24 @@ from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.shortlist import NPROBE, Work, shortlist_name
 
 COUNTED_SCANS = 16
-"""Queries whose scan is done again to count the numbers it reads."""
+"""Queries whose scan is repeated to count the numbers it reads."""
 
 
 class Counts(NamedTuple):
-    """What one query does in all shards; or, as prices, the nanoseconds that each of these takes."""
+    """Work of one query in all shards; or, as prices, nanoseconds per unit of that work."""
 
     calls: float = 0.0
-    """Searches of a shard, whatever they do."""
+    """Searches of a shard."""
     rows: float = 0.0
-    """Rows that the shortlists look at: distances computed, rows of the lists looked into, all of them else."""
+    """Rows that the shortlists look at: distances computed, rows of the probed lists, or all rows."""
     row_numbers: float = 0.0
-    """Numbers of these rows (of a scan with bounds: those read)."""
+    """Numbers in these rows (in a scan with bounds: those read)."""
     beam: float = 0.0
-    """Candidates that a graph's walk keeps in order and expands."""
+    """Candidates that a graph's walk keeps sorted and expands."""
     centroids: float = 0.0
     """Numbers of the IVF centroids compared with the query."""
     lists: float = 0.0
-    """IVF lists looked into: tables, first cache misses."""
+    """IVF lists probed: tables, first cache misses."""
     steps: float = 0.0
     """Steps of a re-rank."""
     places: float = 0.0
@@ -56,13 +55,13 @@ class Counts(NamedTuple):
     numbers: float = 0.0
     """Numbers that a re-rank reads."""
     ordered: float = 0.0
-    """Rows that a re-rank puts in order."""
+    """Rows that a re-rank sorts."""
 
 
 NATIVE = Counts(calls=52_000, centroids=0.25, lists=600, steps=3_700, places=43, numbers=0.31)
-"""Nanoseconds with the C library."""
+"""Common prices with the C library, in nanoseconds."""
 PLAIN = Counts(calls=60_000, rows=60, row_numbers=0.25, centroids=0.25, lists=600, steps=60_000, places=50, numbers=0.4)
-"""Nanoseconds without it."""
+"""Common prices without it."""
 TYPE_PRICES: Mapping[str, Mapping[str, float]] = {
     "flat": {"rows": 2.8, "row_numbers": 0.25},
     "hnsw": {"rows": 160, "row_numbers": 0.33},
@@ -74,22 +73,22 @@ TYPE_PRICES: Mapping[str, Mapping[str, float]] = {
     "binary": {"rows": 0.7, "row_numbers": 0.006},
     "binary-signs": {"rows": 0.7, "row_numbers": 0.006},
 }
-"""Prices that a type's shortlist has of its own."""
+"""Prices of one index type, in place of the common ones."""
 
 
 def prices_of(kind: str) -> Counts:
-    """Nanoseconds of each count for plans whose shortlist is of ``kind``, with or without the C library."""
+    """Nanoseconds per count for plans with a shortlist of ``kind``, for this machine with or without the C library."""
     general = NATIVE if native.AVAILABLE else PLAIN
     return general._replace(**TYPE_PRICES.get(kind, TYPE_PRICES["flat"]))
 
 
 def model_us(counts: Counts, kind: str) -> float:
-    """Microseconds of one query by the model."""
+    """Modelled time of one query, in microseconds."""
     return float(np.dot(counts, prices_of(kind))) / 1e3
 
 
 def multiply_adds(counts: Counts) -> float:
-    """Multiply-adds of one query that the counts stand for."""
+    """Multiply-adds of one query."""
     return counts.row_numbers + counts.centroids + counts.numbers
 
 
@@ -102,30 +101,28 @@ def count_query(
     work: Work,
     left: Sequence[Sequence[float]] | None = None,
 ) -> tuple[Counts, str]:
-    """(what a query of ``plan`` does on average, the type whose prices hold for it), of ``queries`` that did ``work``.
+    """(mean work of a query, index type whose prices apply) of ``plan``, given the ``work`` that ``queries`` did.
 
-    ``left`` tells for each shard how many rows go into each step after the first, where margins make them fewer than
-    the plan's.
+    ``left``: for each shard, rows that enter each step after the first, if margins make them fewer than the plan's.
     """
     shards, dim = searcher.shards, plan.shortlist_dim
     total, kind = Counts(calls=len(shards)), searcher.meta.shortlist
     if plan.scan:
-        kind, rows = "flat", searcher.meta.num_rows
-        numbers = sum(_count_scan(shard, queries, plan, k) for shard in shards)
-        total = total._replace(rows=rows, row_numbers=numbers)
+        kind, numbers = "flat", sum(_count_scan(shard, queries, plan, k) for shard in shards)
+        total = total._replace(rows=searcher.meta.num_rows, row_numbers=numbers)
     else:
         indexes = [shard.index_over(dim) for shard in shards]
-        found = (work.distances or work.listed) / len(queries)
-        if not found and not kind.startswith("binary"):
+        counted = (work.distances or work.listed) / len(queries)
+        if not counted and not kind.startswith("binary"):
             kind = "flat"  # shards too small for their type are flat
-        looked = found or searcher.meta.num_rows
-        wanted = [min(shard.meta.num_rows, max(k, plan.shortlist_k, plan.ef_search or 0)) for shard in shards]
+        rows = counted or searcher.meta.num_rows
+        beams = [min(shard.meta.num_rows, max(k, plan.shortlist_k, plan.ef_search or 0)) for shard in shards]
         total = total._replace(
-            rows=looked,
-            row_numbers=looked * dim,
-            beam=sum(wanted) if any(one.is_graph for one in indexes) else 0,
-            centroids=dim * sum(one.nlist for one in indexes),
-            lists=sum(min(one.nlist, plan.nprobe or NPROBE) for one in indexes),
+            rows=rows,
+            row_numbers=rows * dim,
+            beam=sum(beams) if any(index.is_graph for index in indexes) else 0,
+            centroids=dim * sum(index.nlist for index in indexes),
+            lists=sum(min(index.nlist, plan.nprobe or NPROBE) for index in indexes),
         )
     for number, shard in enumerate(shards):
         exact = plan.scan or shard.index_over(dim).is_exact
@@ -133,12 +130,12 @@ def count_query(
     return total, kind
 
 
-def _add(one: Counts, other: Counts) -> Counts:
-    return Counts(*(a + b for a, b in zip(one, other, strict=True)))
+def _add(left: Counts, right: Counts) -> Counts:
+    return Counts(*(a + b for a, b in zip(left, right, strict=True)))
 
 
 def _count_scan(shard: ShardSearcher, queries: Floats, plan: Plan, k: int) -> float:
-    """Numbers that a scan of one shard reads for a query."""
+    """Numbers that a scan of one shard reads per query."""
     library, wanted = shard.store.native, max(k, plan.shortlist_k)
     if library is None or wanted > INSERTED:
         return float(shard.meta.num_rows * plan.shortlist_dim)
@@ -148,7 +145,7 @@ def _count_scan(shard: ShardSearcher, queries: Floats, plan: Plan, k: int) -> fl
 
 
 def _count_steps(shard: ShardSearcher, plan: Plan, k: int, exact: bool, left: Sequence[float] | None) -> Counts:
-    """What the re-rank of one shard does; unless the shortlist's cosines are ``exact`` it reads their prefixes too."""
+    """Work of one shard's re-rank, which also reads the prefixes unless the shortlist's cosines are ``exact``."""
     steps = plan.list_steps(k)
     sizes: list[float] = [min(max(k, plan.shortlist_k), shard.meta.num_rows)]
     sizes += left or [min(keep, shard.meta.num_rows) for _, keep, _ in steps[:-1]]
@@ -172,7 +169,7 @@ def _count_steps(shard: ShardSearcher, plan: Plan, k: int, exact: bool, left: Se
 
 
 def paper_mflops(meta: IndexMeta, plan: Plan) -> float:
-    """Million multiply-adds a query by the MRL paper's formula, N * D_s + sum of K_j * D_j over all shards."""
+    """Million multiply-adds per query by the MRL paper's formula, N * D_s + sum of K_j * D_j over all shards."""
     total = 0
     for rows in meta.shard_rows:
         kept = [min(plan.shortlist_k, rows), *(min(keep, rows) for _, keep in plan.stages)]
@@ -184,24 +181,24 @@ def paper_mflops(meta: IndexMeta, plan: Plan) -> float:
 
 
 class Memory(NamedTuple):
-    """Megabytes (10^6 bytes) that a plan asks of a searcher."""
+    """Megabytes (10^6 bytes) that a plan needs in a searcher."""
 
     ram: float
-    """What every query walks through and must be in memory: shortlist files of the plan's dim, read or mapped, norms
-    at the dims it uses, a bit a row for each thread that walks a graph. All shards."""
+    """What every query walks through and must be in memory, all shards: shortlist files of the plan's dim (read or
+    mapped), norms at the dims it uses, one bit per row for each thread that walks a graph."""
     shard_ram: float
-    """The same of the largest shard."""
+    """The same for the largest shard."""
     mapped: float
-    """Blocks of vectors up to the plan's last dim, and the norms that bounds of a scan use: memory-mapped, so that
-    the system keeps as much of them as there is room for, and reads the rest from disk. All shards."""
+    """Blocks of vectors up to the plan's last dim, and the norms for the bounds of a scan, all shards: memory-mapped,
+    so the system caches as much as there is room for and reads the rest from disk."""
 
 
 def plan_memory(searcher: Searcher, plan: Plan, k: int) -> Memory:
-    """What ``plan`` asks of the memory of whoever holds all shards, or the largest one.
+    """Memory that ``plan`` needs in a process with all shards, or with the largest one.
 
     Not counted: the metadata of rows (mapped), the interpreter and its libraries.
     """
-    held, mapped = [], 0.0
+    shards_ram, mapped = [], 0.0
     for shard in searcher.shards:
         rows, dims = shard.meta.num_rows, {dim for dim, *_ in plan.list_steps(k)} | {plan.shortlist_dim}
         size = 4.0 * rows * len(dims)
@@ -209,8 +206,8 @@ def plan_memory(searcher: Searcher, plan: Plan, k: int) -> Memory:
             kind = shard.meta.shortlist
             size += os.path.getsize(f"{shard.store.folder}/{shortlist_name(plan.shortlist_dim, kind)}")
             size += rows / 8 if shard.index_over(plan.shortlist_dim).is_graph else 0
-        held.append(size)
+        shards_ram.append(size)
         number, scale = np.dtype(shard.meta.dtype).itemsize, 4.0 * (shard.meta.dtype == "int8")
         mapped += sum(rows * ((b - a) * number + scale) for a, b in shard.meta.block_borders if a < plan.rerank_dim)
         mapped += 4.0 * rows * sum(dim not in dims and dim < plan.shortlist_dim for dim in shard.meta.dims) * plan.scan
-    return Memory(sum(held) / 1e6, max(held, default=0.0) / 1e6, mapped / 1e6)
+    return Memory(sum(shards_ram) / 1e6, max(shards_ram, default=0.0) / 1e6, mapped / 1e6)

@@ -1,12 +1,12 @@
-"""A graph over int8 prefixes: the graph that takes least memory, 4 + d + 8 * M bytes a row.
+"""A graph over int8 prefixes: the graph with the smallest memory, 4 + d + 8 * M bytes per row.
 
-The links are those of HNSW's lowest layer (Malkov and Yashunin 2018), built by faiss over the float32 prefixes. What
-differs is what a search touches: a row's prefix is d bytes, scaled by its own largest number, so that a hop costs two
-cache lines at 128 dimensions rather than eight, fetched while others are scored. In place of the upper layers a search
-begins at all rows of one of them at once, some sqrt(n), and at one row of every part of the graph that no link leads to
-(HNSW leaves such parts where rows are many times the same): every row can be found.
+The links are those of HNSW's lowest layer (Malkov and Yashunin 2018), built by faiss over the float32 prefixes. A
+search touches less memory than in HNSW: a row's prefix is d bytes, scaled by its own largest number, so a hop at 128
+dimensions costs two cache lines rather than eight, fetched while others are scored. Instead of descending through the
+upper layers, a search starts at all rows of one of them, about sqrt(n), and at one row of every part of the graph that
+no link leads to (HNSW leaves such parts if rows recur many times), so that every row can be found.
 
-Scores are those of the codes, about 1e-2 from the cosine; whoever makes an answer of them reads the stored prefix.
+Scores are cosines of the codes, about 1e-2 from the true cosine; the caller reads the stored prefix for an answer.
 """
 
 import math
@@ -28,32 +28,32 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 Ints = npt.NDArray[np.int32]
 ALIGNED = 64
-"""Arrays begin at multiples of this, in a file and in memory."""
+"""Arrays begin at multiples of this many bytes, in the file and in memory."""
 ARRAYS = {"codes": np.int8, "scales": np.float32, "links": np.int32, "entries": np.int32}
 SCAN_ROWS = 1 << 14
-"""Rows that a search without the C library scores at a time."""
+"""Rows scored at a time without the C library."""
 
 
 def build_graph(vectors: Floats, *, hnsw_m: int, ef_construction: int) -> "Graph":
-    """The graph over unit-length ``vectors`` float32 [n, d]; with one faiss thread the same input gives the same."""
+    """The graph over unit-length ``vectors`` float32 [n, d]; deterministic with one faiss thread."""
     codes, scales = quantise(vectors)
     if not len(vectors):
         return Graph(codes, scales, np.empty((0, 2 * hnsw_m), np.int32), np.empty(0, np.int32))
     index = faiss.IndexHNSWFlat(vectors.shape[1], hnsw_m, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = ef_construction
     index.add(vectors)
-    layers: Any = index.hnsw  # faiss's stubs do not know its parts
+    layers: Any = index.hnsw  # faiss's stubs lack its parts
     levels = faiss.vector_to_array(layers.levels)
     offsets = faiss.vector_to_array(layers.offsets)[:-1].astype(np.int64)
     neighbours = faiss.vector_to_array(layers.neighbors)
     links = np.empty((len(offsets), 2 * hnsw_m), np.int32)
-    for part in row_slices(len(offsets), SCAN_ROWS):  # places take 8 bytes each
+    for part in row_slices(len(offsets), SCAN_ROWS):  # in parts: positions take 8 bytes each
         links[part] = neighbours[offsets[part, None] + np.arange(2 * hnsw_m)]
     return Graph(codes, scales, links, _entries(links, levels))
 
 
 def _entries(links: Ints, levels: npt.NDArray[np.int32]) -> Ints:
-    """Rows at which searches begin: the largest layer of at most sqrt(n) rows, and what is out of its reach."""
+    """Rows at which a search begins: the largest layer of at most sqrt(n) rows, and a row of each part out of reach."""
     most = max(1, math.isqrt(len(levels)))
     level = next(
         height
@@ -71,7 +71,7 @@ def _entries(links: Ints, levels: npt.NDArray[np.int32]) -> Ints:
 
 
 def _reach(links: Ints, starts: Ints, reached: Bits | None = None) -> Bits:
-    """Mark all rows that links lead to from ``starts``: uint8 [n]."""
+    """Mark all rows that links lead to from ``starts``, uint8 [n]."""
     reached = np.zeros(len(links), np.uint8) if reached is None else reached
     if native.AVAILABLE:
         stack = np.empty(len(links), np.int32)
@@ -93,7 +93,7 @@ class Graph:
 
     is_exact, is_graph, takes_filters, nlist = False, True, True, 0
     computed = 0
-    """Scores that searches of this process have computed."""
+    """Scores computed so far by all searches of this process."""
 
     def __init__(self, codes: Codes, scales: Floats, links: Ints, entries: Ints) -> None:
         self.codes, self.scales, self.links, self.entries = codes, scales, links, entries
@@ -105,7 +105,7 @@ class Graph:
         return len(self.codes)
 
     def save(self, path: str) -> None:
-        """Write the four arrays, one after the other in numpy's format, to one file."""
+        """Write the four arrays to one file, each in numpy's format."""
         with open(path, "wb") as file:
             for name in ARRAYS:
                 file.write(bytes(-file.tell() % ALIGNED))
@@ -113,9 +113,10 @@ class Graph:
 
     @classmethod
     def load(cls, path: str, *, num_rows: int, dim: int) -> "Graph":
-        """Read what :meth:`save` wrote; ``ArtifactError`` when it is missing or not that.
+        """Read a saved graph; ``ArtifactError`` if it is missing, damaged or of another shard.
 
-        Read rather than mapped: a walk touches rows all over, and memory of its own has large pages."""
+        Read, not mapped: a walk touches rows everywhere, and allocated memory has large pages.
+        """
         codes, scales, links, entries = _read_arrays(path)
         shapes = codes.shape, scales.shape, links.shape[:1]
         if shapes != ((num_rows, dim), (num_rows,), (num_rows,)) or links.ndim != 2 or entries.ndim != 1:
@@ -125,13 +126,13 @@ class Graph:
             )
         for name, array in (("links", links), ("entries", entries)):
             if array.size and not -1 <= int(array.min()) <= int(array.max()) < num_rows:
-                raise ArtifactError(f"{path} has {name} to rows that are not there; build the index again")
+                raise ArtifactError(f"{path} has {name} to rows that do not exist; build the index again")
         if not native.AVAILABLE and num_rows > SCAN_ROWS:
             log.warning(
                 "slow %s",
                 fields(
                     index=path,
-                    reason="the C library was not built, codes are scanned",
+                    reason="without the C library all codes are scanned",
                     remedy="install with a C compiler, or build shortlist=hnsw",
                 ),
             )
@@ -147,19 +148,19 @@ class Graph:
         allowed: Allowed | None = None,
         widen: int = 1,
     ) -> Hits:
-        """The ``k`` nearest of unit-length ``queries`` float32 [n, d] as the walk finds them; as ``Shortlist.search``.
+        """Like ``Shortlist.search``: the ``k`` nearest rows to unit-length ``queries`` float32 [n, d] a walk finds.
 
-        Scores are cosines of the codes. ``nprobe`` is no matter of a graph.
+        Scores are cosines of the codes. ``nprobe`` is ignored.
         """
-        found = min(k, self.num_rows if allowed is None else allowed.num_rows)
-        if not found or not len(queries):
+        wanted = min(k, self.num_rows if allowed is None else allowed.num_rows)
+        if not wanted or not len(queries):
             return empty_hits(len(queries), k)
         codes, scales = quantise(queries)
         if self.native is None:
-            hits = self._scan(codes, found, None if allowed is None else allowed.bits)
+            hits = self._scan(codes, wanted, None if allowed is None else allowed.bits)
         else:
-            ef = self._beam(found, ef_search, allowed, widen)
-            hits, computed = self.native.search(codes, ef, found, None if allowed is None else allowed.bits)
+            ef = self._beam(wanted, ef_search, allowed, widen)
+            hits, computed = self.native.search(codes, ef, wanted, None if allowed is None else allowed.bits)
             Graph.computed += computed
         return Hits(hits.rows, hits.scores * scales[:, None])
 
@@ -167,7 +168,7 @@ class Graph:
         self,
         store: NativeStore,
         queries: Floats,
-        found: int,
+        wanted: int,
         steps: Steps,
         k: int,
         *,
@@ -175,35 +176,37 @@ class Graph:
         allowed: Allowed | None = None,
         widen: int = 1,
     ) -> Hits:
-        """The ``k`` best of the ``found`` nearest of ``queries`` float32 [n, dim of the store] after ``steps``, all in
-        one call of the C library: what :meth:`search` and a re-rank of its answer give, in less time."""
-        assert self.native is not None, "ask native.AVAILABLE first"
-        ef, bits = self._beam(found, ef_search, allowed, widen), None if allowed is None else allowed.bits
-        hits, computed = store.search(self.native, queries, ef, found, steps, k, bits)
+        """:meth:`search` for ``wanted`` rows and their re-rank through ``steps`` to ``k``, in one call of the library.
+
+        ``queries`` are float32 [n, dim of the store]. The same answer as two calls, in less time.
+        """
+        assert self.native is not None, "check native.AVAILABLE first"
+        ef, bits = self._beam(wanted, ef_search, allowed, widen), None if allowed is None else allowed.bits
+        hits, computed = store.search(self.native, queries, ef, wanted, steps, k, bits)
         Graph.computed += computed
         return hits
 
-    def _beam(self, found: int, ef_search: int | None, allowed: Allowed | None, widen: int) -> int:
+    def _beam(self, wanted: int, ef_search: int | None, allowed: Allowed | None, widen: int) -> int:
         wider = widen * (1.0 if allowed is None else 1 / allowed.share)
-        return min(self.num_rows, max(found, math.ceil((ef_search or found) * wider)))
+        return min(self.num_rows, max(wanted, math.ceil((ef_search or wanted) * wider)))
 
     def _scan(self, queries: Codes, keep: int, allowed: Bits | None) -> Hits:
-        """What a search without the C library does: score all codes."""
+        """Search without the C library: score all codes."""
         best = np.empty((len(queries), 0), np.uint64)
-        given = queries.astype(np.float32)  # products of 8-bit numbers are exact in it up to 1,000 dimensions
+        floats = queries.astype(np.float32)  # sums of int8 products are exact in float32 up to 1,000 dimensions
         rows = np.arange(self.num_rows)
         if allowed is not None:
             rows = np.flatnonzero(np.unpackbits(allowed, count=self.num_rows, bitorder="little"))
         for part in row_slices(len(rows), SCAN_ROWS):
-            chosen = rows[part]
-            scores = (given @ self.codes[chosen].astype(np.float32).T) * self.scales[chosen]
-            best = np.hstack([best, sort_keys(scores, chosen)])
+            some = rows[part]
+            scores = (floats @ self.codes[some].astype(np.float32).T) * self.scales[some]
+            best = np.hstack([best, sort_keys(scores, some)])
             best = np.sort(best, axis=1)[:, :keep]
         return pad_hits(from_keys(best), keep)
 
 
 def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array that begins at a cache line, so that a row takes no more of them than it has to."""
+    """An array that begins at a cache line, so that a row spans as few of them as possible."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNED, np.uint8)
     start = -memory.ctypes.data % ALIGNED
@@ -217,9 +220,9 @@ def _read_arrays(path: str) -> list[npt.NDArray[Any]]:
             for dtype in ARRAYS.values():
                 file.seek(-file.tell() % ALIGNED, os.SEEK_CUR)
                 np.lib.format.read_magic(file)
-                shape, turned, found = np.lib.format.read_array_header_1_0(file)
-                if turned or found != dtype:
-                    raise ValueError(f"{found} where {np.dtype(dtype)} belongs")
+                shape, column_major, stored = np.lib.format.read_array_header_1_0(file)
+                if column_major or stored != dtype:
+                    raise ValueError(f"{stored} where {np.dtype(dtype)} belongs")
                 arrays.append(_empty(shape, dtype))
                 if file.readinto(arrays[-1].reshape(-1).view(np.uint8).data) != arrays[-1].nbytes:
                     raise ValueError("it ends too early")

@@ -1,4 +1,4 @@
-"""The facts of an index artifact: what it holds, in which shards, and which of them may hold an id."""
+"""``meta.json`` of an index artifact: what it holds, in which shards, and which shards may hold an id."""
 
 import bisect
 import hashlib
@@ -14,44 +14,44 @@ INDEX_META = "meta.json"
 
 
 class EncoderRef(Config):
-    """The model whose vectors an index holds."""
+    """The model that made the vectors of an index."""
 
     fingerprint: str
-    """Model fingerprint; queries must carry the same."""
+    """Model fingerprint; queries must carry the same one."""
     name: str = ""
-    """What people call it."""
+    """Name of the artifact, for people."""
     uri: str = ""
-    """Where its artifact was when the vectors were made."""
+    """Place of its artifact when the vectors were made."""
 
 
 class IndexMeta(Config):
-    """What an index artifact holds; all but ``generation`` is its ``meta.json``."""
+    """Contents of an index artifact; all but ``generation`` is in its ``meta.json``."""
 
     format_version: int = Field(default=FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     """Layout of the index."""
     dims: tuple[int, ...] = Field(min_length=1)
     """Nested dims, smallest first; the last is the size of a vector."""
     num_rows: int = Field(ge=0)
-    """Vectors in all shards, with those under tombstones."""
+    """Vectors in all shards, including those under tombstones."""
     num_deleted: int = Field(default=0, ge=0)
-    """Of these, rows under tombstones, which no answer holds."""
+    """Rows under tombstones, which are in no answer."""
     shards: tuple[str, ...] = Field(min_length=1)
     """Folders of the shards, in the order of their global rows."""
     shard_rows: tuple[int, ...]
     """Vectors in each shard."""
     hash_shards: tuple[int, ...] = ()
-    """The hash shard (``shard_of``) that each folder belongs to, rising: one that was appended to has several folders,
-    its segments. Empty where each folder is one."""
+    """The hash shard (``shard_of``) of each folder, ascending: a hash shard with appended rows has several folders, its
+    segments. Empty if each folder is a hash shard."""
     dtype: str
     """Number format of the stored vectors."""
     shortlist: str
     """Index type of the shortlists."""
     shortlist_dims: tuple[int, ...]
-    """Prefixes that a shortlist index is built over."""
+    """Prefixes with a shortlist index."""
     columns: tuple[str, ...]
     """Metadata columns of each row."""
     encoder: EncoderRef
-    """The model whose vectors these are."""
+    """The model that made the vectors."""
     generation: str = ""
     """Fingerprint of the index artifact."""
 
@@ -62,23 +62,23 @@ class IndexMeta(Config):
 
     @property
     def num_shards(self) -> int:
-        """Number of shard folders, which are what is searched and served."""
+        """Number of shard folders, the units of search and serving."""
         return len(self.shards)
 
     @property
     def num_hash_shards(self) -> int:
-        """Number of hash shards, among which ids are divided."""
+        """Number of hash shards that ids are divided among."""
         return self.hash_shards[-1] + 1 if self.hash_shards else len(self.shards)
 
     @property
     def num_live(self) -> int:
-        """Vectors that can be found."""
+        """Vectors that are not deleted."""
         return self.num_rows - self.num_deleted
 
     def segments_of(self, image_id: str) -> range:
-        """The shards (places in ``shards``) that may hold ``image_id``."""
-        owners, wanted = self.hash_shards or range(len(self.shards)), shard_of(image_id, self.num_hash_shards)
-        return range(bisect.bisect_left(owners, wanted), bisect.bisect_right(owners, wanted))
+        """Places in ``shards`` of the folders that may hold ``image_id``."""
+        owners, owner = self.hash_shards or range(len(self.shards)), shard_of(image_id, self.num_hash_shards)
+        return range(bisect.bisect_left(owners, owner), bisect.bisect_right(owners, owner))
 
     @property
     def model_fingerprint(self) -> str:
@@ -92,7 +92,7 @@ class IndexMeta(Config):
 
 
 def read_index_meta(artifact: Artifact) -> IndexMeta:
-    """The facts of an opened index artifact."""
+    """``meta.json`` of an opened index artifact; ``ArtifactError`` if it is missing or damaged."""
     try:
         raw = require_format(artifact.read_json(INDEX_META), FORMAT_VERSION, artifact.path(INDEX_META))
         meta = IndexMeta.model_validate(raw)
@@ -108,5 +108,5 @@ def read_index_meta(artifact: Artifact) -> IndexMeta:
 
 
 def shard_of(image_id: str, num_shards: int) -> int:
-    """The shard that holds ``image_id``: the same on every machine and in every run."""
+    """The hash shard of ``image_id``, the same on every machine and in every run."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") % num_shards

@@ -1,7 +1,7 @@
-"""faiss's inner-product kernels over memory-mapped arrays, and how many threads a search uses.
+"""faiss's inner-product kernels over memory-mapped arrays, and the number of threads of a search.
 
-One thread: a service answers many queries at once, and OpenMP's pools wait for each other by spinning,
-which costs milliseconds a query as soon as there are more runnable threads than cores.
+A search uses one thread: a service answers many queries at once, and OpenMP's pools wait for each other by spinning,
+which costs milliseconds per query once there are more runnable threads than cores.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ SEARCH_THREADS = 1
 
 @contextmanager
 def faiss_threads(num: int | None = None) -> Iterator[None]:
-    """faiss threads of the calling thread for the time of a block; those of a search by default."""
+    """Set the faiss threads of the calling thread inside a block; default: those of a search."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(SEARCH_THREADS if num is None else num)
     try:
@@ -27,9 +27,9 @@ def faiss_threads(num: int | None = None) -> Iterator[None]:
 
 
 def inner_products_by_row(queries: Floats, block: Floats, rows: Rows) -> Floats:
-    """float32 [n, k]: ``queries[i] . block[rows[i, j]]``, no row copied. Rows must be valid, arrays C-contiguous.
+    """float32 [n, k] with ``queries[i] . block[rows[i, j]]``; copies no row. Rows must be valid, arrays C-contiguous.
 
-    Equal rows get equal products wherever they stand, which a matrix product does not promise.
+    Equal rows get equal products at any place, which a matrix product does not guarantee.
     """
     out = np.empty(rows.shape, np.float32)
     with faiss_threads():

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, cores this process may use, threads faiss takes, memory in GiB, versions."""
+    """Processor, cores that this process may use, faiss threads, memory in GiB, versions."""
     return {
         "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,17 +1,17 @@
 """Retrieval metrics over the labels of ranked neighbours, each with its denominator in its name.
 
-"mAP@k" alone means nothing: the MRL paper divides by k, torchmetrics by the hits among the first k,
-pytorch-metric-learning by all relevant items; one and the same ranking scored 0.22 and 0.43. Here:
+"mAP@k" alone is ambiguous: the MRL paper divides by k, torchmetrics by the hits among the first k,
+pytorch-metric-learning by all relevant items; the same ranking scored 0.22 and 0.43. Here:
 
-- ``map_at_k_by_k``: (1/Q) sum_q (1/k) sum_{i<=k} rel_i * P@i, the MRL paper's form. It reaches 1 only for queries with
-  k relevant items or more.
-- ``map_at_k_by_relevant``: the same sum divided by min(k, R), R counted in the database.
-- ``recall_at_k``: hits among the first k divided by R (the MRL paper's fixed 1300 is a setting of its database).
+- ``map_at_k_by_k``: (1/Q) sum_q (1/k) sum_{i<=k} rel_i * P@i, the MRL paper's form. It reaches 1 only if every query
+  has at least k relevant items.
+- ``map_at_k_by_relevant``: the same sum divided by min(k, R), with R counted in the database.
+- ``recall_at_k``: hits among the first k divided by R (the MRL paper divides by 1300, a fact of its database).
 
-``neighbours`` are labels [n, k'] in rank order, k' >= k; ``labels`` are those of the queries [n]. Labels are integers
-or strings; -1 and "" stand for no hit or an unknown label and are never relevant. Floats are refused: labels kept as
-float16, as the paper's published funnel code does, are exact only up to 2048 and merge classes beyond. All return the
-mean over queries in [0, 1]; the ``per_query`` functions return one float64 each.
+``neighbours`` are labels [n, k'] in rank order, k' >= k; ``labels`` are the queries' [n]. Labels are integers or
+strings; -1 and "" stand for no hit or an unknown label and are never relevant. Floats are refused: float16 labels, as
+in the paper's published funnel code, are exact only up to 2048 and merge classes beyond. Functions return the mean over
+queries in [0, 1]; the ``per_query`` functions return float64 [n].
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ Scores = npt.NDArray[np.float64]
 
 
 def relevance(neighbours: Labels, labels: Labels, k: int) -> npt.NDArray[np.bool_]:
-    """Which of the first ``k`` neighbours carry the query's label, bool [n, k]."""
+    """Whether each of the first ``k`` neighbours has the query's label, bool [n, k]."""
     neighbours, labels = np.asarray(neighbours), np.asarray(labels)
     for name, array in (("neighbours", neighbours), ("labels", labels)):
         if array.dtype.kind not in "iuU":
@@ -43,7 +43,7 @@ def relevance(neighbours: Labels, labels: Labels, k: int) -> npt.NDArray[np.bool
 
 
 def count_relevant(database: Labels, labels: Labels) -> npt.NDArray[np.int64]:
-    """R: how many database items carry each query's label, int64 [n]."""
+    """R: the number of database items with each query's label, int64 [n]."""
     values, counts = np.unique(database, return_counts=True)
     place = np.minimum(np.searchsorted(values, labels), max(0, len(values) - 1))
     return np.where(values[place] == labels, counts[place], 0) if len(values) else np.zeros(len(labels), np.int64)
@@ -67,7 +67,7 @@ def precision_at_k(neighbours: Labels, labels: Labels, k: int) -> float:
 
 
 def top1(neighbours: Labels, labels: Labels) -> float:
-    """P@1 = 1-NN accuracy: the share of queries whose nearest neighbour has their label."""
+    """P@1, or 1-NN accuracy: the share of queries whose nearest neighbour has their label."""
     return precision_at_k(neighbours, labels, 1)
 
 
@@ -77,28 +77,28 @@ def map_at_k_by_k(neighbours: Labels, labels: Labels, k: int) -> float:
 
 
 def map_at_10_by_k(neighbours: Labels, labels: Labels) -> float:
-    """mAP@10 divided by 10: what the MRL paper reports."""
+    """mAP@10 divided by 10, as the MRL paper reports it."""
     return map_at_k_by_k(neighbours, labels, 10)
 
 
 def map_at_k_by_relevant(neighbours: Labels, labels: Labels, k: int, *, num_relevant: npt.ArrayLike) -> float:
-    """mAP@k divided by min(k, R), over the queries that have something to find; ``num_relevant`` is R, [n] or one."""
+    """mAP@k divided by min(k, R), over the queries with R > 0; ``num_relevant`` is R, [n] or a scalar."""
     total = np.broadcast_to(np.asarray(num_relevant), labels.shape)
     scores = per_query_ap_by_k(neighbours, labels, k) * k / np.maximum(1, np.minimum(k, total))
     return _mean(scores[total > 0])
 
 
 def recall_at_k(neighbours: Labels, labels: Labels, k: int, *, num_relevant: npt.ArrayLike) -> float:
-    """Hits among the first ``k`` divided by R, over the queries that have something to find."""
+    """Hits among the first ``k`` divided by R, over the queries with R > 0."""
     total = np.broadcast_to(np.asarray(num_relevant), labels.shape)
     hits = relevance(neighbours, labels, k).sum(axis=1)
     return _mean((hits / np.maximum(1, total))[total > 0])
 
 
 def per_query_overlap(found: npt.NDArray[np.int64], exact: npt.NDArray[np.int64]) -> Scores:
-    """k-recall: the share of the ``exact`` rows [n, k] that are among the ``found`` rows [n, k'], float64 [n].
+    """k-recall: the share of the ``exact`` rows [n, k] among the ``found`` rows [n, k'], float64 [n].
 
-    -1 is no row. A query with no exact rows has recall 1.
+    -1 stands for no row. A query without exact rows has recall 1.
     """
     wanted = exact >= 0
     hit = (exact[:, :, None] == found[:, None, :]).any(axis=2) & wanted
@@ -107,5 +107,5 @@ def per_query_overlap(found: npt.NDArray[np.int64], exact: npt.NDArray[np.int64]
 
 def _mean(values: Scores) -> float:
     if not len(values):
-        raise UsageError("no query to average over; give at least one with a label that the database holds")
+        raise UsageError("no query to average over; give at least one whose label is in the database")
     return float(values.mean())

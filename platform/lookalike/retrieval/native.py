@@ -1,8 +1,8 @@
-"""The inner loops of retrieval in C (``_native.c``), behind functions on arrays; their users have numpy twins.
+"""The inner loops of retrieval in C (``_native.c``), as functions on arrays; their callers have numpy twins.
 
-The library is built with the package where there is a C compiler. ``AVAILABLE`` tells whether it is there; without it
-the same answers come from faiss and numpy, several times slower. Calls release the GIL and use one thread: whoever has
-more queries than one core can answer calls from several threads.
+The library is built with the package if there is a C compiler; ``AVAILABLE`` says whether it was. Without it faiss and
+numpy give the same answers, several times slower. Calls release the GIL and use one thread, so several threads may
+answer queries side by side.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from lookalike.retrieval.ranking import Floats, Hits
 
 Codes = npt.NDArray[np.int8]
 Steps = ctypes.Array[Any]
-"""Of :func:`pack_steps`."""
+"""Made by :func:`pack_steps`."""
 Bits = npt.NDArray[np.uint8]
 _DTYPES = {"float32": 0, "float16": 1, "int8": 2}
 
@@ -71,21 +71,21 @@ AVAILABLE = _library is not None
 
 
 def _call(name: str, *arguments: Any) -> int:
-    assert _library is not None, "ask AVAILABLE first"
-    given = [value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else value for value in arguments]
-    result = int(getattr(_library, f"lookalike_{name}")(*given))
+    assert _library is not None, "check AVAILABLE first"
+    plain = [value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else value for value in arguments]
+    result = int(getattr(_library, f"lookalike_{name}")(*plain))
     if result < 0:
         raise MemoryError(f"no memory for {name}")
     return result
 
 
 def use_portable(on: bool) -> None:
-    """Run the code for any processor (or, again, the one for this processor): for tests."""
+    """Run the code for any processor, or again the code for this one; for tests."""
     _call("portable", int(on))
 
 
 def pack_rows(allowed: npt.NDArray[np.bool_]) -> Bits:
-    """A bit a row, as the functions here take a filter: ``allowed`` bool [n]."""
+    """``allowed`` bool [n] as the filter of these functions: one bit per row, lowest bit first."""
     return np.packbits(allowed, bitorder="little")
 
 
@@ -93,8 +93,8 @@ class NativeGraph:
     """Search of a graph over int8 codes.
 
     ``codes`` int8 [n, d] without -128, ``scales`` float32 [n], ``links`` int32 [n, degree] padded with -1, ``entries``
-    int32 [m]; all C-contiguous, and kept alive by this object. The score of a row is its integer product with the
-    query times its scale.
+    int32 [m]; all C-contiguous. This object keeps them alive. A row's score is its integer product with the query times
+    its scale.
     """
 
     def __init__(self, codes: Codes, scales: Floats, links: npt.NDArray[np.int32], entries: npt.NDArray[np.int32]):
@@ -108,7 +108,7 @@ class NativeGraph:
 
     @property
     def marks(self) -> int:
-        """Address of the memory that searches of the calling thread use."""
+        """Address of the calling thread's memory for searches."""
         if not hasattr(self._threads, "marks"):
             arrays = np.zeros(self.num_rows // 8 + 1, np.uint8), np.empty(self.num_rows, np.int32)
             self._threads.arrays = arrays
@@ -116,7 +116,7 @@ class NativeGraph:
         return ctypes.addressof(self._threads.marks)
 
     def search(self, queries: Codes, ef: int, keep: int, allowed: Bits | None = None) -> tuple[Hits, int]:
-        """The best ``keep`` of the ``ef`` found for int8 ``queries`` [m, d], and how many scores that took."""
+        """(the best ``keep`` of the ``ef`` rows found for int8 ``queries`` [m, d], scores computed)."""
         rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep), np.float32)
         computed = _call(
             "graph_search", self.address, queries, len(queries), max(ef, keep), keep, allowed, self.marks, rows, scores
@@ -125,21 +125,20 @@ class NativeGraph:
 
 
 def reach(links: npt.NDArray[np.int32], start: int, reached: Bits, stack: npt.NDArray[np.int32]) -> int:
-    """Mark in ``reached`` uint8 [n] the rows that ``links`` int32 [n, degree] lead to; how many are new."""
+    """Mark in ``reached`` uint8 [n] the rows that ``links`` int32 [n, degree] lead to; return how many are new."""
     return _call("reach", links, links.shape[1], start, reached, stack)
 
 
 def pack_steps(steps: Sequence[tuple[int, int, float]]) -> Steps:
-    """The steps of a re-rank for the library: of each the blocks read, the rows kept, and how far below the k-th a
-    kept row's cosine may be."""
+    """The steps of a re-rank for the library, each (blocks read so far, rows kept, margin below the k-th cosine)."""
     return (_Step * len(steps))(*(_Step(*step) for step in steps))
 
 
 class NativeStore:
     """Re-rank and scan of a prefix store: its blocks [n, width] of one dtype, and norms float32 [blocks, n].
 
-    Blocks may be slices of wider arrays; those that lie side by side are read as one. Each int8 block has ``scales``
-    float32 [n], the same for those read as one.
+    Blocks may be slices of wider arrays; neighbouring slices are read together. Each int8 block has ``scales`` float32
+    [n], the same array for blocks read together.
     """
 
     def __init__(
@@ -148,8 +147,8 @@ class NativeStore:
         self._widths = np.array([block.shape[1] for block in blocks], np.int32)
         self._strides = np.array([block.strides[0] for block in blocks], np.int64)
         self._pointers = (ctypes.c_void_p * len(blocks))(*(block.ctypes.data for block in blocks))
-        own = [0 if one is None else one.ctypes.data for one in scales or [None] * len(blocks)]
-        self._scales = (ctypes.c_void_p * len(blocks))(*own)
+        addresses = [0 if factors is None else factors.ctypes.data for factors in scales or [None] * len(blocks)]
+        self._scales = (ctypes.c_void_p * len(blocks))(*addresses)
         self._arrays = (*blocks, norms, *scales)
         self._store = _Store(
             ctypes.addressof(self._pointers),
@@ -167,17 +166,17 @@ class NativeStore:
     def rerank(self, queries: Floats, candidates: Hits, first_block: int, steps: Steps, k: int) -> Hits:
         """Funnel ``candidates`` [m, c] of ``queries`` float32 [m, dim] through ``steps``.
 
-        Their scores are cosines at the end of block ``first_block`` - 1; with 0 they are not looked at.
+        Their scores are cosines at the end of block ``first_block`` - 1; ignored if ``first_block`` is 0.
         """
-        given = np.ascontiguousarray(candidates.rows), np.ascontiguousarray(candidates.scores, dtype=np.float32)
+        pairs = np.ascontiguousarray(candidates.rows), np.ascontiguousarray(candidates.scores, dtype=np.float32)
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         _call(
             "rerank",
             self._address,
             queries,
             len(queries),
-            *given,
-            given[0].shape[1],
+            *pairs,
+            pairs[0].shape[1],
             first_block,
             ctypes.addressof(steps),
             len(steps),
@@ -187,11 +186,11 @@ class NativeStore:
         )
         return Hits(rows, scores)
 
-    def search(  # noqa: PLR0917  # as the C function takes them
+    def search(  # noqa: PLR0917  # in the order of the C function
         self, graph: NativeGraph, queries: Floats, ef: int, keep: int, steps: Steps, k: int, allowed: Bits | None = None
     ) -> tuple[Hits, int]:
-        """The best ``keep`` of the ``ef`` that ``graph`` finds for ``queries`` float32 [m, dim], funnelled through
-        ``steps``, and how many scores the graph computed."""
+        """(the best ``keep`` of the ``ef`` rows that ``graph`` finds for ``queries`` float32 [m, dim], after ``steps``;
+        scores that the graph computed)."""
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         computed = _call(
             "search",
@@ -212,7 +211,7 @@ class NativeStore:
         return Hits(rows, scores), computed
 
     def scan(self, queries: Floats, num_blocks: int, k: int, allowed: Bits | None = None) -> tuple[Hits, int]:
-        """The exact ``k`` best by cosine at the end of block ``num_blocks`` - 1, and how many numbers were read."""
+        """(the exact ``k`` best rows by cosine at the end of block ``num_blocks`` - 1, numbers read)."""
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         read = _call("scan", self._address, queries, len(queries), num_blocks, allowed, k, rows, scores)
         return Hits(rows, scores), read

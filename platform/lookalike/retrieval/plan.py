@@ -1,4 +1,4 @@
-"""A retrieval plan: which prefix makes the shortlist, how many rows survive each funnel step, what ranks the answer.
+"""A retrieval plan: the prefix of the shortlist, the rows that survive each funnel step, the dim that ranks the answer.
 
 MRL paper, section 4.3: adaptive retrieval (a shortlist of K at D_s, re-ranked at D_r) and funnel retrieval.
 """
@@ -16,29 +16,29 @@ from lookalike.errors import ArtifactError, UsageError
 
 
 class Plan(Config):
-    """How one query is answered; every size is per shard, so more shards look at more candidates."""
+    """How to answer a query; every size is per shard, so more shards look at more candidates."""
 
     shortlist_dim: int = Field(ge=1)
-    """D_s: the prefix that the shortlist is made with, in dimensions."""
+    """D_s: the prefix that makes the shortlist, in dimensions."""
     shortlist_k: int = Field(default=200, ge=1, le=1_000_000)
-    """K: rows each shard shortlists; raised to the number of results asked for when that is larger."""
+    """K: rows that each shard shortlists; at least the number of results asked for."""
     stages: tuple[tuple[int, int], ...] = ()
-    """Funnel steps between shortlist and re-rank: (dim, rows that survive), dims growing, survivors not."""
+    """Funnel steps between shortlist and re-rank: (dim, surviving rows); dims increase, rows do not."""
     margins: tuple[Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)], ...] = ()
-    """Early exit: how far below the k-th best a row's cosine may be to survive, at D_s and at each stage; none by
-    default. A query whose neighbours stand apart re-ranks few rows, one in a crowd as many as the plan allows."""
+    """Early exit: how far below the k-th best cosine a row may be and still survive, at D_s and at each stage; empty:
+    no early exit. A query with clear neighbours re-ranks few rows, a query in a crowd as many as the plan allows."""
     rerank_dim: int = Field(ge=1)
-    """D_r: the prefix whose cosine ranks the answer, in dimensions; the full size unless there is a reason."""
+    """D_r: the prefix whose cosine ranks the answer, in dimensions; normally the full size."""
     ef_search: int | None = Field(default=None, ge=1, le=1_000_000)
-    """HNSW candidate list; never less than K. None takes K."""
+    """HNSW candidate list; at least K. None: K."""
     nprobe: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Lists an IVF shortlist looks into, at most all it has. None takes 16."""
+    """Lists that an IVF shortlist probes, at most all it has. None: 16."""
     scan: bool = False
-    """Make the shortlist by an exact scan of the stored prefix instead of the index built over it."""
+    """Make the shortlist by an exact scan of the stored prefix, not by its index."""
 
     @classmethod
     def exact(cls, dim: int) -> "Plan":
-        """The exact answer at ``dim``: one scan of every stored row."""
+        """The exact answer at ``dim``: a scan of every stored row."""
         return cls(shortlist_dim=dim, shortlist_k=1, rerank_dim=dim, scan=True)
 
     @property
@@ -63,13 +63,13 @@ class Plan(Config):
             raise ValueError(f"survivors {keeps} must not grow from step to step and must be at least 1")
         if self.margins and (len(self.margins) != len(keeps) or self.rerank_dim == self.shortlist_dim):
             raise ValueError(
-                f"{len(self.margins)} margins; a plan that re-ranks takes one for the shortlist and one "
+                f"{len(self.margins)} margins; a plan that re-ranks takes 1 for the shortlist and 1 "
                 f"for each of its {len(self.stages)} stages"
             )
         return self
 
     def require_dims(self, dims: Sequence[int]) -> None:
-        """Raise ``UsageError`` unless every dim of the plan is one of an index's nested ``dims``."""
+        """Raise ``UsageError`` unless every dim of the plan is among an index's nested ``dims``."""
         used = [self.shortlist_dim, *(dim for dim, _ in self.stages), self.rerank_dim]
         unknown = sorted({dim for dim in used if dim not in dims})
         if unknown:
@@ -78,7 +78,7 @@ class Plan(Config):
             )
 
     def describe(self) -> str:
-        """One line for people."""
+        """The plan in one line, for people."""
         if self.is_exact:
             return f"exact scan at {self.rerank_dim}-d"
         how = "scan" if self.scan else "index"
@@ -91,7 +91,7 @@ class Plan(Config):
         return f"{how} at {self.shortlist_dim}-d, {self.shortlist_k} rows{effort}{funnel}{rerank}{margins}"
 
     def list_steps(self, k: int) -> list[tuple[int, int, float]]:
-        """(dim, rows kept, margin) at D_s, at each stage and at D_r, for ``k`` results; no margin is infinite."""
+        """(dim, surviving rows, margin) at D_s, at each stage and at D_r, for ``k`` results; inf for no margin."""
         margins = [*(self.margins or [inf] * (1 + len(self.stages))), inf]
         steps = [(self.shortlist_dim, self.shortlist_k), *self.stages, (self.rerank_dim, k)]
         if self.rerank_dim == self.shortlist_dim:
@@ -100,7 +100,7 @@ class Plan(Config):
 
 
 def parse_plan(values: Any, where: str) -> Plan:
-    """A ``Plan`` from plain values; ``ArtifactError`` naming ``where`` when they make none."""
+    """A ``Plan`` from plain values; ``ArtifactError`` naming ``where`` if they are invalid."""
     try:
         return Plan.model_validate(values)
     except ValidationError as error:
@@ -108,21 +108,21 @@ def parse_plan(values: Any, where: str) -> Plan:
 
 
 def load_plan(uri: str) -> Plan:
-    """The plan that a published ``plan`` artifact chose."""
+    """The plan chosen in a published ``plan`` artifact."""
     artifact = Artifact.open(uri, "plan")
     content = artifact.read_json("plan.json")
     return parse_plan(content.get("plan") if isinstance(content, dict) else None, artifact.path("plan.json"))
 
 
 def load_measured(uri: str) -> tuple[tuple[float, Plan], ...]:
-    """(lower end of the recall's 95% interval, plan) of every candidate that a ``plan`` artifact measured, those with
-    the least modelled work first; none of a plan that was written by hand."""
+    """(lower end of the recall's 95% interval, plan) of every candidate measured in a ``plan`` artifact, least modelled
+    work first; empty for a plan written by hand."""
     artifact = Artifact.open(uri, "plan", check=False)
+    where = artifact.path("plan.json")
     try:
         candidates = artifact.read_json("plan.json").get("candidates", [])
-        found = [(one["model_us"], one["recall_low"], one["plan"]) for one in candidates]
+        rows = [(row["model_us"], row["recall_low"], row["plan"]) for row in candidates]
     except (KeyError, TypeError):
-        where = artifact.path("plan.json")
         raise ArtifactError(f"{where} lists candidates without figures; run the plan step again") from None
-    found.sort(key=lambda one: one[0])
-    return tuple((float(recall), parse_plan(plan, artifact.path("plan.json"))) for _, recall, plan in found)
+    rows.sort(key=lambda row: row[0])
+    return tuple((float(recall), parse_plan(plan, where)) for _, recall, plan in rows)

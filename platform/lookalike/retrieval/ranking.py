@@ -1,4 +1,4 @@
-"""Hits, and the one order they come in: score falling, then row rising. Everything that ranks uses it."""
+"""Hits, and their order everywhere: descending score, then ascending row."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,18 +17,18 @@ class Hits(NamedTuple):
     """The answers to n queries."""
 
     rows: Rows
-    """int64 [n, k]: global row numbers, -1 where there is no hit."""
+    """int64 [n, k]: global row numbers, -1 for no hit."""
     scores: Floats
-    """float32 [n, k]: cosine at the plan's re-rank dim, falling; -inf where there is no hit."""
+    """float32 [n, k]: cosine at the plan's re-rank dim, descending; -inf for no hit."""
 
 
 def empty_hits(num_queries: int, k: int) -> Hits:
-    """``k`` times no hit for each query."""
+    """Hits [num_queries, k] without a row."""
     return Hits(np.full((num_queries, k), NO_ROW, np.int64), np.full((num_queries, k), NO_SCORE, np.float32))
 
 
 def pad_hits(hits: Hits, k: int) -> Hits:
-    """``hits`` with no-hit columns appended up to ``k``."""
+    """``hits`` with empty columns appended up to ``k``."""
     missing = k - hits.rows.shape[1]
     if missing <= 0:
         return hits
@@ -37,9 +37,9 @@ def pad_hits(hits: Hits, k: int) -> Hits:
 
 
 def top_k(rows: Rows, scores: Floats, k: int) -> Hits:
-    """The best ``k`` of each line of candidates [n, m], in order; padded when m < k. Equal scores: smaller row first.
+    """The best ``k`` candidates of each line [n, m], in order, padded if m < k; of equal scores, the smaller row first.
 
-    A row of -1 is no candidate, whatever its score.
+    A row of -1 is not a candidate, whatever its score.
     """
     scores = np.where(rows == NO_ROW, NO_SCORE, scores).astype(np.float32, copy=False)
     rows = np.where(scores == NO_SCORE, NO_ROW, rows)
@@ -51,16 +51,15 @@ def top_k(rows: Rows, scores: Floats, k: int) -> Hits:
 def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
     """The best ``k`` of several shards' hits for the same queries."""
     if not parts:
-        raise ValueError("nothing to merge: give the hits of one shard at least")
+        raise ValueError("nothing to merge: give the hits of at least one shard")
     return top_k(np.hstack([part.rows for part in parts]), np.hstack([part.scores for part in parts]), k)
 
 
 def sort_keys(scores: Floats, rows: Rows) -> npt.NDArray[np.uint64]:
-    """Unique uint64 keys [n, m] whose rising order is the order of hits; column j stands for row ``rows[j]``.
+    """Unique uint64 keys [n, m] whose ascending order is the order of hits; column j stands for row ``rows[j]``.
 
-    The upper half is the score with its bits turned so that a larger float is a smaller integer, the lower half the
-    row, which must fit 32 bits: a plain partial sort of the keys then breaks ties by row, which a partial sort of the
-    scores would not.
+    The upper half is the score, its bits changed so that a larger float is a smaller integer; the lower half is the
+    row, which must fit 32 bits. A partial sort of the keys breaks ties by row; a partial sort of the scores would not.
     """
     bits = (scores + np.float32(0.0)).view(np.uint32)  # + 0.0 turns -0.0 into 0.0
     falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
@@ -69,7 +68,7 @@ def sort_keys(scores: Floats, rows: Rows) -> npt.NDArray[np.uint64]:
 
 
 def from_keys(keys: npt.NDArray[np.uint64]) -> Hits:
-    """The hits that sorted keys stand for."""
+    """The hits of sorted keys, the inverse of :func:`sort_keys`."""
     upper = (keys >> np.uint64(32)).astype(np.uint32)
     bits = np.where(upper >> 31, upper, ~upper & np.uint32(0x7FFFFFFF))
     rows: Rows = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)

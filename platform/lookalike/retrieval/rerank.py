@@ -1,9 +1,9 @@
 """Re-rank, funnel and scan over a prefix store.
 
-MRL paper, section 4.3. In a funnel, survivors gain the next blocks' partial dot products and are renormalised by the
-stored norms: nothing is read twice, a step to dim m costs m minus the dimensions read before it. All is batched over
-queries; a Python loop per query costs up to ten times the shortlist itself. The C library does all of it where it is
-there (``native.py``); what stands here besides gives the same answers, up to rounding, without it.
+MRL paper, section 4.3. A funnel step adds the survivors' partial dot products over the next blocks and renormalises by
+the stored norms: nothing is read twice, and a step to dim m costs m minus the dimensions read before. All steps are
+batched over queries; a Python loop per query would cost up to ten times the shortlist itself. The C library does this
+where it is built (``native.py``); without it, the numpy code here gives the same answers up to rounding.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ GATHER_NUMBERS = 1 << 21
 SCAN_NUMBERS = 1 << 20
 """Stored numbers that a scan converts at a time: 4 MB, which stays in cache."""
 GATHER_SHARE = 1 / 16
-"""Share of a shard's rows up to which a scan of some gathers them, rather than pass over the others."""
+"""Largest share of a shard's rows that a filtered scan gathers; above it, the scan reads all rows and skips some."""
 INSERTED = 4096
-"""Most results that the C library keeps in order as it scans; more are sorted here."""
+"""Most results that the C library keeps sorted during a scan; above it, numpy scans and sorts."""
 BATCH = 8
-"""Queries from which on a scan copies the blocks together for one matrix product, which may round equal rows apart."""
+"""Fewest queries for which a scan copies the blocks for one matrix product, which may round equal rows apart."""
 SCAN_SCORES = 1 << 22
 """Scores that a scan holds at a time: 16 MB."""
 
@@ -45,12 +45,12 @@ SCAN_SCORES = 1 << 22
 def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: Plan) -> Hits:
     """Run the plan's funnel steps and its re-rank over a shortlist made at ``plan.shortlist_dim``.
 
-    ``queries`` are float32 [n, dim], not normalised; ``shortlist`` holds rows of this shard and cosines at the
-    shortlist dim. Returns rows of this shard and cosines at ``plan.rerank_dim``.
+    ``queries`` are float32 [n, dim], not normalised; ``shortlist`` holds rows of this shard with cosines at the
+    shortlist dim. Returns rows of this shard with cosines at ``plan.rerank_dim``.
     """
     steps = plan.list_steps(k)
     if not plan.margins and len(steps) > 1:
-        steps = steps[1:]  # the shortlist has as many rows as its step would keep
+        steps = steps[1:]  # the first step would keep the whole shortlist
     survivors, reached = shortlist, plan.shortlist_dim
     if store.native is not None:
         return store.native.rerank(queries, shortlist, store.position(reached) + 1, pack_plan_steps(store, steps), k)
@@ -66,14 +66,14 @@ def rerank(store: PrefixStore, queries: Floats, shortlist: Hits, k: int, plan: P
 
 
 def pack_plan_steps(store: PrefixStore, steps: Sequence[tuple[int, int, float]]) -> Steps:
-    """The steps of a plan, (dim, rows kept, margin), for the library."""
+    """The steps of a plan, (dim, surviving rows, margin), for the library."""
     return pack_steps([(store.position(dim) + 1, keep, margin) for dim, keep, margin in steps])
 
 
 def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: int) -> Hits:
-    """The same rows, in any order, with cosines at ``dim``, from those at ``reached`` and the blocks between.
+    """The same rows, in any order, with cosines at ``dim``, from their cosines at ``reached`` and the blocks between.
 
-    ``reached`` 0 reads all blocks up to ``dim`` and asks nothing of the scores.
+    With ``reached`` 0 all blocks up to ``dim`` are read and the scores of ``hits`` are ignored.
     """
     if store.native is not None:
         first, num = store.position(reached) + 1 if reached else 0, hits.rows.shape[1]
@@ -90,8 +90,8 @@ def extend(store: PrefixStore, queries: Floats, hits: Hits, reached: int, dim: i
 
 
 def _lengths(store: PrefixStore, queries: Floats, rows: Rows, dim: int) -> Floats:
-    own = np.linalg.norm(queries[:, :dim], axis=1)[:, None]
-    return np.asarray(own * store.norms[store.position(dim)][rows], dtype=np.float32)
+    query_norms = np.linalg.norm(queries[:, :dim], axis=1)[:, None]
+    return np.asarray(query_norms * store.norms[store.position(dim)][rows], dtype=np.float32)
 
 
 def _partial_dots(store: PrefixStore, position: int, queries: Floats, rows: Rows) -> Floats:
@@ -106,9 +106,9 @@ def _partial_dots(store: PrefixStore, position: int, queries: Floats, rows: Rows
 
 
 def scan(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Rows | None = None) -> Hits:
-    """The exact ``k`` nearest by cosine at ``dim`` among all rows of the shard, read block of rows by block of rows.
+    """The exact ``k`` nearest rows of the shard by cosine at ``dim``, read part by part.
 
-    With rising ``rows`` [m] only these are read, and gathered once for all queries.
+    ``rows`` [m], ascending: only these are read, once for all queries.
     """
     if store.native is not None and k <= INSERTED:
         return _scan_native(store, queries, k, dim, rows)
@@ -136,12 +136,12 @@ def _scan_native(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Ro
         allowed = np.zeros(store.meta.num_rows, bool)
         allowed[rows] = True
         return library.scan(queries, num_blocks, k, pack_rows(allowed))[0]
-    found = empty_hits(len(queries), k)
+    result = empty_hits(len(queries), k)
     for part in row_slices(len(queries), max(1, SCAN_SCORES // max(1, len(rows)))):
         lines = np.broadcast_to(rows, (len(queries[part]), len(rows)))
         candidates, steps = Hits(lines, np.empty(lines.shape, np.float32)), pack_steps([(num_blocks, k, np.inf)])
-        found.rows[part], found.scores[part] = library.rerank(queries[part], candidates, 0, steps, k)
-    return found
+        result.rows[part], result.scores[part] = library.rerank(queries[part], candidates, 0, steps, k)
+    return result
 
 
 def _dots_in_order(store: PrefixStore, queries: Floats, place: slice | Rows, dim: int) -> Floats:

@@ -1,7 +1,7 @@
-"""Seeded Matryoshka-like embeddings: data of known shape for tests, benchmarks and trials of capacity.
+"""Seeded Matryoshka-like embeddings for tests, benchmarks and capacity trials.
 
-Super-classes hold classes, classes hold sub-clusters, sub-clusters hold items; the variance of dimension i falls as
-(i + 1)^-a, steeper for the coarser levels, so that a prefix tells classes apart and later dimensions tell items apart.
+Super-classes contain classes, classes sub-clusters, sub-clusters items; the variance of dimension i falls as
+(i + 1)^-a, steeper for coarser levels, so that a prefix separates classes and later dimensions separate items.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ SUPER_CLASSES, SUB_CLUSTERS = 32, 16
 
 
 class Hierarchy:
-    """The centres that vectors are drawn around: [super-classes + classes * 17, dim] float32."""
+    """The centres that vectors are drawn around, float32 [super-classes + classes * 17, dim]."""
 
     def __init__(self, generator: np.random.Generator, dim: int, num_classes: int) -> None:
         self.dim, self.num_classes = dim, num_classes
@@ -49,7 +49,7 @@ def make_vectors(num: int, dim: int, *, num_classes: int = 1000, seed: int = 0) 
 
 
 def make_part(hierarchy: Hierarchy, num: int, *, part: int, seed: int = 0) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """The same for one part of more than memory holds: what is drawn depends on ``seed`` and ``part`` alone."""
+    """One part of data larger than memory; the result depends only on ``seed`` and ``part``."""
     return hierarchy.draw(np.random.default_rng([seed, part]), num)
 
 
@@ -71,7 +71,7 @@ def publish_embeddings(
     num_parts: int = 2,
     encoder: str = "synthetic",
 ) -> Artifact:
-    """Publish ``vectors`` as an ``embeddings`` artifact; ``columns`` holds image_id and any metadata, else null."""
+    """Publish ``vectors`` as an ``embeddings`` artifact; ``columns``: image_id and any metadata, null if missing."""
     table = embeddings_table(vectors, columns)
     mark = hash_json([name, list(dims), vectors.shape, vectors.tobytes().hex()[:4096], sorted(columns), encoder])[:20]
     step = max(1, -(-len(vectors) // num_parts))
@@ -80,7 +80,7 @@ def publish_embeddings(
 
 
 def embeddings_table(vectors: Floats, columns: Mapping[str, Sequence[str | None]]) -> pa.Table:
-    """A part of an ``embeddings`` artifact; ``columns`` holds image_id and any metadata, else null."""
+    """A part of an ``embeddings`` artifact; ``columns``: image_id and any metadata, null if missing."""
     schema = schemas.embeddings(vectors.shape[1], float16=vectors.dtype == np.float16)
     values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     missing = [None] * len(vectors)
@@ -94,14 +94,14 @@ def embeddings_table(vectors: Floats, columns: Mapping[str, Sequence[str | None]
 
 
 def publish_tables(draft: Draft, tables: Iterable[pa.Table], *, dims: Sequence[int], encoder: str) -> Artifact:
-    """Publish ``tables`` as the parts of an ``embeddings`` artifact, each written before the next is asked for."""
+    """Publish ``tables`` as the parts of an ``embeddings`` artifact, writing each before taking the next."""
     draft.clear()
     storage.make_directory(draft.uri)
     rows = 0
     for number, table in enumerate(tables):
         filesystem, path = storage.arrow_filesystem(draft.path(f"part-{number:05d}.parquet"))
         others = [column for column in table.column_names if column != "vector"]
-        pq.write_table(table, path, filesystem=filesystem, use_dictionary=others)  # of numbers: float16 reads 5x faster
+        pq.write_table(table, path, filesystem=filesystem, use_dictionary=others)  # float16 reads 5x faster without
         rows += len(table)
     facts = {"fingerprint": encoder, "name": encoder, "uri": ""}
     draft.write_json("meta.json", {"dim": dims[-1], "dims": list(dims), "encoder": facts, "rows": rows})
