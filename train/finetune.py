@@ -1,7 +1,7 @@
 """``lookalike finetune``: the multi-task Matryoshka embedding (Pinterest's unified embedding, nested as in MRL)."""
 
 from lookalike.stages import Input, Stage
-from lookalike.train.run.footprint import preview
+from lookalike.train.run.resolve import preview
 from lookalike.train.run.settings import TrainConfig
 from lookalike.train.run.trainer import INPUTS, run_training
 

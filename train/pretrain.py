@@ -1,7 +1,7 @@
 """``lookalike pretrain``: a backbone on weak labels by multi-label softmax (Beal et al. 2021, section 3.4)."""
 
 from lookalike.stages import Stage
-from lookalike.train.run.footprint import preview
+from lookalike.train.run.resolve import preview
 from lookalike.train.run.settings import TrainConfig
 from lookalike.train.run.trainer import INPUTS, run_training
 from lookalike.train.tasks import TaskConfig

@@ -34,9 +34,9 @@ from lookalike.train.feed.decoding import actor_batches, to_arrays
 from lookalike.train.feed.loader import Batch, BatchDataset, build_loader
 from lookalike.train.finetune import STAGE
 from lookalike.train.run.batches import worker_batches
-from lookalike.train.run.loop import build_multitask_model
+from lookalike.train.run.initialise import build_multitask_model
+from lookalike.train.run.resolve import resolve
 from lookalike.train.run.settings import LoopConfig, TrainConfig
-from lookalike.train.run.trainer import resolve
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
 from lookalike.vision.images import decode

@@ -15,10 +15,11 @@ from lookalike import storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.schemas import SHARD
 from lookalike.stages import StageRun
-from lookalike.train.run.loop import Place, build_multitask_model, run_steps
+from lookalike.train.run.initialise import build_multitask_model
+from lookalike.train.run.loop import Place, run_steps
+from lookalike.train.run.resolve import resolve
 from lookalike.train.run.settings import LoopConfig, TrainConfig
 from lookalike.train.run.state import Training
-from lookalike.train.run.trainer import resolve
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder, to_bytes
 from lookalike.vision.transforms import TransformConfig
 

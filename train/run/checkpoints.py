@@ -1,9 +1,9 @@
-"""Checkpoints of a run: ``<folder>/step-00000050/rank-00000-of-00002.pt``, one file a worker.
+"""Checkpoints of a run: ``<folder>/step-00000050/rank-00000-of-00002.pt``, one file per worker.
 
-The first worker's file holds the model, the optimizer and all else that workers share; every file holds what differs
-between them. A file appears whole or not at all, and a checkpoint counts when all files of its world are there: a crash
-leaves nothing that could be taken for one, and no worker waits for another. A thread writes, one checkpoint at a time;
-training goes on from a copy in memory, which the next checkpoint waits for.
+The first worker's file holds the model, the optimizer and everything else that workers share; every file holds what
+differs between them. A file appears whole or not at all, and a checkpoint counts once all files of its world exist: a
+crash cannot leave a false checkpoint, and no worker waits for another. A thread writes a copy of the state while
+training continues; the next checkpoint waits until the copy is written.
 """
 
 import random
@@ -20,16 +20,16 @@ from torch import nn
 
 from lookalike import storage
 from lookalike.errors import LookalikeError
-from lookalike.train.run.shards import load_whole_state
+from lookalike.train.run.sharding import load_whole_state
 
 KEEP = 2
-"""Checkpoints kept: the last one, and the one before it until the last is complete."""
+"""Checkpoints kept: the last, and the one before it until the last is complete."""
 _FILE = re.compile(r"step-(\d+)/rank-(\d+)-of-(\d+)\.pt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint that lies in a run's folder."""
+    """A complete checkpoint in a run's folder."""
 
     folder: str
     step: int
@@ -37,11 +37,11 @@ class Checkpoint:
 
     @property
     def uri(self) -> str:
-        """Where its files are."""
+        """Folder of its files."""
         return storage.join(self.folder, f"step-{self.step:08d}")
 
     def read(self, rank: int = 0) -> dict[str, Any]:
-        """The content of one worker's file: tensors on the CPU, and plain values."""
+        """Content of one worker's file: tensors on the CPU, and plain values."""
         uri = storage.join(self.uri, f"rank-{rank:05d}-of-{self.world:05d}.pt")
         with fsspec.open(uri, "rb") as file:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -49,20 +49,19 @@ class Checkpoint:
 
 
 def find_checkpoints(folder: str) -> list[Checkpoint]:
-    """The complete checkpoints below ``folder``, the oldest first."""
+    """Complete checkpoints below ``folder``, oldest first."""
     ranks: dict[tuple[int, int], set[int]] = {}
     for name in storage.list_files(folder) if storage.exists(folder) else []:
         if match := _FILE.fullmatch(name):
             step, rank, world = (int(number) for number in match.groups())
             ranks.setdefault((step, world), set()).add(rank)
-    complete = sorted((step, world) for (step, world), found in ranks.items() if len(found) == world)
+    complete = sorted((step, world) for (step, world), written in ranks.items() if len(written) == world)
     return [Checkpoint(folder, step, world) for step, world in complete]
 
 
 def last_checkpoint(folder: str) -> Checkpoint | None:
     """The newest complete checkpoint, or None at a run's beginning."""
-    found = find_checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(find_checkpoints(folder)), None)
 
 
 class CheckpointWriter:
@@ -74,12 +73,12 @@ class CheckpointWriter:
         self._running: Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Copy ``state`` and write it while training goes on; waits for the one before, whose failure it raises."""
+        """Copy ``state`` and write it in the thread; waits for the checkpoint before, and raises its failure."""
         self.wait()
         self._running = self._pool.submit(self._write, step, copy_state(state))
 
     def wait(self) -> None:
-        """Return when what was saved is on the disk; raises what went wrong there."""
+        """Wait until the last checkpoint is on disk; raises the error of its writing."""
         if self._running is not None:
             running, self._running = self._running, None
             running.result()
@@ -102,7 +101,7 @@ class CheckpointWriter:
 
 
 def copy_state(value: Any) -> Any:
-    """A copy of nested dicts, lists and tuples whose tensors lie on the CPU and follow no further training."""
+    """A copy of nested dicts, lists and tuples with all tensors on the CPU; ``deepcopy`` leaves them on the GPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -113,8 +112,10 @@ def copy_state(value: Any) -> Any:
 
 
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:
-    """Fill model and optimizer from a checkpoint's ``model`` and ``optimizer``; raises ``LookalikeError`` naming the
-    tensors and shapes when they are another model's."""
+    """Fill model and optimizer from a checkpoint's ``model`` and ``optimizer``.
+
+    Raises ``LookalikeError`` naming tensors and shapes if the checkpoint is of another model.
+    """
     try:
         load_whole_state(module, optimizer, state["model"], state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
@@ -126,7 +127,7 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[
 
 
 def random_state() -> dict[str, Any]:
-    """State of the global random generators of this process: torch (CPU and GPU), numpy and Python."""
+    """State of this process's global random generators: torch (CPU and GPU), numpy and Python."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -137,7 +138,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back where ``random_state`` found them."""
+    """Set the generators to a state that ``random_state`` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

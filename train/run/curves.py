@@ -1,11 +1,11 @@
-"""What a training run says of itself: losses of a step over all workers, the loss curve, gauges of Ray, trackers; and
-the stop at a loss that is no number."""
+"""Figures of a training run: losses of a step over all workers, the loss curve, Ray's gauges; and the stop at a loss
+that is not finite."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,25 +14,25 @@ from lookalike.errors import LookalikeError
 from lookalike.train.run.trackers import Tracker
 
 CURVE_POINTS = 200
-"""A run keeps every step of its loss curve up to this number of steps, and this many points or a few more above."""
+"""Points of a loss curve, or a few more; a run of fewer steps keeps every step."""
 IDS_SHOWN = 64
 
 
 class NonFiniteLossError(LookalikeError):
-    """A loss or a gradient is infinite or no number; the message names step, workers, images and checkpoint."""
+    """A loss or a gradient is infinite or NaN; the message names step, workers, images and checkpoint."""
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """One step's figures: means over its parts and over workers."""
+    """Figures of one step: means over its parts and over workers."""
 
     step: int
     values: dict[str, float]
     """``loss`` (the sum that is trained on), ``loss_<task>``, ``grad_norm``, ``lr``."""
     ids: Sequence[str] = ()
-    """Image ids of this worker's rows, where the loader gives them."""
+    """Image ids of this worker's rows, if the loader gives them."""
     bad: bool = False
-    """Some worker's loss, or the gradient of all, is not finite."""
+    """A worker's loss, or the gradient of all, is not finite."""
     bad_here: bool = False
     """This worker's loss is not finite."""
 
@@ -50,9 +50,9 @@ class _Pending:
 
 
 class StepReader:
-    """Takes each step's losses from the device to the host.
+    """Copies each step's losses from the device to the host.
 
-    On a GPU they are read one step later, when they have long arrived, so that the device never waits for the host.
+    On a GPU they are read one step later, when the copy has long ended, so that the device never waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,12 +64,13 @@ class StepReader:
         step: int,
         losses: Mapping[str, torch.Tensor],
         norm: torch.Tensor,
+        ids: Sequence[str],
         *,
         lr: float,
-        ids: Sequence[str],
         norm_may_overflow: bool,
     ) -> None:
-        """``losses``: this worker's share of each mean, scalars; the same names in the same order on every worker."""
+        """Begin the copy. ``losses``: this worker's share of each mean; the same names in the same order on every
+        worker."""
         own = torch.stack([loss.detach().double() for loss in losses.values()])
         bad = ~own.isfinite().all()
         shared = torch.cat([bad.double()[None], own])
@@ -85,7 +86,7 @@ class StepReader:
         self._pending = _Pending(step, list(losses), numbers, not norm_may_overflow, lr, ids, copied)
 
     def take(self) -> StepValues | None:
-        """The step that was put last, once; None when it has been taken."""
+        """The step that was put last; None if it has been taken already."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
@@ -97,59 +98,67 @@ class StepReader:
         return StepValues(pending.step, values, pending.ids, bad, bool(bad_here))
 
 
-def stop_if_bad(taken: StepValues, rank: int, last_good: Callable[[], str]) -> None:
-    """Raise ``NonFiniteLossError``, the same on every worker, when the loss of one or the gradient was bad.
+class _WorkerState(NamedTuple):
+    rank: int
+    ids: list[str]
+    bad: bool
 
-    ``last_good`` says which checkpoint there is; it is asked once every worker has come here, its own files written.
+
+def stop_if_bad(figures: StepValues, rank: int, last_good: Callable[[], str]) -> None:
+    """Raise ``NonFiniteLossError``, the same on every worker, if a worker's loss or the gradient was not finite.
+
+    ``last_good`` names the last checkpoint; it is called once every worker has come here, with its own files written.
     """
-    if not taken.bad:
+    if not figures.bad:
         return
-    found: list[Any] = [(rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here)]
+    own = _WorkerState(rank, list(figures.ids)[:IDS_SHOWN], figures.bad_here)
+    states = [own]
     if dist.is_initialized():
-        found = found * dist.get_world_size()
-        dist.all_gather_object(found, (rank, list(taken.ids)[:IDS_SHOWN], taken.bad_here))
-    guilty = [entry for entry in found if entry[2]]
+        states = [own] * dist.get_world_size()
+        dist.all_gather_object(states, own)
+    guilty = [state for state in states if state.bad]
     what = "loss" if guilty else "gradient"
     where = "; ".join(
-        f"rank {number}, images {', '.join(ids) or 'not named by the loader'}" for number, ids, _ in guilty or found
+        f"rank {state.rank}, images {', '.join(state.ids) or 'not named by the loader'}" for state in guilty or states
     )
     raise NonFiniteLossError(
-        f"the {what} is not finite at step {taken.step} on {where}; {last_good()}. Run again with a lower "
-        "lr, a smaller clip_norm or a longer warm-up, with precision=float32 if it was lower, or look at these images"
+        f"the {what} is not finite at step {figures.step} on {where}; {last_good()}. Run again with a "
+        "lower optimizer.lr, a smaller optimizer.clip_norm or a longer warm-up, with compute.precision=float32, or "
+        "look at these images"
     )
 
 
 @dataclass
 class Curve:
-    """The loss curve of a run: points of means since the point before, a bounded number of them."""
+    """The loss curve of a run: a bounded number of points, each the mean of the steps since the point before."""
 
     total_steps: int
     points: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     steps: int = 0
 
-    def add(self, taken: StepValues) -> None:
-        """Take a step in; every ``total_steps / CURVE_POINTS`` steps, and at the end, a point is made."""
+    def add(self, figures: StepValues) -> None:
+        """Add a step; every ``total_steps / CURVE_POINTS`` steps, and at the end, add a point."""
         self.steps += 1
-        for name, value in taken.values.items():
+        for name, value in figures.values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        if taken.step % max(1, self.total_steps // CURVE_POINTS) and taken.step != self.total_steps:
+        if figures.step % max(1, self.total_steps // CURVE_POINTS) and figures.step != self.total_steps:
             return
         means = {name: total / self.steps for name, total in self.sums.items()}
-        self.points.append({"step": float(taken.step), **means, "lr": taken.values["lr"]})
+        self.points.append({"step": float(figures.step), **means, "lr": figures.values["lr"]})
         self.sums, self.steps = {}, 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The curve as a checkpoint keeps it."""
         return {"points": list(self.points), "sums": dict(self.sums), "steps": self.steps}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Continue from ``state``."""
         self.points, self.sums, self.steps = list(state["points"]), dict(state["sums"]), state["steps"]
 
 
 class Pace:
-    """How fast training is, and how much of its time waits for data."""
+    """Speed of training, and the share of its time spent waiting for data."""
 
     def __init__(self, images_per_step: int) -> None:
         self._images = images_per_step
@@ -158,7 +167,7 @@ class Pace:
         self._waited = self._all_waited = 0.0
 
     def waited(self, seconds: float) -> None:
-        """Add time that was spent waiting for a batch."""
+        """Add time spent waiting for a batch."""
         self._waited += seconds
         self._all_waited += seconds
 
@@ -168,7 +177,7 @@ class Pace:
         self._all_steps += 1
 
     def read(self) -> dict[str, float]:
-        """Images a second (of all workers) and this worker's share of time without data, since the last reading."""
+        """Images per second of all workers, and this worker's share of time spent waiting, since the last reading."""
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
         values = {"images_per_s": self._steps * self._images / seconds, "data_wait": self._waited / seconds}
@@ -176,13 +185,13 @@ class Pace:
         return values
 
     def whole(self) -> dict[str, float]:
-        """The same since this process began to train."""
+        """The same figures since this process began to train."""
         seconds = max(time.monotonic() - self._begun, 1e-9)
         return {"images_per_s": self._all_steps * self._images / seconds, "data_wait": self._all_waited / seconds}
 
 
 class Gauges:
-    """The first worker's latest figures as Ray's metrics, ``lookalike_train_<what>``, tagged with the run."""
+    """The first worker's latest figures as Ray metrics ``lookalike_train_<what>``, tagged with the run."""
 
     NAMES = ("loss", "grad_norm", "lr", "images_per_s", "data_wait", "step")
 
@@ -196,7 +205,7 @@ class Gauges:
         self._task = Gauge("lookalike_train_task_loss", "loss of one task", ("run", "task"))
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Publish what is known of ``NAMES``, and ``loss_<task>`` under the task's name."""
+        """Set the values named in ``NAMES``, and ``loss_<task>`` under the task's name."""
         for name, value in values.items():
             if name in self._gauges:
                 self._gauges[name].set(value, self._tags)

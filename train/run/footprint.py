@@ -1,30 +1,115 @@
-"""What one training step needs in memory, known before it runs: for ``--dry-run``.
+"""Memory of a training step, reckoned before it runs.
 
-The step is run on tensors that have shapes and no content (torch's fake tensors), so it costs neither memory nor a GPU.
-What autograd keeps for the backward pass is counted by storage, so a view costs nothing.
+``task_memory`` counts by formula what a task takes on one worker; it grows with the label space, so a run above
+``compute.task_memory_gib`` is refused. ``measure`` runs a whole step on tensors that have shapes but no content
+(torch's fake tensors), which costs neither memory nor a GPU, and counts what autograd keeps; a view costs nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from lookalike.stages import StageRun
+from lookalike.errors import UsageError
 from lookalike.train.feed.loader import attribute_fields
-from lookalike.train.run.loop import DTYPES
 from lookalike.train.run.optimizer import freeze, set_train_mode
 from lookalike.train.run.settings import TrainConfig
-from lookalike.train.run.trainer import count_classes, find_files, find_teacher, require_task_memory, resolve_encoder
-from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
-from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, build_model, read_config
+from lookalike.train.tasks import TASKS, ClassTask, MultiTaskModel, Task, TaskConfig, build_tasks
+from lookalike.vision.encoder import EmbeddingModel, EncoderConfig, build_model
 from lookalike.vision.tuning import recompute_activations
 
+FLOAT = 4
+PAIR_MATRICES = 12
+"""Matrices [n, n] that a task of pairs keeps for each nested dim, about."""
 LABELS_PER_ROW = 4
 """Labels of a row in the batch that is measured; the loss needs next to nothing for each."""
+
+
+class TaskMemory(NamedTuple):
+    """Bytes on one worker. They are not all held at the same moment: the sum is an upper bound of the peak."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in self._asdict().items())
+        return f"{self.total / 2**30:.2f} GiB ({parts})"
+
+
+def task_memory(
+    config: TaskConfig, dims: tuple[int, ...], num_classes: int, *, rows: int, world: int = 1, slots: int = 2
+) -> TaskMemory:
+    """Memory of one task on a worker of ``world`` with ``rows`` rows of float32 embeddings nested at ``dims``.
+
+    ``slots``: tensors the optimizer keeps for each parameter.
+    """
+    dims = config.dims or dims
+    if not issubclass(TASKS.get(config.kind), ClassTask):
+        return TaskMemory(0, 0, 0, FLOAT * len(dims) * PAIR_MATRICES * rows * rows)
+    parts = world if config.shard else 1
+    classes = -(-num_classes // parts)
+    cosine = config.kind in {"normalized_softmax", "binary"}
+    width = sum(dims) if config.nesting == "mrl" else dims[-1]
+    biases = 0 if cosine else len(dims) if config.nesting == "mrl" else 1
+    weights = FLOAT * classes * (width + biases)
+    scored = classes if config.sample_classes is None else min(classes, max(1, config.sample_classes // parts))
+    copies = FLOAT * scored * (width + biases) if scored < classes else 0
+    gathered = rows * parts
+    if scored > config.class_chunk or parts > 1 or config.nesting == "mrl-e":
+        scores = ((2 if cosine else 1) * len(dims) + 3) * min(scored, config.class_chunk)
+        embeddings = 3 * gathered * dims[-1]
+    else:
+        scores = ((4 if cosine else 2) * len(dims) + 2) * scored
+        embeddings = rows * width
+        copies += 2 * FLOAT * scored * width if cosine else 0
+    activations = FLOAT * (gathered * scores + embeddings) + copies
+    return TaskMemory(weights, weights, slots * weights, activations)
+
+
+def require_memory(train: TrainConfig, dims: tuple[int, ...], num_classes: Mapping[str, int]) -> dict[str, TaskMemory]:
+    """Memory of every task on a worker. Raises ``UsageError`` with remedies if the sum is above the limit."""
+    world, limit_gib = train.workers.num, train.compute.task_memory_gib
+
+    def reckon(config: TaskConfig) -> TaskMemory:
+        classes = num_classes.get(config.field, 0)
+        return task_memory(config, dims, classes, rows=train.micro_batch, world=world, slots=train.optimizer.slots)
+
+    tasks = {name: reckon(config) for name, config in train.tasks.items()}
+    total = sum(memory.total for memory in tasks.values()) / 2**30
+    if limit_gib is None or total <= limit_gib:
+        return tasks
+    name = max(tasks, key=lambda task: tasks[task].total)
+    config, changes = (
+        train.tasks[name],
+        (
+            ("nesting: mrl-e", {"nesting": "mrl-e"}),
+            (f"shard: true over the {world} workers", {"shard": True}),
+            ("sample_classes: 8192", {"sample_classes": 8192}),
+            ("class_chunk: 1024", {"class_chunk": 1024}),
+        ),
+    )
+    remedies = []
+    for text, change in changes:
+        after = reckon(config.model_copy(update=change)).total
+        if after < tasks[name].total and set(change) <= set(TASKS.get(config.kind).settings):
+            remedies.append(f"{text} ({after / 2**30:.2f} GiB)")
+    raise UsageError(
+        f"the tasks need {total:.2f} GiB a worker, more than compute.task_memory_gib {limit_gib:g}; the largest is "
+        f"{name!r} over {num_classes.get(config.field, 0):,} classes with {tasks[name]}. For it set "
+        f"{', or '.join([*remedies, 'a smaller batch_size'])}"
+    )
 
 
 @dataclass(frozen=True)
@@ -47,9 +132,14 @@ class StepMemory:
     """Tasks whose activations depend on the labels' values and are left out."""
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Name -> bytes."""
+        return {name: value for name, value in asdict(self).items() if name != "unknown"}
+
+    @property
     def total(self) -> int:
-        """All of it."""
-        return sum(value for name, value in vars(self).items() if name != "unknown")
+        """Sum of the parts."""
+        return sum(self.parts.values())
 
     @property
     def checkpoint(self) -> int:
@@ -57,23 +147,11 @@ class StepMemory:
         return self.parameters + self.optimizer + self.average
 
 
-def preview(run: StageRun[TrainConfig]) -> list[str]:
-    """The memory of one step as text, a line each; what would stop the run at its start raises ``UsageError`` here."""
-    train = run.config
-    find_files(train, run.one("shards"))
-    teacher = find_teacher(train, run.many("teacher"))
-    encoder = resolve_encoder(train, read_config(run.one("encoder")))
-    classes = count_classes(train, run.one("shards"), teacher)
-    require_task_memory(train, encoder, classes)
-    memory = measure(train, encoder, classes, read_config(teacher) if teacher else None)
-    return describe(memory, train, encoder)
-
-
 def describe(memory: StepMemory, train: TrainConfig, encoder: EncoderConfig) -> list[str]:
     """Text lines of ``memory``, the largest parts first."""
     size = encoder.transform.size
     place = "of a GPU" if train.workers.use_gpu else "of a machine"
-    parts = sorted((item for item in vars(memory).items() if item[0] != "unknown" and item[1]), key=lambda i: -i[1])
+    parts = sorted((part for part in memory.parts.items() if part[1]), key=lambda part: -part[1])
     lines = [
         f"memory {place}, one step of a worker: {train.micro_batch} images of {size} x {size}, "
         f"{train.compute.precision}"
@@ -96,7 +174,7 @@ def _mib(size: int) -> str:
 def measure(
     train: TrainConfig, encoder: EncoderConfig, num_classes: Mapping[str, int], teacher: EncoderConfig | None = None
 ) -> StepMemory:
-    """The memory of one step of one worker, all heads held whole."""
+    """Memory of one step of one worker, all heads held whole."""
     with torch.device("meta"):
         network = build_model(encoder)
         weights = train.nested_weights or (1.0,) * len(encoder.dims)
@@ -106,23 +184,22 @@ def measure(
     if train.compute.activation_checkpointing:
         recompute_activations(network.backbone)
     set_train_mode(model, train.backbone)
-    with FakeTensorMode():
-        _make_fake(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")  # fake tensors that claim to lie on the CPU: its kernels, and what they keep
         batch = _fake_batch(train, encoder.transform.size, teacher.dim if teacher else 1)
-        body, heads, unknown = _activations(model, network, batch, train.compute.precision)
-    parameters = _bytes(model)
+        activations = _activations(model, network, batch, train.compute.dtype)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return StepMemory(
-        parameters=parameters,
+        parameters=_bytes(model),
         gradients=gradients,
         buckets=gradients if train.workers.num > 1 else 0,
         optimizer=gradients * train.optimizer.slots,
         average=_bytes(network) if train.optimizer.ema_decay is not None else 0,
         teacher=teacher_size,
         batch=batch["images"].nbytes,
-        encoder_activations=body,
-        head_activations=heads,
-        unknown=unknown,
+        encoder_activations=activations.encoder,
+        head_activations=activations.heads,
+        unknown=activations.unknown,
     )
 
 
@@ -130,21 +207,9 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _make_fake(model: nn.Module) -> None:
-    """Replace the meta device's tensors by ones that claim to lie on the CPU: kernels, and what they keep, are its."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
 def _fake_batch(train: TrainConfig, size: int, teacher_dim: int) -> dict[str, torch.Tensor]:
-    rows, stated = train.micro_batch, attribute_fields(task.field for task in train.tasks.values())
-    labels = {name: torch.zeros(rows, dtype=torch.int64) for name in ("category", "group", "row", *stated)}
+    rows, attributes = train.micro_batch, attribute_fields(task.field for task in train.tasks.values())
+    labels = {name: torch.zeros(rows, dtype=torch.int64) for name in ("category", "group", "row", *attributes)}
     return {
         "images": torch.empty(rows, 3, size, size),
         "teacher": torch.empty(rows, teacher_dim),
@@ -153,35 +218,40 @@ def _fake_batch(train: TrainConfig, size: int, teacher_dim: int) -> dict[str, to
     }
 
 
+class _Activations(NamedTuple):
+    encoder: int
+    heads: int
+    unknown: tuple[str, ...]
+
+
 def _activations(
-    model: MultiTaskModel, network: EmbeddingModel, batch: dict[str, torch.Tensor], precision: str
-) -> tuple[int, int, tuple[str, ...]]:
-    """Bytes kept for the backward pass of the encoder, those of the tasks, and the tasks that cannot be known."""
-    dtype = DTYPES.get(precision)
+    model: MultiTaskModel, network: EmbeddingModel, batch: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> _Activations:
+    """Bytes kept for the backward pass."""
     unknown: list[str] = []
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None), count_saved(model) as counted:
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None), count_saved(model) as saved_bytes:
         embedding = network(batch["images"])
-        body = counted()
+        body = saved_bytes()
         for name, task in model.tasks.items():
             assert isinstance(task, Task)
             try:
                 task(embedding, batch)
             except RuntimeError:  # its loss picks rows by the labels' values
                 unknown.append(name)
-        return body, counted() - body, tuple(unknown)
+        return _Activations(body, saved_bytes() - body, tuple(unknown))
 
 
 @contextmanager
 def count_saved(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the bytes autograd has kept within the block, the model's own tensors left out."""
+    """Yield a function that returns the bytes autograd has kept within the block, without the model's own tensors."""
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no storage's number is used twice
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no storage's number is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage
+            storages[storage._cdata] = storage
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(storage.nbytes() for storage in kept.values())
+        yield lambda: sum(storage.nbytes() for storage in storages.values())

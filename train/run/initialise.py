@@ -1,8 +1,8 @@
-"""A data-driven start for projection and proxies, from one pass of the starting backbone over training images.
+"""The model before its first step: projection and proxies start from one pass of the backbone over training images.
 
-The projection starts as the principal directions of the backbone's features, the strongest first, so that prefixes
-begin ordered. Class proxies start at the mean of their class's embeddings (weight imprinting, Qi et al. 2018): random
-proxies would first tear that order apart, most of all at the smallest nested dims, where there is no room to be wrong.
+The projection starts as the principal directions of the backbone's features, strongest first, so that prefixes begin
+ordered. Class proxies start at the mean of their class's embeddings (weight imprinting, Qi et al. 2018); random proxies
+would first destroy that order, most of all at the smallest nested dims.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,71 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from lookalike.artifacts import Artifact
 from lookalike.train.feed.loader import attribute_fields, check_labels, open_pictures
-from lookalike.train.feed.units import Unit, read_unit, split_attributes
+from lookalike.train.feed.units import Unit, list_units, read_unit, split_attributes
 from lookalike.train.losses.matryoshka import NestedCosine
-from lookalike.vision.transforms import Transform
+from lookalike.train.run.settings import LoopConfig
+from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
+from lookalike.vision.encoder import EmbeddingModel, read_encoder
+from lookalike.vision.transforms import Transform, build_eval_transform
+from lookalike.vision.tuning import is_convolutional
 
 BATCH = 64
-MAX_UNITS = 256  # row groups that are looked into, however many there are
+MAX_UNITS = 256  # row groups to read at most
+
+
+def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
+    """The source encoder's backbone with projection and heads; ``initialise`` starts these two as the settings say."""
+    train = config.train
+    _, source = read_encoder(
+        Artifact.open(config.source_encoder, "encoder"),
+        size=config.encoder.transform.size,
+        drop_path=train.backbone.drop_path,
+    )
+    encoder = EmbeddingModel(
+        source.backbone, config.encoder.num_features, config.encoder.dim if config.encoder.projection else None
+    )
+    dims = config.encoder.dims
+    tasks = build_tasks(
+        train.tasks,
+        dims,
+        config.class_fields,
+        train.nested_weights or (1.0,) * len(dims),
+        seed=train.seed,
+        dims_per_step=train.dims_per_step,
+    )
+    if initialise and train.initialise.method == "data":
+        initialise_from_data(config, encoder, tasks)
+    model = MultiTaskModel(encoder, tasks)
+    if is_convolutional(encoder.backbone):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Mapping[str, Task]) -> None:
+    """Fill projection and proxies from a sample of the dataset named first in ``mix``."""
+    units = list_units(config.files[next(iter(config.train.mix))])
+    cosine = [task for task in tasks.values() if isinstance(task.head, NestedCosine) and task.config.field != "labels"]
+    if not config.encoder.projection and not cosine:
+        return
+    features, labels = sample_features(
+        encoder.backbone,
+        units,
+        build_eval_transform(config.encoder.transform),
+        sorted({task.config.field for task in cosine}),
+        config.train.initialise.images,
+        num_classes=config.class_fields,
+        attributes=config.attributes,
+    )
+    if isinstance(encoder.projection, nn.Linear):
+        weight = pca_projection(features, config.encoder.dim, config.train.initialise.whitening)
+        encoder.projection.weight.data.copy_(weight)
+    with torch.no_grad():
+        embedding = encoder.projection(features)
+    for task in cosine:
+        assert isinstance(task.head, NestedCosine)
+        imprint_proxies(task.head, embedding, labels[task.config.field])
 
 
 def sample_features(
@@ -33,9 +91,9 @@ def sample_features(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Features [n, F] float32 of up to ``max_images`` images, and the integer columns ``fields``, int64 [n] each.
 
-    The images are spread evenly over the units, or over ``MAX_UNITS`` of them; workers of a process group share the
-    work and all get the whole. Labels beyond ``num_classes`` (field -> classes) raise ``ArtifactError``.
-    ``attributes``: what the shards' column of that name holds, for fields such as ``attribute.colour``.
+    The images are spread evenly over the units, or over ``MAX_UNITS`` of them. The workers of a process group share the
+    work, and each returns the whole sample. ``attributes``: names in the shards' column ``attributes``, for fields such
+    as ``attribute.colour``. Labels beyond ``num_classes`` (field -> classes) raise ``ArtifactError``.
     """
     units = units if len(units) <= MAX_UNITS else [units[i * len(units) // MAX_UNITS] for i in range(MAX_UNITS)]
     share = max(1, max_images // max(1, len(units)))
@@ -58,13 +116,13 @@ def sample_features(
         gathered = [rows] * world
         dist.all_gather_object(gathered, rows)
     whole = [pair for part in gathered for pair in part]
-    return torch.cat([f for f, _ in whole]), {f: torch.cat([known[f] for _, known in whole]) for f in fields}
+    return torch.cat([f for f, _ in whole]), {f: torch.cat([labels[f] for _, labels in whole]) for f in fields}
 
 
 def pca_projection(features: torch.Tensor, dim: int, whitening: float) -> torch.Tensor:
     """Weight [dim, F] float32: leading right singular vectors of the normalised features [n, F].
 
-    Row i is divided by (s_i / s_0) ** ``whitening``; beyond the rank of the sample stand orthogonal completions.
+    Row i is divided by (s_i / s_0) ** ``whitening``; rows beyond the rank of the sample are orthogonal completions.
     """
     unit = functional.normalize(features).double()
     # eigenvectors of the F x F Gram matrix are the right singular vectors, and complete themselves beyond the rank
@@ -76,14 +134,17 @@ def pca_projection(features: torch.Tensor, dim: int, whitening: float) -> torch.
 
 
 def imprint_proxies(head: NestedCosine, embedding: torch.Tensor, labels: torch.Tensor) -> None:
-    """Set each class's proxies to the normalised mean of its normalised embeddings [n, D]; labels [n] below 0 are
-    left out, and classes without a row keep their random start. A sharded head takes the classes it holds."""
+    """Set each class's proxies to the normalised mean of its normalised embeddings [n, D].
+
+    Rows with labels [n] below 0 are ignored; classes without a row keep their random start; a sharded head sets the
+    classes it holds.
+    """
     known = (labels >= head.shard.first) & (labels < head.shard.stop)
     own = labels[known] - head.shard.first
     with torch.no_grad():
         for m, proxy in zip(head.sizes, head.proxies, strict=True):
             unit = functional.normalize(embedding[known, :m])
             total = torch.zeros_like(proxy).index_add_(0, own, unit)
-            seen = torch.zeros(len(proxy), dtype=torch.bool)
-            seen[own] = True
-            proxy[seen] = functional.normalize(total[seen])
+            present = torch.zeros(len(proxy), dtype=torch.bool)
+            present[own] = True
+            proxy[present] = functional.normalize(total[present])

@@ -1,10 +1,10 @@
 """The training loop that runs on every Ray Train worker: DDP, accumulation, mixed precision, checkpoints, metrics.
 
-Pretraining and fine-tuning differ in configuration alone. The data comes in ``workers.num`` streams, however many
+Pretraining and fine-tuning differ only in configuration. The data comes in ``workers.num`` streams, however many
 workers are left: a worker takes the streams ``rank``, ``rank + world``, ... one after the other and adds up their
-gradients. So a run that shrinks reads the same batches, with the same augmentation and dropout, and differs from one
-that did not in the order of floating-point sums alone (and in batch-norm statistics where they are not frozen). With
-the same number of workers a run that was killed ends with the weights of one that was not, bit by bit on a CPU.
+gradients. A run that shrinks therefore reads the same batches, with the same augmentation and dropout; only the order
+of floating-point sums changes, and batch-norm statistics if they are not frozen. With the same number of workers, a run
+that was killed and resumed ends with the same weights as an undisturbed run, bit for bit on a CPU.
 """
 
 import logging
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.train
 import torch
@@ -20,59 +20,50 @@ import torch.distributed as dist
 from ray.train.torch import get_device, prepare_model
 from torch import nn
 
-from lookalike.artifacts import Artifact
 from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 from lookalike.telemetry import fields, get_logger, setup_logging
-from lookalike.train.feed.units import list_units
-from lookalike.train.losses.matryoshka import NestedCosine
 from lookalike.train.run.batches import feed, worker_batches
 from lookalike.train.run.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint
 from lookalike.train.run.curves import Gauges, Pace, StepReader, StepValues, publish, stop_if_bad
-from lookalike.train.run.initialise import imprint_proxies, pca_projection, sample_features
+from lookalike.train.run.initialise import build_multitask_model
 from lookalike.train.run.optimizer import hasten_batch_norm, set_train_mode
 from lookalike.train.run.settings import LoopConfig, TrainConfig
-from lookalike.train.run.shards import clip_gradients, ignore_in_ddp
+from lookalike.train.run.sharding import clip_gradients, ignore_in_ddp
 from lookalike.train.run.state import Training
 from lookalike.train.run.teacher import Teacher
 from lookalike.train.run.trackers import TrackedRun, Tracker, start_trackers
-from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
-from lookalike.vision.encoder import EmbeddingModel, read_encoder
-from lookalike.vision.transforms import build_eval_transform
-from lookalike.vision.tuning import is_convolutional, recompute_activations
+from lookalike.vision.tuning import recompute_activations
 
 log = get_logger(__name__)
 TICK_STEPS = 5
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the workers, and what it was told."""
+    """This process among the workers, and its instructions."""
 
     config: LoopConfig
     rank: int
     world: int
     device: torch.device
     folder: str
-    """Where the run's checkpoints are."""
+    """URI of the run's checkpoints."""
     progress: Any = None
     """Actor that shows the run's progress, or None."""
 
     @property
     def streams(self) -> range:
-        """The data streams that this worker reads."""
+        """Data streams that this worker reads."""
         return range(self.rank, self.config.train.workers.num, self.world)
-
-    @property
-    def parts(self) -> int:
-        """Forward passes of all workers in one step."""
-        return self.config.train.parts
 
 
 def train_worker(values: dict[str, Any]) -> None:
-    """Ray Train's entry on each worker; ``values``: ``loop``, a dumped ``LoopConfig``, ``folder`` and ``progress``."""
+    """Entry point of Ray Train on each worker.
+
+    ``values``: ``loop`` (a dumped ``LoopConfig``), ``folder`` and ``progress``.
+    """
     setup_logging()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
@@ -90,15 +81,15 @@ def train_worker(values: dict[str, Any]) -> None:
     require_even_rounds(train, place.world)
     torch.set_num_threads(train.workers.cpus)
     torch.manual_seed(derive_seed(train.seed, "model"))
-    found = agree(last_checkpoint(place.folder))
-    announce(place, found)
-    model = build_multitask_model(place.config, initialise=found is None)
+    checkpoint = agree(last_checkpoint(place.folder))
+    announce(place, checkpoint)
+    model = build_multitask_model(place.config, initialise=checkpoint is None)
     if train.compute.activation_checkpointing:
         recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
     hasten_batch_norm(model, place.config.total_steps)
     training = Training.begin(model.to(place.device), train, place.config.total_steps)
-    if found is not None:
-        training.resume(found, place.rank, place.world)
+    if checkpoint is not None:
+        training.resume(checkpoint, place.rank, place.world)
     training.join(place.world)
     if train.compute.compile:
         model.encoder.compile()
@@ -108,86 +99,32 @@ def train_worker(values: dict[str, Any]) -> None:
 
 
 def require_even_rounds(train: TrainConfig, world: int) -> None:
-    """Raise ``UsageError`` when tasks that all workers compute together would find some without a batch."""
+    """Raise ``UsageError`` if some workers would have no batch for a task that all workers compute together."""
     together = [name for name, task in train.tasks.items() if task.shard or task.across_workers]
     if together and train.workers.num % world:
         raise UsageError(
-            f"task {together[0]!r} needs all workers at once, but {world} of them cannot share "
-            f"{train.workers.num} data streams evenly; wait for all (workers.min=null), or for a number "
-            f"that divides {train.workers.num}"
+            f"task {together[0]!r} needs all workers at once, but {world} workers cannot share {train.workers.num} "
+            f"data streams evenly; wait for all (workers.min=null), or for a number that divides {train.workers.num}"
         )
 
 
-def announce(place: Place, found: Checkpoint | None) -> None:
-    """Say what comes before the first step, which can take minutes, in the run's progress."""
+def announce(place: Place, checkpoint: Checkpoint | None) -> None:
+    """Show in the progress what happens before the first step; it can take minutes."""
     if place.rank == 0 and place.progress is not None:
-        place.progress.update.remote(found.step if found else 0, "resuming" if found else "initialising")
+        place.progress.update.remote(checkpoint.step if checkpoint else 0, "resuming" if checkpoint else "initialising")
 
 
-def agree(found: Checkpoint | None) -> Checkpoint | None:
-    """The first worker's finding: a file that a dying worker still writes must not be seen by some alone."""
+def agree(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """The first worker's checkpoint, on every worker: a dying worker may complete a file that only some have seen."""
     if not dist.is_initialized():
-        return found
-    shared: list[Checkpoint | None] = [found]
+        return checkpoint
+    shared: list[Checkpoint | None] = [checkpoint]
     dist.broadcast_object_list(shared)
     return shared[0]
 
 
-def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
-    """Backbone of the source encoder, projection and heads; ``initialise`` starts the last two from training images."""
-    train = config.train
-    _, source = read_encoder(
-        Artifact.open(config.source_encoder, "encoder"),
-        size=config.encoder.transform.size,
-        drop_path=train.backbone.drop_path,
-    )
-    encoder = EmbeddingModel(
-        source.backbone, config.encoder.num_features, config.encoder.dim if config.encoder.projection else None
-    )
-    dims = config.encoder.dims
-    tasks = build_tasks(
-        train.tasks,
-        dims,
-        config.class_fields,
-        train.nested_weights or (1.0,) * len(dims),
-        seed=train.seed,
-        dims_per_step=train.dims_per_step,
-    )
-    if initialise and train.initialise.method == "data":
-        initialise_from_data(config, encoder, tasks)
-    model = MultiTaskModel(encoder, tasks)
-    if is_convolutional(encoder.backbone):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Mapping[str, Task]) -> None:
-    """Fill projection and proxies from a sample of the dataset named first in ``mix``."""
-    units = list_units(config.files[next(iter(config.train.mix))])
-    cosine = [task for task in tasks.values() if isinstance(task.head, NestedCosine) and task.config.field != "labels"]
-    if not config.encoder.projection and not cosine:
-        return
-    features, labels = sample_features(
-        encoder.backbone,
-        units,
-        build_eval_transform(config.encoder.transform),
-        sorted({task.config.field for task in cosine}),
-        config.train.initialise.images,
-        num_classes=config.class_fields,
-        attributes=config.attributes,
-    )
-    if isinstance(encoder.projection, nn.Linear):
-        weight = pca_projection(features, config.encoder.dim, config.train.initialise.whitening)
-        encoder.projection.weight.data.copy_(weight)
-    with torch.no_grad():
-        embedding = encoder.projection(features)
-    for task in cosine:
-        assert isinstance(task.head, NestedCosine)
-        imprint_proxies(task.head, embedding, labels[task.config.field])
-
-
 class Feed:
-    """A worker's micro-batches on its device, with the teacher's embeddings where a task distils."""
+    """A worker's micro-batches on its device, with the teacher's embeddings if a task distils."""
 
     def __init__(self, place: Place, done: int, pace: Pace) -> None:
         config = place.config
@@ -199,14 +136,14 @@ class Feed:
         self._teacher = Teacher(config.teacher, config.encoder.transform).to(place.device) if config.teacher else None
 
     def step(self) -> Iterator[tuple[Batch, bool]]:
-        """The batches of the next step, and whether each is the worker's last."""
+        """Batches of the next step; the flag marks the worker's last batch of the step."""
         train = self.place.config.train
         rounds = [(stream, part) for stream in self._loaders for part in range(train.compute.accumulation)]
         for number, (stream, part) in enumerate(rounds, 1):
-            asked = time.monotonic()
+            began = time.monotonic()
             batch = next(self._loaders[stream])
-            self._pace.waited(time.monotonic() - asked)
-            # dropout and the like depend on the place in the data, not on how many processes load or train
+            self._pace.waited(time.monotonic() - began)
+            # dropout depends on the place in the data, not on how many processes load or train
             torch.manual_seed(derive_seed(train.seed, "forward", stream, self.done * train.compute.accumulation + part))
             if self._teacher is not None:
                 batch["teacher"] = self._teacher(batch["images"])
@@ -215,37 +152,48 @@ class Feed:
 
 
 def run_steps(training: Training, wrapped: nn.Module, place: Place) -> None:
-    """Train from where ``training`` stands to the last step, with checkpoints and metrics on the way."""
+    """Train from the current step to the last, with checkpoints and metrics on the way."""
     train, stop = place.config.train, place.config.total_steps
     pace = Pace(train.batch_size)
     feed = Feed(place, training.step, pace)
     writer = CheckpointWriter(place.folder, place.rank, place.world)
     reader = StepReader(place.device)
-    said = Report(training, place, pace)
+    report = Report(training, place, pace)
     try:
         for step in range(training.step + 1, stop + 1):
-            losses, norm, ids = forward_backward(training, wrapped, feed.step(), place)
+            gradients = forward_backward(training, wrapped, feed.step(), place)
             saves = step % train.checkpoint_every == 0 or step == stop
-            looks = not reader.lags or saves or step % train.log_every == 0
+            reads = not reader.lags or saves or step % train.log_every == 0
             if reader.lags:
-                said.take(reader.take(), writer)
-            reader.put(step, losses, norm, lr=training.lr, ids=ids, norm_may_overflow=training.scaler.is_enabled())
-            if looks:
-                said.take(reader.take(), writer)
+                report.take(reader.take(), writer)
+            reader.put(step, *gradients, lr=training.lr, norm_may_overflow=training.scaler.is_enabled())
+            if reads:
+                report.take(reader.take(), writer)
             training.update(step)
             pace.step()
             if saves:
                 writer.save(step, training.state(place.rank, pace.whole()))
         writer.wait()
     finally:
-        said.close()
+        report.close()
         writer.close()
+
+
+class StepGradients(NamedTuple):
+    """What a step reports beside the gradients themselves."""
+
+    losses: dict[str, torch.Tensor]
+    """This worker's shares of the mean losses, scalars."""
+    norm: torch.Tensor
+    """Norm of the whole gradient before clipping."""
+    ids: list[str]
+    """Image ids of this worker's rows."""
 
 
 def forward_backward(
     training: Training, wrapped: nn.Module, batches: Iterator[tuple[Batch, bool]], place: Place
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[str]]:
-    """Gradients of one step, clipped: this worker's shares of the mean losses, the gradient's norm, the image ids."""
+) -> StepGradients:
+    """Compute and clip the gradients of one step."""
     train = place.config.train
     set_train_mode(training.model, train.backbone)
     training.optimizer.zero_grad(set_to_none=True)
@@ -257,23 +205,23 @@ def forward_backward(
             with autocast(place):
                 total, losses = wrapped(batch, training.step)
             # DDP averages over workers; the step wants the mean over parts
-            training.scaler.scale(total * (place.world / place.parts)).backward()
+            training.scaler.scale(total * (place.world / train.parts)).backward()
         for name, loss in {"loss": total, **{f"loss_{task}": value for task, value in losses.items()}}.items():
-            share = loss.detach() / place.parts
+            share = loss.detach() / train.parts
             shares[name] = shares[name] + share if name in shares else share
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.model, train.optimizer.clip_norm or float("inf"))
-    return shares, norm, ids
+    return StepGradients(shares, norm, ids)
 
 
 def autocast(place: Place) -> AbstractContextManager[Any]:
-    """The forward pass's number format."""
-    dtype = DTYPES.get(place.config.train.compute.precision)
+    """Context of the forward pass's number format."""
+    dtype = place.config.train.compute.dtype
     return nullcontext() if dtype is None else torch.autocast(place.device.type, dtype=dtype)
 
 
 class Report:
-    """What the first worker tells the world; every worker stops here when a loss is no number."""
+    """Logs, metrics and trackers of the first worker; every worker stops here at a loss that is not finite."""
 
     def __init__(self, training: Training, place: Place, pace: Pace) -> None:
         self._training, self._place, self._pace = training, place, pace
@@ -286,17 +234,17 @@ class Report:
             self._trackers = start_trackers(config.train.trackers, run)
             self._gauges = Gauges(config.name)
 
-    def take(self, taken: StepValues | None, writer: CheckpointWriter) -> None:
-        """Check a step's losses, add them to the curve, and publish them when it is time."""
-        if taken is None:
+    def take(self, figures: StepValues | None, writer: CheckpointWriter) -> None:
+        """Check a step's losses, add them to the curve, and publish them every ``log_every`` steps."""
+        if figures is None:
             return
-        if taken.bad:
+        if figures.bad:
             writer.wait()
-            stop_if_bad(taken, self._place.rank, self._last_good)
-        self._training.curve.add(taken)
+            stop_if_bad(figures, self._place.rank, self._last_good)
+        self._training.curve.add(figures)
         if self._place.rank:
             return
-        step, values, train = taken.step, taken.values, self._place.config.train
+        step, values, train = figures.step, figures.values, self._place.config.train
         if step % TICK_STEPS == 0 and self._place.progress is not None:
             self._place.progress.update.remote(step, fields(loss=values["loss"], **self._pace.whole()))
         if step % train.log_every == 0 or step == self._place.config.total_steps:
@@ -305,10 +253,10 @@ class Report:
             publish(step, values, self._gauges, self._trackers)
 
     def _last_good(self) -> str:
-        found = last_checkpoint(self._place.folder)
-        return f"the last good checkpoint is {found.uri}" if found else "there is no checkpoint yet"
+        checkpoint = last_checkpoint(self._place.folder)
+        return f"the last good checkpoint is {checkpoint.uri}" if checkpoint else "there is no checkpoint yet"
 
     def close(self) -> None:
-        """End the trackers."""
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.close()

@@ -46,22 +46,22 @@ def _freeze_stages(backbone: nn.Module, stages: int) -> None:
         for name, parameter in backbone.named_parameters()
         if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
     ]
-    there = {match.groups() for name, _ in backbone.named_parameters() if (match := _STAGE.match(name))}
-    if not frozen or not there:
+    stages_of = {match.groups() for name, _ in backbone.named_parameters() if (match := _STAGE.match(name))}
+    if not frozen or not stages_of:
         raise UsageError(
             f"backbone.frozen_stages {stages}: a {type(backbone).__name__} has no known stages; set it to 0"
         )
-    if stages > len(there):
+    if stages > len(stages_of):
         raise UsageError(
-            f"backbone.frozen_stages {stages}: this {type(backbone).__name__} has {len(there)} stages; set "
-            f"it to {len(there)} or less, or backbone.trainable=probe"
+            f"backbone.frozen_stages {stages}: this {type(backbone).__name__} has {len(stages_of)} stages; set "
+            f"it to {len(stages_of)} or less, or backbone.trainable=probe"
         )
     for parameter in frozen:
         parameter.requires_grad = False
 
 
 def set_train_mode(model: MultiTaskModel, config: BackboneConfig) -> None:
-    """Training mode, but for a probe's backbone, and for batch-norm layers whose statistics are to stay."""
+    """Set training mode, except for a probe's backbone and batch-norm layers whose statistics stay."""
     model.train()
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
@@ -75,9 +75,9 @@ def set_train_mode(model: MultiTaskModel, config: BackboneConfig) -> None:
 
 
 def hasten_batch_norm(model: nn.Module, num_steps: int) -> None:
-    """Let running statistics follow within a tenth of the run, at most as fast as torch's default of 0.1 a step.
+    """Let running statistics follow within a tenth of the run, at most as fast as torch's default of 0.1 per step.
 
-    timm's ``tf_`` networks keep 0.99 of what they had: after 134 steps a quarter still is the 0 and 1 they began with.
+    timm's ``tf_`` networks keep 0.99 per step: after 134 steps a quarter is still the 0 and 1 they began with.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
@@ -85,8 +85,10 @@ def hasten_batch_norm(model: nn.Module, num_steps: int) -> None:
 
 
 def parameter_groups(model: MultiTaskModel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Backbone (matrices and vectors, or a pair for each layer), projection, heads, proxies: every parameter that
-    trains, once. ``name`` says which; groups without parameters are left out."""
+    """Groups of the parameters that train: backbone (matrices, vectors, or both per layer), projection, heads, proxies.
+
+    Each group has a ``name``; groups without parameters are left out.
+    """
     encoder = model.encoder
     assert isinstance(encoder, EmbeddingModel)
     heads = [(name, p) for name, p in model.tasks.named_parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from lookalike.config import Config, runtime
@@ -181,6 +182,11 @@ class ComputeConfig(Config):
     """Compile the encoder with torch.compile; its kernels round differently."""
     task_memory_gib: float | None = runtime(None, gt=0.0)
     """Memory of a worker tasks may take (weights, gradients, optimizer, scores); a run that needs more is refused."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The format of autocast; None for float32."""
+        return None if self.precision == "float32" else getattr(torch, self.precision)
 
 
 class WorkersConfig(Config):

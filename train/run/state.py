@@ -1,4 +1,4 @@
-"""All that changes while a model trains, and so all that a checkpoint holds."""
+"""The state of a training run: everything that changes from step to step, and so everything a checkpoint holds."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,17 +10,17 @@ from lookalike.train.run.checkpoints import Checkpoint, random_state, restore, r
 from lookalike.train.run.curves import Curve
 from lookalike.train.run.optimizer import build_optimizer, build_schedule, freeze
 from lookalike.train.run.settings import TrainConfig
-from lookalike.train.run.shards import whole_state
+from lookalike.train.run.sharding import whole_state
 from lookalike.train.tasks import MultiTaskModel
 from lookalike.vision.tuning import averaged
 
 
 @dataclass
 class Training:
-    """Model, optimizer, schedule, loss scale, averaged weights, loss curve, and the step they stand at.
+    """Model, optimizer, schedule, loss scale, averaged weights, loss curve, and the step they have reached.
 
-    The place in the data needs no more than the step: a stream's batches follow from seed, stream and step, and there
-    are ``workers.num`` streams whatever the number of workers.
+    The step alone gives the place in the data: a stream's batches follow from seed, stream and step, and there are
+    ``workers.num`` streams whatever the number of workers.
     """
 
     model: MultiTaskModel
@@ -32,11 +32,11 @@ class Training:
     curve: Curve
     step: int = 0
     worlds: list[list[int]] = field(default_factory=list)
-    """[step, workers] from which on so many trained, each time that it changed."""
+    """[step, workers]: from that step on so many workers trained; one entry per change."""
 
     @classmethod
     def begin(cls, model: MultiTaskModel, config: TrainConfig, total_steps: int) -> "Training":
-        """Before the first step; freezes what the settings freeze."""
+        """The state before the first step, with the backbone frozen as the settings say."""
         freeze(model, config.backbone)
         optimizer = build_optimizer(model, config.optimizer)
         schedule = build_schedule(optimizer, config.schedule, config.epochs, total_steps)
@@ -46,11 +46,11 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first group (the backbone's, where it trains) in the step to come."""
+        """Learning rate of the first group (the backbone's, if it trains) in the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def update(self, step: int) -> None:
-        """Change the weights by their gradients; ``step`` counts from 1."""
+        """Apply the gradients; ``step`` counts from 1."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -59,12 +59,12 @@ class Training:
         self.step = step
 
     def join(self, world: int) -> None:
-        """Note how many workers train from here on."""
+        """Record how many workers train from here on."""
         if not self.worlds or self.worlds[-1][1] != world:
             self.worlds.append([self.step, world])
 
     def state(self, rank: int, pace: dict[str, float]) -> dict[str, Any]:
-        """A worker's part of a checkpoint; every worker calls it. ``pace`` goes along for the final report."""
+        """A worker's part of a checkpoint; every worker must call it. ``pace`` is kept for the final report."""
         weights, moments = whole_state(self.model, self.optimizer)
         own = {"random": random_state()}
         if rank:
@@ -83,22 +83,22 @@ class Training:
             "pace": pace,
         }
 
-    def resume(self, found: Checkpoint, rank: int, world: int) -> None:
-        """Go on from a checkpoint, which another number of workers may have written."""
-        state = found.read()
-        restore(self.model, self.optimizer, state, found.uri)
+    def resume(self, checkpoint: Checkpoint, rank: int, world: int) -> None:
+        """Continue from a checkpoint, which another number of workers may have written."""
+        state = checkpoint.read()
+        restore(self.model, self.optimizer, state, checkpoint.uri)
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.curve.load(state["curve"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         self.step, self.worlds = state["step"], state["worlds"]
-        if world == found.world:  # with another number, what is drawn from now on derives from the seed alone
-            restore_random_state((state if rank == 0 else found.read(rank))["random"])
+        if world == checkpoint.world:  # otherwise everything drawn from now on derives from the seed alone
+            restore_random_state((state if rank == 0 else checkpoint.read(rank))["random"])
 
 
 def export_weights(state: dict[str, Any], encoder: nn.Module) -> None:
-    """Fill an encoder from a finished run's state: with the averaged weights where there are any."""
+    """Fill an encoder from a finished run's state, with the averaged weights if there are any."""
     own = {
         name.removeprefix("encoder."): value for name, value in state["model"].items() if name.startswith("encoder.")
     }

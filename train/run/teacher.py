@@ -11,11 +11,11 @@ from lookalike.vision.tuning import is_convolutional
 
 
 class Teacher(nn.Module):
-    """The student's images, float [n, 3, S, S] as its transform made them, -> the teacher's embeddings [n, Dt].
+    """Embeds the student's transformed images, float [n, 3, S, S], as the teacher does, [n, Dt].
 
-    Both see the same crop and colours. The tensor is normalised anew for the teacher's means and deviations, and
-    resized (bilinear, antialiased) to the teacher's size when that differs: an enlarged image has no more detail than
-    the student saw.
+    Both see the same crop and colours. The tensor is normalised again, to the teacher's means and deviations, and
+    resized (bilinear, antialiased) to the teacher's size if that differs; an enlarged image has no more detail than the
+    student's.
     """
 
     scale: torch.Tensor

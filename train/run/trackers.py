@@ -1,7 +1,7 @@
-"""Where a run's curves go while it trains: TensorBoard, MLflow, Weights & Biases, or a tracker of your own.
+"""Curves of a run while it trains: TensorBoard, MLflow, Weights & Biases, or a tracker of your own.
 
-A tracker lives on the first worker. After a crash the run goes on from its last checkpoint, so points may come a second
-time; each tracker is told where the run (re)starts and continues the curves that are there.
+A tracker lives on the first worker. After a crash the run continues from its last checkpoint and logs some points
+twice; each tracker is told at which step the run (re)starts, and continues the existing curves.
 """
 
 import importlib.util
@@ -18,35 +18,35 @@ from lookalike.registry import Registry
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run whose points a tracker gets."""
+    """The run whose points a tracker logs."""
 
     name: str
     fingerprint: str
     root: str
-    """The root of the run's artifacts; trackers that write files write below it."""
+    """Root of the run's artifacts; trackers write their files below it."""
     start: int
-    """Steps done before; points above it are yet to come."""
+    """Steps done already; later points are still to come."""
     settings: Mapping[str, Any]
     """The training settings, as plain values."""
 
 
 class Tracker(Protocol):
-    """Takes points; nothing it does may change the training."""
+    """Logs points; it must not change the training."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values at ``step`` to their curves."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write buffered points and end."""
 
 
 FLUSH_S = 2
-"""Seconds until a point of TensorBoard's can be watched."""
+"""Seconds until TensorBoard shows a point."""
 TRACKERS: Registry[Callable[[TrackedRun], Tracker]] = Registry("tracker")
 
 
 def start_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
-    """The trackers named, and TensorBoard where it can be had without being named."""
+    """The trackers named, and TensorBoard if it is installed and the root is a local disk."""
     wanted = list(dict.fromkeys(names))
     if "tensorboard" not in wanted and importlib.util.find_spec("tensorboardX") and storage.is_local(run.root):
         wanted.append("tensorboard")
@@ -75,7 +75,7 @@ class TensorBoard:
         _require("tensorboardX", "tensorboard", "tracking")
         if not storage.is_local(run.root):
             raise UsageError(
-                f"tracker 'tensorboard' writes to local disks alone, the root is {run.root}; use mlflow "
+                f"tracker 'tensorboard' writes only to a local disk, and the root is {run.root}; use mlflow "
                 "or wandb, or drop it"
             )
         from tensorboardX import SummaryWriter
@@ -102,24 +102,26 @@ class MLflow:
     def __init__(self, run: TrackedRun) -> None:
         _require("mlflow", "mlflow", "tracking-mlflow")
         if "MLFLOW_TRACKING_URI" not in os.environ and not storage.is_local(run.root):
-            raise UsageError(f"tracker 'mlflow': set MLFLOW_TRACKING_URI, the root {run.root} is no local disk")
+            raise UsageError(
+                f"tracker 'mlflow': set MLFLOW_TRACKING_URI, because the root {run.root} is not a local disk"
+            )
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
         self._metric = Metric
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.local_path(run.root)}/mlflow.db"
         self._client = MlflowClient(place)
-        found = self._client.get_experiment_by_name("lookalike")
-        experiment = found.experiment_id if found else self._client.create_experiment("lookalike")
+        existing = self._client.get_experiment_by_name("lookalike")
+        experiment = existing.experiment_id if existing else self._client.create_experiment("lookalike")
         query = f"tags.fingerprint = '{run.fingerprint}'"
-        known = self._client.search_runs([experiment], query, max_results=1)
-        self._run = known[0].info.run_id if known else self._begin(experiment, run)
+        runs = self._client.search_runs([experiment], query, max_results=1)
+        self._run = runs[0].info.run_id if runs else self._begin(experiment, run)
 
     def _begin(self, experiment: str, run: TrackedRun) -> str:
-        begun = self._client.create_run(experiment, run_name=run.name, tags={"fingerprint": run.fingerprint})
+        created = self._client.create_run(experiment, run_name=run.name, tags={"fingerprint": run.fingerprint})
         for key, value in dotted(run.settings):
-            self._client.log_param(begun.info.run_id, key, str(value)[:500])
-        return str(begun.info.run_id)
+            self._client.log_param(created.info.run_id, key, str(value)[:500])
+        return str(created.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See ``Tracker``."""

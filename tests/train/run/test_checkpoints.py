@@ -21,7 +21,7 @@ from lookalike.train.run.checkpoints import (
     restore,
     restore_random_state,
 )
-from lookalike.train.run.shards import whole_state
+from lookalike.train.run.sharding import whole_state
 
 
 def write(folder: Path, step: int, world: int, ranks: list[int] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Memory of a step: what is foretold from shapes against what autograd keeps in a real step."""
+"""Memory of a step: the formula of the tasks bounds their peak; shapes foretell what autograd keeps in a real step."""
 
 from typing import Any
 
@@ -6,14 +6,99 @@ import pytest
 import torch
 
 from lookalike.errors import UsageError
-from lookalike.train.run.footprint import StepMemory, count_saved, describe, measure, preview
+from lookalike.train.run.footprint import (
+    StepMemory,
+    TaskMemory,
+    count_saved,
+    describe,
+    measure,
+    require_memory,
+    task_memory,
+)
 from lookalike.train.run.optimizer import build_optimizer, freeze, set_train_mode
+from lookalike.train.run.resolve import preview
 from lookalike.train.run.settings import TrainConfig
-from lookalike.train.tasks import MultiTaskModel, build_tasks
+from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 from lookalike.vision.encoder import EncoderConfig, build_model
 from lookalike.vision.transforms import TransformConfig
 from lookalike.vision.tuning import recompute_activations
 from tests.train.conftest import NUM_CLASSES, TASKS, WIDTHS, Bench
+
+DIMS, CLASSES, ROWS = (8, 16, 32, 64), 1500, 64
+COUNTS = {"labels": CLASSES, "category": CLASSES}
+CASES = [
+    {"kind": kind, "field": field, "nesting": nesting, **more}
+    for kind, field in (
+        ("softmax", "category"),
+        ("multilabel_softmax", "labels"),
+        ("multilabel_sigmoid", "labels"),
+        ("normalized_softmax", "category"),
+    )
+    for nesting in ("mrl", "mrl-e")
+    for more in ({}, {"class_chunk": 400})
+]
+CASES += [
+    {"kind": "normalized_softmax", "field": "category", "sample_classes": 300},
+    {"kind": "triplet", "field": "category"},
+    {"kind": "contrastive", "field": "category"},
+]
+
+
+def measure_peak(config: TaskConfig) -> int:
+    """Peak of live bytes of one forward and backward pass, gradients included, weights not."""
+    task = build_tasks({"t": config}, DIMS, COUNTS, (1.0,) * 4)["t"]
+    z = torch.randn(ROWS, 64, requires_grad=True)
+    batch = {"labels": torch.randint(0, CLASSES, (ROWS, 3)), "category": torch.randint(0, CLASSES, (ROWS,))}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        task(z, batch).backward()
+    live = peak = 0
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("values", CASES, ids=lambda values: "-".join(map(str, values.values())))
+def test_the_reckoning_bounds_the_peak_and_is_not_far_from_it(values: dict[str, Any]) -> None:
+    config = TaskConfig(**values)
+    memory = task_memory(config, DIMS, CLASSES, rows=ROWS)
+    task = build_tasks({"t": config}, DIMS, COUNTS, (1.0,) * 4)["t"]
+    assert memory.parameters == sum(p.numel() * 4 for p in task.parameters())
+    expected, found = memory.gradients + memory.activations, measure_peak(config)
+    assert 0.95 * found < expected < (4.0 if config.kind == "contrastive" else 2.5) * found
+
+
+def test_shards_divide_what_a_worker_holds() -> None:
+    config = TaskConfig(kind="normalized_softmax", field="category", shard=True)
+    whole, part = (task_memory(config, DIMS, 8_000_000, rows=64, world=world) for world in (1, 8))
+    assert whole.parameters == 8 * part.parameters
+    assert whole.optimizer == 2 * whole.parameters
+    assert part.total < whole.total / 7
+
+
+def test_too_many_proxies_are_refused_with_what_would_help() -> None:
+    tasks = {
+        "identity": {"kind": "normalized_softmax", "field": "group"},
+        "category": {"kind": "softmax", "field": "category"},
+    }
+    counts = {"group": 20_000_000, "category": 100}
+
+    def require(limit_gib: float | None) -> dict[str, TaskMemory]:
+        train = {"tasks": tasks, "batch_size": 512, "workers": {"num": 4}, "compute": {"task_memory_gib": limit_gib}}
+        return require_memory(TrainConfig.model_validate({"mix": {"a": 1}, **train}), DIMS, counts)
+
+    memory = require(None)
+    assert memory["identity"].parameters == 20_000_000 * 120 * 4
+    assert require(64) == memory
+    with pytest.raises(UsageError) as caught:
+        require(16)
+    message = str(caught.value)
+    assert "more than compute.task_memory_gib 16; the largest is 'identity' over 20,000,000 classes with 3" in message
+    assert "(parameters 8.94, gradients 8.94, optimizer 17.88, activations " in message
+    assert "nesting: mrl-e (19." in message
+    assert "shard: true over the 4 workers (" in message
+    assert "sample_classes" not in message or "sample_classes: 8192 (" in message
 
 
 def train_settings(**values: Any) -> TrainConfig:
@@ -76,8 +161,7 @@ def test_what_is_foretold_is_what_a_real_step_keeps(backbone: str, size: int, va
     assert told.average == (body if train.optimizer.ema_decay else 0)
     assert told.buckets == (gradients if train.workers.num > 1 else 0)
     assert told.unknown == ()
-    parts = {name: value for name, value in vars(told).items() if name != "unknown"}
-    assert told.total == sum(parts.values())
+    assert told.total == sum(told.parts.values())
 
 
 def test_frozen_layers_and_recomputation_save_memory() -> None:

@@ -12,8 +12,9 @@ from lookalike.artifacts import Artifact, Draft
 from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.stages import StageRun
+from lookalike.train.run.resolve import expected_rows, resolve
 from lookalike.train.run.settings import LoopConfig, TrainConfig
-from lookalike.train.run.trainer import expected_rows, model_card, resolve
+from lookalike.train.run.trainer import training_card
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
 from lookalike.vision.transforms import TransformConfig
 from tests.train.conftest import shard_rows, write_shard
@@ -44,7 +45,7 @@ def test_tasks_without_classes_are_let_through_and_described(shards: Artifact, e
         "category": {"kind": "softmax", "field": "category", "dims": [4]},
     }
     config = settle(shards, encoder, tasks, dims_per_step=1, loader={"views": 2})
-    card = model_card("tiny", config, {})
+    card = training_card("tiny", config, {})
     assert "- `views`: contrastive over `row`, mrl, weight 1.0" in card
     assert f"- `category`: softmax over {config.num_classes['category']} classes of `category`" in card
     assert LoopConfig.model_validate(config.model_dump(mode="json")) == config

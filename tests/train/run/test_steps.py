@@ -199,7 +199,7 @@ def test_a_loss_that_is_no_number_stops_with_step_images_and_checkpoint(
     message = str(caught.value)
     assert f"the {when} is not finite at step 6 on rank 0, images {', '.join(read)};" in message
     assert f"the last good checkpoint is {tmp_path}/run/step-00000004" in message
-    assert "lower lr" in message
+    assert "lower optimizer.lr" in message
     found = last_checkpoint(str(tmp_path / "run"))
     assert found is not None
     assert found.step == 4

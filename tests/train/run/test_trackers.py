@@ -80,7 +80,9 @@ def test_what_is_not_installed_or_cannot_be_is_explained(monkeypatch: pytest.Mon
             start_trackers((name,), tracked("/nowhere"))
     assert start_trackers((), tracked("/nowhere")) == []
     monkeypatch.undo()
-    with pytest.raises(UsageError, match=r"tracker 'tensorboard' writes to local disks alone, the root is memory://"):
+    with pytest.raises(
+        UsageError, match=r"tracker 'tensorboard' writes only to a local disk, and the root is memory://"
+    ):
         start_trackers(("tensorboard",), tracked("memory://x"))
 
 

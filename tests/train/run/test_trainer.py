@@ -16,9 +16,10 @@ from lookalike.stages import execute
 from lookalike.train.finetune import STAGE
 from lookalike.train.run import trainer
 from lookalike.train.run.curves import NonFiniteLossError
+from lookalike.train.run.resolve import resolve
 from lookalike.train.run.settings import TrainConfig
 from lookalike.train.run.teacher import Teacher
-from lookalike.train.run.trainer import StopAtOwnErrors, check_resources, own_error, resolve
+from lookalike.train.run.trainer import StopAtOwnErrors, check_resources, own_error
 from lookalike.vision.encoder import EncoderConfig, build_model, save_encoder
 from lookalike.vision.transforms import TransformConfig
 from tests.train.conftest import NUM_CLASSES, TASKS, Bench, publish_encoder, shard_rows, write_shard

@@ -15,10 +15,9 @@ from lookalike.train.feed.streams import build_streams
 from lookalike.train.feed.units import list_units, read_unit, split_attributes
 from lookalike.train.run.checkpoints import last_checkpoint
 from lookalike.train.run.footprint import measure
-from lookalike.train.run.initialise import sample_features
-from lookalike.train.run.loop import build_multitask_model
+from lookalike.train.run.initialise import build_multitask_model, sample_features
 from lookalike.train.run.settings import LoopConfig
-from lookalike.train.run.trainer import model_card
+from lookalike.train.run.trainer import training_card
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation, build_eval_transform
 from tests.train.conftest import NUM_CLASSES, TASKS, Bench, publish_encoder, shard_rows, write_shard
@@ -55,7 +54,7 @@ def test_the_run_knows_the_attributes_that_its_tasks_read(stated: Bench) -> None
     config = stated.config(tasks={**TASKS, **STATED})
     assert config.attributes == ("colour", "made in", "size")
     assert config.class_fields == {**NUM_CLASSES, "attribute.colour": 3, "attribute.size": 2}
-    assert "- `colour`: softmax over 3 classes of `attribute.colour`" in model_card("tiny", config, {})
+    assert "- `colour`: softmax over 3 classes of `attribute.colour`" in training_card("tiny", config, {})
     assert LoopConfig.model_validate(config.model_dump(mode="json")) == config
     plain = stated.config()
     assert (plain.attributes, plain.class_fields) == ((), NUM_CLASSES)

@@ -1,4 +1,4 @@
-"""One worker of a process group that trains sharded heads, for ``test_proxies``; and what it trains."""
+"""One worker of a process group that trains sharded heads, for ``test_sharding``, and what it trains."""
 
 from datetime import timedelta
 
@@ -7,7 +7,13 @@ import torch.distributed as dist
 from torch import nn
 
 from lookalike.train.losses.proxies import logsumexp_workers
-from lookalike.train.run.shards import clip_gradients, ignore_in_ddp, load_whole_state, sharded_parameters, whole_state
+from lookalike.train.run.sharding import (
+    clip_gradients,
+    ignore_in_ddp,
+    load_whole_state,
+    sharded_parameters,
+    whole_state,
+)
 from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 
 DIMS, WEIGHTS, CLASSES, WORLD, STEPS, ROWS = (2, 5, 8), (1.0, 0.5, 2.0), 7, 2, 3, 6
