@@ -1,12 +1,12 @@
-"""Index stage: embeddings -> shards of a prefix store with shortlist indexes, one Ray task a shard.
+"""Index stage: embeddings -> shards of a prefix store with shortlist indexes, one Ray task per shard.
 
-A row belongs to the shard that the hash of its id names and is sorted by id within it, so an index depends neither on
-the order of the embeddings nor on the number of workers. A task reads the ids of all parts twice (to count, to choose)
-and the vectors of all parts once, batch by batch: S shards read the embeddings S times, and hold the ids of their own
-rows, one batch of vectors, and one prefix while its shortlist is built.
+A row belongs to the shard that the hash of its id names; within a shard, rows are sorted by id. So an index depends
+neither on the order of the embeddings nor on the number of workers. A task reads the ids of all parts twice (to count
+them, to choose among them) and the vectors once, batch by batch: S shards read the embeddings S times. A task holds the
+ids of its rows, one batch of vectors, and one prefix while it builds the shortlist.
 
-With a ``previous`` index, what has not changed is kept: see ``segments.py``. Then a shard reads once, to compare, the
-vectors of parts that the previous index was not made from, and again those row groups that hold what it builds.
+With a ``previous`` index a build keeps what has not changed (``segments.py``). A shard then reads the vectors of parts
+that are new to the index once to compare them, and the row groups with rows to build once more.
 """
 
 import os
@@ -65,18 +65,18 @@ log = get_logger(__name__)
 
 
 class IndexConfig(StageConfig, SegmentOptions, ShortlistOptions):
-    """What is indexed, and how."""
+    """Which rows are indexed, and how."""
 
     dims: tuple[int, ...] | None = None
     """Prefixes that can be searched; the model's nested dims by default. The full dim is always among them."""
     shortlist: str = "graph"
-    """Index type of the shortlists: flat, hnsw, graph, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary, binary-signs or one
-    registered."""
+    """Index type of the shortlists: flat, hnsw, graph, hnsw-sq8, ivf, ivf-pq, ivf-rabitq, binary, binary-signs, or a
+    registered type."""
     shortlist_dims: tuple[int, ...] | None = None
     """Prefixes to build a shortlist index over; all dims but the full one by default. The plan picks among them."""
     dtype: Dtype = "float32"
-    """Number format of the stored vectors; float16 halves the index and costs about 1e-4 in a cosine, int8 makes it a
-    quarter and costs about 1e-3."""
+    """Number format of the stored vectors. float16 halves the index and changes cosines by about 1e-4; int8 quarters it
+    and changes them by about 1e-3."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Keep only rows whose column has one of the values, as in {"view": ["icon"]}; all conditions must hold."""
 
@@ -88,22 +88,22 @@ class IndexConfig(StageConfig, SegmentOptions, ShortlistOptions):
 
 
 class Segment(NamedTuple):
-    """A shard folder to make: plain values, sent to Ray tasks."""
+    """A shard folder to make. Plain values, so that Ray tasks can take them."""
 
     name: str
     shard: int
-    """The hash shard it belongs to."""
+    """Its hash shard."""
     meta: ShardMeta
     kept: str | None = None
-    """The folder of the previous index that goes on here; None for one to build."""
+    """The folder of the previous index to keep here; None for a folder to build."""
     work: str | None = None
-    """Where the rows to build, or to keep, are written; None for all of the hash shard's."""
+    """Path of the masks of rows to build or to keep (``compare_shard``); None for all rows of the hash shard."""
 
 
 def build_shard(
     source: EmbeddingRows, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None = None
 ) -> ShardMeta:
-    """Fill a local, empty ``folder`` with one shard, or with some of its rows; ``shard.json`` comes last."""
+    """Fill a local, empty ``folder`` with one shard, or with its rows in ``only``; ``shard.json`` comes last."""
     meta = _write_rows(source, config, meta, shard, folder, only=only)
     store = PrefixStore(folder, meta)
     for dim in meta.shortlist_dims:
@@ -116,18 +116,18 @@ def build_shard(
 def _write_rows(
     source: EmbeddingRows, config: IndexConfig, meta: ShardMeta, shard: int, folder: str, *, only: Mask | None
 ) -> ShardMeta:
-    """All but the shortlists, which need the memory that ids and metadata take here."""
-    own = collect_rows(source, shard, config.num_shards)
-    own = own if only is None else own.only(only)
-    assert len(own.table) == meta.num_rows, "the parts changed while the index was built"
+    """Write everything except shortlists, so that ids and metadata are out of memory when these are built."""
+    shard_rows = collect_rows(source, shard, config.num_shards)
+    shard_rows = shard_rows if only is None else shard_rows.only(only)
+    assert len(shard_rows.table) == meta.num_rows, "the parts changed while the index was built"
     digests = np.empty((1, meta.num_rows), "<u8")
 
     def batches() -> Iterable[tuple[Rows, Floats]]:
-        for rows, vectors in read_vectors(source, own, config.batch_rows):
-            digests[0, rows] = digest_rows(own.table.take(rows), vectors)
+        for rows, vectors in read_vectors(source, shard_rows, config.batch_rows):
+            digests[0, rows] = digest_rows(shard_rows.table.take(rows), vectors)
             yield rows, vectors
 
-    meta = write_store(folder, meta, own.table, batches())
+    meta = write_store(folder, meta, shard_rows.table, batches())
     np.save(f"{folder}/{DIGESTS_FILE}", digests)
     return meta
 
@@ -141,7 +141,7 @@ def place_shard(
     *,
     only: Mask | None = None,
 ) -> ShardMeta:
-    """Build one shard and put it into its folder; ``uris`` are that and the folder for scratch."""
+    """Build one shard and put it into its folder; ``uris`` are that folder and the scratch folder."""
     if storage.is_local(uris[0]):
         with new_folder(*uris) as folder:
             return build_shard(source, config, meta, shard, folder, only=only)
@@ -156,7 +156,7 @@ def place_shard(
 def place_segment(
     source: EmbeddingRows, config: IndexConfig, previous: Previous | None, segment: Segment, uris: tuple[str, str]
 ) -> ShardMeta:
-    """Build a segment or keep it, unless a finished one is there."""
+    """Build or keep a segment, unless it is already there."""
     if storage.exists(storage.join(uris[0], SHARD_META)):
         return read_meta(uris[0])
     if previous is not None and segment.kept is not None and segment.work is not None:
@@ -166,7 +166,7 @@ def place_segment(
 
 
 def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(nested dims, shortlist dims) of the index; ``UsageError`` when the model does not have them."""
+    """Return (nested dims, shortlist dims) of the index; ``UsageError`` if the model does not have them."""
     full = model_dims[-1]
     for name, dims in (("dims", config.dims), ("shortlist_dims", config.shortlist_dims)):
         too_large = [dim for dim in dims or () if dim > full]
@@ -188,29 +188,30 @@ def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, 
 
 
 def find_previous(stage: StageRun[IndexConfig], wanted: IndexMeta) -> tuple[Previous | None, str]:
-    """(the previous index to keep parts of, or None; why nothing of one that was given is kept)."""
-    given = stage.many("previous")
-    if not given:
+    """Return the previous index, or None and why no part of it can be kept (empty without a previous index)."""
+    artifacts = stage.many("previous")
+    if not artifacts:
         return None, ""
-    old = read_index_meta(given[0])
+    artifact = artifacts[0]
+    old = read_index_meta(artifact)
     reason = explain_difference(
-        build_facts(old, given[0].manifest.stage_version, given[0].manifest.config),
+        build_facts(old, artifact.manifest.stage_version, artifact.manifest.config),
         build_facts(wanted, STAGE.version, stage.config.model_dump(mode="json")),
     )
     if reason:
-        log.warning("nothing is kept %s", fields(previous=given[0].uri, reason=reason, effect="all shards are built"))
+        log.warning("nothing is kept %s", fields(previous=artifact.uri, reason=reason, effect="all shards are built"))
         return None, reason
-    return Previous.of(given[0], old, stage.config.where), ""
+    return Previous.of(artifact, old, stage.config.where), ""
 
 
 def find_changes(stage: StageRun[IndexConfig], source: EmbeddingRows, previous: Previous | None) -> list[ShardChange]:
-    """What becomes of each hash shard."""
+    """Return what to do with each hash shard."""
     num_shards = stage.config.num_shards
     if previous is not None:
         tasks = [(source, stage.config, previous, shard, _work(stage, shard)) for shard in range(num_shards)]
-        return _map_tasks(compare_shard, tasks, "compare shards")
+        return map_tasks(compare_shard, tasks, "compare shards")
     counting = [(source, part, num_shards) for part in source.parts]
-    counts = np.sum(_map_tasks(count_rows, counting, "count rows"), axis=0)
+    counts = np.sum(map_tasks(count_rows, counting, "count rows"), axis=0)
     return [ShardChange(kind="rebuilt", num_fresh=int(rows)) for rows in counts]
 
 
@@ -221,7 +222,7 @@ def _work(stage: StageRun[IndexConfig], shard: int) -> str:
 def list_segments(
     stage: StageRun[IndexConfig], template: ShardMeta, previous: Previous | None, changes: list[ShardChange]
 ) -> list[Segment]:
-    """All folders of the index in the order of their rows: of each hash shard what is kept, then what is built."""
+    """Return all folders of the index in the order of their rows: per hash shard the kept ones, then the new one."""
     segments: list[Segment] = []
     offset = 0
 
@@ -233,7 +234,7 @@ def list_segments(
 
     for shard, change in enumerate(changes):
         for position, kept in enumerate(change.kept):
-            assert previous is not None, "what is kept comes from somewhere"
+            assert previous is not None, "segments are kept from a previous index"
             meta = read_meta(storage.join(previous.uri, kept.folder))
             meta = meta.model_copy(update={"num_deleted": kept.num_deleted})
             add(shard, position, meta, kept.folder, _work(stage, shard))
@@ -244,10 +245,9 @@ def list_segments(
 
 
 def run(stage: StageRun[IndexConfig]) -> None:
-    """Build all shards, or what has changed of them, and write ``meta.json``."""
+    """Build all shards, or only what has changed, and write ``meta.json``."""
     config, embeddings = stage.config, stage.one("embeddings")
     facts = embeddings.read_json("meta.json")
-    SHORTLISTS.get(config.shortlist)
     dims, shortlist_dims = choose_dims(config, [int(dim) for dim in facts["dims"]])
     source = read_source(embeddings, config.where)
     same: dict[str, Any] = {
@@ -259,7 +259,6 @@ def run(stage: StageRun[IndexConfig]) -> None:
     encoder = EncoderRef(**{key: str(facts["encoder"].get(key, "")) for key in ("fingerprint", "name", "uri")})
     shards = tuple(f"shard-{shard:05d}" for shard in range(config.num_shards))
     meta = IndexMeta(num_rows=0, shards=shards, shard_rows=(0,) * len(shards), columns=COLUMNS, encoder=encoder, **same)
-    ensure_ray()
     previous, reason = find_previous(stage, meta)
     changes = find_changes(stage, source, previous)
     segments = list_segments(stage, ShardMeta(num_rows=0, row_offset=0, **same), previous, changes)
@@ -269,13 +268,13 @@ def run(stage: StageRun[IndexConfig]) -> None:
         (source, config, previous, segment, (stage.out.path(segment.name), stage.out.work("scratch")))
         for segment in segments
     ]
-    built: list[ShardMeta] = _map_tasks(place_segment, tasks, "index shards")
+    built: list[ShardMeta] = map_tasks(place_segment, tasks, "index shards")
     meta = meta.model_copy(
         update={
-            "num_rows": sum(one.num_rows for one in built),
-            "num_deleted": sum(one.num_deleted for one in built),
+            "num_rows": sum(shard.num_rows for shard in built),
+            "num_deleted": sum(shard.num_deleted for shard in built),
             "shards": tuple(segment.name for segment in segments),
-            "shard_rows": tuple(one.num_rows for one in built),
+            "shard_rows": tuple(shard.num_rows for shard in built),
             "hash_shards": tuple(segment.shard for segment in segments),
         }
     )
@@ -314,10 +313,11 @@ def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[Shar
     }
 
 
-def _map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str) -> list[Any]:
-    """``function`` over ``arguments`` as Ray tasks, results in order; our own errors come out as they were raised."""
+def map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str) -> list[Any]:
+    """Run ``function`` for each of ``arguments`` as a Ray task; return the results in order, raise our own errors."""
     import ray
 
+    ensure_ray()
     task = ray.remote(num_cpus=1)(function)
     references = [task.remote(*values) for values in arguments]
     try:

@@ -23,23 +23,23 @@ def plot(
     rank_by: RankBy,
     num_queries: int,
 ) -> bytes:
-    """A PNG: what is missed of the answer, on a log scale so that the good plans stand apart, over the cost.
+    """Return a PNG of missed recall over cost, both on log scales, which spread out the good plans.
 
-    Colour: prefix of the shortlist. Circle: a plan of several stages; square: of one; triangle: with early exit; cross:
-    one that breaks a limit. The line is the Pareto front, dots mark the target, the star the choice.
+    Colour: prefix of the shortlist. Circle: several stages; square: one stage; triangle: early exit; cross: breaks a
+    limit. The line is the Pareto front, dots mark the target, the star marks the choice.
     """
     figure = create_figure(8, 5)
     axes = figure.subplots()
-    finest = 0.5 / (num_queries * k)  # less than one result missed: drawn as half of one
-    costs = np.array([cost_of(one, rank_by) for one in measured])
-    missed = np.clip([1 - one.recall for one in measured], finest, 1 - LOWEST)
-    dims = sorted({one.plan.shortlist_dim for one in measured})
+    finest = 0.5 / (num_queries * k)  # nothing missed is drawn as half a result missed
+    costs = np.array([cost_of(candidate, rank_by) for candidate in measured])
+    missed = np.clip([1 - candidate.recall for candidate in measured], finest, 1 - LOWEST)
+    dims = sorted({candidate.plan.shortlist_dim for candidate in measured})
     for number, dim in enumerate(dims):
         for marker, size, places in _group(measured, dim):
             axes.plot(costs[places], missed[places], marker, ms=size, alpha=0.65, color=f"C{number % 10}")
         axes.plot([], [], "o", color=f"C{number % 10}", label=f"shortlist at {dim}-d")
     for marker, words in (("s", "one stage"), ("^", "early exit"), ("x", "breaks a limit")):
-        if any(_marker(one)[0] == marker for one in measured):
+        if any(_marker(candidate)[0] == marker for candidate in measured):
             axes.plot([], [], marker, color="0.4", label=words)
     axes.plot(costs[front], missed[front], "-", color="0.4", lw=1, label="Pareto front", zorder=1)
     axes.axhline(max(finest, 1 - target), color="crimson", lw=1, ls=":", label=f"target {target:g}")
@@ -60,25 +60,26 @@ def plot(
 _CAPTIONS = {"model": "by the model", "measured": "measured"}
 
 
-def _marker(one: MeasuredPlan) -> tuple[str, float]:
-    if one.breaks:
+def _marker(candidate: MeasuredPlan) -> tuple[str, float]:
+    """Return (marker, its size)."""
+    if candidate.breaks:
         return "x", 5
-    if one.plan.margins:
+    if candidate.plan.margins:
         return "^", 6
-    return ("s", 6) if one.plan.is_single_stage else ("o", 4)
+    return ("s", 6) if candidate.plan.is_single_stage else ("o", 4)
 
 
 def _group(measured: Sequence[MeasuredPlan], dim: int) -> list[tuple[str, float, list[int]]]:
-    """(marker, its size, places) of the candidates of one prefix."""
+    """Return (marker, its size, places) of the candidates of one prefix."""
     groups: dict[tuple[str, float], list[int]] = {}
-    for place, one in enumerate(measured):
-        if one.plan.shortlist_dim == dim:
-            groups.setdefault(_marker(one), []).append(place)
+    for place, candidate in enumerate(measured):
+        if candidate.plan.shortlist_dim == dim:
+            groups.setdefault(_marker(candidate), []).append(place)
     return [(marker, size, places) for (marker, size), places in groups.items()]
 
 
 def _label_recall(axes: Any, finest: float) -> None:
-    """Ticks in recall on an axis of what is missed, the best above."""
+    """Label an axis of missed recall with ticks in recall, the best on top."""
     low, high = axes.get_ylim()
     ticks = [recall for recall in TICKS if finest < 1 - recall <= high]
     axes.set_yticks([*(1 - recall for recall in ticks), finest], [*(f"{recall:g}" for recall in ticks), "all found"])

@@ -1,9 +1,9 @@
-"""Plan stage: index + sample queries -> the cheapest plan that keeps the recall asked for.
+"""Plan stage: index + sample queries -> the cheapest plan with the target recall.
 
-``lookalike.retrieval.planner`` measures plans, ``lookalike.retrieval.choice`` ranks them. The choice (with ``rank_by:
-model`` and no ``max_p99_ms``) and all figures but the times are the same on the same inputs. ``plan.json`` holds
-the plan, every candidate with what it costs, takes and breaks, the Pareto front, what one stage costs beside several,
-and the check of mAP; ``plan.png`` shows recall over cost (``serve/index/plan_plot.py``).
+``lookalike.retrieval.planner`` measures plans, ``lookalike.retrieval.choice`` ranks them. With ``rank_by: model`` and
+without ``max_p99_ms`` the same inputs always give the same choice and the same figures, except times. ``plan.json``
+holds the plan, every candidate with its cost, its times and the limits that it breaks, the Pareto front, a comparison
+of one stage with several, and the mAP check; ``plan.png`` shows recall over cost (``serve/index/plan_plot.py``).
 """
 
 from typing import Annotated, Any, Literal
@@ -33,54 +33,54 @@ log = get_logger(__name__)
 
 
 class PlanConfig(StageConfig):
-    """What the plan must reach, and among which candidates it is sought."""
+    """What the plan must reach, and which candidates are tried."""
 
     target: float = Field(default=0.99, gt=0, le=1)
-    """Recall@k against the exact full-dim answer that the plan must reach."""
+    """Lowest recall@k of the plan, compared with the exact full-dim answer."""
     max_p99_ms: float | None = Field(default=None, gt=0)
-    """Longest time that 99% of the queries may take, sent one by one to a searcher of all shards on this machine, in
-    milliseconds; None: no limit. With it the choice rests on measured times, and at least 100 queries are timed."""
+    """Longest 99th percentile of the query time, in milliseconds, for queries sent one by one to a searcher of all
+    shards on this machine; None: no limit. A limit makes the choice rest on measured times, of at least 100 queries."""
     max_ram_mb: float | None = Field(default=None, gt=0)
-    """Memory that every query may walk through, all shards together, in MB (10^6 bytes): the shortlist of the plan's
-    dim, the norms it uses; not the memory-mapped vectors. None: no limit."""
+    """Most memory of shortlist and norms that a query walks through, in MB (10^6 bytes): all shards together, without
+    the memory-mapped vectors; None: no limit."""
     decide_by: choice.DecideBy = "lower"
-    """Compare the target with the lower end of the 95% interval of the recall, or with its mean."""
+    """Compare the target with the lower end of the recall's 95% interval, or with its mean."""
     rank_by: choice.RankBy = "model"
-    """Call the plan with the least modelled work the cheapest (reproducible), or the one with the least time here."""
+    """The cheapest plan is the one with the least modelled work (reproducible), or the one with the least time here."""
     k: int = Field(default=10, ge=1, le=10_000)
-    """Results a query asks for."""
+    """Results per query."""
     num_queries: int = Field(default=400, ge=1, le=1_000_000)
-    """Sample queries, chosen by the hash of their ids; all when there are fewer. As many again, where there are, take
-    no part in the choice and tell what the plan is worth."""
+    """Sample queries, chosen by the hash of their ids; all if there are fewer. The next as many do not take part in the
+    choice and measure the chosen plan."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Take queries only from rows whose column has one of the values, as in {"split": ["test"]}."""
     shortlist_ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 30, 50, 70, 100, 200, 400)
-    """Sizes K of the shortlist to try, in rows per shard; below those of the cheapest good plans a few more are."""
+    """Shortlist sizes K to try, in rows per shard; a few more are tried below those of the cheapest good plans."""
     ef_search: tuple[int | None, ...] = (None, 64, 128)
-    """HNSW candidate lists to try; those not above K are the same as K, which None stands for."""
+    """HNSW candidate lists to try; None stands for K, as does any size not above K."""
     nprobe: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16, 64)
-    """Lists of an IVF type to look into, to try."""
+    """Numbers of lists to probe, for an IVF type."""
     scan_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Prefixes to try also as a scan without an index."""
     funnels: bool = True
-    """Try each shortlist with funnels too: one stage at a quarter of the vector, and half the rows at every nested
+    """Also try each shortlist with funnels: one stage at a quarter of the vector, and half the rows at every nested
     dim."""
     early_exit: bool = True
-    """Try the cheapest good plans also with margins, read off the sample, below which a row is dropped per query."""
+    """Also try the cheapest good plans with margins: rows further below the k-th best are dropped, query by query."""
     allow_single_stage: bool = True
     """Let the exact scan, and an index over the full dim, compete with two-stage plans on cost."""
     label: Literal["group", "category"] | None = "group"
-    """Column by which mAP@k of plan and exact search are compared; None leaves the comparison out."""
+    """Column by which mAP@k of plan and exact search are compared; None skips the comparison."""
     max_map_loss: float = Field(default=0.1, ge=0, le=100)
-    """Largest difference in mAP@k by ``label`` from exact search that a plan may have, in points (0.01)."""
+    """Largest difference in mAP@k by ``label`` between the plan and exact search, in points (0.01)."""
     time_queries: int = runtime(16, ge=1, le=10_000)
-    """Queries that are timed, of the sample; at least 100 with ``max_p99_ms``."""
+    """Sample queries that are timed; at least 100 with ``max_p99_ms``."""
     time_repeats: int = runtime(3, ge=1, le=1000)
-    """Rounds of timing; each runs every candidate, the median counts."""
+    """Rounds of timing, each over every candidate; the median counts."""
 
 
 def sample_queries(source: EmbeddingRows, num: int, seed: int) -> tuple[Floats, list[dict[str, Any]]]:
-    """The ``num`` rows whose ids hash lowest: raw vectors [n, dim] and their metadata, sorted by hash."""
+    """Return the ``num`` rows whose ids hash lowest, sorted by hash: raw vectors [n, dim] and metadata."""
     best: list[tuple[float, int, int, dict[str, Any]]] = []
     for number, part in enumerate(source.parts):
         table, places = source.table(part)
@@ -102,10 +102,10 @@ def sample_queries(source: EmbeddingRows, num: int, seed: int) -> tuple[Floats, 
 def require_same_model(searcher: Searcher, queries: Artifact) -> None:
     """Raise ``UsageError`` unless queries and index come from the same model."""
     facts = queries.read_json("meta.json")
-    theirs = facts["encoder"]["fingerprint"]
-    if theirs != searcher.meta.model_fingerprint or int(facts["dim"]) != searcher.meta.dim:
+    model = facts["encoder"]["fingerprint"]
+    if model != searcher.meta.model_fingerprint or int(facts["dim"]) != searcher.meta.dim:
         raise UsageError(
-            f"queries {queries.uri} come from model {theirs} ({facts['dim']}-d), the index from "
+            f"queries {queries.uri} come from model {model} ({facts['dim']}-d), the index from "
             f"{searcher.meta.model_fingerprint} ({searcher.meta.dim}-d); embed both with one"
         )
 
@@ -113,25 +113,25 @@ def require_same_model(searcher: Searcher, queries: Artifact) -> None:
 def check_map(
     searcher: Searcher, queries: Floats, records: list[dict[str, Any]], plan: Plan, *, label: str, k: int
 ) -> dict[str, Any] | None:
-    """mAP@k (divided by k) and P@1 by ``label``, of exact search and of the plan; None when no query has one."""
-    known = [place for place, record in enumerate(records) if record.get(label)]
-    if not known:
+    """Return mAP@k (divided by k) and P@1 by ``label`` for exact search and the plan; None if no query has a label."""
+    labelled = [place for place, record in enumerate(records) if record.get(label)]
+    if not labelled:
         log.warning("no mAP check %s", fields(label=label, reason="no sample query has one"))
         return None
-    own_rows = searcher.find([records[place]["image_id"] for place in known])
-    wanted = np.array([records[place][label] for place in known])
-    figures: dict[str, Any] = {"label": label, "k": k, "num_queries": len(known)}
+    own_rows = searcher.find([records[place]["image_id"] for place in labelled])
+    truth = np.array([records[place][label] for place in labelled])
+    figures: dict[str, Any] = {"label": label, "k": k, "num_queries": len(labelled)}
     for name, candidate in (("exact", Plan.exact(searcher.meta.dim)), ("plan", plan)):
-        hits = planner.search_without(searcher, queries[known], k, candidate, own_rows)
-        found = np.array([row.get(label, "") for row in searcher.metadata(hits.rows)]).reshape(hits.rows.shape)
-        figures[f"{name}_map_at_{k}_by_k"] = metrics.map_at_k_by_k(found, wanted, k)
-        figures[f"{name}_top1"] = metrics.top1(found, wanted)
+        hits = planner.search_without(searcher, queries[labelled], k, candidate, own_rows)
+        labels = np.array([row.get(label, "") for row in searcher.metadata(hits.rows)]).reshape(hits.rows.shape)
+        figures[f"{name}_map_at_{k}_by_k"] = metrics.map_at_k_by_k(labels, truth, k)
+        figures[f"{name}_top1"] = metrics.top1(labels, truth)
     gap = figures[f"plan_map_at_{k}_by_k"] - figures[f"exact_map_at_{k}_by_k"]
     return figures | {"difference_points": 100 * gap}
 
 
 def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[MeasuredPlan]:
-    """All candidates of the configuration, measured, timed and held against its limits; the exact plan comes first."""
+    """Return all candidates, measured, timed and marked with the limits they break; the exact plan comes first."""
     plans = list_plans(
         searcher.meta,
         k=config.k,
@@ -160,36 +160,31 @@ def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: P
             ),
         )
     timed = planner.time_plans(searcher, queries[:num], config.k, measured, repeats=config.time_repeats)
-    return limits_of(config).mark(timed)
-
-
-def limits_of(config: PlanConfig) -> PlanLimits:
-    """What a plan may take."""
-    return PlanLimits(config.max_p99_ms, config.max_ram_mb)
+    return PlanLimits(config.max_p99_ms, config.max_ram_mb).mark(timed)
 
 
 def choose(
     searcher: Searcher, queries: Floats, records: list[dict[str, Any]], measured: list[MeasuredPlan], config: PlanConfig
 ) -> tuple[int, dict[str, Any] | None]:
-    """(place of the plan, its mAP check): the cheapest good candidate whose mAP is that of the exact answer.
+    """Return (place, mAP check) of the cheapest good candidate whose mAP is as high as that of exact search.
 
-    Raises ``UsageError`` that names the candidate which comes nearest when none keeps recall and limits.
+    Raises ``UsageError``, which names the nearest candidate, if none keeps recall and limits.
     """
     good = choice.rank_good(
         measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=config.allow_single_stage
     )
     if good in ([], [0]) and not (good and config.allow_single_stage):
-        others = measured[1:] or measured
-        _, why = choice.nearest_miss(others, config.target, limits_of(config), decide_by=config.decide_by)
+        limits = PlanLimits(config.max_p99_ms, config.max_ram_mb)
+        _, why = choice.nearest_miss(measured[1:] or measured, config.target, limits, decide_by=config.decide_by)
         if not good:
             raise UsageError(f"no plan keeps recall@{config.k} of {config.target} within the limits; {why}")
         log.warning("no two-stage plan %s", fields(target=config.target, chosen="exact scan", nearest=why))
     for place in good:
         if config.label is None:
             return place, None
-        checked = check_map(searcher, queries, records, measured[place].plan, label=config.label, k=config.k)
-        if checked is None or abs(checked["difference_points"]) <= config.max_map_loss:
-            return place, checked
+        check = check_map(searcher, queries, records, measured[place].plan, label=config.label, k=config.k)
+        if check is None or abs(check["difference_points"]) <= config.max_map_loss:
+            return place, check
     raise UsageError(
         f"no plan within the limits keeps mAP@{config.k} by {config.label} to {config.max_map_loss} "
         "points; raise max_map_loss, or the limit that the exact scan breaks: "
@@ -198,7 +193,7 @@ def choose(
 
 
 def compare_stages(measured: list[MeasuredPlan], place: int, config: PlanConfig) -> dict[str, Any]:
-    """The cheapest plans of one stage and of several that keep recall and limits; says so where one stage is chosen."""
+    """Compare the cheapest good plans of one stage and of several; log it if a plan of one stage is chosen."""
     good = choice.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=True)
     facts = choice.compare_stages(measured, good, config.rank_by)
     if config.allow_single_stage and measured[place].plan.is_single_stage:
@@ -214,33 +209,31 @@ def compare_stages(measured: list[MeasuredPlan], place: int, config: PlanConfig)
     return facts
 
 
-def check_plan(
+def check_holdout(
     searcher: Searcher, queries: Floats, records: list[dict[str, Any]], plan: Plan, config: PlanConfig
 ) -> dict[str, Any] | None:
-    """Recall, its interval and the mAP check of ``plan`` on queries that did not choose it; None without any."""
+    """Return recall, its interval and the mAP check of ``plan`` on queries that did not choose it; None without any."""
     if not len(queries):
         log.warning("no holdout %s", fields(reason="every query took part in the choice; lower num_queries"))
         return None
     own_rows = searcher.find([record["image_id"] for record in records])
     seed = derive_seed(config.seed, "plan", "holdout")
     sample = planner.take_sample(searcher, queries, config.k, own_rows=own_rows, seed=seed)
-    _, found = planner.measure(sample, [plan])
-    checked = None
-    if config.label is not None:
-        checked = check_map(searcher, queries, records, plan, label=config.label, k=config.k)
+    _, measured = planner.measure(sample, [plan])
+    label = config.label
     return {
         "num_queries": len(queries),
-        "recall": found.recall,
-        "recall_low": found.recall_low,
-        "recall_high": found.recall_high,
-        "map_check": checked,
+        "recall": measured.recall,
+        "recall_low": measured.recall_low,
+        "recall_high": measured.recall_high,
+        "map_check": None if label is None else check_map(searcher, queries, records, plan, label=label, k=config.k),
     }
 
 
 def run(stage: StageRun[PlanConfig]) -> None:
     """Measure, choose, check, and write ``plan.json`` and ``plan.png``."""
     config, index = stage.config, stage.one("index")
-    searcher = Searcher.open(index.uri, check=False)  # the runner has opened, and so checked, it
+    searcher = Searcher.open(index.uri, check=False)  # the runner opened it, which checks it
     require_same_model(searcher, stage.one("queries"))
     source = read_source(stage.one("queries"), config.where)
     sample, sampled = sample_queries(source, 2 * config.num_queries, derive_seed(config.seed, "plan", "queries"))
@@ -250,9 +243,9 @@ def run(stage: StageRun[PlanConfig]) -> None:
     own_rows = searcher.find([record["image_id"] for record in records])
     measured = measure_plans(searcher, queries, own_rows, config)
     front = choice.pareto_front(measured, config.rank_by)
-    place, checked = choose(searcher, queries, records, measured, config)
+    place, map_check = choose(searcher, queries, records, measured, config)
     chosen = measured[place]
-    kept_out = check_plan(searcher, sample[len(queries) :], sampled[len(queries) :], chosen.plan, config)
+    holdout = check_holdout(searcher, sample[len(queries) :], sampled[len(queries) :], chosen.plan, config)
     facts = {
         "plan": chosen.plan.model_dump(mode="json"),
         "description": chosen.plan.describe(),
@@ -264,19 +257,19 @@ def run(stage: StageRun[PlanConfig]) -> None:
         "num_queries": len(queries),
         "chosen": place,
         "front": front,
-        "map_check": checked,
-        "holdout": kept_out,
+        "map_check": map_check,
+        "holdout": holdout,
         "stages": compare_stages(measured, place, config),
-        "candidates": [one.model_dump(mode="json") | {"description": one.plan.describe()} for one in measured],
+        "candidates": [row.model_dump(mode="json") | {"description": row.plan.describe()} for row in measured],
         "machine": machine_facts(),
         "ranked_by": config.rank_by,
         "decided_by": config.decide_by,
     }
     stage.out.write_json("plan.json", facts)
-    drawn = plot(
+    png = plot(
         measured, front, place, target=config.target, k=config.k, rank_by=config.rank_by, num_queries=len(queries)
     )
-    storage.write_atomic(stage.out.path("plan.png"), drawn)
+    storage.write_atomic(stage.out.path("plan.png"), png)
     stage.out.stats |= {
         "plan": chosen.plan.describe(),
         "recall": chosen.recall,
@@ -287,7 +280,7 @@ def run(stage: StageRun[PlanConfig]) -> None:
         "ram_mb": chosen.ram_mb,
         "shard_ram_mb": chosen.shard_ram_mb,
         "p99_us": chosen.p99_us,
-        "map_difference_points": checked and checked["difference_points"],
+        "map_difference_points": map_check and map_check["difference_points"],
     }
     log.info("plan %s", fields(plan=chosen.plan.describe(), recall=chosen.recall, us=chosen.query_us))
 

@@ -1,7 +1,7 @@
-"""The rows of an embeddings artifact, as the index stages read them: part by part, each shard its own.
+"""The rows of an embeddings artifact, as the index stages read them.
 
-A row belongs to the shard that the hash of its id names and is sorted by id within it, so nothing here depends on the
-order of the embeddings or on how they are cut into parts.
+A row belongs to the shard that the hash of its id names; within a shard, rows are sorted by id. So nothing here depends
+on the order of the embeddings or on how they are cut into parts.
 """
 
 import hashlib
@@ -23,22 +23,22 @@ from lookalike.retrieval.ranking import Floats, Mask, Rows
 
 COLUMNS = tuple(name for name in schemas.embeddings(1).names if name != "vector")
 READ_BYTES = 4 << 20
-"""Read from a column at a time: a row group may be larger than memory."""
+"""Bytes read from a column at a time, because a row group may exceed the memory."""
 Digests = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class EmbeddingRows:
-    """The rows of an embeddings artifact that an index takes: plain values, sent to Ray tasks."""
+    """The rows of an embeddings artifact that match ``where``. Plain values, so that Ray tasks can take them."""
 
     parts: list[str]
     sha256: list[str]
-    """Of each part's file: one entry a part, of thousands of rows and more."""
+    """SHA-256 of each part's file."""
     dim: int
     where: dict[str, list[str]]
 
     def table(self, part: str) -> tuple[pa.Table, Rows]:
-        """Id and metadata of one part's rows that match ``where``, and their places in the part."""
+        """Return id and metadata of one part's matching rows, and their places in the part."""
         file = _open_parquet(part)
         schemas.require_columns(file.schema_arrow.empty_table(), schemas.embeddings(self.dim), part)
         table = file.read(columns=list(COLUMNS))
@@ -49,9 +49,9 @@ class EmbeddingRows:
         return table.take(pa.array(places)), places
 
     def vectors(self, part: str, places: Rows, batch_rows: int) -> Iterator[tuple[slice, Floats]]:
-        """Raw vectors at rising ``places`` of one part: (slice of ``places``, float32 [m, dim]).
+        """Yield (slice of ``places``, raw vectors float32 [m, dim]) for rising ``places`` in one part.
 
-        Row groups without any are not read.
+        Row groups without a place are not read.
         """
         if not len(places):
             return
@@ -78,7 +78,7 @@ def _open_parquet(uri: str) -> pq.ParquetFile:
 
 
 def count_rows(source: EmbeddingRows, part: str, num_shards: int) -> list[int]:
-    """How many of one part's rows go to each shard."""
+    """Return the number of one part's rows for each shard."""
     table, _ = source.table(part)
     return [int(count) for count in np.bincount(_shards_of(table, num_shards), minlength=num_shards)]
 
@@ -93,29 +93,29 @@ class ShardRows(NamedTuple):
     table: pa.Table
     """Id and metadata of each row, sorted by id."""
     places: list[Rows]
-    """Per part, the places in it whose vectors are the shard's, rising."""
+    """Per part, the rising places of the shard's vectors in it."""
     rows: list[Rows]
-    """Per part, the row that each of these becomes."""
+    """Per part, the row number in ``table`` for each of its ``places``."""
 
-    def only(self, chosen: Mask) -> "ShardRows":
-        """The ``chosen`` rows, bool [n], numbered anew."""
-        numbers = np.cumsum(chosen) - 1
-        kept = [chosen[rows] for rows in self.rows]
+    def only(self, mask: Mask) -> "ShardRows":
+        """Return the rows in ``mask``, bool [n], renumbered."""
+        numbers = np.cumsum(mask) - 1
+        masks = [mask[rows] for rows in self.rows]
         return ShardRows(
-            self.table.filter(pa.array(chosen)),
-            [places[keep] for places, keep in zip(self.places, kept, strict=True)],
-            [numbers[rows[keep]] for rows, keep in zip(self.rows, kept, strict=True)],
+            self.table.filter(pa.array(mask)),
+            [places[part] for places, part in zip(self.places, masks, strict=True)],
+            [numbers[rows[part]] for rows, part in zip(self.rows, masks, strict=True)],
         )
 
 
 def collect_rows(source: EmbeddingRows, shard: int, num_shards: int) -> ShardRows:
-    """The rows of one shard; ``ArtifactError`` names an id that occurs twice."""
+    """Return the rows of one shard; ``ArtifactError`` names an id that occurs twice."""
     tables, places = [], []
     for part in source.parts:
-        table, found = source.table(part)
+        table, part_places = source.table(part)
         mine = np.flatnonzero(_shards_of(table, num_shards) == shard)
         tables.append(table.take(pa.array(mine)))
-        places.append(found[mine])
+        places.append(part_places[mine])
     table = pa.concat_tables(tables)
     order = pc.sort_indices(table["image_id"]).to_numpy()
     table = table.take(pa.array(order)).combine_chunks()
@@ -128,28 +128,28 @@ def collect_rows(source: EmbeddingRows, shard: int, num_shards: int) -> ShardRow
         )
     rows = np.empty(len(order), np.int64)
     rows[order] = np.arange(len(order))
-    borders = np.cumsum([len(found) for found in places])[:-1]
+    borders = np.cumsum([len(part_places) for part_places in places])[:-1]
     return ShardRows(table, places, np.split(rows, borders))
 
 
-def read_vectors(source: EmbeddingRows, own: ShardRows, batch_rows: int) -> Iterator[tuple[Rows, Floats]]:
-    """(rows [m], raw vectors float32 [m, dim]) that cover a shard's rows once, in the order of the parts.
+def read_vectors(source: EmbeddingRows, shard_rows: ShardRows, batch_rows: int) -> Iterator[tuple[Rows, Floats]]:
+    """Yield (rows [m], raw vectors float32 [m, dim]) until each row of the shard occurred once, part by part.
 
     Raises ``ArtifactError`` naming the first row with a number that is not finite.
     """
-    for part, places, rows in zip(source.parts, own.places, own.rows, strict=True):
+    for part, places, rows in zip(source.parts, shard_rows.places, shard_rows.rows, strict=True):
         for chosen, vectors in source.vectors(part, places, batch_rows):
             finite = np.isfinite(vectors).all(axis=1)
             if not finite.all():
-                bad = own.table["image_id"][int(rows[chosen][~finite][0])].as_py()
+                bad = shard_rows.table["image_id"][int(rows[chosen][~finite][0])].as_py()
                 raise ArtifactError(f"the vector of {bad!r} in {part} holds NaN or infinity; embed again")
             yield rows[chosen], vectors
 
 
 def digest_rows(table: pa.Table, vectors: Floats) -> Digests:
-    """What each row is made from, uint64 [m]: 64 bits of BLAKE2b over its columns and its raw vector float32 [m, dim].
+    """Return a digest of each row, uint64 [m]: 64 bits of BLAKE2b over its columns and raw vector, float32 [m, dim].
 
-    Two versions of a row have the same digest by a chance of 2^-64.
+    Two versions of a row have the same digest with a probability of 2^-64.
     """
     columns = [column.cast(pa.string()) for column in table.columns]
     sizes = [pc.binary_length(column).cast(pa.string()) for column in columns]  # null where the value is
@@ -163,7 +163,7 @@ def digest_rows(table: pa.Table, vectors: Floats) -> Digests:
 
 
 def read_source(embeddings: Artifact, where: dict[str, list[str]]) -> EmbeddingRows:
-    """Where the rows of an embeddings artifact are; ``UsageError`` for a column it does not carry."""
+    """Return the rows of an embeddings artifact that match ``where``; ``UsageError`` for a column it does not have."""
     unknown = [column for column in where if column not in COLUMNS]
     if unknown:
         raise UsageError(f"where names columns {unknown}; embeddings carry {', '.join(COLUMNS)}")

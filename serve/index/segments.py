@@ -1,16 +1,16 @@
 """Incremental build: what a hash shard keeps of a previous index, and what it adds.
 
-A hash shard is a list of segments, each a shard folder of its own: a base, and what later builds appended. Each row of
-a segment has a digest of what it was made from, so that a build tells which rows are new, changed or gone:
+A hash shard is a list of segments, each in its own shard folder: a base, and what later builds appended. Each row has a
+digest of what it was made from, which tells a build which rows are new, changed or gone. If these are
 
-- none: all segments are kept (hard links on a disk, copies elsewhere: the previous index may be removed)
-- few: the segments are kept, with tombstones for rows that are gone or changed, and a new segment holds the new rows
-- many, or the segments would be too many: the shard is built whole again, which is compaction
+- none: all segments are kept (hard links on a disk, copies elsewhere, so the previous index may be removed);
+- few: the segments are kept, with tombstones for rows that are gone or changed, and a new segment holds the new rows;
+- many, or if there would be too many segments: the whole shard is built again, which is compaction.
 
-While the embeddings that the previous index was made from are there, a part file that is also among theirs is known by
-its SHA-256, and only the ids of its rows are read.
+As long as the embeddings of the previous index still exist, a part file that they also contain is recognised by its
+SHA-256, and only its ids are read.
 
-The answers are those of an index built whole; the numbers of rows may differ, and so the order of equal scores.
+Searches give the same answers as with an index built whole. Row numbers may differ, and so the order of equal scores.
 """
 
 import io
@@ -46,31 +46,31 @@ class SegmentOptions(Config):
     """How rows are divided into shards and segments."""
 
     num_shards: int = Field(default=2, ge=1, le=10_000)
-    """Shards, each of which may be served by its own replicas."""
+    """Number of shards; each may have its own replicas."""
     append_share: float = Field(default=0.2, ge=0, le=1)
-    """With a previous index: a shard is appended to while the rows that are new, changed or gone are at most this share
-    of its rows, and those under tombstones at most this share of what it stores; else it is built whole. 0: always."""
+    """With a previous index: append to a shard as long as its new, changed and gone rows are at most this share of its
+    rows, and those under tombstones at most this share of what it stores. Otherwise, and with 0, build it whole."""
     max_segments: int = Field(default=4, ge=1, le=64)
-    """Segments of a shard at most; one more, and it is built whole."""
+    """Most segments of a shard; beyond them it is built whole."""
     batch_rows: int = runtime(16_384, ge=1, le=1 << 24)
-    """Vectors read at a time, in rows."""
+    """Rows of vectors read at a time."""
 
 
 @dataclass(frozen=True)
 class Previous:
-    """The index that a build starts from: plain values, sent to Ray tasks."""
+    """The index that a build starts from. Plain values, so that Ray tasks can take them."""
 
     uri: str
     segments: list[list[str]]
-    """Folders of each hash shard."""
+    """Segment folders of each hash shard."""
     sha256: dict[str, str]
-    """Of each file, by its path in the artifact."""
+    """Path of a file in the artifact -> its SHA-256."""
     parts: frozenset[str]
-    """SHA-256 of the parts all of whose rows (those that ``where`` keeps) it holds as they are."""
+    """SHA-256 of the embeddings' part files that this index was made from with the same ``where``."""
 
     @classmethod
     def of(cls, artifact: Artifact, meta: IndexMeta, where: Mapping[str, Any]) -> "Previous":
-        """An opened index, for a build with the conditions ``where``."""
+        """Return the facts of an opened index, for a build with the conditions ``where``."""
         owners = meta.hash_shards or range(meta.num_shards)
         segments: list[list[str]] = [[] for _ in range(meta.num_hash_shards)]
         for owner, name in zip(owners, meta.shards, strict=True):
@@ -82,7 +82,7 @@ class Previous:
     def check(self, path: str, copy: str | None = None) -> None:
         """Raise ``ArtifactError`` unless the file at ``path`` (or its ``copy``) is what the manifest says.
 
-        What is kept is hashed for the new manifest: damage that slipped by here would be sound from then on.
+        The new manifest takes the hashes of kept files, so damage that is missed here would never be noticed again.
         """
         uri = storage.join(self.uri, path)
         if not storage.exists(copy or uri) or storage.sha256(copy or uri) != self.sha256[path]:
@@ -93,56 +93,66 @@ class Previous:
 
 
 def _parts_of(index: Artifact) -> frozenset[str]:
-    """SHA-256 of the files that an index was made from; none when they are gone or not what they were."""
+    """Return the SHA-256 of the files that an index was made from; none if they are gone or have changed."""
     for name, entry, uri in index.parents():
         if name == "embeddings":
             with suppress(ArtifactError):
-                found = Artifact.open(uri, entry.kind, check=False)
-                return frozenset(file.sha256 for file in found.manifest.files if found.digest == entry.digest)
+                parent = Artifact.open(uri, entry.kind, check=False)
+                return frozenset(file.sha256 for file in parent.manifest.files if parent.digest == entry.digest)
     return frozenset()
 
 
 class KeptSegment(Config):
-    """A segment that goes on."""
+    """A segment of the previous index that the next one keeps."""
 
     folder: str
-    """In the previous index."""
+    """Its folder in the previous index."""
     num_deleted: int
-    """Rows under tombstones, in all."""
+    """All rows under tombstones, old and new."""
 
 
 class ShardChange(Config):
-    """What becomes of a hash shard."""
+    """What a build does with a hash shard."""
 
     kind: Kind
     kept: tuple[KeptSegment, ...] = ()
-    """Segments of the previous index that go on."""
     num_fresh: int
-    """Rows of the segment that is built: all of a shard that is rebuilt."""
+    """Rows of the segment to build; if the shard is rebuilt, all its rows."""
 
 
 class SegmentRows(NamedTuple):
-    """What comparing needs of a segment."""
+    """The part of a segment that a comparison needs."""
 
     ids: pa.ChunkedArray
     digests: Digests
     live: Mask
 
 
+class Comparison(NamedTuple):
+    """A shard's rows compared with the segments of the previous index."""
+
+    stay: list[Mask]
+    """Per segment, the live rows that have not changed."""
+    fresh: Mask
+    """Rows of the shard that no segment holds in this form."""
+    num_gone: int
+    """Live rows of the segments whose id is gone."""
+
+
 def build_facts(meta: IndexMeta, version: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a shard's files depend on beside its rows; ``options`` are the settings of the index stage."""
+    """Return what a shard's files depend on besides its rows; ``options`` are the settings of the index stage."""
     facts = {"stage version": version, "encoder": meta.model_fingerprint, "num_shards": meta.num_hash_shards}
     same = {name: getattr(meta, name) for name in ("dims", "dtype", "shortlist", "shortlist_dims", "columns")}
     return facts | same | {name: options.get(name) for name in ShortlistOptions.model_fields}
 
 
 def explain_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Why nothing of an index with the facts ``old`` can be kept, in words; empty when something can."""
+    """Return why no part of an index with the facts ``old`` can be kept, in words; empty if parts can be kept."""
     return "; ".join(f"{name} was {old[name]!r}, is {new[name]!r}" for name in new if old[name] != new[name])
 
 
 def read_segment(previous: Previous, folder: str) -> SegmentRows:
-    """Ids, digests and live rows of a segment, nothing else of it."""
+    """Read ids, digests and live rows of a segment."""
     meta = read_meta(storage.join(previous.uri, folder))
     for name in (ROWS_FILE, DIGESTS_FILE, *([TOMBSTONES_FILE] if meta.num_deleted else [])):
         previous.check(f"{folder}/{name}")
@@ -163,53 +173,56 @@ def _load(uri: str) -> Any:
 
 
 def compare_rows(
-    ids: pa.ChunkedArray, digests: Digests, seen: Mask, segments: Sequence[SegmentRows]
-) -> tuple[list[Mask], Mask, int]:
-    """(live rows of each segment that are as they were, rows of ``ids`` that none holds so, ids that are gone).
+    ids: pa.ChunkedArray, digests: Digests, unchanged: Mask, segments: Sequence[SegmentRows]
+) -> Comparison:
+    """Compare the rows of a shard, ``ids`` [n] and ``digests`` [n], with the segments of the previous index.
 
-    The digests of rows that are ``seen`` [n] are not looked at: such a row is as it was.
+    The digests of rows in ``unchanged`` [n] are ignored: these rows are known to be as they were.
     """
-    fresh, gone, stay = np.ones(len(ids), bool), 0, []
+    fresh, num_gone, stay = np.ones(len(ids), bool), 0, []
     for segment in segments:
-        found = pc.index_in(segment.ids, value_set=ids)
-        rows = found.fill_null(-1).to_numpy().astype(np.int64)
-        known = (rows >= 0) & segment.live
-        same = known.copy()
-        same[known] = seen[rows[known]] | (digests[rows[known]] == segment.digests[known])
+        rows = pc.index_in(segment.ids, value_set=ids).fill_null(-1).to_numpy().astype(np.int64)
+        present = (rows >= 0) & segment.live
+        same = present.copy()
+        same[present] = unchanged[rows[present]] | (digests[rows[present]] == segment.digests[present])
         fresh[rows[same]] = False
-        gone += int((segment.live & ~known).sum())
+        num_gone += int((segment.live & ~present).sum())
         stay.append(same)
-    return stay, fresh, gone
+    return Comparison(stay, fresh, num_gone)
 
 
-def decide(options: SegmentOptions, stay: Sequence[Mask], fresh: Mask, gone: int) -> Kind:
-    """What becomes of a shard, from the result of :func:`compare_rows`."""
+def decide(options: SegmentOptions, comparison: Comparison) -> Kind:
+    """Return what to do with a shard."""
+    stay, fresh, num_gone = comparison
     num_fresh = int(fresh.sum())
-    if not num_fresh and not gone:
+    if not num_fresh and not num_gone:
         return "reused"
-    going_on = [mask for mask in stay if mask.any()]
-    stored = num_fresh + sum(len(mask) for mask in going_on)
-    deleted = sum(int((~mask).sum()) for mask in going_on)
-    few = num_fresh + gone <= options.append_share * len(fresh) and deleted <= options.append_share * stored
-    return "appended" if few and len(going_on) + bool(num_fresh) <= options.max_segments else "rebuilt"
+    kept = [mask for mask in stay if mask.any()]
+    num_stored = num_fresh + sum(len(mask) for mask in kept)
+    num_deleted = sum(int((~mask).sum()) for mask in kept)
+    share = options.append_share
+    few = num_fresh + num_gone <= share * len(fresh) and num_deleted <= share * num_stored
+    return "appended" if few and len(kept) + bool(num_fresh) <= options.max_segments else "rebuilt"
 
 
 def compare_shard(
     source: EmbeddingRows, options: SegmentOptions, previous: Previous, shard: int, work: str
 ) -> ShardChange:
-    """Decide about one hash shard; which rows stay and which are new goes to ``work``.npz, for those who build."""
+    """Decide about one hash shard; write the masks of kept and new rows to ``work``.npz for the build."""
     if storage.exists(f"{work}.json"):
         return ShardChange.model_validate(json.loads(storage.read_bytes(f"{work}.json")))
-    own = collect_rows(source, shard, options.num_shards)
-    seen = np.zeros(len(own.table), bool)
-    for sha256, rows in zip(source.sha256, own.rows, strict=True):
-        seen[rows] = sha256 in previous.parts
+    shard_rows = collect_rows(source, shard, options.num_shards)
+    unchanged = np.zeros(len(shard_rows.table), bool)
+    for sha256, rows in zip(source.sha256, shard_rows.rows, strict=True):
+        unchanged[rows] = sha256 in previous.parts
     folders = previous.segments[shard]
-    stored = [read_segment(previous, folder) for folder in folders]
-    digests = _digest_unseen(source, own, seen, options.batch_rows)
-    stay, fresh, gone = compare_rows(own.table["image_id"], digests, seen, stored)
-    kind = decide(options, stay, fresh, gone)
-    masks = {folder: mask for folder, mask in zip(folders, stay, strict=True) if mask.any() or kind == "reused"}
+    segments = [read_segment(previous, folder) for folder in folders]
+    digests = _digest_changeable(source, shard_rows, unchanged, options.batch_rows)
+    comparison = compare_rows(shard_rows.table["image_id"], digests, unchanged, segments)
+    kind, fresh = decide(options, comparison), comparison.fresh
+    masks = {
+        folder: mask for folder, mask in zip(folders, comparison.stay, strict=True) if mask.any() or kind == "reused"
+    }
     if kind == "rebuilt":
         masks, fresh = {}, np.ones(len(fresh), bool)
     kept = tuple(KeptSegment(folder=folder, num_deleted=int((~mask).sum())) for folder, mask in masks.items())
@@ -221,27 +234,27 @@ def compare_shard(
     return change
 
 
-def _digest_unseen(source: EmbeddingRows, own: ShardRows, seen: Mask, batch_rows: int) -> Digests:
-    """Digests uint64 [n] of the rows that are not ``seen``, 0 for those that are."""
-    digests, unseen = np.zeros(len(seen), np.uint64), np.flatnonzero(~seen)
-    rest = own.only(~seen)
+def _digest_changeable(source: EmbeddingRows, shard_rows: ShardRows, unchanged: Mask, batch_rows: int) -> Digests:
+    """Return digests uint64 [n]; 0 for ``unchanged`` rows, whose vectors are not read."""
+    digests, places = np.zeros(len(unchanged), np.uint64), np.flatnonzero(~unchanged)
+    rest = shard_rows.only(~unchanged)
     for rows, vectors in read_vectors(source, rest, batch_rows):
-        digests[unseen[rows]] = digest_rows(rest.table.take(pa.array(rows)), vectors)
+        digests[places[rows]] = digest_rows(rest.table.take(pa.array(rows)), vectors)
     return digests
 
 
 def read_mask(work: str, name: str) -> Mask:
-    """A mask that :func:`compare_shard` left: ``fresh``, or the rows of a kept folder that stay."""
+    """Read a mask that ``compare_shard`` wrote: ``fresh``, or the rows that stay in a kept folder."""
     mask: Mask = _load(f"{work}.npz")[name]
     return mask
 
 
 @contextmanager
 def new_folder(uri: str, scratch: str) -> Iterator[str]:
-    """A folder to fill, its ``shard.json`` last, that stands at ``uri`` when the block ends.
+    """Give the block a folder to fill, ``shard.json`` last, which is at ``uri`` when the block ends.
 
-    On a local disk it is filled in ``scratch`` and renamed, so that an attempt that was killed, or one that still
-    runs, cannot mix with this one; elsewhere it is filled in its place.
+    On a local disk it is filled in ``scratch`` and then renamed, so that a killed or still running attempt cannot mix
+    with this one; elsewhere it is filled in place.
     """
     storage.remove_tree(uri)
     if not storage.is_local(uri):
@@ -255,7 +268,7 @@ def new_folder(uri: str, scratch: str) -> Iterator[str]:
 
 
 def keep_segment(previous: Previous, kept: str, meta: ShardMeta, work: str, uris: tuple[str, str]) -> ShardMeta:
-    """Give the segment ``kept`` of the previous index a folder of its own here; ``uris``: the folder, and scratch."""
+    """Link or copy the segment ``kept`` of the previous index; ``uris`` are the new folder and the scratch folder."""
     with new_folder(*uris) as folder:
         for path in sorted(previous.sha256):
             name = path.removeprefix(f"{kept}/")

@@ -1,11 +1,11 @@
-"""Requests that nobody should send, over real gRPC: exact status, a message that says the rule, and a service that
-goes on as if nothing had been.
+"""Hostile requests over real gRPC: each gets its exact status and a short message, and the service goes on unharmed.
+``tests/serve/test_local.py`` has the ordinary mistakes.
 
-Bytes that are no message never reach us: Serve's gRPC server answers UNKNOWN with protobuf's ``DecodeError``, and ends
-a stream as if its caller had left, which we answer with INVALID_ARGUMENT. Bytes that parse meet our own checks.
+Bytes that are not a message never reach our code: Serve's gRPC server answers UNKNOWN with protobuf's ``DecodeError``.
+It ends a stream as if its caller had left, which we answer with INVALID_ARGUMENT. Bytes that parse meet our own checks.
 
-With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_HA_PROXY=1`` in the environment the same holds in the mode of
-clusters.
+With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_HA_PROXY=1`` in the environment these tests run against the
+mode of clusters.
 """
 
 import io
@@ -50,7 +50,7 @@ LIMITS = RequestLimits(
     max_filter_values=1000,
 )
 ROUNDS, GROWTH_MB = 3, 40
-"""Rounds of random bytes, and what a replica may keep after them: caches and the allocator's own."""
+"""Rounds of random bytes, and the memory that a replica may keep after them, in caches and the allocator."""
 DIM = 64
 GOOD = np.ones(DIM, "<f4")
 Code = grpc.StatusCode
@@ -143,39 +143,23 @@ BIG = (1 << 32) - 1
 INVALID = {
     "no query": (pb.SearchRequest(), "query 0 is empty"),
     "empty vector": (search(pb.Query(vector=b"")), "the vector has 0 bytes"),
-    "short vector": (search(vector(GOOD[:-1])), "the vector has 252 bytes; 64 float32 numbers are 256"),
     "long vector": (search(vector(np.ones(4096))), "the vector has 16384 bytes"),
     "half a float": (search(pb.Query(vector=bytes(255))), "the vector has 255 bytes"),
-    "NaN": (search(changed(3, np.nan)), "nan at position 3"),
-    "inf": (search(changed(63, -np.inf)), "-inf at position 63"),
-    "zero vector": (search(vector(np.zeros(DIM))), "no direction"),
-    "overflowing length": (search(vector(np.full(DIM, 3e38))), "no direction"),
-    "k = 0": (search(k=0), "k=0 is not between 1 and 200"),
     "k huge": (search(k=BIG), f"k={BIG} is not between 1 and 200"),
-    "no bytes of image": (search(pb.Query(image=b"")), "zero bytes"),
-    "no image": (search(pb.Query(image=b"\x00" * 1000)), "1000 bytes are no image"),
     "100 megapixels": (search(pb.Query(image=claiming(10_000, 10_000))), "10000 x 10000 pixels, the limit is 50000000"),
     "a decompression bomb": (search(pb.Query(image=claiming(60_000, 60_000))), "the limit is 50000000 pixels"),
     "truncated JPEG": (search(pb.Query(image=truncated_jpeg())), "truncated"),
     "PNG without pixels": (search(pb.Query(image=claiming(100, 100))), "the image is"),
-    "large image": (search(pb.Query(image=bytes(200_001))), "200001 bytes, the limit is 200000"),
     "no id": (search(pb.Query(image_id="")), "has 0 bytes; ids have 1 to 512"),
     "long id": (search(pb.Query(image_id="x" * 513)), "has 513 bytes"),
     "long unicode id": (search(pb.Query(image_id="\u56fe" * 171)), "has 513 bytes"),
     "10 MB id": (search(pb.Query(image_id="\u56fe\x00\n" * 2_000_000)), "has 10000000 bytes"),
     "huge request": (search(pb.Query(image_id="x" * 20_000_001)), "the limit is 20000000"),
-    "unknown column": (search(filters=[pb.Filter(column="colour", values=["red"])]), "filter on 'colour'"),
     "unnamed column": (search(filters=[pb.Filter(values=["red"])]), "filter on ''"),
     "1 MB column": (search(filters=[pb.Filter(column="\u56fe" * 350_000)]), "the index has the columns"),
     "column twice": (search(filters=[pb.Filter(column="view"), pb.Filter(column="view")]), "two filters on 'view'"),
-    "many values": (search(filters=[pb.Filter(column="view", values=["x"] * 1001)]), "1001 filter values"),
-    "recall 0": (search(min_recall=0), "min_recall=0"),
     "recall NaN": (search(min_recall=np.nan), "min_recall=nan"),
-    "recall and plan": (search(min_recall=0.9, plan=plan()), "both set"),
     "empty plan": (search(plan=pb.Plan()), "plan"),
-    "plan of huge dims": (search(plan=plan(rerank_dim=BIG)), f"[{BIG}]"),
-    "huge shortlist": (search(plan=plan(shortlist_k=BIG)), f"plan.shortlist_k={BIG} exceeds 500"),
-    "falling dims": (search(plan=plan(shortlist_dim=64, rerank_dim=8)), "must grow"),
     "growing steps": (search(plan=plan(stages=[pb.PlanStep(dim=32, keep=BIG)])), "survivors"),
     "10,000 steps": (search(plan=plan(stages=[pb.PlanStep(dim=32, keep=1)] * 10_000)), "plan.stages has 10000"),
     "huge ef": (search(plan=plan(ef_search=BIG)), "1000000"),
@@ -207,15 +191,13 @@ def test_other_statuses_are_exact(service: Service) -> None:
     "metadata",
     [
         (),
-        (("authorization", "Bearer wrong"),),
-        (("authorization", TOKEN),),
         METADATA * 2,
         (("authorization", "Bearer " + "x" * 4000),),
         (("authorization-bin", b"Bearer \xff"),),
     ],
 )
 def test_without_the_token_nothing_is_worked_on(service: Service, metadata: Any) -> None:
-    for request in (search(), INVALID["large image"][0]):
+    for request in (search(), INVALID["100 megapixels"][0]):
         code, details = refuse(service, request, metadata=metadata)
         assert (code, "authorization: Bearer TOKEN" in details) == (Code.UNAUTHENTICATED, True), details
     with pytest.raises(grpc.RpcError) as caught:
@@ -224,24 +206,11 @@ def test_without_the_token_nothing_is_worked_on(service: Service, metadata: Any)
 
 
 def test_more_hits_than_rows_are_all_rows(service: Service, world: "World") -> None:
-    for asked in (search(k=200), search(k=200, plan=plan(scan=True)), search(k=200, plan=plan(shortlist_k=1))):
-        response = service.stub.Search(asked, timeout=30, metadata=METADATA)
+    for request in (search(k=200), search(k=200, plan=plan(scan=True)), search(k=200, plan=plan(shortlist_k=1))):
+        response = service.stub.Search(request, timeout=30, metadata=METADATA)
         assert sorted(hit.id for hit in response.hits) == sorted(world.images)
     none = search(k=200, filters=[pb.Filter(column="view", values=["nowhere"])])
     assert not service.stub.Search(none, timeout=30, metadata=METADATA).hits
-
-
-def test_batches_and_embeddings_of_no_and_too_many(service: Service) -> None:
-    for num in (0, 17, 5000):
-        for rpc, message, what in [
-            ("SearchBatch", pb.SearchBatchRequest(queries=[vector(GOOD)] * num), "queries"),
-            ("Embed", pb.EmbedRequest(images=[b"x"] * num), "images"),
-        ]:
-            with pytest.raises(grpc.RpcError) as caught:
-                getattr(service.stub, rpc)(message, timeout=30, metadata=METADATA)
-            assert caught.value.code() == Code.INVALID_ARGUMENT
-            assert f"{num} {what} in one request; send 1 to 16" in caught.value.details()
-            check_alive(service)
 
 
 def row(image_id: str = "new", **fields: Any) -> pb.Row:
@@ -296,14 +265,11 @@ def test_wrong_deletes_and_switches_change_nothing(service: Service, world: "Wor
         (switch, pb.SwitchRequest(index=world.index, plan=world.index), Code.FAILED_PRECONDITION),
         (service.admin.Rollback, pb.RollbackRequest(), Code.FAILED_PRECONDITION),
     ]
-    found = []
     for call, message, code in wrong:
         with pytest.raises(grpc.RpcError) as caught:
             call(message, timeout=60, metadata=METADATA)
-        found.append((caught.value.code(), code, caught.value.details()))
+        assert (caught.value.code(), len(caught.value.details()) <= 2000) == (code, True), caught.value
         check_alive(service)
-    strange = [one for one in found if one[0] != one[1] or len(one[2]) > 2000]
-    assert not strange, strange
     assert service.admin.Status(pb.StatusRequest(), timeout=30, metadata=METADATA) == before
 
 
@@ -317,7 +283,7 @@ def test_a_stream_says_what_is_wrong_in_its_place(service: Service) -> None:
     ]
     messages = [
         pb.SearchStreamRequest(tag=str(number), batch=batch)
-        for number, batch in enumerate(one for wrong in bad for one in (good, wrong))
+        for number, batch in enumerate(batch for wrong in bad for batch in (good, wrong))
     ]
     answers = list(service.stub.SearchStream(iter(messages), timeout=120, metadata=METADATA))
     assert [answer.tag for answer in answers] == [message.tag for message in messages]
@@ -415,14 +381,12 @@ def seeds(world: "World") -> dict[str, list[Any]]:
 
 def replicas_mb() -> dict[int, float]:
     """Resident memory of this session's replicas by process, in MB."""
-    found = {}
+    sizes = {}
     for process in psutil.Process().children(recursive=True):
-        try:
+        with suppress(psutil.NoSuchProcess):
             if "ServeReplica" in " ".join(process.cmdline()):
-                found[process.pid] = process.memory_info().rss / 1e6
-        except psutil.NoSuchProcess:
-            continue
-    return found
+                sizes[process.pid] = process.memory_info().rss / 1e6
+    return sizes
 
 
 def test_random_bytes_leave_the_service_as_it_was(service: Service, world: "World") -> None:
@@ -436,7 +400,7 @@ def test_random_bytes_leave_the_service_as_it_was(service: Service, world: "Worl
             code = send(service, f"/lookalike.v1.RetrievalService/{rpc}", sent)
             statuses[code] = statuses.get(code, 0) + 1
             assert code in SANE | {Code.UNKNOWN}
-        for name in ("10 MB id", "large image", "100 megapixels", "many margins", "1 MB column"):
+        for name in ("10 MB id", "huge request", "100 megapixels", "many margins", "1 MB column"):
             refuse(service, INVALID[name][0])
         check_alive(service)
 

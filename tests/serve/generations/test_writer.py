@@ -48,9 +48,8 @@ def test_an_index_without_the_writes_gets_them_and_none_may_be_lost(
 
     monkeypatch.setattr(module, "compact_in_task", in_process)
     monkeypatch.setattr(
-        "lookalike.serve.index.build._map_tasks", lambda function, tasks, _: [function(*t) for t in tasks]
+        "lookalike.serve.index.build.map_tasks", lambda function, tasks, _: [function(*t) for t in tasks]
     )
-    monkeypatch.setattr("lookalike.serve.index.build.ensure_ray", lambda: None)
 
     async def work() -> None:
         writer = open_writer(config)

@@ -13,28 +13,24 @@ from lookalike.cli import main
 from lookalike.errors import ArtifactError
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
-from lookalike.serve.index import build as module
-from lookalike.serve.index.build import IndexConfig
+from lookalike.serve.index.build import STAGE, IndexConfig
 from lookalike.stages import execute
 
 DATA, _ = make_vectors(300, 16, num_classes=20, seed=1)
 
 
 @pytest.fixture(scope="module", params=["hnsw", "graph"])
-def sound(request, tmp_path_factory) -> Artifact:
+def sound(request, tmp_path_factory, in_process) -> Artifact:
     """An index with appended segments and tombstones."""
     root = str(tmp_path_factory.mktemp("root"))
     config = IndexConfig(shortlist=request.param, shortlist_dims=(8,))
     previous: list[Artifact] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_map_tasks", lambda function, arguments, _: [function(*v) for v in arguments])
-        patch.setattr(module, "ensure_ray", lambda: None)
-        for number, rows in enumerate((slice(0, 280), slice(10, 300))):
-            ids = [f"i{row:04d}" for row in range(300)[rows]]
-            database = publish_embeddings(root, f"db{number}", DATA[rows], {"image_id": ids}, dims=[8, 16])
-            inputs = {"embeddings": [database]}
-            inputs |= {"previous": previous} if previous else {}
-            previous = [execute(module.STAGE, config, inputs, root, f"i{number}")]
+    for number, rows in enumerate((slice(0, 280), slice(10, 300))):
+        ids = [f"i{row:04d}" for row in range(300)[rows]]
+        database = publish_embeddings(root, f"db{number}", DATA[rows], {"image_id": ids}, dims=[8, 16])
+        inputs = {"embeddings": [database]}
+        inputs |= {"previous": previous} if previous else {}
+        previous = [execute(STAGE, config, inputs, root, f"i{number}")]
     assert previous[0].stats["shards_appended"] == 2
     return previous[0]
 

@@ -28,8 +28,10 @@ from lookalike.serve.search.router import Router
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.ask import Ask
+from lookalike.serve.wire.errors import RetrievalError
 from lookalike.stages import execute
 
+pytestmark = pytest.mark.usefixtures("in_process")
 DIMS = [4, 8, 16]
 DATA, _ = make_vectors(2000, 16, num_classes=40, seed=5)
 QUERIES, _ = make_vectors(20, 16, num_classes=40, seed=6)
@@ -46,11 +48,16 @@ def image(n: int) -> str:
 BASE: World = {image(n): (n, ("icon", "front")[n % 2]) for n in range(400)}
 
 
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    """Tasks run in this process."""
-    monkeypatch.setattr(module, "_map_tasks", lambda function, arguments, _: [function(*v) for v in arguments])
-    monkeypatch.setattr(module, "ensure_ray", lambda: None)
+@pytest.fixture(scope="module")
+def first(in_process, tmp_path_factory) -> Artifact:
+    """The index of ``BASE``."""
+    return build(tmp_path_factory.mktemp("first"), BASE)
+
+
+@pytest.fixture(scope="module")
+def appended(first, tmp_path_factory) -> Artifact:
+    """The index of ``edit(BASE)``, appended to ``first``."""
+    return build(tmp_path_factory.mktemp("appended"), edit(BASE), first)
 
 
 def publish(root, world: World, name="db", **more) -> Artifact:
@@ -65,8 +72,8 @@ def build(root, world: World, previous=None, name="index", encoder="synthetic", 
     return execute(module.STAGE, IndexConfig(**{"shortlist": "hnsw", **config}), inputs, str(root), name)
 
 
-def answers(index: Artifact | str, plan=EXACT, allowed=None):
-    searcher = Searcher.open(index if isinstance(index, str) else index.uri)
+def answers(index: Artifact, plan=EXACT, allowed=None):
+    searcher = Searcher.open(index.uri)
     hits = searcher.search(QUERIES, 10, plan, allowed)
     return [searcher.ids(row) for row in hits.rows], hits.scores
 
@@ -77,6 +84,10 @@ def assert_same_answers(index, whole):
             (ids, scores), (wanted, truth) = answers(index, plan, allowed), answers(whole, plan, allowed)
             assert ids == wanted
             np.testing.assert_allclose(scores, truth, atol=1e-6)
+
+
+def digests(index: Artifact) -> dict[str, str]:
+    return {file.path: file.sha256 for file in index.manifest.files}
 
 
 def counts(index: Artifact) -> tuple[int, int, int]:
@@ -97,8 +108,8 @@ def test_a_build_without_changes_keeps_all_and_outlives_the_previous_index(tmp_p
     assert counts(first) == (0, 0, 2)
     again = build(tmp_path, BASE, first, "again")
     assert counts(again) == (2, 0, 0)
-    kept = {f.path: f.sha256 for f in first.manifest.files}
-    assert {f.path: f.sha256 for f in again.manifest.files} == kept
+    kept = digests(first)
+    assert digests(again) == kept
     linked = [name for name in kept if os.stat(again.path(name)).st_ino == os.stat(first.path(name)).st_ino]
     assert set(kept) - set(linked) == {"meta.json", "shard-00000/shard.json", "shard-00001/shard.json"}
     wanted = answers(first)[0]
@@ -119,10 +130,9 @@ def test_few_changes_are_appended_and_answered_as_if_built_whole(tmp_path, short
     assert_same_answers(index, whole)
 
 
-def test_rows_are_found_under_their_id_once_and_deleted_ones_never(tmp_path):
+def test_rows_are_found_under_their_id_once_and_deleted_ones_never(appended):
     world = edit(BASE)
-    index = build(tmp_path, world, build(tmp_path, BASE), "next")
-    searcher = Searcher.open(index.uri)
+    searcher = Searcher.open(appended.uri)
     assert searcher.meta.shards == ("shard-00000", "shard-00000-001", "shard-00001", "shard-00001-001")
     assert searcher.meta.hash_shards == (0, 0, 1, 1)
     assert (searcher.meta.num_hash_shards, searcher.meta.num_live) == (2, len(world))
@@ -154,10 +164,9 @@ def test_rows_are_found_under_their_id_once_and_deleted_ones_never(tmp_path):
 
 
 @pytest.mark.parametrize("plan", [EXACT, NARROW], ids=["exact", "narrow"])
-def test_a_re_ranker_takes_the_segments_of_all_shards(tmp_path, plan):
-    index = build(tmp_path, edit(BASE), build(tmp_path, BASE), "next")
-    searcher = Searcher.open(index.uri)
-    generation = read_generation(index.uri, None, "none")
+def test_a_re_ranker_takes_the_segments_of_all_shards(appended, plan):
+    searcher = Searcher.open(appended.uri)
+    generation = read_generation(appended.uri, None, "none")
     router = Router([ShardWorker(group, 2, [generation]) for group in range(2)], RerankWorker([generation]))
 
     async def search():
@@ -172,28 +181,21 @@ def test_a_re_ranker_takes_the_segments_of_all_shards(tmp_path, plan):
     np.testing.assert_array_equal(found.answer.hits.scores, hits.scores)
 
 
-def test_segments_are_served_as_shards_are(tmp_path):
-    world = edit(BASE)
-    index = build(tmp_path, world, build(tmp_path, BASE), "next")
-    client = LocalClient(ServeConfig(index=index.uri, encoder="none"))
-    try:
+def test_segments_are_served_as_shards_are(appended):
+    with LocalClient(ServeConfig(index=appended.uri, encoder="none")) as client:
         facts = client.describe()
-        assert (facts.num_rows, facts.num_shards) == (len(world), 2)
-        wanted = answers(index)[0]
-        result = [client.search(vector=query, k=10).ids for query in QUERIES]
-        assert result == wanted
+        assert (facts.num_rows, facts.num_shards) == (len(edit(BASE)), 2)
+        assert [client.search(vector=query, k=10).ids for query in QUERIES] == answers(appended)[0]
         changed = sorted(BASE)[12]
         assert client.search(image_id=changed, k=1).ids == [changed]
-        with pytest.raises(Exception, match="no image"):
+        with pytest.raises(RetrievalError, match="no image"):
             client.search(image_id=sorted(BASE)[0], k=1)
-    finally:
-        client.close()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_generation_after_generation_answers_as_if_built_whole(tmp_path, seed):
+def test_generation_after_generation_answers_as_if_built_whole(first, tmp_path, seed):
     generator = np.random.default_rng(seed)
-    world, index, seen = dict(BASE), build(tmp_path, BASE, max_segments=3), set()
+    world, index, seen = dict(BASE), first, set()
     unused = iter(generator.permutation(np.arange(1000, 2000)).tolist())  # equal scores would come in any order
     for number, size in enumerate(generator.permutation([0, 8, 8, 25, 25, 120])):
         ids = sorted(world)
@@ -218,19 +220,18 @@ def test_generation_after_generation_answers_as_if_built_whole(tmp_path, seed):
     assert seen >= {"a", "b"}
 
 
-def test_many_changes_compact_a_shard_to_the_bytes_of_one_built_whole(tmp_path):
-    first = build(tmp_path, edit(BASE), build(tmp_path, BASE), "first")
-    zero = {name: row for name, row in edit(BASE).items() if shard_of(name, 2) == 0}
+def test_many_changes_compact_a_shard_to_the_bytes_of_one_built_whole(appended, tmp_path):
     world = {
-        name: ((row + 500) % 1000, view) if name in zero else (row, view) for name, (row, view) in edit(BASE).items()
+        name: ((row + 500) % 1000 if shard_of(name, 2) == 0 else row, view) for name, (row, view) in edit(BASE).items()
     }
-    index, whole = build(tmp_path, world, first, "next"), build(tmp_path, world, None, "whole")
+    index, whole = build(tmp_path, world, appended, "next"), build(tmp_path, world, None, "whole")
     assert counts(index) == (1, 0, 1)
     assert Searcher.open(index.uri).meta.shards == ("shard-00000", "shard-00001", "shard-00001-001")
-    found, wanted = (
-        {f.path: f.sha256 for f in one.manifest.files if f.path.startswith("shard-00000/")} for one in (index, whole)
+    rebuilt, wanted = (
+        {path: sha256 for path, sha256 in digests(artifact).items() if path.startswith("shard-00000/")}
+        for artifact in (index, whole)
     )
-    assert found == wanted
+    assert rebuilt == wanted
     assert_same_answers(index, whole)
 
 
@@ -246,8 +247,8 @@ def test_many_changes_compact_a_shard_to_the_bytes_of_one_built_whole(tmp_path):
         ({"hnsw_m": 8}, "hnsw_m was None, is 8"),
     ],
 )
-def test_what_differs_from_the_previous_index_is_said_and_all_is_built(tmp_path, caplog, settings, reason):
-    index = build(tmp_path, BASE, build(tmp_path, BASE), "next", **settings)
+def test_what_differs_from_the_previous_index_is_said_and_all_is_built(first, tmp_path, caplog, settings, reason):
+    index = build(tmp_path, BASE, first, "next", **settings)
     assert counts(index) == (0, 0, settings.get("num_shards", 2))
     assert re.search(reason, index.stats["nothing_kept_because"])
     assert "nothing is kept" in caplog.text
@@ -268,18 +269,17 @@ def test_damage_of_the_previous_index_does_not_pass_into_the_next(tmp_path):
     assert counts(build(tmp_path, edit(BASE), first, "next")) == (0, 2, 0)
 
 
-def test_a_remote_index_is_kept_from_and_appended_to(tmp_path):
+def test_a_remote_index_is_kept_from_and_appended_to(appended, tmp_path):
     root = "memory://lookalike-incremental"
-    first = build(root, BASE)
-    index = build(root, edit(BASE), first, "next")
-    there = build(tmp_path, edit(BASE), build(tmp_path, BASE), "next")
+    base = build(root, BASE)
+    index = build(root, edit(BASE), base, "next")
     assert counts(index) == (0, 2, 0)
-    assert {f.path: f.sha256 for f in index.manifest.files} == {f.path: f.sha256 for f in there.manifest.files}
-    storage.remove_tree(first.uri)
-    assert answers(index)[0] == answers(there)[0]
+    assert digests(index) == digests(appended)
+    storage.remove_tree(base.uri)
+    assert answers(index)[0] == answers(appended)[0]
     local = build(tmp_path, edit(BASE), index, "from-remote")  # another store: copied through this machine
     assert counts(local) == (2, 0, 0)
-    assert answers(local)[0] == answers(there)[0]
+    assert answers(local)[0] == answers(appended)[0]
     storage.remove_tree(root)
 
 
@@ -355,8 +355,8 @@ def die_after(monkeypatch, steps: int) -> None:
 
 
 def test_killed_at_any_step_nothing_opens_and_the_next_run_gives_the_same_bytes(tmp_path, monkeypatch):
-    world = edit({name: row for n, (name, row) in enumerate(BASE.items()) if n < 120})
-    small = {name: row for n, (name, row) in enumerate(BASE.items()) if n < 120}
+    small = dict(list(BASE.items())[:120])
+    world = edit(small)
     first, database = build(tmp_path, small), publish(tmp_path, world, "db-next")
     config = IndexConfig(shortlist="hnsw", append_share=0.5)
 
@@ -392,8 +392,7 @@ import sys
 from lookalike.artifacts import Artifact, Draft
 from lookalike.serve.index import build as module
 from lookalike.stages import execute
-module._map_tasks = lambda function, arguments, _: [function(*values) for values in arguments]
-module.ensure_ray = lambda: None
+module.map_tasks = lambda function, arguments, _: [function(*values) for values in arguments]
 database, first, root = sys.argv[1:]
 inputs = {"embeddings": [Artifact.open(database)], "previous": [Artifact.open(first)]}
 print("ready", flush=True)
@@ -402,8 +401,8 @@ execute(module.STAGE, module.IndexConfig(shortlist="hnsw"), inputs, root, "next"
 
 
 @pytest.mark.soak
-def test_kill_9_at_random_times_leaves_no_index_that_opens(tmp_path):
-    first, database = build(tmp_path, BASE), publish(tmp_path, edit(BASE), "db-next")
+def test_kill_9_at_random_times_leaves_no_index_that_opens(first, tmp_path):
+    database = publish(tmp_path, edit(BASE), "db-next")
     command = [sys.executable, "-c", SUBPROCESS, database.uri, first.uri]
     start = time.monotonic()
     calm = tmp_path / "calm"
