@@ -16,38 +16,38 @@ from lookalike.serve.client import DEFAULT_ADDRESS, Client, RetrievalError, Sear
 def search(args: Sequence[str]) -> int:
     """Query a running service, or an index on disk."""
     parser = argparse.ArgumentParser(prog="lookalike search", description="Find the stored images nearest to a query.")
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--image", type=Path, help="image file")
-    query.add_argument("--vector", type=Path, help=".npy file of one vector")
-    query.add_argument("--id", help="id of a stored image")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
-    where.add_argument("--local", metavar="URI", help="search this index in this process instead")
-    parser.add_argument("-k", type=int, default=10, help="hits wanted (default: %(default)s)")
+    queries = parser.add_mutually_exclusive_group(required=True)
+    queries.add_argument("--image", type=Path, help="image file")
+    queries.add_argument("--vector", type=Path, help=".npy file of one vector")
+    queries.add_argument("--id", help="id of a stored image")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
+    places.add_argument("--local", metavar="URI", help="search this index in this process instead")
+    parser.add_argument("-k", type=int, default=10, help="number of hits (default: %(default)s)")
     parser.add_argument(
         "--where",
         action="append",
         default=[],
         metavar="COLUMN=VALUE",
-        help="keep hits whose column holds this value; repeat it for more values of a column, or for more columns",
+        help="keep hits with this value in the column; repeat it for more values or more columns",
     )
-    parser.add_argument("--min-recall", type=float, help="let the service choose the cheapest plan of this recall")
+    parser.add_argument("--min-recall", type=float, help="take the cheapest plan with at least this measured recall")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     credentials.add_arguments(parser)
     options = parser.parse_intermixed_args(args)
-    asked = {**_read_query(options), "where": _read_where(options.where)}
+    query, where = _read_query(options), _read_where(options.where)
     with _open_client(options) as client:
         try:
-            result = client.search(**asked, k=options.k, min_recall=options.min_recall)
+            result = client.search(**query, where=where, k=options.k, min_recall=options.min_recall)
         except RetrievalError as error:
             raise _with_remedy(error, options) from None
-    print(json.dumps(_plain(result), indent=1) if options.json else render(result))
+    print(json.dumps(_to_json(result), indent=1) if options.json else render(result))
     return 0
 
 
 def _with_remedy(error: RetrievalError, options: argparse.Namespace) -> RetrievalError:
-    """``error``, which gRPC itself words where nothing listens, with what to do then."""
+    """Return ``error`` with a remedy if gRPC found no server, whose message names none."""
     if options.local is not None or error.code != grpc.StatusCode.UNAVAILABLE:
         return error
     remedy = "start a service with `lookalike serve RECIPE`, or name the host:port of one with --address"
@@ -68,7 +68,7 @@ def _read_where(conditions: Sequence[str]) -> dict[str, list[str]]:
     for condition in conditions:
         column, equals, value = condition.partition("=")
         if not equals or not column:
-            raise UsageError(f"--where {condition!r} is no COLUMN=VALUE, as in view=icon")
+            raise UsageError(f"--where {condition!r} is not COLUMN=VALUE, as in view=icon")
         where.setdefault(column, []).append(value)
     return where
 
@@ -84,13 +84,13 @@ def _read_query(options: argparse.Namespace) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a file") from None
     except ValueError as error:
-        raise UsageError(f"{path} is no .npy file of numbers ({error}); write one with numpy.save") from None
+        raise UsageError(f"{path} is not a .npy file of numbers ({error}); write one with numpy.save") from None
     if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.floating):
         raise UsageError(f"{path} holds {vector.dtype} of shape {vector.shape}; one vector of floats is needed")
     return {"vector": vector}
 
 
-def _plain(result: SearchResult) -> dict[str, Any]:
+def _to_json(result: SearchResult) -> dict[str, Any]:
     info = result.info
     return {
         "hits": [{"id": hit.id, "score": hit.score, "metadata": dict(hit.metadata)} for hit in result.hits],
@@ -106,7 +106,7 @@ def _plain(result: SearchResult) -> dict[str, Any]:
 
 
 def render(result: SearchResult) -> str:
-    """Hits as lines of text: rank, score, id, stored columns."""
+    """Return hits as lines of text: rank, score, id, stored columns."""
     lines = []
     for rank, hit in enumerate(result.hits, 1):
         columns = "  ".join(f"{name}={value}" for name, value in sorted(hit.metadata.items()))

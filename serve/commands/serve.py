@@ -19,11 +19,11 @@ from lookalike.serve.client import MAX_MESSAGE_BYTES
 from lookalike.serve.settings.config import ServeConfig
 
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
-"""Ray's bound of one gRPC message in bytes, read by its processes as they start; 2 GiB without it."""
+"""Ray's largest gRPC message in bytes, which its processes read when they start; 2 GiB by default."""
 
 
 def serve(args: Sequence[str]) -> int:
-    """Serve an index from this machine until Ctrl-C or SIGTERM, or print what would be served."""
+    """Serve an index from this machine until Ctrl-C or SIGTERM; or check and print settings."""
     parser = argparse.ArgumentParser(prog="lookalike serve", description="Serve an index over gRPC.")
     parser.add_argument("recipe", nargs="?", help="recipe YAML; its serve: section holds the settings")
     parser.add_argument(
@@ -39,7 +39,7 @@ def serve(args: Sequence[str]) -> int:
         "--check-config",
         metavar="FILE",
         help="read a Serve config file or a RayService manifest, "
-        "refuse what Serve would ignore or fail on, and serve nothing",
+        "refuse keys that Serve would ignore and values that it would reject; serve nothing",
     )
     parser.add_argument("--emit-config", action="store_true", help="print the YAML for `serve deploy` (serveConfigV2)")
     options = parser.parse_intermixed_args(args)
@@ -57,24 +57,24 @@ def serve(args: Sequence[str]) -> int:
     if options.dry_run:
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return 0
-    return _serve_until_told(config)
+    return _serve_until_stopped(config)
 
 
 def resolve(
     recipe_path: str | None, overrides: Sequence[str], index: str | None, *, in_cluster: bool = False
 ) -> ServeConfig:
-    """The settings of a service from a recipe, overrides and an index; all artifacts are checked to fit together.
+    """Return the settings of a service from a recipe, overrides and an index, after checking that artifacts fit.
 
-    An override whose first key is a setting of the service counts as one; the others are the recipe's. In a cluster
-    callers come from other machines, so ``loopback_only`` is false there unless it is set.
+    An override of a service's setting goes to the service, the others to the recipe. In a cluster callers come from
+    other machines, so ``loopback_only`` is false there unless it is set.
     """
     own = [text for text in overrides if is_setting(text.partition("=")[0])]
     others = [text for text in overrides if text not in own]
     _refuse_unknown(others, recipe_path)
     values = {} if recipe_path is None else _from_recipe(recipe_path, others)
-    if index is not None:  # the recipe's plan and encoder were made for its own index
+    if index is not None:  # the recipe's plan and encoder belong to the recipe's index
         values = {key: value for key, value in values.items() if key not in ("plan", "encoder")} | {"index": index}
-    values = apply_overrides(values, list(own))
+    values = apply_overrides(values, own)
     if "index" not in values:
         raise UsageError("nothing to serve; give a recipe or --index URI")
     if in_cluster:
@@ -89,27 +89,27 @@ def resolve(
 
 
 def is_setting(key: str) -> bool:
-    """Whether a dotted key is one of the service's: ``index`` is, ``index.num_shards`` is a step's."""
+    """Whether a dotted key is a setting of the service: ``index`` is, ``index.num_shards`` belongs to a step."""
     head, dot, _ = key.partition(".")
     field = ServeConfig.model_fields.get(head)
     return field is not None and (not dot or isinstance(field.default, Config))
 
 
 def _refuse_unknown(overrides: list[str], recipe_path: str | None) -> None:
-    """Raise ``UsageError`` for an override of neither the service nor a key or step of the recipe."""
-    known: set[str] = set()
+    """Raise ``UsageError`` for an override that is neither the service's nor a key or step of the recipe."""
+    valid: set[str] = set()
     if recipe_path is not None:
         from lookalike.recipe import Recipe, read_values
 
         steps = read_values(recipe_path).get("steps")
-        known = {*Recipe.model_fields, *(steps if isinstance(steps, dict) else ())}
+        valid = {*Recipe.model_fields, *(steps if isinstance(steps, dict) else ())}
     settings = list(ServeConfig.model_fields)
     for text in overrides:
         head = text.partition("=")[0].partition(".")[0]
-        if head not in known:
-            also = ", nor of the recipe" if known else ""
+        if head not in valid:
+            also = ", nor of the recipe" if valid else ""
             raise UsageError(
-                f"{text!r} is no setting of the service{also}{nearest(head, settings)}; the service has "
+                f"{text!r} is not a setting of the service{also}{nearest(head, settings)}; the service has "
                 f"{', '.join(settings)}"
             )
 
@@ -135,44 +135,44 @@ def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def emit_config(config: ServeConfig, *, name: str = "lookalike") -> str:
-    """The Serve config file (``serve deploy``, or ``serveConfigV2`` of a RayService) that runs ``config``.
+def emit_config(config: ServeConfig) -> str:
+    """Return the Serve config file (for ``serve deploy``, or ``serveConfigV2`` of a RayService) that runs ``config``.
 
     In a cluster callers come from other machines, so ``loopback_only`` is false unless it was set on purpose.
     """
     from lookalike.serve.front.ingress import SERVICERS
 
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"port", "tls"})
-    given["loopback_only"] = config.loopback_only and "loopback_only" in config.model_fields_set
+    args = config.model_dump(mode="json", exclude_defaults=True, exclude={"port", "tls"})
+    args["loopback_only"] = config.loopback_only and "loopback_only" in config.model_fields_set
     document = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": 8000},
         "grpc_options": {"port": config.port or 9000, "grpc_servicer_functions": SERVICERS},
         "logging_config": {"enable_access_log": False},
         "applications": [
-            {"name": name, "route_prefix": "/", "import_path": "lookalike.serve.app:build", "args": given}
+            {"name": "lookalike", "route_prefix": "/", "import_path": "lookalike.serve.app:build", "args": args}
         ],
     }
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _serve_until_told(config: ServeConfig) -> int:
+def _serve_until_stopped(config: ServeConfig) -> int:
     from lookalike.serve.app import free_port, start, stop
     from lookalike.serve.front.tls import proxy
 
     message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
-    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for the processes of a Ray that starts here
-    told = threading.Event()
+    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for Ray's processes, if it starts here
+    stopped = threading.Event()
     tls = config.tls.model_copy(update={"port": free_port(config.tls.port)}) if config.tls.enabled else None
     with ExitStack() as stack:
         address = start(config)
         stack.callback(stop)
-        for number in (signal.SIGINT, signal.SIGTERM):  # after start: Ray sets its own SIGTERM handler there
-            signal.signal(number, lambda *_: told.set())
+        for number in (signal.SIGINT, signal.SIGTERM):  # after start, where Ray sets its own SIGTERM handler
+            signal.signal(number, lambda *_: stopped.set())
         encrypted = None if tls is None else stack.enter_context(proxy(tls, int(address.rpartition(":")[2])))
         also = "" if encrypted is None else f" and by TLS at {encrypted.address}"
         print(f"serving {config.index} at {address}{also}; Ctrl-C stops it", flush=True)
-        while not told.wait(0.5):
+        while not stopped.wait(0.5):
             if encrypted is not None:
                 encrypted.check()
     return 0

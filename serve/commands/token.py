@@ -16,30 +16,29 @@ from lookalike.serve.settings.security import ROLES, Tenant
 
 
 def token(args: Sequence[str]) -> int:
-    """Make a token: the entry for the tenants file to stdout, the token itself to stderr or a file, never again."""
+    """Make a token: its tenants entry goes to stdout, the token itself once to stderr or a file."""
     parser = argparse.ArgumentParser(
         prog="lookalike token",
-        description="Make a bearer token for a tenant. The entry "
-        "goes to stdout: `lookalike token NAME >> tenants.yaml` adds it to a file that "
-        "begins with the line `tenants:`.",
+        description="Make a bearer token for a tenant. Its entry goes to stdout: "
+        "`lookalike token NAME >> tenants.yaml` adds it to a file that begins with the line `tenants:`.",
     )
     parser.add_argument("name", help="the tenant's name")
     parser.add_argument("--role", choices=ROLES, default="read", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the token to this new file, for its owner")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the token to this new file, for its owner only")
     options = parser.parse_args(args)
     fresh = secrets.token_urlsafe(32)
     try:
         entry = Tenant(name=options.name, role=options.role, token_sha256=(hash_token(fresh),))
     except ValidationError:
         raise UsageError(
-            f"{options.name!r} is no name of a tenant; take up to 63 letters, digits, dots, dashes and underscores"
+            f"{options.name!r} cannot name a tenant; take up to 63 letters, digits, dots, dashes and underscores"
         ) from None
     if options.out is None:
-        sys.stderr.write(f"the token, shown this once: {fresh}\n")
+        sys.stderr.write(f"the token, shown only once: {fresh}\n")
     else:
         _write_secret(options.out, fresh)
-    values = entry.model_dump(mode="json", exclude={"quota"})
-    print(yaml.safe_dump([values], sort_keys=False, default_flow_style=None, width=200), end="")
+    entries = [entry.model_dump(mode="json", exclude={"quota"})]
+    print(yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, width=200), end="")
     return 0
 
 

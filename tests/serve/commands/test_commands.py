@@ -58,7 +58,7 @@ def test_what_would_stop_a_quickstart_at_its_end_stops_it_at_once(
     [
         (["--id", "img-777"], "no image 'img-777'", 2),
         (["--image", "/no/such.png"], "/no/such.png cannot be read", 2),
-        (["--vector", __file__], "is no .npy file", 2),
+        (["--vector", __file__], "is not a .npy file", 2),
         (["--id", "img-000", "-k", "0"], "k=0 is less than 1", 2),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_setting_of_neither_service_nor_recipe_is_named(world: "World", tmp_pa
     values = {"name": "r", "root": str(tmp_path), "steps": {}, "serve": {"index": world.index}}
     recipe.write_text(yaml.safe_dump(values))
     for wrong in ("limit.max_k=3", "prot=0"):
-        words = rf"'{wrong}' is no setting of the service, nor of the recipe \(did you mean"
+        words = rf"'{wrong}' is not a setting of the service, nor of the recipe \(did you mean"
         with pytest.raises(UsageError, match=words):
             resolve(str(recipe), [wrong], None)
     recipe.write_text("{name: r, root: r, steps: 3}")
@@ -153,7 +153,7 @@ def test_a_setting_of_neither_service_nor_recipe_is_named(world: "World", tmp_pa
     ("args", "words"),
     [
         ([], "nothing to serve"),
-        (["colour=red"], "'colour=red' is no setting of the service"),
+        (["colour=red"], "'colour=red' is not a setting of the service"),
         (["limits.max_kk=3", "index=x"], "unknown key 'limits.max_kk'"),
         (["placement=spread", "index=x"], "'placement'"),
     ],

@@ -288,7 +288,7 @@ def test_a_token_is_shown_once_and_its_entry_fits_the_file(tmp_path: Path, capsy
     assert admin.token_sha256 == (hash_token(secret.read_text().strip()),)
     assert main(["token", "x", "--out", str(secret)]) == 2  # never written over
     assert main(["token", "a b"]) == 2
-    assert "is no name of a tenant" in capsys.readouterr().err
+    assert "cannot name a tenant" in capsys.readouterr().err
 
 
 def test_what_was_used_without_a_quota_does_not_count_once_there_is_one() -> None:
