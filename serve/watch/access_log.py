@@ -1,51 +1,49 @@
 """The access log: one JSON line a request, in files that turn over. For counting and for experiments, not for replay.
 
 A line holds what was asked for and how it went, never a payload: no vectors, images, query ids, tokens or messages.
-Sessions and hits appear for an experiment's requests only, as hashes (``hash_text``): sessions, because they are the
-units of its comparison, and the hits of interleaved answers, because feedback on a hit is credited to the arm that
-brought it. Feedback is a line too.
+Sessions and hits appear for requests of an experiment only, as hashes (``hash_text``): sessions because they are the
+units of its comparison, hits of interleaved answers because feedback on a hit is credited to the arm that brought it.
+Feedback is a line too.
 
-Lines wait in memory for a thread that writes them: a slow or full disk costs lines, which are counted, and no request.
-What waited when a process is killed is lost, half a second's worth.
+Lines wait in memory for a thread that writes them: a slow or full disk costs lines, which are counted, and delays no
+request. Lines that wait when a process is killed are lost.
 """
 
 import atexit
-import fcntl
 import json
 import logging
 import os
 import queue
 import socket
-import threading
 import time
 from contextlib import suppress
 from hashlib import blake2b
-from logging.handlers import RotatingFileHandler
+from logging.handlers import QueueListener, RotatingFileHandler
 from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
+from lookalike import storage
 from lookalike.errors import UsageError
+from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.watching import INTERLEAVED, AccessLogSettings, ExperimentSettings
 from lookalike.serve.watch.trace import Trace
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
-FLUSH_S = 0.5
-LINES_AT_ONCE = 200
 MAX_SHOWN = 1000
-"""Hits that a line lists at most."""
+"""Most hits that a line lists."""
 COMPLAIN_S = 60.0
-"""A disk that fails is logged so often."""
+"""Seconds between two messages about a disk that fails."""
 
 
 def hash_text(text: str) -> str:
-    """What stands for a session or an id: 64 bits of BLAKE2, the same on every replica."""
+    """64 bits of BLAKE2 that stand for a session or an id, the same on every replica."""
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def to_line(trace: Trace, now: float) -> dict[str, Any]:
-    """The line of one request that ended at ``now`` (seconds since 1970); what is not known of it is left out."""
+    """The line of a request that ended at ``now`` (seconds since 1970), without what is not known of it."""
     line: dict[str, Any] = {
         "time": round(now, 3),
         "request_id": trace.request_id,
@@ -57,8 +55,9 @@ def to_line(trace: Trace, now: float) -> dict[str, Any]:
         "ms": round(trace.total_ms, 3),
     }
     if trace.feedback is not None:
-        given = trace.feedback
-        line |= {"request_id": given.request_id, "kind": given.kind, "id": hash_text(given.id) if given.id else None}
+        feedback = trace.feedback
+        image_id = hash_text(feedback.id) if feedback.id else None
+        line |= {"request_id": feedback.request_id, "kind": feedback.kind, "id": image_id}
     if trace.experiment:
         failed = [timing.arm for timing in trace.arms if timing.code != "OK"]
         session = hash_text(trace.session) if trace.session else None
@@ -70,19 +69,17 @@ def to_line(trace: Trace, now: float) -> dict[str, Any]:
             "session": session,
         }
     if trace.info is not None:
-        line |= _answered(trace)
+        line |= _describe_answer(trace, trace.info)
     return {name: value for name, value in line.items() if value not in (None, "", [])}
 
 
-def _answered(trace: Trace) -> dict[str, Any]:
-    info = trace.info
-    assert info is not None
-    asked = info.coverage.shards_asked
+def _describe_answer(trace: Trace, info: pb.SearchInfo) -> dict[str, Any]:
+    num_shards = info.coverage.shards_asked
     line: dict[str, Any] = {
         "generation": info.index_generation,
         "degraded": info.degraded,
         "plan": " | ".join(search.options.plan.describe() for search in sorted(trace.searches, key=attrgetter("arm"))),
-        "coverage": round(info.coverage.shards_answered / asked, 4) if asked else None,
+        "coverage": round(info.coverage.shards_answered / num_shards, 4) if num_shards else None,
         "stages": {part.stage: round(part.duration_ms, 3) for part in info.stage_times},
     }
     if trace.arm == INTERLEAVED:
@@ -97,95 +94,94 @@ def _answered(trace: Trace) -> dict[str, Any]:
 class AccessLog:
     """A replica's log in ``settings.folder``: ``access-HOST-NN.jsonl``, older files with a further number.
 
-    NN is the first that no other live process of this machine writes, so replicas that come and go add no files.
-    Raises ``UsageError`` when the folder cannot be written.
+    NN is the first number that no other live process of this machine uses, so replicas that come and go add no files.
+    Raises ``UsageError`` if the folder cannot be written.
     """
 
     def __init__(self, settings: AccessLogSettings) -> None:
         assert settings.folder is not None
-        self.dropped = 0
-        """Lines that were not written."""
-        self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(settings.max_waiting)
-        self._complained, self._broken_line = -COMPLAIN_S, False
-        self._closing = threading.Event()
-        folder = Path(settings.folder)
+        folder, self._max_waiting, self._overflown = Path(settings.folder), settings.max_waiting, 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path, self._lock = _claim(folder)
-            self._file = RotatingFileHandler(
-                path, maxBytes=int(settings.max_mb * 1e6), encoding="utf-8", backupCount=settings.max_files - 1
+            self.path, self._lock = _claim(folder)
+            self._file = _LineFile(
+                self.path, maxBytes=int(settings.max_mb * 1e6), encoding="utf-8", backupCount=settings.max_files - 1
             )
         except OSError as error:
             raise UsageError(
                 f"access_log.folder {settings.folder} cannot be written ({error.strerror or error}); give "
                 "a folder on a disk of this machine, or leave it out"
             ) from None
-        self._file.handleError = self._failed  # type: ignore[method-assign]
-        self.path = path
-        self._thread = threading.Thread(target=self._write_until_closed, name="access-log", daemon=True)
-        self._thread.start()
+        self._waiting: queue.Queue[logging.LogRecord] = queue.Queue()  # bounded in add: the listener's end must fit
+        self._listener = QueueListener(self._waiting, self._file)
+        self._listener.start()
         atexit.register(self.close)
 
+    @property
+    def dropped(self) -> int:
+        """Lines that were not written."""
+        return self._overflown + self._file.dropped
+
     def add(self, line: Trace | dict[str, Any]) -> None:
-        """Leave a line, or the request it is made of, to the thread; drops it when too many wait."""
+        """Leave a line, or the request it is made of, to the thread; drop it if too many wait."""
+        if self._waiting.qsize() >= self._max_waiting:
+            self._overflown += 1
+            return
         now = time.time()
         made = to_line(line, now) if isinstance(line, Trace) else {"time": round(now, 3), **line}
-        try:
-            self._waiting.put_nowait(made)
-        except queue.Full:
-            self.dropped += 1
+        self._waiting.put_nowait(logging.makeLogRecord({"msg": made}))
+
+    def flush(self) -> None:
+        """Return when all lines added so far are written, or dropped."""
+        self._waiting.join()
 
     def close(self) -> None:
-        """Write what waits, and end."""
-        self._closing.set()
-        self._thread.join(timeout=5.0)
-        self._file.close()
-        self._lock.close()
+        """Write the lines that wait, and end."""
         atexit.unregister(self.close)
-
-    def _write_until_closed(self) -> None:
-        while not self._closing.is_set():
-            self._closing.wait(FLUSH_S)
-            while not self._waiting.empty():
-                self._write([self._waiting.get() for _ in range(min(LINES_AT_ONCE, self._waiting.qsize()))])
-
-    def _write(self, batch: list[dict[str, Any]]) -> None:
-        text = "\n" * self._broken_line + "\n".join(map(json.dumps, batch))
-        self._broken_line = False
-        if not os.path.exists(self.path):  # moved or removed by someone else: the next lines begin a new file
+        if not self._lock.closed:
+            self._listener.stop()
             self._file.close()
-        self._file.emit(logging.LogRecord("access", logging.INFO, "", len(batch), text, None, None))
+            self._lock.close()
 
-    def _failed(self, record: logging.LogRecord) -> None:
-        self.dropped += record.lineno  # the number of lines, see _write
+
+class _LineFile(RotatingFileHandler):
+    """Writes each record's dict as a line of JSON, and counts the lines that it cannot write."""
+
+    dropped = 0
+    _complained = -COMPLAIN_S
+    _broken_line = False
+    """Whether the file may end within a line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg = "\n" * self._broken_line + json.dumps(record.msg)
+        self._broken_line = False
+        if not os.path.exists(self.baseFilename):  # moved or removed by someone else: begin a new file
+            self.close()
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.dropped += 1
         self._broken_line = True
         if time.monotonic() - self._complained >= COMPLAIN_S:
             self._complained = time.monotonic()
-            log.exception("access log %s", fields(path=self.path, dropped=self.dropped))
+            log.exception("access log %s", fields(path=self.baseFilename, dropped=self.dropped))
         with suppress(OSError):
-            self._file.close()  # what it still holds is counted as lost; the next lines open it again
+            self.close()  # its buffer is counted as lost; the next line opens the file again
 
 
-def _claim(folder: Path) -> tuple[Path, IO[str]]:
+def _claim(folder: Path) -> tuple[Path, IO[bytes]]:
     """The first path that no live process holds, and the open lock that holds it."""
     number = 0
     while True:
         path = folder / f"access-{socket.gethostname()}-{number:02d}.jsonl"
-        lock = path.with_suffix(".lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            number += 1
-        else:
+        if (lock := storage.try_lock(path.with_suffix(".lock"))) is not None:
             return path, lock
+        number += 1
 
 
 def publish_experiment(folder: str, settings: ExperimentSettings) -> None:
     """Leave the experiment's settings beside the log, for ``lookalike experiment``: they hold the weights."""
     text = settings.model_dump_json(indent=1)
-    path = Path(folder) / f"experiment-{settings.name}-{hash_text(text)}.json"
-    if not path.exists():
-        draft = path.with_suffix(f".{socket.gethostname()}-{threading.get_native_id()}.tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+    path = storage.join(folder, f"experiment-{settings.name}-{hash_text(text)}.json")
+    if not storage.exists(path):
+        storage.write_atomic(path, text.encode())

@@ -1,6 +1,7 @@
 """The access log: what a line holds and what it never does, files that turn over, a disk that fails."""
 
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ def test_a_long_session_is_refused(logged: tuple[LocalClient, Path]) -> None:
 def test_files_turn_over_and_stay_few(tmp_path: Path) -> None:
     log = AccessLog(AccessLogSettings(folder=str(tmp_path), max_mb=0.002, max_files=3))
     for number in range(60):
-        log._write([{"number": number, "pad": "x" * 100}])
+        log.add({"number": number, "pad": "x" * 90})
     log.close()
     files = sorted(tmp_path.glob("access-*.jsonl*"))
     assert len(files) == 3
@@ -165,23 +166,46 @@ def test_lines_that_find_no_room_are_dropped_and_counted(tmp_path: Path) -> None
 
 
 def test_a_full_disk_costs_lines_and_nothing_else(tmp_path: Path) -> None:
-    log = AccessLog(AccessLogSettings(folder=str(tmp_path)))
-    log._write([{"number": 0}])
-    with Path("/dev/full").open("w") as full:
-        log._file.stream.close()
-        log._file.stream = full
-        log._write([{"number": 1}, {"number": 2}])
+    settings = AccessLogSettings(folder=str(tmp_path))
+    (log := AccessLog(settings)).close()
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    log = AccessLog(settings)
+    for number in (1, 2):
+        log.add({"number": number})
+    log.flush()
     assert log.dropped == 2
-    log._write([{"number": 3}])
+    log.path.unlink()
+    log.add({"number": 3})
     log.close()
-    assert [line["number"] for line in read_lines(tmp_path)] == [0, 3]
+    assert log.dropped == 2
+    assert [line["number"] for line in read_lines(tmp_path)] == [3]
+
+
+def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
+    log = AccessLog(AccessLogSettings(folder=str(tmp_path)))
+    log.add({"number": 0, "pad": "x" * 1_000_000})
+    log.flush()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limits[1]))
+    try:
+        log.add({"number": 1})
+        log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.add({"number": 2})
+    log.close()
+    first, second, third = log.path.read_text().splitlines()
+    assert (json.loads(first)["number"], len(second), json.loads(third)["number"]) == (0, 10, 2)
+    assert log.dropped == 1
 
 
 def test_a_file_that_someone_moved_is_begun_anew(tmp_path: Path) -> None:
     log = AccessLog(AccessLogSettings(folder=str(tmp_path)))
-    log._write([{"number": 0}])
+    log.add({"number": 0})
+    log.flush()
     log.path.rename(tmp_path / "moved")
-    log._write([{"number": 1}])
+    log.add({"number": 1})
     log.close()
     assert [line["number"] for line in read_lines(tmp_path)] == [1]
     assert json.loads((tmp_path / "moved").read_text())["number"] == 0
