@@ -1,4 +1,4 @@
-"""What turns records into scored terms, behind one registry.
+"""Annotators turn records into scored terms; a recipe names one of the registry ``ANNOTATORS``.
 
 ``lexical`` reads every text field of a record against a vocabulary mined from the training rows, or supplied;
 ``precomputed`` takes the output of the user's own keyword model.
@@ -27,11 +27,11 @@ IS_FREE = pl.col("field").is_in(FREE_TEXT)
 
 
 class Annotator(ABC):
-    """Turns records into terms. Made once a task; keeps no state between records.
+    """Turns records into terms. A task makes one annotator, which keeps no state between records.
 
-    ``records`` has the ``TEXT_COLUMNS`` that the corpus has. Results are tables with the columns ``row`` (int64, of the
-    record in ``records``), ``term`` (string, dictionary-encoded if the annotator likes) and, for ``annotate``,
-    ``score`` (float64); a pair of row and term may recur.
+    ``records`` has those of the ``TEXT_COLUMNS`` that the corpus has. Results are tables with the columns ``row``
+    (int64, index of the record), ``term`` (string, plain or dictionary-encoded) and, for ``annotate``, ``score``
+    (float64). A pair of row and term may occur more than once.
     """
 
     def __init__(self, config: AnnotationConfig) -> None:
@@ -39,11 +39,11 @@ class Annotator(ABC):
 
     @abstractmethod
     def candidates(self, records: pa.Table) -> pa.Table:
-        """(row, term): canonical terms each record proposes for the vocabulary."""
+        """(row, term): the canonical terms that each record proposes for the vocabulary."""
 
     @abstractmethod
     def annotate(self, records: pa.Table, vocabulary: Vocabulary) -> pa.Table:
-        """(row, term, score): terms of the vocabulary each record names."""
+        """(row, term, score): the terms of the vocabulary that each record names."""
 
 
 ANNOTATORS: Registry[type[Annotator]] = Registry("annotator")

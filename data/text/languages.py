@@ -1,7 +1,8 @@
-"""Which texts may be read: those in the wanted language, by identification where a text is long enough for it.
+"""Whether a text may be read as a language: a long text is identified, a short one goes by its locale.
 
-The model is py3langid's (multinomial naive Bayes over byte n-grams found by an automaton). Its own ``classify`` takes
-one text; here a batch walks the automaton in step and one sparse product scores it, with the same answers.
+The model is py3langid's (multinomial naive Bayes over byte n-grams, which an automaton finds). Its own ``classify``
+takes one text; here all texts of a batch walk the automaton in step, and one sparse product scores them, with the same
+results.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 MIN_WORDS = 4
-"""Texts with fewer are not identified: their locale decides."""
+"""Texts with fewer words are not identified: their locale decides."""
 SURE, LIKELY = 0.9, 0.5
-"""Confidence from which another language is believed against the locale, and where there is none."""
+"""A text is not read if it is in another language with this confidence: against its locale, and without a locale."""
 IDENTIFY_CHARACTERS = 400
-"""Read of a text to identify it."""
+"""Characters of a text that are read to identify it."""
 _THREE_LETTERS = {
     "ara": "ar",
     "ces": "cs",
@@ -60,11 +61,11 @@ _THREE_LETTERS = {
 
 
 class _Model(NamedTuple):
-    """py3langid's arrays in the types the batch needs."""
+    """py3langid's arrays, in the types that batches need."""
 
     languages: list[str]
     aliases: list[tuple[int, int]]
-    """Columns of the same language: the second is added to the first."""
+    """Pairs of columns with the same language: the second is added to the first."""
     step: NDArray[Any]
     row: NDArray[np.int64]
     feature: NDArray[np.int32]
@@ -76,22 +77,22 @@ class _Model(NamedTuple):
 def _model() -> _Model:
     from py3langid.langid import MODEL_DIR, MODEL_FILE, LanguageIdentifier
 
-    found = LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)
-    languages = list(found.nb_classes)
+    identifier = LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)
+    languages = list(identifier.nb_classes)
     aliases = [(languages.index(code), at) for at, code in enumerate(languages) if languages.index(code) < at]
     return _Model(
         languages,
         aliases,
-        np.asarray(found.tk_nextmove),
-        np.asarray(found.tk_row, np.int64) << 8,
-        np.asarray(found.tk_output, np.int32),
-        found.nb_ptc,
-        np.asarray(found.nb_pc, np.float32),
+        np.asarray(identifier.tk_nextmove),
+        np.asarray(identifier.tk_row, np.int64) << 8,
+        np.asarray(identifier.tk_output, np.int32),
+        identifier.nb_ptc,
+        np.asarray(identifier.nb_pc, np.float32),
     )
 
 
 def language_of(locale: str | None) -> str | None:
-    """The two-letter code a locale begins with (``en-GB``, ``en_US``, ``eng``); None when it names no language."""
+    """The two-letter code of a locale's language (``en-GB``, ``en_US``, ``eng``); None if it names no language."""
     tag = (locale or "").strip().lower().replace("_", "-").partition("-")[0]
     tag = _THREE_LETTERS.get(tag, tag)
     return tag if tag in _model().languages else None
@@ -119,7 +120,7 @@ def _encode(text: str) -> bytes:
 
 
 def _walk(data: bytes, size: NDArray[np.int64], model: _Model) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(text, feature) of every feature the automaton reports; texts advance in step, the longest first."""
+    """(text, feature) of every feature that the automaton reports. Texts advance in step, the longest first."""
     letters = np.frombuffer(data, np.uint8)
     order = np.argsort(-size, kind="stable")
     start, longest = (np.cumsum(size) - size)[order], size[order]
@@ -128,10 +129,10 @@ def _walk(data: bytes, size: NDArray[np.int64], model: _Model) -> tuple[NDArray[
     texts, features = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for place, count in enumerate(active.tolist()):
         state = model.step[model.row[state[:count]] + letters[start[:count] + place]]
-        found = model.feature[state]
-        hit = np.nonzero(found >= 0)[0]
-        texts.append(order[hit])
-        features.append(found[hit])
+        feature = model.feature[state]
+        hits = np.nonzero(feature >= 0)[0]
+        texts.append(order[hits])
+        features.append(feature[hits])
     return np.concatenate(texts), np.concatenate(features).astype(np.int64)
 
 

@@ -1,7 +1,7 @@
-"""Terms: the canonical form of a phrase, the candidates a text yields, and which vocabulary terms it names.
+"""Terms: the canonical form of a phrase, the candidate terms in a text, and the vocabulary terms that it names.
 
 A term is one to three lower-case words, the last one singular: ``Office Chairs`` and ``office-chair`` are the same.
-These functions take one text; ``phrases`` does the same for many at a time, and is tested against them.
+These functions take one text; ``phrases`` takes many at once, and is tested against them.
 """
 
 import re
@@ -23,7 +23,7 @@ STOP_WORDS = frozenset(_WORDS["stop_words"])
 _IRREGULAR: dict[str, str] = _WORDS["irregular"]
 _UNCHANGED = frozenset(_WORDS["unchanged"])
 ALIASES: dict[str, str] = _WORDS["aliases"]
-"""Terms with two spellings."""
+"""Other spelling of a term -> the term."""
 
 _INVISIBLE = [
     (0xAD, 0xAD),
@@ -38,14 +38,14 @@ _INVISIBLE = [
 ]
 _APOSTROPHES = dict.fromkeys([0x60, 0xB4, 0x2BC, 0x2018, 0x2019, 0x2032], "'")
 _BEFORE = {code: None for first, last in _INVISIBLE for code in range(first, last + 1)} | _APOSTROPHES
-_BEFORE |= dict.fromkeys([0xA9, 0xAE, 0x2117, 0x2120, 0x2122])  # marks of trade, which NFKC would make letters
+_BEFORE |= dict.fromkeys([0xA9, 0xAE, 0x2117, 0x2120, 0x2122])  # trade marks, which NFKC would turn into letters
 _AFTER = dict.fromkeys([*range(0x300, 0x370), *range(0x20D0, 0x2100)]) | {ord("_"): " ", ord("`"): "'"}
-"""What is left of combining marks when no composed letter exists."""
+"""Removes combining marks that no composed letter took up."""
 
 
 @lru_cache(maxsize=200_000)
 def singular(word: str) -> str:
-    """The singular of an English noun by rule; a word no rule fits stays."""
+    """The singular of an English noun by rule; a word that fits no rule stays."""
     word = word.removesuffix("'s")
     if word in _IRREGULAR:
         return _IRREGULAR[word]
@@ -61,7 +61,7 @@ def singular(word: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """NFKC and case folded, without invisible characters, stray combining marks and marks of trade."""
+    """``text`` in NFKC with case folded, without invisible characters, stray combining marks and trade marks."""
     if text.isascii():
         return text.lower().translate(_AFTER) if "_" in text or "`" in text else text.lower()
     folded = unicodedata.normalize("NFKC", text.translate(_BEFORE)).casefold()
@@ -69,12 +69,12 @@ def normalise(text: str) -> str:
 
 
 def tokens_of(text: str) -> list[str]:
-    """Words of a text and, between them, the punctuation that ends a phrase."""
+    """The words of a text and, between them, the punctuation that ends a phrase."""
     return _TOKEN.findall(normalise(text))
 
 
 def word_of(token: str) -> str | None:
-    """The word of a token, an empty string for one to skip (an apostrophe alone), None for the end of a phrase."""
+    """The word of a token; an empty string if it has none (a lone apostrophe), None if it ends a phrase."""
     if not _WORD_START.match(token):
         return None
     word = token.strip("'")
@@ -95,13 +95,13 @@ def words_of(text: str) -> list[list[str]]:
 
 @lru_cache(maxsize=200_000)
 def canonical(phrase: str) -> str | None:
-    """The term for a phrase that is one already (a keyword, a category), or None when it is no acceptable term."""
+    """The term for a whole phrase (a keyword, a category); None if the phrase is not a term."""
     words = [word for part in words_of(phrase) for word in part]
     return join_words(tuple(words))
 
 
 def join_words(words: tuple[str, ...]) -> str | None:
-    """The term of these normalised words; None for more than three, a stop word at an end, or a word of digits."""
+    """The term of normalised words; None if there are over three, a stop word at an end, or a word without letters."""
     if not 1 <= len(words) <= MAX_WORDS or words[0] in STOP_WORDS or words[-1] in STOP_WORDS:
         return None
     if not all(has_letter(word) for word in words):
@@ -111,48 +111,49 @@ def join_words(words: tuple[str, ...]) -> str | None:
 
 
 def has_letter(word: str) -> bool:
-    """Whether a word is more than digits and signs."""
+    """Whether a word has more than digits and signs."""
     return _LETTER.search(word) is not None
 
 
 @lru_cache(maxsize=200_000)
 def is_latin(word: str) -> bool:
-    """Whether every letter of ``word`` is Latin: a look-alike from another script makes it no English word."""
+    """Whether every letter of ``word`` is Latin. A look-alike letter of another script shows that it is not English."""
     return word.isascii() or all(
         c.isascii() or not c.isalpha() or unicodedata.name(c, "").startswith("LATIN") for c in word
     )
 
 
 def ngrams(text: str) -> set[str]:
-    """All candidate terms of one to three adjacent words within a phrase."""
-    found = set()
+    """All terms of one to three adjacent words within a phrase of ``text``."""
+    terms = set()
     for phrase in words_of(text):
         for start in range(len(phrase)):
             for end in range(start + 1, min(start + MAX_WORDS, len(phrase)) + 1):
                 term = join_words(tuple(phrase[start:end]))
                 if term is not None:
-                    found.add(term)
-    return found
+                    terms.add(term)
+    return terms
 
 
 def match_terms(text: str, vocabulary: Container[str]) -> set[str]:
-    """Vocabulary terms that ``text`` names: the longest at each place, and the shorter terms such a match ends in.
+    """Vocabulary terms that ``text`` names: the longest at each place, and the shorter terms that it ends in.
 
-    "office chair" names a chair, for English puts the head last; it does not name an office.
+    "office chair" names a chair, because English puts the head last; it does not name an office.
     """
-    found: set[str] = set()
+    terms: set[str] = set()
     for phrase in words_of(text):
         position = 0
         while position < len(phrase):
-            position = _match_at(phrase, position, vocabulary, found)
-    return found
+            position = _match_at(phrase, position, vocabulary, terms)
+    return terms
 
 
-def _match_at(phrase: list[str], start: int, vocabulary: Container[str], found: set[str]) -> int:
+def _match_at(phrase: list[str], start: int, vocabulary: Container[str], terms: set[str]) -> int:
+    """Add what is named at word ``start`` to ``terms``; return where to read on."""
     for end in range(min(start + MAX_WORDS, len(phrase)), start, -1):
         term = join_words(tuple(phrase[start:end]))
         if term is not None and term in vocabulary:
-            found.update(ending for ending in endings(term) if ending in vocabulary)
+            terms.update(ending for ending in endings(term) if ending in vocabulary)
             return end
     return start + 1
 
@@ -165,7 +166,7 @@ def endings(term: str) -> Iterator[str]:
 
 
 def subterms(term: str) -> Iterator[str]:
-    """Every term of adjacent words within ``term``, itself included, and every single word as it is written."""
+    """Every term of adjacent words in ``term``, itself included, and every single word as it is written."""
     words = term.split(" ")
     yield from words
     for start in range(len(words)):

@@ -1,7 +1,7 @@
-"""Lists of terms as data: the sensitive, those that say nothing of a picture, aliases, and a supplied vocabulary.
+"""Lists of terms: sensitive terms, terms that say nothing about a picture, aliases, and a supplied vocabulary.
 
-A list is a text file, one term a line, ``#`` for comments; aliases are YAML (``alias: term``) or CSV (``alias,term``).
-Terms of the users' lists are brought into canonical form, so that a list may be written as people write.
+A list is a text file with one term per line and ``#`` for comments; aliases are YAML (``alias: term``) or CSV
+(``alias,term``). Terms of users' lists are made canonical: a list may say ``Office Chairs``.
 """
 
 import csv
@@ -20,20 +20,20 @@ from lookalike.errors import UsageError
 
 @dataclass(frozen=True)
 class WordLists:
-    """What decides, beside the text itself, which terms an image may have."""
+    """Which terms an image may have, whatever its text says."""
 
-    sensitive: frozenset[str] = frozenset()
-    """Refused, and every term they are a part of."""
-    boilerplate: frozenset[str] = frozenset()
-    """Refused as a whole term."""
-    spoilers: frozenset[str] = frozenset()
-    """Words that make any term they are in boilerplate."""
-    aliases: Mapping[str, str] | None = None
-    """Term -> the term it is merged into; no term stands on both sides."""
-    vocabulary: frozenset[str] | None = None
-    """The only terms allowed; None: all that are acceptable."""
-    latin: bool = True
-    """Refuse words with letters that are not Latin."""
+    sensitive: frozenset[str]
+    """Refused, alone and as a part of a longer term."""
+    boilerplate: frozenset[str]
+    """Refused, but not as a part of a longer term."""
+    spoilers: frozenset[str]
+    """Words that make every term with them boilerplate."""
+    aliases: dict[str, str]
+    """Term -> the term that it is merged into; no term is on both sides."""
+    vocabulary: frozenset[str] | None
+    """The only terms allowed; None allows all."""
+    latin: bool
+    """Whether terms with letters that are not Latin are refused."""
 
     def accepts(self, term: str) -> bool:
         """Whether a canonical term may enter the vocabulary."""
@@ -45,7 +45,7 @@ class WordLists:
 
     def merge(self, term: str) -> str:
         """The term an alias stands for, or the term itself."""
-        return term if self.aliases is None else self.aliases.get(term, term)
+        return self.aliases.get(term, term)
 
 
 def load_lists(
@@ -57,46 +57,47 @@ def load_lists(
     vocabulary: str | None,
     latin: bool,
 ) -> WordLists:
-    """The packaged lists with those at the given URIs. Raises ``UsageError`` for a file that cannot be used."""
+    """The packaged lists and those at the given URIs. Raises ``UsageError`` for a file that cannot be used."""
     refused = _packaged("sensitive.txt") if packaged_sensitive else frozenset()
-    refused |= frozenset() if sensitive is None else _terms_at(sensitive, "annotations.sensitive")
+    if sensitive is not None:
+        refused |= _terms_at(sensitive, "annotations.sensitive")
     boilerplate = _packaged("boilerplate.txt")
-    own = _read_aliases(aliases) if isinstance(aliases, str) else aliases
-    merged = resolve_aliases({**ALIASES, **_canonical_aliases(own)})
+    given = _read_aliases(aliases) if isinstance(aliases, str) else aliases
+    resolved = resolve_aliases({**ALIASES, **_canonical_aliases(given)})
     supplied = None
     if vocabulary is not None:
-        supplied = frozenset(merged.get(term, term) for term in _terms_at(vocabulary, "annotations.vocabulary"))
-    stopped = {canonical(term) or term for term in stop_terms}
+        supplied = frozenset(resolved.get(term, term) for term in _terms_at(vocabulary, "annotations.vocabulary"))
     spoilers = frozenset(line[2:] for line in boilerplate if line.startswith("* "))
-    return WordLists(refused, frozenset(boilerplate | stopped), spoilers, merged, supplied, latin)
+    boilerplate |= {canonical(term) or term for term in stop_terms}
+    return WordLists(refused, boilerplate, spoilers, resolved, supplied, latin)
 
 
 def resolve_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
-    """Aliases that lead to their last term at once; a circle raises ``UsageError``."""
+    """``aliases`` with chains resolved: each leads to its last term. A circle raises ``UsageError``."""
     resolved = {}
     for alias in aliases:
-        seen, term = [alias], aliases[alias]
+        chain, term = [alias], aliases[alias]
         while term in aliases:
-            if term in seen:
-                raise UsageError(f"aliases {' -> '.join([*seen, term])} go in a circle; remove one")
-            seen.append(term)
+            if term in chain:
+                raise UsageError(f"aliases {' -> '.join([*chain, term])} go in a circle; remove one")
+            chain.append(term)
             term = aliases[term]
         resolved[alias] = term
     return resolved
 
 
 def _canonical_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
-    found = {}
+    pairs = {}
     for alias, term in aliases.items():
         source, target = canonical(alias), canonical(term)
         if source is None or target is None:
             raise UsageError(
-                f"alias {alias!r}: {term!r} is no pair of terms; a term is one to three words, does not "
+                f"alias {alias!r}: {term!r} is not a pair of terms; a term is one to three words, does not "
                 "begin or end with a word like 'the', and has a letter in every word"
             )
         if source != target:
-            found[source] = target
-    return found
+            pairs[source] = target
+    return pairs
 
 
 @cache
@@ -112,7 +113,7 @@ def _lines(text: str) -> list[str]:
 def _terms_at(uri: str, setting: str) -> frozenset[str]:
     terms = frozenset(term for line in _lines(_read(uri, setting)) if (term := canonical(line)) is not None)
     if not terms:
-        raise UsageError(f"{setting} {uri} holds no term; write one term of one to three words a line")
+        raise UsageError(f"{setting} {uri} holds no term; write one term of one to three words per line")
     return terms
 
 
@@ -137,7 +138,9 @@ def _read_aliases(uri: str) -> dict[str, str]:
     try:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{setting} {uri} is no YAML: {error}; write lines 'alias: term', or a .csv file") from None
+        raise UsageError(f"{setting} {uri} is not YAML: {error}; write lines 'alias: term', or a .csv file") from None
     if not isinstance(loaded, dict) or not all(isinstance(x, str) for pair in loaded.items() for x in pair):
-        raise UsageError(f"{setting} {uri} is no mapping of words to words; write lines 'alias: term' (quote yes, no)")
+        raise UsageError(
+            f"{setting} {uri} is not a mapping of words to words; write lines 'alias: term' (quote yes, no)"
+        )
     return loaded

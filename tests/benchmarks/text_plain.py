@@ -87,7 +87,7 @@ def spellings(images: Mapping[str, int], config: AnnotationConfig) -> dict[str, 
     """The terms that may enter the vocabulary, and their aliases, each with its term."""
     lists = config.lists()
     terms = {term: term for term, number in images.items() if number >= config.min_images and lists.accepts(term)}
-    return terms | {alias: term for alias, term in (lists.aliases or {}).items() if term in terms}
+    return terms | {alias: term for alias, term in lists.aliases.items() if term in terms}
 
 
 def run(paths: list[str], config: AnnotationConfig) -> dict[str, int]:

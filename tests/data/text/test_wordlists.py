@@ -62,9 +62,9 @@ def test_aliases_from_a_file_lead_to_their_last_term(tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("setting", "content", "told"),
     [
-        ("aliases", "- a\n", "no mapping"),
-        ("aliases", "a: [", "no YAML"),
-        ("aliases", "the: sofa\n", "no pair of terms"),
+        ("aliases", "- a\n", "not a mapping"),
+        ("aliases", "a: [", "not YAML"),
+        ("aliases", "the: sofa\n", "not a pair of terms"),
         ("vocabulary", "# none\n", "holds no term"),
         ("sensitive", None, "there is no file"),
     ],
