@@ -1,6 +1,6 @@
-"""``lookalike quickstart``: every step of a recipe, the service over its index, a few queries, and a report.
+"""``lookalike quickstart``: run every step of a recipe, serve its index, send a few queries, and write a report.
 
-Steps that are published are skipped, so running it again after an interruption continues where it stopped.
+Published steps are skipped, so another run continues where an interrupted one stopped.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from lookalike.serve.settings.config import ServeConfig
 
 PLAN_FACTS = ("plan", "description", "target", "k", "num_queries", "map_check", "holdout")
 NEEDED = ("corpus", "labels", "evaluate", "index", "plan")
-"""Stages without which there is nothing to serve or to report."""
-PLAIN_QUERY = ("image_id", "title", "group", "view", "category")
+"""Stages that the service and the report need."""
+QUERY_FACTS = ("image_id", "title", "group", "view", "category")
 
 
 def quickstart(args: Sequence[str]) -> int:
-    """Run a recipe from end to end and show what came out."""
+    """Run a recipe from end to end and report the result."""
     parser = argparse.ArgumentParser(
         prog="lookalike quickstart",
         description="Run every step of a recipe, serve its index, query it over gRPC and "
@@ -56,12 +56,12 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     start = time.monotonic()
     ensure_ray(recipe.cluster)
     artifacts, stages = run_steps(recipe)
-    asked = time.monotonic()
-    answers, description = serve_and_ask(options, artifacts, config, recipe.seed)
+    serving = time.monotonic()
+    answers, service = serve_and_ask(options, artifacts, config, recipe.seed)
     stages.append(
-        {"step": "serve and query", "stage": "serve", "skipped": False, "seconds": round(time.monotonic() - asked, 1)}
+        {"step": "serve and query", "stage": "serve", "skipped": False, "seconds": round(time.monotonic() - serving, 1)}
     )
-    facts = collect(recipe, artifacts, answers, stages, description) | {"names": config.names}
+    facts = collect(recipe, artifacts, answers, stages, service) | {"names": config.names}
     facts["total_seconds"] = round(time.monotonic() - start, 1)
     html = render_html(facts, artifacts, answers, tour.pictures(_of_stage(recipe, artifacts, "corpus"), answers))
     storage.write_atomic(storage.join(recipe.root, "report.html"), html.encode())
@@ -71,8 +71,8 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
 
 
 def require_tour(recipe: Recipe) -> None:
-    """Raise ``UsageError`` for what would stop a quickstart after its steps have run: a step that is not there, or
-    wrong settings in ``serve:`` or ``demo:``."""
+    """Raise ``UsageError`` for mistakes that would stop a quickstart at its end: a missing step, or wrong settings
+    in ``serve:`` or ``demo:``."""
     for stage in NEEDED:
         if not any(step.stage == stage for step in recipe.steps.values()):
             raise UsageError(
@@ -85,7 +85,7 @@ def require_tour(recipe: Recipe) -> None:
 def serve_and_ask(
     options: argparse.Namespace, artifacts: dict[str, Artifact], config: TourConfig, seed: int
 ) -> tuple[list[TourAnswer], dict[str, Any]]:
-    """Start the service on a free port, query it as a client, stop it."""
+    """Start the service on a free port, query it as a client, stop it; return the answers and facts on the service."""
     from lookalike.serve.app import start, stop
     from lookalike.serve.client import Client
     from lookalike.serve.commands.serve import resolve
@@ -98,15 +98,15 @@ def serve_and_ask(
     try:
         with Client(address, timeout_s=120.0) as client:
             client.wait_ready(120.0)
-            described = client.describe()
+            description = client.describe()
             answers = tour.ask(client, queries, config.k)
     finally:
         stop()
     facts = {
         "address": address,
         "placement": service.placement,
-        "generation": described.generation,
-        "model_fingerprint": described.model_fingerprint,
+        "generation": description.generation,
+        "model_fingerprint": description.model_fingerprint,
     }
     return answers, facts
 
@@ -122,12 +122,12 @@ def collect(
     stages: list[dict[str, Any]],
     service: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything ``report.json`` holds."""
+    """Return the content of ``report.json``."""
     evaluation = _of_stage(recipe, artifacts, "evaluate").read_json("report.json")
     plan = _of_stage(recipe, artifacts, "plan").read_json("plan.json")
-    shown = [
+    neighbours = [
         {
-            "query": {key: answer.query[key] for key in PLAIN_QUERY},
+            "query": {key: answer.query[key] for key in QUERY_FACTS},
             "same_by_vector": answer.same_by_vector,
             "times_ms": answer.times_ms,
             "hits": [{"id": hit.id, "score": round(hit.score, 4), **dict(hit.metadata)} for hit in answer.hits],
@@ -143,7 +143,7 @@ def collect(
         "corpus": _of_stage(recipe, artifacts, "corpus").stats,
         "evaluation": evaluation,
         "plan": {key: plan[key] for key in PLAN_FACTS} | {"chosen": plan["candidates"][plan["chosen"]]},
-        "neighbours": shown,
+        "neighbours": neighbours,
         "index": _of_stage(recipe, artifacts, "index").uri,
         "artifacts": {name: artifact.uri for name, artifact in artifacts.items()},
     }

@@ -1,6 +1,6 @@
-"""What the quickstart shows: a few held-out images sent to the running service, and everything the report gathers.
+"""The quickstart's tour: a few held-out images as queries to the running service.
 
-Reads artifacts and talks to the service as any client would; it knows nothing of how stages work.
+It reads artifacts and calls the service as any client does.
 """
 
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ from lookalike.errors import UsageError
 from lookalike.seeds import hash_unit
 from lookalike.serve.client import Client, Hit, SearchResult
 
-SHOWN = ["image_id", "image", "title", "group", "view", "category", "dataset", "creator", "licence"]
+COLUMNS = ["image_id", "image", "title", "group", "view", "category", "dataset", "creator", "licence"]
 
 
 class TourConfig(Config):
-    """Which images the quickstart asks the service about."""
+    """The queries of the quickstart's tour."""
 
     queries: int = Field(6, ge=1, le=100)
-    """How many."""
+    """Number of query images."""
     where: dict[str, list[str]] = {"split": ["test"], "view": ["left"]}
-    """Columns of the corpus and the values that a query image may have."""
+    """Corpus column -> values that a query image may have."""
     k: int = Field(5, ge=1, le=50)
-    """Neighbours shown."""
+    """Number of neighbours shown."""
     names: dict[str, str] = {}
-    """Embeddings step -> what tables call it; a step that is not here keeps its own name."""
+    """Embeddings step -> its name in tables; by default the step's own."""
 
 
 @dataclass(frozen=True)
 class TourAnswer:
-    """A query image, its neighbours by image bytes, and whether the query by vector gave the same."""
+    """A query image, its neighbours by image bytes, and whether its vector gave the same."""
 
     query: dict[str, Any]
     hits: tuple[Hit, ...]
@@ -46,17 +46,17 @@ class TourAnswer:
 
 
 def read_rows(corpus: Artifact, condition: pc.Expression) -> list[dict[str, Any]]:
-    """Corpus rows that meet ``condition``, with image bytes."""
+    """Return the corpus rows that meet ``condition``, with image bytes."""
     tables = []
     for uri in corpus.files("part-", ".parquet"):
         filesystem, path = storage.arrow_filesystem(uri)
-        tables.append(pq.read_table(path, columns=SHOWN, filesystem=filesystem, filters=condition))
+        tables.append(pq.read_table(path, columns=COLUMNS, filesystem=filesystem, filters=condition))
     rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
     return rows
 
 
 def choose_queries(corpus: Artifact, config: TourConfig, seed: int) -> list[dict[str, Any]]:
-    """The configured number of images, the same ones for a seed, each of another category where there are enough."""
+    """Return the configured number of images, fixed by ``seed``, of different categories if there are enough."""
     condition = pc.scalar(True)
     for column, values in config.where.items():
         condition &= pc.field(column).isin(values)
@@ -71,7 +71,7 @@ def choose_queries(corpus: Artifact, config: TourConfig, seed: int) -> list[dict
 
 
 def ask(client: Client, queries: Sequence[dict[str, Any]], k: int) -> list[TourAnswer]:
-    """Send each query's bytes, then its vector, and compare; the query's own row is left out of what is shown."""
+    """Search by each query's bytes and by its vector and compare the hits; leave out the query's own row."""
     answers = []
     vectors = client.embed([query["image"] for query in queries]).vectors
     for query, vector in zip(queries, vectors, strict=True):
@@ -93,6 +93,6 @@ def _without(result: SearchResult, image_id: str) -> tuple[Hit, ...]:
 
 
 def pictures(corpus: Artifact, answers: Sequence[TourAnswer]) -> dict[str, dict[str, Any]]:
-    """image_id -> corpus row of every image that the answers show."""
+    """Return image_id -> corpus row for every hit in the answers."""
     wanted = sorted({hit.id for answer in answers for hit in answer.hits})
     return {row["image_id"]: row for row in read_rows(corpus, pc.field("image_id").isin(wanted))}

@@ -16,7 +16,7 @@ METHODS = {"prefix": "", "svd": ", SVD"}
 
 
 def dim_table(facts: Mapping[str, Any], task: str) -> tuple[list[str], list[Row]]:
-    """(column names, rows) of figures by dimension: one column per embedding and method."""
+    """Return (column names, rows) of figures by dimension, with one column per embedding and method."""
     table: dict[int, Row] = {}
     columns: dict[str, None] = {}
     for row in facts["evaluation"]["rows"]:
@@ -28,14 +28,14 @@ def dim_table(facts: Mapping[str, Any], task: str) -> tuple[list[str], list[Row]
 
 
 def subject_table(evaluation: Mapping[str, Any], task: str) -> list[Row]:
-    """P@1, mAP@10, recall@10 and bytes a vector of the subject's prefixes, smallest first."""
-    wanted = (task, evaluation["subject"], "prefix")
-    rows = [row for row in evaluation["rows"] if (row["task"], row["embedding"], row["method"]) == wanted]
+    """Return P@1, mAP@10, recall@10 and bytes per vector of the subject's prefixes, smallest first."""
+    key = (task, evaluation["subject"], "prefix")
+    rows = [row for row in evaluation["rows"] if (row["task"], row["embedding"], row["method"]) == key]
     return [{**row, "bytes_fp32": 4 * row["dim"]} for row in sorted(rows, key=lambda row: int(row["dim"]))]
 
 
 def render_text(facts: Mapping[str, Any], root: str) -> str:
-    """What the terminal shows at the end."""
+    """Return the report for the terminal."""
     evaluation = facts["evaluation"]
     task = evaluation["headline_task"]
     lines = ["", "Neighbours over gRPC (held-out images; the query itself is left out)"]
@@ -51,7 +51,7 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
     vector_ok = all(answer["same_by_vector"] for answer in facts["neighbours"])
     verdict = "the same hits" if vector_ok else "OTHER hits: see report.json"
     lines += [f"  the same queries by vector gave {verdict}", "", *_dims_text(facts, task), ""]
-    lines += [*_plan_text(facts["plan"]), "", *_times_text(facts), ""]
+    lines += [*plan_text(facts["plan"]), "", *_times_text(facts), ""]
     report = storage.join(root, "report.html")
     lines += [
         f"Report: {report}",
@@ -64,9 +64,9 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
 def _dims_text(facts: Mapping[str, Any], task: str) -> list[str]:
     evaluation = facts["evaluation"]
     columns, table = dim_table(facts, task)
-    first = subject_table(evaluation, task)[-1]
+    full = subject_table(evaluation, task)[-1]
     lines = [
-        f"P@1 by dimension, task {task!r}: {first['queries']} held-out queries, {first['database']} candidates "
+        f"P@1 by dimension, task {task!r}: {full['queries']} held-out queries, {full['database']} candidates "
         f"(seed {evaluation['seed']}; percent)"
     ]
     width = max(len(column) for column in columns)
@@ -77,14 +77,15 @@ def _dims_text(facts: Mapping[str, Any], task: str) -> list[str]:
     return lines
 
 
-def _plan_text(plan: Mapping[str, Any]) -> list[str]:
+def plan_text(plan: Mapping[str, Any]) -> list[str]:
+    """Return lines on the plan: recall, cost beside exact search, mAP check."""
     chosen = plan["chosen"]
-    told = plan["holdout"] or {"recall": chosen["recall"], "num_queries": plan["num_queries"], "map_check": None}
-    check = told["map_check"] or plan["map_check"]
+    result = plan["holdout"] or {"recall": chosen["recall"], "num_queries": plan["num_queries"], "map_check": None}
+    check = result["map_check"] or plan["map_check"]
     whose = "that took no part in choosing it" if plan["holdout"] else "that chose it"
     lines = [
         f"Plan: {plan['description']}",
-        f"  recall@{plan['k']} against exact search {told['recall']:.4f} on {told['num_queries']} queries {whose} "
+        f"  recall@{plan['k']} against exact search {result['recall']:.4f} on {result['num_queries']} queries {whose} "
         f"(target {plan['target']})",
     ]
     if chosen["query_us"]:
@@ -105,7 +106,7 @@ def _plan_text(plan: Mapping[str, Any]) -> list[str]:
 def _times_text(facts: Mapping[str, Any]) -> list[str]:
     lines = ["Time of each stage (s)"]
     for stage in facts["stages"]:
-        note = "  skipped now; took this when it ran" if stage["skipped"] else ""
+        note = "  skipped now; this is its time when it ran" if stage["skipped"] else ""
         lines.append(f"  {stage['step']:<16}{stage['seconds']:>8.1f}{note}")
     return [*lines, f"  {'this run':<16}{facts['total_seconds']:>8.1f}"]
 
@@ -116,7 +117,7 @@ def render_html(
     answers: Sequence[TourAnswer],
     pictures: Mapping[str, Row],
 ) -> str:
-    """The same with pictures and plots, in one file."""
+    """Return the report with pictures and plots as one HTML page."""
     evaluation = facts["evaluation"]
     task = evaluation["headline_task"]
     columns, table = dim_table(facts, task)
@@ -158,7 +159,7 @@ def render_html(
 
 
 def data_uri(content: bytes) -> str:
-    """Image bytes as a ``data:`` URI; the type is read from the first bytes."""
+    """Return image bytes as a ``data:`` URI, its type taken from the first bytes."""
     kinds = {b"\x89PNG": "png", b"RIFF": "webp", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
     kind = next((kind for magic, kind in kinds.items() if content.startswith(magic)), "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

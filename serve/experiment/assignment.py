@@ -1,12 +1,12 @@
-"""An experiment: arms (index x plan x encoder) that share the traffic, and who gets which.
+"""An experiment: arms (index x plan x encoder) share the traffic, and each request is assigned to one or two of them.
 
-``split``: BLAKE2 of the experiment's name and the session, over the weights, so a session has the same arm on every
-replica and after restarts; without a session chance decides. ``interleave``: every request goes to both arms, and
+``split``: a BLAKE2 hash of experiment and session picks an arm by weight, so a session has the same arm on every
+replica and after restarts; without a session the choice is random. ``interleave``: every request goes to both arms, and
 ``lookalike.serve.experiment.interleave`` drafts one answer from the two.
 
-A request that brings a plan or a min_recall stays outside. One that an arm cannot answer (vectors of another model, an
-image where the arm has no encoder) goes to those that can and is marked as forced, as is one whose arm broke its
-guardrail: a comparison must leave both out.
+A request with a plan or min_recall stays outside. A request that its arm cannot answer (vectors of another model, or an
+image and no encoder), or whose arm is closed by a guardrail, goes to another arm. It is marked as forced, and
+comparisons leave it out.
 """
 
 import random
@@ -29,25 +29,25 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm. What it leaves out is that of the index being served."""
+    """One arm; fields that are None come from the served generation."""
 
     name: str
     weight: float
     own: Generation | None = None
-    """An index of its own."""
+    """The arm's own index."""
     plan: str | None = None
     plans: ServicePlans | None = None
-    """Its own plan for the served index."""
+    """The arm's own plan for the served index."""
 
     def on(self, served: Generation) -> Generation:
-        """The generation that this arm searches while ``served`` is."""
+        """Return the generation that this arm searches while ``served`` is served."""
         if self.own is not None:
             return self.own
         return served if self.plans is None else replace(served, plan=self.plan, plans=self.plans)
 
 
 class Route(NamedTuple):
-    """Where a request goes, or one of the two places."""
+    """An arm that a request goes to."""
 
     arm: str
     """Empty outside an experiment."""
@@ -55,16 +55,17 @@ class Route(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """The routes of a request (two when it is interleaved), and why they are not those of its session, if so."""
+    """The routes of a request; two if it is interleaved."""
 
     routes: list[Route]
     forced: str = ""
+    """Why they are not the routes that chance would have picked; empty if they are."""
 
 
 def read_arms(config: ServeConfig, served: Generation) -> tuple[Arm, ...]:
-    """The arms of ``config.experiment``, their artifacts found and checked as ``read_generation`` does.
+    """Return the arms of ``config.experiment``; artifacts are read and checked as in ``read_generation``.
 
-    Raises ``UsageError`` also for an arm whose index cannot take the requests of the served one.
+    Raises ``UsageError`` also for an arm whose index cannot answer requests to the served one.
     """
     if config.experiment is None:
         return ()
@@ -73,14 +74,13 @@ def read_arms(config: ServeConfig, served: Generation) -> tuple[Arm, ...]:
         raise UsageError(
             f"guardrails.min_recall={rails.min_recall:g} is never judged with monitor.share="
             f"{monitor.share:g}, monitor.window={monitor.window} and guardrails.min_requests="
-            f"{rails.min_requests}; measure a share above 0, and min_requests within the "
-            "window"
+            f"{rails.min_requests}; set a share above 0 and min_requests within the window"
         )
     arms = tuple(_read_arm(arm, served) for arm in config.experiment.arms)
     for arm in arms:
         if arm.own is not None and config.writes.state is not None:
             raise UsageError(
-                f"arm {arm.name!r} has an index of its own, which would miss the writes; compare plans of "
+                f"arm {arm.name!r} has its own index, which would miss the writes; compare plans of "
                 "the served index, or serve without writes.state"
             )
     return arms
@@ -97,8 +97,7 @@ def _read_arm(settings: ArmSettings, served: Generation) -> Arm:
     if own.meta.num_hash_shards < served.meta.num_hash_shards:
         raise UsageError(
             f"arm {name!r}: its index has {own.meta.num_hash_shards} shards, the served one "
-            f"{served.meta.num_hash_shards}, so some workers would hold none of it; index with as "
-            "many"
+            f"{served.meta.num_hash_shards}, so some workers would hold no part of it; index with as many"
         )
     if missing := sorted(set(served.meta.columns) - set(own.meta.columns)):
         raise UsageError(
@@ -109,13 +108,13 @@ def _read_arm(settings: ArmSettings, served: Generation) -> Arm:
 
 
 def own_generations(arms: Sequence[Arm], served: Generation) -> list[Generation]:
-    """The generations that workers hold for ``arms``, besides the served one; each once."""
-    found = {arm.own.name: arm.own for arm in arms if arm.own is not None and arm.own.name != served.name}
-    return list(found.values())
+    """Return the distinct generations that workers hold for ``arms`` besides the served one."""
+    by_name = {arm.own.name: arm.own for arm in arms if arm.own is not None and arm.own.name != served.name}
+    return list(by_name.values())
 
 
 class Experiment:
-    """Decides where requests go; ``guard`` knows the arms that are closed."""
+    """Assigns requests to arms; ``guard`` knows which arms are closed."""
 
     def __init__(self, settings: ExperimentSettings, arms: Sequence[Arm]) -> None:
         self.settings, self.arms = settings, list(arms)
@@ -123,30 +122,22 @@ class Experiment:
         self._unfit: dict[tuple[str, str], bool] = {}
 
     def assign(self, served: Generation, queries: Sequence[pb.Query], options: pb.SearchOptions) -> Assignment:
-        """Where a request goes; outside the experiment that is the served generation."""
+        """Return the routes of a request; outside the experiment that is the served generation alone."""
         if options.HasField("plan") or options.HasField("min_recall"):
             return Assignment([Route("", served)])
         fitting = [arm for arm in self.arms if self._fits(arm, served, queries, options)]
         if not fitting:  # the service's own checks say what is wrong
             return Assignment([Route("", served)])
-        everyone = len(fitting) == len(self.arms)
-        forced = "" if everyone else "fits"
+        forced = "" if len(fitting) == len(self.arms) else "fits"
+        allowed = [arm for arm in fitting if not self.guard.is_closed(arm.name)] or fitting[:1]
         if self.settings.mode == "interleave":
-            return self._both(fitting, served, forced)
-        arm = self._pick(fitting, options.session)
-        if self.guard.is_closed(arm.name):
-            arm, forced = self._instead(fitting), "guardrail"
-        return Assignment([Route(arm.name, arm.on(served))], forced)
-
-    def _both(self, fitting: list[Arm], served: Generation, forced: str) -> Assignment:
-        going = [arm for arm in fitting if not self.guard.is_closed(arm.name)] or [self._instead(fitting)]
-        if len(going) < len(fitting):
-            forced = "guardrail"
-        return Assignment([Route(arm.name, arm.on(served)) for arm in going], forced)
-
-    def _instead(self, fitting: list[Arm]) -> Arm:
-        """Control, or the first that is open where control cannot answer."""
-        return next((arm for arm in fitting if not self.guard.is_closed(arm.name)), fitting[0])
+            chosen = allowed
+            forced = "guardrail" if len(allowed) < len(fitting) else forced
+        else:
+            chosen = [self._pick(fitting, options.session)]
+            if self.guard.is_closed(chosen[0].name):
+                chosen, forced = allowed[:1], "guardrail"
+        return Assignment([Route(arm.name, arm.on(served)) for arm in chosen], forced)
 
     def _pick(self, arms: list[Arm], session: str) -> Arm:
         point = random.random() if not session else hash_share(self.settings.name, session)
@@ -165,13 +156,13 @@ class Experiment:
         kinds = {query.WhichOneof("kind") for query in queries}
         if "image" in kinds and generation.encoder is None:
             return False
-        # a vector whose model is not named is of the served one
+        # a vector without a model name belongs to the served model
         if "vector" in kinds and (options.model_fingerprint or served.meta.model_fingerprint) != model:
             return False
         return self._runs(arm, generation)
 
     def _runs(self, arm: Arm, generation: Generation) -> bool:
-        """Whether the arm's plan fits the index that is served now; one that does not is logged once an index."""
+        """Whether the arm's plan fits the index that is served now; logs a misfit once per index."""
         key = (arm.name, generation.name)
         if key not in self._unfit:
             self._unfit[key] = False
@@ -184,5 +175,5 @@ class Experiment:
 
 
 def hash_share(experiment: str, session: str) -> float:
-    """A number in [0, 1), always the same for an experiment and a session, and even over sessions."""
+    """Return a number in [0, 1): fixed for an experiment and a session, uniform over sessions."""
     return int.from_bytes(blake2b(f"{experiment}\0{session}".encode(), digest_size=6).digest()) / 2**48

@@ -1,4 +1,4 @@
-"""Guardrails: an arm that is shown to break its limits gets no more traffic. Each replica judges what it answered."""
+"""Guardrails: an arm that provably breaks a limit gets no more traffic. Each replica judges its own answers."""
 
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
 WINDOW = 1000
-"""The last requests of an arm that are judged (or ``min_requests``, where that is more)."""
+"""Number of an arm's latest requests that are judged (or ``min_requests``, if that is more)."""
 SERVICE_ERRORS = (
     "UNKNOWN",
     "INTERNAL",
@@ -20,20 +20,20 @@ SERVICE_ERRORS = (
     "UNIMPLEMENTED",
     "RESOURCE_EXHAUSTED",
 )
-"""Status codes that are no fault of the caller."""
+"""Status codes that are not the caller's fault."""
 P99_SHARE = 0.01
 PROOF = 3.0
-"""Standard errors beyond a limit that count as proof. An arm is looked at after every request, and chance has as many
-tries: at 1.96 (a 95% interval) many arms that keep to their limit would be closed in the long run."""
+"""Standard errors beyond a limit that count as proof. An arm is judged after every request, so chance has many tries:
+at 1.96 (a 95% interval) many arms that keep their limits would be closed in the long run."""
 
 
 class Guard:
-    """The arms of one replica that may still be asked; ``closed`` is called once for each that may not, with why."""
+    """Closes arms in one replica; ``closed`` is called once for each with its name and the reason."""
 
     def __init__(self, settings: ExperimentSettings) -> None:
         self.settings = settings
         self.reasons: dict[str, str] = {}
-        """Closed arm -> what it broke."""
+        """Closed arm -> the limit that it broke."""
         self.closed: Callable[[str, str], None] = lambda arm, reason: None
         size = max(WINDOW, settings.guardrails.min_requests)
         names = [arm.name for arm in settings.arms[1:]]  # control is never closed: there is nowhere else to go
@@ -41,11 +41,11 @@ class Guard:
         self._slow: dict[str, deque[bool]] = {name: deque(maxlen=size) for name in names}
 
     def is_closed(self, arm: str) -> bool:
-        """Whether ``arm`` gets no more traffic here."""
+        """Whether ``arm`` gets no more traffic from this replica."""
         return arm in self.reasons
 
     def count(self, arm: str, code: str, duration_ms: float) -> None:
-        """One request that ``arm`` has answered, or failed to."""
+        """Count one request of ``arm``, answered or failed, and close the arm if that is proof against it."""
         limits = self.settings.guardrails
         if arm not in self._failed or self.is_closed(arm) or code == "CANCELLED":
             return
@@ -62,7 +62,7 @@ class Guard:
             self._close(arm, f"{sum(slow)} of {len(slow)} requests took longer than max_p99_ms, {limits.max_p99_ms:g}")
 
     def recall(self, arm: str, estimate: Estimate) -> None:
-        """The recall of ``arm`` as it is known now."""
+        """Close ``arm`` if its latest recall estimate is proof against it."""
         limits = self.settings.guardrails
         if arm not in self._failed or self.is_closed(arm) or limits.min_recall is None:
             return

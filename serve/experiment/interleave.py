@@ -1,8 +1,8 @@
 """Team-draft interleaving (Radlinski, Kurup and Joachims, CIKM 2008): one list of hits from the lists of two arms.
 
-In each round a coin decides which arm picks first; an arm picks its best hit that is not in the list yet. A hit that
-both have belongs to the arm that picked it. Arms so bring equally many hits to the same ranks, whatever their lists
-look like, and a preference between them shows in which hits are acted on.
+In each round a coin decides which arm picks first; an arm picks its best hit that is not in the list yet. A hit of both
+arms belongs to the arm that picked it. So both arms bring equally many hits to the same ranks, whatever their lists
+look like, and users show a preference by the hits that they act on.
 """
 
 import random
@@ -13,17 +13,17 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 
 
 def coins(*names: str) -> random.Random:
-    """Coin flips that are always the same for the same names."""
+    """Return a source of coin flips that depends only on ``names``."""
     return random.Random(blake2b("\0".join(names).encode(), digest_size=16).digest())
 
 
 def draft(
     first: Sequence[pb.Hit], second: Sequence[pb.Hit], arms: tuple[str, str], k: int, flips: random.Random
 ) -> pb.HitList:
-    """At most ``k`` hits, each with the arm that brought it.
+    """Return at most ``k`` hits, each with the arm that brought it.
 
-    Once one arm has no more hits the draft is over; what the other still has follows without an arm, since feedback on
-    it would tell nothing but that there was more of it.
+    The draft ends when one arm has no more hits. The rest of the other arm follows without an arm, because feedback on
+    it would only show that this arm had more hits.
     """
     sizes = [0, 0]
     drafted = pb.HitList()

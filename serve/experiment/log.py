@@ -1,4 +1,4 @@
-"""Reads the access logs of all replicas for one experiment."""
+"""Reads one experiment from the access logs of all replicas."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from lookalike.serve.settings.watching import ExperimentSettings
 
 @dataclass(slots=True)
 class LoggedRequest:
-    """One request that the experiment's chance has given its arm."""
+    """A request whose arm was decided by chance."""
 
     request_id: str
     arm: str
@@ -25,41 +25,41 @@ class LoggedRequest:
     duration_ms: float
     degraded: bool = False
     owners: dict[str, str] = field(default_factory=dict)
-    """Interleaved: hash of a hit's id -> the arm that brought it."""
+    """If interleaved: hash of a hit's id -> the arm that brought it."""
 
     @property
     def unit(self) -> str:
-        """What chance was asked for: the session, or the request without one."""
+        """The unit that chance assigned to an arm: the session, or the request if it has none."""
         return self.session or self.request_id
 
 
 @dataclass
 class ExperimentLog:
-    """All that the logs say of an experiment."""
+    """Everything that the logs hold on one experiment."""
 
     settings: ExperimentSettings
     requests: list[LoggedRequest] = field(default_factory=list)
     feedback: set[tuple[str, str, str]] = field(default_factory=set)
-    """(request_id, hash of the hit's id or "", kind), each once: a client may have told it twice."""
+    """(request_id, hash of the hit's id or "", kind); a set, because a client may send feedback twice."""
     forced: Counter[str] = field(default_factory=Counter)
-    """Requests that are no part of the comparison, by reason."""
+    """Number of requests left out of the comparison, by reason."""
     closed: list[tuple[str, str]] = field(default_factory=list)
-    """(arm, what it broke), once for each replica that closed it."""
+    """(arm, reason), once for each replica that closed it."""
     unreadable: int = 0
-    """Lines that are cut off or damaged."""
+    """Number of lines that are cut off or damaged."""
 
 
 def read_experiment_log(folder: str, name: str | None, kind: str | None = None) -> ExperimentLog:
-    """What the logs in ``folder``, and in folders below it, say of experiment ``name`` (the only one, if None).
+    """Read experiment ``name`` (None: the only one) from the logs in ``folder`` and in folders below it.
 
-    ``kind`` keeps feedback of that kind. Raises ``UsageError`` when there is nothing to read, or more than one.
+    ``kind`` keeps only feedback of that kind. Raises ``UsageError`` if there is no experiment, or more than one.
     """
     root = Path(folder)
     paths = sorted(root.rglob("access-*.jsonl*"))
     if not paths:
         raise UsageError(
-            f"{folder} holds no access-*.jsonl; give the folder that access_log.folder names, or one into "
-            "which you have collected those of all replicas"
+            f"{folder} holds no access-*.jsonl; give the folder of access_log.folder, or one with "
+            "the collected logs of all replicas"
         )
     log = ExperimentLog(_read_settings(root, name))
     for line in _read_lines(paths, log):
@@ -69,7 +69,7 @@ def read_experiment_log(folder: str, name: str | None, kind: str | None = None) 
                     log.feedback.add((line["request_id"], line.get("id", ""), line["kind"]))
             elif line.get("experiment") == log.settings.name:
                 _take(line, log)
-        except (KeyError, TypeError, AttributeError):  # JSON, and no line of ours
+        except (KeyError, TypeError, AttributeError):  # JSON, but not one of our lines
             log.unreadable += 1
     if not log.requests:
         raise UsageError(f"the access logs in {folder} have no request of experiment {log.settings.name!r}")
@@ -77,28 +77,29 @@ def read_experiment_log(folder: str, name: str | None, kind: str | None = None) 
 
 
 def _read_settings(root: Path, name: str | None) -> ExperimentSettings:
-    found: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("experiment-*.json")):
-        found.setdefault(path.stem.removeprefix("experiment-").rpartition("-")[0], []).append(path)
-    if name is None and len(found) > 1:
-        raise UsageError(f"{root} has the experiments {', '.join(found)}; choose one with --experiment")
-    if not found or (name is not None and name not in found):
+        by_name.setdefault(path.stem.removeprefix("experiment-").rpartition("-")[0], []).append(path)
+    if name is None and len(by_name) > 1:
+        raise UsageError(f"{root} has the experiments {', '.join(by_name)}; choose one with --experiment")
+    if not by_name or (name is not None and name not in by_name):
         raise UsageError(
-            f"no experiment-{name or '*'}-*.json in {root}{nearest(name or '', list(found))}; replicas "
-            "write one beside their access log, copy it along"
+            f"no experiment-{name or '*'}-*.json in {root}{nearest(name or '', list(by_name))}; replicas "
+            "write it beside their access log, copy it along"
         )
-    paths = found[name or next(iter(found))]
+    name = name or next(iter(by_name))
+    paths = by_name[name]
     contents = {path.read_text(encoding="utf-8"): path for path in paths}
     if len(contents) > 1:
         raise UsageError(
-            f"experiment {name or next(iter(found))!r} has changed while it ran "
+            f"experiment {name!r} has changed while it ran "
             f"({', '.join(path.name for path in contents.values())}); a changed experiment needs a new "
-            "name: keep the file, and the logs, of one"
+            "name: keep one of the files and its logs"
         )
     try:
         values = json.loads(next(iter(contents)))
     except ValueError as error:
-        raise UsageError(f"{paths[0]} is no JSON ({error}); copy it from the replica again") from None
+        raise UsageError(f"{paths[0]} is not JSON ({error}); copy it from the replica again") from None
     return parse_config(ExperimentSettings, values, str(paths[0]))
 
 
@@ -121,10 +122,10 @@ def _take(line: dict[str, Any], log: ExperimentLog) -> None:
         log.closed.append((line["arm"], line["reason"]))
     elif "forced" in line:
         log.forced[line["forced"]] += 1
-    elif line["code"] != "CANCELLED":  # the caller has gone: no answer was seen
-        shown = [(one, arm) for arm, ids in line.get("shown", {}).items() for one in ids]
-        often = Counter(one for one, _ in shown)
-        owners = {one: arm for one, arm in shown if often[one] == 1}  # of a batch's queries, several may share a hit
+    elif line["code"] != "CANCELLED":  # the caller left and saw no answer
+        hits = [(hit, arm) for arm, ids in line.get("shown", {}).items() for hit in ids]
+        times = Counter(hit for hit, _ in hits)
+        owners = {hit: arm for hit, arm in hits if times[hit] == 1}  # queries of a batch may share a hit
         log.requests.append(
             LoggedRequest(
                 line["request_id"],

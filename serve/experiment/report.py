@@ -1,4 +1,4 @@
-"""``lookalike experiment``: what the access logs say of an experiment, in figures and in words."""
+"""``lookalike experiment``: report on an experiment from its access logs, in figures and in words."""
 
 import argparse
 import json
@@ -27,12 +27,12 @@ WHY_FORCED = {
 
 
 def experiment(args: Sequence[str]) -> int:
-    """Print what the access logs say of an experiment."""
-    what = "Compare the arms of an experiment by the access logs of all replicas."
-    parser = argparse.ArgumentParser(prog="lookalike experiment", description=what)
+    """Print a report on an experiment."""
+    description = "Compare the arms of an experiment by the access logs of all replicas."
+    parser = argparse.ArgumentParser(prog="lookalike experiment", description=description)
     parser.add_argument("folder", help="folder with access logs, also in folders below it")
-    parser.add_argument("--experiment", metavar="NAME", help="which one, where there are several")
-    parser.add_argument("--kind", help="count feedback of this kind alone, as in click (default: of every kind)")
+    parser.add_argument("--experiment", metavar="NAME", help="its name, if the logs hold several")
+    parser.add_argument("--kind", help="count only feedback of this kind, as in click (default: every kind)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(args)
     report = analyse(read_experiment_log(options.folder, options.experiment, options.kind))
@@ -41,82 +41,83 @@ def experiment(args: Sequence[str]) -> int:
 
 
 def analyse(log: ExperimentLog) -> dict[str, Any]:
-    """All figures, and ``means``: what they mean, a sentence each."""
+    """Return all figures, and under ``means`` what they mean, in sentences."""
     arms = describe_arms(log)
     comparisons = compare(arms, log.settings.control.name) if log.settings.mode == "split" else []
-    fought = duel(log) if log.settings.mode == "interleave" else None
+    outcome = duel(log) if log.settings.mode == "interleave" else None
     closed = sorted(set(log.closed))
-    # what a closed arm no longer gets, weights do not say
-    chance = None if closed else mismatch(log, arms)
-    means = [*_warnings(log, arms, chance)]
-    if fought is not None:
-        means.append(_say_duel(fought))
+    # weights do not describe the traffic once an arm is closed
+    weights_p_value = None if closed else mismatch(log, arms)
+    means = _warnings(log, arms, weights_p_value)
+    if outcome is not None:
+        means.append(_say_duel(outcome))
     elif not any(arm.answers_with_feedback for arm in arms):
-        means.append("no feedback was recorded, so nothing can be said of the arms' answers")
+        means.append("no feedback was recorded, so the arms' answers cannot be compared")
     else:
-        means += [_say_comparison(one, arms, log) for one in comparisons]
+        means += [_say_comparison(comparison, arms, log) for comparison in comparisons]
     return {
         "experiment": log.settings.name,
         "mode": log.settings.mode,
         "control": log.settings.control.name,
         "arms": [asdict(arm) for arm in arms],
-        "comparisons": [asdict(one) for one in comparisons],
-        "duel": None if fought is None else asdict(fought),
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "duel": None if outcome is None else asdict(outcome),
         "forced": dict(log.forced),
         "closed": [
             {"arm": arm, "reason": reason, "replicas": log.closed.count((arm, reason))} for arm, reason in closed
         ],
-        "weights_p_value": chance,
+        "weights_p_value": weights_p_value,
         "unreadable_lines": log.unreadable,
         "means": means,
     }
 
 
-def _warnings(log: ExperimentLog, arms: Sequence[ArmFigures], chance: float | None) -> list[str]:
-    found = []
-    if chance is not None and chance < MISMATCH:
+def _warnings(log: ExperimentLog, arms: Sequence[ArmFigures], weights_p_value: float | None) -> list[str]:
+    warnings = []
+    if weights_p_value is not None and weights_p_value < MISMATCH:
         sizes = ", ".join(f"{arm.name} {arm.units}" for arm in arms)
         weights = ", ".join(f"{arm.name} {arm.weight:g}" for arm in log.settings.arms)
-        found.append(
+        warnings.append(
             f"do not trust the comparison: the arms' sizes ({sizes}) do not fit their weights ({weights}), "
-            f"p={chance:.2g}; look for what loses or repeats the requests of one arm"
+            f"p={weights_p_value:.2g}; look for what loses or repeats the requests of one arm"
         )
     if log.settings.mode == "split" and (several := sessions_of_several_arms(log)):
-        found.append(
+        warnings.append(
             f"do not trust the comparison: {several} sessions saw several arms; a changed experiment needs a new name"
         )
-    found += [
+    warnings += [
         f"arm {arm} was closed by its guardrail: {reason}; its figures end there"
         for arm, reason in sorted(set(log.closed))
     ]
-    return found + [f"arm {arm.name} is beyond a guardrail: {reason}" for arm in arms for reason in arm.breaks]
+    return warnings + [f"arm {arm.name} is beyond a guardrail: {reason}" for arm in arms for reason in arm.breaks]
 
 
-def _say_comparison(one: Comparison, arms: Sequence[ArmFigures], log: ExperimentLog) -> str:
+def _say_comparison(comparison: Comparison, arms: Sequence[ArmFigures], log: ExperimentLog) -> str:
     by_name = {arm.name: arm for arm in arms}
-    arm, base = by_name[one.arm], by_name[log.settings.control.name]
-    units = _name_units(arms)
+    arm, base = by_name[comparison.arm], by_name[log.settings.control.name]
+    units, (low, high) = _name_units(arms), comparison.interval
     rates = (
         f"feedback in {arm.units_with_feedback / arm.units:.2%} of {arm.units} {units}, "
-        f"{base.units_with_feedback / base.units:.2%} of {base.units} with {base.name}: {one.apart * 100:+.2f} "
-        f"points ({one.interval[0] * 100:+.2f} to {one.interval[1] * 100:+.2f}), p={one.p_value:.2g}"
+        f"{base.units_with_feedback / base.units:.2%} of {base.units} with {base.name}: {comparison.apart * 100:+.2f} "
+        f"points ({low * 100:+.2f} to {high * 100:+.2f}), p={comparison.p_value:.2g}"
     )
-    if one.shown:
-        return f"arm {one.arm} {'leads' if one.apart > 0 else 'trails'}: {rates}"
+    if comparison.shown:
+        return f"arm {arm.name} {'leads' if comparison.apart > 0 else 'trails'}: {rates}"
     return (
-        f"no difference shown between {one.arm} and {base.name}: {rates}; as many {units} would show a difference "
-        f"of {one.detectable * 100:.2f} points four times in five"
+        f"no difference shown between {arm.name} and {base.name}: {rates}; as many {units} would show a difference "
+        f"of {comparison.detectable * 100:.2f} points four times in five"
     )
 
 
-def _say_duel(found: Duel) -> str:
+def _say_duel(outcome: Duel) -> str:
+    arm, control = outcome.arm, outcome.control
     counts = (
-        f"{found.arm} wins {found.wins}, loses {found.losses}, {found.ties} ties or without feedback, "
-        f"p={found.p_value:.2g}"
+        f"{arm} wins {outcome.wins}, loses {outcome.losses}, {outcome.ties} ties or without feedback, "
+        f"p={outcome.p_value:.2g}"
     )
-    if not found.shown:
-        return f"no difference shown between {found.arm} and {found.control}: {counts}"
-    return f"arm {found.arm if found.wins > found.losses else found.control} leads: {counts}"
+    if not outcome.shown:
+        return f"no difference shown between {arm} and {control}: {counts}"
+    return f"arm {arm if outcome.wins > outcome.losses else control} leads: {counts}"
 
 
 def _name_units(arms: Sequence[ArmFigures]) -> str:
@@ -125,7 +126,7 @@ def _name_units(arms: Sequence[ArmFigures]) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """Return the report as text."""
     lines = [
         f"experiment {report['experiment']}, {report['mode']}, control {report['control']}",
         f"{'arm':<12} {'requests':>9} {'sessions':>9} {'errors':>8} {'degraded':>8} {'p50 ms':>8} {'p99 ms':>8}  "
@@ -150,7 +151,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [
         "",
         *(f"- {sentence}" for sentence in report["means"]),
-        "- this holds for one look at the end of a length chosen beforehand; whoever looks daily and stops at a "
-        "difference finds one too often",
+        "- this holds for one look, at an end that was fixed beforehand; whoever looks daily and stops at the first "
+        "difference finds differences too often",
     ]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""What an experiment's log shows, as figures with their chance.
+"""The figures of an experiment, with intervals and p-values.
 
-The units are what chance was asked for: sessions, and requests that have none. A split compares the share of units
-with feedback (a session counts once, however many answers it had) by a two-proportion test, Fisher's where counts are
-small; several arms share the 5% by Holm's rule. Interleaving counts for each unit which arm's hits had more feedback
-and tests wins against losses by a sign test.
+The units are what chance assigned to arms: sessions, and requests without one. A split compares the share of units with
+feedback (a session counts once, however many answers it had) by a two-proportion test, or Fisher's for small counts;
+with several arms Holm's rule corrects the p-values. Interleaving counts, unit by unit, which arm's hits had more
+feedback and compares wins with losses by a sign test.
 """
 
 from collections import Counter, defaultdict
@@ -18,16 +18,16 @@ from lookalike.serve.experiment.guardrails import SERVICE_ERRORS
 from lookalike.serve.experiment.log import ExperimentLog, LoggedRequest
 
 LEVEL = 0.05
-"""Chance of finding a difference where there is none."""
+"""Probability of finding a difference where there is none."""
 MISMATCH = 0.001
-"""Below this chance the arms' sizes do not fit their weights."""
+"""With a smaller p-value the arms' sizes do not fit their weights."""
 POWER = 1.959964 + 0.841621
-"""Standard errors of a difference that is shown four times in five."""
+"""Standard errors of a difference that is found four times in five."""
 
 
 @dataclass(frozen=True)
 class ArmFigures:
-    """One arm. ``units`` are sessions, and requests without one."""
+    """The figures of one arm; ``units`` are sessions, and requests without one."""
 
     name: str
     requests: int
@@ -38,33 +38,34 @@ class ArmFigures:
     p99_ms: float
     answers_with_feedback: int
     feedback_rate: float
-    """Of the answers; those of one session go together, so it has no interval."""
+    """Share of answers with feedback; without an interval, because answers of one session depend on each other."""
     units: int
     units_with_feedback: int
     unit_interval: Interval
-    """Wilson's, of the share of units with feedback."""
+    """Wilson interval of the share of units with feedback."""
     breaks: tuple[str, ...]
-    """Guardrails that the figures are beyond."""
+    """Guardrails that the figures break, in words."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against control, of a split."""
+    """One arm of a split compared with control."""
 
     arm: str
     apart: float
-    """Share of units with feedback, less control's."""
+    """Share of units with feedback minus that of control."""
     interval: Interval
     p_value: float
     """Corrected for the number of arms."""
     shown: bool
+    """Whether the difference is significant."""
     detectable: float
-    """Difference that as many units show four times in five."""
+    """Difference that this many units would show four times in five."""
 
 
 @dataclass(frozen=True)
 class Duel:
-    """The two arms of an interleaving, by unit."""
+    """The two arms of an interleaving compared unit by unit."""
 
     arm: str
     control: str
@@ -76,7 +77,7 @@ class Duel:
 
 
 def describe_arms(log: ExperimentLog) -> list[ArmFigures]:
-    """Figures of each arm that answered; of interleaving there is one for the answers of both."""
+    """Return the figures of each arm that answered; an interleaving has one entry for both."""
     acted = {request_id for request_id, _, _ in log.feedback}
     by_arm: dict[str, list[LoggedRequest]] = defaultdict(list)
     for request in log.requests:
@@ -99,7 +100,8 @@ def _describe(name: str, requests: Sequence[LoggedRequest], acted: set[str], log
         )
     if limits.max_p99_ms is not None and p99 > limits.max_p99_ms:
         breaks.append(f"99% took up to {p99:.1f} ms, max_p99_ms is {limits.max_p99_ms:g}")
-    units, hit = _units(requests, acted)
+    units = {request.unit for request in requests}
+    units_with_feedback = len({request.unit for request in requests if request.request_id in acted})
     return ArmFigures(
         name,
         len(requests),
@@ -110,39 +112,32 @@ def _describe(name: str, requests: Sequence[LoggedRequest], acted: set[str], log
         float(p99),
         with_feedback,
         with_feedback / max(1, len(answers)),
-        units,
-        hit,
-        wilson(hit, units),
+        len(units),
+        units_with_feedback,
+        wilson(units_with_feedback, len(units)),
         () if name == log.settings.control.name else tuple(breaks),
     )
 
 
-def _units(requests: Sequence[LoggedRequest], acted: set[str]) -> tuple[int, int]:
-    return (
-        len({request.unit for request in requests}),
-        len({request.unit for request in requests if request.request_id in acted}),
-    )
-
-
 def sessions_of_several_arms(log: ExperimentLog) -> int:
-    """Sessions that saw more than one arm, which a split does not allow."""
+    """Return the number of sessions that saw more than one arm, which a split does not allow."""
     arms: dict[str, set[str]] = defaultdict(set)
     for request in log.requests:
         if request.session:
             arms[request.session].add(request.arm)
-    return sum(len(seen) > 1 for seen in arms.values())
+    return sum(len(names) > 1 for names in arms.values())
 
 
 def compare(arms: Sequence[ArmFigures], control: str) -> list[Comparison]:
-    """Every other arm against ``control``; none where control has no units."""
+    """Compare every other arm with ``control``; return nothing if control has no units."""
     base = next((arm for arm in arms if arm.name == control), None)
     others = [arm for arm in arms if arm.name != control]
     if base is None:
         return []
-    found = holm(
+    p_values = holm(
         [two_proportions(arm.units_with_feedback, arm.units, base.units_with_feedback, base.units) for arm in others]
     )
-    return [_compare(arm, base, p_value) for arm, p_value in zip(others, found, strict=True)]
+    return [_compare(arm, base, p_value) for arm, p_value in zip(others, p_values, strict=True)]
 
 
 def _compare(arm: ArmFigures, base: ArmFigures, p_value: float) -> Comparison:
@@ -155,7 +150,7 @@ def _compare(arm: ArmFigures, base: ArmFigures, p_value: float) -> Comparison:
 
 
 def two_proportions(hits: int, trials: int, other_hits: int, other_trials: int) -> float:
-    """Two-sided p-value of equal shares: pooled z test, Fisher's exact one where a count below 5 is expected."""
+    """Return the two-sided p-value of equal shares: pooled z test, or Fisher's if a count below 5 is expected."""
     from scipy.stats import fisher_exact, norm
 
     total, all_hits = trials + other_trials, hits + other_hits
@@ -170,7 +165,7 @@ def two_proportions(hits: int, trials: int, other_hits: int, other_trials: int) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979), in their order."""
+    """Return the p-values corrected for their number (Holm 1979), in the same order."""
     corrected, largest = list(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
@@ -179,10 +174,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def duel(log: ExperimentLog) -> Duel:
-    """Which arm's hits had more feedback, unit by unit; units without any, and draws, are ties."""
+    """Count, unit by unit, which arm's hits had more feedback; draws and units without feedback are ties."""
     from scipy.stats import binomtest
 
-    control, arm = (one.name for one in log.settings.arms)
+    control, arm = (settings.name for settings in log.settings.arms)
     requests = {request.request_id: request for request in log.requests}
     leads: Counter[str] = Counter({request.unit: 0 for request in log.requests})
     for request_id, hit, _ in log.feedback:
@@ -196,12 +191,12 @@ def duel(log: ExperimentLog) -> Duel:
 
 
 def mismatch(log: ExperimentLog, arms: Sequence[ArmFigures]) -> float | None:
-    """p-value of the arms' units under their weights (chi-square); None where weights decided nothing."""
+    """Return the p-value of the arms' units given their weights (chi-square); None if weights decided nothing."""
     from scipy.stats import chisquare
 
     if log.settings.mode != "split":
         return None
     units = {arm.name: arm.units for arm in arms}
-    seen = np.array([units.get(arm.name, 0) for arm in log.settings.arms])
+    counts = np.array([units.get(arm.name, 0) for arm in log.settings.arms])
     weights = np.array([arm.weight for arm in log.settings.arms])
-    return float(chisquare(seen, seen.sum() * weights / weights.sum()).pvalue)
+    return float(chisquare(counts, counts.sum() * weights / weights.sum()).pvalue)
