@@ -211,9 +211,9 @@ def measure_decoding(dataset: BatchDataset, num: int) -> dict[str, float]:
 
 
 def _images(unit: Any) -> list[bytes]:
-    from lookalike.train.feed.units import read_unit
+    from lookalike.train.feed.row_groups import read_row_group
 
-    return list(read_unit(unit, ["image"])["image"].to_pylist())
+    return list(read_row_group(unit, ["image"])["image"].to_pylist())
 
 
 def measure_transport(batch: Batch) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from lookalike import schemas, storage
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.train.feed.units import Unit, list_units, read_unit
+from lookalike.train.feed.row_groups import RowGroup, list_row_groups, read_row_group
 from lookalike.vision.encoder import read_pixels
 from lookalike.vision.images import ImageError
 from lookalike.vision.transforms import TransformConfig
@@ -47,12 +47,12 @@ def join_groups(target: str, work: str, number: int, names: Sequence[str]) -> No
 
 def row_group_sizes(uri: str) -> list[int]:
     """Rows of each row group of a parquet file; a damaged file raises ``ArtifactError``."""
-    return [unit.num_rows for unit in list_units([uri])]
+    return [unit.num_rows for unit in list_row_groups([uri])]
 
 
 def read_group(uri: str, group: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a row group; one that cannot be read raises ``ArtifactError``."""
-    return read_unit(Unit(uri, group, 0), columns)
+    return read_row_group(RowGroup(uri, group, 0), columns)
 
 
 def decode_rows(table: pa.Table, transform: TransformConfig, where: str) -> npt.NDArray[np.uint8]:

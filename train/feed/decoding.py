@@ -1,8 +1,8 @@
 """Batches decoded by Ray actors anywhere in the cluster, for trainers whose own node has too few CPUs.
 
-The trainer keeps a short queue of batches under way, in step order, and asks for one more when it takes one: what is in
-flight is bounded. An actor that dies is restarted by Ray and its batches are built again, to the same bytes, as a batch
-is a function of its plan. Pixels travel as uint8, a quarter of what float32 would take.
+The trainer keeps a short queue of batches in step order and requests another when it takes one, so few are in flight.
+Ray restarts an actor that dies, and its batches are built again, to the same bytes, because a batch is a function of
+its plan. Pixels travel as uint8, a quarter of the size of float32.
 """
 
 import time
@@ -18,8 +18,8 @@ from lookalike.telemetry import fields, get_logger
 from lookalike.train.feed.loader import Batch, BatchBuilder, BatchDataset, Plan
 
 log = get_logger(__name__)
-AHEAD = 2  # batches under way for each actor
-PATIENCE_S = 60.0  # between warnings while a batch does not come
+AHEAD = 2  # batches in flight for each actor
+PATIENCE_S = 60.0  # between warnings while a batch is late
 LIMIT_S = 900.0  # nodes that scale up take minutes
 RETRIES = 5  # of a batch whose actor dies
 
@@ -32,19 +32,19 @@ class DecodeActor:
         self.builder = builder
 
     def build(self, plan: Plan) -> dict[str, Any] | LookalikeError:
-        """The batch of a plan with arrays in place of tensors: Ray hands arrays over without a copy."""
+        """The batch of a plan with arrays in place of tensors: Ray passes arrays on without a copy."""
         batch = self.builder.attempt(plan)
         return batch if isinstance(batch, LookalikeError) else to_arrays(batch)
 
 
 def to_arrays(batch: Batch) -> dict[str, Any]:
-    """Tensors as arrays; images as [n, H, W, 3], which is how they lie in memory."""
+    """Tensors as arrays; images as [n, H, W, 3], their order in memory."""
     arrays = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     return {**arrays, "images": batch["images"].permute(0, 2, 3, 1).numpy()}
 
 
 def to_tensors(arrays: dict[str, Any]) -> Batch:
-    """``to_arrays`` undone, in memory of its own: the store's is read-only, and is freed by this."""
+    """The inverse of ``to_arrays``, in new memory: the store's is read-only, and can be freed after the copy."""
     batch = {
         name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
         for name, value in arrays.items()
@@ -62,8 +62,8 @@ def actor_batches(
 ) -> Iterator[Batch]:
     """The dataset's batches in step order, built by ``num_actors`` actors of ``num_cpus`` CPUs each.
 
-    ``resource`` keeps them on nodes that offer a custom resource of this name. A batch that does not come within
-    ``limit_s`` seconds, for want of CPUs, raises ``LookalikeError``.
+    ``resource`` keeps the actors on nodes that offer a custom resource of this name. A batch that takes longer than
+    ``limit_s`` seconds, because CPUs are missing, raises ``LookalikeError``.
     """
     import ray
 
@@ -72,9 +72,9 @@ def actor_batches(
         resources={resource: 0.001} if resource else None,
         max_restarts=-1,
         max_task_retries=RETRIES,
-        scheduling_strategy="SPREAD",  # and not in the training worker's own placement group
+        scheduling_strategy="SPREAD",  # not in the training worker's own placement group
     )
-    # given by value: what lies in the object store could be gone when an actor is restarted
+    # passed by value: an object in the store could be lost before an actor restarts
     pool = _Pool([actor.remote(dataset.builder) for _ in range(num_actors)])
     plans, waiting = dataset.plans(), deque[tuple[Plan, Any]]()
     try:
@@ -92,28 +92,28 @@ def actor_batches(
                 limit_s,
             )
     finally:
-        for each in pool.actors:
-            ray.kill(each)
+        for started in pool.actors:
+            ray.kill(started)
 
 
 class _Pool:
-    """Actors, and how many batches each has under way: the least busy one gets the next, so slow nodes get fewer."""
+    """Actors and their batches in flight; the least busy actor gets the next batch, so slow nodes get fewer."""
 
     def __init__(self, actors: list[Any]) -> None:
         self.actors = actors
-        self._under_way: dict[Any, int] = {}
+        self._in_flight: dict[Any, int] = {}
 
     def submit(self, plan: Plan) -> Any:
         import ray
 
-        if self._under_way:
-            done, _ = ray.wait(list(self._under_way), num_returns=len(self._under_way), timeout=0, fetch_local=False)
+        if self._in_flight:
+            done, _ = ray.wait(list(self._in_flight), num_returns=len(self._in_flight), timeout=0, fetch_local=False)
             for reference in done:
-                del self._under_way[reference]
-        busy = list(self._under_way.values())
+                del self._in_flight[reference]
+        busy = list(self._in_flight.values())
         number = min(range(len(self.actors)), key=busy.count)
         reference = self.actors[number].build.remote(plan)
-        self._under_way[reference] = number
+        self._in_flight[reference] = number
         return reference
 
     def take(self, plan: Plan, reference: Any, who: str, limit_s: float) -> Batch:
@@ -127,12 +127,12 @@ class _Pool:
                 log.warning("decode again %s", fields(step=plan.step, error=type(error).__name__))
                 reference = self.submit(plan)
                 continue
-            self._under_way.pop(reference, None)
+            self._in_flight.pop(reference, None)
             if isinstance(arrays, LookalikeError):
                 raise arrays
             return to_tensors(arrays)
         raise LookalikeError(
-            f"the batch of step {plan.step} killed its decode actor {RETRIES + 1} times; is their memory too small?"
+            f"the batch of step {plan.step} killed its decode actor {RETRIES + 1} times; its node may lack memory"
         )
 
     def _await(self, plan: Plan, reference: Any, who: str, limit_s: float) -> None:

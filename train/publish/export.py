@@ -19,7 +19,7 @@ from lookalike import hub, storage
 from lookalike.artifacts import MANIFEST, Artifact, FileEntry, lineage, write_manifest
 from lookalike.errors import UsageError
 from lookalike.telemetry import fields, get_logger
-from lookalike.train.feed.units import list_units, read_unit
+from lookalike.train.feed.row_groups import list_row_groups, read_row_group
 from lookalike.train.publish.cards import describe_lineage, model_card, report_figures
 from lookalike.train.publish.onnx import check_parity, require_packages, write_onnx
 from lookalike.vision.encoder import CARD_FILE, CONFIG_FILE, MODEL_FILE, read_config, read_encoder, read_pixels
@@ -165,7 +165,7 @@ def _pictures_in(folder: str) -> list[bytes]:
     tables = [uri for uri in uris if uri.endswith(".parquet") and uri.rsplit("/", 1)[-1].startswith("part-")]
     if images or not tables:
         return [storage.read_bytes(uri) for uri in images[:PARITY_PICTURES]]
-    column = read_unit(list_units(tables[:1])[0], ["image"])["image"]
+    column = read_row_group(list_row_groups(tables[:1])[0], ["image"])["image"]
     return [image.as_py() for image in column.slice(0, PARITY_PICTURES)]
 
 

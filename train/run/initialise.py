@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from lookalike.artifacts import Artifact
 from lookalike.train.feed.loader import attribute_fields, check_labels, open_pictures
-from lookalike.train.feed.units import Unit, list_units, read_unit, split_attributes
+from lookalike.train.feed.row_groups import RowGroup, list_row_groups, read_row_group, split_attributes
 from lookalike.train.losses.matryoshka import NestedCosine
+from lookalike.train.losses.proxies import workers
 from lookalike.train.run.settings import LoopConfig
 from lookalike.train.tasks import MultiTaskModel, Task, build_tasks
 from lookalike.vision.encoder import EmbeddingModel, read_encoder
@@ -23,7 +24,7 @@ from lookalike.vision.transforms import Transform, build_eval_transform
 from lookalike.vision.tuning import is_convolutional
 
 BATCH = 64
-MAX_UNITS = 256  # row groups to read at most
+MAX_ROW_GROUPS = 256  # row groups to read at most
 
 
 def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskModel:
@@ -56,13 +57,13 @@ def build_multitask_model(config: LoopConfig, *, initialise: bool) -> MultiTaskM
 
 def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Mapping[str, Task]) -> None:
     """Fill projection and proxies from a sample of the dataset named first in ``mix``."""
-    units = list_units(config.files[next(iter(config.train.mix))])
+    row_groups = list_row_groups(config.files[next(iter(config.train.mix))])
     cosine = [task for task in tasks.values() if isinstance(task.head, NestedCosine) and task.config.field != "labels"]
     if not config.encoder.projection and not cosine:
         return
     features, labels = sample_features(
         encoder.backbone,
-        units,
+        row_groups,
         build_eval_transform(config.encoder.transform),
         sorted({task.config.field for task in cosine}),
         config.train.initialise.images,
@@ -81,7 +82,7 @@ def initialise_from_data(config: LoopConfig, encoder: EmbeddingModel, tasks: Map
 
 def sample_features(
     backbone: nn.Module,
-    units: Sequence[Unit],
+    row_groups: Sequence[RowGroup],
     transform: Transform,
     fields: Sequence[str],
     max_images: int,
@@ -91,24 +92,26 @@ def sample_features(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Features [n, F] float32 of up to ``max_images`` images, and the integer columns ``fields``, int64 [n] each.
 
-    The images are spread evenly over the units, or over ``MAX_UNITS`` of them. The workers of a process group share the
-    work, and each returns the whole sample. ``attributes``: names in the shards' column ``attributes``, for fields such
-    as ``attribute.colour``. Labels beyond ``num_classes`` (field -> classes) raise ``ArtifactError``.
+    The images are spread evenly over the row groups, or over ``MAX_ROW_GROUPS`` of them. The workers of a process group
+    share the work, and each returns the whole sample. ``attributes``: names in the shards' column ``attributes``, for
+    fields such as ``attribute.colour``. Labels beyond ``num_classes`` (field -> classes) raise ``ArtifactError``.
     """
-    units = units if len(units) <= MAX_UNITS else [units[i * len(units) // MAX_UNITS] for i in range(MAX_UNITS)]
-    share = max(1, max_images // max(1, len(units)))
+    num = len(row_groups)
+    if num > MAX_ROW_GROUPS:
+        row_groups = [row_groups[i * num // MAX_ROW_GROUPS] for i in range(MAX_ROW_GROUPS)]
+    share = max(1, max_images // max(1, len(row_groups)))
     stated = attribute_fields(fields)
     columns = ["image_id", "image", *(["attributes"] if stated else []), *(f for f in fields if f not in stated)]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = workers()
     backbone.eval()
     rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     with torch.no_grad():
-        for unit in list(units)[rank::world]:
-            table = split_attributes(unit, read_unit(unit, columns).slice(0, share), stated, attributes)
-            check_labels(unit, table, {field: n for field, n in (num_classes or {}).items() if field in fields})
+        for row_group in row_groups[rank::world]:
+            table = split_attributes(row_group, read_row_group(row_group, columns).slice(0, share), stated, attributes)
+            check_labels(row_group, table, {field: n for field, n in (num_classes or {}).items() if field in fields})
             for start in range(0, table.num_rows, BATCH):
                 part = table.slice(start, BATCH)
-                images = torch.stack([transform(picture) for picture in open_pictures(unit, part)])
+                images = torch.stack([transform(picture) for picture in open_pictures(row_group, part)])
                 features = backbone(images.contiguous(memory_format=torch.channels_last))
                 rows.append((features, {f: torch.tensor(part[f].to_pylist(), dtype=torch.int64) for f in fields}))
     gathered = [rows]

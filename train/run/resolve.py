@@ -12,8 +12,8 @@ from lookalike.artifacts import Artifact
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import nearest
 from lookalike.stages import StageRun
-from lookalike.train.feed.streams import require_units
-from lookalike.train.feed.units import REMEDY, THREADS, explained, list_units
+from lookalike.train.feed.row_groups import REMEDY, THREADS, explained, list_row_groups
+from lookalike.train.feed.streams import require_row_groups
 from lookalike.train.run.footprint import describe, measure, require_memory
 from lookalike.train.run.settings import LoopConfig, TrainConfig
 from lookalike.train.tasks import ATTRIBUTE
@@ -68,7 +68,7 @@ def find_files(train: TrainConfig, shards: Artifact) -> dict[str, list[str]]:
     for name in train.mix:
         files[name] = shards.files(f"{name}/", ".parquet")
         if files[name]:
-            require_units(name, list_units(files[name]), train.workers.num)
+            require_row_groups(name, list_row_groups(files[name]), train.workers.num)
         else:
             valid = sorted({uri.rsplit("/", 2)[-2] for uri in shards.files(suffix=".parquet")})
             raise UsageError(f"mix names dataset {name!r}{nearest(name, valid)}; {shards.uri} has {', '.join(valid)}")

@@ -26,7 +26,7 @@ from lookalike.train.evaluate.evaluate import (
     nearest_rows,
     row_indices,
 )
-from lookalike.train.feed.units import list_units
+from lookalike.train.feed.row_groups import list_row_groups
 
 UNKNOWN = range(10)
 TASK = RetrievalTask(queries={"view": ["front"]}, database={"dataset": ["furniture"]}, label="group")
@@ -203,4 +203,4 @@ def test_selecting_rows() -> None:
 def test_an_empty_selection_still_makes_a_part(tmp_path: Path) -> None:
     part = str(tmp_path / "part-0.parquet")
     write_part(part, embedding_table(corpus()[:0], np.empty((0, 8), np.float32), "float32"))
-    assert sum(unit.num_rows for unit in list_units([part])) == 0
+    assert sum(unit.num_rows for unit in list_row_groups([part])) == 0

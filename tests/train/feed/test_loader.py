@@ -18,8 +18,8 @@ from lookalike.sampling import round_repeats, stable_keys
 from lookalike.seeds import derive_seed
 from lookalike.train.feed.draws import BalanceConfig
 from lookalike.train.feed.loader import BatchDataset, build_loader, on_device
+from lookalike.train.feed.row_groups import list_row_groups, read_row_group
 from lookalike.train.feed.streams import Stream, build_streams, split_batch
-from lookalike.train.feed.units import list_units, read_unit
 from lookalike.vision.images import decode
 from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation, build_train_transform
 from tests.train.conftest import NUM_CLASSES, shard_rows, write_shard
@@ -61,9 +61,9 @@ def ids_of(pieces: list[Any], stream: Stream) -> list[str]:
     """The ids of slices, read without the loader."""
     found = []
     for piece in pieces:
-        table = read_unit(piece.unit)
-        light = stream.draw.light(table) if stream.draw.columns else None
-        rows = stream.draw.order(piece.unit, piece.epoch, light)[piece.start : piece.stop]
+        table = read_row_group(piece.row_group)
+        light = stream.draw.read(table) if stream.draw.columns else None
+        rows = stream.draw.order(piece.row_group, piece.epoch, light)[piece.start : piece.stop]
         found += table["image_id"].take(pa.array(rows)).to_pylist()
     return found
 
@@ -78,15 +78,15 @@ def make_streams(made: dict[str, list[str]], **options: Any) -> dict[str, Stream
 
 def plain_rows(uris: list[str], name: str, seed: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
     """The oracle: the rows of a stream one after the other, by replaying every epoch from its beginning."""
-    units, epoch = list_units(uris), 0
+    row_groups, epoch = list_row_groups(uris), 0
     while True:
-        order = np.random.default_rng(derive_seed(seed, name, epoch)).permutation(len(units))
+        order = np.random.default_rng(derive_seed(seed, name, epoch)).permutation(len(row_groups))
         for number in order[rank::world]:
-            unit, table = units[number], read_unit(units[number]).to_pylist()
+            row_group, table = row_groups[number], read_row_group(row_groups[number]).to_pylist()
             keys, repeat = stable_keys([row["image_id"] for row in table]), np.array([r["repeat"] for r in table])
             copies = round_repeats(repeat, keys, seed=seed, epoch=epoch)
             rows = [row for row, times in zip(table, copies, strict=True) for _ in range(times)]
-            source = derive_seed(seed, unit.uri.rsplit("/", 1)[-1], unit.row_group, epoch)
+            source = derive_seed(seed, row_group.uri.rsplit("/", 1)[-1], row_group.number, epoch)
             yield from (rows[i] for i in np.random.default_rng(source).permutation(len(rows)))
         epoch += 1
 
@@ -144,7 +144,7 @@ def test_a_stream_is_addressed_anywhere_as_if_it_had_been_replayed(
 def test_fewer_row_groups_than_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"dataset 'catalogue' has 5 row groups for 6 workers; write shards with"):
         make_streams(files(tmp_path), world=6)
-    assert [unit.num_rows for unit in list_units(files(tmp_path)["catalogue"])] == [5] * 5
+    assert [row_group.num_rows for row_group in list_row_groups(files(tmp_path)["catalogue"])] == [5] * 5
 
 
 def make_batches(made: dict[str, list[str]], start: int = 0, rank: int = 0, **options: Any) -> BatchDataset:
@@ -254,10 +254,12 @@ def test_a_file_that_is_missing_cut_or_damaged_is_named(tmp_path: Path) -> None:
         ):
             pass
     Path(uri).unlink()
-    with pytest.raises(ArtifactError, match=r"part-0\.parquet is not there; remove the folder of its artifact and run"):
+    with pytest.raises(
+        ArtifactError, match=r"part-0\.parquet does not exist; remove the folder of its artifact and run"
+    ):
         make_streams(made)
-    with pytest.raises(ArtifactError, match=r"part-0\.parquet, row group 2 is not there"):
-        read_unit(streams["catalogue"].units[2])
+    with pytest.raises(ArtifactError, match=r"part-0\.parquet, row group 2 does not exist"):
+        read_row_group(streams["catalogue"].row_groups[2])
 
 
 def test_an_undecodable_picture_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
 from lookalike.errors import ArtifactError
-from lookalike.train.feed.units import list_units, read_unit
+from lookalike.train.feed.row_groups import list_row_groups, read_row_group
 from lookalike.train.losses.matryoshka import NestedCosine, Nesting
 from lookalike.train.run import initialise
 from lookalike.train.run.initialise import imprint_proxies, pca_projection, sample_features
@@ -55,11 +55,11 @@ def test_proxies_are_the_normalised_means_of_their_class(nesting: Nesting) -> No
 
 
 def test_sampled_features_are_the_backbone_s_of_the_images_named(tmp_path: Path) -> None:
-    units = list_units([write_shard(str(tmp_path / "part-0.parquet"), shard_rows("catalogue", 12, 0), 4)])
+    units = list_row_groups([write_shard(str(tmp_path / "part-0.parquet"), shard_rows("catalogue", 12, 0), 4)])
     backbone = create_backbone("test_efficientnet")
     transform = build_eval_transform(TransformConfig(size=32))
     found, labels = sample_features(backbone, units, transform, ["group"], 6)
-    tables = [read_unit(unit).slice(0, 2) for unit in units]  # 6 images over 3 units
+    tables = [read_row_group(unit).slice(0, 2) for unit in units]  # 6 images over 3 units
     assert labels["group"].tolist() == [value for table in tables for value in table["group"].to_pylist()]
     images = torch.stack([transform(decode(value.as_py())) for table in tables for value in table["image"]])
     with torch.no_grad():
@@ -67,16 +67,16 @@ def test_sampled_features_are_the_backbone_s_of_the_images_named(tmp_path: Path)
 
 
 def test_a_large_dataset_is_looked_into_at_a_few_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initialise, "MAX_UNITS", 3)
+    monkeypatch.setattr(initialise, "MAX_ROW_GROUPS", 3)
     rows = shard_rows("catalogue", 20, 0)
-    units = list_units([write_shard(str(tmp_path / "part-0.parquet"), rows, 2)])
+    units = list_row_groups([write_shard(str(tmp_path / "part-0.parquet"), rows, 2)])
     transform = build_eval_transform(TransformConfig(size=32))
     _, labels = sample_features(create_backbone("test_efficientnet"), units, transform, ["group"], 6)
     assert labels["group"].tolist() == [rows[i]["group"] for i in (0, 1, 6, 7, 12, 13)]
 
 
 def test_a_label_beyond_the_classes_is_named_before_proxies_are_made(tmp_path: Path) -> None:
-    units = list_units([write_shard(str(tmp_path / "part-0.parquet"), shard_rows("catalogue", 12, 0), 4)])
+    units = list_row_groups([write_shard(str(tmp_path / "part-0.parquet"), shard_rows("catalogue", 12, 0), 4)])
     transform = build_eval_transform(TransformConfig(size=32))
     with pytest.raises(ArtifactError, match=r"row group 0: column 'group' holds 2, but classes\.json has 2 classes"):
         sample_features(

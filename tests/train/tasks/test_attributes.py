@@ -11,8 +11,8 @@ from lookalike import storage
 from lookalike.artifacts import Draft
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.train.feed.loader import BatchDataset
+from lookalike.train.feed.row_groups import list_row_groups, read_row_group, split_attributes
 from lookalike.train.feed.streams import build_streams
-from lookalike.train.feed.units import list_units, read_unit, split_attributes
 from lookalike.train.run.checkpoints import last_checkpoint
 from lookalike.train.run.footprint import measure
 from lookalike.train.run.initialise import build_multitask_model, sample_features
@@ -92,7 +92,7 @@ def test_shards_without_attributes_say_what_to_do_and_train_as_before(bench: Ben
 
 
 def units_of(tmp_path: Path, rows: list[dict[str, Any]]) -> list[Any]:
-    return list_units([write_shard(str(tmp_path / "catalogue" / "part-0.parquet"), rows, 4)])
+    return list_row_groups([write_shard(str(tmp_path / "catalogue" / "part-0.parquet"), rows, 4)])
 
 
 def batches(tmp_path: Path, rows: list[dict[str, Any]], views: int = 1) -> list[dict[str, Any]]:
@@ -145,7 +145,7 @@ def test_damaged_attributes_are_named(tmp_path: Path, value: Any, words: str) ->
 
 def test_a_column_that_is_missing_is_named(tmp_path: Path) -> None:
     (unit,) = units_of(tmp_path, rows_of("catalogue", 4))
-    table = read_unit(unit).drop_columns(["attributes"])
+    table = read_row_group(unit).drop_columns(["attributes"])
     assert split_attributes(unit, table, [], []) is table
     with pytest.raises(ArtifactError, match=r"has no column 'attributes', though its classes.json names colour, made"):
         split_attributes(unit, table, ["attribute.colour"], tuple(NAMES))
@@ -154,7 +154,9 @@ def test_a_column_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_a_sliced_table_gives_its_own_rows(tmp_path: Path) -> None:
     rows = rows_of("catalogue", 4)
     (unit,) = units_of(tmp_path, rows)
-    table = split_attributes(unit, read_unit(unit).slice(1, 2), ["attribute.size", "attribute.made in"], tuple(NAMES))
+    table = split_attributes(
+        unit, read_row_group(unit).slice(1, 2), ["attribute.size", "attribute.made in"], tuple(NAMES)
+    )
     assert table["attribute.size"].to_pylist() == [row["attributes"][2] for row in rows[1:3]]
     assert table["attribute.made in"].to_pylist() == [row["attributes"][1] for row in rows[1:3]]
 
