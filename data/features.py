@@ -34,15 +34,17 @@ def _matrix(dim: int, out: int, seed: int) -> NDArray[np.float64]:
 
 
 def project(vectors: NDArray[np.floating], out: int, seed: int) -> NDArray[np.float32]:
-    """Unit rows [n, min(d, out)] of the normalised ``vectors`` [n, d], projected when they are longer than ``out``."""
+    """Unit rows [n, min(d, out)] of the normalised ``vectors`` [n, d], projected if d exceeds ``out``."""
     rows = unit_rows(vectors)
     if rows.shape[1] <= out:
         return rows
-    return unit_rows(rows.astype(np.float64) @ _matrix(rows.shape[1], out, seed))  # double: no batch rounds differently
+    return unit_rows(
+        rows.astype(np.float64) @ _matrix(rows.shape[1], out, seed)
+    )  # in double, so that all batches round alike
 
 
 def vectors_of(table: pa.Table, column: str = "vector") -> NDArray[np.float32]:
-    """The fixed-size list column as float32 [n, d]."""
+    """A column of fixed-size lists as float32 [n, d]."""
     values = table[column].combine_chunks()
     width = values.type.list_size
     flat = pc.list_flatten(values) if values.offset == 0 else values.flatten()

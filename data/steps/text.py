@@ -40,7 +40,7 @@ _DONE = pa.schema([("annotations", pa.int64())])
 
 
 def mine(job: LabelJob) -> dict[str, Any]:
-    """``vocabulary.parquet`` in the work folder: terms that enough training images propose."""
+    """Write ``vocabulary.parquet``, the terms that enough training images propose; return their number."""
     from ray.data.aggregate import Sum
 
     config = job.config.annotations
@@ -67,26 +67,26 @@ def mine(job: LabelJob) -> dict[str, Any]:
 
 
 def _groups(parts: list[Item]) -> list[Item]:
-    """Parts that one task takes together: few enough that every CPU has work."""
+    """Groups of parts, one per task: few enough parts each that every CPU has work."""
     size = max(1, min(PARTS_PER_TASK, len(parts) // num_partitions(parts)))
     return [{"parts": parts[start : start + size]} for start in range(0, len(parts), size)]
 
 
 def _no_terms(job: LabelJob) -> str:
     config = job.config.annotations
-    told = f"no term is named by {config.min_images} training images; lower annotations.min_images or "
+    problem = f"no term is named by {config.min_images} training images; lower annotations.min_images or "
     if config.annotator == "precomputed":
         if config.scores_from == "annotations":
-            return told + (
+            return problem + (
                 "map the column of your keyword model to the corpus field 'annotations', or set "
                 "annotations.scores_from=keywords"
             )
-        return told + "write keywords as term:score"
-    return told + "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
+        return problem + "write keywords as term:score"
+    return problem + "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
 
 
 def read_text(uri: str) -> Iterator[pa.Table]:
-    """The text columns of a corpus part, a bounded number of rows at a time."""
+    """Tables with the text columns of a corpus part, of a bounded number of rows."""
     filesystem, path = storage.arrow_filesystem(uri)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         present = [name for name in TEXT_COLUMNS if name in file.schema_arrow.names]
@@ -109,11 +109,11 @@ def annotate_all(job: LabelJob) -> dict[str, Any]:
 
 
 def _annotate_part(part: Item, folder: str, annotator: Annotator, vocabulary: Vocabulary) -> int:
-    """Annotations of a part, written unless an earlier attempt did; their number."""
+    """Write the annotations of a part unless an earlier attempt did; return their number."""
     uri = storage.join(folder, part_name(part["number"]))
     if storage.exists(uri):
         return int(read_table(uri, ["score"]).num_rows)
-    found = [annotate(records, annotator, vocabulary) for records in read_text(part["uri"])]
-    table = pa.concat_tables([ANNOTATIONS.empty_table(), *found])
+    tables = [annotate(records, annotator, vocabulary) for records in read_text(part["uri"])]
+    table = pa.concat_tables([ANNOTATIONS.empty_table(), *tables])
     write_table(uri, table)
     return int(table.num_rows)

@@ -2,10 +2,10 @@
 
 python -m tests.benchmarks.label_precision --labels LABELS_URI
     precision with its Wilson interval, from tests/data/term_verdicts.csv (image_id, term, verdict: right, wrong or
-    unsure); only verdicts on annotations that LABELS_URI still has count, and how many do not is said
+    unsure); verdicts count if LABELS_URI still has their annotation, and the row says how many do
 python -m tests.benchmarks.label_precision --draw LABELS_URI CORPUS_URI --out DIR
-    the sample to judge: 200 annotations of training images, uniform by hash, as sample.csv (verdict left empty) and
-    as contact sheets of 50 pictures with their number in the file, image id and term
+    the sample to judge: 200 annotations of training images, drawn uniformly by hash, as sample.csv (verdict left empty)
+    and as contact sheets of 50 pictures, each with its number in the file, image id and term
 """
 
 import argparse
@@ -33,21 +33,21 @@ FIELDS = ("title", "keywords", "category", "description")
 
 
 def annotations_of(labels: Artifact) -> Iterator[pl.DataFrame]:
-    """image_id, term, score of the training rows, a part at a time."""
+    """image_id, term, score of the training rows, one table per part."""
     for uri in labels.files("annotations.parquet/part-", ".parquet"):
         frame = pl.DataFrame(pl.from_arrow(read_table(uri)))
         yield frame.filter(pl.col("split") == "train").select("image_id", "term", "score")
 
 
 def draw(parts: Iterator[pl.DataFrame], ids: set[str] | None, count: int, seed: int) -> pl.DataFrame:
-    """The ``count`` annotations of smallest hash, of images in ``ids`` (None: of all), in the order of their hash."""
-    chosen = pl.DataFrame(schema={"image_id": pl.String, "term": pl.String, "score": pl.Float32, "hash": pl.UInt64})
+    """The ``count`` annotations with the smallest hashes of images in ``ids`` (None: of all), sorted by hash."""
+    sample = pl.DataFrame(schema={"image_id": pl.String, "term": pl.String, "score": pl.Float32, "hash": pl.UInt64})
     for frame in parts:
         wanted = frame if ids is None else frame.filter(pl.col("image_id").is_in(list(ids)))
         names = [f"{row['image_id']}\x00{row['term']}" for row in wanted.to_dicts()]
         hashes = pl.Series("hash", mix_keys(stable_keys(names), seed, "verdict"), dtype=pl.UInt64)
-        chosen = pl.concat([chosen, wanted.with_columns(hashes)]).sort("hash", "image_id", "term").head(count)
-    return chosen
+        sample = pl.concat([sample, wanted.with_columns(hashes)]).sort("hash", "image_id", "term").head(count)
+    return sample
 
 
 def precision(verdicts: Sequence[dict[str, str]], existing: set[tuple[str, str]]) -> dict[str, Any]:
@@ -56,14 +56,14 @@ def precision(verdicts: Sequence[dict[str, str]], existing: set[tuple[str, str]]
     unknown = sorted({row["verdict"] for row in verdicts} - set(ALLOWED))
     if unknown:
         raise ValueError(f"verdicts {unknown} are none of {', '.join(ALLOWED)}")
-    apply = [row for row in verdicts if (row["image_id"], row["term"]) in existing]
-    counts = Counter(row["verdict"] for row in apply)
+    valid = [row for row in verdicts if (row["image_id"], row["term"]) in existing]
+    counts = Counter(row["verdict"] for row in valid)
     sure = counts["right"] + counts["wrong"]
     low, high = wilson(counts["right"], sure)
     return {
         "bench": "label_precision",
         "verdicts": len(verdicts),
-        "still_apply": len(apply),
+        "still_apply": len(valid),
         **{verdict: counts[verdict] for verdict in ALLOWED},
         "precision": counts["right"] / sure if sure else None,
         "low": round(low, 4),
@@ -86,7 +86,7 @@ def records_of(corpus: Artifact, dataset: str) -> tuple[set[str], Iterator[dict[
 
 
 def contact_sheet(cells: Sequence[tuple[str, bytes]]) -> bytes:
-    """PNG of captioned pictures, ``ACROSS`` in a row."""
+    """PNG of pictures with captions, ``ACROSS`` per row."""
     down = -(-len(cells) // ACROSS)
     sheet = Image.new("RGB", (ACROSS * (CELL_PX + 6), down * (CELL_PX + CAPTION_PX)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -106,19 +106,19 @@ def write_sample(labels: Artifact, corpus: Artifact, dataset: str, out: Path) ->
     ids, rows = records_of(corpus, dataset)
     sample = draw(annotations_of(labels), ids, COUNT, SEED).to_dicts()
     wanted = {row["image_id"] for row in sample}
-    of = {row["image_id"]: row for row in rows if row["image_id"] in wanted}
+    records = {row["image_id"]: row for row in rows if row["image_id"] in wanted}
     out.mkdir(parents=True, exist_ok=True)
     with (out / "sample.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image_id", "term", "verdict", "number", "score", "text"])
         for number, row in enumerate(sample):
-            text = " | ".join(str(of[row["image_id"]][field] or "") for field in FIELDS)
+            text = " | ".join(str(records[row["image_id"]][field] or "") for field in FIELDS)
             writer.writerow([row["image_id"], row["term"], "", number, round(row["score"], 3), text])
     for start in range(0, len(sample), PER_SHEET):
         cells = [
             (
                 f"{number} {row['term']}\n{row['image_id'][-44:-22]}\n{row['image_id'][-22:]}",
-                of[row["image_id"]]["image"],
+                records[row["image_id"]]["image"],
             )
             for number, row in enumerate(sample[start : start + PER_SHEET], start)
         ]
@@ -126,9 +126,9 @@ def write_sample(labels: Artifact, corpus: Artifact, dataset: str, out: Path) ->
 
 
 def main() -> None:
-    """Draw a sample, or print what the verdicts say."""
+    """Draw a sample, or print the precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", help="labels artifact the verdicts are held against")
+    parser.add_argument("--labels", help="labels artifact that the verdicts judge")
     parser.add_argument("--draw", nargs=2, metavar=("LABELS_URI", "CORPUS_URI"))
     parser.add_argument("--dataset", default="openclipart")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))

@@ -1,7 +1,7 @@
 """Made-up records with a Zipf vocabulary for the benchmark of the text side: seeded, written as parquet parts.
 
-The head of the vocabulary is the words of the sample corpus by frequency, the tail joins two of them, so that texts
-look English to a language model and the number of different words keeps growing with the records.
+The most frequent words are those of the sample corpus; the others join two of them. So texts look English to a language
+model, and the number of distinct words keeps growing with the records.
 """
 
 import re
@@ -29,22 +29,24 @@ FILL = ("a", "of", "with", "and", "the", "in", "for")
 
 
 def vocabulary(rng: np.random.Generator) -> NDArray[np.object_]:
-    """``WORDS`` different words, the most frequent first."""
+    """``WORDS`` distinct words, the most frequent first."""
     counts: Counter[str] = Counter()
     for file in sorted(SAMPLES.glob("*/*.parquet")):
         table = pq.read_table(file, columns=["title", "description"])
         for column in table.columns:
             counts.update(re.findall(r"[a-z]{3,12}", " ".join(t or "" for t in column.to_pylist()).lower()))
     words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    seen = dict.fromkeys(words)
-    while len(seen) < WORDS:
+    distinct = dict.fromkeys(words)
+    while len(distinct) < WORDS:
         first, second = rng.integers(0, min(len(words), 3000), (2, WORDS))
-        seen.update(dict.fromkeys(words[a] + words[b] for a, b in zip(first.tolist(), second.tolist(), strict=True)))
-    return np.array(list(seen)[:WORDS], object)
+        distinct.update(
+            dict.fromkeys(words[a] + words[b] for a, b in zip(first.tolist(), second.tolist(), strict=True))
+        )
+    return np.array(list(distinct)[:WORDS], object)
 
 
 class Generator:
-    """Parts of records; part ``number`` is the same whatever the number of parts."""
+    """Makes parts of records; a part depends on its number and the seed alone."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -98,7 +100,7 @@ class Generator:
         return pa.table(columns)
 
     def write(self, folder: Path, records: int) -> list[str]:
-        """Paths of the parts written."""
+        """Write parts that hold ``records`` records; return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for number, start in enumerate(range(0, records, PART_ROWS)):
