@@ -1,7 +1,7 @@
 """lookalike: from raw images with messy text to a served, adaptive visual search.
 
-The import package is laid over the repository's folders (see README, "The house"): ``platform/lookalike`` is the
-ground floor, ``data/``, ``train/`` and ``serve/`` stand on it and never import each other.
+The package spans several folders of the repository (see README, "The house"): ``platform/lookalike`` is the ground
+floor; ``data/``, ``train/`` and ``serve/`` stand on it and never import each other.
 """
 
 from importlib import import_module
@@ -10,8 +10,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# A source tree (a checkout, or one uploaded as a Ray working_dir) holds data/, train/ and serve/ two folders up, where
-# the wheel has them beside this file. Extending __path__ lets the same imports work there without an installation.
+# In a source tree (a checkout, or one uploaded as a Ray working_dir) data/, train/ and serve/ are two folders up, in
+# the wheel beside this file. Extending __path__ makes the same imports work in both, without an installation.
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 if (_SOURCE_ROOT / "pyproject.toml").is_file() and (_SOURCE_ROOT / "train").is_dir():
     __path__.append(str(_SOURCE_ROOT))
@@ -28,7 +28,7 @@ __all__ = ["Artifact", "Client", "Config", "Encoder", "Recipe", "Searcher", "__v
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used (PEP 562), so that ``import lookalike`` stays free of torch and Ray."""
+    """Import a public name on first use (PEP 562), so that ``import lookalike`` does not import torch or Ray."""
     if name not in _LAZY:
         raise AttributeError(f"module 'lookalike' has no attribute {name!r}; it exports {sorted(__all__)}")
     return getattr(import_module(_LAZY[name]), name)

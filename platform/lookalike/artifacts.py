@@ -1,8 +1,8 @@
-"""Artifacts: the only thing that crosses from one stage to the next.
+"""Artifacts: the only thing that passes from one stage to the next.
 
-``<root>/<kind>/<name>/<fingerprint>/`` holds data files and ``manifest.json``. The manifest is written last and is the
-commit mark: a folder without it is a draft that no reader accepts, whatever a crash left in it. The fingerprint hashes
-the configuration and the parents' digests, so the same inputs lead to the same folder and the stage is skipped.
+``<root>/<kind>/<name>/<fingerprint>/`` holds data files and ``manifest.json``. The manifest is written last and commits
+the artifact: a folder without it is a draft, which no reader accepts. The fingerprint hashes the configuration and the
+parents' digests, so the same inputs lead to the same folder, and the stage is skipped.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ FORMAT_VERSION = 2  # 2 has a checksum
 MANIFEST = "manifest.json"
 FOLDER = "<root>/<kind>/<name>/<fingerprint>"
 REMEDY = "remove the folder and run its stage again, or restore it from a copy"
-WORK = "_work"  # a draft's private folder: resumption state, never published
+WORK = "_work"  # a draft's private folder for state to resume from; never published
 FULL_CHECK_BYTES = 2 << 30  # artifacts up to this size are checked by content, larger ones by file size
 
 
@@ -40,16 +40,16 @@ class FileEntry(Config):
 
 
 class Parent(Config):
-    """An artifact this one was made from."""
+    """An artifact that this one was made from."""
 
     uri: str
-    """Relative to the root when both lie under the same one, so that a root can be moved as a whole."""
+    """Relative to the root if both are under the same root, so that a root can be moved as a whole."""
     kind: str
     digest: str
 
 
 class Manifest(Config):
-    """What an artifact is, what it was made from and what it holds."""
+    """What an artifact is, what it was made from and which files it has."""
 
     format_version: int = FORMAT_VERSION
     kind: str
@@ -64,13 +64,13 @@ class Manifest(Config):
     created: str
     """UTC time of publishing, ISO 8601."""
     duration_s: float
-    """Seconds that the attempt which published took."""
+    """Seconds that the last attempt, which published, took."""
     checksum: str = ""
-    """Hex SHA-256 of the manifest's own bytes, with nothing in this place."""
+    """Hex SHA-256 of the manifest's own bytes with this field empty."""
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 over fingerprint and file contents: what children refer to."""
+        """Hex SHA-256 over fingerprint and file contents; children refer to it."""
         return hash_json([self.kind, self.fingerprint, [[f.path, f.sha256] for f in self.files]])
 
 
@@ -80,7 +80,7 @@ def hash_json(value: Any) -> str:
 
 
 class Artifact:
-    """A published artifact, opened: its manifest was found, understood and matches the files present."""
+    """A published artifact, opened: its manifest is valid and, if checked, matches the files."""
 
     def __init__(self, uri: str, manifest: Manifest) -> None:
         self.uri = uri.rstrip("/")
@@ -90,8 +90,8 @@ class Artifact:
     def open(cls, uri: str, kind: str | None = None, *, check: bool = True) -> "Artifact":
         """Open the artifact at ``uri``.
 
-        ``kind`` demands a kind. ``check`` compares every file with the manifest: by SHA-256 up to
-        ``FULL_CHECK_BYTES`` in all, by size above. Raises ``ArtifactError`` with what was found and what to do.
+        ``kind``: the required kind. ``check`` compares every file with the manifest: by SHA-256 if they are up to
+        ``FULL_CHECK_BYTES`` together, else by size. Raises ``ArtifactError`` with the problem and the remedy.
         """
         artifact = cls(uri, _read_manifest(uri.rstrip("/")))
         if kind is not None and artifact.manifest.kind != kind:
@@ -102,17 +102,17 @@ class Artifact:
 
     @property
     def root(self) -> str:
-        """The root that this artifact's ``<kind>/<name>/<fingerprint>`` hangs under."""
+        """The folder above this artifact's ``<kind>/<name>/<fingerprint>``."""
         return self.uri.rsplit("/", 3)[0]
 
     @property
     def digest(self) -> str:
-        """See ``Manifest.digest``."""
+        """Hex SHA-256 over fingerprint and file contents."""
         return self.manifest.digest
 
     @property
     def stats(self) -> dict[str, Any]:
-        """The statistics its stage recorded."""
+        """Statistics that its stage recorded."""
         return self.manifest.stats
 
     def path(self, *parts: str) -> str:
@@ -120,7 +120,7 @@ class Artifact:
         return storage.join(self.uri, *parts)
 
     def files(self, prefix: str = "", suffix: str = "") -> list[str]:
-        """URIs of its files whose relative path starts and ends so, sorted."""
+        """URIs of its files whose relative path has this prefix and suffix, sorted."""
         return [self.path(f.path) for f in self.manifest.files if f.path.startswith(prefix) and f.path.endswith(suffix)]
 
     def read_json(self, name: str) -> Any:
@@ -135,13 +135,13 @@ class Artifact:
                 yield input_name, entry, absolute
 
     def examine(self, *, content: bool) -> Iterator[tuple[FileEntry, str | None]]:
-        """Each file of the manifest with what is wrong with its presence, size (and content); None for a sound one."""
+        """(file, problem) for each file of the manifest; None if it exists with the right size (and content)."""
         with ThreadPoolExecutor(max_workers=4) as pool:
-            found = pool.map(lambda entry: self._problem(entry, content), self.manifest.files)
-            yield from zip(self.manifest.files, found, strict=True)
+            problems = pool.map(lambda entry: self._problem(entry, content), self.manifest.files)
+            yield from zip(self.manifest.files, problems, strict=True)
 
     def verify(self, *, content: bool) -> None:
-        """Raise ``ArtifactError`` unless every file is present with the size (and SHA-256) of the manifest."""
+        """Raise ``ArtifactError`` unless every file exists with the size (and SHA-256) in the manifest."""
         problems = [problem for _, problem in self.examine(content=content) if problem]
         if problems:
             raise ArtifactError(
@@ -158,7 +158,7 @@ class Artifact:
                 return f"{entry.path} does not match its SHA-256"
         except FileNotFoundError:
             return f"{entry.path} is missing"
-        except OSError as error:  # of the disk, or the store
+        except OSError as error:  # from the disk or the store
             return f"{entry.path} cannot be read ({error})"
         return None
 
@@ -168,18 +168,18 @@ def _read_manifest(uri: str) -> Manifest:
         content = storage.read_bytes(storage.join(uri, MANIFEST))
         raw = json.loads(content)
     except FileNotFoundError:
-        state = "not there"
+        state = "it is not there"
         if storage.exists(uri):
-            state = f"an unfinished draft (no {MANIFEST}), or no artifact's folder ({FOLDER})"
-        raise ArtifactError(f"no artifact at {uri}: it is {state}; run the stage that makes it") from None
+            state = f"it is an unfinished draft (no {MANIFEST}), or not the folder of an artifact ({FOLDER})"
+        raise ArtifactError(f"no artifact at {uri}: {state}; run the stage that makes it") from None
     except NotADirectoryError:
         raise ArtifactError(f"no artifact at {uri}: it is a file; give the folder of one ({FOLDER})") from None
     except PermissionError as error:
         raise ArtifactError(f"{uri} cannot be read ({error.strerror or error}); give this user access") from None
-    except UsageError:  # a scheme that nothing here opens
+    except UsageError:  # an unknown URI scheme
         raise
     except (ValueError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: no JSON ({error}); {REMEDY}") from None
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: not JSON ({error}); {REMEDY}") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ArtifactError(
@@ -191,14 +191,14 @@ def _read_manifest(uri: str) -> Manifest:
     except ValidationError as error:
         raise ArtifactError(f"{uri}/{MANIFEST} is damaged: {error.errors()[0]['msg']}; {REMEDY}") from None
     signed = content.replace(manifest.checksum.encode(), b"", 1)
-    signs = manifest.checksum or version != 1  # only the first format has none; a damaged version may say anything
-    if signs and hashlib.sha256(signed).hexdigest() != manifest.checksum:
+    has_checksum = manifest.checksum or version != 1  # format 1 has none; a damaged manifest may claim any version
+    if has_checksum and hashlib.sha256(signed).hexdigest() != manifest.checksum:
         raise ArtifactError(f"{uri}/{MANIFEST} is damaged: it does not match its own checksum; {REMEDY}")
     return manifest
 
 
 def write_manifest(uri: str, manifest: Manifest) -> Manifest:
-    """Put ``manifest``, with the checksum that it is returned with, into the folder ``uri``: it is an artifact now."""
+    """Write ``manifest`` with its checksum into the folder ``uri``, which makes it an artifact; return it so."""
     plain = manifest.model_copy(update={"format_version": FORMAT_VERSION, "checksum": ""})
     signed = plain.model_copy(update={"checksum": hashlib.sha256(_manifest_bytes(plain)).hexdigest()})
     storage.write_atomic(storage.join(uri, MANIFEST), _manifest_bytes(signed))
@@ -210,7 +210,7 @@ def _manifest_bytes(manifest: Manifest) -> bytes:
 
 
 class Draft:
-    """An artifact in the making: a stage writes files under it and fills ``stats``; :meth:`publish` commits."""
+    """An unfinished artifact: a stage writes files into it and fills ``stats``; :meth:`publish` commits it."""
 
     def __init__(self, root: str, kind: str, name: str, fingerprint: str) -> None:
         self.root, self.kind, self.name, self.fingerprint = root.rstrip("/"), kind, name, fingerprint
@@ -222,7 +222,7 @@ class Draft:
         return storage.join(self.uri, *parts)
 
     def work(self, *parts: str) -> str:
-        """URI for private state (checkpoints of a run); removed when the artifact is published."""
+        """URI for private state (checkpoints of a run), removed when the artifact is published."""
         return storage.join(self.uri, WORK, *parts)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -230,7 +230,7 @@ class Draft:
         storage.write_atomic(self.path(name), (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
     def clear(self) -> None:
-        """Drop whatever an earlier attempt left."""
+        """Remove everything that an earlier attempt left."""
         storage.remove_tree(self.uri)
 
     def publish(
@@ -241,7 +241,7 @@ class Draft:
         stage_version: int,
         duration_s: float,
     ) -> Artifact:
-        """Write the manifest over all files present and return the artifact."""
+        """Write the manifest of all files in the draft and return the artifact."""
         storage.remove_temporaries(self.uri)
         names = [n for n in storage.list_files(self.uri) if n != MANIFEST and not n.startswith(f"{WORK}/")]
         with ThreadPoolExecutor(max_workers=4) as pool:
@@ -260,7 +260,7 @@ class Draft:
             duration_s=round(duration_s, 3),
         )
         manifest = write_manifest(self.uri, manifest)
-        storage.remove_tree(self.work())  # only now: until the manifest stands, a resumed attempt needs it
+        storage.remove_tree(self.work())  # only now: until the manifest is written, a resumed attempt needs it
         return Artifact(self.uri, manifest)
 
     def _entry(self, name: str) -> FileEntry:
@@ -278,20 +278,20 @@ class Draft:
 
 
 def find(root: str, kind: str, name: str, fingerprint: str) -> Artifact | None:
-    """The published artifact of that fingerprint, or None when there is none (a draft counts as none)."""
+    """The published artifact with that fingerprint; None if there is none, or only a draft."""
     uri = storage.join(root, kind, name, fingerprint)
     if not storage.exists(storage.join(uri, MANIFEST)):
         return None
-    storage.remove_tree(storage.join(uri, WORK))  # of an attempt that was killed right after it published
+    storage.remove_tree(storage.join(uri, WORK))  # left by an attempt that was killed right after publishing
     return Artifact.open(uri, kind)
 
 
 def lineage(
     artifact: Artifact, depth: int = 0, seen: set[str] | None = None
 ) -> Iterator[tuple[int, str, Artifact | ArtifactError]]:
-    """(depth, input name, ancestor) depth first; an ancestor that is gone or changed comes as the error.
+    """(depth, input name, ancestor), depth first; for a missing or changed ancestor, the error in its place.
 
-    The ancestors of one that is reached by several ways are given once.
+    If an ancestor is reached in several ways, its own ancestors are listed once.
     """
     seen = set() if seen is None else seen
     for input_name, entry, uri in artifact.parents():

@@ -1,7 +1,7 @@
-"""``lookalike``: one verb per stage, and a few that read what stages published.
+"""``lookalike``: a verb for each stage, and commands over recipes, artifacts and services.
 
-This module knows stages and commands by dotted name only and imports one when its verb is called, so ``--help`` answers
-at once. Exit codes: 0 done, 1 failed, 2 the input is wrong, 3 an artifact is missing or damaged, 130 interrupted.
+This module knows stages and commands only by dotted name and imports them when their verb is called, so ``--help``
+answers at once. Exit codes: 0 done, 1 failed, 2 wrong input, 3 artifact missing or damaged, 130 interrupted.
 """
 
 import argparse
@@ -54,7 +54,7 @@ EXTRAS = {
     **dict.fromkeys(("wordllama", "py3langid", "sklearn"), "labels"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
 }
-"""Top-level module -> the extra that brings it; cpu (or gpu) brings the others."""
+"""Top-level module -> the extra that installs it; ``cpu`` or ``gpu`` installs all others."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def _top_level(args: list[str], plugins: dict[str, Any]) -> int:
             f"unknown verb {args[0]!r}{nearest(args[0], [*STAGE_HELP, *COMMANDS, *plugins])}; "
             "`lookalike --help` lists them"
         )
-    parser.parse_args(args)  # only --help, --version and no verb at all come here; each of them exits
+    parser.parse_args(args)  # --help, --version or no verb: each exits
     return 2
 
 

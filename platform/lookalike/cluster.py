@@ -1,4 +1,4 @@
-"""The one place that starts or joins Ray."""
+"""The only place that starts or joins Ray."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ log = get_logger(__name__)
 
 
 class ClusterConfig(Config):
-    """A local Ray for a laptop; on a cluster (``RAY_ADDRESS`` is set, as in a submitted job) it is joined instead."""
+    """Settings of a local Ray. If ``RAY_ADDRESS`` is set, as in a submitted job, that cluster is joined instead."""
 
     num_cpus: int = runtime(2, ge=1)
-    """CPUs the local Ray offers to tasks."""
+    """CPUs of the local Ray."""
     object_store_mb: int = runtime(512, ge=80)
     """Size of the local object store in MiB."""
     progress_bars: bool = runtime(True)
@@ -42,7 +42,7 @@ def ensure_ray(config: ClusterConfig | None = None) -> None:
 def _start_local(config: ClusterConfig) -> None:
     import ray
 
-    for last in (False, True):  # on a busy machine Ray's own half-minute limit for its start can pass
+    for last in (False, True):  # on a busy machine a start may exceed Ray's own limit of half a minute
         try:
             ray.init(
                 address="local",
@@ -56,12 +56,12 @@ def _start_local(config: ClusterConfig) -> None:
         except Exception as error:  # Ray raises plain Exception here
             if last:
                 raise
-            log.warning("ray did not start, trying once more %s", fields(error=str(error)[:200]))
+            log.warning("ray did not start, trying again %s", fields(error=str(error)[:200]))
             ray.shutdown()
 
 
 def configure_data(config: ClusterConfig) -> None:
-    """Ray Data defaults for this session: block order kept, quiet unless bars are wanted."""
+    """Ray Data defaults for this session: keep the block order; be quiet unless ``progress_bars`` is set."""
     from ray.data import DataContext
 
     context = DataContext.get_current()

@@ -1,7 +1,7 @@
-"""The one base of all configuration: strict, frozen, and able to say which of its fields shape the result.
+"""The base of all configuration: strict, frozen, and aware of which fields shape the result.
 
-A field made by :func:`runtime` says how a stage runs (workers, batch of rows in flight), not what it computes: it
-stays out of the fingerprint, so that changing it never redoes finished work.
+A field made by :func:`runtime` says how a stage runs (workers, rows in flight), not what it computes. It is not part of
+the fingerprint, so changing it never repeats finished work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ C = TypeVar("C", bound="Config")
 
 
 def runtime(default: Any, **kwargs: Any) -> Any:
-    """A pydantic field that does not enter the fingerprint."""
+    """A pydantic field that is not part of the fingerprint."""
     return Field(default, json_schema_extra={"runtime": True}, **kwargs)
 
 
 class Config(BaseModel):
-    """Strict configuration: unknown keys are refused, instances cannot change, docstrings describe fields."""
+    """Strict configuration: unknown keys are refused, instances are frozen, docstrings describe fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def identity(self) -> dict[str, Any]:
-        """The JSON form of every field that shapes the result: what a fingerprint hashes."""
+        """Every field that shapes the result, as JSON values: the input of the fingerprint."""
         return _identity(self)
 
 
@@ -53,7 +53,7 @@ def _identity_value(value: Any, plain: Any) -> Any:
 
 
 def parse_config(config_class: type[C], values: Mapping[str, Any], where: str) -> C:
-    """Build ``config_class`` from plain values; problems raise ``UsageError`` naming ``where``, field and remedy."""
+    """Build ``config_class`` from plain values; ``UsageError`` names ``where``, the field and the remedy."""
     try:
         return config_class.model_validate(dict(values))
     except ValidationError as error:
@@ -95,29 +95,24 @@ def _model_at(config_class: type[BaseModel], loc: Sequence[Any]) -> Any:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of ``values`` with dotted ``key.sub=value`` assignments applied; values are read as YAML."""
-    result: dict[str, Any] = _deep_copy(values)
+    """``values`` with dotted ``key.sub=value`` assignments applied to a copy; values are read as YAML."""
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:
             raise UsageError(f"override {override!r} is not of the form key.sub=value")
-        *parents, last = path.split(".")
-        target = result
-        for part in parents:
-            child = target.setdefault(part, {})
-            if not isinstance(child, dict):
-                raise UsageError(f"override {override!r}: {part!r} is {child!r}, which has no keys of its own")
-            target = child
         try:
-            target[last] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UsageError(f"override {override!r}: the value is no YAML: {error}") from None
-    return result
-
-
-def _deep_copy(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _deep_copy(item) for key, item in values.items()}
-    if isinstance(values, list):
-        return [_deep_copy(item) for item in values]
+            raise UsageError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        values = _assigned(values, path.split("."), value, override)
     return values
+
+
+def _assigned(values: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
+    key, *rest = keys
+    if rest:
+        child = values.get(key, {})
+        if not isinstance(child, dict):
+            raise UsageError(f"override {override!r}: {key!r} is {child!r}, which has no keys of its own")
+        value = _assigned(child, rest, value, override)
+    return {**values, key: value}

@@ -11,7 +11,7 @@ from lookalike.errors import LookalikeError, UsageError
 
 SCHEME = "hf://"
 FILES = ["*.json", "*.safetensors", "*.md"]
-"""What loading needs of a repository; ONNX files stay where they are."""
+"""Files of a repository that loading needs; ONNX files are not fetched."""
 
 
 def is_hub(uri: str) -> bool:
@@ -20,7 +20,7 @@ def is_hub(uri: str) -> bool:
 
 
 def split(uri: str) -> tuple[str, str | None]:
-    """(``owner/name``, revision or None) of a hub URI; another form raises ``UsageError``."""
+    """(``owner/name``, revision or None) of a hub URI; ``UsageError`` for another form."""
     repository, _, revision = uri.removeprefix(SCHEME).rstrip("/").partition("@")
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UsageError(f"{uri!r} names no repository; write hf://owner/name or hf://owner/name@revision")
@@ -28,9 +28,9 @@ def split(uri: str) -> tuple[str, str | None]:
 
 
 def fetch(uri: str) -> str:
-    """The local folder of a hub URI, downloaded when it is not in the cache; any other URI as it is.
+    """The local folder of a hub URI, downloaded unless it is in the cache; other URIs are returned unchanged.
 
-    Raises ``LookalikeError`` when the hub cannot be reached, or refuses.
+    Raises ``LookalikeError`` if the hub refuses or cannot be reached.
     """
     if not is_hub(uri):
         return uri
@@ -42,9 +42,9 @@ def fetch(uri: str) -> str:
 
 
 def push(folder: str, uri: str, *, message: str, public: bool = False) -> str:
-    """Upload a local folder as one commit; a repository that is new is private unless ``public``. The commit's URL.
+    """Upload a local folder as one commit and return the commit's URL. A new repository is private unless ``public``.
 
-    Raises ``LookalikeError`` when the hub cannot be reached, or there is no token that may write.
+    Raises ``LookalikeError`` if the hub cannot be reached or there is no token with write access.
     """
     repository, revision = split(uri)
     import huggingface_hub
@@ -60,9 +60,9 @@ def push(folder: str, uri: str, *, message: str, public: bool = False) -> str:
 def _explained(what: str, repository: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the client raises its own errors, its HTTP library's, and the system's
-        said = " ".join(str(error).split())[:200] or "no message"
+    except Exception as error:  # the client raises its own errors, those of its HTTP library, and the system's
+        message = " ".join(str(error).split())[:200] or "no message"
         raise LookalikeError(
-            f"nothing was {what} {repository} on the hub: {type(error).__name__}: {said}; check the name, the network "
-            "(HF_ENDPOINT for a hub of your own) and the token (HF_TOKEN, or `hf auth login`), or use a folder instead"
+            f"nothing was {what} {repository} on the hub: {type(error).__name__}: {message}; check the name, the "
+            "network (HF_ENDPOINT for your own hub) and the token (HF_TOKEN, or `hf auth login`), or use a folder"
         ) from error

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def progress_bar(description: str, total: int | None, unit: str = "it") -> "tqdm[None]":
-    """A bar to update by hand; use it as a context manager."""
+    """A bar that the caller updates; use it as a context manager."""
     interactive = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -28,7 +28,7 @@ def progress_bar(description: str, total: int | None, unit: str = "it") -> "tqdm
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Yield ``items`` while showing how many have passed."""
+    """Yield ``items`` and show how many have passed."""
     with progress_bar(description, total, unit) as bar:
         for item in items:
             yield item
@@ -39,7 +39,7 @@ POLL_S = 2.0
 
 
 class _Position:
-    """Where remote work stands; runs as a Ray actor that workers update and the driver reads."""
+    """Progress of remote work: a Ray actor that workers update and the driver reads."""
 
     def __init__(self) -> None:
         self._position: tuple[int, str] = (0, "")
@@ -58,9 +58,9 @@ class _Position:
 def follow_remote(description: str, total: int, unit: str = "it") -> Iterator[Any]:
     """Show the progress of work that runs on a cluster.
 
-    Yields an actor handle; one worker calls ``handle.update.remote(done, text)``, or all ``handle.add.remote(count)``.
-    The bar is drawn here, on the driver, and stands still when the actor's node is lost: progress is never a reason for
-    the work to fail.
+    Yields an actor handle; one worker calls ``handle.update.remote(done, text)``, or all call
+    ``handle.add.remote(count)``. The driver draws the bar. If the actor's node is lost the bar stops, but the work does
+    not fail.
     """
     import ray
 

@@ -1,8 +1,8 @@
-"""A recipe: one YAML that names the steps of a run, what each one reads, and its settings.
+"""A recipe: a YAML file with the steps of a run, the inputs of each and its settings.
 
 A step is a stage with a name; its inputs are other steps' names, or URIs of artifacts published elsewhere. The same
 file drives a laptop and a cluster; ``key.sub=value`` overrides on the command line change single settings. A recipe
-that differs from another in a few settings says ``extends: other.yaml`` and those settings, as a smoke twin does.
+that differs from another in a few settings, such as a smoke twin, has ``extends: other.yaml`` and only those settings.
 """
 
 import sys
@@ -30,7 +30,7 @@ from lookalike.stages import (
 )
 
 DEEPEST = 8
-"""Recipes that may extend each other in a row."""
+"""Longest chain of recipes that extend each other."""
 
 
 class Step(Config):
@@ -45,7 +45,7 @@ class Step(Config):
 
 
 class Recipe(Config):
-    """Steps in an order in which each one's inputs come before it."""
+    """Steps, each after the steps it reads."""
 
     name: str
     root: str
@@ -59,20 +59,23 @@ class Recipe(Config):
     """Settings of the retrieval service (``lookalike serve``)."""
     demo: dict[str, Any] = {}
     """Settings of the tour that ``lookalike quickstart`` ends with."""
-    _found: dict[str, Artifact] = PrivateAttr(default_factory=dict)
+    _artifacts: dict[str, Artifact] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, path: str, overrides: list[str] | None = None) -> "Recipe":
-        """Read ``path``, apply dotted overrides (``seed=3``, ``steps.pretrain.settings.epochs=2`` or, shorter,
-        ``pretrain.epochs=2``) and check every step against its stage."""
+        """Read ``path``, apply dotted overrides and check every step against its stage.
+
+        Overrides: ``seed=3``, ``steps.pretrain.settings.epochs=2`` or, shorter, ``pretrain.epochs=2``.
+        """
         values = read_values(path)
         full = [_expand(override, values.get("steps") or {}) for override in overrides or []]
         recipe = parse_config(cls, apply_overrides(values, full), path)
         recipe = recipe.model_copy(update={"root": storage.absolute(recipe.root)})
-        recipe._check()
+        recipe.check_steps()
         return recipe
 
-    def _check(self) -> None:
+    def check_steps(self) -> None:
+        """Raise ``UsageError`` unless every step has valid settings and the inputs that its stage takes."""
         seen: set[str] = set()
         for name, step in self.steps.items():
             self.stage(name), self.config(name)
@@ -84,7 +87,7 @@ class Recipe(Config):
             seen.add(name)
 
     def _check_inputs(self, name: str) -> None:
-        """Inputs as the stage declares them, before anything has run: a wrong name may not cost the steps before."""
+        """Inputs match the stage's declaration; checked before anything runs, so that a typo is found at once."""
         stage = self.stage(name)
         given = {key: _as_list(sources) for key, sources in self.steps[name].inputs.items()}
         try:
@@ -120,7 +123,7 @@ class Recipe(Config):
         return names
 
     def inputs(self, name: str) -> dict[str, list[Artifact]]:
-        """The opened inputs of a step; one that is not published yet raises ``ArtifactError``."""
+        """The opened inputs of a step; ``ArtifactError`` if one is not published yet."""
         return {
             key: [self._open(source) for source in _as_list(sources)]
             for key, sources in self.steps[name].inputs.items()
@@ -140,31 +143,31 @@ class Recipe(Config):
         return artifact
 
     def published(self, name: str) -> Artifact | None:
-        """The artifact of a step, or None when it has not run with these settings."""
-        if name in self._found:  # checked once a run: a content check reads every file
-            return self._found[name]
+        """The artifact of a step, or None if it has not run with these settings."""
+        if name in self._artifacts:  # checked once per run: a content check reads every file
+            return self._artifacts[name]
         stage, config, inputs = self.stage(name), self.config(name), self.inputs(name)
         check_inputs(stage, inputs)
         artifact = find(self.root, stage.kind, name, fingerprint(stage, config, inputs))
-        return artifact if artifact is None else self._found.setdefault(name, artifact)
+        return artifact if artifact is None else self._artifacts.setdefault(name, artifact)
 
     def preview(self, name: str) -> list[str]:
-        """What the stage says of a step whose inputs are published, before it runs; nothing for most stages."""
+        """The stage's preview of a step whose inputs are published; empty for most stages."""
         stage, config, inputs = self.stage(name), self.config(name), self.inputs(name)
         draft = Draft(self.root, stage.kind, name, fingerprint(stage, config, inputs))
         return [] if stage.preview is None else stage.preview(StageRun(config, inputs, draft))
 
     def run_step(self, name: str) -> Artifact:
-        """Run one step whose inputs are published, or return what it published before."""
-        self._found[name] = execute(self.stage(name), self.config(name), self.inputs(name), self.root, name)
-        return self._found[name]
+        """Run a step whose inputs are published, or return the artifact that it published before."""
+        self._artifacts[name] = execute(self.stage(name), self.config(name), self.inputs(name), self.root, name)
+        return self._artifacts[name]
 
 
 def read_values(path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The plain values of the recipe at ``path``, laid over those of the recipe it ``extends``, if any.
+    """The plain values of the recipe at ``path``, over those of the recipe it ``extends``, if any.
 
-    That one is named relative to ``path``. Mappings are merged key by key; any other value, a list too, takes the place
-    of the one below it. What cannot be read, and recipes that extend each other, raise ``UsageError``.
+    ``extends`` is a path relative to ``path``. Mappings are merged key by key; other values, lists too, replace those
+    of the extended recipe. Raises ``UsageError`` if a file cannot be read or recipes extend each other in a circle.
     """
     try:
         values = yaml.safe_load(storage.read_bytes(path))
@@ -174,7 +177,7 @@ def read_values(path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a recipe") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no YAML: {error}") from None
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a mapping with name, root and steps; it holds {type(values).__name__}")
     below = values.pop("extends", None)
@@ -197,7 +200,7 @@ def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
-    """Run all steps in order; (step -> artifact, step -> what it took)."""
+    """Run all steps in order; (artifact of each step, facts about each step: stage, skipped, seconds)."""
     if not recipe.steps:
         raise UsageError(f"recipe {recipe.name!r} has no steps; add some under steps")
     artifacts: dict[str, Artifact] = {}

@@ -20,14 +20,14 @@ def nearest(name: str, valid: list[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A mapping from names to objects that refuses duplicates and explains unknown names."""
+    """Objects by name; duplicates are refused and unknown names explained."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds an object under ``name``; a name taken raises ``ValueError``."""
+        """Decorator that adds an object under ``name``; ``ValueError`` if the name is taken."""
 
         def add(item: T) -> T:
             if name in self._items:
@@ -38,7 +38,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The object under ``name``; an unknown name raises ``UsageError`` with the valid ones and the nearest."""
+        """The object under ``name``; ``UsageError`` with the valid names and the nearest if it is unknown."""
         if name in self._items:
             return self._items[name]
         plugins = {point.name: point for point in entry_points(group=f"lookalike.{self.name}")}

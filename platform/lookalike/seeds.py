@@ -1,4 +1,4 @@
-"""One seed per recipe; every random choice derives its own from it by name."""
+"""One seed per recipe; every random choice derives its own seed from it by name."""
 
 import hashlib
 
@@ -10,5 +10,5 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 
 def hash_unit(seed: int, key: str) -> float:
-    """A number in [0, 1) that depends on ``seed`` and ``key`` alone."""
+    """A number in [0, 1) that depends only on ``seed`` and ``key``."""
     return derive_seed(seed, key) / float(1 << 63)

@@ -1,7 +1,7 @@
-"""A stage: a typed function from artifacts to one artifact, and the runner that skips, resumes and publishes.
+"""Stages, typed functions from artifacts to one artifact, and the runner that skips, resumes and publishes.
 
 Stages live in ``data/``, ``train/`` and ``serve/``; this module knows them only by dotted name, so that no import runs
-upward. Third parties add one through an entry point of group ``lookalike.stage`` that names a ``Stage`` object.
+upward. Third parties add a stage by an entry point of group ``lookalike.stage`` that names a ``Stage`` object.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ C = TypeVar("C", bound="StageConfig")
 
 
 class StageConfig(Config):
-    """What every stage's configuration has."""
+    """Base of every stage's configuration."""
 
     seed: int = 17
-    """Root of every random choice of the stage; a recipe's seed unless the step sets its own."""
+    """Seed of every random choice of the stage; the recipe's seed unless the step sets its own."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Input:
     kind: str
     optional: bool = False
     many: bool = False
-    """Takes a list of artifacts; they keep the recipe's order and are told apart by their name."""
+    """Takes a list of artifacts with different names, in the recipe's order."""
 
 
 @dataclass
 class StageRun(Generic[C]):
-    """What a stage's function gets: its configuration, its opened inputs and the draft to fill."""
+    """Arguments of a stage's function: its configuration, its opened inputs and the draft to fill."""
 
     config: C
     inputs: Mapping[str, list[Artifact]]
@@ -67,13 +67,13 @@ class Stage(Generic[C]):
     run: Callable[[StageRun[C]], None]
     inputs: Mapping[str, Input] = field(default_factory=dict)
     sources: Callable[[C], list[str]] | None = None
-    """URIs of raw data outside any artifact; their content enters the fingerprint."""
+    """URIs of raw data outside any artifact; their content is part of the fingerprint."""
     resumable: bool = False
-    """The stage continues from what an earlier attempt left in the draft; others start from an empty one."""
+    """The stage continues an earlier attempt's draft; otherwise it starts from an empty draft."""
     preview: Callable[[StageRun[C]], list[str]] | None = None
-    """What a dry run says of a step before it runs (what it will need), a line each; it writes nothing."""
+    """Lines for a dry run about a step that would run, such as what it will need; writes nothing."""
     version: int = 1
-    """Raised when the stage computes something else from the same configuration."""
+    """Raised whenever the stage computes a different result from the same configuration."""
 
 
 STAGES: Registry[Stage[Any]] = Registry("stage")
@@ -92,17 +92,17 @@ _BUILT_IN = {
 
 
 def load_object(dotted: str) -> Any:
-    """The object a ``module:attribute`` name stands for."""
+    """The object named ``module:attribute``."""
     module, _, attribute = dotted.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def get_stage(name: str) -> Stage[Any]:
-    """The stage called ``name``, imported when first asked for."""
-    wanted = [name] if name in _BUILT_IN else list(_BUILT_IN)  # other names: a plug-in, or an error that lists all
-    for known in wanted:
-        if known not in STAGES:
-            STAGES.register(known)(load_object(_BUILT_IN[known]))
+    """The stage called ``name``, imported on first use."""
+    needed = [name] if name in _BUILT_IN else list(_BUILT_IN)  # another name: a plug-in, or an error that lists all
+    for stage in needed:
+        if stage not in STAGES:
+            STAGES.register(stage)(load_object(_BUILT_IN[stage]))
     return STAGES.get(name)
 
 
@@ -112,7 +112,7 @@ def stage_names() -> list[str]:
 
 
 def fingerprint(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]]) -> str:
-    """20 hex digits that name the result of running ``stage`` so."""
+    """20 hex digits that identify the result of ``stage`` with this configuration and these inputs."""
     sources = {} if stage.sources is None else {uri: _digest_of_source(uri) for uri in stage.sources(config)}
     parents = {name: [[a.manifest.name, a.digest] for a in artifacts] for name, artifacts in inputs.items()}
     return hash_json([stage.name, stage.version, config.identity(), sources, parents])[:20]
@@ -121,7 +121,7 @@ def fingerprint(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]]
 def _digest_of_source(uri: str) -> str:
     files = storage.list_files(uri)
     if not files:
-        raise UsageError(f"nothing to read at {uri}; give a file or a folder that holds some")
+        raise UsageError(f"nothing to read at {uri}; give a file or a folder with files")
     digest = hashlib.sha256()
     for name in files:
         content = storage.source_digest(storage.join(uri, name) if name else uri)
@@ -130,7 +130,7 @@ def _digest_of_source(uri: str) -> str:
 
 
 def check_input_names(stage: Stage[Any], inputs: Mapping[str, Sequence[object]]) -> None:
-    """Raise ``UsageError`` for an input that the stage does not have, one that it misses, and one too many."""
+    """Raise ``UsageError`` if an input is unknown, is missing, or has too many artifacts."""
     for name in inputs:
         if name not in stage.inputs:
             takes = ", ".join(stage.inputs) or "none"
@@ -145,7 +145,7 @@ def check_input_names(stage: Stage[Any], inputs: Mapping[str, Sequence[object]])
 
 
 def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> None:
-    """Raise ``UsageError`` unless the inputs are those that the stage declares."""
+    """Raise ``UsageError`` unless the inputs match the stage's declaration."""
     check_input_names(stage, inputs)
     for name, wanted in stage.inputs.items():
         for artifact in inputs.get(name, []):
@@ -157,7 +157,7 @@ def check_inputs(stage: Stage[Any], inputs: Mapping[str, list[Artifact]]) -> Non
 
 
 def execute(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], root: str, name: str) -> Artifact:
-    """Publish ``stage``'s artifact under ``root``, or return the one that is there already."""
+    """Publish ``stage``'s artifact under ``root``, or return it if it is already there."""
     check_inputs(stage, inputs)
     mark = fingerprint(stage, config, inputs)
     if (done := find(root, stage.kind, name, mark)) is not None:
@@ -169,7 +169,7 @@ def execute(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]], ro
         log.warning("wait %s", fields(step=name, reason="another process is making the same artifact"))
 
     with storage.exclusive(storage.join(root, ".locks", f"{stage.kind}-{name}-{mark}"), waiting):
-        done = find(root, stage.kind, name, mark)  # what we waited for
+        done = find(root, stage.kind, name, mark)  # the other process may have published it
         return done if done is not None else _make(stage, config, inputs, draft)
 
 

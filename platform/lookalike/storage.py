@@ -1,4 +1,4 @@
-"""The one seam to file systems: every path of an artifact is an fsspec URI (a local path, ``s3://``, ``memory://``)."""
+"""The only module that touches file systems: all paths of artifacts are fsspec URIs (local, ``s3://``, ``memory://``)."""
 
 import errno
 import fcntl
@@ -20,23 +20,23 @@ from lookalike.errors import LookalikeError, UsageError
 
 CHUNK_BYTES = 8 << 20
 READ_WHOLE_BYTES = 1 << 30  # raw files up to this size are identified by all their content
-TEMPORARY = ".tmp"  # a file being written; no listing shows it
+TEMPORARY = ".tmp"  # suffix of a file being written; listings leave it out
 
 
 def resolve(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of ``uri`` and the path within it; ``UsageError`` where there is no such system."""
+    """The fsspec file system of ``uri`` and the path in it; ``UsageError`` if there is no such file system."""
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:  # a protocol unknown to fsspec, or one whose package is not installed
         raise UsageError(
-            f"{uri!r} cannot be opened: {error}; give a local path or a URI of fsspec's, such as "
+            f"{uri!r} cannot be opened: {error}; give a local path or an fsspec URI, such as "
             "s3://bucket/folder with s3fs installed"
         ) from None
     return fs, path
 
 
 def is_local(uri: str) -> bool:
-    """Whether ``uri`` lies on this machine's disk, so that it may be memory-mapped and renamed atomically."""
+    """Whether ``uri`` is on a local disk, where files can be memory-mapped and renamed atomically."""
     return isinstance(resolve(uri)[0], LocalFileSystem)
 
 
@@ -49,7 +49,7 @@ def local_path(uri: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """``uri`` with a local path made absolute: worker processes have working directories of their own."""
+    """``uri`` with a local path made absolute, because worker processes have other working directories."""
     return local_path(uri) if is_local(uri) else uri
 
 
@@ -59,7 +59,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The same place as pyarrow and Ray Data want it: a pyarrow file system and a path."""
+    """``uri`` as a pyarrow file system and a path, for pyarrow and Ray Data."""
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         return pafs.LocalFileSystem(), path
@@ -67,7 +67,7 @@ def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether the file or folder exists."""
     fs, path = resolve(uri)
     return bool(fs.exists(path))
 
@@ -79,7 +79,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_atomic(uri: str, content: bytes) -> None:
-    """Write a small file so that a reader sees all of it or none, also through a crash (fsync + rename on disk)."""
+    """Write a small file so that readers see all or nothing of it, even after a crash (on disk: fsync and rename)."""
     fs, path = resolve(uri)
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, content)  # an object store's put is atomic
@@ -90,10 +90,10 @@ def write_atomic(uri: str, content: bytes) -> None:
 
 @contextmanager
 def open_atomic(uri: str) -> Iterator[BinaryIO]:
-    """A new file that stands under its name when the block ends, and leaves nothing when the block raises.
+    """A new file that appears under its name when the block ends, and leaves no trace if the block raises.
 
-    On a disk it is written beside its place and renamed; elsewhere it is uploaded from this machine's temporary folder.
-    A full disk raises ``LookalikeError``.
+    On a disk it is written beside its place and renamed; elsewhere it is uploaded from the local temporary folder. A
+    full disk raises ``LookalikeError``.
     """
     fs, path = resolve(uri)
     local = isinstance(fs, LocalFileSystem)
@@ -115,7 +115,7 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise LookalikeError(
-            f"no space left to write {uri}; free some, or choose another root, and run again: what is finished is kept"
+            f"no space left to write {uri}; free some, or choose another root, and run again: finished work is kept"
         ) from None
     finally:
         with suppress(OSError):
@@ -123,7 +123,7 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
 
 
 def sync_directory(path: str) -> None:
-    """Make the entries of a local folder survive a crash: a new file in it, or one renamed."""
+    """Sync a local folder, so that new and renamed files in it survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,13 +132,13 @@ def sync_directory(path: str) -> None:
 
 
 def make_directory(uri: str) -> None:
-    """Create a folder and its parents; one that is there is fine."""
+    """Create a folder and its parents, unless it exists."""
     fs, path = resolve(uri)
     fs.makedirs(path, exist_ok=True)
 
 
 def remove_tree(uri: str) -> None:
-    """Remove a folder with all it holds; one that is not there is fine."""
+    """Remove a folder and its contents, if it exists."""
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         shutil.rmtree(path, ignore_errors=True)
@@ -147,7 +147,7 @@ def remove_tree(uri: str) -> None:
 
 
 def remove_file(uri: str) -> None:
-    """Remove a file; one that is not there is fine."""
+    """Remove a file, if it exists."""
     fs, path = resolve(uri)
     with suppress(FileNotFoundError):
         fs.rm_file(path)
@@ -156,15 +156,15 @@ def remove_file(uri: str) -> None:
 def share_file(source: str, target: str) -> None:
     """Give ``target`` the content of ``source``, which may be removed later but never changes.
 
-    On one disk it is a hard link: no byte is copied, and each name stands alone. Elsewhere it is a copy, which the
-    store makes itself where both lie in the same.
+    On one disk this is a hard link: nothing is copied, and either name may be removed. Elsewhere it is a copy, made by
+    the store itself if both are in the same one.
     """
     fs, path = resolve(source)
     other, place = resolve(target)
     if isinstance(fs, LocalFileSystem) and isinstance(other, LocalFileSystem):
         try:
             os.link(path, place)
-        except OSError:  # another disk, or one without links
+        except OSError:  # another disk, or a file system without links
             shutil.copyfile(path, place)
     elif fs is other:
         fs.cp_file(path, place)
@@ -174,9 +174,9 @@ def share_file(source: str, target: str) -> None:
 
 
 def list_files(uri: str) -> list[str]:
-    """Paths of all files under ``uri``, relative to it, sorted; a file gives itself as ``['']``.
+    """Paths of all files under ``uri``, relative to it and sorted; ``['']`` if ``uri`` is a file.
 
-    What a crash left half-written (``write_atomic``'s temporary files) is not among them.
+    Temporary files left by a crash are not included.
     """
     fs, path = resolve(uri)
     if fs.isfile(path):
@@ -187,7 +187,7 @@ def list_files(uri: str) -> list[str]:
 
 
 def remove_temporaries(uri: str) -> None:
-    """Delete what a crash left half-written under ``uri``."""
+    """Delete temporary files that a crash left under ``uri``."""
     fs, path = resolve(uri)
     for name in fs.find(path):
         if name.endswith(TEMPORARY):
@@ -250,10 +250,10 @@ def _chunks(uri: str) -> Iterator[bytes]:
 
 
 def source_digest(uri: str) -> str:
-    """What identifies the content of a raw file: its SHA-256 on a disk, the store's own checksum elsewhere.
+    """Identity of a raw file's content: its SHA-256 on a disk, the store's own checksum elsewhere.
 
-    Of a file on a disk that is larger than ``READ_WHOLE_BYTES``: the SHA-256 of its size and of its first and last
-    chunk: to read terabytes twice, only to see that they are the same, is too high a price.
+    A file on a disk larger than ``READ_WHOLE_BYTES`` is identified by the SHA-256 of its size, first and last chunk,
+    because reading terabytes only to see that nothing changed would cost too much.
     """
     fs, path = resolve(uri)
     if not isinstance(fs, LocalFileSystem):

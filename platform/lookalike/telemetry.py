@@ -1,4 +1,4 @@
-"""Logging as ``event key=value`` lines, and a timer for stages."""
+"""Logging in ``event key=value`` lines, and a timer."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def fields(**values: Any) -> str:
-    """``key=value`` pairs, floats shortened, spaces quoted."""
+    """``key=value`` pairs; floats are shortened, values with spaces quoted."""
     return " ".join(f"{key}={_plain(value)}" for key, value in values.items())
 
 
@@ -25,7 +25,7 @@ def _plain(value: Any) -> str:
 
 
 def setup_logging(level: str = "INFO") -> None:
-    """Send our log lines to stderr; other libraries' stay at warning. ``LOOKALIKE_LOG_LEVEL`` overrides."""
+    """Send our log lines to stderr, other libraries' from warning up. ``LOOKALIKE_LOG_LEVEL`` overrides ``level``."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
@@ -34,7 +34,7 @@ def setup_logging(level: str = "INFO") -> None:
 
 @contextmanager
 def timed(log: logging.Logger, event: str, **values: Any) -> Iterator[dict[str, Any]]:
-    """Log ``event`` with its duration when the block ends; the dict yielded takes more fields to log."""
+    """Log ``event`` with its duration when the block ends; fields added to the yielded dict are logged too."""
     more: dict[str, Any] = {}
     start = time.monotonic()
     yield more

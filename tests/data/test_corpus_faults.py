@@ -170,7 +170,7 @@ def test_a_full_disk_is_told_and_a_rerun_with_space_completes(tmp_path: Path, sm
     published = build(root, write_source(f"{tmp_path}", 100, rows), "published")
     (tmp_path / "big").mkdir()
     uri = many_rows(tmp_path / "big", 40)  # about 8 MB
-    with pytest.raises(LookalikeError, match=r"no space left to write .*run again: what is finished is kept"):
+    with pytest.raises(LookalikeError, match=r"no space left to write .*run again: finished work is kept"):
         build(root, uri, rows_per_part=4)
     left = [str(path) for path in small_disk.rglob("*.tmp")]
     assert left == []

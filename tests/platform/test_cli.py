@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lookalike import cli
 from lookalike.artifacts import Artifact
 from lookalike.cli import COMMANDS, STAGE_HELP, main
 from lookalike.stages import stage_names
@@ -185,9 +184,9 @@ def test_a_missing_artifact_exits_3(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_interruption_exits_130_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(args: list[str]) -> int:
+    def interrupt(*args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    monkeypatch.setattr("lookalike.commands.run.run_stage", interrupt)
     assert main(["encoder"]) == 130
     assert "run the same command again" in capsys.readouterr().err

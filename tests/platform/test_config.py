@@ -107,7 +107,7 @@ def test_overrides_read_yaml_and_leave_the_original_alone() -> None:
         ("noequals", "not of the form key.sub=value"),
         ("=3", "not of the form"),
         ("c.deep=3", "'c' is 1, which has no keys of its own"),
-        ("c=[1", "the value is no YAML"),
+        ("c=[1", "the value is not valid YAML"),
     ],
 )
 def test_bad_overrides_are_explained(override: str, words: str) -> None:

@@ -143,7 +143,8 @@ def test_unknown_steps_and_stages_without_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("- a", "must hold a mapping .* it holds list"), ("a: [", "is no YAML"), ("", "holds NoneType")]
+    ("text", "words"),
+    [("- a", "must hold a mapping .* it holds list"), ("a: [", "is not valid YAML"), ("", "holds NoneType")],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)

@@ -112,7 +112,7 @@ def test_attention_biases_of_an_efficientformer_keep_their_meaning_when_resized(
 def test_a_size_that_does_not_fit_is_explained() -> None:
     with pytest.raises(
         UsageError,
-        match=r"transform.size 230 is no multiple of the backbone's patches of 16 px; set "
+        match=r"transform.size 230 is not a multiple of the backbone's patches of 16 px; set "
         r"224 or 240",
     ):
         create_backbone("vit_tiny_patch16_224", size=230)

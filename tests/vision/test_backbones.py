@@ -104,10 +104,10 @@ class Payload:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("bytes.pth", b"no weights at all", "is no file of weights"),
-        ("bytes.safetensors", b"x" * 64, "is no file of"),
-        ("empty.pth", b"", "is no file of weights"),
-        ("code.pth", Payload(), "is no file of weights"),
+        ("bytes.pth", b"no weights at all", "is not a file of weights"),
+        ("bytes.safetensors", b"x" * 64, "is not a file of"),
+        ("empty.pth", b"", "is not a file of weights"),
+        ("code.pth", Payload(), "is not a file of weights"),
         ("list.pth", [torch.ones(2)], "holds no state dict"),
         ("other.pth", {"epoch": 1}, "neither plain nor under"),
     ],

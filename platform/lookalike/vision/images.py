@@ -1,4 +1,4 @@
-"""Decoding of untrusted image bytes: sizes are checked from the header, before a pixel is decoded."""
+"""Decoding of untrusted image bytes: the header's size is checked before any pixel is decoded."""
 
 import io
 import warnings
@@ -13,18 +13,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 class ImageError(UsageError):
-    """Bytes that are no acceptable image; ``reason`` is a short name fit for a table of counts."""
+    """Bytes that are not an acceptable image; ``reason`` is a short name for a table of counts."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
-        return type(self), (self.reason, str(self))  # an exception is otherwise rebuilt from its message alone
+        return type(self), (self.reason, str(self))  # by default an exception is rebuilt from its message alone
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The first frame as RGB, upright by its EXIF orientation, transparency laid on white.
+    """The first frame as RGB, turned upright by its EXIF orientation, transparent parts on white.
 
     Raises ``ImageError`` with reason ``empty`` (zero bytes), ``not_an_image``, ``too_large`` (more than ``max_pixels``:
     a decompression bomb), ``truncated`` or ``damaged``.
@@ -44,7 +44,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("empty", "the image has zero bytes; send the file's content")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"{error}; the limit is {max_pixels} pixels, scale the image down") from None
@@ -72,7 +72,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey of 8 bits from grey of 16, which Pillow's own conversion would clip; the transparent value becomes white."""
+    """16-bit grey scaled to 8 bits, where Pillow's own conversion would clip; the transparent value becomes white."""
     values = np.asarray(image).astype(np.int64).clip(0, 65535)
     grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
     if isinstance(clear := image.info.get("transparency"), int):

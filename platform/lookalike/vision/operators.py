@@ -1,9 +1,9 @@
 """Import this before torchvision or timm: it makes ``import torchvision`` work beside any build of torch.
 
-torchvision registers fake kernels for two operators of its compiled extension when it is imported. A CUDA build of that
-extension does not load beside a CPU build of torch, and the import fails for want of operators that images never use.
-Their schemas are declared here, but only when the extension does not load: two declarations of one operator are an
-error as well.
+On import, torchvision registers fake kernels for two operators of its compiled extension. A CUDA build of the extension
+does not load beside a CPU build of torch, and the import then fails because these operators, which images never use,
+are missing. So their schemas are declared here, but only if the extension does not load, because declaring an operator
+twice is an error too.
 """
 
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ import torch
 
 
 def declare_missing() -> "torch.library.Library | None":
-    """Declare the schemas of ``torchvision::nms`` and ``torchvision::qnms`` unless torchvision brings them."""
+    """Declare the schemas of ``torchvision::nms`` and ``torchvision::qnms`` unless torchvision's extension loads."""
     if _load_extension():
         return None
     library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -28,7 +28,7 @@ def _load_extension() -> bool:
     folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
     for file in sorted(folder.glob("_C*.so")):
         try:
-            torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]  # torchvision loading it again is fine
+            torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]  # torchvision may load it again
         except OSError:
             continue
     return hasattr(torch.ops.torchvision, "nms")

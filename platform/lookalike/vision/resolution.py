@@ -1,7 +1,7 @@
-"""Changing the input size of a backbone after it was built: what depends on the number of patches is interpolated.
+"""A new input size for a built backbone: weights that depend on the number of patches are interpolated.
 
-Convolutional networks and MobileViT take any size. ViT, DeiT and their relatives hold an embedding a position (timm
-resizes it); EfficientFormer holds an attention bias for every distance between two positions of its last stage.
+Convolutional networks and MobileViT take any size. ViT, DeiT and their relatives have an embedding per position (timm
+resizes it); EfficientFormer has an attention bias for every distance between two positions of its last stage.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ EFFICIENTFORMER_STRIDE = 32
 
 
 def resize_input(backbone: nn.Module, size: int) -> None:
-    """Make ``backbone`` read images [n, 3, size, size], in place; one that reads them already is left as it is.
+    """Make ``backbone`` read images [n, 3, size, size], in place.
 
-    New positions are interpolated between the old ones (Dosovitskiy et al. 2021, section 3.2). Raises ``UsageError``
-    where the size is no multiple of the patch, or the architecture is bound to its own size.
+    New positions are interpolated between the old ones (Dosovitskiy et al. 2021, section 3.2). Raises ``UsageError`` if
+    the size is not a multiple of the patch, or if the architecture has a fixed size.
     """
     model: Any = backbone
     if biased := _biased_attention(backbone):
@@ -39,7 +39,7 @@ def resize_input(backbone: nn.Module, size: int) -> None:
 
 
 def size_of_weights(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
-    """The input size in pixels that weights were trained at, as far as their shapes say; None when they say nothing."""
+    """The input size in pixels that weights were trained at; None if their shapes do not tell."""
     model: Any = backbone
     for name, module in backbone.named_modules():
         if isinstance(module, Attention) and (biases := state.get(f"{name}.attention_biases")) is not None:
@@ -68,7 +68,7 @@ def _set_input_size(model: Any, size: int) -> None:
     if size % patch:
         below = size // patch * patch
         raise UsageError(
-            f"transform.size {size} is no multiple of the backbone's patches of {patch} px; set "
+            f"transform.size {size} is not a multiple of the backbone's patches of {patch} px; set "
             f"{below or patch} or {below + patch}"
         )
     if getattr(getattr(model, "patch_embed", None), "img_size", None) != (size, size):
@@ -76,9 +76,9 @@ def _set_input_size(model: Any, size: int) -> None:
 
 
 def _resize_biases(attention: Any, grid: int) -> None:
-    """Give EfficientFormer's attention biases for a ``grid`` x ``grid`` map; one belongs to a (row, column) distance.
+    """Resize EfficientFormer's attention biases, one per (row, column) distance, to a ``grid`` x ``grid`` map.
 
-    Distance zero keeps its bias, and the largest distance that of the largest.
+    Distance zero and the largest distance keep their biases.
     """
     heads, positions = attention.attention_biases.shape
     old = int(positions**0.5)

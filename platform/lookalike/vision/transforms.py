@@ -1,4 +1,4 @@
-"""Image transforms. The evaluation transform is part of an encoder: training, embedding and serving share it."""
+"""Image transforms. The evaluation transform is part of the encoder, shared by training, embedding and serving."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,22 +17,22 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class TransformConfig(Config):
-    """How an RGB image becomes the tensor that a backbone reads."""
+    """From an RGB image to the tensor that a backbone reads."""
 
     size: int = Field(224, ge=32, le=1024)
     """Side of the square input in pixels."""
     fit: Literal["pad", "crop"] = "pad"
     """``pad`` keeps the whole picture on a white square (catalogue); ``crop`` cuts the centre (photographs)."""
     crop_fraction: float = Field(0.875, gt=0.0, le=1.0)
-    """Centre share kept by ``crop``: the short side is resized to size / crop_fraction first."""
+    """Share of the short side that ``crop`` keeps."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Channel means that the backbone was trained with, of values in [0, 1]."""
+    """Channel means in the backbone's training, of values in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Channel standard deviations likewise."""
+    """Channel standard deviations in the backbone's training."""
 
 
 class AugmentConfig(Config):
-    """Random changes of a training image; torchvision does them."""
+    """Random changes of a training image, by torchvision."""
 
     min_scale: float = Field(0.35, gt=0.0, le=1.0)
     """Smallest share of the area that a random resized crop keeps (Inception crop: 0.08)."""
@@ -45,9 +45,9 @@ class AugmentConfig(Config):
     grayscale: float = Field(0.0, ge=0.0, le=1.0)
     """Share of images turned grey."""
     rand_augment: int = Field(0, ge=0, le=8)
-    """Changes that RandAugment picks at random for each image (Cubuk et al. 2020: 2); 0 leaves it out."""
+    """Changes that RandAugment picks for each image (Cubuk et al. 2020: 2); 0: no RandAugment."""
     rand_augment_magnitude: int = Field(9, ge=0, le=30)
-    """Strength of each of them, of 30."""
+    """Strength of each change, 0 to 30."""
 
 
 def build_eval_transform(config: TransformConfig) -> Transform:
@@ -60,7 +60,7 @@ def _to_input(image: Image.Image, config: TransformConfig) -> torch.Tensor:
 
 
 def to_pixels(image: Image.Image, config: TransformConfig) -> npt.NDArray[np.uint8]:
-    """RGB image -> uint8 [3, size, size]: the part of the evaluation transform that works on pictures."""
+    """RGB image -> uint8 [3, size, size]: the evaluation transform without normalisation."""
     if config.fit == "pad":
         square = pad_to_square(image, config.size)
     else:
@@ -79,7 +79,7 @@ def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Tr
 def build_augmentation(config: TransformConfig, augment: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
     """RGB image -> RGB image of size x size, randomly cropped and coloured (torch's global generator).
 
-    ``normalize_pixels`` makes of its pixels what ``build_train_transform`` makes of the image.
+    ``normalize_pixels`` of the result equals ``build_train_transform`` of the image.
     """
     from torchvision.transforms import v2
 
@@ -101,8 +101,10 @@ def build_augmentation(config: TransformConfig, augment: AugmentConfig) -> Calla
 
 
 def normalize_pixels(pixels: torch.Tensor, config: TransformConfig) -> torch.Tensor:
-    """uint8 [..., 3, size, size] -> float32 of the same shape on its device: scaled to [0, 1], less the mean, over the
-    deviation; a batch gives what its images give one by one."""
+    """uint8 [..., 3, size, size] -> float32 of the same shape and device: scaled to [0, 1], minus mean, over deviation.
+
+    A batch gives the same as its images one by one.
+    """
     from torchvision.transforms.v2 import functional
 
     scaled = functional.to_dtype(pixels, torch.float32, scale=True)
@@ -122,8 +124,8 @@ def pad_to_square(image: Image.Image, size: int) -> Image.Image:
 def crop_to_square(image: Image.Image, size: int, fraction: float) -> Image.Image:
     """The centre square whose side is ``fraction`` of the short side, scaled to ``size`` pixels.
 
-    The same picture as resizing the short side to size / fraction and cutting the centre, but what is cut away is never
-    resized: a strip of 50,000 x 2 pixels would become a thousand times larger on the way.
+    The same picture as resizing the short side to size / fraction and cutting out the centre, but the parts cut away
+    are never resized: a strip of 50,000 x 2 pixels would grow a thousand times on the way.
     """
     width, height = image.size
     side = min(width, height) * fraction

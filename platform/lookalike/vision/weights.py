@@ -1,4 +1,4 @@
-"""Pretrained weights for backbones: from a package, a file, or another encoder's file; keys are matched by name."""
+"""Pretrained weights for backbones, from a package, a file, or another encoder's file; keys are matched by name."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ from lookalike.vision.resolution import resize_input, size_of_weights
 import timm  # isort: skip
 
 WEIGHTS: Registry[Callable[[], tuple[str, dict[str, torch.Tensor]]]] = Registry("weights")
-"""Named weights -> (timm architecture they fit, state dict)."""
+"""Name -> function that returns (timm architecture, state dict)."""
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net")
@@ -36,10 +36,10 @@ def is_weight_file(weights: str) -> bool:
 
 
 def load_weights(model: nn.Module, architecture: str, weights: str) -> None:
-    """Fill a backbone with named or stored weights; tensors the backbone does not have are left aside.
+    """Load named or stored weights into a backbone; tensors that the backbone does not have are ignored.
 
     Weights of another input size (a ViT trained at 224 px into one at 384 px) resize the backbone to theirs, so resize
-    it afterwards. Raises ``UsageError`` when they do not fit.
+    it afterwards. Raises ``UsageError`` if they do not fit.
     """
     if is_weight_file(weights):
         state = read_state(weights)
@@ -47,34 +47,34 @@ def load_weights(model: nn.Module, architecture: str, weights: str) -> None:
         fits, state = WEIGHTS.get(weights)()
         if fits != architecture:
             raise UsageError(f"weights {weights!r} fit {fits!r}, not {architecture!r}; set backbone={fits}")
-    kept = _match(state, set(model.state_dict()), weights)
-    if size := size_of_weights(model, kept):
+    matched = _match(state, set(model.state_dict()), weights)
+    if size := size_of_weights(model, matched):
         resize_input(model, size)
     own = model.state_dict()
-    wrong = [key for key in own if key not in kept or kept[key].shape != own[key].shape]
+    wrong = [key for key in own if key not in matched or matched[key].shape != own[key].shape]
     if wrong:
         raise UsageError(
             f"weights {weights!r} do not fit {architecture!r}: {len(wrong)} of {len(own)} tensors are "
             f"missing or of another shape, first {wrong[0]!r}"
         )
-    model.load_state_dict(kept)
+    model.load_state_dict(matched)
 
 
 def _match(state: Mapping[str, torch.Tensor], own: set[str], weights: str) -> dict[str, torch.Tensor]:
     """The tensors of ``state`` under the backbone's own keys."""
-    kept: dict[str, torch.Tensor] = {}
+    matched: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         name = _unwrap(key, own)
         if name not in own:
             continue
-        if name in kept:
+        if name in matched:
             raise UsageError(f"weights {weights!r} hold {name!r} twice, once as {key!r}; keep one model in the file")
-        kept[name] = value
-    return kept
+        matched[name] = value
+    return matched
 
 
 def _unwrap(key: str, own: set[str]) -> str:
-    """``key`` without the wrappers' prefixes, by name: a key that the backbone has as it is stays as it is."""
+    """``key`` without wrapper prefixes, removed only until it is one of the backbone's ``own`` keys."""
     while key not in own:
         wrapper = next((wrapper for wrapper in WRAPPERS if key.startswith(wrapper)), None)
         if wrapper is None:
@@ -84,9 +84,9 @@ def _unwrap(key: str, own: set[str]) -> str:
 
 
 def read_state(uri: str) -> dict[str, torch.Tensor]:
-    """The state dict in a ``.safetensors`` or ``.pth`` file, out of the dict that a training script put around it.
+    """The state dict in a ``.safetensors`` or ``.pth`` file, also from inside a training script's checkpoint dict.
 
-    Pickled code is never run. Raises ``UsageError`` for a file that is missing or holds no tensors.
+    Pickled code is never run. Raises ``UsageError`` if the file is missing or holds no tensors.
     """
     try:
         content = storage.read_bytes(uri)
@@ -95,9 +95,9 @@ def read_state(uri: str) -> dict[str, torch.Tensor]:
     try:
         values = load_tensors(content) if uri.endswith(".safetensors") else _load_pickle(content)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        told = " ".join(str(error).split())[:200] or type(error).__name__
+        message = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(
-            f"{uri} is no file of weights ({told}); save a plain state dict of tensors, as .safetensors "
+            f"{uri} is not a file of weights ({message}); save a plain state dict of tensors, as .safetensors "
             "or with torch.save"
         ) from None
     while isinstance(values, Mapping) and not _tensors(values):
