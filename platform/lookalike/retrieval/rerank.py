@@ -36,8 +36,6 @@ GATHER_SHARE = 1 / 16
 """Largest share of a shard's rows that a filtered scan gathers; above it, the scan reads all rows and skips some."""
 INSERTED = 4096
 """Most results that the C library keeps sorted during a scan; above it, numpy scans and sorts."""
-BATCH = 8
-"""Fewest queries for which a scan copies the blocks for one matrix product, which may round equal rows apart."""
 SCAN_SCORES = 1 << 22
 """Scores that a scan holds at a time: 16 MB."""
 
@@ -145,8 +143,6 @@ def _scan_native(store: PrefixStore, queries: Floats, k: int, dim: int, rows: Ro
 
 
 def _dots_in_order(store: PrefixStore, queries: Floats, place: slice | Rows, dim: int) -> Floats:
-    if len(queries) >= BATCH:
-        return queries @ store.read(place, dim).T
     dots: Floats = np.zeros((len(queries), 1), np.float32)
     for position in range(store.position(dim) + 1):
         start, stop = store.meta.borders[position]
