@@ -1,6 +1,7 @@
-"""The Serve application: ``build`` turns one configuration into deployments, ``start`` and ``stop`` run it here.
+"""The Serve application: ``build`` turns a configuration into deployments, ``start`` and ``stop`` run it here.
 
-``import_path: lookalike.serve.app:build`` with ``args:`` of ``ServeConfig`` is the form a Serve config file takes.
+A Serve config file names it as ``import_path: lookalike.serve.app:build``, with the fields of ``ServeConfig`` as
+``args:``.
 """
 
 import logging
@@ -31,9 +32,9 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 APP_NAME = "lookalike"
 UNADMITTED = 100
-"""Calls an ingress replica takes beside those that it works on and those that wait: refusals, administration."""
+"""Calls that an ingress replica takes beyond slots and queue: refusals, administration."""
 DRAIN_S = 5.0
-"""How much longer than a request may take a replaced index is kept, in seconds."""
+"""Seconds that a replaced index is kept beyond the request timeout."""
 
 
 def build(config: ServeConfig) -> serve.Application:
@@ -58,33 +59,35 @@ def build(config: ServeConfig) -> serve.Application:
         "logging_config": LoggingConfig(enable_access_log=False),
     }
     num_groups, kinds, cpus = generation.meta.num_hash_shards, config.deployments, config.cpus_per_replica
-    writer, held = None, [generation, *own_generations(arms, generation)]
+    writer, generations = None, [generation, *own_generations(arms, generation)]
     if config.writes.state is not None:
-        writer, held = _writer(shared).bind(config, generation), []  # replicas learn from the writer what to hold
+        writer, generations = _writer(shared).bind(config, generation), []  # replicas learn them from the writer
 
     def deployment(name: str, **options: Any) -> dict[str, Any]:
         followed = {"role": name, "drain_s": config.timeout_s + DRAIN_S}
         return {"name": name, **shared, **options, **({"user_config": followed} if writer is not None else {})}
 
     front = replica_options(kinds.ingress, config.num_replicas, cpus)
-    ingress = serve.deployment(**deployment("ingress", **front, **taken(config)))(Ingress)
+    ingress = serve.deployment(**deployment("ingress", **front, **ingress_bounds(config)))(Ingress)
     if config.placement == "fused":
         return ingress.bind(config, generation, None, writer, arms)
     parts = replica_options(kinds.shards, config.shard_replicas, cpus)
     shards = [
-        serve.deployment(**deployment(f"shard-{group:03d}", **parts))(ShardWorker).bind(group, num_groups, held, writer)
+        serve.deployment(**deployment(f"shard-{group:03d}", **parts))(ShardWorker).bind(
+            group, num_groups, generations, writer
+        )
         for group in range(num_groups)
     ]
     reranker, encoder = None, None
     if config.placement == "staged":
         options = deployment("rerank", **replica_options(kinds.rerank, config.shard_replicas, cpus))
-        reranker = serve.deployment(**options)(RerankWorker).bind(held, writer)
-    if any(one.encoder is not None for one in (generation, *held)):
-        from lookalike.serve.search.encoding import BatchingEncoder  # torch: only for those who encode
+        reranker = serve.deployment(**options)(RerankWorker).bind(generations, writer)
+    if any(each.encoder is not None for each in (generation, *generations)):
+        from lookalike.serve.search.encoding import BatchingEncoder  # imports torch
 
         own = config.encoder_replicas
         options = deployment("encoder", **replica_options(kinds.encoder, own.num_replicas, cpus, own.num_gpus))
-        encoder = serve.deployment(**options)(BatchingEncoder).bind(config, held, writer)
+        encoder = serve.deployment(**options)(BatchingEncoder).bind(config, generations, writer)
     return ingress.bind(config, generation, (shards, reranker, encoder), writer, arms)
 
 
@@ -109,22 +112,22 @@ def replica_options(settings: Deployed, num_replicas: int, num_cpus: float, num_
     return {"autoscaling_config": serve_scaling, "ray_actor_options": actor}
 
 
-def taken(config: ServeConfig) -> dict[str, int]:
-    """Bounds of Serve's own for the ingress: beyond the replica's (``overload.py``), which says when to come back."""
+def ingress_bounds(config: ServeConfig) -> dict[str, int]:
+    """Serve's own bound for the ingress, above that of ``overload.py``, which tells callers when to come back."""
     unbounded = config.max_queued_requests < 0
     most = 100_000 if unbounded else config.max_ongoing_requests + config.max_queued_requests + UNADMITTED
     return {"max_ongoing_requests": most}
 
 
 def _writer(shared: dict[str, Any]) -> serve.Deployment:
-    """One replica, and never two: the old one leaves before a new one comes. Every follower has a call waiting."""
+    """One replica, never two: the old one leaves before a new one comes. Every follower has a call waiting there."""
     alone = {
         "num_replicas": 1,
         "max_surge_percent": 0,
         "max_ongoing_requests": 10_000,
         "health_check_period_s": 5,
         "health_check_timeout_s": 10,
-    }  # one that hangs holds up all writes
+    }  # health is checked often: a writer that hangs holds up all writes
     return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 
@@ -188,18 +191,18 @@ def start(config: ServeConfig) -> str:
 
 
 def read_failures() -> str:
-    """Why replicas did not start, as far as Serve knows: the errors that they ended with."""
+    """Errors that made replicas fail to start, as Serve reports them."""
     application = serve.status().applications.get(APP_NAME)
-    messages = {} if application is None else {name: one.message for name, one in application.deployments.items()}
-    found = {
-        name: [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
-        for name, message in messages.items()
+    deployments = {} if application is None else application.deployments
+    errors = {
+        name: [line for line in status.message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
+        for name, status in deployments.items()
     }
-    return "; ".join(f"{name}: {lines[-1]}" for name, lines in found.items() if lines)
+    return "; ".join(f"{name}: {lines[-1]}" for name, lines in errors.items() if lines)
 
 
 def _check_no_serve() -> None:
-    """Ports belong to the whole Serve instance: beside one that runs already ours would be ignored silently."""
+    """Raise ``UsageError`` if Serve runs already: its ports are fixed, and ours would be ignored silently."""
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
@@ -216,7 +219,7 @@ def stop() -> None:
 
 
 def free_port(port: int = 0) -> int:
-    """``port`` when nothing listens on it, any free one for 0; raises ``UsageError`` when it is taken."""
+    """``port`` if nothing listens on it, a free port for 0; raises ``UsageError`` if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -9,14 +9,14 @@ from lookalike.serve.settings.config import ServeConfig
 
 
 def open_workers(config: ServeConfig, generation: Generation, generations: Sequence[Generation]) -> Router:
-    """All workers in this process, holding ``generations`` (placement ``fused``, and local mode).
+    """A router to workers in this process that hold ``generations``: a group for each hash shard of ``generation``.
 
-    There are as many groups as ``generation`` has hash shards, and an encoder if one of them has.
+    There is an encoder if any of the generations has one.
     """
     num_groups, retries = generation.meta.num_hash_shards, config.retries.model_copy(update={"hedge_ms": None})
     shards = [ShardWorker(group, num_groups, generations) for group in range(num_groups)]
     if all(held.encoder is None for held in (generation, *generations)):
         return Router(shards, retries=retries)
-    from lookalike.serve.search.encoding import EncoderWorker  # torch: only for those who encode
+    from lookalike.serve.search.encoding import EncoderWorker  # imports torch
 
     return Router(shards, encoder=EncoderWorker(config, generations), retries=retries)

@@ -1,7 +1,7 @@
 """The delta tier: writes that the index does not hold yet, searched with the shards they belong to.
 
-A worker keeps, for each generation it holds, the written rows of its own hash shards and the stored rows that they
-replace or that were deleted. WrittenRows rows are compared one by one, which is exact: compaction keeps them few.
+For each generation a worker keeps the written rows of its hash shards, and the stored rows that were replaced or
+deleted. Written rows are compared one by one, which is exact; compaction keeps them few.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""The image encoder as a worker. Apart from the others, because it alone needs torch."""
+"""The image encoder as a worker, in a file of its own because no other worker needs torch."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lookalike.vision.images import ImageError, decode
 
 
 class EncoderWorker(Follows):
-    """The image encoders of the generations held; those of one model share one."""
+    """The image encoders of the generations; generations of one model share an encoder."""
 
     def __init__(self, config: ServeConfig, generations: Sequence[Generation], writer: Any = None) -> None:
         self.writer = writer
@@ -29,7 +29,7 @@ class EncoderWorker(Follows):
             self.add(generation, self.open(generation))
 
     def open(self, generation: Generation) -> Encoder | None:
-        """The encoder of ``generation``, if it has one: loaded, and tried on a blank image."""
+        """The encoder of ``generation``, loaded and tried on a blank image; None if it has none."""
         if generation.encoder is None:
             return None
         if (encoder := self._encoders.get(generation.meta.model_fingerprint)) is None:
@@ -45,13 +45,13 @@ class EncoderWorker(Follows):
         self._models[generation.name] = model
 
     def drop(self, name: str) -> None:
-        """Let go of a generation, and of its encoder when no other has the same."""
+        """Let go of a generation, and of its encoder unless another generation has the same."""
         model = self._models.pop(name, "")
         if model not in self._models.values():
             self._encoders.pop(model, None)
 
     async def encode(self, generation: str, images: Sequence[bytes]) -> list[bytes | str]:
-        """A vector (float32 bytes, not normalised) for each image, or the reason why it is refused."""
+        """For each image a vector (float32 bytes, not normalised), or the reason why the image is refused."""
         if generation not in self._models:
             raise not_loaded(generation, self._models)
         model = self._models[generation]
@@ -72,11 +72,11 @@ class EncoderWorker(Follows):
 
 
 class BatchingEncoder(EncoderWorker):
-    """The encoder as a deployment: the images of concurrent requests share forward passes. Works in Serve alone."""
+    """The encoder as a deployment: images of concurrent requests share forward passes. Works only in Serve."""
 
     def __init__(self, config: ServeConfig, generations: Sequence[Generation], writer: Any = None) -> None:
         super().__init__(config, generations, writer)
-        batching: Any = self._join  # what @serve.batch adds to a method is not in its type
+        batching: Any = self._join  # the type does not know what @serve.batch adds
         batching.set_max_batch_size(config.encoder_replicas.max_batch)
         batching.set_batch_wait_timeout_s(config.encoder_replicas.batch_wait_ms / 1000)
 

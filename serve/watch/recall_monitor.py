@@ -1,13 +1,13 @@
-"""The recall of live answers: a sample of the searches is made again exactly, in the background.
+"""The recall of live answers: some searches are made again exactly, in the background.
 
-A sample has the request's query, k and filters and goes to the generation that answered, by its exact plan. The share
-of the exact hits that the answer had (by id; a hit that scores like the k-th exact one counts, since duplicates make
-the list arbitrary) is one measurement; a batch gives one query of it at most, so that measurements are independent.
-A window of them for each generation and arm gives the estimate.
+A sample repeats the query, k and filters of a request on the generation that answered, by its exact plan. One
+measurement is the share of the exact hits that the answer had, by id; a hit that scores like the k-th exact hit counts,
+because duplicates make that list arbitrary. A batch gives at most one query, so that measurements are independent. The
+estimate for a generation and arm rests on a window of measurements.
 
-Only what a plan of the service did to a whole index is measured: answers that are degraded, of a part of the shards, or
-by a plan that the request chose are left out and counted, and so are samples beyond ``max_per_s`` and in a busy moment.
-A replica knows the requests that it answered itself.
+Only a plan of the service on a whole index is measured. Answers that are degraded, come from some of the shards or
+follow a plan of the request are left out and counted, as are samples beyond ``max_per_s`` or in a busy moment. A
+replica measures the requests that it answered itself.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ log = get_logger(__name__)
 MAX_WAITING = 16
 """Samples that wait for their exact search."""
 MAX_WINDOWS = 32
-"""Generations and arms whose windows are kept; the one that was measured longest ago goes first."""
+"""Most windows kept, of a generation and arm each; the window with the oldest measurement goes first."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ Key = tuple[str, str]
 
 
 class RecallMonitor:
-    """Measures what ``offer`` gives it; ``in_flight`` says how many requests the replica works on.
+    """Measures the searches that ``offer`` gives it; ``in_flight`` returns the number of requests in the replica.
 
-    ``changed`` is called with a window's new estimate, or None when the window is given up; ``skipped`` with the reason
+    ``changed`` is called with a window's new estimate, or None when the window is dropped; ``skipped`` with the reason
     why a sample was not measured.
     """
 
@@ -66,30 +66,29 @@ class RecallMonitor:
         in_flight: Callable[[], int] = lambda: 0,
         changed: Callable[[Key, Estimate | None], None] = lambda key, estimate: None,
         skipped: Callable[[str], None] = lambda reason: None,
-        seed: int | None = None,
     ) -> None:
         self.settings = settings
-        self._router, self._in_flight, self._changed, self._skipped = router, in_flight, changed, skipped
-        self._random = random.Random(seed)
+        self.router, self._in_flight, self._changed, self._skipped = router, in_flight, changed, skipped
+        self.random = random.Random()
         self._windows: OrderedDict[Key, deque[float]] = OrderedDict()
         self._waiting: deque[tuple[SearchRecord, int]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._next = 0.0
 
     def offer(self, search: SearchRecord) -> None:
-        """Perhaps measure an answer; returns at once. Call it in the event loop of the searches."""
-        if self.settings.share <= 0 or self._random.random() >= self.settings.share:
+        """Take an answer into the sample by chance, and return at once. Called in the event loop of the searches."""
+        if self.settings.share <= 0 or self.random.random() >= self.settings.share:
             return
         if reason := self._unfit(search) or self._inconvenient():
             self._skipped(reason)
             return
         self._next = time.monotonic() + 1 / self.settings.max_per_s
-        self._waiting.append((search, self._random.randrange(len(search.vectors))))
+        self._waiting.append((search, self.random.randrange(len(search.vectors))))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.ensure_future(self._measure_waiting())
 
     def estimate(self, generation: str, arm: str = "") -> Estimate | None:
-        """The recall of a generation, in an experiment of one arm; None before the first measurement."""
+        """The recall of a generation, or of one arm on it; None before the first measurement."""
         values = self._windows.get((generation, arm))
         if not values:
             return None
@@ -97,17 +96,17 @@ class RecallMonitor:
         return Estimate(float(np.mean(values)), low, high, len(values))
 
     async def drain(self) -> None:
-        """Return when nothing waits."""
+        """Return when no sample waits."""
         if self._worker is not None:
             await self._worker
 
     def _unfit(self, search: SearchRecord) -> str:
-        """Why an answer says nothing of the service's plan."""
+        """Why an answer says nothing about the service's plan; empty if it does."""
         if search.own_plan:
             return "own_plan"
         if search.options.degraded:
             return "degraded"
-        return "partial" if search.outcome.shards_answered < len(self._router.shards) else ""
+        return "partial" if search.outcome.shards_answered < len(self.router.shards) else ""
 
     def _inconvenient(self) -> str:
         if self._in_flight() > self.settings.max_in_flight:
@@ -135,7 +134,7 @@ class RecallMonitor:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
         vector = search.vectors[query : query + 1]
         ask = Ask(generation.name, vector, options.k, generation.plans.exact, options.filters)
-        exact = await self._router.search(ask, deadline=deadline, allow_partial=False)
+        exact = await self.router.search(ask, deadline=deadline, allow_partial=False)
         same_dim = options.plan.rerank_dim == generation.meta.dim
         return recall_of(search.outcome.answer, query, exact.answer, same_dim=same_dim)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lookalike.retrieval.plan import Plan
-from lookalike.serve.app import read_service, taken
+from lookalike.serve.app import ingress_bounds, read_service
 from lookalike.serve.client import SearchPlan
 from lookalike.serve.client.results import from_response
 from lookalike.serve.front.ingress import Ingress
@@ -237,8 +237,8 @@ def test_time_in_the_queue_counts_as_the_requests_own(busy: ServeConfig, world: 
 
 
 def test_serves_own_bound_lies_beyond(busy: ServeConfig) -> None:
-    assert taken(busy)["max_ongoing_requests"] > 4
-    assert taken(busy.model_copy(update={"max_queued_requests": -1}))["max_ongoing_requests"] == 100_000
+    assert ingress_bounds(busy)["max_ongoing_requests"] > 4
+    assert ingress_bounds(busy.model_copy(update={"max_queued_requests": -1}))["max_ongoing_requests"] == 100_000
 
 
 def test_a_caller_that_leaves_ends_its_work_and_frees_its_slot(busy: ServeConfig, world: "World") -> None:

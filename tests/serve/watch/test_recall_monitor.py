@@ -1,7 +1,5 @@
 """The recall monitor says of live answers what an offline measurement says, and leaves out what is no plan's doing."""
 
-import random
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.planner import per_query_recall
 from lookalike.retrieval.ranking import Hits
 from lookalike.serve.client import SearchPlan
+from lookalike.serve.front import observer
 from lookalike.serve.local import LocalClient
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.watching import MonitorSettings
@@ -33,23 +32,52 @@ def poor_plan(world: "World") -> str:
     return publish_plan(world.root, Artifact.open(world.index, "index"), POOR.model_dump(), name="poor").uri
 
 
+class Metric:
+    """What was set or counted, by labels."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, ...], float] = {}
+
+    def set(self, value: float, labels: dict[str, str]) -> None:
+        self.values[tuple(labels.values())] = value
+
+    def inc(self, value: float, labels: dict[str, str] | None = None) -> None:
+        key = tuple((labels or {}).values())
+        self.values[key] = self.values.get(key, 0) + value
+
+    def observe(self, value: float, labels: dict[str, str]) -> None:
+        """Not looked at."""
+
+
+@pytest.fixture(autouse=True)
+def metrics(monkeypatch: pytest.MonkeyPatch) -> dict[str, Metric]:
+    """Metrics of the observer made last, by name."""
+    made: dict[str, Metric] = {}
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(observer, kind, lambda name, *_: made.setdefault(name, Metric()))
+    return made
+
+
 class Watched(LocalClient):
     """A local client whose monitor is looked into."""
 
-    def __init__(self, world: "World", plan: str, **settings: Any) -> None:
+    def __init__(self, world: "World", plan: str, metrics: dict[str, Metric], **settings: Any) -> None:
         super().__init__(ServeConfig(index=world.index, plan=plan, monitor=MonitorSettings(**settings)))
         self.monitor = self.service.observer.monitor
-        self.monitor._random = random.Random(3)
-        self.skips: Counter[str] = Counter()
-        self.monitor._skipped = lambda reason: self.skips.update([reason])
+        self.monitor.random.seed(3)
+        self._skipped = metrics["lookalike_recall_skipped_total"]
+
+    @property
+    def skips(self) -> dict[str, float]:
+        return {reason: count for (reason,), count in self._skipped.values.items()}
 
     def drain(self) -> None:
         self._run(self.monitor.drain())
 
 
 @pytest.fixture
-def watched(world: "World", poor_plan: str) -> Iterator[Watched]:
-    with Watched(world, poor_plan, share=1.0, max_per_s=10_000) as client:
+def watched(world: "World", poor_plan: str, metrics: dict[str, Metric]) -> Iterator[Watched]:
+    with Watched(world, poor_plan, metrics, share=1.0, max_per_s=10_000) as client:
         yield client
 
 
@@ -79,24 +107,7 @@ def test_all_searches_sampled_is_the_offline_measurement(watched: Watched, world
     assert not watched.skips
 
 
-class Metric:
-    """What was set or counted, by labels."""
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[str, ...], float] = {}
-
-    def set(self, value: float, labels: dict[str, str]) -> None:
-        self.values[tuple(labels.values())] = value
-
-    def inc(self, value: float, labels: dict[str, str]) -> None:
-        self.values[tuple(labels.values())] = self.values.get(tuple(labels.values()), 0) + value
-
-
-def test_the_gauges_say_what_the_estimate_says(watched: Watched, world: "World") -> None:
-    observer: Any = watched.service.observer
-    names = ("_recall", "_recall_low", "_recall_high", "_sampled")
-    for name in names:
-        setattr(observer, name, Metric())
+def test_the_gauges_say_what_the_estimate_says(watched: Watched, world: "World", metrics: dict[str, Metric]) -> None:
     for vector in queries(20):
         watched.search(vector=vector, k=K)
         watched.drain()
@@ -104,14 +115,14 @@ def test_the_gauges_say_what_the_estimate_says(watched: Watched, world: "World")
     found = watched.monitor.estimate(generation)
     assert found is not None
     key = (generation, "default")
-    recall, low, high, sampled = (getattr(observer, name).values for name in names)
-    assert (recall, low, high) == ({key: found.recall}, {key: found.low}, {key: found.high})
-    assert sampled == {("default",): 20}
+    ends = [metrics[f"lookalike_recall{end}"].values for end in ("", "_low", "_high")]
+    assert ends == [{key: found.recall}, {key: found.low}, {key: found.high}]
+    assert metrics["lookalike_recall_sampled_total"].values == {("default",): 20}
 
 
-def test_a_sample_agrees_within_its_interval(world: "World", poor_plan: str) -> None:
+def test_a_sample_agrees_within_its_interval(world: "World", poor_plan: str, metrics: dict[str, Metric]) -> None:
     vectors = queries(400)
-    with Watched(world, poor_plan, share=0.25, max_per_s=10_000) as client:
+    with Watched(world, poor_plan, metrics, share=0.25, max_per_s=10_000) as client:
         for vector in vectors:
             client.search(vector=vector, k=K)
             client.drain()
@@ -155,22 +166,22 @@ class Broken:
 
 
 def test_an_exact_search_that_fails_costs_the_sample_alone(watched: Watched) -> None:
-    watched.monitor._router.shards = [Broken(), Broken()]  # the monitor's own way to the workers
+    watched.monitor.router.shards = [Broken(), Broken()]  # the monitor's own way to the workers
     assert watched.search(vector=queries(1)[0]).hits
     watched.drain()
     assert watched.skips == {"failed": 1}
 
 
-def test_no_more_than_max_per_s(world: "World", poor_plan: str) -> None:
-    with Watched(world, poor_plan, share=1.0, max_per_s=0.001) as client:
+def test_no_more_than_max_per_s(world: "World", poor_plan: str, metrics: dict[str, Metric]) -> None:
+    with Watched(world, poor_plan, metrics, share=1.0, max_per_s=0.001) as client:
         for vector in queries(5):
             client.search(vector=vector)
         client.drain()
         assert client.skips == {"rate": 4}
 
 
-def test_off_by_default(world: "World", poor_plan: str) -> None:
-    with Watched(world, poor_plan) as client:
+def test_off_by_default(world: "World", poor_plan: str, metrics: dict[str, Metric]) -> None:
+    with Watched(world, poor_plan, metrics) as client:
         client.search(vector=queries(1)[0])
         client.drain()
         assert client.monitor.estimate(world.searcher.meta.generation) is None
