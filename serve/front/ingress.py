@@ -16,7 +16,7 @@ from lookalike.serve.front.overload import ADMITTED, allowed_ms
 from lookalike.serve.front.service import RPCS, Service
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
-from lookalike.serve.generations.journal import Record
+from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Router, Worker
 from lookalike.serve.settings.config import ServeConfig
@@ -120,7 +120,7 @@ class Ingress(Follows):
         """Have each worker in this process open ``generation``."""
         return [worker.open(generation) for worker in self._local]
 
-    def apply(self, opened: list[Any], records: Sequence[Record]) -> None:
+    def apply(self, opened: list[Any], records: Sequence[WriteRecord]) -> None:
         """Give writes to the workers in this process."""
         for worker, own in zip(self._local, opened, strict=True):
             worker.apply(own, records)

@@ -1,66 +1,64 @@
-"""What a service goes on from when it starts: its folder's state and log, and the index of its configuration."""
+"""How a service goes on when it starts: from the state in its folder, or from the index of its configuration."""
+
+from pathlib import Path
 
 from lookalike import storage
+from lookalike.artifacts import MANIFEST, Artifact
 from lookalike.errors import UsageError
-from lookalike.serve.generations.compaction import held_writes
+from lookalike.serve.generations.compaction import ROOT, held_writes
+from lookalike.serve.generations.database import Database
 from lookalike.serve.generations.generation import Generation
-from lookalike.serve.generations.journal import Journal
-from lookalike.serve.generations.state import Held, State
+from lookalike.serve.generations.state import GenerationRef, State
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.telemetry import fields, get_logger
-
-log = get_logger(__name__)
 
 
-def adopt(state: State | None, config: ServeConfig, generation: Generation, journal: Journal) -> State:
-    """The state to go on from: the one that is stored, unless the configuration names another index than before.
+def adopt(config: ServeConfig, generation: Generation, database: Database) -> State:
+    """Return the stored state, moved to ``generation`` if the configuration names another index than before.
 
-    Raises ``UsageError`` where acknowledged writes would be passed over.
+    Raises ``UsageError`` if acknowledged writes would be passed over.
     """
-    chosen = _choose(state, config, generation, journal)
-    _check_log(chosen, journal)
-    return chosen
+    state = _choose(config, generation, database)
+    _check_log(state, database)
+    return state
 
 
-def _choose(state: State | None, config: ServeConfig, generation: Generation, journal: Journal) -> State:
-    configured = (config.index, config.plan, config.encoder)
+def _choose(config: ServeConfig, generation: Generation, database: Database) -> State:
+    state, configured = database.load_state(), (config.index, config.plan, config.encoder)
     if state is not None and state.configured == configured:
         return state
     includes = held_writes(generation.index, storage.local_path(config.writes.state or ""))
+    ref = GenerationRef.of(generation).model_copy(update={"includes_writes": includes})
     if state is None:
-        if includes + 1 < journal.first:
-            raise UsageError(
-                f"{journal.folder} has no state.json, and its writes before {journal.first} are only in "
-                "the index that it served last; restore state.json from a copy, or set index to that "
-                "one"
-            )
-        if journal.last:
-            log.warning("no state.json %s", fields(folder=journal.folder, serving=config.index, writes=journal.last))
-        held = Held.of(generation).model_copy(update={"includes_writes": includes})
-        return State(configured=configured, held=(held,), current=held.name)
+        return State(configured=configured, held=(ref,), current=ref.name)
     serving = state.serving
-    if includes + 1 < journal.first:
+    check_includes(config.index, includes, database.first, serving.index)
+    if ref.model_fingerprint != serving.model_fingerprint and database.last > includes:
         raise UsageError(
-            f"index {config.index} holds the service's writes up to {includes}, those up to "
-            f"{journal.first - 1} are only in {serving.index} any more; build it from the embeddings of "
-            "that one, or switch while the service runs, with includes_writes"
-        )
-    held = Held.of(generation).model_copy(update={"includes_writes": includes})
-    if held.model_fingerprint != serving.model_fingerprint and journal.last > includes:
-        raise UsageError(
-            f"index {config.index} is of another model than the {journal.last - includes} "
+            f"index {config.index} is of another model than the {database.last - includes} "
             "writes that wait; compact them first, or switch while the service runs"
         )
-    state = state.holding(held).serving_now(held.name).trimmed()
-    return state.model_copy(update={"configured": configured})
+    return state.holding(ref).serving_now(ref.name).trimmed().model_copy(update={"configured": configured})
 
 
-def _check_log(state: State, journal: Journal) -> None:
-    """Refuse a log that ends before what an index holds: new writes would get numbers that count as held."""
-    newest = max(state.held, key=lambda one: one.includes_writes)
-    if newest.includes_writes > journal.last:
+def check_includes(index: str, includes: int, first: int, serving: str) -> None:
+    """Raise ``UsageError`` if ``index`` lacks writes before ``first``, the oldest that is kept."""
+    if includes + 1 < first:
         raise UsageError(
-            f"{journal.folder} has the writes up to {journal.last}, index {newest.index} holds those up "
-            f"to {newest.includes_writes}: writes-*.log are gone, or older than state.json; restore all "
-            "from one copy, or serve that index with a new folder as writes.state"
+            f"index {index} holds the service's writes up to {includes}, those up to {first - 1} are only in {serving} "
+            "any more; build it from the embeddings of that one, or switch to it with includes_writes if it holds them"
+        )
+
+
+def _check_log(state: State, database: Database) -> None:
+    """Refuse a log that ends before an index of this service: new writes would get numbers that count as included."""
+    indexes = [(ref.includes_writes, f"index {ref.index}") for ref in state.held]
+    for manifest in database.path.parent.glob(f"{ROOT}/embeddings/*/*/{MANIFEST}"):
+        merged = Artifact.open(str(Path(manifest).parent), "embeddings", check=False)
+        indexes.append((merged.manifest.config["writes"][-1], merged.uri))
+    newest, where = max(indexes)
+    if newest > database.last:
+        raise UsageError(
+            f"{database.path} has the writes up to {database.last}, {where} holds those up to {newest}: the database "
+            "is older, or gone; restore a newer backup, serve that index with a new folder as writes.state, or remove "
+            "it to go on without its writes"
         )

@@ -8,6 +8,7 @@ folder; what an attempt that was killed has finished, the next finds.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import pyarrow.parquet as pq
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft, find, hash_json, lineage
 from lookalike.errors import ArtifactError, LookalikeError, UsageError
-from lookalike.serve.generations.journal import Record, read_frame
+from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.wire.errors import invalid
 from lookalike.stages import execute, get_stage
 from lookalike.telemetry import fields, get_logger
 
@@ -32,7 +34,7 @@ VERSION = 1
 """Raised when the same writes are merged otherwise."""
 
 
-def final_rows(records: Iterable[Record]) -> dict[str, pb.Row | None]:
+def final_rows(records: Iterable[WriteRecord]) -> dict[str, pb.Row | None]:
     """What the writes leave of each id that they touch: its row, or None when it is deleted."""
     rows: dict[str, pb.Row | None] = {}
     for record in records:
@@ -44,11 +46,11 @@ def final_rows(records: Iterable[Record]) -> dict[str, pb.Row | None]:
     return rows
 
 
-def merge_embeddings(embeddings: Artifact, records: Sequence[Record], root: str) -> Artifact:
+def merge_embeddings(embeddings: Artifact, records: Sequence[WriteRecord], root: str) -> Artifact:
     """Publish ``embeddings`` with the writes merged in under ``root``; parts without touched rows are shared."""
     writes = hashlib.sha256()
     for record in records:
-        writes.update(record.to_bytes())
+        writes.update(record.digest)
     mark, name = hash_json([VERSION, embeddings.digest, writes.hexdigest()])[:20], embeddings.manifest.name
     with storage.exclusive(storage.join(root, ".locks", f"embeddings-{name}-{mark}"), _tell_waiting):
         done = find(root, "embeddings", name, mark)
@@ -59,7 +61,7 @@ def _tell_waiting() -> None:
     log.warning("wait %s", fields(reason="an earlier attempt is still merging the same writes"))
 
 
-def _merge(embeddings: Artifact, records: Sequence[Record], draft: Draft) -> Artifact:
+def _merge(embeddings: Artifact, records: Sequence[WriteRecord], draft: Draft) -> Artifact:
     rows = final_rows(records)
     draft.clear()
     storage.make_directory(draft.uri)
@@ -120,7 +122,7 @@ def make_table(rows: Sequence[pb.Row], schema: pa.Schema) -> pa.Table:
     return pa.table([columns[field.name] for field in schema], schema=schema)
 
 
-def compact(index: str, records: Sequence[Record], folder: str) -> str:
+def compact(index: str, records: Sequence[WriteRecord], folder: str) -> str:
     """Publish the index at ``index`` with the writes merged in, under ``folder``; its URI."""
     base = Artifact.open(index, "index", check=False)
     embeddings = find_embeddings(base)
@@ -154,22 +156,33 @@ def find_embeddings(index: Artifact) -> Artifact:
     raise ArtifactError(f"{index.uri} names no embeddings that it was made from; build it with `lookalike index`")
 
 
-async def compact_in_task(index: str, records: Sequence[Record], folder: str) -> str:
-    """:func:`compact` as a Ray task, away from the writer's own process."""
+@lru_cache(8)
+def read_where(index: str) -> dict[str, list[str]]:
+    """Conditions that all rows of an index meet: column -> allowed values."""
+    conditions: dict[str, list[str]] = Artifact.open(index, check=False).manifest.config.get("where") or {}
+    return conditions
+
+
+def check_kept(row: pb.Row, where: dict[str, list[str]]) -> None:
+    """Refuse a row that the index leaves out: the next compaction would lose it."""
+    for column, values in where.items():
+        if row.metadata.get(column) not in values:
+            raise invalid(
+                f"row {row.id!r} has {column}={row.metadata.get(column)!r}; this index holds only rows with "
+                f"{column} in {values}: set it in the metadata"
+            )
+
+
+async def compact_in_task(index: str, records: Sequence[WriteRecord], folder: str) -> str:
+    """:func:`compact` as a Ray task, outside the writer's process."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    frames = [record.to_bytes() for record in records]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # has the folder
-    task = ray.remote(num_cpus=0, max_retries=1)(_compact_frames).options(scheduling_strategy=here)
+    task = ray.remote(num_cpus=0, max_retries=1)(compact).options(scheduling_strategy=here)
     try:
-        return str(await task.remote(index, frames, folder))
+        return str(await task.remote(index, records, folder))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (LookalikeError, OSError)):
             raise error.cause from None
         raise
-
-
-def _compact_frames(index: str, frames: Sequence[bytes], folder: str) -> str:
-    found = [read_frame(frame) for frame in frames]
-    return compact(index, [one[0] for one in found if one is not None], folder)

@@ -1,47 +1,50 @@
-"""The writes of a service: on the disk, and in memory as far as some generation that is held lacks them.
+"""The writes of a service: on the disk, and in memory as far as a held generation lacks them.
 
-Writes that come during one sync are stored with the next, so many writers cost little more than one.
+Writes that arrive during one sync are stored with the next, so many writers cost little more than one. One thread uses
+the database.
 """
 
 import asyncio
 import bisect
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 
-from lookalike.errors import UsageError
-from lookalike.serve.generations.journal import Journal, Record
-from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.generations.database import Database
+from lookalike.serve.generations.state import State
+from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.wire.errors import RetrievalError
 
 NEWS_BYTES = 1 << 20
-"""Writes that one answer to a follower holds, about: calls between replicas take 4 MiB at most."""
+"""Approximate size of the writes in one answer to a follower: calls between replicas take 4 MiB at most."""
 
 
 class WriteLog:
-    """The log in ``folder``; ``stored`` is called after writes have been."""
+    """The writes and the state in ``database``; calls ``stored`` after writes are stored."""
 
-    def __init__(self, journal: Journal, after: int, stored: Callable[[], Any]) -> None:
-        if after + 1 < journal.first:
-            raise UsageError(
-                f"{journal.folder} has the writes from {journal.first} on, the index needs those from "
-                f"{after + 1} on; say which it holds, or restore the folder from a copy"
-            )
-        self.journal, self._stored = journal, stored
-        self.last = journal.last
-        """Number of the last write that is stored and in memory: the journal is ahead of it while its thread ends."""
+    def __init__(self, database: Database, after: int, stored: Callable[[], Any]) -> None:
+        self._database, self._stored = database, stored
+        self._thread = ThreadPoolExecutor(1, "writes")
+        self._records = database.read(after)
+        self.last = database.last
+        """Number of the last write that is stored and in memory; the database is ahead of it until its thread ends."""
         self.since = after
         """The writes after this one are in memory."""
-        self._records = list(journal.read(after))
-        self._rows = [count_rows(record) for record in self._records]
+        self._rows = [record.num_rows for record in self._records]
         self._waiting: list[tuple[int, bytes, asyncio.Future[int]]] = []
         self._begun: set[asyncio.Future[int]] = set()
         """Writes that are being stored, or wait for it."""
         self._committing: asyncio.Task[None] | None = None
 
+    @property
+    def first(self) -> int:
+        """Number of the oldest write that is kept."""
+        return self._database.first
+
     async def store(self, kind: int, content: bytes) -> int:
-        """The write's number, once it is on the disk. UNAVAILABLE when it could not be stored; nothing of it is."""
+        """Return the write's number once it is on the disk. UNAVAILABLE if it could not be stored: nothing of it is."""
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._begun.add(done)
         done.add_done_callback(self._begun.discard)
@@ -60,22 +63,25 @@ class WriteLog:
             batch, self._waiting = self._waiting, []
             first = self.last + 1
             try:
-                await asyncio.to_thread(self.journal.append, [(kind, content) for kind, content, _ in batch])
-            except Exception as error:  # noqa: BLE001  # whatever it is, those who wait are told
+                await self._run(self._database.append, [(kind, content) for kind, content, _ in batch])
+            except Exception as error:  # noqa: BLE001  # whatever it is, the callers who wait are told
                 reason = f"the write could not be stored ({error}); nothing of it was kept"
                 for _, _, done in batch:
                     done.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, reason))
                 continue
-            records = [Record(first + place, kind, content) for place, (kind, content, _) in enumerate(batch)]
+            records = [WriteRecord(number, kind, content) for number, (kind, content, _) in enumerate(batch, first)]
             self._records += records
-            self._rows += map(count_rows, records)
+            self._rows += [record.num_rows for record in records]
             self.last = records[-1].number
             for record, (_, _, done) in zip(records, batch, strict=True):
                 if not done.done():
                     done.set_result(record.number)
             self._stored()
 
-    def after(self, number: int, through: int | None = None) -> list[Record]:
+    async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    def after(self, number: int, through: int | None = None) -> list[WriteRecord]:
         """The writes in memory with larger numbers, in order, up to ``through``."""
         end = len(self._records) if through is None else self._place(through)
         return self._records[self._place(number) : end]
@@ -84,15 +90,15 @@ class WriteLog:
         """Rows that those writes store or delete."""
         return sum(self._rows[self._place(number) :])
 
-    def frames_after(self, number: int) -> list[bytes]:
-        """Those writes as they travel, as many as one answer holds."""
-        frames, size = [], 0
+    def news_after(self, number: int) -> list[WriteRecord]:
+        """As many of those writes as one answer to a follower holds."""
+        records, size = [], 0
         for record in self._records[self._place(number) :]:
-            frames.append(record.to_bytes())
-            size += len(frames[-1])
+            records.append(record)
+            size += len(record.content)
             if size > NEWS_BYTES:
                 break
-        return frames
+        return records
 
     def _place(self, number: int) -> int:
         return bisect.bisect_right(self._records, number, key=lambda record: record.number)
@@ -100,30 +106,23 @@ class WriteLog:
     async def remember(self, after: int) -> None:
         """Have the writes after that one in memory."""
         if after < self.since:
-            read = await asyncio.to_thread(lambda: list(self.journal.read(after)))
-            older = [record for record in read if record.number <= self.since]
-            self._records[:0], self._rows[:0] = older, [count_rows(record) for record in older]
+            records = await self._run(self._database.read, after)
+            older = [record for record in records if record.number <= self.since]
+            self._records[:0], self._rows[:0] = older, [record.num_rows for record in older]
             self.since = after
 
-    def forget(self, through: int) -> None:
-        """Drop the writes up to that one, which no generation lacks."""
-        self.since = max(self.since, through)
-        place = self._place(through)
+    async def save_state(self, state: State) -> None:
+        """Store ``state``, and drop the writes that every generation it holds includes."""
+        await self._run(self._database.save_state, state)
+        self.since = max(self.since, state.includes_writes)
+        place = self._place(state.includes_writes)
         del self._records[:place], self._rows[:place]
-        self.journal.forget(through)
 
+    async def backup(self, target: str) -> int:
+        """:meth:`Database.backup`, between two transactions."""
+        return int(await self._run(self._database.backup, target))
 
-def count_rows(record: Record) -> int:
-    """Rows that a write stores or deletes."""
-    message = record.message
-    return len(message.rows) if isinstance(message, pb.UpsertRequest) else len(message.ids)
-
-
-def find_foreign(records: list[Record], model: str) -> int:
-    """How many rows are written with vectors of another model than ``model``."""
-    messages = (record.message for record in records)
-    return sum(
-        len(message.rows)
-        for message in messages
-        if isinstance(message, pb.UpsertRequest) and message.model_fingerprint != model
-    )
+    def close(self) -> None:
+        """Let others write; what is being stored ends first."""
+        self._thread.shutdown()
+        self._database.close()

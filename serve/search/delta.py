@@ -17,7 +17,7 @@ from lookalike.retrieval.index_meta import IndexMeta, shard_of
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, merge_hits, sort_keys
 from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.vectors import inverse_norms, normalise
-from lookalike.serve.generations.journal import Record
+from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.wire.ask import Ask
 
@@ -148,7 +148,7 @@ class Delta:
         self._replaced: list[Rows] = [np.empty(0, np.int64) for _ in shards]
         self._written: WrittenRows | None = None
 
-    def apply(self, records: Sequence[Record]) -> None:
+    def apply(self, records: Sequence[WriteRecord]) -> None:
         """Take in writes, in order; writes taken in before are skipped."""
         with self._lock:
             replaced: list[list[int]] = [[] for _ in self._shards]
@@ -161,7 +161,7 @@ class Delta:
                     self._replaced[position] = np.union1d(self._replaced[position], np.array(rows, np.int64))
             self._written = None
 
-    def _apply(self, record: Record, replaced: list[list[int]]) -> None:
+    def _apply(self, record: WriteRecord, replaced: list[list[int]]) -> None:
         message = record.message
         if isinstance(message, pb.DeleteRequest):
             for image_id in filter(self._owns, message.ids):

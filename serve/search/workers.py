@@ -17,7 +17,7 @@ from lookalike.retrieval.ranking import NO_ROW, Hits, empty_hits, merge_hits
 from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
-from lookalike.serve.generations.journal import Record
+from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.search.delta import WRITTEN, Delta, WrittenRows, search_all, shortlist_all
 from lookalike.serve.wire.answers import Answer, Column, Entry, Packed, compose, occurring_rows, pack, read_hits, unpack
 from lookalike.serve.wire.ask import Ask
@@ -70,7 +70,7 @@ class ShardWorker(Follows):
         """Let go of a generation; searches under way keep what they use."""
         self.generations.pop(name, None)
 
-    def apply(self, opened: ShardGroup, records: Sequence[Record]) -> None:
+    def apply(self, opened: ShardGroup, records: Sequence[WriteRecord]) -> None:
         """Take in writes that ``opened`` does not hold."""
         opened.delta.apply(records)
 

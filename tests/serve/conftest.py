@@ -160,12 +160,9 @@ def publish_plan(root: str, index: Artifact, plan: dict[str, object], name: str 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Polls of writer and followers short enough for tests."""
-    from lookalike.serve.generations import follower
-    from lookalike.serve.generations import writer as module
+    from lookalike.serve.generations import follower, news
 
-    for place in (follower, module):
-        monkeypatch.setattr(place, "POLL_S", 0.2)
-    monkeypatch.setattr(module, "SILENCE_S", 0.6)
+    monkeypatch.setattr(news, "POLL_S", 0.2)
     monkeypatch.setattr(follower, "RETRY_S", 0.02)
 
 

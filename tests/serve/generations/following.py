@@ -1,24 +1,27 @@
 """A writer and followers in one process, for tests of either."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pytest
+import pyarrow.parquet as pq
 
-from lookalike.serve.generations.compaction import ROOT
+from lookalike.artifacts import Artifact
+from lookalike.retrieval.plan import Plan
+from lookalike.serve.generations.compaction import ROOT, find_embeddings, merge_embeddings
 from lookalike.serve.generations.follower import Follower
 from lookalike.serve.generations.generation import Generation, read_generation
+from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.generations.writer import Writer
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Router
 from lookalike.serve.search.workers import ShardWorker
 from lookalike.serve.settings.config import ServeConfig
-
-if TYPE_CHECKING:
-    from tests.serve.conftest import World
+from lookalike.serve.wire.errors import RetrievalError
+from tests.serve.conftest import publish_index
 
 VECTOR = np.arange(1, 65, dtype=np.float32)
 
@@ -53,39 +56,41 @@ async def follow(handle: Handle, group: int = 0, num_groups: int = 1) -> ShardWo
     return worker
 
 
-async def leave(*workers: ShardWorker) -> None:
-    for worker in workers:
-        task = worker.follower._task  # type: ignore[union-attr]
-        assert task is not None
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-
 def upsert(*ids: str, model: str, vector: np.ndarray = VECTOR) -> bytes:
     rows = [pb.Row(id=image_id, vector=vector.tobytes()) for image_id in ids]
     return pb.UpsertRequest(rows=rows, model_fingerprint=model).SerializeToString()
 
 
 async def ids(worker: ShardWorker, name: str, k: int = 3) -> list[str]:
-    plan = read_plan()
+    """What a search in generation ``name`` finds."""
+    plan = Plan.exact(64)
     deadline = asyncio.get_running_loop().time() + 10
     found = await Router([worker]).search(name, VECTOR[None], k, plan, {}, deadline=deadline, allow_partial=False)
     return [found.answer.entries[row][0] for row in found.answer.hits.rows[0].tolist() if row >= 0]
 
 
 def published(folder: str) -> set[str]:
-    """What compactions made that is still there."""
+    """Artifacts of compactions that are still there."""
     return {str(path.parent) for path in Path(folder, ROOT).glob("*/*/*/manifest.json")}
 
 
-def read_plan() -> Any:
-    from lookalike.retrieval.plan import Plan
+async def holds(worker: ShardWorker, name: str) -> bool:
+    """Whether ``worker`` answers for generation ``name``."""
+    try:
+        await ids(worker, name)
+    except RetrievalError as error:
+        if "is not loaded here" not in str(error):
+            raise
+        return False
+    return True
 
-    return Plan.exact(64)
+
+async def status(writer: Writer) -> pb.StatusResponse:
+    return pb.StatusResponse.FromString(await writer.status())
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Return when ``condition`` is met; it fails after 4 s."""
     for _ in range(200):
         if await condition():
             return
@@ -105,9 +110,18 @@ def switch_to(index: str, **settings: Any) -> bytes:
     return pb.SwitchRequest(index=index, encoder="none", **settings).SerializeToString()
 
 
-def other_model(world: "World") -> Generation:
-    from dataclasses import replace
-
-    generation = read_generation(world.index, None, "none")
+def other_model(index: str) -> Generation:
+    """The generation of ``index``, as if another model had made its vectors."""
+    generation = read_generation(index, None, "none")
     encoder = generation.meta.encoder.model_copy(update={"fingerprint": "another"})
     return replace(generation, meta=generation.meta.model_copy(update={"encoder": encoder}))
+
+
+async def compact_here(index: str, records: Sequence[WriteRecord], folder: str) -> str:
+    """A compaction in this process, by the tests' own way to build an index."""
+    base, root = Artifact.open(index, "index", check=False), f"{folder}/{ROOT}"
+    merged = merge_embeddings(find_embeddings(base), records, root)
+    rows = [row for part in merged.files("part-", ".parquet") for row in pq.read_table(part).to_pylist()]
+    vectors = {row["image_id"]: np.array(row["vector"], np.float32) for row in rows}
+    model = read_generation(index, None, "none").meta.model_fingerprint
+    return publish_index(root, merged, vectors, model, fingerprint=f"{records[-1].number:020d}").uri

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lookalike.artifacts import Artifact
-from lookalike.serve.generations import writer as module
+from lookalike.serve.generations import followers
+from lookalike.serve.generations.news import News, Poll
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import RetrievalError
@@ -15,10 +16,11 @@ from tests.serve.generations.following import (
     Handle,
     broken,
     follow,
+    holds,
     ids,
-    leave,
     open_writer,
     run,
+    status,
     switch_to,
     until,
     upsert,
@@ -44,8 +46,7 @@ def test_writes_outlive_the_writer_and_reach_those_who_wait(config: ServeConfig,
 
         await until(all_seen)
         handle.target = None  # killed
-        writer._log.journal.close()
-        await asyncio.sleep(0.1)
+        writer.close()
         assert await all_seen()
         handle.target = again = open_writer(config)
         assert await again.delete(pb.DeleteRequest(ids=["n1"]).SerializeToString()) == 6
@@ -56,8 +57,7 @@ def test_writes_outlive_the_writer_and_reach_those_who_wait(config: ServeConfig,
         await until(one_less)
         late = await follow(handle)
         assert sorted(await ids(late, name, 4)) == ["n0", "n2", "n3", "n4"]
-        await leave(worker, late)
-        again._log.journal.close()
+        again.close()
 
     run(work)
 
@@ -69,19 +69,18 @@ def test_a_switch_waits_for_all_and_fails_for_all(config: ServeConfig, world: "W
         before = world.searcher.meta.generation
         moved = pb.Generation.FromString(await writer.switch(switch_to(indexes[0])))
         assert moved.num_rows == 40
-        assert all(moved.name in worker._held for worker in workers)
+        assert all([await holds(worker, moved.name) for worker in workers])
         workers[1].open = broken  # type: ignore[method-assign]
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*shard-001: no memory.*nothing has changed"):
             await writer.switch(switch_to(indexes[1]))
-        status = pb.StatusResponse.FromString(await writer.status())
-        assert (status.current, status.previous) == (moved.name, before)
+        now = await status(writer)
+        assert (now.current, now.previous) == (moved.name, before)
         assert pb.Generation.FromString(await writer.rollback()).name == before
         assert pb.Generation.FromString(await writer.rollback()).name == moved.name  # and back
-        await leave(*workers)
-        writer._log.journal.close()
+        writer.close()
         again = open_writer(config)
-        assert again._state.current == moved.name
-        again._log.journal.close()
+        assert (await status(again)).current == moved.name
+        again.close()
 
     run(work)
 
@@ -93,14 +92,12 @@ def test_a_replaced_generation_is_let_go(config: ServeConfig, world: "World", in
         for index in indexes:
             await writer.switch(switch_to(index))
 
-        async def two_left() -> bool:
-            return set(worker._held) == {Artifact.open(index).manifest.fingerprint for index in indexes}
+        async def is_gone() -> bool:
+            return not await holds(worker, world.searcher.meta.generation)
 
-        await until(two_left)
-        with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*is not loaded here"):
-            await ids(worker, world.searcher.meta.generation)
-        await leave(worker)
-        writer._log.journal.close()
+        await until(is_gone)
+        assert all([await holds(worker, Artifact.open(index).manifest.fingerprint) for index in indexes])
+        writer.close()
 
     run(work)
 
@@ -108,35 +105,42 @@ def test_a_replaced_generation_is_let_go(config: ServeConfig, world: "World", in
 def test_a_write_that_comes_at_the_end_of_loading_is_not_passed_over(
     config: ServeConfig, world: "World", indexes: list[str]
 ) -> None:
-    model, new_goes, old_goes, old_waits = world.encoder.fingerprint, threading.Event(), threading.Event(), []
+    model, new_goes, old_goes = world.encoder.fingerprint, threading.Event(), threading.Event()
 
     async def work() -> None:
         writer = open_writer(config)
         worker = await follow(Handle(writer))
-        await writer.upsert(upsert("n1", model=model))
-        apply, old = worker.apply, worker._held[world.searcher.meta.generation]
-        while old.delta.last < 1:
-            await asyncio.sleep(0.01)
+        apply, old, new_waits, old_waits = worker.apply, [], asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
 
         def slow(opened: Any, records: Any) -> None:
-            old_waits.append(opened is old)
-            assert (old_goes if opened is old else new_goes).wait(10)
+            if not old:  # the first write
+                old.append(opened)
+                loop.call_soon_threadsafe(first_taken.set)
+            elif opened is old[0]:
+                loop.call_soon_threadsafe(old_waits.set)
+                assert old_goes.wait(10)
+            else:
+                loop.call_soon_threadsafe(new_waits.set)
+                assert new_goes.wait(10)
             apply(opened, records)
+            if new_goes.is_set() and opened is not old[0]:
+                loop.call_soon_threadsafe(given.set)
 
+        first_taken, given = asyncio.Event(), asyncio.Event()
         worker.apply = slow  # type: ignore[method-assign]
+        await writer.upsert(upsert("n1", model=model))
+        await first_taken.wait()
         switching = asyncio.ensure_future(writer.switch(switch_to(indexes[0])))
-        while not old_waits:  # the new one is being given the first write
-            await asyncio.sleep(0.01)
+        await new_waits.wait()  # the new one is being given the first write
         await writer.upsert(upsert("n2", model=model))
-        while True not in old_waits:  # the old one is being given the second
-            await asyncio.sleep(0.01)
+        await old_waits.wait()  # the old one is being given the second
         new_goes.set()
-        await asyncio.sleep(0.1)
+        await given.wait()
         old_goes.set()
         moved = pb.Generation.FromString(await switching)
         assert {"n1", "n2"} <= set(await ids(worker, moved.name, 5))
-        await leave(worker)
-        writer._log.journal.close()
+        writer.close()
 
     run(work)
 
@@ -149,10 +153,8 @@ def test_another_plan_may_be_tried_again_after_one_could_not_be_held(config: Ser
         with pytest.raises(RetrievalError, match="no memory"):
             await writer.switch(switch_to(world.index, plan=world.plan))
         worker.open = whole  # type: ignore[method-assign]
-        await asyncio.sleep(0.5)
         assert pb.Generation.FromString(await writer.switch(switch_to(world.index, plan=world.plan))).plan == world.plan
-        await leave(worker)
-        writer._log.journal.close()
+        writer.close()
 
     run(work)
 
@@ -166,8 +168,7 @@ def test_what_an_index_is_said_to_hold_can_be_put_right(config: ServeConfig, wor
         assert "n" not in await ids(worker, name)
         await writer.switch(switch_to(world.index, includes_writes=0))
         assert "n" in await ids(worker, name)
-        await leave(worker)
-        writer._log.journal.close()
+        writer.close()
 
     run(work)
 
@@ -175,13 +176,19 @@ def test_what_an_index_is_said_to_hold_can_be_put_right(config: ServeConfig, wor
 def test_replicas_that_come_and_go_are_not_remembered(config: ServeConfig) -> None:
     async def work() -> None:
         writer = open_writer(config)
-        for _ in range(3):
-            await leave(await follow(Handle(writer)))
-        await asyncio.sleep(1)  # longer than a silent one is waited for
-        worker = await follow(Handle(writer))
-        assert len(writer._followers) == 1
-        await leave(worker)
-        writer._log.journal.close()
+        handles = [Handle(writer) for _ in range(3)]
+        for handle in handles:
+            await follow(handle)
+        assert [role.replicas for role in (await status(writer)).followers] == [3]
+        for handle in handles:
+            handle.target = None
+        await follow(Handle(writer))
+
+        async def is_alone() -> bool:
+            return [role.replicas for role in (await status(writer)).followers] == [1]
+
+        await until(is_alone)
+        writer.close()
 
     run(work)
 
@@ -207,8 +214,7 @@ def test_a_write_that_could_not_be_taken_in_is_asked_for_again(config: ServeConf
 
         await until(is_found)
         assert not failures
-        await leave(worker)
-        writer._log.journal.close()
+        writer.close()
 
     run(work)
 
@@ -221,23 +227,22 @@ def test_a_writer_whose_clock_goes_back_is_followed(
         worker = await follow(handle)
         await before.switch(switch_to(indexes[0]))
         handle.target = None
-        before._log.journal.close()
-        monkeypatch.setattr(module.time, "time_ns", lambda: 1)
+        before.close()
+        monkeypatch.setattr(followers.time, "time_ns", lambda: 1)
         handle.target = again = open_writer(config)
         moved = pb.Generation.FromString(await again.switch(switch_to(indexes[1], timeout_s=5)))
         assert len(await ids(worker, moved.name)) == 3
-        asked = 0
+        polls = 0
         poll = again.follow
 
-        async def count(text: str) -> Any:
-            nonlocal asked
-            asked += 1
-            return await poll(text)
+        async def count(sent: Poll) -> News:
+            nonlocal polls
+            polls += 1
+            return await poll(sent)
 
         again.follow = count  # type: ignore[method-assign]
         await asyncio.sleep(1)
-        assert asked <= 10  # it waits for news
-        await leave(worker)
-        again._log.journal.close()
+        assert polls <= 10  # it waits for news
+        again.close()
 
     run(work)

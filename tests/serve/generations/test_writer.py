@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lookalike.errors import UsageError
-from lookalike.serve.generations import journal
+from lookalike.retrieval.searcher import Searcher
+from lookalike.serve.generations import database
 from lookalike.serve.generations import writer as module
-from lookalike.serve.generations.compaction import ROOT, compact
+from lookalike.serve.generations.compaction import ROOT, check_kept
+from lookalike.serve.generations.database import FILE, Database
+from lookalike.serve.generations.generation import Generation
+from lookalike.serve.generations.state import State
 from lookalike.serve.generations.writer import Writer
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig, Writes
@@ -18,13 +22,14 @@ from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.generations.following import (
     VECTOR,
     Handle,
+    compact_here,
     follow,
     ids,
-    leave,
     open_writer,
     other_model,
     published,
     run,
+    status,
     switch_to,
     upsert,
 )
@@ -35,92 +40,108 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("soon")
 
 
+@pytest.fixture
+def no_spare_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compactions in this process, after which only the writes that are lacked are kept."""
+    monkeypatch.setattr(database, "KEPT_WRITES", 1)
+    monkeypatch.setattr(module, "compact_in_task", compact_here)
+
+
+def generation(message: bytes) -> pb.Generation:
+    return pb.Generation.FromString(message)
+
+
+@pytest.mark.usefixtures("no_spare_writes")
 def test_an_index_without_the_writes_gets_them_and_none_may_be_lost(
-    config: ServeConfig, world: "World", indexes: list[str], monkeypatch: pytest.MonkeyPatch
+    config: ServeConfig, world: "World", indexes: list[str]
 ) -> None:
     """After a compaction the log may go on from there only if no index without the writes is to be served."""
-    model = world.encoder.fingerprint
-    monkeypatch.setattr(journal, "FILE_BYTES", 1)  # every write a file of its own
-    folder = config.writes.state or ""
+    model, folder = world.encoder.fingerprint, config.writes.state or ""
 
-    async def in_process(index: str, records: Any, where: str) -> str:
-        return await asyncio.to_thread(compact, index, records, where)
+    async def work() -> None:
+        handle = Handle(writer := open_writer(config))
+        worker = await follow(handle)
+        for number in range(3):
+            await writer.upsert(upsert(f"new-{number:03d}", model=model, vector=VECTOR * (-1) ** number))
+        compacted = generation(await writer.compact(0))
+        assert (compacted.includes_writes, compacted.num_rows) == (3, 63)
+        assert compacted.index.startswith(f"{folder}/{ROOT}/")
+        assert set(await ids(worker, compacted.name, 2)) == {"new-000", "new-002"}
+        # the index before it is still held for a rollback, so the log has all, and another index can get them
+        moved = generation(await writer.switch(switch_to(indexes[0])))
+        assert moved.includes_writes == 0
+        assert set(await ids(worker, moved.name, 2)) == {"new-000", "new-002"}
+        assert generation(await writer.switch(switch_to(compacted.index))).includes_writes == 3
+        await writer.upsert(upsert("new-003", model=model))
+        again = generation(await writer.compact(0))
+        assert (again.includes_writes, again.num_rows) == (4, 64)
+        with pytest.raises(RetrievalError, match=r"holds the service's writes up to 0, those up to 3 are only in"):
+            await writer.switch(switch_to(indexes[0]))
+        assert generation(await writer.switch(switch_to(indexes[0], includes_writes=4))).num_rows == 40
+        await writer.rollback()
+        assert len(published(folder)) == 4  # two indexes and their embeddings, all young
+        await writer.upsert(upsert("new-004", model=model))
+        writer.close()
+        handle.target = writer = open_writer(config.model_copy(update={"writes": Writes(state=folder, keep_hours=0)}))
+        last = generation(await writer.compact(0))
+        assert last.num_rows == 65
+        left = published(folder)
+        assert len(left) == 4  # of the index that is served and of the one before it
+        assert {again.index, last.index} <= left
+        rolled = generation(await writer.rollback())
+        assert rolled.index == again.index
+        assert "new-004" in await ids(worker, rolled.name, 5)
+        writer.close()
 
-    monkeypatch.setattr(module, "compact_in_task", in_process)
-    monkeypatch.setattr(
-        "lookalike.serve.index.build.map_tasks", lambda function, tasks, _: [function(*t) for t in tasks]
-    )
+    run(work)
+
+
+def test_another_model_is_refused_while_writes_wait(
+    config: ServeConfig, world: "World", indexes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, loading, go = world.encoder.fingerprint, threading.Event(), threading.Event()
+    other = other_model(indexes[0])
+    monkeypatch.setattr(module, "read_generation", lambda *_, **__: other)
 
     async def work() -> None:
         writer = open_writer(config)
         worker = await follow(Handle(writer))
-        for number in range(3):
-            await writer.upsert(upsert(f"n{number}", model=model, vector=VECTOR * (-1) ** number))
-        compacted = pb.Generation.FromString(await writer.compact(0))
-        assert (compacted.includes_writes, compacted.num_rows) == (3, 63)
-        assert compacted.index.startswith(f"{folder}/{ROOT}/")
-        assert set(await ids(worker, compacted.name, 2)) == {"n0", "n2"}
-        # the index before it is still held for a rollback, so the log has all, and another index can get them
-        moved = pb.Generation.FromString(await writer.switch(switch_to(indexes[0])))
-        assert moved.includes_writes == 0
-        assert set(await ids(worker, moved.name, 2)) == {"n0", "n2"}
-        assert pb.Generation.FromString(await writer.switch(switch_to(compacted.index))).includes_writes == 3
-        await writer.upsert(upsert("n3", model=model))
-        again = pb.Generation.FromString(await writer.compact(0))
-        assert (again.includes_writes, again.num_rows) == (4, 64)
-        assert writer._log.journal.first == 4  # both that are held have the first three
-        with pytest.raises(RetrievalError, match=r"holds the service's writes up to 0, those up to 3 are only in"):
-            await writer.switch(switch_to(indexes[0]))
-        assert pb.Generation.FromString(await writer.switch(switch_to(indexes[0], includes_writes=4))).num_rows == 40
-        await writer.rollback()
-        assert len(published(folder)) == 4  # two indexes and their embeddings, all young
-        await writer.upsert(upsert("n4", model=model))
-        writer._config = writer._config.model_copy(update={"writes": Writes(state=folder, keep_hours=0)})
-        last = pb.Generation.FromString(await writer.compact(0))
-        assert last.num_rows == 65
-        kept = published(folder)
-        assert len(kept) == 4  # of the one that is served and of the one before it
-        assert {again.index, last.index} <= kept
-        rolled = pb.Generation.FromString(await writer.rollback())
-        assert rolled.index == again.index
-        assert "n4" in await ids(worker, rolled.name, 5)
-        await leave(worker)
-        writer._log.journal.close()
-
-    run(work)
-
-
-def test_another_model_is_refused_while_writes_wait(config: ServeConfig, world: "World") -> None:
-    model = world.encoder.fingerprint
-
-    async def work() -> None:
-        writer = open_writer(config)
-        await writer.upsert(upsert("n", model=model))
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*of model another"):
             await writer.upsert(upsert("m", model="another"))
-        writer._is_changing_model = True
+        whole = worker.open
+
+        def slow(wanted: Generation) -> Any:
+            loading.set()
+            go.wait(10)
+            return whole(wanted)
+
+        worker.open = slow  # type: ignore[method-assign]
+        switching = asyncio.ensure_future(writer.switch(switch_to(indexes[0])))
+        await asyncio.to_thread(loading.wait, 10)
         with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*index of another model is being loaded"):
             await writer.upsert(upsert("m", model=model))
-        writer._is_changing_model = False
-        await writer._log.store(journal.UPSERT, upsert("m", model="another"))  # as after a rollback to another model
+        go.set()
+        await switching
+        await writer.upsert(upsert("m", model="another"))
+        await writer.rollback()
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*1 written rows have vectors of another model"):
             await writer.compact(0)
-        assert pb.StatusResponse.FromString(await writer.status()).pending_rows == 2
-        writer._log.journal.close()
+        assert (await status(writer)).pending_rows == 1
+        writer.close()
 
     run(work)
-    other = config.model_copy(update={"index": world.index + "/"})  # another configuration of the same index
+    moved = config.model_copy(update={"index": world.index + "/"})  # another configuration of the same index
     with pytest.raises(UsageError, match="another model"):
-        Writer(other, other_model(world))
-    open_writer(other)._log.journal.close()
+        Writer(moved, other_model(world.index))
+    open_writer(moved).close()
 
 
 def test_rows_that_compaction_would_lose_are_refused() -> None:
     row = pb.Row(id="a", metadata={"view": "front"})
-    module.check_kept(row, {})
-    module.check_kept(row, {"view": ["icon", "front"]})
+    check_kept(row, {})
+    check_kept(row, {"view": ["icon", "front"]})
     with pytest.raises(RetrievalError, match=r"INVALID_ARGUMENT.*view='front'.*\['icon'\]"):
-        module.check_kept(row, {"view": ["icon"]})
+        check_kept(row, {"view": ["icon"]})
 
 
 def test_too_many_waiting_rows_are_refused(config: ServeConfig, world: "World") -> None:
@@ -131,7 +152,7 @@ def test_too_many_waiting_rows_are_refused(config: ServeConfig, world: "World") 
         await writer.upsert(upsert("a", "b", model=world.encoder.fingerprint))
         with pytest.raises(RetrievalError, match=r"RESOURCE_EXHAUSTED.*2 rows wait.*compact"):
             await writer.upsert(upsert("c", model=world.encoder.fingerprint))
-        writer._log.journal.close()
+        writer.close()
 
     run(work)
 
@@ -143,15 +164,15 @@ def test_a_write_under_way_keeps_another_model_out(
 
     async def work() -> None:
         writer = open_writer(config)
-        append = writer._log.journal.append
+        append = Database.append
 
-        def slow(writes: Any) -> int:
+        def slow(self: Database, writes: Any) -> int:
             stored.set()
             go.wait(10)
-            return append(writes)
+            return append(self, writes)
 
-        monkeypatch.setattr(writer._log.journal, "append", slow)
-        monkeypatch.setattr(module, "read_generation", lambda *_, **__: other_model(world))
+        monkeypatch.setattr(Database, "append", slow)
+        monkeypatch.setattr(module, "read_generation", lambda *_, **__: other_model(world.index))
         storing = asyncio.ensure_future(writer.upsert(upsert("n", model=world.encoder.fingerprint)))
         await asyncio.to_thread(stored.wait, 10)
         asyncio.get_running_loop().call_later(0.1, go.set)
@@ -159,48 +180,68 @@ def test_a_write_under_way_keeps_another_model_out(
             await writer.switch(switch_to(indexes[0]))
         assert await storing == 1
         assert await writer.upsert(upsert("m", model=world.encoder.fingerprint)) == 2
-        writer._log.journal.close()
+        writer.close()
 
     run(work)
 
 
-def test_a_folder_whose_parts_do_not_fit_is_refused(
-    config: ServeConfig, world: "World", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Files restored from copies of different times, or gone: no acknowledged write may be passed over silently."""
+@pytest.mark.usefixtures("no_spare_writes")
+def test_a_folder_whose_parts_do_not_fit_is_refused(config: ServeConfig, world: "World", indexes: list[str]) -> None:
+    """A database that is gone, or older than an index of the service: no acknowledged write may be passed over."""
     model, folder = world.encoder.fingerprint, Path(config.writes.state or "")
-    monkeypatch.setattr(journal, "FILE_BYTES", 1)
 
     async def work() -> None:
         writer = open_writer(config)
-        for number in range(3):
-            await writer.upsert(upsert(f"n{number}", model=model))
-        await writer.switch(switch_to(world.index, includes_writes=3))
-        await writer._set(writer._state.model_copy(update={"held": (writer._state.serving,)}))
-        writer._forget()
-        writer._log.journal.close()
+        await writer.upsert(upsert("new-000", model=model))
+        assert await writer.backup(f"{folder}/older") == 1
+        for number in (1, 2):
+            await writer.upsert(upsert(f"new-{number:03d}", model=model))
+        for number in (3, 4):
+            await writer.compact(0)
+            await writer.upsert(upsert(f"new-{number:03d}", model=model))
+        writer.close()
 
     run(work)
-    state = (folder / "state.json").read_bytes()
-    (folder / "state.json").unlink()
-    with pytest.raises(UsageError, match=r"no state.json, and its writes before 3 .*restore state.json"):
+    with pytest.raises(UsageError, match=r"up to 0, those up to 3 are only in.*switch to it with includes_writes"):
+        open_writer(config.model_copy(update={"index": indexes[0]}))
+    (folder / FILE).rename(folder / "newest")
+    with pytest.raises(UsageError, match=r"has the writes up to 0, .*holds those up to 4: .*newer backup"):
         open_writer(config)
-    (folder / "state.json").write_bytes(state)
-    open_writer(config)._log.journal.close()
-    for path in folder.glob("writes-*.log"):
-        path.unlink()
-    with pytest.raises(UsageError, match=r"has the writes up to 0, .*holds those up to 3.*restore all"):
+    (folder / "older").replace(folder / FILE)
+    with pytest.raises(UsageError, match=r"has the writes up to 1, .*holds those up to 4: .*newer backup"):
         open_writer(config)
+    (folder / "newest").replace(folder / FILE)
+    open_writer(config).close()
+
+
+@pytest.mark.usefixtures("no_spare_writes")
+def test_a_database_that_is_removed_takes_no_writes_and_a_compaction_keeps_them(
+    config: ServeConfig, world: "World"
+) -> None:
+    async def work() -> None:
+        writer = open_writer(config)
+        await writer.upsert(upsert("new-000", model=world.encoder.fingerprint))
+        Path(config.writes.state or "", FILE).unlink()
+        with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*was removed or replaced.*compact"):
+            await writer.delete(pb.DeleteRequest(ids=["img-000"]).SerializeToString())
+        with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*index .* holds all writes") as refused:
+            await writer.compact(0)
+        index = str(refused.value).rpartition("; index ")[2].split()[0]
+        assert "new-000" in Searcher.open(index).ids(Searcher.open(index).search(VECTOR[None], 1).rows[0])
+        writer.close()
+
+    run(work)
 
 
 def test_a_failed_compaction_is_not_begun_by_every_write(
     config: ServeConfig, world: "World", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = 0
+    begun, tried = 0, asyncio.Event()
 
     async def full(index: str, records: Any, where: str) -> str:
         nonlocal begun
         begun += 1
+        tried.set()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "compact_in_task", full)
@@ -210,15 +251,20 @@ def test_a_failed_compaction_is_not_begun_by_every_write(
         writer = open_writer(config.model_copy(update={"writes": writes}))
         for number in range(5):
             await writer.upsert(upsert(f"n{number}", model=world.encoder.fingerprint))
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)  # a compaction begins
         assert begun == 1
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*not compacted.*No space"):
             await writer.compact(0)
-        writer._compact_after = 0.0
-        await writer.upsert(upsert("later", model=world.encoder.fingerprint))
-        await asyncio.sleep(0.01)
-        assert begun == 3
-        writer._log.journal.close()
+        monkeypatch.setattr(module, "COMPACT_PAUSE_S", 0.0)
+        tried.clear()
+        writer.close()
+        writer = open_writer(config.model_copy(update={"writes": writes}))
+        for number in range(2):
+            await writer.upsert(upsert(f"m{number}", model=world.encoder.fingerprint))
+            await tried.wait()
+            tried.clear()
+        assert begun == 4
+        writer.close()
 
     run(work)
 
@@ -228,18 +274,17 @@ def test_a_switch_that_cannot_be_stored_changes_nothing(
 ) -> None:
     async def work() -> None:
         writer = open_writer(config)
-        worker = await follow(Handle(writer))
+        await follow(Handle(writer))
 
-        def read_only(folder: str, state: Any) -> None:
+        def read_only(self: Database, state: State) -> None:
             raise PermissionError(30, "Read-only file system")
 
         with monkeypatch.context() as broken:
-            broken.setattr(module, "save_state", read_only)
+            broken.setattr(Database, "save_state", read_only)
             with pytest.raises(RetrievalError, match=r"UNAVAILABLE.*could not be stored.*Read-only"):
                 await writer.switch(switch_to(indexes[0]))
-        assert writer._state.current == world.searcher.meta.generation
+        assert (await status(writer)).current == world.searcher.meta.generation
         assert pb.Generation.FromString(await writer.switch(switch_to(indexes[0]))).num_rows == 40
-        await leave(worker)
-        writer._log.journal.close()
+        writer.close()
 
     run(work)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lookalike.retrieval.filters import FILTERS_KEPT
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.generations.generation import Generation, read_generation
-from lookalike.serve.generations.journal import DELETE, UPSERT, Record
+from lookalike.serve.generations.write_record import WriteKind, WriteRecord
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.delta import search_all
 from lookalike.serve.search.router import Router
@@ -30,13 +30,13 @@ PLANS = [
 Content = dict[str, tuple[np.ndarray, str] | None]
 
 
-def records_of(steps: list[tuple[list[str], bool]], seed: int, model: str, final: Content) -> list[Record]:
+def records_of(steps: list[tuple[list[str], bool]], seed: int, model: str, final: Content) -> list[WriteRecord]:
     """Writes of random vectors, or deletions; ``final`` is brought to what they leave."""
     rng, records = np.random.default_rng(seed), []
     for number, (ids, is_delete) in enumerate(steps, 1):
         if is_delete:
             final |= dict.fromkeys(ids)
-            records.append(Record(number, DELETE, pb.DeleteRequest(ids=ids).SerializeToString()))
+            records.append(WriteRecord(number, WriteKind.DELETE, pb.DeleteRequest(ids=ids).SerializeToString()))
             continue
         rows = []
         for image_id in ids:
@@ -45,11 +45,11 @@ def records_of(steps: list[tuple[list[str], bool]], seed: int, model: str, final
             final[image_id] = (vector, view)
             rows.append(pb.Row(id=image_id, vector=vector.tobytes(), metadata={"view": view}))
         message = pb.UpsertRequest(rows=rows, model_fingerprint=model)
-        records.append(Record(number, UPSERT, message.SerializeToString()))
+        records.append(WriteRecord(number, WriteKind.UPSERT, message.SerializeToString()))
     return records
 
 
-def routers(generation: Generation, records: list[Record]) -> list[Router]:
+def routers(generation: Generation, records: list[WriteRecord]) -> list[Router]:
     shards = [ShardWorker(group, 2, [generation]) for group in range(2)]
     for shard in shards:
         half = len(records) // 2
