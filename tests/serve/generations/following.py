@@ -20,6 +20,7 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Router
 from lookalike.serve.search.workers import ShardWorker
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.conftest import publish_index
 
@@ -63,10 +64,10 @@ def upsert(*ids: str, model: str, vector: np.ndarray = VECTOR) -> bytes:
 
 async def ids(worker: ShardWorker, name: str, k: int = 3) -> list[str]:
     """What a search in generation ``name`` finds."""
-    plan = Plan.exact(64)
+    ask = Ask(name, VECTOR[None], k, Plan.exact(64))
     deadline = asyncio.get_running_loop().time() + 10
-    found = await Router([worker]).search(name, VECTOR[None], k, plan, {}, deadline=deadline, allow_partial=False)
-    return [found.answer.entries[row][0] for row in found.answer.hits.rows[0].tolist() if row >= 0]
+    outcome = await Router([worker]).search(ask, deadline=deadline, allow_partial=False)
+    return [outcome.answer.entries[row][0] for row in outcome.answer.hits.rows[0].tolist() if row >= 0]
 
 
 def published(folder: str) -> set[str]:
