@@ -7,13 +7,14 @@ export RAY_USAGE_STATS_ENABLED := 0
 # pip passes on a note about editable installs in general; nothing here is in its way
 PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 
-.PHONY: quickstart test test-fast test-soak lint bench-retrieval bench-learning proto help clean
+.PHONY: quickstart test test-fast test-soak test-fresh lint bench-retrieval bench-learning proto help clean
 
 help:
 	@echo "make quickstart   set up, then run the whole platform on the sample corpus (report: runs/quickstart/report.html)"
 	@echo "make test         set up, then linters, type checks and tests"
 	@echo "make test-fast    the tests that need neither Ray nor minutes"
 	@echo "make test-soak    what takes minutes: the smoke recipe from end to end, killed workers and nodes, full disks"
+	@echo "make test-fresh   both commands on fresh Debian systems, for hours; needs root and debootstrap"
 	@echo "make lint         ruff (rules and format), mypy, import-linter, buf"
 	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning, labels, training ..."
 	@echo "make proto        regenerate the gRPC stubs"
@@ -28,6 +29,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade pip setuptools wheel
 	$(PIP) install -q -c constraints.txt -e '.[cpu,labels,sample,dev]'
+	@$(PIP) install -q -c constraints.txt -e '.[oracles]' >$(VENV)/oracles.log 2>&1 \
+		|| echo "the extra oracles is not installed, it needs a C++ compiler; the tests run without it"
 	touch $@ $(VENV)/.run
 
 quickstart: $(VENV)/.run
@@ -56,6 +59,9 @@ test-soak: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m 'not slow and not ray and not soak' $(ARGS)
+
+test-fresh: $(VENV)/.dev
+	$(BIN)/python -m tests.fresh_system $(ARGS)
 
 proto: $(VENV)/.dev
 	$(BIN)/python -m lookalike.serve.proto.generate

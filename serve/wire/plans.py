@@ -9,21 +9,21 @@ class PlanLike(Protocol):
     """What ``plan=`` takes: ``SearchPlan`` here, or ``lookalike.retrieval.plan.Plan``."""
 
     @property
-    def shortlist_dim(self) -> int: ...  # noqa: D102
+    def shortlist_dim(self) -> int: ...
     @property
-    def shortlist_k(self) -> int: ...  # noqa: D102
+    def shortlist_k(self) -> int: ...
     @property
-    def stages(self) -> tuple[tuple[int, int], ...]: ...  # noqa: D102
+    def stages(self) -> tuple[tuple[int, int], ...]: ...
     @property
-    def rerank_dim(self) -> int: ...  # noqa: D102
+    def rerank_dim(self) -> int: ...
     @property
-    def ef_search(self) -> int | None: ...  # noqa: D102
+    def ef_search(self) -> int | None: ...
     @property
-    def nprobe(self) -> int | None: ...  # noqa: D102
+    def nprobe(self) -> int | None: ...
     @property
-    def margins(self) -> tuple[float, ...]: ...  # noqa: D102
+    def margins(self) -> tuple[float, ...]: ...
     @property
-    def scan(self) -> bool: ...  # noqa: D102
+    def scan(self) -> bool: ...
 
 
 def to_plan(plan: PlanLike) -> pb.Plan:
