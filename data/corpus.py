@@ -84,7 +84,7 @@ def plan_units(config: CorpusConfig) -> list[Item]:
     for source in range(len(config.sources)):
         reader = config.reader(source)
         with ThreadPoolExecutor(8) as pool:  # a store's answer takes longer than ours
-            for units in pool.map(lambda uri: list(reader.units(uri, config.rows_per_part)), reader.files()):
+            for units in pool.map(lambda uri: list(reader.units(uri, config.rows_per_part)), reader.files()):  # noqa: B023
                 items += [
                     {"number": len(items) + place, "source": source, "unit": json.dumps(unit)}
                     for place, unit in enumerate(units)

@@ -53,6 +53,6 @@ def _fetch(value: Any, base: str, max_bytes: int) -> bytes | ImageError:
             return ImageError("not_found", f"there is no file {uri}; restore it or correct its record")
         except (ValueError, ImportError) as error:
             return ImageError("bad_uri", f"{uri} cannot be opened: {error}; correct it or install what it needs")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (each store's client has errors of its own)
             last = error
     return ImageError("unreachable", f"{uri} could not be read in {TRIES} tries: {last}")

@@ -93,7 +93,7 @@ class Ingress(Follows):
                     yield response
             if requests.is_cancelled():  # so Serve ends a stream whose caller left, or whose bytes are no message
                 raise invalid("the stream broke off: it ended, or went on with bytes that are no SearchStreamRequest")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             failure = as_retrieval_error(error)
             self._observer.count("SearchStream", failure.code.name, tenant)
             raise tell(grpc_context, failure) from None
@@ -113,7 +113,7 @@ class Ingress(Follows):
                 with caller.request(rpc, request):
                     async with self.service.admission.slot(allowed_ms(request)) if rpc in ADMITTED else nullcontext():
                         return await RPCS[rpc](self.service, request, trace)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             raise tell(context, as_retrieval_error(error)) from None
 
     def open(self, generation: Generation) -> list[Any]:

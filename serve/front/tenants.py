@@ -92,7 +92,7 @@ class Tenants:
                 self._tenants = _parse(self._uri, content)
                 self._content = content
                 log.info("tenants changed %s", fields(uri=self._uri, num=len(self._tenants)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (whatever a store raises, the tenants stay as they were)
             log.error("tenants kept as they were %s", fields(error=error))
 
     def close(self) -> None:

@@ -139,7 +139,7 @@ def proxy(tls: Tls, grpc_port: int) -> Iterator[Proxy]:
                 command(config),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[number],
-                preexec_fn=_end_with_parent,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509
             )
         with process:
             try:

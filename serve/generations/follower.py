@@ -93,7 +93,7 @@ class Follower:
             try:
                 current = await self._poll(0)
                 break
-            except Exception as error:  # whatever it is, the writer may be back soon
+            except Exception as error:  # noqa: BLE001  # whatever it is, the writer may be back soon
                 log.warning("no writer yet %s", fields(role=self._role, error=repr(error)[:200]))
                 await asyncio.sleep(RETRY_S)
         await asyncio.gather(*self._loading.values())
@@ -113,7 +113,7 @@ class Follower:
             try:
                 await self._poll(news.POLL_S)
                 silent = False
-            except Exception as error:  # the replica goes on with what it has
+            except Exception as error:  # noqa: BLE001  # the replica goes on with what it has
                 if not silent:
                     log.warning("no news from the writer %s", fields(role=self._role, error=repr(error)[:200]))
                 silent = True
@@ -210,7 +210,7 @@ class Follower:
                     await asyncio.sleep(0.02)
             self._member.add(generation, opened)
             self._opened[name] = (generation, opened)
-        except Exception as error:  # the next poll tells the writer
+        except Exception as error:  # noqa: BLE001  # the next poll tells the writer
             log.warning("cannot hold %s", fields(role=self._role, index=ref.index, error=repr(error)[:300]))
             self._failed[ref.key] = f"{self._role}: {error}"[:500]
         finally:
@@ -227,5 +227,5 @@ class Follower:
     async def _tell(self) -> None:
         try:
             await self._poll(0)
-        except Exception as error:  # the next poll tells the writer
+        except Exception as error:  # noqa: BLE001  # the next poll tells the writer
             log.debug("not told %s", fields(error=repr(error)[:200]))

@@ -64,7 +64,7 @@ class WriteLog:
             first = self.last + 1
             try:
                 await self._run(self._database.append, [(kind, content) for kind, content, _ in batch])
-            except Exception as error:  # whatever it is, the callers who wait are told
+            except Exception as error:  # noqa: BLE001  # whatever it is, the callers who wait are told
                 reason = f"the write could not be stored ({error}); nothing of it was kept"
                 for _, _, done in batch:
                     done.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, reason))

@@ -125,7 +125,7 @@ class Writer:
     async def _compact_alone(self) -> None:
         try:
             await self.compact(0)
-        except Exception as error:  # whatever it is, the writer goes on
+        except Exception as error:  # noqa: BLE001  # whatever it is, the writer goes on
             self._compact_after = time.monotonic() + COMPACT_PAUSE_S
             self._failures.inc(1)
             log.warning("not compacted %s", fields(reason=str(error)[:500], again_after_s=COMPACT_PAUSE_S))

@@ -91,7 +91,7 @@ class BatchedShard:
             message = "the call that this search shared was ended; try again"
             _fail(batch, RetrievalError(grpc.StatusCode.UNAVAILABLE, message))
             raise
-        except Exception as error:  # each caller is told
+        except Exception as error:  # noqa: BLE001  # each caller is told
             _fail(batch, error)
             return
         for pending, answer in zip(batch, answers, strict=True):

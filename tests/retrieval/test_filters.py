@@ -110,7 +110,7 @@ def test_conditions_are_the_mask_they_stand_for_and_are_evaluated_once(shards, m
     view, group = np.array(COLUMNS["view"], dtype=object), np.array(COLUMNS["group"])
     for conditions, mask in (
         ({"view": ["icon"]}, view == "icon"),
-        ({"view": ["front", "icon"], "group": ["g0", "g1", "g2"]}, (view != None) & np.isin(group, ["g0", "g1", "g2"])),
+        ({"view": ["front", "icon"], "group": ["g0", "g1", "g2"]}, (view != None) & np.isin(group, ["g0", "g1", "g2"])),  # noqa: E711
         ({"view": []}, np.zeros(NUM, bool)),
         ({"group": ["nobody"]}, np.zeros(NUM, bool)),
         ({}, np.ones(NUM, bool)),

@@ -186,7 +186,7 @@ class NativeStore:
         )
         return Hits(rows, scores)
 
-    def search(  # in the order of the C function
+    def search(  # noqa: PLR0917  # in the order of the C function
         self, graph: NativeGraph, queries: Floats, ef: int, keep: int, steps: Steps, k: int, allowed: Bits | None = None
     ) -> tuple[Hits, int]:
         """(the best ``keep`` of the ``ef`` rows that ``graph`` finds for ``queries`` float32 [m, dim], after ``steps``;

@@ -7,7 +7,7 @@ from torch import nn
 
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.registry import nearest
-from lookalike.vision import operators
+from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
 from lookalike.vision.resolution import resize_input
 from lookalike.vision.weights import WEIGHTS, load_weights
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lookalike.errors import UsageError
-from lookalike.vision import operators
+from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
 
 from timm.models.efficientformer import Attention  # isort: skip
 

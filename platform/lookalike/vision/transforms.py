@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field
 
 from lookalike.config import Config
-from lookalike.vision import operators
+from lookalike.vision import operators  # noqa: F401  (before torchvision)
 
 Transform = Callable[[Image.Image], torch.Tensor]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lookalike.errors import UsageError
-from lookalike.vision import operators
+from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
 
 import timm.optim  # isort: skip
 import timm.utils  # isort: skip

@@ -15,7 +15,7 @@ from torch import nn
 from lookalike import storage
 from lookalike.errors import UsageError
 from lookalike.registry import Registry
-from lookalike.vision import operators
+from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
 from lookalike.vision.resolution import resize_input, size_of_weights
 
 import timm  # isort: skip

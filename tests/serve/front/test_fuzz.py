@@ -337,11 +337,11 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         place, until = sorted((rng.randint(0, len(data)), rng.randint(0, len(data))))
         change: Callable[[], object] = rng.choice(
             [
-                lambda: data.insert(place, rng.randrange(256)),
-                lambda: data.__setitem__(slice(place, place + 1), bytes([rng.randrange(256)])),
-                lambda: data.__delitem__(slice(place, until)),
-                lambda: data.extend(data[place : min(until, place + 1000)]),
-                lambda: data.__setitem__(slice(place, place), rng.randbytes(8)),
+                lambda: data.insert(place, rng.randrange(256)),  # noqa: B023
+                lambda: data.__setitem__(slice(place, place + 1), bytes([rng.randrange(256)])),  # noqa: B023
+                lambda: data.__delitem__(slice(place, until)),  # noqa: B023
+                lambda: data.extend(data[place : min(until, place + 1000)]),  # noqa: B023
+                lambda: data.__setitem__(slice(place, place), rng.randbytes(8)),  # noqa: B023
             ]
         )
         change()

@@ -12,7 +12,7 @@ from lookalike.artifacts import Artifact, Draft
 from lookalike.cli import main
 from lookalike.errors import ArtifactError
 from lookalike.vision.encoder import Encoder
-from tests.platform.test_hub import FakeHub, fake
+from tests.platform.test_hub import FakeHub, fake  # noqa: F401
 from tests.train.encoders import draw, publish_corpus, publish_encoder, publish_report
 
 IMAGES = [draw(n) for n in range(4)]
@@ -120,7 +120,7 @@ def test_a_copy_of_a_copy_says_the_same(encoder: Artifact, tmp_path: Path) -> No
     assert made[0].digest == made[1].digest
 
 
-def test_a_hub_repository_is_pushed_and_pulled(encoder: Artifact, tmp_path: Path, fake: FakeHub) -> None:
+def test_a_hub_repository_is_pushed_and_pulled(encoder: Artifact, tmp_path: Path, fake: FakeHub) -> None:  # noqa: F811
     assert main(["export", encoder.uri, "--to", "hf://shop/encoder"]) == 0
     expected = Encoder.load(encoder).encode(IMAGES)
     assert np.array_equal(Encoder.load("hf://shop/encoder").encode(IMAGES), expected)
@@ -145,7 +145,7 @@ def test_a_hub_repository_is_pushed_and_pulled(encoder: Artifact, tmp_path: Path
         (["ENCODER", "--to", "OUT", "--report", "SHARDS"], 3, "not of kind 'report'"),
     ],
 )
-def test_mistakes_are_explained_and_leave_everything_as_it_was(
+def test_mistakes_are_explained_and_leave_everything_as_it_was(  # noqa: PLR0917
     args: list[str], code: int, words: str, encoder: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = f"{encoder.root}/corpus/corpus/{'c' * 20}"

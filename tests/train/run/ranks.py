@@ -15,7 +15,7 @@ from lookalike.train.tasks import MultiTaskModel
 from tests.train.conftest import Bench
 
 
-def train_rank(rank: int, world: int, root: str, folder: str, settings: dict[str, Any], spoil: int) -> None:
+def train_rank(rank: int, world: int, root: str, folder: str, settings: dict[str, Any], spoil: int) -> None:  # noqa: PLR0917
     """Train as worker ``rank``, from the last checkpoint in ``folder`` on; the loss of the last worker is no number at
     step ``spoil`` (0: never). What happened is written beside the checkpoints."""
     torch.set_num_threads(1)

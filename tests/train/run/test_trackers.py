@@ -20,7 +20,7 @@ def tracked(root: str, start: int = 0) -> TrackedRun:
 def read_curve(folder: Path, name: str) -> dict[int, float]:
     """Points of a curve as TensorBoard shows them: what a restart purged is gone."""
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import masked_crc32c
+    from tensorboardX.record_writer import masked_crc32c  # noqa: F401  (the format is TFRecord)
 
     points: dict[int, float] = {}
     for file in sorted(folder.iterdir()):
