@@ -50,7 +50,7 @@ def test_tensorboard_grows_and_goes_on_after_a_crash(tmp_path: Path) -> None:
     assert read_curve(folder, "loss") == {1: 1.0, 2: 2.0, 3: 30.0}
 
 
-def test_a_run_logs_what_it_was_asked_to(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_logs_what_it_was_asked_to(bench: Bench, tmp_path: Path) -> None:
     points: list[tuple[int, dict[str, float]]] = []
     runs: list[TrackedRun] = []
 
@@ -58,8 +58,9 @@ def test_a_run_logs_what_it_was_asked_to(bench: Bench, tmp_path: Path, monkeypat
         runs.append(run)
         return SimpleNamespace(log=lambda *point: points.append(point), close=lambda: runs.append(run))
 
-    monkeypatch.setitem(TRACKERS._items, "memory", track)
-    config = bench.config(trackers=["memory"], log_every=5)
+    name = f"memory-{tmp_path.name}"
+    TRACKERS.register(name)(track)
+    config = bench.config(trackers=[name], log_every=5)
     training = bench.train(config, tmp_path / "run")
     assert [step for step, _ in points] == [5, 10, 12]
     run = TrackedRun(config.name, config.fingerprint, bench.root, 0, config.train.model_dump(mode="json"))
