@@ -7,10 +7,8 @@ import pytest
 from lookalike.errors import UsageError
 from lookalike.retrieval import filters
 from lookalike.retrieval.filters import Allowed
-from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW
-from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.synthetic import make_vectors
 
 DIMS = (64, 128)
@@ -140,7 +138,7 @@ def test_bad_filters_are_refused(shards, allowed, message):
         shards["ivf"].search(QUERIES, 5, PLAN, allowed)
 
 
-def test_a_mask_over_all_shards_is_cut_at_their_borders(open_shard, tmp_path):
+def test_a_mask_over_all_shards_is_cut_at_their_borders(open_shard, index_of, tmp_path):
     parts = []
     for start, stop in ((0, 900), (900, 900), (900, 2000)):
         (tmp_path / f"{len(parts)}").mkdir()
@@ -153,20 +151,9 @@ def test_a_mask_over_all_shards_is_cut_at_their_borders(open_shard, tmp_path):
                 columns={"view": pa.array(COLUMNS["view"][start:stop], pa.string())},
             )
         )
-    meta = IndexMeta(
-        dims=DIMS,
-        num_rows=2000,
-        shards=("a", "b", "c"),
-        shard_rows=(900, 0, 1100),
-        dtype="float32",
-        shortlist="flat",
-        shortlist_dims=DIMS,
-        columns=("image_id", "view"),
-        encoder=EncoderRef(fingerprint="m"),
-    )
     mask = np.zeros(NUM, bool)
     mask[:2000] = random_mask(0.2)[:2000]
-    searcher = Searcher(meta, parts)
+    searcher = index_of(*parts, columns=("image_id", "view"))
     np.testing.assert_array_equal(searcher.search(QUERIES, 10, allowed=mask[:2000]).rows, brute_force(mask, 10))
     icons = np.array([n < 2000 and n % 3 == 0 for n in range(NUM)])
     np.testing.assert_array_equal(searcher.search(QUERIES, 10, PLAN, {"view": ["icon"]}).rows, brute_force(icons, 10))
