@@ -20,44 +20,12 @@ SURE, LIKELY = 0.9, 0.5
 """A text is not read if it is in another language with this confidence: against its locale, and without a locale."""
 IDENTIFY_CHARACTERS = 400
 """Characters of a text that are read to identify it."""
-_THREE_LETTERS = {
-    "ara": "ar",
-    "ces": "cs",
-    "chi": "zh",
-    "cze": "cs",
-    "dan": "da",
-    "deu": "de",
-    "dut": "nl",
-    "ell": "el",
-    "eng": "en",
-    "est": "et",
-    "fin": "fi",
-    "fra": "fr",
-    "fre": "fr",
-    "ger": "de",
-    "gre": "el",
-    "heb": "he",
-    "hin": "hi",
-    "hun": "hu",
-    "ind": "id",
-    "ita": "it",
-    "jpn": "ja",
-    "kor": "ko",
-    "nld": "nl",
-    "nor": "no",
-    "pol": "pl",
-    "por": "pt",
-    "ron": "ro",
-    "rum": "ro",
-    "rus": "ru",
-    "spa": "es",
-    "swe": "sv",
-    "tha": "th",
-    "tur": "tr",
-    "ukr": "uk",
-    "vie": "vi",
-    "zho": "zh",
-}
+_CODES = (
+    "ara:ar ces:cs chi:zh cze:cs dan:da deu:de dut:nl ell:el eng:en est:et fin:fi fra:fr fre:fr ger:de gre:el "
+    "heb:he hin:hi hun:hu ind:id ita:it jpn:ja kor:ko nld:nl nor:no pol:pl por:pt ron:ro rum:ro rus:ru spa:es "
+    "swe:sv tha:th tur:tr ukr:uk vie:vi zho:zh"
+)
+_THREE_LETTERS = dict(pair.split(":") for pair in _CODES.split())
 
 
 class _Model(NamedTuple):

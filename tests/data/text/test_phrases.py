@@ -8,51 +8,13 @@ from lookalike.data.text.phrases import longest, spans
 from lookalike.data.text.terms import canonical, match_terms, ngrams
 from lookalike.data.text.vocabulary import Vocabulary
 
-WORDS = [
-    "red",
-    "Blue",
-    "chairs",
-    "table",
-    "tables",
-    "of",
-    "the",
-    "lamp",
-    "12",
-    "3d",
-    "office",
-    ",",
-    "-",
-    "&",
-    "'",
-    "\n",
-    "women's",
-    "Fl\u00fcgel",
-    "\u0441hair",
-    "x" * 40,
-    "\U0001f525",
-]
-TEXTS = st.lists(
-    st.one_of(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join), st.text(max_size=30)), max_size=6
-)
-TERMS = st.sets(
-    st.sampled_from(
-        [
-            "red",
-            "chair",
-            "table",
-            "lamp",
-            "office chair",
-            "office",
-            "red table",
-            "blue lamp",
-            "office of lamp",
-            "red office chair",
-            "woman",
-            "3d lamp",
-        ]
-    ),
-    min_size=1,
-)
+WORDS = "red Blue chairs table tables of the lamp 12 3d office , - & ' women's Fl\u00fcgel \u0441hair \U0001f525"
+WORD = st.sampled_from([*WORDS.split(), "\n", "x" * 40])
+TEXT = st.lists(WORD, max_size=9).map(" ".join) | st.text(max_size=30)
+TEXTS = st.lists(TEXT, max_size=6)
+SINGLE = ["red", "chair", "table", "lamp", "office", "woman"]
+LONGER = ["office chair", "red table", "blue lamp", "office of lamp", "red office chair", "3d lamp"]
+TERMS = st.sets(st.sampled_from(SINGLE + LONGER), min_size=1)
 
 
 def by_text(frame: pl.DataFrame, texts: list[str]) -> list[set[str]]:

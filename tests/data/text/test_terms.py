@@ -70,7 +70,7 @@ def test_canonical_form_of_awkward_text(phrase: str, term: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plural", "one"),
+    ("plural", "noun"),
     [
         ("knives", "knife"),
         ("gloves", "glove"),
@@ -104,9 +104,9 @@ def test_canonical_form_of_awkward_text(phrase: str, term: str | None) -> None:
         ("trousers", "trousers"),
     ],
 )
-def test_plural_rules(plural: str, one: str) -> None:
-    assert singular(plural) == one
-    assert singular(one) == one
+def test_plural_rules(plural: str, noun: str) -> None:
+    assert singular(plural) == noun
+    assert singular(noun) == noun
 
 
 @settings(deadline=None)
