@@ -25,7 +25,7 @@ from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.writer import Writer
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.settings.load import Deployed
+from lookalike.serve.settings.load import ReplicaSettings
 from lookalike.serve.settings.security import Tls
 from lookalike.telemetry import fields, get_logger
 
@@ -91,7 +91,9 @@ def build(config: ServeConfig) -> serve.Application:
     return ingress.bind(config, generation, (shards, reranker, encoder), writer, arms)
 
 
-def replica_options(settings: Deployed, num_replicas: int, num_cpus: float, num_gpus: float = 0.0) -> dict[str, Any]:
+def replica_options(
+    settings: ReplicaSettings, num_replicas: int, num_cpus: float, num_gpus: float = 0.0
+) -> dict[str, Any]:
     """Deployment options: number of replicas, and the resources of each; ``settings`` override the other arguments.
 
     With autoscaling, ``num_replicas`` is where it starts, moved into its bounds.

@@ -62,8 +62,8 @@ class Ingress(Follows):
         """Workers in this process."""
         self._generations = {generation.name: generation}
         if workers is None:
-            held = [generation, *own_generations(arms, generation)] if writer is None else []
-            router = open_workers(config, generation, held)
+            generations = [generation, *own_generations(arms, generation)] if writer is None else []
+            router = open_workers(config, generation, generations)
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
             router = Router(
@@ -82,7 +82,7 @@ class Ingress(Follows):
     async def SearchStream(
         self, requests: gRPCInputStream[pb.SearchStreamRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """RPC; its batches go on record, and the stream itself only if it fails."""
+        """Answer a stream; its batches go on record, and the stream itself only if it fails."""
         tenant = ""
         try:
             caller = self._identify("SearchStream", grpc_context)
@@ -138,18 +138,18 @@ class Ingress(Follows):
         self._generations.pop(name, None)
 
     def switch(self, name: str) -> None:
-        """Requests that begin now belong to this generation."""
+        """Give requests that begin now to this generation."""
         self.service.current = self._generations[name]
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
-        """``grpc.health.v1.Health/Check``: a replica that answers serves."""
+        """``grpc.health.v1.Health/Check``: a replica that answers is SERVING."""
         if request.service not in ("", SERVICE_NAME):
             message = f"no service {shorten(request.service)}; ask for {SERVICE_NAME!r}"
             raise tell(grpc_context, RetrievalError(grpc.StatusCode.NOT_FOUND, message))
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
-        """``grpc.health.v1.Health/Watch``: UNIMPLEMENTED, on which clients go on without it."""
+        """``grpc.health.v1.Health/Watch``: UNIMPLEMENTED, so that clients do without it."""
         message = "Watch is not implemented; ask with Check"
         raise tell(grpc_context, RetrievalError(grpc.StatusCode.UNIMPLEMENTED, message))
         yield

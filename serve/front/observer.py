@@ -116,7 +116,7 @@ class Observer:
                 self.monitor.offer(search)
 
     async def feedback(self, request: pb.FeedbackRequest, trace: Trace) -> pb.FeedbackResponse:
-        """``Feedback``: it goes into the access log as the line of its own request."""
+        """Put feedback into the access log, as the line of its own request."""
         check_feedback(request, has_log=self._log is not None)
         trace.feedback = request
         return pb.FeedbackResponse()

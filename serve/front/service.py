@@ -62,12 +62,10 @@ class Service:
         self.observer = Observer(config, router, arms)
 
     async def search(self, request: pb.SearchRequest, trace: Trace) -> pb.SearchResponse:
-        """``Search``."""
         reply = await self._search([request.query], request.options, trace)
         return pb.SearchResponse(hits=reply.results[0].hits, info=reply.info)
 
     async def search_batch(self, request: pb.SearchBatchRequest, trace: Trace) -> pb.SearchBatchResponse:
-        """``SearchBatch``."""
         reply = await self._search(request.queries, request.options, trace)
         return pb.SearchBatchResponse(results=reply.results, info=reply.info)
 
@@ -76,12 +74,12 @@ class Service:
         trace.num_queries = len(queries)
         experiment = self.observer.experiment
         if experiment is None:
-            results, info = await self._with_current(self._search_generation, queries, options, trace)
+            reply = await self._with_current(self._search_generation, queries, options, trace)
         else:
-            results, info = await self._with_current(self._search_arms, experiment, queries, options, trace)
-        info.request_id, info.arm = trace.request_id, trace.arm
-        trace.info, trace.results = info, results
-        return SearchReply(results, info)
+            reply = await self._with_current(self._search_arms, experiment, queries, options, trace)
+        reply.info.request_id, reply.info.arm = trace.request_id, trace.arm
+        trace.info, trace.results = reply.info, reply.results
+        return reply
 
     async def _search_generation(
         self,
@@ -125,7 +123,7 @@ class Service:
     async def search_stream(
         self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None, tenant: str = ""
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """``SearchStream``: at most ``stream_window`` batches at a time, answers in the order of the requests.
+        """Answer at most ``stream_window`` batches at a time, in the order of the requests.
 
         ``check`` may refuse a batch before it is worked on.
         """
@@ -167,11 +165,9 @@ class Service:
         return response
 
     async def feedback(self, request: pb.FeedbackRequest, trace: Trace) -> pb.FeedbackResponse:
-        """``Feedback``."""
         return await self.observer.feedback(request, trace)
 
     async def embed(self, request: pb.EmbedRequest, trace: Trace) -> pb.EmbedResponse:
-        """``Embed``."""
         check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
         return await self._with_current(self._embed, images, _deadline(trace, self.config.timeout_s))
@@ -185,7 +181,6 @@ class Service:
         )
 
     async def describe(self, request: pb.DescribeRequest, trace: Trace) -> pb.DescribeResponse:
-        """``Describe``."""
         generation, meta = self.current, self.current.meta
         return pb.DescribeResponse(
             version=lookalike.__version__,
@@ -204,7 +199,7 @@ class Service:
         )
 
     async def upsert(self, request: pb.UpsertRequest, trace: Trace) -> pb.UpsertResponse:
-        """``Upsert``: rows get their vectors here, and go to the writer in portions."""
+        """Give rows their vectors, and send them to the writer in portions."""
         self._require_writer()
         return await self._with_current(self._upsert, request, _deadline(trace, self.config.timeout_s))
 
@@ -225,27 +220,22 @@ class Service:
         return pb.UpsertResponse(write=number)
 
     async def delete(self, request: pb.DeleteRequest, trace: Trace) -> pb.DeleteResponse:
-        """``Delete``."""
         self._require_writer()
         check_ids(request, limits=self.config.limits)
         deadline = _deadline(trace, self.config.timeout_s)
         return pb.DeleteResponse(write=await self._write("delete", request.SerializeToString(), deadline=deadline))
 
     async def switch(self, request: pb.SwitchRequest, trace: Trace) -> pb.SwitchResponse:
-        """``AdminService.Switch``."""
         check_uris(request)
         return pb.SwitchResponse(current=await self._move(trace, "switch", request.SerializeToString()))
 
     async def rollback(self, request: pb.RollbackRequest, trace: Trace) -> pb.RollbackResponse:
-        """``AdminService.Rollback``."""
         return pb.RollbackResponse(current=await self._move(trace, "rollback"))
 
     async def compact(self, request: pb.CompactRequest, trace: Trace) -> pb.CompactResponse:
-        """``AdminService.Compact``."""
         return pb.CompactResponse(current=await self._move(trace, "compact", float(request.timeout_s)))
 
     async def status(self, request: pb.StatusRequest, trace: Trace) -> pb.StatusResponse:
-        """``AdminService.Status``."""
         self._require_writer()
         deadline = _deadline(trace, self.config.timeout_s)
         response: pb.StatusResponse = pb.StatusResponse.FromString(await self._write("status", deadline=deadline))
@@ -260,7 +250,7 @@ class Service:
         return generation
 
     async def _write(self, method: str, *args: Any, deadline: float, again: bool = True) -> Any:
-        """Ask the writer; a write may be made ``again``, storing the same twice changes nothing."""
+        """Ask the writer; a write may be made ``again``, since storing the same twice changes nothing."""
         return await self.router.ask_one(self.writer, method, *args, deadline=deadline, who="writer", again=again)
 
     def _require_writer(self) -> None:
@@ -314,7 +304,7 @@ class Service:
         return np.stack([vectors[position] for position in range(len(queries))]), times
 
     def _can_encode(self, generation: Generation) -> bool:
-        """A service that started without an encoder has none for an index that it switched to either."""
+        """Whether images can be encoded; a service started without an encoder has none for a later index either."""
         return generation.encoder is not None and self.router.encoder is not None
 
     async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:

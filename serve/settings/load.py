@@ -1,4 +1,4 @@
-"""Settings of how the service meets faults and load. Plain values: nothing here needs Ray."""
+"""Settings for faults and load."""
 
 from pydantic import Field, model_validator
 
@@ -6,34 +6,34 @@ from lookalike.config import Config
 
 
 class Retries(Config):
-    """How a call between the service's processes is repeated when the process that had it is gone."""
+    """Repetition of calls between the service's processes when a process is gone or slow."""
 
     max_attempts: int = Field(default=4, ge=1, le=100)
-    """Calls made at most, the first included; 1 never repeats. The request's deadline ends them sooner."""
+    """Most attempts of a call, the first included; 1 never repeats. The request's deadline may end them sooner."""
     pause_ms: float = Field(default=20.0, ge=0.0, le=60_000.0)
-    """Pause before the first repetition, in milliseconds; it doubles each time, and half of it is left to chance."""
+    """Pause before the first repetition, in milliseconds; it doubles each time, less up to half of it by chance."""
     max_pause_ms: float = Field(default=500.0, ge=0.0, le=60_000.0)
     """Longest pause, in milliseconds."""
     hedge_ms: float | None = Field(default=1000.0, gt=0.0, le=3_600_000.0)
-    """How long a search of a shard, a re-rank or an encoding may take before another replica is asked as well, in
-    milliseconds: one that hangs, or whose node is out of reach, fails no call. None asks one only."""
+    """Time after which a search of a shard, a re-rank or an encoding is sent to a second replica as well, in
+    milliseconds, so that a replica that hangs fails no call. None never asks a second one."""
     hedge_share: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of calls that may be made twice so: when all are slow, more calls would make them slower."""
+    """Largest share of calls that may be made twice: when all are slow, more calls would make them slower."""
 
 
 class Degrade(Config):
     """Cheaper plans under load, for requests that bring neither a plan nor ``min_recall``; the reply says so.
 
-    The load is the requests in an ingress replica per slot (``max_ongoing_requests``). From ``enter`` to 1 the plans
-    that were measured and cost less than the default are taken one after the other.
+    The load is the number of requests in an ingress replica per slot (``max_ongoing_requests``). Between ``enter`` and
+    1 the measured plans that cost less than the default are taken one after the other.
     """
 
     min_recall: float = Field(default=0.9, gt=0.0, le=1.0)
-    """No plan that is not known to reach this recall (the lower end of its interval)."""
+    """Recall that a plan must be known to reach (the lower end of its interval)."""
     enter: float = Field(default=0.75, gt=0.0, le=1.0)
-    """Load from which on the first cheaper plan is taken."""
+    """Load from which the first cheaper plan is taken."""
     leave: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Load below which all requests have the default plan again; a plan taken on the way is left as far below."""
+    """Load below which all requests get the default plan again. Each cheaper plan is left as far below its own load."""
 
     @model_validator(mode="after")
     def _check_order(self) -> "Degrade":
@@ -46,9 +46,9 @@ class Autoscaling(Config):
     """Replicas by load: Serve's own autoscaling by the number of requests, which also rises when they take longer."""
 
     min_replicas: int = Field(default=1, ge=1, le=10_000)
-    """Never fewer."""
+    """Fewest replicas."""
     max_replicas: int = Field(ge=1, le=10_000)
-    """Never more; the cluster must have room for them."""
+    """Most replicas; the cluster must have room for them."""
     target_ongoing_requests: float = Field(default=8.0, gt=0.0)
     """Active and queued requests per replica that Serve aims at."""
     upscale_delay_s: float = Field(default=10.0, ge=0.0, le=86_400.0)
@@ -65,11 +65,11 @@ class Autoscaling(Config):
         return self
 
 
-class Deployed(Config):
-    """Replicas of one kind of deployment and what each reserves."""
+class ReplicaSettings(Config):
+    """Replicas of one kind of deployment, and the resources of each."""
 
     autoscaling: Autoscaling | None = None
-    """Replicas by load, starting with the number set for this deployment; None keeps to that number."""
+    """Replicas by load, starting at the number set for this deployment; None keeps that number."""
     num_cpus: float | None = Field(default=None, ge=0.0)
     """CPUs a replica reserves from Ray; None takes ``cpus_per_replica``."""
     memory_mb: int | None = Field(default=None, ge=1)
@@ -79,22 +79,22 @@ class Deployed(Config):
 class Deployments(Config):
     """Each kind of deployment; the writer is always one replica."""
 
-    ingress: Deployed = Deployed()
-    shards: Deployed = Deployed()
-    """Every shard's deployment alike; each is scaled by its own load."""
-    rerank: Deployed = Deployed()
-    encoder: Deployed = Deployed()
-    """Its GPUs: ``encoder_replicas.num_gpus``."""
+    ingress: ReplicaSettings = ReplicaSettings()
+    shards: ReplicaSettings = ReplicaSettings()
+    """For the deployment of each shard, which is scaled by its own load."""
+    rerank: ReplicaSettings = ReplicaSettings()
+    encoder: ReplicaSettings = ReplicaSettings()
+    """GPUs are set by ``encoder_replicas.num_gpus``."""
 
 
 class Batching(Config):
-    """Concurrent single searches share calls to the shards."""
+    """Calls to the shards that concurrent single searches share."""
 
     enabled: bool = True
-    """Off, every search makes calls of its own."""
+    """Whether searches share calls."""
     max_in_flight: int = Field(default=2, ge=1, le=10_000)
-    """Calls of one ingress replica to one shard that are out at a time while other searches gather."""
+    """Calls of one ingress replica to one shard under way at a time; beyond them searches gather."""
     max_batch: int = Field(default=32, ge=1, le=65_536)
-    """Searches in one call at most."""
+    """Most searches in one call."""
     max_wait_ms: float = Field(default=50.0, ge=0.0, le=60_000.0)
-    """How long searches gather when no call returns, in milliseconds; then they go all the same."""
+    """Longest time that searches gather while no call returns, in milliseconds; then they are sent anyway."""

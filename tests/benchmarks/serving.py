@@ -3,17 +3,18 @@
     python -m tests.benchmarks.serving [--quick] [--num 60000] [--dim 384] [--seconds 2] [--rounds 3]
         [--modes default throughput] [--layouts fused-1 sharded-1 sharded-2 sharded-4 staged-2] [--clients 1 8 32]
 
-All in one run on loopback, with the same vectors, plan and messages: ``raw`` is a grpc.aio server in a process of its
-own (see ``serving_servers``), ``served`` is ``lookalike.serve.app`` with a Ray of its own, in Serve's default mode and
-in its throughput mode behind HAProxy, each layout a placement and a number of shards. ``hop`` is a call from a no-op
-ingress to as many no-op replicas at once as there are shards, less the no-op ingress alone, in the same Serve. Clients
-run in this process, a closed loop each; windows of what is compared take turns, and a row holds the median window.
+Both servers run on loopback with the same vectors, plan and messages. ``raw`` is a grpc.aio server in another process
+(see ``serving_servers``). ``served`` is ``lookalike.serve.app`` with its own Ray, in Serve's default mode and in its
+throughput mode behind HAProxy; a layout is a placement and a number of shards. ``hop`` is the time of a call from a
+no-op ingress to as many no-op replicas as there are shards, less that of the no-op ingress alone, in the same Serve.
+Clients run in this process, each in a closed loop. Windows of load alternate between the servers, and a row holds the
+median window.
 
 Queries are single vectors, batches of 32 vectors and, in fused-1 and sharded-2, single JPEGs of the sample corpus
-through a small encoder of random weights. ``cpu_ms`` is CPU time of all server processes a request, Ray's own
-included. Answers of both servers are compared before they are measured. One JSON object a line; the last one has the
-ratios with their extremes: ``*_p50_vs_raw``, ``*_p50_minus_hops_vs_raw`` (staged pays two), ``*_batch_qps_vs_raw`` and,
-steadier on a machine that others use, ``*_batch_p50_vs_raw``.
+through a small encoder of random weights. ``cpu_ms`` is CPU time per request of all server processes, including Ray's.
+Answers of both servers are compared before they are measured. Output is one JSON object per line. The last line has the
+ratios with their extremes: ``*_p50_vs_raw``, ``*_p50_minus_hops_vs_raw`` (staged pays two), ``*_batch_qps_vs_raw`` and
+``*_batch_p50_vs_raw``, which is steadier on a shared machine.
 """
 
 import argparse
@@ -47,7 +48,7 @@ Row = Callable[..., None]
 
 
 class Requests(NamedTuple):
-    """What is sent, serialised."""
+    """Serialised requests by kind."""
 
     single: list[bytes]
     batch: list[bytes]
@@ -64,7 +65,7 @@ class Pair(NamedTuple):
 
 
 def make_requests(options: argparse.Namespace) -> Requests:
-    """Queries that are drawn as the indexed vectors are, and pictures of the sample corpus."""
+    """Queries from the distribution of the indexed vectors, and pictures of the sample corpus."""
     vectors = make_vectors(options.num + NUM_QUERIES, options.dim, seed=options.seed)[0][options.num :]
     queries = [pb.Query(vector=vector.tobytes()) for vector in vectors]
     chosen = pb.SearchOptions(k=K)

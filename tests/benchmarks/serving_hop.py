@@ -1,5 +1,6 @@
-"""The measured hop of the serving benchmark: an ingress that does nothing, and one call from it to replicas that do
-nothing. RPCs of the retrieval service stand for them: Describe asks nobody, Embed one replica for each image.
+"""The hop that the serving benchmark measures: calls from an ingress that does nothing to replicas that do nothing.
+
+They answer RPCs of the retrieval service: Describe calls no replica, Embed calls one for each image.
 """
 
 import asyncio
@@ -14,14 +15,14 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 
 
 class Replica:
-    """Gives back what it got."""
+    """Returns its argument."""
 
     async def answer(self, data: bytes) -> bytes:
         return data
 
 
 class HopIngress:
-    """Asks as many replicas at once as there are images."""
+    """Calls as many replicas at once as there are images."""
 
     def __init__(self, replicas: Sequence[Any]) -> None:
         self._replicas = replicas

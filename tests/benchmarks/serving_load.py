@@ -1,4 +1,4 @@
-"""The load of the serving benchmark: a closed loop of gRPC clients that stops by itself, and the CPU its servers used.
+"""The load of the serving benchmark: a closed loop of gRPC clients for a set time, and the CPU time of the servers.
 
 Requests are serialised beforehand and answers are not parsed, so that the clients take little of the machine that they
 share with the servers.
@@ -21,7 +21,7 @@ SERVICE = "/lookalike.v1.RetrievalService/"
 
 
 class Call(NamedTuple):
-    """What clients send, in turn, and where."""
+    """The requests that clients send in turn, and their address."""
 
     address: str
     method: str

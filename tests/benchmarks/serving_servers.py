@@ -1,11 +1,11 @@
-"""Servers of the serving benchmark, each a process of its own that ends when its standard input does.
+"""Servers of the serving benchmark; each is a process that ends when its standard input does.
 
     python -m tests.benchmarks.serving_servers raw|application|prepare SETTINGS_JSON
 
-``raw`` is what one would write by hand: a grpc.aio server around the ``Searcher``, which searches and looks up ids and
-metadata in a thread (``asyncio.to_thread``), with the messages and answers of the service, and without its checks,
-limits, deadlines and metrics. ``application`` is this service with a Ray of its own, and the no-op hop beside it.
-``prepare`` builds the indexes. The first line on standard output says where the server listens.
+``raw`` is a hand-written grpc.aio server around the ``Searcher``. It searches and looks up ids and metadata in a thread
+(``asyncio.to_thread``), with the messages and answers of the service but without its checks, limits, deadlines and
+metrics. ``application`` is this service with its own Ray, and the no-op hop beside it. ``prepare`` builds the indexes.
+The first line on standard output is the address of the server.
 """
 
 import asyncio

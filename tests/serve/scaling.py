@@ -17,7 +17,7 @@ from ray import serve
 from lookalike.serve.app import APP_NAME, start, stop
 from lookalike.serve.client import AsyncClient
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.settings.load import Autoscaling, Deployed, Deployments
+from lookalike.serve.settings.load import Autoscaling, Deployments, ReplicaSettings
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.conftest import publish, publish_embeddings, publish_index
 
@@ -103,7 +103,7 @@ def main() -> None:
             placement="fused",
             port=0,
             cpus_per_replica=0.1,
-            deployments=Deployments(ingress=Deployed(autoscaling=scaling)),
+            deployments=Deployments(ingress=ReplicaSettings(autoscaling=scaling)),
         )
         address = start(config)
         seen = asyncio.run(observe(address))

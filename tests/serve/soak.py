@@ -34,7 +34,7 @@ import numpy as np
 from lookalike.artifacts import Artifact
 from lookalike.serve.client import Client
 from lookalike.serve.settings.config import ServeConfig, Writes
-from lookalike.serve.settings.load import Autoscaling, Deployed, Deployments
+from lookalike.serve.settings.load import Autoscaling, Deployments, ReplicaSettings
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.conftest import publish, publish_embeddings, publish_index
 from tests.serve.soak_callers import DIM, PROMISED, Book, K, Seen, check_written, search, surge, write
@@ -176,7 +176,7 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
         shard_replicas=2,
         timeout_s=8,
         cpus_per_replica=0.2,
-        deployments=Deployments(ingress=Deployed(autoscaling=SCALING)),
+        deployments=Deployments(ingress=ReplicaSettings(autoscaling=SCALING)),
         writes=Writes(state=f"{root}/state", compact_rows=None),
     )
     seen, book, killed = Seen(), Book(seed), Counter[str]()

@@ -14,16 +14,16 @@ from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.serve.app import build, replica_options
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.settings.load import Autoscaling, Deployed, Deployments
+from lookalike.serve.settings.load import Autoscaling, Deployments, ReplicaSettings
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World
 
 
 def test_options_of_a_deployment() -> None:
-    assert replica_options(Deployed(), 3, 0.2) == {"num_replicas": 3, "ray_actor_options": {"num_cpus": 0.2}}
+    assert replica_options(ReplicaSettings(), 3, 0.2) == {"num_replicas": 3, "ray_actor_options": {"num_cpus": 0.2}}
     scaling = Autoscaling(min_replicas=2, max_replicas=4, target_ongoing_requests=3, downscale_delay_s=9, look_back_s=7)
-    own = Deployed(autoscaling=scaling, num_cpus=2, memory_mb=100)
+    own = ReplicaSettings(autoscaling=scaling, num_cpus=2, memory_mb=100)
     options = replica_options(own, 9, 0.2, 0.5)
     given = options["autoscaling_config"]
     assert (given.min_replicas, given.initial_replicas, given.max_replicas) == (2, 4, 4)
@@ -43,14 +43,16 @@ def test_a_latency_is_no_target_any_more() -> None:
 def test_every_deployment_but_the_writer_is_scaled_as_set(
     world: "World", deployed: dict[str, Any], tmp_path: Path
 ) -> None:
-    scaled = Deployed(autoscaling=Autoscaling(max_replicas=3), memory_mb=64)
+    scaled = ReplicaSettings(autoscaling=Autoscaling(max_replicas=3), memory_mb=64)
     config = ServeConfig.model_validate(
         {
             "index": world.index,
             "placement": "staged",
             "shard_replicas": 2,
             "writes": {"state": str(tmp_path)},
-            "deployments": Deployments(ingress=scaled, shards=Deployed(num_cpus=0.5), rerank=scaled, encoder=scaled),
+            "deployments": Deployments(
+                ingress=scaled, shards=ReplicaSettings(num_cpus=0.5), rerank=scaled, encoder=scaled
+            ),
         }
     )
     build(config)

@@ -1,6 +1,7 @@
 """SearchStream inside the service: order, a bounded window, ping-pong, a caller that leaves."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,24 +19,28 @@ WINDOW = 3
 
 
 class Slow(Service):
-    """Answers batch n of ``order`` as the others allow; counts what is in work."""
+    """Ends batch n after batch ``waits_for[n]``, which may be n itself: then never. Counts the batches in work."""
 
-    def __init__(self, delays: dict[int, float]) -> None:
+    def __init__(self, waits_for: dict[int, int]) -> None:
         nothing: Any = None
         super().__init__(ServeConfig(index="x", stream_window=WINDOW), nothing, Router([]))
-        self.delays, self.working, self.most, self.cancelled = delays, 0, 0, 0
+        self.waits_for, self.working, self.most, self.cancelled = waits_for, 0, 0, 0
+        self.ended: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
 
     async def search_batch(self, request: pb.SearchBatchRequest, trace: Trace) -> pb.SearchBatchResponse:
+        number = request.options.k
         self.working += 1
         self.most = max(self.most, self.working)
         try:
-            await asyncio.sleep(self.delays.get(request.options.k, 0.001))
+            if number in self.waits_for:
+                await self.ended[self.waits_for[number]].wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         finally:
             self.working -= 1
-        if request.options.k == 7:
+        self.ended[number].set()
+        if number == 7:
             raise RetrievalError(grpc.StatusCode.NOT_FOUND, "no seven")
         return pb.SearchBatchResponse()
 
@@ -47,7 +52,7 @@ def request(number: int) -> pb.SearchStreamRequest:
 
 def test_answers_keep_the_order_of_requests_within_a_window() -> None:
     async def run() -> None:
-        service, drawn = Slow({1: 0.05, 4: 0.03}), []
+        service, drawn = Slow({1: 3, 2: 3, 4: 6}), []
 
         async def requests() -> AsyncIterator[pb.SearchStreamRequest]:
             for number in range(1, 12):
@@ -82,23 +87,24 @@ def test_a_caller_that_waits_for_each_answer_gets_it() -> None:
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_caller_that_leaves_ends_the_work(taken: int) -> None:
     async def run() -> None:
-        service = Slow({2: 60, 3: 60, 1: 60 if not taken else 0.001})
+        service = Slow({number: number for number in range(1 + taken, 4)})
 
         async def requests() -> AsyncIterator[pb.SearchStreamRequest]:
             for number in (1, 2, 3):
                 yield request(number)
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
 
         answers = service.search_stream(requests())
         if taken:
             assert (await anext(answers)).tag == "1"
         task = asyncio.ensure_future(anext(answers))
-        await asyncio.sleep(0.05)
+        while service.working < 3 - taken:
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.01)
-        assert service.working == 0
+        while service.working:
+            await asyncio.sleep(0)
         assert service.cancelled == 3 - taken
 
     asyncio.run(asyncio.wait_for(run(), 10))
