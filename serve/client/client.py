@@ -178,6 +178,14 @@ class Client:
         response: pb.CompactResponse = self._admin("Compact", request, timeout_s)
         return response.current
 
+    def backup(self, path: str, *, timeout_s: float = 600.0) -> int:
+        """Copy writes and state into a new file at an absolute path on the writer's machine.
+
+        Returns the number of the last write in it; writes that arrive meanwhile wait.
+        """
+        response: pb.BackupResponse = self._admin("Backup", pb.BackupRequest(path=path), timeout_s)
+        return response.last_write
+
     def status(self) -> pb.StatusResponse:
         """Return what is served and loaded, and how many rows wait for compaction."""
         response: pb.StatusResponse = self._admin("Status", pb.StatusRequest(), self.timeout_s)

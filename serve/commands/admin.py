@@ -7,6 +7,7 @@ from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
 
+from lookalike import storage
 from lookalike.errors import UsageError
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, StoredRow, credentials
 from lookalike.serve.proto import retrieval_pb2 as pb
@@ -49,6 +50,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     )
     verb("rollback", "Serve the previous index again.")
     verb("compact", "Build an index that holds all writes, and serve it.")
+    backup = verb("backup", "Copy writes and state into a file from which a service can start again.")
+    backup.add_argument("--to", required=True, metavar="FILE", help="a new file on the machine of the service's writer")
     upsert = verb("upsert", "Store images, or replace those of the same ids.")
     upsert.add_argument("rows", nargs="+", metavar="ID=FILE", help="an id and its image file")
     upsert.add_argument("--column", action="append", default=[], metavar="NAME=VALUE", help="a column of these rows")
@@ -58,7 +61,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
 
 
 def run(client: Client, options: argparse.Namespace) -> str:
-    """Do one verb; what to print."""
+    """Do one verb and return the text to print."""
     if options.verb == "status":
         status = client.status()
         return json.dumps(_plain(status), indent=1) if options.json else render_status(status)
@@ -69,6 +72,10 @@ def run(client: Client, options: argparse.Namespace) -> str:
             else client.delete(options.ids)
         )
         return json.dumps({"write": number}) if options.json else f"stored as write {number}"
+    if options.verb == "backup":
+        path = storage.absolute(options.to)
+        number = client.backup(path, timeout_s=options.timeout)
+        return json.dumps({"path": path, "last_write": number}) if options.json else f"writes up to {number} in {path}"
     if options.verb == "switch":
         current = client.switch(
             options.index,
@@ -85,7 +92,7 @@ def run(client: Client, options: argparse.Namespace) -> str:
 
 
 def read_rows(pairs: Sequence[str], columns: Sequence[str]) -> list[StoredRow]:
-    """Rows of ``ID=FILE`` arguments, all with the columns of ``NAME=VALUE`` ones."""
+    """Rows of the ``ID=FILE`` arguments, each with the columns of the ``NAME=VALUE`` arguments."""
     metadata = dict(_split(text, "NAME=VALUE, as in view=icon") for text in columns)
     rows = []
     for text in pairs:
@@ -105,20 +112,20 @@ def _split(text: str, form: str) -> tuple[str, str]:
 
 
 def render_status(status: pb.StatusResponse) -> str:
-    """Lines of text about a service."""
+    """What a service serves, as lines of text."""
     marks = {status.current: "serving", status.previous: "previous"}
-    lines = [f"{marks.get(one.name, 'loaded'):9s} {_describe(one)}" for one in status.generations]
+    lines = [f"{marks.get(each.name, 'loaded'):9s} {_describe(each)}" for each in status.generations]
     lines.append(f"writes    {status.last_write} in all, {status.pending_rows} rows wait for compaction")
-    lines += [f"replicas  {one.role}: {one.current} of {one.replicas} hold the index" for one in status.followers]
+    lines += [f"replicas  {each.role}: {each.current} of {each.replicas} hold the index" for each in status.followers]
     if status.HasField("recall"):
         recall = status.recall
         lines.append(f"recall    {recall.recall:.4f} ({recall.low:.4f} to {recall.high:.4f}, {recall.queries} queries)")
     return "\n".join(lines)
 
 
-def _describe(one: pb.Generation) -> str:
-    plan = f", plan {one.plan}" if one.plan else ", exact"
-    return f"{one.name}: {one.num_rows} rows, writes up to {one.includes_writes}, {one.index}{plan}"
+def _describe(served: pb.Generation) -> str:
+    plan = f", plan {served.plan}" if served.plan else ", exact"
+    return f"{served.name}: {served.num_rows} rows, writes up to {served.includes_writes}, {served.index}{plan}"
 
 
 def _plain(message: pb.StatusResponse | pb.Generation) -> dict[str, object]:

@@ -102,7 +102,7 @@ class Ingress(Follows):
     Describe, Feedback = _answering("Describe"), _answering("Feedback")
     Upsert, Delete = _answering("Upsert"), _answering("Delete")
     Switch, Rollback, Compact = _answering("Switch"), _answering("Rollback"), _answering("Compact")
-    Status = _answering("Status")
+    Status, Backup = _answering("Status"), _answering("Backup")
 
     async def answer(self, rpc: str, request: Any, context: RayServegRPCContext) -> Any:
         """The response of ``rpc``; a failure sets the status of ``context`` and raises its ``RetrievalError``."""

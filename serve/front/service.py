@@ -29,6 +29,7 @@ from lookalike.serve.wire.requests import (
     check_ids,
     check_image,
     check_num,
+    check_path,
     check_rows,
     check_uris,
     portions,
@@ -243,6 +244,13 @@ class Service:
             response.recall.CopyFrom(recall)
         return response
 
+    async def backup(self, request: pb.BackupRequest, trace: Trace) -> pb.BackupResponse:
+        """``AdminService.Backup``."""
+        self._require_writer()
+        check_path(request.path)
+        deadline = _deadline(trace, MOVE_S)
+        return pb.BackupResponse(last_write=await self._write("backup", request.path, deadline=deadline, again=False))
+
     async def _move(self, trace: Trace, method: str, *args: Any) -> pb.Generation:
         self._require_writer()
         answer = await self._write(method, *args, deadline=_deadline(trace, MOVE_S), again=False)
@@ -348,5 +356,6 @@ RPCS: dict[str, Callable[[Service, Any, Trace], Awaitable[Any]]] = {
     "Rollback": Service.rollback,
     "Compact": Service.compact,
     "Status": Service.status,
+    "Backup": Service.backup,
 }
 """The RPCs that answer one message with one."""

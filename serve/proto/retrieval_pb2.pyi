@@ -382,6 +382,18 @@ class CompactResponse(_message.Message):
     current: Generation
     def __init__(self, current: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
 
+class BackupRequest(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
+
+class BackupResponse(_message.Message):
+    __slots__ = ("last_write",)
+    LAST_WRITE_FIELD_NUMBER: _ClassVar[int]
+    last_write: int
+    def __init__(self, last_write: _Optional[int] = ...) -> None: ...
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

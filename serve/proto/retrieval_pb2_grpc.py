@@ -442,6 +442,11 @@ class AdminServiceStub:
                 request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusRequest.SerializeToString,
                 response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.Backup = channel.unary_unary(
+                '/lookalike.v1.AdminService/Backup',
+                request_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.BackupRequest.SerializeToString,
+                response_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.BackupResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -476,6 +481,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Backup(self, request, context):
+        """Copies all writes that wait, and what is served, into one file beside which the service goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -498,6 +510,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusRequest.FromString,
                     response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_unary_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.BackupRequest.FromString,
+                    response_serializer=lookalike_dot_serve_dot_proto_dot_retrieval__pb2.BackupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -609,6 +626,33 @@ class AdminService:
             '/lookalike.v1.AdminService/Status',
             lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusRequest.SerializeToString,
             lookalike_dot_serve_dot_proto_dot_retrieval__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.AdminService/Backup',
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.BackupRequest.SerializeToString,
+            lookalike_dot_serve_dot_proto_dot_retrieval__pb2.BackupResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -271,6 +271,15 @@ def check_uris(request: pb.SwitchRequest) -> None:
             )
 
 
+def check_path(path: str) -> None:
+    """Refuse a path that cannot name a file on another machine."""
+    if not path.startswith("/") or len(path) > MAX_URI_CHARS or not path.isprintable():
+        raise invalid(
+            f"path {shorten(path)} has {len(path)} characters; send an absolute path of at most {MAX_URI_CHARS}, all "
+            "printable"
+        )
+
+
 def _check_written(ids: Sequence[str], limits: RequestLimits) -> None:
     check_num(ids, "rows", limits)
     for image_id in ids:

@@ -1,11 +1,12 @@
 """What ``lookalike admin`` reads and prints."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from lookalike.errors import UsageError
-from lookalike.serve.commands.admin import read_rows, render_status
+from lookalike.serve.commands.admin import read_rows, render_status, run
 from lookalike.serve.proto import retrieval_pb2 as pb
 
 
@@ -20,12 +21,30 @@ def test_rows_of_the_command_line(tmp_path: Path) -> None:
         read_rows([], ["view"])
 
 
+class Recorder:
+    """A client whose service makes every backup."""
+
+    def backup(self, path: str, *, timeout_s: float) -> int:
+        self.asked = path, timeout_s
+        return 7
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_backup_goes_to_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    client, options = Recorder(), Namespace(verb="backup", to="b.sqlite", timeout=5.0, json=as_json)
+    text = run(client, options)  # type: ignore[arg-type]
+    path = f"{tmp_path}/b.sqlite"
+    assert client.asked == (path, 5.0)
+    assert text == (f'{{"path": "{path}", "last_write": 7}}' if as_json else f"writes up to 7 in {path}")
+
+
 def test_status_in_words() -> None:
-    one = pb.Generation(name="f00", index="/i", plan="/p", num_rows=7, includes_writes=3)
+    served = pb.Generation(name="f00", index="/i", plan="/p", num_rows=7, includes_writes=3)
     recall = pb.RecallEstimate(recall=0.97, low=0.95, high=0.98, queries=40)
     followers = [pb.Followers(role="ingress", replicas=2, current=1)]
     status = pb.StatusResponse(
-        generations=[one, pb.Generation(name="old", index="/o")],
+        generations=[served, pb.Generation(name="old", index="/o")],
         current="f00",
         previous="old",
         last_write=5,

@@ -65,7 +65,7 @@ def test_every_rpc_needs_a_role_and_every_role_a_token(tmp_path: Path) -> None:
     assert {rpc: role_for(rpc) for rpc in rpcs} == {
         **dict.fromkeys(("Search", "SearchBatch", "SearchStream", "Embed", "Describe", "Feedback"), "read"),
         **dict.fromkeys(("Upsert", "Delete"), "write"),
-        **dict.fromkeys(("Switch", "Rollback", "Compact", "Status"), "admin"),
+        **dict.fromkeys(("Switch", "Rollback", "Compact", "Status", "Backup"), "admin"),
     }
     for token, roles in may.items():
         for rpc in rpcs:

@@ -37,12 +37,12 @@ def service(request: pytest.FixtureRequest, ray_session: None, world: "World", t
     )
 
 
-def seen_within(client: Client, seconds: float, **asked: object) -> list[str]:
-    """Ids of a search for one's own id, as soon as it finds it."""
+def search_within(client: Client, seconds: float, **query: object) -> list[str]:
+    """Ids that a search for a written id finds, as soon as it is found."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return client.search(**asked).ids  # type: ignore[arg-type]
+            return client.search(**query).ids  # type: ignore[arg-type]
         except RetrievalError as error:
             if error.code != grpc.StatusCode.NOT_FOUND or time.monotonic() > deadline:
                 raise
@@ -60,7 +60,7 @@ def test_writes_generations_and_a_restart(
         assert client.upsert([StoredRow("new", vector, {"view": "front", "title": "new one"})]) == 1
         assert client.upsert([StoredRow("drawn", draw(500)), StoredRow("img-003", vector[::-1].copy())]) == 2
         assert client.delete(["img-007", "nobody"]) == 3
-        assert seen_within(client, VISIBLE_S, image_id="new", k=1) == ["new"]
+        assert search_within(client, VISIBLE_S, image_id="new", k=1) == ["new"]
         time.sleep(VISIBLE_S)
         hit = client.search(vector=vector, k=1).hits[0]
         assert (hit.id, hit.metadata) == ("new", {"view": "front", "title": "new one"})
@@ -101,7 +101,7 @@ def test_writes_generations_and_a_restart(
         assert client.search(vector=vector, k=1).hits[0].metadata["title"] == "new one"
         assert client.compact().name == compacted.name  # nothing to do
         assert client.upsert([StoredRow("later", -vector)]) == 4
-        assert seen_within(client, VISIBLE_S, image_id="later", k=1) == ["later"]
+        assert search_within(client, VISIBLE_S, image_id="later", k=1) == ["later"]
     stop()
 
 
@@ -115,8 +115,11 @@ def other(world: "World") -> Artifact:
 
 
 def check_commands(address: str, folder: Path) -> None:
-    """``lookalike admin`` with the verbs that leave no trace here."""
+    """``lookalike admin`` with the verbs that change nothing in the service."""
     assert main(["admin", "status", "--address", address, "--json"]) == 0
+    assert main(["admin", "backup", "--to", f"{folder}/backup.sqlite", "--address", address]) == 0
+    assert (folder / "backup.sqlite").exists()
+    assert main(["admin", "backup", "--to", f"{folder}/backup.sqlite", "--address", address]) == 2  # it exists
     assert main(["admin", "upsert", "x", "--address", address]) == 2
     assert main(["admin", "upsert", f"x={folder}/none.jpg", "--address", address]) == 2
     assert main(["admin", "rollback", "--address", address]) == 2
@@ -138,6 +141,8 @@ def check_refusals(client: Client, world: "World") -> None:
             client.upsert(rows)
     with pytest.raises(RetrievalError, match="FAILED_PRECONDITION"):
         client.upsert([StoredRow("a", vector)], model_fingerprint="another")
+    with pytest.raises(RetrievalError, match=r"INVALID_ARGUMENT.*absolute path"):
+        client.backup("backup.sqlite")
     with pytest.raises(RetrievalError, match="beyond the last write"):
         client.switch(world.index, includes_writes=99)
     assert client.status().last_write == 3

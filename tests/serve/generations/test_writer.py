@@ -215,6 +215,31 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(config: ServeConfig, world: 
 
 
 @pytest.mark.usefixtures("no_spare_writes")
+def test_a_service_goes_on_from_a_restored_backup(config: ServeConfig, world: "World", tmp_path: Path) -> None:
+    model, restored = world.encoder.fingerprint, tmp_path / "restored"
+    restored.mkdir()
+
+    async def work() -> None:
+        writer = open_writer(config)
+        await writer.upsert(upsert("new-000", model=model))
+        await writer.compact(0)
+        await writer.upsert(upsert("new-001", model=model))
+        assert await writer.backup(str(restored / FILE)) == 2
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*no backup was made.*exists; name a new file"):
+            await writer.backup(str(restored / FILE))
+        await writer.upsert(upsert("new-002", model=model))
+        before = await status(writer)
+        writer.close()
+        writer = open_writer(config.model_copy(update={"writes": Writes(state=str(restored))}))
+        now = await status(writer)
+        assert (now.last_write, now.pending_rows, now.current) == (2, 1, before.current)
+        assert set(await ids(await follow(Handle(writer)), now.current, 2)) == {"new-000", "new-001"}
+        writer.close()
+
+    run(work)
+
+
+@pytest.mark.usefixtures("no_spare_writes")
 def test_a_database_that_is_removed_takes_no_writes_and_a_compaction_keeps_them(
     config: ServeConfig, world: "World"
 ) -> None:
