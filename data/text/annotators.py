@@ -1,4 +1,4 @@
-"""Annotators turn records into scored terms; a recipe names one of the registry ``ANNOTATORS``.
+"""Annotators turn records into scored terms; a recipe names an entry of the registry ``ANNOTATORS``.
 
 ``lexical`` reads every text field of a record against a vocabulary mined from the training rows, or supplied;
 ``precomputed`` takes the output of the user's own keyword model.
@@ -61,9 +61,9 @@ class Lexical(Annotator):
         """Terms of the fields that can make an annotation by themselves."""
         names = [name for name, weight in self.config.field_weights.items() if weight >= self.config.min_score]
         entries, owners, terms = self._read(records, names)
-        named = entries.join(terms, on="text").filter(pl.when(IS_FREE).then("within").otherwise("whole"))
+        proposals = entries.join(terms, on="text").filter(pl.when(IS_FREE).then("within").otherwise("whole"))
         own = owners.join(terms.filter("within"), on="text")
-        return named.join(own, on=["row", "term"], how="anti").select("row", "term").to_arrow()
+        return proposals.join(own, on=["row", "term"], how="anti").select("row", "term").to_arrow()
 
     def annotate(self, records: pa.Table, vocabulary: Vocabulary) -> pa.Table:
         """Noisy-or over the fields, in the order of the settings."""
@@ -73,21 +73,21 @@ class Lexical(Annotator):
         within, whole = matches.filter("within"), matches.filter("whole").select("text", "position")
         free = longest(within).select("text", position="ends").explode("position")
         listed = pl.concat([whole, free.join(whole, on="text", how="anti")])
-        named = pl.concat(
+        hits = pl.concat(
             [entries.filter(IS_FREE).join(free, on="text"), entries.filter(~IS_FREE).join(listed, on="text")]
         )
-        named = named.join(owners.join(within, on="text"), on=["row", "position"], how="anti")
+        hits = hits.join(owners.join(within, on="text"), on=["row", "position"], how="anti")
         strength = [pl.when(field=name).then("strength").otherwise(0.0).max().alias(name) for name in weights]
         doubt = [1.0 - weight * pl.col(name) for name, weight in weights.items()]
         scored = (
-            named.group_by("row", "position").agg(strength).with_columns(score=1.0 - reduce(mul, doubt, pl.lit(1.0)))
+            hits.group_by("row", "position").agg(strength).with_columns(score=1.0 - reduce(mul, doubt, pl.lit(1.0)))
         )
         return scored.select("row", vocabulary.terms.gather(scored["position"]).alias("term"), "score").to_arrow()
 
     def _read(self, records: pa.Table, names: Iterable[str]) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
         """Entries of the named fields that may be read, names of owners, and the ``spans`` of their distinct texts.
 
-        A category is not asked for its language: it comes from the one taxonomy of its source.
+        A category is read in any language: it comes from its source's taxonomy.
         """
         entries = read_fields(records, [*names, *OWNERS])
         entries = entries.with_columns(pl.col("text").str.head(self.config.max_characters))
@@ -107,15 +107,15 @@ class Precomputed(Annotator):
 
     def candidates(self, records: pa.Table) -> pa.Table:
         """The terms that can make an annotation."""
-        given = self._given(records)
-        return given.filter(pl.col("score") >= self.config.min_score).select("row", "term").to_arrow()
+        scored = self._scored_terms(records)
+        return scored.filter(pl.col("score") >= self.config.min_score).select("row", "term").to_arrow()
 
     def annotate(self, records: pa.Table, vocabulary: Vocabulary) -> pa.Table:
         """The user's score of each term."""
-        given = self._given(records).join(vocabulary.spellings, on="term")
-        return given.select("row", vocabulary.terms.gather(given["position"]).alias("term"), "score").to_arrow()
+        scored = self._scored_terms(records).join(vocabulary.spellings, on="term")
+        return scored.select("row", vocabulary.terms.gather(scored["position"]).alias("term"), "score").to_arrow()
 
-    def _given(self, records: pa.Table) -> pl.DataFrame:
+    def _scored_terms(self, records: pa.Table) -> pl.DataFrame:
         name, cut = self.config.scores_from, self.config.max_characters
         entries = read_fields(records, [name])
         texts = entries["text"].unique().to_list()

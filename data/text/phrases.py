@@ -54,13 +54,13 @@ def _spans(words: pl.DataFrame, length: int) -> pl.DataFrame:
     fine = pl.all_horizontal("edge", later("edge"), *(later("inner", place) for place in range(1, length - 1)))
     within = pl.col("phrase") == later("phrase")
     whole = pl.col("first") & later("last") & (pl.col("text") == later("text"))
-    found = words.select("text", "at", within=within, whole=whole, fine=fine).filter(
+    table = words.select("text", "at", within=within, whole=whole, fine=fine).filter(
         pl.col("fine") & (pl.col("within") | pl.col("whole"))
     )
-    parts = [words["word"].gather(found["at"] + place) for place in range(length - 1)]
-    term = pl.concat_str(*parts, words["single"].gather(found["at"] + length - 1), separator=" ")
-    found = found.select("text", "at", "within", "whole", length=length, term=term)
-    return found.filter(pl.col("term").str.len_chars().is_between(2, MAX_LENGTH))
+    parts = [words["word"].gather(table["at"] + place) for place in range(length - 1)]
+    term = pl.concat_str(*parts, words["single"].gather(table["at"] + length - 1), separator=" ")
+    table = table.select("text", "at", "within", "whole", length=length, term=term)
+    return table.filter(pl.col("term").str.len_chars().is_between(2, MAX_LENGTH))
 
 
 def longest(matches: pl.DataFrame) -> pl.DataFrame:

@@ -50,8 +50,7 @@ class AnnotationConfig(Config):
 
     def sources(self) -> list[str]:
         """URIs of the files that the settings name; their content changes the result."""
-        named = [self.vocabulary, self.sensitive, self.aliases]
-        return [uri for uri in named if isinstance(uri, str)]
+        return [uri for uri in (self.vocabulary, self.sensitive, self.aliases) if isinstance(uri, str)]
 
     def lists(self) -> WordLists:
         """The word lists that the settings name. Raises ``UsageError`` for a file that cannot be used."""

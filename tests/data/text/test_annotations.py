@@ -43,8 +43,8 @@ def table(*rows: dict[str, Any], columns: list[str] = TEXT_COLUMNS) -> pa.Table:
 
 def scores(config: AnnotationConfig, vocabulary: set[str], **row: Any) -> dict[str, float]:
     terms = Vocabulary(vocabulary, config.lists().aliases)
-    found = annotate(table(row), make_annotator(config), terms)
-    return dict(zip(found["term"].to_pylist(), found["score"].to_pylist(), strict=True))
+    rows = annotate(table(row), make_annotator(config), terms).to_pylist()
+    return {entry["term"]: entry["score"] for entry in rows}
 
 
 def counted(records: pa.Table, annotator: Annotator, lists: WordLists) -> pa.Table:
@@ -53,13 +53,13 @@ def counted(records: pa.Table, annotator: Annotator, lists: WordLists) -> pa.Tab
 
 def counts(config: AnnotationConfig, *rows: dict[str, Any]) -> dict[str, int]:
     lists = config.lists()
-    found = frequent_terms(counted(table(*rows), make_annotator(config), lists), config, lists)
-    return dict(zip(found["term"].to_pylist(), found["images"].to_pylist(), strict=True))
+    frequent = frequent_terms(counted(table(*rows), make_annotator(config), lists), config, lists)
+    return dict(zip(*frequent.to_pydict().values(), strict=True))
 
 
 def test_fields_combine_as_noisy_or() -> None:
-    found = scores(CONFIG, {"sofa"}, title="Red sofa", keywords=["Sofas"], category="furniture/sofas")
-    assert found["sofa"] == pytest.approx(1 - 0.4 * 0.3 * 0.4)
+    scored = scores(CONFIG, {"sofa"}, title="Red sofa", keywords=["Sofas"], category="furniture/sofas")
+    assert scored["sofa"] == pytest.approx(1 - 0.4 * 0.3 * 0.4)
 
 
 def test_a_weak_field_alone_stays_under_the_threshold() -> None:
@@ -75,8 +75,8 @@ def test_interactions_add_to_what_other_fields_say_by_their_weight() -> None:
         {"term": None, "weight": 1.0},
         {"term": "lamp", "weight": None},
     ]
-    found = scores(CONFIG, {"sofa", "rug", "lamp"}, title="A sofa", interactions=signals)
-    assert found == {"sofa": pytest.approx(1 - 0.4 * (1 - 0.3 * 0.5))}
+    scored = scores(CONFIG, {"sofa", "rug", "lamp"}, title="A sofa", interactions=signals)
+    assert scored == {"sofa": pytest.approx(1 - 0.4 * (1 - 0.3 * 0.5))}
     alone = AnnotationConfig(field_weights={"interactions": 0.8})
     assert scores(alone, {"sofa", "rug"}, interactions=signals) == {"rug": pytest.approx(0.8)}
 
@@ -195,8 +195,8 @@ def assert_as_one_by_one(records: pa.Table, config: AnnotationConfig, vocabulary
         for row in rows
         for term, score in sorted(text_plain.scores(row, config, terms).items(), key=lambda s: (-s[1], s[0]))
     ]
-    named = annotate(records, annotator, Vocabulary(mined, lists.aliases)).select(["image_id", "term", "score"])
-    assert list(zip(*named.to_pydict().values(), strict=True)) == expected
+    scored = annotate(records, annotator, Vocabulary(mined, lists.aliases)).select(["image_id", "term", "score"])
+    assert list(zip(*scored.to_pydict().values(), strict=True)) == expected
     return len(expected)
 
 
@@ -216,19 +216,19 @@ def test_records_of_the_benchmark_say_what_the_rules_say_one_by_one() -> None:
 def test_results_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"title": f"Red sofa number {n} with a lamp", "keywords": ["sofa", f"chair {n % 3}x"]} for n in range(40)]
     annotator, lists, terms = make_annotator(CONFIG), CONFIG.lists(), Vocabulary(["sofa", "lamp", "red sofa"])
-    images, named = counted(table(*rows), annotator, lists), annotate(table(*rows), annotator, terms)
+    images, scored = counted(table(*rows), annotator, lists), annotate(table(*rows), annotator, terms)
     monkeypatch.setattr(annotations, "BATCH_ROWS", 7)
     assert counted(table(*rows), annotator, lists) == images
-    assert annotate(table(*rows), annotator, terms).equals(named)
+    assert annotate(table(*rows), annotator, terms).equals(scored)
     monkeypatch.setattr(annotations, "BATCH_BYTES", 200)
     assert counted(table(*rows), annotator, lists) == images
-    assert annotate(table(*rows), annotator, terms).equals(named)
+    assert annotate(table(*rows), annotator, terms).equals(scored)
 
 
 def test_the_vocabulary_is_bounded_by_the_most_frequent_and_equal_ones_by_the_alphabet() -> None:
-    found = pa.table({"term": ["b", "d", "a", "c"], "images": [3, 9, 3, 3]})
-    assert most_frequent(found, 3)["term"].to_pylist() == ["a", "b", "d"]
-    assert most_frequent(found, None)["term"].to_pylist() == ["a", "b", "c", "d"]
+    images = pa.table({"term": ["b", "d", "a", "c"], "images": [3, 9, 3, 3]})
+    assert most_frequent(images, 3)["term"].to_pylist() == ["a", "b", "d"]
+    assert most_frequent(images, None)["term"].to_pylist() == ["a", "b", "c", "d"]
 
 
 def test_a_supplied_vocabulary_bounds_what_is_counted(tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ GIVEN = [
 
 def test_precomputed_takes_the_users_scores() -> None:
     config = AnnotationConfig(annotator="precomputed", min_score=0.4)
-    found = scores(config, {"sofa", "lamp", "rug", "oak"}, annotations=GIVEN, keywords=["lamp:0.8"])
-    assert found == {"sofa": pytest.approx(0.9), "rug": 1.0}
+    scored = scores(config, {"sofa", "lamp", "rug", "oak"}, annotations=GIVEN, keywords=["lamp:0.8"])
+    assert scored == {"sofa": pytest.approx(0.9), "rug": 1.0}
 
 
 def test_precomputed_terms_make_the_vocabulary_without_any_text() -> None:

@@ -60,7 +60,7 @@ def test_aliases_from_a_file_lead_to_their_last_term(tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize(
-    ("setting", "content", "told"),
+    ("setting", "content", "message"),
     [
         ("aliases", "- a\n", "not a mapping"),
         ("aliases", "a: [", "not YAML"),
@@ -69,11 +69,13 @@ def test_aliases_from_a_file_lead_to_their_last_term(tmp_path: Path, name: str, 
         ("sensitive", None, "there is no file"),
     ],
 )
-def test_files_that_cannot_be_used_are_explained(tmp_path: Path, setting: str, content: str | None, told: str) -> None:
+def test_files_that_cannot_be_used_are_explained(
+    tmp_path: Path, setting: str, content: str | None, message: str
+) -> None:
     file = tmp_path / "list.yaml"
     if content is not None:
         file.write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         AnnotationConfig.model_validate({setting: str(file)}).lists()
 
 
