@@ -189,10 +189,10 @@ def to_upsert(rows: Iterable[StoredRow], model_fingerprint: str) -> pb.UpsertReq
 
 def one_of(image: bytes | None, vector: FloatArray | None, image_id: str | None) -> Query:
     """Return the one query that is not None; ``ValueError`` unless there is exactly one."""
-    given = [query for query in (image, vector, image_id) if query is not None]
-    if len(given) != 1:
-        raise ValueError(f"{len(given)} queries given; pass exactly one of image=, vector= and image_id=")
-    return given[0]
+    queries = [query for query in (image, vector, image_id) if query is not None]
+    if len(queries) != 1:
+        raise ValueError(f"{len(queries)} queries given; pass exactly one of image=, vector= and image_id=")
+    return queries[0]
 
 
 def from_response(reply: pb.SearchResponse) -> SearchResult:

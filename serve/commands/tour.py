@@ -94,5 +94,5 @@ def _without(result: SearchResult, image_id: str) -> tuple[Hit, ...]:
 
 def pictures(corpus: Artifact, answers: Sequence[TourAnswer]) -> dict[str, dict[str, Any]]:
     """Return image_id -> corpus row for every hit in the answers."""
-    wanted = sorted({hit.id for answer in answers for hit in answer.hits})
-    return {row["image_id"]: row for row in read_rows(corpus, pc.field("image_id").isin(wanted))}
+    ids = sorted({hit.id for answer in answers for hit in answer.hits})
+    return {row["image_id"]: row for row in read_rows(corpus, pc.field("image_id").isin(ids))}

@@ -127,7 +127,7 @@ def render_html(
         for name in dict.fromkeys(row["task"] for row in evaluation["rows"])
     }
     plots["Candidate plans: recall and cost"] = by_kind["plan"].path("plan.png")
-    shown = [
+    neighbours = [
         {
             "query": answer.query,
             "image": data_uri(answer.query["image"]),
@@ -152,7 +152,7 @@ def render_html(
         columns=columns,
         table=table,
         subject=subject_table(evaluation, task),
-        shown=shown,
+        neighbours=neighbours,
         plots={title: data_uri(storage.read_bytes(uri)) for title, uri in plots.items()},
         artifacts={name: artifact.uri for name, artifact in artifacts.items()},
     )

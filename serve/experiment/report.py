@@ -9,8 +9,8 @@ from typing import Any
 from lookalike.serve.experiment.log import ExperimentLog, read_experiment_log
 from lookalike.serve.experiment.stats import (
     MISMATCH,
+    ArmComparison,
     ArmFigures,
-    Comparison,
     Duel,
     compare,
     describe_arms,
@@ -92,7 +92,7 @@ def _warnings(log: ExperimentLog, arms: Sequence[ArmFigures], weights_p_value: f
     return warnings + [f"arm {arm.name} is beyond a guardrail: {reason}" for arm in arms for reason in arm.breaks]
 
 
-def _say_comparison(comparison: Comparison, arms: Sequence[ArmFigures], log: ExperimentLog) -> str:
+def _say_comparison(comparison: ArmComparison, arms: Sequence[ArmFigures], log: ExperimentLog) -> str:
     by_name = {arm.name: arm for arm in arms}
     arm, base = by_name[comparison.arm], by_name[log.settings.control.name]
     units, (low, high) = _name_units(arms), comparison.interval

@@ -48,7 +48,7 @@ class ArmFigures:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ArmComparison:
     """One arm of a split compared with control."""
 
     arm: str
@@ -128,7 +128,7 @@ def sessions_of_several_arms(log: ExperimentLog) -> int:
     return sum(len(names) > 1 for names in arms.values())
 
 
-def compare(arms: Sequence[ArmFigures], control: str) -> list[Comparison]:
+def compare(arms: Sequence[ArmFigures], control: str) -> list[ArmComparison]:
     """Compare every other arm with ``control``; return nothing if control has no units."""
     base = next((arm for arm in arms if arm.name == control), None)
     others = [arm for arm in arms if arm.name != control]
@@ -140,13 +140,13 @@ def compare(arms: Sequence[ArmFigures], control: str) -> list[Comparison]:
     return [_compare(arm, base, p_value) for arm, p_value in zip(others, p_values, strict=True)]
 
 
-def _compare(arm: ArmFigures, base: ArmFigures, p_value: float) -> Comparison:
+def _compare(arm: ArmFigures, base: ArmFigures, p_value: float) -> ArmComparison:
     hits, trials = arm.units_with_feedback, arm.units
     apart = hits / trials - base.units_with_feedback / base.units
     rate = (hits + base.units_with_feedback) / (trials + base.units)
     detectable = POWER * sqrt(rate * (1 - rate) * (1 / trials + 1 / base.units))
     interval = difference(hits, trials, base.units_with_feedback, base.units)
-    return Comparison(arm.name, apart, interval, p_value, p_value < LEVEL, detectable)
+    return ArmComparison(arm.name, apart, interval, p_value, p_value < LEVEL, detectable)
 
 
 def two_proportions(hits: int, trials: int, other_hits: int, other_trials: int) -> float:

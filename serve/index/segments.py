@@ -128,7 +128,7 @@ class SegmentRows(NamedTuple):
     live: Mask
 
 
-class Comparison(NamedTuple):
+class RowComparison(NamedTuple):
     """A shard's rows compared with the segments of the previous index."""
 
     stay: list[Mask]
@@ -174,7 +174,7 @@ def _load(uri: str) -> Any:
 
 def compare_rows(
     ids: pa.ChunkedArray, digests: Digests, unchanged: Mask, segments: Sequence[SegmentRows]
-) -> Comparison:
+) -> RowComparison:
     """Compare the rows of a shard, ``ids`` [n] and ``digests`` [n], with the segments of the previous index.
 
     The digests of rows in ``unchanged`` [n] are ignored: these rows are known to be as they were.
@@ -188,10 +188,10 @@ def compare_rows(
         fresh[rows[same]] = False
         num_gone += int((segment.live & ~present).sum())
         stay.append(same)
-    return Comparison(stay, fresh, num_gone)
+    return RowComparison(stay, fresh, num_gone)
 
 
-def decide(options: SegmentOptions, comparison: Comparison) -> Kind:
+def decide(options: SegmentOptions, comparison: RowComparison) -> Kind:
     """Return what to do with a shard."""
     stay, fresh, num_gone = comparison
     num_fresh = int(fresh.sum())

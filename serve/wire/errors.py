@@ -58,5 +58,5 @@ def invalid(message: str) -> RetrievalError:
 
 def shorten(text: str) -> str:
     """Return ``text`` quoted, in ASCII and without its middle if it is long: safe to put into any message."""
-    shown = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 10]}...{text[-7:]}"
-    return ascii(shown)
+    cut = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 10]}...{text[-7:]}"
+    return ascii(cut)

@@ -93,20 +93,20 @@ def answers(address: str, installed: Path, world: "World") -> dict[str, Any]:
 
 
 def test_searches_are_those_of_the_packaged_client(answers: dict[str, Any], address: str, world: "World") -> None:
-    found = answers["search"]
+    reply = answers["search"]
     with Client(address) as client:
         own = client.search(vector=world.vectors["img-004"], k=3)
         by_id = client.search(image_id="img-004", k=3)
         filtered = client.search(vector=world.vectors["img-004"], k=3, where={"view": ["side"]})
         batch = client.search_batch([world.vectors[name] for name in ("img-004", "img-011", "img-042")], k=3)
-    assert [(hit["id"], hit["score"], hit["metadata"]) for hit in found["vector"]] == [
+    assert [(hit["id"], hit["score"], hit["metadata"]) for hit in reply["vector"]] == [
         (hit.id, hit.score, hit.metadata) for hit in own.hits
     ]
-    assert found["image"][0] == "img-004"
-    assert (found["id"], found["filtered"]) == (by_id.ids, filtered.ids)
-    assert found["batch"] == [result.ids for result in batch]
-    assert (found["num_rows"], found["dims"]) == (60, [8, 16, 64])
-    assert found["generation"] == found["described"] == own.info.generation
+    assert reply["image"][0] == "img-004"
+    assert (reply["id"], reply["filtered"]) == (by_id.ids, filtered.ids)
+    assert reply["batch"] == [result.ids for result in batch]
+    assert (reply["num_rows"], reply["dims"]) == (60, [8, 16, 64])
+    assert reply["generation"] == reply["described"] == own.info.generation
 
 
 def test_a_stream_keeps_its_order_and_fails_in_place(answers: dict[str, Any]) -> None:

@@ -25,9 +25,9 @@ def test_search_in_an_index_on_disk(world: "World", tmp_path: Path, capsys: pyte
     np.save(vector, world.vectors["img-021"])
     for query in (["--image", str(picture)], ["--vector", str(vector)], ["--id", "img-021"]):
         assert main(["search", *query, "--local", world.index, "-k", "2", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["hits"][0]["id"] == "img-021"
-        assert len(found["hits"]) == 2
+        result = json.loads(capsys.readouterr().out)
+        assert result["hits"][0]["id"] == "img-021"
+        assert len(result["hits"]) == 2
     assert main(["search", "--id", "img-021", "--local", world.index, "-k", "1"]) == 0
     assert "1  +1.0000  img-021  title=picture img-021  view=front" in capsys.readouterr().out
 
@@ -83,8 +83,8 @@ def test_search_says_what_to_do_where_no_service_answers(
 
     monkeypatch.setattr(Client, "search", refuse)
     assert main(["search", "--id", "x", "--address", "127.0.0.1:7"]) == 1
-    told = capsys.readouterr().err
-    assert "Connection refused; if none runs at 127.0.0.1:7, start a service with `lookalike serve RECIPE`" in told
+    message = capsys.readouterr().err
+    assert "Connection refused; if none runs at 127.0.0.1:7, start a service with `lookalike serve RECIPE`" in message
 
 
 def test_search_in_a_missing_index(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,28 +71,28 @@ def test_shares_are_even_and_always_the_same() -> None:
 def test_a_session_keeps_its_arm_and_weights_are_kept(world: "World", plan_b: str) -> None:
     arms = [{"name": "b", "plan": plan_b, "weight": 2.0}, {"name": "c", "plan": "none", "weight": 1.0}]
     seen: Counter[str] = Counter()
-    with LocalClient(config_of(world, *arms)) as one, LocalClient(config_of(world, *arms)) as another:
+    with LocalClient(config_of(world, *arms)) as replica, LocalClient(config_of(world, *arms)) as other:
         for number in range(400):
-            arm = one.search(image_id="img-001", k=3, session=f"s{number}").info.arm
+            arm = replica.search(image_id="img-001", k=3, session=f"s{number}").info.arm
             seen[arm] += 1
             if number < 40:
-                assert another.search(image_id="img-002", session=f"s{number}").info.arm == arm
+                assert other.search(image_id="img-002", session=f"s{number}").info.arm == arm
     assert abs(seen["b"] - 200) < 50
     assert abs(seen["a"] - 100) < 45
     assert abs(seen["c"] - 100) < 45
 
 
 def test_each_arm_answers_by_its_own_plan(split: LocalClient, world: "World") -> None:
-    wanted = {"a": SearchPlan(16, 12, 64), "b": SearchPlan(**PLAN_B)}
-    seen = set()
+    plans = {"a": SearchPlan(16, 12, 64), "b": SearchPlan(**PLAN_B)}
+    arms = set()
     for number in range(12):
-        found = split.search(image_id="img-007", k=5, session=f"s{number}")
-        assert found.info.plan == wanted[found.info.arm]
-        assert found.ids == split.search(image_id="img-007", k=5, plan=wanted[found.info.arm]).ids
-        seen.add(found.info.arm)
-    assert seen == {"a", "b"}
+        result = split.search(image_id="img-007", k=5, session=f"s{number}")
+        assert result.info.plan == plans[result.info.arm]
+        assert result.ids == split.search(image_id="img-007", k=5, plan=plans[result.info.arm]).ids
+        arms.add(result.info.arm)
+    assert arms == {"a", "b"}
     batches = split.search_stream([["img-001"]] * 2, session="s1")
-    arms = {found.info.arm for batch in batches if not isinstance(batch, RetrievalError) for found in batch}
+    arms = {result.info.arm for batch in batches if not isinstance(batch, RetrievalError) for result in batch}
     assert arms == {split.search(image_id="img-001", session="s1").info.arm}
 
 
@@ -117,9 +117,9 @@ def test_arms_of_two_models(world: "World", index_b: str, other_encoder: str) ->
         sessions = {client.search(image_id="img-001", session=f"s{n}").info.arm: f"s{n}" for n in range(20)}
         assert set(sessions) == {"a", "b"}
         for image in list(world.images.values())[:3]:  # each arm's own encoder
-            found = client.search(image=image, k=4, session=sessions["b"])
-            assert (found.info.arm, found.info.model_fingerprint) == ("b", name_b)
-            assert found.ids == only_b.search(image=image, k=4).ids
+            result = client.search(image=image, k=4, session=sessions["b"])
+            assert (result.info.arm, result.info.model_fingerprint) == ("b", name_b)
+            assert result.ids == only_b.search(image=image, k=4).ids
             assert client.search(image=image, session=sessions["a"]).info.model_fingerprint == name_a
         vector = np.ones(64, np.float32)
         for session in sessions.values():  # vectors go where they belong
@@ -152,39 +152,39 @@ def test_the_log_tells_forced_requests_apart(world: "World", index_b: str, tmp_p
 def test_interleaved_hits_come_from_both_and_say_so(world: "World", index_b: str) -> None:
     config = config_of(world, {"name": "b", "index": index_b, "encoder": "none"}, mode="interleave")
     with LocalClient(config) as client, LocalClient(index_b) as only_b, LocalClient(world.index) as only_a:
-        found = client.search(image_id="img-005", k=8, session="s")
-        assert (found.info.arm, len(found.ids), len(set(found.ids))) == ("interleave", 8, 8)
-        assert Counter(hit.arm for hit in found.hits) == {"a": 4, "b": 4}
+        result = client.search(image_id="img-005", k=8, session="s")
+        assert (result.info.arm, len(result.ids), len(set(result.ids))) == ("interleave", 8, 8)
+        assert Counter(hit.arm for hit in result.hits) == {"a": 4, "b": 4}
         best = {"a": only_a.search(image_id="img-005", k=8).ids, "b": only_b.search(image_id="img-005", k=8).ids}
         for arm in "ab":
-            mine = [hit.id for hit in found.hits if hit.arm == arm]
+            mine = [hit.id for hit in result.hits if hit.arm == arm]
             assert mine == [name for name in best[arm] if name in mine]
-        assert found.info.generation == world.searcher.meta.generation  # control's
+        assert result.info.generation == world.searcher.meta.generation  # control's
         two = client.search_batch(["img-005", "img-006"], k=4)
-        assert [Counter(hit.arm for hit in one.hits) for one in two] == [{"a": 2, "b": 2}] * 2
+        assert [Counter(hit.arm for hit in answer.hits) for answer in two] == [{"a": 2, "b": 2}] * 2
 
 
 def test_an_interleaved_arm_that_fails_leaves_the_other(world: "World", plan_b: str) -> None:
     with LocalClient(config_of(world, {"name": "b", "plan": plan_b}, mode="interleave")) as client:
         break_plan(client, PLAN_B["shortlist_k"])
-        found = client.search(image_id="img-005", k=4)
-        assert (found.info.arm, {hit.arm for hit in found.hits}) == ("a", {""})
+        result = client.search(image_id="img-005", k=4)
+        assert (result.info.arm, {hit.arm for hit in result.hits}) == ("a", {""})
 
 
 def break_plan(client: LocalClient, shortlist_k: int) -> Counter[int]:
     """Searches by the plan with this shortlist_k fail from now on; counts those by each shortlist_k."""
-    asked: Counter[int] = Counter()
+    calls: Counter[int] = Counter()
     router: Any = client.service.router
     answered = router.search
 
     async def search(ask: Ask, **settings: Any) -> Any:
-        asked[ask.plan.shortlist_k] += 1
+        calls[ask.plan.shortlist_k] += 1
         if ask.plan.shortlist_k == shortlist_k:
             raise RetrievalError(grpc.StatusCode.UNAVAILABLE, "broken on purpose")
         return await answered(ask, **settings)
 
     router.search = search
-    return asked
+    return calls
 
 
 def test_an_arm_that_fails_is_closed_and_control_takes_its_sessions(
@@ -212,10 +212,10 @@ def test_an_arm_that_fails_is_closed_and_control_takes_its_sessions(
 def test_a_closed_arm_is_interleaved_no_more(world: "World", plan_b: str) -> None:
     rails = {"guardrails": {"max_error_share": 0.05, "min_requests": 10}}
     with LocalClient(config_of(world, {"name": "b", "plan": plan_b}, mode="interleave", experiment=rails)) as client:
-        asked = break_plan(client, PLAN_B["shortlist_k"])
+        calls = break_plan(client, PLAN_B["shortlist_k"])
         arms = [client.search(image_id="img-001", k=4).info.arm for _ in range(30)]
         assert arms == ["a"] * 30
-        assert asked == Counter({PLAN_B["shortlist_k"]: 10, 12: 30})
+        assert calls == Counter({PLAN_B["shortlist_k"]: 10, 12: 30})
 
 
 def guard(**rails: Any) -> Guard:

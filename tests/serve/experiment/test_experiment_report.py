@@ -31,13 +31,13 @@ def settings(**more: Any) -> ExperimentSettings:
 
 
 def split_log(seed: int, rates: dict[str, float], *, sessions: int = 600, **more: Any) -> ExperimentLog:
-    """Sessions of one to five answers; whoever likes to click does so more often: answers are not independent."""
+    """Sessions of answer to five answers; whoever likes to click does so more often: answers are not independent."""
     rng, log = random.Random(seed), ExperimentLog(settings(**more))
     names = [arm.name for arm in log.settings.arms]
     for number in range(sessions):
         arm, eager = rng.choice(names), rng.random()
-        for one in range(rng.randint(1, 5)):
-            request_id = f"{number}-{one}"
+        for answer in range(rng.randint(1, 5)):
+            request_id = f"{number}-{answer}"
             log.requests.append(LoggedRequest(request_id, arm, f"s{number}", "OK", rng.uniform(1, 9)))
             if eager < rates[arm] and rng.random() < 0.7:
                 log.feedback.add((request_id, "", "click"))
@@ -45,12 +45,12 @@ def split_log(seed: int, rates: dict[str, float], *, sessions: int = 600, **more
 
 
 def interleaved_log(seed: int, lead: float, *, sessions: int = 300) -> ExperimentLog:
-    """Sessions of one to four answers with a click each; a session has its own taste, on average ``lead`` for b."""
+    """Sessions of answer to four answers with a click each; a session has its own taste, on average ``lead`` for b."""
     rng, log = random.Random(seed), ExperimentLog(settings(mode="interleave"))
     for number in range(sessions):
         taste = min(1.0, max(0.0, rng.gauss(0.5 + lead, 0.3)))
-        for one in range(rng.randint(1, 4)):
-            request_id = f"{number}-{one}"
+        for answer in range(rng.randint(1, 4)):
+            request_id = f"{number}-{answer}"
             owners = {"ha": "a", "hb": "b"}
             log.requests.append(LoggedRequest(request_id, "interleave", f"s{number}", "OK", 5.0, owners=owners))
             log.feedback.add((request_id, "hb" if rng.random() < taste else "ha", "click"))
@@ -59,9 +59,11 @@ def interleaved_log(seed: int, lead: float, *, sessions: int = 300) -> Experimen
 
 def test_a_split_with_an_effect_is_found() -> None:
     report = analyse(split_log(1, {"a": 0.2, "b": 0.35}, sessions=2000))
-    (one,) = report["comparisons"]
-    assert one["shown"]
-    assert one["interval"][0] < 0.13 < one["interval"][1]  # .15, less those who liked to click and did not
+    (comparison,) = report["comparisons"]
+    assert comparison["shown"]
+    assert (
+        comparison["interval"][0] < 0.13 < comparison["interval"][1]
+    )  # .15, less those who liked to click and did not
     assert any(sentence.startswith("arm b leads: feedback in ") for sentence in report["means"])
     worse = analyse(split_log(1, {"a": 0.35, "b": 0.2}, sessions=2000))
     assert any(sentence.startswith("arm b trails: ") for sentence in worse["means"])
@@ -69,31 +71,31 @@ def test_a_split_with_an_effect_is_found() -> None:
 
 def test_without_an_effect_one_split_in_twenty_shows_one() -> None:
     logs = (split_log(seed, {"a": 0.3, "b": 0.3}, sessions=300) for seed in range(500))
-    shown = [analyse(log)["comparisons"][0]["shown"] for log in logs]
-    assert 0.025 < np.mean(shown) < 0.08
+    significant = [analyse(log)["comparisons"][0]["shown"] for log in logs]
+    assert 0.025 < np.mean(significant) < 0.08
 
 
 def test_answers_as_units_would_mislead() -> None:
-    """Why sessions are the units: answers of one session go together, and counting them singly finds too much."""
-    found = []
+    """Why sessions are the units: answers of control session go together, and counting them singly finds too much."""
+    significant = []
     for seed in range(300):
-        one, other = analyse(split_log(seed, {"a": 0.3, "b": 0.3}))["arms"]
-        found.append(
+        control, other = analyse(split_log(seed, {"a": 0.3, "b": 0.3}))["arms"]
+        significant.append(
             two_proportions(
-                one["answers_with_feedback"], one["requests"], other["answers_with_feedback"], other["requests"]
+                control["answers_with_feedback"], control["requests"], other["answers_with_feedback"], other["requests"]
             )
             < 0.05
         )
-    assert np.mean(found) > 0.09
+    assert np.mean(significant) > 0.09
 
 
 def test_three_arms_share_the_five_percent() -> None:
     arms = [{"name": "a"}, {"name": "b"}, {"name": "c"}, {"name": "d"}]
-    shown = []
+    significant = []
     for seed in range(300):
         log = split_log(seed, dict.fromkeys("abcd", 0.3), sessions=500, arms=arms)
-        shown.append(any(one["shown"] for one in analyse(log)["comparisons"]))
-    assert np.mean(shown) < 0.075
+        significant.append(any(comparison["shown"] for comparison in analyse(log)["comparisons"]))
+    assert np.mean(significant) < 0.075
 
 
 @pytest.mark.parametrize("table", [(30, 200, 50, 210), (300, 2000, 280, 1990), (5, 20, 11, 20)])
@@ -114,11 +116,11 @@ def test_small_counts_are_compared_by_fishers_exact_test(table: tuple[int, int, 
 def test_what_is_called_detectable_is_shown_four_times_in_five() -> None:
     log = ExperimentLog(settings(), [LoggedRequest(str(n), "ab"[n % 2], "", "OK", 1.0) for n in range(4000)])
     log.feedback = {(str(n), "", "click") for n in range(4000) if n % 4 < 2}  # half of each arm
-    (one,) = analyse(log)["comparisons"]
-    rng, apart = np.random.default_rng(3), one["detectable"]
+    (comparison,) = analyse(log)["comparisons"]
+    rng, apart = np.random.default_rng(3), comparison["detectable"]
     trials = zip(rng.binomial(2000, 0.5 + apart / 2, 1500), rng.binomial(2000, 0.5 - apart / 2, 1500), strict=True)
-    shown = [two_proportions(int(hits), 2000, int(others), 2000) < 0.05 for hits, others in trials]
-    assert 0.77 < np.mean(shown) < 0.83
+    significant = [two_proportions(int(hits), 2000, int(others), 2000) < 0.05 for hits, others in trials]
+    assert 0.77 < np.mean(significant) < 0.83
 
 
 def test_holm_against_a_worked_example() -> None:
@@ -137,14 +139,14 @@ def test_interleaving_finds_a_preference() -> None:
 
 
 def test_without_a_preference_one_interleaving_in_twenty_shows_one() -> None:
-    shown = [analyse(interleaved_log(seed, 0.0))["duel"]["shown"] for seed in range(400)]
-    assert 0.02 < np.mean(shown) < 0.08
+    significant = [analyse(interleaved_log(seed, 0.0))["duel"]["shown"] for seed in range(400)]
+    assert 0.02 < np.mean(significant) < 0.08
 
 
 def test_arms_that_lose_requests_are_not_compared_in_silence() -> None:
     log = split_log(3, {"a": 0.3, "b": 0.3}, sessions=2000)
     lost = {f"s{number}" for number in range(400)}
-    log.requests = [one for one in log.requests if one.arm == "a" or one.session not in lost]
+    log.requests = [request for request in log.requests if request.arm == "a" or request.session not in lost]
     assert analyse(log)["means"][0].startswith("do not trust the comparison: the arms' sizes (a ")
     assert not any("do not trust" in sentence for sentence in analyse(split_log(3, {"a": 0.3, "b": 0.3}))["means"])
 
@@ -248,10 +250,10 @@ def test_from_searches_and_clicks_to_the_better_arm(world: "World", tmp_path: Pa
     with LocalClient(config) as client:
         for number, vector in enumerate(vectors):
             near = world.searcher.ids(world.searcher.search(vector, 4, Plan.exact(64)).rows[0])
-            found = client.search(vector=vector, k=6, session=f"s{number // 2}")
-            for hit in found.hits:
+            result = client.search(vector=vector, k=6, session=f"s{number // 2}")
+            for hit in result.hits:
                 if hit.id in near:
-                    client.feedback(found.info.request_id, "click", id=hit.id)
+                    client.feedback(result.info.request_id, "click", id=hit.id)
     log = read_experiment_log(str(tmp_path), "trial", "click")
     assert len(log.requests) == 120
     assert {hash_text(name) for name in world.images} >= {hit for _, hit, _ in log.feedback}

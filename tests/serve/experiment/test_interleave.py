@@ -12,7 +12,7 @@ lists = st.lists(st.sampled_from("abcdefghijklmnop"), unique=True, max_size=10)
 
 
 def hits(ids: str | list[str]) -> list[pb.Hit]:
-    return [pb.Hit(id=one, score=0.5) for one in ids]
+    return [pb.Hit(id=image_id, score=0.5) for image_id in ids]
 
 
 def drafted(first: str, second: str, seed: str, k: int = 4) -> list[tuple[str, str]]:
@@ -26,20 +26,20 @@ def test_the_four_drafts_of_two_rounds() -> None:
         [(("a", "A"), ("b", "B")), (("b", "B"), ("a", "A"))],
         [(("c", "A"), ("d", "B")), (("d", "B"), ("c", "A"))],
     ]
-    assert seen == {one + two for one in rounds[0] for two in rounds[1]}
+    assert seen == {first + second for first in rounds[0] for second in rounds[1]}
 
 
 @given(lists, lists, st.integers(1, 10), st.integers())
 def test_every_draft(first: list[str], second: list[str], k: int, seed: int) -> None:
-    found = draft(hits(first), hits(second), ("A", "B"), k, coins(str(seed))).hits
-    ids = [hit.id for hit in found]
+    drafted_hits = draft(hits(first), hits(second), ("A", "B"), k, coins(str(seed))).hits
+    ids = [hit.id for hit in drafted_hits]
     assert len(set(ids)) == len(ids) == min(k, len({*first, *second}))
-    teams = Counter(hit.arm for hit in found)
+    teams = Counter(hit.arm for hit in drafted_hits)
     assert abs(teams["A"] - teams["B"]) <= 1
     for arm, own in (("A", first), ("B", second)):
-        mine = [hit.id for hit in found if hit.arm == arm]
-        assert mine == [one for one in own if one in mine]  # in the arm's own order
-    marked = [bool(hit.arm) for hit in found]
+        mine = [hit.id for hit in drafted_hits if hit.arm == arm]
+        assert mine == [image_id for image_id in own if image_id in mine]  # in the arm's own order
+    marked = [bool(hit.arm) for hit in drafted_hits]
     assert marked == sorted(marked, reverse=True)  # those without an arm come last
     if len(first) >= k and len(second) >= k:
         assert all(marked)

@@ -28,9 +28,9 @@ STEPS = 600
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """Signal handlers as they were."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in kept.items():
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
@@ -106,9 +106,9 @@ def test_a_service_for_those_with_certificate_and_token(
     assert outcomes["rotated"]
     assert served == 1  # the proxy's death was noticed
     text = "".join(path.read_text() for path in (tmp_path / "log").glob("*.jsonl"))
-    seen = [json.loads(line) for line in text.splitlines()]
-    assert {one.get("tenant") for one in seen if one["code"] == "OK"} == {"shop", "other"}
-    assert "UNAUTHENTICATED" in {one["code"] for one in seen}
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line.get("tenant") for line in lines if line["code"] == "OK"} == {"shop", "other"}
+    assert "UNAUTHENTICATED" in {line["code"] for line in lines}
     assert not [secret for secret in (token, later) if secret.read_text().strip() in text]
 
 

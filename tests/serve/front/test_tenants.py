@@ -181,43 +181,43 @@ def test_tokens_rotate_and_a_broken_file_changes_nothing(
     monkeypatch.setattr(tenants, "CHECK_S", 3600.0)
     path = tmp_path / "tenants.yaml"
     both = {"name": "r", "token_sha256": [hash_token(READER), hash_token("next")]}
-    known = Tenants(write(path, both))
-    first = known.find(READER)
+    registry = Tenants(write(path, both))
+    first = registry.find(READER)
     assert first is not None
-    assert known.find("next") == first
+    assert registry.find("next") == first
     for broken in ("tenants: [", "tenants: []", json.dumps({"tenants": [{"name": "r", "token": READER}]}), "- 1"):
         path.write_text(broken)
-        known.refresh()
-        assert known.find(READER) == first
+        registry.refresh()
+        assert registry.find(READER) == first
         assert "tenants kept as they were" in caplog.text
         assert READER not in caplog.text
         caplog.clear()
     path.unlink()
-    known.refresh()
+    registry.refresh()
     assert "cannot be read" in caplog.text
     write(path, entry("r", "next"), entry("s", WRITER))
-    known.refresh()
-    assert known.find(READER) is None
-    second = known.find("next")
+    registry.refresh()
+    assert registry.find(READER) is None
+    second = registry.find("next")
     assert second is not None
     assert second.meter is first.meter  # what was used stays used
-    known.close()
+    registry.close()
 
 
 def test_the_file_is_read_again_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
     monkeypatch.setattr(tenants, "CHECK_S", 0.01)
-    known = Tenants(write(tmp_path / "t.yaml", entry("r", READER)))
+    registry = Tenants(write(tmp_path / "t.yaml", entry("r", READER)))
     write(tmp_path / "t.yaml", entry("r", WRITER))
     pause = threading.Event()
     for _ in range(1000):
-        if known.find(WRITER) is not None:
+        if registry.find(WRITER) is not None:
             break
         pause.wait(0.01)
-    assert known.find(WRITER) is not None
-    assert known.find(READER) is None
-    known.close()
+    assert registry.find(WRITER) is not None
+    assert registry.find(READER) is None
+    registry.close()
 
 
 HASH, ZEROS = hash_token("x"), "0" * 64
@@ -275,13 +275,13 @@ def test_the_wait_that_is_named_suffices(amount: float, rate: float, size: float
 def test_a_token_is_shown_once_and_its_entry_fits_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, secret = tmp_path / "tenants.yaml", tmp_path / "token"
     assert main(["token", "shop", "--role", "write"]) == 0
-    shown = capsys.readouterr()
-    fresh = shown.err.split()[-1]
+    printed = capsys.readouterr()
+    fresh = printed.err.split()[-1]
     assert main(["token", "admin", "--role", "admin", "--out", str(secret)]) == 0
-    also = capsys.readouterr()
-    assert also.err == ""
+    second = capsys.readouterr()
+    assert second.err == ""
     assert secret.stat().st_mode & 0o777 == 0o600
-    path.write_text("tenants:\n" + shown.out + also.out)
+    path.write_text("tenants:\n" + printed.out + second.out)
     assert fresh not in path.read_text()
     shop, admin = read_tenants(str(path))
     assert (shop.name, shop.role, shop.token_sha256) == ("shop", "write", (hash_token(fresh),))

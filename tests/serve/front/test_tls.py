@@ -34,8 +34,8 @@ class Echo(pb_grpc.RetrievalServiceServicer):
     """Answers with the metadata that arrives."""
 
     def Search(self, request: pb.SearchRequest, context: grpc.ServicerContext) -> pb.SearchResponse:
-        seen = {key: str(value) for key, value in context.invocation_metadata()}
-        return pb.SearchResponse(hits=[pb.Hit(id="hit", metadata=seen)])
+        metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        return pb.SearchResponse(hits=[pb.Hit(id="hit", metadata=metadata)])
 
     def SearchStream(self, requests: Iterator[pb.SearchStreamRequest], context: grpc.ServicerContext) -> Any:
         for request in requests:

@@ -158,9 +158,9 @@ def test_rows_are_found_under_their_id_once_and_deleted_ones_never(appended):
     queries = searcher.vectors(dead)  # the deleted vectors themselves
     for plan in plans:
         for allowed in (None, {"view": ["icon", "front"]}, np.ones(searcher.meta.num_rows, bool)):
-            found = searcher.search(queries, 400, plan, allowed).rows
-            assert not np.isin(found, dead).any()
-            assert (found[:, :30] >= 0).all()
+            rows_found = searcher.search(queries, 400, plan, allowed).rows
+            assert not np.isin(rows_found, dead).any()
+            assert (rows_found[:, :30] >= 0).all()
 
 
 @pytest.mark.parametrize("plan", [EXACT, NARROW], ids=["exact", "narrow"])
@@ -174,11 +174,11 @@ def test_a_re_ranker_takes_the_segments_of_all_shards(appended, plan):
         ask = Ask(generation.name, QUERIES, 10, plan, {"view": ["icon"]})
         return await router.search(ask, deadline=deadline, allow_partial=False)
 
-    found = asyncio.run(search())
-    assert found.shards_answered == 2
+    outcome = asyncio.run(search())
+    assert outcome.shards_answered == 2
     hits = searcher.search(QUERIES, 10, plan, {"view": ["icon"]})
-    np.testing.assert_array_equal(found.answer.hits.rows, hits.rows)
-    np.testing.assert_array_equal(found.answer.hits.scores, hits.scores)
+    np.testing.assert_array_equal(outcome.answer.hits.rows, hits.rows)
+    np.testing.assert_array_equal(outcome.answer.hits.scores, hits.scores)
 
 
 def test_segments_are_served_as_shards_are(appended):

@@ -93,9 +93,9 @@ def test_the_plan_keeps_recall_and_map_and_is_among_the_candidates(served):
     assert Plan.model_validate(facts["plan"]) == load_plan(served[2].uri)
     assert not load_plan(served[2].uri).is_exact
     assert facts["index"]["generation"] == served[1].manifest.fingerprint
-    cheaper = [one for one in facts["candidates"] if one["model_us"] < chosen["model_us"]]
-    for one in cheaper:
-        assert one["recall_low"] < 0.95 or one["description"] != chosen["description"]
+    cheaper = [candidate for candidate in facts["candidates"] if candidate["model_us"] < chosen["model_us"]]
+    for candidate in cheaper:
+        assert candidate["recall_low"] < 0.95 or candidate["description"] != chosen["description"]
     assert facts["candidates"][0]["recall"] == 1
     check = facts["map_check"]
     gap = 100 * (check["plan_map_at_10_by_k"] - check["exact_map_at_10_by_k"])
@@ -108,7 +108,10 @@ def test_the_plan_keeps_recall_and_map_and_is_among_the_candidates(served):
     truth = np.mean((relevant * np.cumsum(relevant, axis=1) / np.arange(1, 11)).sum(axis=1) / 10)
     assert check["exact_map_at_10_by_k"] == pytest.approx(truth)
     assert storage.read_bytes(served[2].path("plan.png")).startswith(b"\x89PNG")
-    assert all(one["ram_mb"] > 0 and one["p99_us"] > 0 and one["breaks"] == [] for one in facts["candidates"])
+    assert all(
+        candidate["ram_mb"] > 0 and candidate["p99_us"] > 0 and candidate["breaks"] == []
+        for candidate in facts["candidates"]
+    )
     assert served[2].manifest.stats["ram_mb"] == chosen["ram_mb"]
     assert facts["stages"]["several_stages"] == facts["chosen"]
 
@@ -119,7 +122,7 @@ def test_a_target_that_no_two_stage_plan_reaches_is_said_and_answered_exactly(se
     config = PlanConfig(target=1.0, shortlist_ks=(1,), k=1, funnels=False, label=None, allow_single_stage=False)
     own = np.full(QUERIES, -1)
     measured = measure_plans(searcher, DATA[NUM:], own, config)
-    assert max(one.recall_low for one in measured[1:]) < 1.0
+    assert max(candidate.recall_low for candidate in measured[1:]) < 1.0
     place, checked = choose(searcher, DATA[NUM:], [], measured, config)
     assert (place, checked) == (0, None)
     assert "no two-stage plan" in caplog.text
@@ -132,10 +135,10 @@ def test_limits_of_memory_and_time_leave_plans_out_or_are_said_to_be_too_tight(s
     free = PlanConfig(target=0.9, shortlist_ks=(40, 150), label=None, funnels=False, time_repeats=1)
     measured = measure_plans(searcher, DATA[NUM:], own, free)
     place, _ = choose(searcher, DATA[NUM:], [], measured, free)
-    sizes = sorted({one.ram_mb for one in measured})
+    sizes = sorted({candidate.ram_mb for candidate in measured})
     tight = free.model_copy(update={"max_ram_mb": sizes[1]})
     fitting = measure_plans(searcher, DATA[NUM:], own, tight)
-    assert [bool(one.breaks) for one in fitting] == [one.ram_mb > sizes[1] for one in fitting]
+    assert [bool(candidate.breaks) for candidate in fitting] == [candidate.ram_mb > sizes[1] for candidate in fitting]
     chosen, _ = choose(searcher, DATA[NUM:], [], fitting, tight)
     assert fitting[chosen].ram_mb <= sizes[1]
     assert measured[place].model_us <= fitting[chosen].model_us
@@ -156,8 +159,8 @@ def test_the_same_inputs_give_the_same_files_and_the_same_plan(served, tmp_path)
     second = execute(PLAN, config, inputs, str(tmp_path), "plan").read_json("plan.json")
     first = plan.read_json("plan.json")
     timed = {"query_us", "p99_us", "batch_us", "exact_ratio"}
-    for one, two in zip(first["candidates"], second["candidates"], strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+    for before, after in zip(first["candidates"], second["candidates"], strict=True):
+        assert {k: v for k, v in before.items() if k not in timed} == {k: v for k, v in after.items() if k not in timed}
     assert first["plan"] == second["plan"]
 
 

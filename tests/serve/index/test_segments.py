@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike.serve.index.rows import digest_rows
-from lookalike.serve.index.segments import Comparison, SegmentOptions, SegmentRows, compare_rows, decide
+from lookalike.serve.index.segments import RowComparison, SegmentOptions, SegmentRows, compare_rows, decide
 
 rows_of = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2))
 
@@ -24,13 +24,13 @@ def test_compare_rows_is_what_dictionaries_say(world, layers, as_before):
         digests = np.array([layer[name] for name in ids], np.uint64)
         stored.append(SegmentRows(pa.chunked_array([ids], pa.string()), digests, live))
     now = sorted(world)
-    held = {name: layers[number][name] for name, number in owner.items() if layers[number][name] > 0}
+    live_rows = {name: layers[number][name] for name, number in owner.items() if layers[number][name] > 0}
     digests = np.array([world[name] for name in now], np.uint64)
-    seen = np.array([as_before and held.get(name) == world[name] for name in now], bool)
-    digests[seen] = 7  # not looked at
-    stay, fresh, num_gone = compare_rows(pa.chunked_array([now], pa.string()), digests, seen, stored)
-    assert fresh.tolist() == [held.get(name) != world[name] for name in now]
-    assert num_gone == sum(name not in world for name in held)
+    unchanged = np.array([as_before and live_rows.get(name) == world[name] for name in now], bool)
+    digests[unchanged] = 7  # not looked at
+    stay, fresh, num_gone = compare_rows(pa.chunked_array([now], pa.string()), digests, unchanged, stored)
+    assert fresh.tolist() == [live_rows.get(name) != world[name] for name in now]
+    assert num_gone == sum(name not in world for name in live_rows)
     for number, (layer, mask) in enumerate(zip(layers, stay, strict=True)):
         assert mask.tolist() == [
             owner[name] == number and layer[name] > 0 and world.get(name) == layer[name] for name in sorted(layer)
@@ -52,7 +52,7 @@ def test_compare_rows_is_what_dictionaries_say(world, layers, as_before):
 def test_what_becomes_of_a_shard_is_decided_by_shares_and_segments(fresh, gone, stay, kind):
     mask = np.zeros(100, bool)
     mask[:fresh] = True
-    assert decide(SegmentOptions(), Comparison([np.ones(size, bool) for size in stay], mask, gone)) == kind
+    assert decide(SegmentOptions(), RowComparison([np.ones(size, bool) for size in stay], mask, gone)) == kind
 
 
 def test_rows_under_tombstones_are_bounded_too():
@@ -60,10 +60,10 @@ def test_rows_under_tombstones_are_bounded_too():
     stay[:19] = False
     fresh = np.zeros(100, bool)
     fresh[:2] = True
-    assert decide(SegmentOptions(), Comparison([stay], fresh, 0)) == "appended"
+    assert decide(SegmentOptions(), RowComparison([stay], fresh, 0)) == "appended"
     stay[:25] = False
-    assert decide(SegmentOptions(), Comparison([stay], fresh, 0)) == "rebuilt"
-    assert decide(SegmentOptions(append_share=0), Comparison([np.ones(100, bool)], fresh, 0)) == "rebuilt"
+    assert decide(SegmentOptions(), RowComparison([stay], fresh, 0)) == "rebuilt"
+    assert decide(SegmentOptions(append_share=0), RowComparison([np.ones(100, bool)], fresh, 0)) == "rebuilt"
 
 
 def test_every_part_of_a_row_enters_its_digest():
