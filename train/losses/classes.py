@@ -1,7 +1,7 @@
 """Classification losses as pure functions: one value per row, so that the caller masks, weights and averages.
 
 Legend: n rows, C classes, K most labels a row. Labels below zero mean "not known" or padding; the labels of a row are
-distinct. Losses of pairs of rows are in ``pairs``, those of whole batches in ``regularizers``.
+distinct. Losses of pairs of rows are in ``pairs``, losses of whole batches in ``regularizers``.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ SHORTEST = 1e-6
 def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
     """Rows [n, m] scaled to length 1.
 
-    A row that counts as zero (an image whose features all are) has no direction: it stays zero and gets no gradient,
+    A row that counts as zero (all features of an image are zero) has no direction: it stays zero and gets no gradient,
     which would otherwise be as large as the inverse of its length.
     """
     length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
@@ -34,10 +34,10 @@ def softmax_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: fl
 
 
 def multilabel_softmax_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy per row [n] against the target that puts 1/k on each of the row's k labels.
+    """Cross-entropy per row [n] against a target of 1/k on each of the row's k labels.
 
-    logits [n, C]; labels [n, K] padded with -1. Equals ``logsumexp(logits) - mean(logits[labels])``, so no dense target
-    is built for large label spaces. Rows without labels give zero.
+    logits [n, C]; labels [n, K] padded with -1. Equals ``logsumexp(logits) - mean(logits[labels])``, so large label
+    spaces need no dense target. Rows without labels give zero.
     (Mahajan et al. 2018; Beal et al. 2021, section 3.4.)
     """
     known = labels >= 0
@@ -46,7 +46,8 @@ def multilabel_softmax_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch
 
 
 def multilabel_sigmoid_loss(logits: torch.Tensor, labels: torch.Tensor, averaging: Averaging = "mean") -> torch.Tensor:
-    """Binary cross-entropy per row [n], over all classes, of logits [n, C]; labels [n, K] padded with -1 are the ones.
+    """Binary cross-entropy per row [n], over all classes, of logits [n, C]; labels [n, K], padded with -1, have target
+    1.
 
     Equals ``sum(softplus(logits)) - sum(logits[labels])``, divided by C for the mean, as torch and timm average;
     the sum is the negative log-likelihood of independent labels. Rows without labels give zero.
@@ -69,9 +70,9 @@ def normalized_softmax_loss(cosines: torch.Tensor, labels: torch.Tensor, tempera
 
 
 def masked_mean(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Mean of losses [n] over rows where known [n] is true; zero with a gradient path when there are none.
+    """Mean of losses [n] over rows where known [n] is true; zero, with a gradient path, if there are none.
 
-    The gradient path matters: every parameter of every task then takes part in every step, as DDP expects.
+    With the gradient path every parameter of every task takes part in every step, as DDP expects.
     """
     return (losses * known).sum() / known.sum().clamp_min(1)
 

@@ -22,9 +22,9 @@ Nesting = Literal["mrl", "mrl-e"]
 class NestedHead(nn.Module):
     """Class scores of every prefix z[:, :m] of an embedding, in two forms.
 
-    ``forward`` gives the scores themselves; ``factors`` what they are the product of, for ``reduction``, where they
-    would not fit. ``dims`` of a call are some of the head's (all by default); ``classes`` int64 [c] picks some of the
-    head's own. With a ``shard`` the head holds that part of the classes.
+    ``forward`` returns the scores themselves; ``factors`` returns their factors, for ``reduction``, where scores would
+    not fit. A call may pick some of the head's ``dims`` and of its ``classes``, int64 [c]. With a ``shard`` the head
+    holds that part of the classes.
     """
 
     def __init__(
@@ -46,20 +46,23 @@ class NestedHead(nn.Module):
         raise AssertionError(f"{type(self).__name__} must define forward")
 
     def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
-        """What the scores are the product of."""
+        """The factors of the scores."""
         raise AssertionError(f"{type(self).__name__} must define factors")
 
-    def _chosen(
+    def _select(
         self, tensors: Sequence[torch.Tensor], dims: tuple[int, ...], classes: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """The tensors of ``dims`` (the one there is, when tied), their rows those of ``classes``."""
-        kept = [tensors[self.dims.index(m)] for m in dims] if self.nesting == "mrl" else list(tensors)
-        return kept if classes is None else [tensor.index_select(0, classes) for tensor in kept]
+        """The tensors of ``dims`` (a tied head has one), with the rows of ``classes``."""
+        selected = [tensors[self.dims.index(m)] for m in dims] if self.nesting == "mrl" else list(tensors)
+        return selected if classes is None else [tensor.index_select(0, classes) for tensor in selected]
 
 
 class NestedLinear(NestedHead):
-    """Linear class scores. ``mrl``: a weight matrix W^(m) and a bias a nested dim. ``mrl-e``: all share one matrix,
-    W[:, :m], and one bias; scores accumulate block by block, so that all dims cost one full-size matmul."""
+    """Linear class scores.
+
+    ``mrl``: a weight matrix W^(m) and a bias per nested dim. ``mrl-e``: all dims share one matrix, W[:, :m], and one
+    bias; scores accumulate block by block, so that all dims cost one full-size matmul.
+    """
 
     def __init__(
         self,
@@ -107,15 +110,15 @@ class NestedLinear(NestedHead):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         layers = self._layers()
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        weights = self._chosen([layer.weight for layer in layers], dims, classes)
-        return weights, self._chosen(biases, dims, classes) if biases else []
+        weights = self._select([layer.weight for layer in layers], dims, classes)
+        return weights, self._select(biases, dims, classes) if biases else []
 
 
 class NestedCosine(NestedHead):
     """Cosine of every prefix with class proxies.
 
-    Every prefix, of embedding and of proxy, is normalised by itself (section 3 and appendix C of the paper: the
-    normalisation must follow the truncation).
+    Every prefix of embedding and of proxy is normalised separately (section 3 and appendix C of the paper:
+    normalisation must follow truncation).
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class NestedCosine(NestedHead):
     ) -> list[torch.Tensor]:
         """See ``NestedHead``; every score is a cosine."""
         dims = dims or self.dims
-        proxies = self._chosen(list(self.proxies), dims, classes)
+        proxies = self._select(list(self.proxies), dims, classes)
         if self.nesting == "mrl":
             return [
                 functional.linear(unit_rows(embedding[:, :m]), unit_rows(proxy))
@@ -146,14 +149,14 @@ class NestedCosine(NestedHead):
     def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
         """See ``NestedHead``."""
         dims = dims or self.dims
-        proxies = self._chosen(list(self.proxies), dims, classes)
+        proxies = self._select(list(self.proxies), dims, classes)
         return Factors(dims, tuple(proxies), (), 1.0)
 
 
 def accumulate_products(
     embedding: torch.Tensor, weight: torch.Tensor, dims: Sequence[int], bias: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """[z[:, :m] @ W[:, :m].T + bias for m in dims], each adding only its own block to the one before."""
+    """[z[:, :m] @ W[:, :m].T + bias for m in dims]; each dim adds only its own block to the dim before."""
     total, products = bias, []
     for block, columns in zip(split_prefixes(embedding, dims), split_prefixes(weight, dims), strict=True):
         total = block @ columns.T if total is None else torch.addmm(total, block, columns.T)
@@ -175,14 +178,19 @@ def nested_pair_loss(
     weights: Sequence[float],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Sum over nested dims of c_m times a loss of two towers' prefixes, [n, m] each, for a loss that normalises what it
-    is given (section 3: contrastive learning nests both towers and normalises every prefix by itself)."""
+    """Sum over nested dims of c_m times a loss of two towers' prefixes, [n, m] each; the loss must normalise its
+    inputs.
+
+    Section 3: contrastive learning nests both towers and normalises every prefix separately.
+    """
     return torch.stack([c * loss(left[:, :m], right[:, :m]) for m, c in zip(dims, weights, strict=True)]).sum()
 
 
 def choose_dims(dims: tuple[int, ...], num: int | None, seed: int, step: int) -> tuple[int, ...]:
-    """``num`` of the nested dims, the largest always among them, drawn by seed and step alone: every worker trains the
-    same ones. None, or as many as there are, means all."""
+    """``num`` of the nested dims, always with the largest; None, or a larger number, returns all.
+
+    The draw depends only on seed and step, so every worker trains the same dims.
+    """
     if num is None or num >= len(dims):
         return dims
     generator = np.random.default_rng(derive_seed(seed, "nested dims", step))

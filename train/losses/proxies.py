@@ -1,12 +1,12 @@
-"""Class proxies by the million: a sample of classes a step, and classes shared out over the workers.
+"""Class proxies by the million: a sample of classes per step, and classes shared out over the workers.
 
 A *sharded* head holds a contiguous block of classes on each worker. Embeddings and labels of all workers are gathered,
 every worker scores all rows against its own classes, and log-sum-exp and the labels' scores are combined over the
-workers; nothing of size [n, C] moves. Gradients equal those of a head that every worker holds whole: an encoder's come
-out as if each worker had its own loss (DDP averages them), a proxy's as the average over workers, with DDP told to
-leave it alone. A checkpoint holds whole tensors, so another number of workers can load it.
+workers; nothing of size [n, C] moves. Gradients equal those of a whole head on every worker: the encoder's gradients
+are those of each worker's own loss (DDP averages them), a proxy's are the average over workers (DDP must leave them
+alone). ``run.sharding`` has what DDP, clipping and checkpoints do differently.
 
-Legend: n rows of a worker, N those of all, C classes of all workers.
+Legend: n rows of a worker, N rows of all workers, C classes of all workers.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 
 ROWS_AT_ONCE = 1 << 16
-State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class Shard:
 
     @property
     def whole(self) -> bool:
-        """Whether it is all classes."""
+        """Whether it holds all classes."""
         return len(self) == self.total
 
     @classmethod
     def of_worker(cls, total: int, rank: int, world: int) -> "Shard":
-        """The block of worker ``rank`` of ``world``; raises ``UsageError`` when there are fewer classes."""
+        """The block of worker ``rank`` of ``world``; raises ``UsageError`` if there are fewer classes than workers."""
         if total < world:
             raise UsageError(f"{total} classes cannot be sharded over {world} workers; set shard: false")
         return cls(total * rank // world, total * (rank + 1) // world, total)
@@ -54,20 +53,23 @@ def workers() -> tuple[int, int]:
 
 
 def random_rows(shard: Shard, shape: tuple[int, ...], draw: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """The shard's rows [len(shard), *shape] of ``draw(total, *shape)``: all workers draw all of it, a block at a time,
-    so that rows do not depend on how many workers there are and every worker's random state moves on alike."""
-    kept = []
+    """The shard's rows [len(shard), *shape] of ``draw(total, *shape)``.
+
+    Every worker draws all rows, a block at a time, so that rows do not depend on the number of workers, and every
+    worker's random state advances alike.
+    """
+    blocks = []
     for start in range(0, shard.total, ROWS_AT_ONCE):
         rows = draw(min(ROWS_AT_ONCE, shard.total - start), *shape)
-        kept.append(rows[max(0, shard.first - start) : max(0, shard.stop - start)].clone())
-    return torch.cat(kept)
+        blocks.append(rows[max(0, shard.first - start) : max(0, shard.stop - start)].clone())
+    return torch.cat(blocks)
 
 
 def choose_classes(labels: torch.Tensor, num_classes: int, sample: int, seed: int, step: int) -> torch.Tensor:
-    """The classes int64 [c], sorted, that a step scores: those of ``labels`` (any shape, below 0 ignored), filled up to
-    ``sample`` with others at random (An et al. 2021, section 3.2: positives are always kept).
+    """Classes int64 [c], sorted, that a step scores: those of ``labels``, filled up to ``sample`` with random others.
 
-    Drawn by seed and step alone on the CPU: workers that pass the same labels get the same classes.
+    Labels have any shape; labels below 0 are ignored. Positives are always kept (An et al. 2021, section 3.2). The draw
+    depends only on seed and step, so workers that pass the same labels get the same classes.
     """
     order = torch.rand(num_classes, generator=torch.Generator().manual_seed(derive_seed(seed, "classes", step)))
     positives = torch.unique(labels[labels >= 0])
@@ -77,7 +79,7 @@ def choose_classes(labels: torch.Tensor, num_classes: int, sample: int, seed: in
 
 
 def gather_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Labels [n, ...] of all workers, in rank order; a second dim is padded with -1 to the widest worker's."""
+    """Labels [n, ...] of all workers, in rank order; a second dim is padded with -1 to the widest."""
     _, world = workers()
     if world == 1:
         return labels
@@ -121,17 +123,21 @@ class _Sum(torch.autograd.Function):
 
 
 def gather_rows(rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Rows [n, ...] of all workers in rank order, [N, ...]; ``scale`` times the summed gradient comes back.
+    """Rows [n, ...] of all workers in rank order, [N, ...]; the gradient is ``scale`` times the workers' sum.
 
-    Every worker must hold as many rows, and call in the same order. 1 is right for a loss of own rows against all.
+    Every worker must hold the same number of rows and call in the same order. 1 is right for a loss of own rows against
+    all rows.
     """
     gathered: torch.Tensor = rows if workers()[1] == 1 else _Gather.apply(rows, scale)  # type: ignore[no-untyped-call]
     return gathered
 
 
 def sum_workers(values: torch.Tensor) -> torch.Tensor:
-    """Sum over workers of values of one shape. Its gradient is the mean over workers: between ``gather_rows(rows,
-    world)`` and this, gradients are those of the mean of the workers' losses, as DDP gives the other parameters."""
+    """Sum over workers of values of one shape; the gradient is the mean over workers.
+
+    Between ``gather_rows(rows, world)`` and this sum, gradients are those of the mean of the workers' losses, as DDP
+    makes them for the other parameters.
+    """
     total: torch.Tensor = values if workers()[1] == 1 else _Sum.apply(values)  # type: ignore[no-untyped-call]
     return total
 

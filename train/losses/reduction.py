@@ -1,14 +1,15 @@
-"""What a classification loss needs of its logits, without the logits: sums over classes, chunk by chunk.
+"""Sums over classes that a classification loss needs, computed chunk by chunk without holding the logits.
 
-Softmax, multi-label softmax and multi-label sigmoid read three things of the scores [n, C] of a nested dim: a
+Softmax, multi-label softmax and multi-label sigmoid read three things from the scores [n, C] of a nested dim: a
 reduction over all classes (log-sum-exp, or the sum of softplus), the scores of the row's own labels, and, for label
-smoothing, their sum. Here these are computed for all nested dims over chunks of classes and, if there are several,
-computed again in the backward pass, so that no more than M x n x chunk scores exist at a time, whatever C.
+smoothing, the sum of all scores. They are computed here for all nested dims over chunks of classes and, if there are
+several chunks, computed again in the backward pass, so that at most M x n x chunk scores exist at a time.
 
-Weight-tied (MRL-E): within a chunk the scores of a dim are those of the one before plus one block's product; in the
-backward pass, what reaches a block is the sum over all dims that hold it. Each way costs one full-size matmul.
+Weight-tied (MRL-E): within a chunk the scores of a dim are those of the dim before plus one block's product; in the
+backward pass a block gets the sum over all dims that hold it. Each direction costs one full-size matmul.
 
-Legend: n rows, D embedding size, C classes, c those of a chunk, m a nested dim, M how many, K most labels a row.
+Legend: n rows, D embedding size, C classes, c classes of a chunk, m a nested dim, M nested dims, K most labels of a
+row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from lookalike.train.losses.classes import SHORTEST
 
 Over = Literal["logsumexp", "softplus"]
 NARROW = 16
-"""Products of so few columns are computed transposed: BLAS on CPUs takes up to eight times longer the other way."""
+"""Products of at most this many columns are computed transposed: otherwise BLAS on CPUs takes up to 8 times longer."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Factors:
     weights: tuple[torch.Tensor, ...]
     """One [C, D] for all dims (MRL-E), or one [C, m] for each (MRL)."""
     biases: tuple[torch.Tensor, ...] = ()
-    """As many [C], or none."""
+    """One [C] for each weight, or none."""
     scale: float | None = None
     """None for products; a number for cosines, which have no bias."""
 
@@ -46,12 +47,12 @@ class Factors:
 
     @property
     def blocks(self) -> list[slice]:
-        """Columns of each dim's product: what it adds to the one before when tied, its whole prefix when not."""
+        """Columns of each dim's product: if tied, what it adds to the dim before; otherwise its whole prefix."""
         starts = (0, *self.dims[:-1]) if self.tied else (0,) * len(self.dims)
         return [slice(start, m) for start, m in zip(starts, self.dims, strict=True)]
 
     def rows(self, span: slice) -> "Factors":
-        """The factors of some of the classes (views)."""
+        """Factors of some of the classes (views)."""
         return replace(self, weights=tuple(w[span] for w in self.weights), biases=tuple(b[span] for b in self.biases))
 
     def lengths(self) -> torch.Tensor:
@@ -63,24 +64,27 @@ class Factors:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What is left of the scores."""
+    """Sums over the classes' scores."""
 
     over: torch.Tensor
     """Reduction over classes [M, n]."""
     picked: torch.Tensor
-    """Scores [M, n, K] of the row's labels; zero where the label is none of the C classes."""
+    """Scores [M, n, K] of the row's labels; zero for a label outside the C classes."""
     total: torch.Tensor
-    """Sum over classes [M, n]; zero unless asked for."""
+    """Sum over classes [M, n]; zero unless requested."""
 
 
 def split_prefixes(values: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """Columns between successive dims, split at once: the gradient is then one concatenation, not a sum of M."""
+    """Columns between successive dims; one split makes the gradient one concatenation instead of a sum of M."""
     return torch.split(values[:, : dims[-1]], [stop - start for start, stop in pairwise((0, *dims))], dim=1)
 
 
 def prefix_norms(vectors: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """Euclidean norms [M, n] of the first m values of each row; infinite for one that counts as zero, whose cosines and
-    gradients are zero then (see ``losses.unit_rows``)."""
+    """Euclidean norms [M, n] of the first m values of each row.
+
+    A row that counts as zero has an infinite norm, so that its cosines and gradients are zero (see
+    ``classes.unit_rows``).
+    """
     squares = torch.stack([block.square().sum(dim=1) for block in split_prefixes(vectors, dims)]).cumsum(dim=0)
     long = squares > SHORTEST**2
     return torch.where(long, torch.where(long, squares, 1.0).sqrt(), torch.inf)
@@ -110,7 +114,7 @@ class _Plan:
         return Factors(self.dims, tuple(tensors[: self.num_weights]), tuple(tensors[self.num_weights :]), self.scale)
 
     def settle(self, scores: torch.Tensor) -> torch.Tensor:
-        """What ``_scores`` yields, to be kept: a tied product goes on growing, so that it takes a copy."""
+        """A tensor of ``_scores`` that may be kept: a tied product is overwritten later, so it is copied."""
         return scores.clone() if self.num_weights == 1 and self.scale is None else scores
 
     def spans(self, num_classes: int) -> Iterator[slice]:
@@ -149,19 +153,19 @@ class _Reduce(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         plan: _Plan = ctx.plan
         labels, z, over, lengths, *tensors = ctx.saved_tensors
-        found = [torch.zeros_like(tensor) for tensor in (z, *tensors)]
-        factors, into = plan.factors(tensors), plan.factors(found[1:])
+        gradients = [torch.zeros_like(tensor) for tensor in (z, *tensors)]
+        factors, into = plan.factors(tensors), plan.factors(gradients[1:])
         with torch.autocast(z.device.type, enabled=False):
             for span in plan.spans(len(factors.weights[0])):
                 part, gradient = factors.rows(span), into.rows(span)
                 scores = ctx.kept or [plan.settle(s) for s in _scores(z, part, lengths, ctx.dtype)]
-                ctx.kept = []  # they are overwritten below: another pass computes them again
+                ctx.kept = []  # overwritten below; another backward pass computes them again
                 slopes = _slopes(plan, scores, over, grads, _place(labels, span))
                 if plan.scale is not None:
-                    _back_through_lengths(scores, slopes, z, lengths, into_z=found[0], part=part, gradient=gradient)
-                _back_through_products(slopes, z, ctx.dtype, into_z=found[0], part=part, gradient=gradient)
+                    _back_through_lengths(scores, slopes, z, lengths, into_z=gradients[0], part=part, gradient=gradient)
+                _back_through_products(slopes, z, ctx.dtype, into_z=gradients[0], part=part, gradient=gradient)
                 scores, slopes = [], []  # freed before the next chunk's are made
-        return None, None, *found
+        return None, None, *gradients
 
 
 def _matmul_dtype(z: torch.Tensor) -> torch.dtype:
@@ -170,13 +174,13 @@ def _matmul_dtype(z: torch.Tensor) -> torch.dtype:
 
 
 def _place(labels: torch.Tensor, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which labels [n, K] lie in the span, and where in it (anywhere for the others)."""
+    """Mask [n, K] of the labels within the span, and their position in it (any position for the others)."""
     inside = (labels >= span.start) & (labels < span.stop)
     return inside, (labels - span.start).clamp(0, span.stop - span.start - 1)
 
 
 def _scores(z: torch.Tensor, part: Factors, lengths: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Scores [n, c] of each dim, smallest first. Tied products are one tensor that grows: use each at once."""
+    """Scores [n, c] of each dim, smallest first. Tied products share one growing tensor: use each at once."""
     scales = None if part.scale is None else (part.scale / lengths, 1.0 / part.lengths())
     product = z.new_empty(())
     for i, block in enumerate(part.blocks):
@@ -207,7 +211,7 @@ def _slopes(
     grads: tuple[torch.Tensor, ...],
     place: tuple[torch.Tensor, torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Gradient [n, c] with respect to each dim's scores; in place of them unless they are needed again (cosines)."""
+    """Gradient [n, c] with respect to each dim's scores; it overwrites them unless cosines need them again."""
     slopes = []
     for i, score in enumerate(scores):
         slope = score if plan.scale is None else score.clone()
@@ -248,7 +252,8 @@ def _back_through_products(
     part: Factors,
     gradient: Factors,
 ) -> None:
-    """Add the products' gradients to those of embedding and weights; a tied block gets the sum over dims holding it."""
+    """Add the products' gradients to those of embedding and weights; a tied block gets the sum over dims that hold
+    it."""
     above: torch.Tensor | None = None
     for i, block in reversed(list(enumerate(part.blocks))):
         above = slopes[i] if above is None or not part.tied else above.add_(slopes[i])

@@ -1,4 +1,4 @@
-"""Losses of a whole batch at one nested dim: spread, size, and the likeness of a teacher's batch.
+"""Losses of a whole batch at one nested dim: spread, size, and similarity to a teacher's batch.
 
 Legend: n rows, m dims of the prefix, Dt of the teacher.
 """
@@ -10,7 +10,7 @@ from lookalike.train.losses.classes import masked_mean, unit_rows
 
 def koleo_loss(vectors: torch.Tensor) -> torch.Tensor:
     """Spread of the normalised rows [n, m]: minus the mean log distance to the nearest other row (Sablayrolles et al.
-    2019, equation 2, the Kozachenko-Leonenko estimate of entropy). One row alone gives zero."""
+    2019, equation 2, the Kozachenko-Leonenko estimate of entropy). A single row gives zero."""
     if len(vectors) < 2:
         return vectors.sum() * 0.0
     unit = unit_rows(vectors)
@@ -28,18 +28,18 @@ def embedding_norm_loss(vectors: torch.Tensor) -> torch.Tensor:
 
 def relational_loss(vectors: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """Mean over rows of KL(teacher || student) between the distributions that softmax of cosines over T puts on the
-    other rows of the batch (Passalis and Tefas 2018, section 3). It compares similarities alone, so
-    vectors [n, m] and teacher [n, Dt] may differ in size. Rows whose teacher holds NaN or zeros only are left out.
+    other rows of the batch (Passalis and Tefas 2018, section 3). It compares only similarities, so
+    vectors [n, m] and teacher [n, Dt] may differ in size. Rows whose teacher is not finite or all zero are left out.
     """
     known = teacher_known(teacher)
     pairs = known[:, None] & known[None] & ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-    student = _log_likeness(vectors, pairs, temperature)
-    target = _log_likeness(teacher.nan_to_num().to(vectors.dtype), pairs, temperature).detach()
+    student = _log_similarities(vectors, pairs, temperature)
+    target = _log_similarities(teacher.nan_to_num().to(vectors.dtype), pairs, temperature).detach()
     divergence = (target.exp() * (target - student) * pairs).sum(dim=1)
     return masked_mean(divergence, pairs.any(dim=1))
 
 
-def _log_likeness(vectors: torch.Tensor, pairs: torch.Tensor, temperature: float) -> torch.Tensor:
+def _log_similarities(vectors: torch.Tensor, pairs: torch.Tensor, temperature: float) -> torch.Tensor:
     unit = unit_rows(vectors)
     return torch.where(pairs, unit @ unit.T / temperature, -1e30).log_softmax(dim=1)
 
@@ -51,5 +51,5 @@ def teacher_cosine_loss(vectors: torch.Tensor, teacher: torch.Tensor) -> torch.T
 
 
 def teacher_known(teacher: torch.Tensor) -> torch.Tensor:
-    """Rows [n] for which a teacher's vector [n, Dt] is given: finite and not all zero."""
+    """Mask [n] of the teacher's vectors [n, Dt] that are finite and not all zero."""
     return teacher.isfinite().all(dim=1) & (teacher != 0).any(dim=1)
