@@ -267,13 +267,19 @@ def _check_files(path: Path) -> None:
 
 def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
     deadline = time.monotonic() + wait_s
-    while (lock := storage.try_lock(path)) is None:
+    while True:
+        try:
+            if (lock := storage.try_lock(path)) is not None:
+                return lock
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be locked ({error}); give writes.state a folder on a disk that has file locks (flock)"
+            ) from None
         if time.monotonic() > deadline:
             raise UsageError(
                 f"another service writes to {path.parent}; stop it, or give this service its own folder as writes.state"
             )
         time.sleep(0.1)
-    return lock
 
 
 def _damage(path: Path, reason: str) -> ArtifactError:

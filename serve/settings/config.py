@@ -54,7 +54,8 @@ class Writes(Config):
 
     state: str | None = None
     """Folder of this service alone for its writes, the name of the served index, and the indexes that compaction
-    builds. It must be on a disk, shared if replicas run on several machines. None: searches only."""
+    builds. It must be on a disk that syncs and locks files, shared if replicas run on several machines. None: searches
+    only."""
     compact_rows: int | None = Field(default=20_000, ge=1)
     """Compact once this many written and deleted rows wait; None leaves compaction to the operator."""
     keep_hours: float | None = Field(default=24.0, ge=0.0)
