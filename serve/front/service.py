@@ -26,18 +26,14 @@ from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
     DEFAULT_K,
     Options,
-    check_ids,
     check_image,
     check_num,
-    check_path,
-    check_rows,
-    check_uris,
-    portions,
     read_options,
     read_queries,
     write_hits,
     write_times,
 )
+from lookalike.serve.wire.writes import check_ids, check_path, check_rows, check_uris, portions
 
 P = ParamSpec("P")
 T = TypeVar("T")
