@@ -1,7 +1,7 @@
-"""What Matryoshka prefixes are compared with: other ways to make an embedding smaller after training.
+"""Baselines of Matryoshka prefixes: other ways to make an embedding smaller after training.
 
-Each way turns vectors [n, D] into coordinates whose first m columns are the reduction to m dims, whatever m is, so that
-all are measured as prefixes are: truncated, then normalised.
+Each turns vectors [n, D] into coordinates whose first m columns are the reduction to m dims, for every m, so that all
+are measured like prefixes: truncated, then normalised.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def normalize_prefix(vectors: Floats, dim: int) -> Floats:
 
 
 def svd_directions(vectors: Floats) -> Floats:
-    """Right singular vectors [D, D] of the normalised training rows [n, D], the strongest first."""
+    """Right singular vectors [D, D] of the normalised training rows [n, D], strongest first."""
     _, _, directions = np.linalg.svd(normalize_prefix(vectors, vectors.shape[1]), full_matrices=False)
     result: Floats = directions.astype(np.float32)
     return result
@@ -39,16 +39,16 @@ def project(vectors: Floats, directions: Floats) -> Floats:
 
 
 def reduce_svd(vectors: Floats, fit: Floats, seed: int) -> Floats:
-    """Coordinates along the singular directions of the rows ``fit`` [f, D]; no more columns than rows to fit."""
+    """Coordinates along the singular directions of the rows ``fit`` [f, D], at most f columns."""
     return project(vectors, svd_directions(fit))
 
 
 def pick_random(vectors: Floats, fit: Floats, seed: int) -> Floats:
-    """The features in a random order, the same for all rows: the first m are m of the D drawn without replacement.
+    """The features in a random order, the same for all rows: the first m are drawn from the D without replacement.
 
-    The random feature selection of Kusupati et al. 2022 (their "Rand. FS") takes the *first* m of a network that was
-    not nested, which is what truncation measures here; where a projection started from principal directions those are
-    no random choice, so this one draws.
+    The random feature selection of Kusupati et al. 2022 ("Rand. FS") takes the *first* m features of a network that was
+    not nested; truncation measures that here. With a projection that starts from principal directions the first m are
+    not a random choice, so this function draws.
     """
     order = np.random.default_rng(derive_seed(seed, "random features")).permutation(vectors.shape[1])
     result: Floats = vectors[:, order]
@@ -56,8 +56,10 @@ def pick_random(vectors: Floats, fit: Floats, seed: int) -> Floats:
 
 
 def project_randomly(vectors: Floats, fit: Floats, seed: int) -> Floats:
-    """Gaussian random projection [n, D] (Johnson and Lindenstrauss): the first m columns are one to m dims, up to a
-    scale that normalising takes away."""
+    """Gaussian random projection [n, D] (Johnson and Lindenstrauss).
+
+    The first m columns are a projection to m dims, up to a scale that normalising removes.
+    """
     dim = vectors.shape[1]
     directions = np.random.default_rng(derive_seed(seed, "random projection")).standard_normal((dim, dim), np.float32)
     return project(vectors, directions)
@@ -68,4 +70,4 @@ REDUCTIONS: dict[str, Callable[[Floats, Floats, int], Floats]] = {
     "random": pick_random,
     "jl": project_randomly,
 }
-"""Method -> function of vectors [n, D], the rows [f, D] it may be fitted on, and a seed."""
+"""Method -> function of vectors [n, D], rows [f, D] to fit on, and a seed."""

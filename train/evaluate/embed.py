@@ -1,10 +1,10 @@
 """``lookalike embed``: a corpus through an encoder, on an actor pool of Ray Data.
 
-A file of the corpus becomes a part file; its row groups are embedded one after the other and kept as they are done, so
-a run that was killed goes on with the row group it was at. On CPUs an actor decodes its own images, and neither pixels
-nor vectors cross the object store. GPU actors are fed by CPU tasks, on whatever nodes have CPUs: the pixels of a row
-group travel as bytes, as many at a time as Ray Data's share of the object store holds. The driver knows files, of some
-thousand images each, never images.
+A file of the corpus becomes a part file. Its row groups are embedded one after the other and kept, so a run that was
+killed continues with the row group it was at. On CPUs an actor decodes its own images, and neither pixels nor vectors
+cross the object store. GPU actors are fed by CPU tasks on any node with CPUs: the pixels of a row group travel as
+bytes, as many at a time as Ray Data's share of the object store holds. The driver handles files of some thousand images
+each, never single images.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,35 +43,35 @@ from lookalike.vision.encoder import Encoder, Precision, read_config
 from lookalike.vision.transforms import TransformConfig
 
 log = get_logger(__name__)
-MAX_BLOCKS = 4096  # the driver keeps a reference a block; more files than this share blocks
-DECODER_MEMORY = 512 << 20  # bytes that Ray sets aside for a decoding task: the images and pixels of a row group
+MAX_BLOCKS = 4096  # the driver keeps a reference per block; more files than this share blocks
+DECODER_MEMORY = 512 << 20  # bytes that Ray reserves for a decoding task: images and pixels of a row group
 Task = dict[str, Any]
-"""A file of the corpus: ``uri``, ``number``; ``row_group`` and its ``pixels`` where a decoder made them, or None."""
+"""A file of the corpus: ``uri``, ``number``; ``row_group`` and ``pixels`` if a decoder made them, else None."""
 
 
 class EmbedConfig(StageConfig):
-    """Which rows to embed, how to store the vectors, how many actors work."""
+    """Rows to embed, format of the vectors, actors."""
 
     where: dict[str, list[str]] = {}
     """Keep only rows whose column has one of these values, for example ``{"dataset": ["furniture"]}``."""
     dtype: Literal["float32", "float16"] = "float32"
     """Stored precision of the vectors."""
     precision: Precision = "float32"
-    """Of the encoder's matrix products; ``bfloat16`` also works on CPUs, ``float16`` on GPUs alone."""
+    """Precision of the encoder's matrix products; ``bfloat16`` also works on CPUs, ``float16`` only on GPUs."""
     num_actors: int = runtime(2, ge=1)
     """Encoder replicas."""
     cpus_per_actor: int = runtime(1, ge=1)
-    """CPUs and torch threads of each."""
+    """CPUs and torch threads of each actor."""
     gpus_per_actor: float = runtime(0.0, ge=0.0)
-    """GPUs of each; above 0, images are decoded by CPU tasks."""
+    """GPUs of each actor; above 0, CPU tasks decode the images."""
     decoders: int | None = runtime(None, ge=0)
-    """CPU tasks that decode at a time; 0 leaves it to the actors. None means 0 on CPUs, for GPUs all CPUs left."""
+    """CPU tasks that decode at a time; 0: the actors decode. None: 0 for CPU actors, all free CPUs for GPU actors."""
     batch_size: int = Field(32, ge=1, json_schema_extra={"runtime": True})
-    """Images a forward pass."""
+    """Images per forward pass."""
 
 
 class EmbedFile:
-    """Actor: embeds files of the corpus and writes their parts; row groups that are done already are left alone."""
+    """Actor: embeds files of the corpus and writes their parts; it skips row groups that are done."""
 
     def __init__(self, encoder_uri: str, folder: str, work: str, config: EmbedConfig, progress: Any = None) -> None:
         import torch
@@ -82,15 +82,15 @@ class EmbedFile:
         self.folder, self.work, self.config = folder, work, config
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        """Embed a whole file or one row group; returns the ``error`` of ours, if any."""
+        """Embed a whole file or one row group; returns the message and code of a ``LookalikeError``, if any."""
         try:
             self.embed(task)
-        except LookalikeError as error:  # a value, because Ray Data hides what is raised in errors of its own
+        except LookalikeError as error:  # a value, because Ray Data wraps raised errors
             return {"error": str(error), "code": error.exit_code}
         return {"error": "", "code": 0}
 
     def embed(self, task: Task) -> None:
-        """Write what the task is about, and the part when that was the last of its file."""
+        """Write the task's row groups, and the part if the file's last row group is done."""
         sizes = row_group_sizes(task["uri"])
         groups = range(len(sizes)) if task["row_group"] is None else [task["row_group"]]
         for group in groups:
@@ -122,13 +122,13 @@ class EmbedFile:
 
 
 class DecodeFile:
-    """What a CPU task does for the GPU actors: a file's row groups with their ``pixels``, one after the other."""
+    """CPU task for the GPU actors: decodes a file's row groups into ``pixels``, one after the other."""
 
     def __init__(self, transform: TransformConfig, work: str, where: Mapping[str, list[str]]) -> None:
         self.transform, self.work, self.where = transform, work, where
 
     def groups(self, task: Task) -> Iterator[Task]:
-        """A task a row group; what is embedded already has no pixels, nor has what is damaged: the actor tells why."""
+        """One task per row group; without pixels if it is embedded already, or damaged (the actor then says why)."""
         done = set(storage.list_files(group_folder(self.work, task["number"])))
         try:
             names = [f"{group:05d}.parquet" for group in range(len(row_group_sizes(task["uri"])))]
@@ -147,7 +147,7 @@ class DecodeFile:
 
 
 def require_where(columns: Sequence[str], where: Mapping[str, list[str]]) -> None:
-    """Raise ``UsageError`` for a condition on a column that is not there."""
+    """Raise ``UsageError`` for a condition on a missing column."""
     for column in where:
         if column not in columns:
             raise UsageError(
@@ -164,15 +164,15 @@ def select_rows(table: pa.Table, where: Mapping[str, list[str]]) -> pa.Table:
 
 
 def embed(run: StageRun[EmbedConfig]) -> None:
-    """Embed every file that has no part yet, then describe the whole."""
+    """Embed every file without a part, then write ``meta.json`` and statistics."""
     corpus, encoder = run.one("corpus"), run.one("encoder")
     require_where(schemas.CORPUS.names, run.config.where)
-    there = set(storage.list_files(run.out.uri))
+    parts = set(storage.list_files(run.out.uri))
     rows = {corpus.path(entry.path): entry.rows or 0 for entry in corpus.manifest.files}
     pending = [
         {"uri": uri, "number": number, "row_group": None, "pixels": None}
         for number, uri in enumerate(corpus.files("part-", ".parquet"))
-        if part_name(number) not in there
+        if part_name(number) not in parts
     ]
     if pending:
         total = sum(rows[str(task["uri"])] for task in pending)
@@ -182,9 +182,9 @@ def embed(run: StageRun[EmbedConfig]) -> None:
 
 
 def run_tasks(tasks: Sequence[Task], encoder: Artifact, out: Draft, config: EmbedConfig, progress: Any = None) -> None:
-    """Write the parts of ``tasks``; ``progress``, an actor, is told of every row group that is done.
+    """Write the parts of ``tasks``; the actor ``progress`` counts the rows that are done.
 
-    A worker that dies has its task done again by another. The first error of ours in a worker is raised here.
+    If a worker dies, another does its task again. The first ``LookalikeError`` of a worker is raised here.
     """
     import ray
 
@@ -198,7 +198,7 @@ def run_tasks(tasks: Sequence[Task], encoder: Artifact, out: Draft, config: Embe
         def decoded(task: Task) -> Iterator[Task]:
             return decode.groups(task)
 
-        # with a need of its own it stays a task apart: Ray Data would otherwise run it within the actors
+        # its own resources keep it a separate task: Ray Data would otherwise run it within the actors
         dataset = dataset.flat_map(decoded, num_cpus=1, memory=DECODER_MEMORY, concurrency=config.decoders)
     dataset = dataset.map(
         EmbedFile,

@@ -1,6 +1,6 @@
-"""What the embedding job reads and writes: row groups of a corpus, pixels, vectors, parts. Damage is named.
+"""Files of the embedding job: row groups of a corpus, pixels, vectors, parts; errors name the damaged file.
 
-A file of the corpus becomes a part; its row groups wait in a folder of their own until the last one is there.
+A file of the corpus becomes a part; its row groups wait in a folder until the last of them is done.
 """
 
 import itertools
@@ -23,12 +23,12 @@ CARRIED = ("group", "view", "split", "dataset", "category", "title")
 
 
 def part_name(number: int) -> str:
-    """The part that file ``number`` of the corpus becomes."""
+    """Name of the part that file ``number`` of the corpus becomes."""
     return f"part-{number:05d}.parquet"
 
 
 def group_folder(work: str, number: int) -> str:
-    """Where the row groups of a file wait until all are there."""
+    """Folder in which the row groups of a file wait until all are done."""
     return storage.join(work, f"{number:05d}")
 
 
@@ -51,15 +51,15 @@ def row_group_sizes(uri: str) -> list[int]:
 
 
 def read_group(uri: str, group: int, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a row group; one that cannot be read raises ``ArtifactError``."""
+    """Rows of a row group; raises ``ArtifactError`` if it cannot be read."""
     return read_row_group(RowGroup(uri, group, 0), columns)
 
 
 def decode_rows(table: pa.Table, transform: TransformConfig, where: str) -> npt.NDArray[np.uint8]:
     """Pixels uint8 [n, 3, size, size] of corpus rows.
 
-    The corpus decoded every image once; one that cannot be decoded now is damage, and raises ``ArtifactError`` with its
-    id and ``where``, the name of its row group.
+    The corpus stage decoded every image once, so an image that cannot be decoded now is damaged: it raises
+    ``ArtifactError`` with its id and ``where``, the name of its row group.
     """
     pixels = np.empty((table.num_rows, 3, transform.size, transform.size), np.uint8)
     for i, (image_id, image) in enumerate(zip(table["image_id"], table["image"], strict=True)):
@@ -68,20 +68,20 @@ def decode_rows(table: pa.Table, transform: TransformConfig, where: str) -> npt.
         except ImageError as error:
             raise ArtifactError(
                 f"image {image_id.as_py()!r} in {where}: {error}. The corpus accepted it, so the file "
-                "was damaged since; restore it, or make the corpus again"
+                "was damaged later; restore it, or make the corpus again"
             ) from None
     return pixels
 
 
 def unpack_pixels(pixels: bytes, transform: TransformConfig) -> npt.NDArray[np.uint8]:
-    """The array uint8 [n, 3, size, size] whose bytes a decoder sent; writable."""
+    """Writable array uint8 [n, 3, size, size] from the bytes of a decoder."""
     return np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, 3, transform.size, transform.size)
 
 
 def require_finite(
     vectors: npt.NDArray[np.float32], table: pa.Table, dtype: str, where: str
 ) -> npt.NDArray[np.float32]:
-    """``vectors`` [n, dim] as they are; one that is not finite in ``dtype`` raises ``UsageError`` with the image id."""
+    """Return ``vectors`` [n, dim]; a vector that is not finite in ``dtype`` raises ``UsageError`` with the image id."""
     with np.errstate(over="ignore"):
         bad = np.flatnonzero(~np.isfinite(vectors.astype(dtype)).all(axis=1))
     if len(bad):

@@ -1,8 +1,8 @@
 """``lookalike evaluate``: exact retrieval per dimension, the embedding beside its baselines, one report.
 
-The first embeddings artifact is the subject, the others are what it is compared with. Each is measured at its prefixes
-(the subject's nested dims; plain truncation for one that was not trained nested) and, where asked, reduced by SVD, by
-random choice of features and by random projection.
+The first embeddings artifact is the subject; the others are compared with it. Each is measured at its prefixes (plain
+truncation, if it was not trained nested) and, if the settings name it, reduced by SVD, by a random choice of features
+and by random projection.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,20 +19,20 @@ from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import UsageError
+from lookalike.plots import create_figure, to_png
 from lookalike.progress import track
 from lookalike.registry import nearest
 from lookalike.retrieval import metrics
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.train.evaluate.baselines import REDUCTIONS, Floats, normalize_prefix
 from lookalike.train.evaluate.embed import select_rows
-from lookalike.train.evaluate.plots import plot_by_dim
 
 K = 10
 QUERY_BLOCK = 512
 
 
 class RetrievalTask(Config):
-    """Queries, a database, and the column whose equal values make a hit."""
+    """Queries, a database, and the label column whose equal values make a hit."""
 
     queries: dict[str, list[str]]
     """Column -> values that select the query rows."""
@@ -43,20 +43,20 @@ class RetrievalTask(Config):
 
 
 class EvaluateConfig(StageConfig):
-    """What to measure."""
+    """Retrieval tasks, dims, and the embeddings to reduce."""
 
     tasks: dict[str, RetrievalTask] = Field(min_length=1)
     """Name -> retrieval task; the first one is the headline."""
     dims: tuple[int, ...] = Field(min_length=1)
-    """Sizes to measure, those above an embedding's own left out; its full size is always measured."""
+    """Sizes to measure, as far as the embedding has them; its full size is always measured."""
     svd_of: list[str] = []
-    """Names of embeddings artifacts (steps) to measure by SVD too."""
+    """Names of embeddings artifacts (steps) to measure after SVD too."""
     svd_fit: dict[str, list[str]] = {"split": ["train"]}
     """Rows on which the SVD is fitted."""
     random_of: list[str] = []
-    """Names of those to measure by a random choice of m of their features too, drawn by the stage's seed."""
+    """Names of embeddings to measure also by m features chosen at random with the stage's seed."""
     jl_of: list[str] = []
-    """Names of those to measure by a Gaussian (Johnson-Lindenstrauss) projection too, drawn by the stage's seed."""
+    """Names of embeddings to measure also after a Gaussian (Johnson-Lindenstrauss) projection of the stage's seed."""
 
     @property
     def reduced(self) -> dict[str, list[str]]:
@@ -65,7 +65,7 @@ class EvaluateConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingTable:
     """An embeddings artifact in memory: vectors float32 [n, D] and its other columns."""
 
     name: str
@@ -74,8 +74,8 @@ class Embedded:
     dims: tuple[int, ...]
 
 
-def load(artifact: Artifact) -> Embedded:
-    """Read all parts."""
+def load(artifact: Artifact) -> EmbeddingTable:
+    """Read all parts of an embeddings artifact."""
     tables = []
     for uri in artifact.files("part-", ".parquet"):
         filesystem, path = storage.arrow_filesystem(uri)
@@ -84,30 +84,30 @@ def load(artifact: Artifact) -> Embedded:
     meta = artifact.read_json("meta.json")
     flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     vectors = flat.reshape(-1, meta["dim"]).astype(np.float32)
-    return Embedded(artifact.manifest.name, vectors, table.drop_columns(["vector"]), tuple(meta["dims"]))
+    return EmbeddingTable(artifact.manifest.name, vectors, table.drop_columns(["vector"]), tuple(meta["dims"]))
 
 
 def row_indices(table: pa.Table, where: Mapping[str, list[str]], what: str) -> npt.NDArray[np.int64]:
-    """Row numbers that match ``where``; none raises ``UsageError``."""
+    """Numbers of the rows that match ``where``; raises ``UsageError`` if there are none."""
     numbered = table.append_column("__row", pa.array(np.arange(table.num_rows)))
     rows: npt.NDArray[np.int64] = select_rows(numbered, where)["__row"].to_numpy()
     if not len(rows):
-        raise UsageError(f"{what} {dict(where)} select no row; look at the embeddings' columns")
+        raise UsageError(f"{what} {dict(where)} select no row; check the embeddings' columns")
     return rows
 
 
 def nearest_rows(queries: Floats, database: Floats, same: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
     """Exact ``k`` best database rows of each query by inner product, int64 [q, k].
 
-    ``same`` [q]: the database row that is the query itself, left out, or -1.
+    ``same`` [q]: the database row that is the query itself and is left out, or -1.
     """
-    found = []
+    blocks = []
     for start in range(0, len(queries), QUERY_BLOCK):
         scores = queries[start : start + QUERY_BLOCK] @ database.T
         own = same[start : start + QUERY_BLOCK]
         scores[np.flatnonzero(own >= 0), own[own >= 0]] = -np.inf
-        found.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
-    return np.concatenate(found)
+        blocks.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    return np.concatenate(blocks)
 
 
 def neighbour_labels(
@@ -119,7 +119,9 @@ def neighbour_labels(
     return np.pad(found, ((0, 0), (0, K - found.shape[1])), constant_values=-1)
 
 
-def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: RetrievalTask) -> Iterator[dict[str, Any]]:
+def measure_task(
+    embedded: EmbeddingTable, vectors: Floats, dims: list[int], task: RetrievalTask
+) -> Iterator[dict[str, Any]]:
     """One row of figures per dim for prefixes of ``vectors`` [n, D], each normalised after truncation."""
     query_rows = row_indices(embedded.table, task.queries, "queries")
     base_rows = row_indices(embedded.table, task.database, "database")
@@ -154,19 +156,19 @@ def measure_task(embedded: Embedded, vectors: Floats, dims: list[int], task: Ret
         }
 
 
-def measure(embedded: Embedded, config: EvaluateConfig) -> list[dict[str, Any]]:
-    """All figures of one embedding."""
+def measure(embedded: EmbeddingTable, config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Figures of one embedding: a row per method, task and dim."""
     full = embedded.vectors.shape[1]
     dims = sorted({*(dim for dim in config.dims if dim <= full), full})
-    forms = {"prefix": embedded.vectors}
+    coordinates = {"prefix": embedded.vectors}
     fit = embedded.vectors[:0]
     if embedded.name in config.svd_of:
         fit = embedded.vectors[row_indices(embedded.table, config.svd_fit, "svd_fit")]
     for method, names in config.reduced.items():
         if embedded.name in names:
-            forms[method] = REDUCTIONS[method](embedded.vectors, fit, config.seed)
+            coordinates[method] = REDUCTIONS[method](embedded.vectors, fit, config.seed)
     rows = []
-    for method, vectors in forms.items():
+    for method, vectors in coordinates.items():
         usable = [dim for dim in dims if dim <= vectors.shape[1]]
         for name, task in config.tasks.items():
             rows += [
@@ -206,11 +208,31 @@ def evaluate(run: StageRun[EvaluateConfig]) -> None:
 
 
 def full_dim_row(rows: list[dict[str, Any]], name: str, task: str) -> dict[str, Any]:
-    """The figures of an embedding at its own full size."""
+    """Figures of an embedding at its full size."""
     return max(
         (r for r in rows if r["embedding"] == name and r["task"] == task and r["method"] == "prefix"),
         key=lambda row: row["dim"],
     )
+
+
+def plot_by_dim(rows: list[dict[str, Any]], title: str) -> bytes:
+    """P@1 and mAP@10 over the embedding size, one line per embedding and method, as PNG bytes."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['embedding']} ({row['method']})", []).append(row)
+    figure = create_figure(11, 4)
+    axes = figure.subplots(1, 2)
+    for axis, metric, label in zip(axes, ("p_at_1", "map_at_10_by_k"), ("P@1", "mAP@10 (by k)"), strict=True):
+        for name, points in lines.items():
+            ordered = sorted(points, key=lambda row: row["dim"])
+            axis.plot([p["dim"] for p in ordered], [p[metric] for p in ordered], marker="o", markersize=3, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("dimensions")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title)
+    return to_png(figure)
 
 
 STAGE = Stage(

@@ -1,6 +1,6 @@
-"""Model cards: what an encoder is, how to use it, what it was made from and what was measured, in Markdown.
+"""Model cards in Markdown: what an encoder is, how to use it, what it was made from, what was measured.
 
-The front matter is that of model hubs, so that a repository shows licence, tags and figures.
+The front matter has the form of model hubs, so that a repository shows licence, tags and figures.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,14 +30,14 @@ def model_card(
     """The card of an encoder.
 
     Args:
-        name: of the model.
-        encoder: its configuration.
-        about: Markdown of how it was trained, without a title.
-        licence: SPDX identifier; None says that nobody stated one.
+        name: name of the model.
+        encoder: configuration of the model.
+        about: how it was trained, in Markdown without a title.
+        licence: SPDX identifier; None if nobody stated one.
         figures: rows of an evaluation report, see ``report_figures``.
         origins: lines of its lineage, see ``describe_lineage``.
-        uri: what the usage snippet loads.
-        onnx: figures of the parity check when a ``model.onnx`` lies beside the card.
+        uri: URI that the usage snippet loads.
+        onnx: figures of the parity check, if a ``model.onnx`` lies beside the card.
     """
     parts = [
         _front_matter(name, encoder, licence, figures),
@@ -55,9 +55,9 @@ def model_card(
 
 
 def report_figures(report: Artifact, fingerprint: str) -> Rows:
-    """The rows of an evaluation report that measure the encoder with ``fingerprint``, prefixes only.
+    """Rows of an evaluation report that measure prefixes of the encoder with ``fingerprint``.
 
-    Raises ``UsageError`` when the report measures other encoders alone.
+    Raises ``UsageError`` if the report measures only other encoders.
     """
     encoders: dict[str, str] = {}
     for input_name, _, uri in report.parents():
@@ -80,7 +80,7 @@ def report_figures(report: Artifact, fingerprint: str) -> Rows:
 
 
 def describe_lineage(artifact: Artifact) -> list[str]:
-    """A line an ancestor: kind, name, fingerprint and date; the nearest first."""
+    """One line per ancestor, nearest first: kind, name, fingerprint and date."""
     lines = []
     for _, input_name, ancestor in lineage(artifact):
         if isinstance(ancestor, ArtifactError):
@@ -92,7 +92,7 @@ def describe_lineage(artifact: Artifact) -> list[str]:
 
 
 def metric_names(row: Mapping[str, Any]) -> list[str]:
-    """The measured values of a report's row."""
+    """Names of the metrics in a report's row."""
     return [
         name
         for name, value in row.items()
@@ -113,7 +113,7 @@ def _front_matter(name: str, encoder: EncoderConfig, licence: str | None, figure
 
 
 def _results(figures: Rows, dim: int) -> Iterable[dict[str, Any]]:
-    """The whole embedding's figures, a result a task, as hubs read them."""
+    """Figures of the whole embedding in the form of hubs, one result per task."""
     for row in (row for row in figures if row["dim"] == dim):
         metrics = [
             {"type": metric, "name": f"{metric} at {dim}-d", "value": round(row[metric], 4)}

@@ -1,4 +1,4 @@
-"""``lookalike encoder``: a backbone as it is (packaged, from a file, random), or an exported encoder, published."""
+"""``lookalike encoder``: publish an untrained backbone (packaged, from a file, random) or an exported encoder."""
 
 import torch
 from pydantic import Field
@@ -60,7 +60,7 @@ def _build(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel]:
 
 
 def _compare_transform(backbone: nn.Module, config: PublishConfig) -> None:
-    """Warn when images would be normalised in another way than timm's weights were trained with."""
+    """Warn if images would be normalised differently from the training of timm's weights."""
     trained: dict[str, tuple[float, ...]] = backbone.pretrained_cfg  # type: ignore[assignment]
     for name, ours in (("mean", config.transform.mean), ("std", config.transform.std)):
         if max(abs(a - b) for a, b in zip(ours, trained[name], strict=True)) > 1e-3:
@@ -92,7 +92,7 @@ def _import(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel, str]:
 
 
 def preview(run: StageRun[PublishConfig]) -> list[str]:
-    """What would be published, a line; an unknown backbone or a size it cannot take raises ``UsageError`` here."""
+    """One line about the encoder; raises ``UsageError`` for an unknown backbone or a size it cannot take."""
     config = run.config
     if is_exported(config.weights):
         return []

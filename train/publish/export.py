@@ -1,8 +1,8 @@
-"""``lookalike export``: an encoder as a folder, or a repository on a hub, that stands by itself.
+"""``lookalike export``: a self-contained encoder in a folder or in a repository on a hub.
 
 The folder holds weights, configuration, a model card and a manifest without parents, so it is an encoder artifact
-like any other: ``Encoder.load``, a recipe's inputs and ``lookalike show`` take its URI, and the fingerprint stays, so
-that vectors made with either copy belong together. Exporting ``hf://owner/name`` to a folder is the way back.
+like any other: ``Encoder.load``, a recipe's inputs and ``lookalike show`` take its URI. The fingerprint stays, so
+vectors of either copy belong together. Exporting ``hf://owner/name`` to a folder is the way back.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from lookalike.vision.encoder import CARD_FILE, CONFIG_FILE, MODEL_FILE, read_co
 
 log = get_logger(__name__)
 ONNX_FILE = "model.onnx"
-EXPORTED = "exported"  # the statistic that marks a manifest as an export's
+EXPORTED = "exported"  # the statistic that marks an export's manifest
 PARITY_PICTURES = 16
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 def export(args: Sequence[str]) -> int:
-    """Export as the command line says and print where to."""
+    """Export as the command line says and print the target."""
     options = _parser().parse_args(args)
     artifact = Artifact.open(hub.fetch(options.encoder), "encoder")
     if not hub.is_hub(options.to):
@@ -68,14 +68,14 @@ def _parser() -> argparse.ArgumentParser:
 def write_export(artifact: Artifact, folder: str, options: argparse.Namespace) -> None:
     """Write all files of the export into ``folder``, the manifest last.
 
-    A folder that holds an artifact which is no export is refused with ``UsageError``.
+    Raises ``UsageError`` if the folder holds another artifact that is not an export.
     """
     _require_free(folder)
     if options.onnx:
         require_packages()
     config, facts = read_config(artifact), _card_facts(artifact, options)
     images = find_pictures(artifact, options.images) if options.onnx else []
-    storage.remove_file(storage.join(folder, MANIFEST))  # from here on it is no artifact until all is written
+    storage.remove_file(storage.join(folder, MANIFEST))  # not an artifact from here until all is written
     storage.remove_file(storage.join(folder, ONNX_FILE))
     names = [CONFIG_FILE, MODEL_FILE]
     for name in names:
@@ -101,17 +101,16 @@ def write_export(artifact: Artifact, folder: str, options: argparse.Namespace) -
 
 def _require_free(folder: str) -> None:
     if storage.exists(storage.join(folder, MANIFEST)):
-        there = Artifact.open(folder, check=False)
-        if EXPORTED not in there.stats:
+        existing = Artifact.open(folder, check=False)
+        if EXPORTED not in existing.stats:
             raise UsageError(
-                f"{folder} is the {there.manifest.kind} artifact {there.manifest.name!r}, which an export "
+                f"{folder} is the {existing.manifest.kind} artifact {existing.manifest.name!r}, which an export "
                 "would overwrite; give another folder"
             )
 
 
 def _card_facts(artifact: Artifact, options: argparse.Namespace) -> dict[str, Any]:
-    """What a card says besides the configuration; an export keeps it in its manifest, so that a copy's card says the
-    same."""
+    """Facts of a card besides the configuration; an export keeps them in its manifest for the cards of its copies."""
     facts: dict[str, Any] = artifact.stats.get(EXPORTED) or {
         "about": _about(artifact),
         "digest": artifact.digest,
@@ -126,7 +125,7 @@ def _card_facts(artifact: Artifact, options: argparse.Namespace) -> dict[str, An
 
 
 def _about(artifact: Artifact) -> str:
-    """The artifact's own card without its title."""
+    """Text of the artifact's own card without its title."""
     lines = storage.read_bytes(artifact.path(CARD_FILE)).decode().splitlines()
     return "\n".join(line for line in lines if not line.startswith("# ")).strip()
 
@@ -144,11 +143,14 @@ def _add_onnx(artifact: Artifact, folder: str, pixels: npt.NDArray[np.uint8]) ->
 
 
 def find_pictures(artifact: Artifact, uri: str | None) -> list[bytes]:
-    """Up to ``PARITY_PICTURES`` encoded pictures: at ``uri`` (an image, a folder, an artifact), else of the nearest
-    ancestor that holds some. None raises ``UsageError``."""
+    """Up to ``PARITY_PICTURES`` encoded pictures, from ``uri`` (an image, a folder, an artifact) or the nearest
+    ancestor.
+
+    Raises ``UsageError`` if there are none.
+    """
     if uri is None:
-        ancestors = [found for _, _, found in lineage(artifact) if isinstance(found, Artifact)]
-        folders = [found.uri for found in ancestors if found.manifest.kind in ("shards", "corpus")]
+        ancestors = [ancestor for _, _, ancestor in lineage(artifact) if isinstance(ancestor, Artifact)]
+        folders = [ancestor.uri for ancestor in ancestors if ancestor.manifest.kind in ("shards", "corpus")]
     else:
         folders = [storage.absolute(uri)]
     for folder in folders:

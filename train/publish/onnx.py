@@ -1,4 +1,4 @@
-"""An encoder as one ONNX file, and the check that it computes what the encoder computes."""
+"""An encoder as one ONNX file, and the check that both compute the same."""
 
 import copy
 import warnings
@@ -15,13 +15,13 @@ from lookalike.vision.transforms import normalize_pixels
 
 INPUT, OUTPUT = "images", "embedding"
 MAX_COSINE_LOSS = 1e-4
-"""Largest 1 - cosine between a vector of either runtime, at the worst nested dim."""
+"""Largest 1 - cosine between the vectors of the two runtimes, at the worst nested dim."""
 MAX_RELATIVE_DIFFERENCE = 1e-3
-"""Largest difference of any value, as a share of the largest value."""
+"""Largest difference of a value, as a share of the largest value."""
 
 
 def require_packages() -> None:
-    """Raise ``ModuleNotFoundError``, which leads to the extra's name, unless torch's exporter and the check can run."""
+    """Raise ``ModuleNotFoundError``, which leads to the extra's name, if a package of exporter or check is missing."""
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         import_module(needed)
 
@@ -32,7 +32,7 @@ def write_onnx(path: str, model: EmbeddingModel, size: int) -> None:
     example = torch.zeros(2, 3, size, size)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
-        frozen(example)  # fills what a model computes once and keeps (EfficientFormer's attention biases)
+        frozen(example)  # fills caches that a model computes once (EfficientFormer's attention biases)
         torch.onnx.export(
             frozen,
             (example,),
@@ -51,19 +51,19 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare the file with the model on real pictures, uint8 [n, 3, size, size], one by one and as one batch.
 
-    Returns ``pictures``, ``max_abs_difference``, ``max_abs_value`` and ``min_cosine``, the last over all nested dims.
-    Raises ``LookalikeError`` with these figures when they are out of tolerance.
+    Returns ``pictures``, ``max_abs_difference``, ``max_abs_value`` and ``min_cosine`` over all nested dims. Raises
+    ``LookalikeError`` with these figures if they are out of tolerance.
     """
     session = import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     images = normalize_pixels(torch.from_numpy(pixels), config.transform)
     with torch.inference_mode():
         expected = copy.deepcopy(model).cpu().float().eval()(images).numpy()
     single = [session.run([OUTPUT], {INPUT: image[None].numpy()})[0] for image in images]
-    found = np.stack([np.concatenate(single), session.run([OUTPUT], {INPUT: images.numpy()})[0]])
-    cosines = [_cosines(found[..., :dim], expected[:, :dim]).min() for dim in config.dims]
+    actual = np.stack([np.concatenate(single), session.run([OUTPUT], {INPUT: images.numpy()})[0]])
+    cosines = [_cosines(actual[..., :dim], expected[:, :dim]).min() for dim in config.dims]
     figures = {
         "pictures": len(pixels),
-        "max_abs_difference": float(np.abs(found - expected).max()),
+        "max_abs_difference": float(np.abs(actual - expected).max()),
         "max_abs_value": float(np.abs(expected).max()),
         "min_cosine": float(min(cosines)),
     }

@@ -1,7 +1,7 @@
 """Tasks: a head and its loss as one module, so that DDP wraps both; several tasks share one embedding.
 
-A batch holds every task's labels for every row; rows whose label a task does not know give it no gradient
-(Zhai et al. 2019: the unified embedding). ``base`` has settings and interface, the other modules the kinds.
+A batch holds every task's labels for every row; a row without a task's label gives that task no gradient (Zhai et al.
+2019: the unified embedding). ``base`` has settings and interface, the other modules the kinds.
 """
 
 from lookalike.train.tasks.base import ATTRIBUTE, CLASS_FIELDS, TASKS, Batch, Task, TaskConfig, form_of

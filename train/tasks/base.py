@@ -1,4 +1,4 @@
-"""Settings of a task and what every kind of task shares: its nested dims, its weights c_m, its column of the batch."""
+"""Settings of a task, and the base class of all kinds: nested dims, weights c_m, column of the batch."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -16,34 +16,34 @@ from lookalike.train.losses.pairs import Mining
 
 Batch = Mapping[str, torch.Tensor]
 ATTRIBUTE = "attribute."
-"""How a field begins that is an attribute of the shards: ``attribute.colour``."""
+"""Prefix of a field that is an attribute of the shards: ``attribute.colour``."""
 ANY_ATTRIBUTE = ATTRIBUTE + "<name>"
 ONE_CLASS = ("category", "group", ANY_ATTRIBUTE)
-"""Fields with at most one class a row."""
+"""Fields with at most one class per row."""
 CLASS_FIELDS = ("labels", *ONE_CLASS)
 """Fields whose values are class ids; the shards say how many."""
 FIELDS = (*CLASS_FIELDS, "row", "teacher", "images")
 
 
 def form_of(field: str) -> str:
-    """How ``FIELDS`` names a field: attributes have one form."""
+    """The name of a field in ``FIELDS``: all attributes share one."""
     return ANY_ATTRIBUTE if len(field) > len(ATTRIBUTE) and field.startswith(ATTRIBUTE) else field
 
 
 class TaskConfig(Config):
-    """One task of a multi-task embedding. A setting that the kind does not read is refused."""
+    """One task of a multi-task embedding. Settings that its kind does not read are refused."""
 
     kind: str
     """Loss and head: a name of the registry ``task`` (see train/README.md)."""
     field: str
-    """Column of the batch the task reads: class ids (``labels``, several a row; ``category``; ``group``;
-    ``attribute.colour`` or any other that the shards have), ``row`` (the same number for the views of one picture),
+    """Column of the batch that the task reads: class ids (``labels``, several per row; ``category``; ``group``;
+    ``attribute.colour`` or any other attribute of the shards), ``row`` (the same number for all views of a picture),
     ``teacher`` (its embedding), or ``images`` for tasks without labels."""
     weight: float = Field(1.0, gt=0.0)
     """Weight of the task's loss in the sum."""
     dims: tuple[int, ...] | None = None
-    """Nested dims of this task, smallest first, some of the embedding's; None means all of them. A single one, k, makes
-    a task that reads the first k features alone (the FF-k baseline of Kusupati et al. 2022)."""
+    """Nested dims of this task, smallest first, among the embedding's; None means all. A single dim k makes a task that
+    reads only the first k features (the FF-k baseline of Kusupati et al. 2022)."""
     nesting: Nesting = "mrl"
     """``mrl``: a classifier per nested dim; ``mrl-e``: one weight-tied classifier."""
     temperature: float = Field(0.05, gt=0.0, le=1.0)
@@ -53,12 +53,12 @@ class TaskConfig(Config):
     averaging: Averaging = "mean"
     """Multi-label sigmoid: ``mean`` or ``sum`` of the binary cross-entropies of all classes."""
     class_chunk: int = Field(4096, ge=1)
-    """Label spaces above this size are scored in chunks of as many classes, twice, instead of being kept; weight-tied
-    ones always are, which is faster too."""
+    """Label spaces above this size are scored in chunks of this many classes, once per pass, and the scores not kept;
+    weight-tied heads always are, which is also faster."""
     sample_classes: int | None = Field(None, ge=2)
-    """Classes scored in a step: those of the batch and random others. None scores all."""
+    """Classes scored in a step: the batch's own and random others. None scores all."""
     shard: bool = False
-    """Share the classes out over the workers: each holds and scores its part (see ``proxies``)."""
+    """Share the classes out over the workers: each holds and scores its part (see ``losses.proxies``)."""
     mining: Mining = "semi_hard"
     """Negatives of triplets; ``distance_weighted`` uses the margin loss."""
     margin: float = Field(0.2, ge=0.0, le=2.0)
@@ -66,9 +66,9 @@ class TaskConfig(Config):
     beta: float = Field(1.2, gt=0.0, lt=2.0)
     """Boundary between positive and negative distances of the margin loss."""
     across_workers: bool = False
-    """Contrastive: negatives and positives are the rows of all workers, not of one's own alone."""
+    """Contrastive: take positives and negatives from the rows of all workers, not only the worker's own."""
     cosine: float = Field(0.0, ge=0.0)
-    """Distillation: weight of ``1 - cos`` to the teacher's own prefix at dims it has; for nested teachers."""
+    """Distillation from a nested teacher: weight of ``1 - cos`` to its own prefix, at dims that it has."""
 
     @field_validator("kind")
     @classmethod
@@ -80,7 +80,7 @@ class TaskConfig(Config):
     @classmethod
     def _a_field(cls, field: str) -> str:
         if form_of(field) not in FIELDS:
-            raise ValueError(f"no field of a batch{nearest(field, list(FIELDS))}; fields: {', '.join(FIELDS)}")
+            raise ValueError(f"not a field of a batch{nearest(field, list(FIELDS))}; fields: {', '.join(FIELDS)}")
         return field
 
     @model_validator(mode="after")
@@ -102,13 +102,14 @@ class TaskConfig(Config):
         return self
 
     def pick_dims(self, name: str, dims: tuple[int, ...]) -> tuple[int, ...]:
-        """The task's nested dims, of an embedding nested at ``dims``; others raise ``UsageError`` naming the task."""
-        strange = [m for m in self.dims or () if m not in dims]
-        if strange:
+        """The task's nested dims, for an embedding nested at ``dims``; other dims raise ``UsageError`` naming the
+        task."""
+        unknown = [m for m in self.dims or () if m not in dims]
+        if unknown:
             raise UsageError(
                 f"task {name!r} has dims {list(self.dims or ())}, but the embedding is nested at "
-                f"{list(dims)}; drop {', '.join(map(str, strange))} or add to those of the "
-                "embedding"
+                f"{list(dims)}; drop {', '.join(map(str, unknown))} or add to the "
+                "embedding's dims"
             )
         return self.dims or dims
 
@@ -119,7 +120,7 @@ class Task(nn.Module):
     fields: ClassVar[tuple[str, ...]] = CLASS_FIELDS
     """Columns the kind can read."""
     settings: ClassVar[tuple[str, ...]] = tuple(name for name in TaskConfig.model_fields if name != "kind")
-    """Fields of ``TaskConfig`` it reads besides field, weight and dims; all, unless a kind says which."""
+    """Fields of ``TaskConfig`` that the kind reads besides field, weight and dims; all by default."""
 
     def __init__(
         self,
@@ -142,12 +143,12 @@ class Task(nn.Module):
         return nn.Identity()
 
     def active(self, step: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Nested dims trained in this step, and their weights c_m (as they are, however few the dims)."""
+        """Nested dims trained in this step, and their weights c_m, which do not depend on how many dims are trained."""
         dims = choose_dims(self.dims, self.dims_per_step, self.seed, step)
         return dims, tuple(self.weights[m] for m in dims)
 
     def touch(self) -> torch.Tensor:
-        """Zero, with a gradient path to every parameter: DDP waits for all, also those of dims left out of a step."""
+        """Zero, with a gradient path to every parameter: DDP also waits for those of dims left out of the step."""
         return sum((parameter.reshape(-1)[:1].sum() * 0.0 for parameter in self.parameters()), torch.zeros(()))
 
     def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Tasks over classes: a nested head and a softmax or sigmoid, whole, in chunks, over a sample, or over the workers.
 
-Legend: n rows, N those of all workers, C classes, K most labels a row, M nested dims.
+Legend: n rows, N rows of all workers, C classes, K most labels of a row, M nested dims.
 """
 
 from dataclasses import replace
@@ -35,18 +35,18 @@ SCALE = ("nesting", "class_chunk", "shard")
 
 
 class ClassTask(Task):
-    """A classification task: ``row_losses`` of the scores at one nested dim, and, for label spaces too large to hold
-    them, ``combine``, the same from what ``reduction`` leaves of the scores."""
+    """A classification task: ``row_losses`` computes losses from the scores at one nested dim; ``combine`` computes the
+    same from sums over classes (``losses.reduction``), for label spaces too large to hold scores."""
 
     over: ClassVar[Over | None] = None
-    """The reduction over classes that ``combine`` reads; None for a task that has none."""
+    """The reduction over classes that ``combine`` reads; None for a task without ``combine``."""
 
     def build_head(self, dims: tuple[int, ...], num_classes: int) -> nn.Module:
-        """The head of the task; most have a linear one."""
+        """The task's head: linear by default."""
         return NestedLinear(dims, num_classes, self.config.nesting, shard=self.shard_of(num_classes))
 
     def shard_of(self, num_classes: int) -> Shard | None:
-        """This worker's part of the classes; None when they are not sharded."""
+        """This worker's part of the classes; None if they are not sharded."""
         if self.config.shard and self.over is None:
             raise UsageError(f"tasks of kind {self.config.kind!r} cannot be sharded; set shard: false")
         return Shard.of_worker(num_classes, *workers()) if self.config.shard else None
@@ -56,15 +56,15 @@ class ClassTask(Task):
         raise AssertionError(f"{type(self).__name__} must define row_losses")
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """Losses [M, n] from ``reduced``; known [n, K] says which labels count; zero for rows without any."""
+        """Losses [M, n] from ``reduced``; known [n, K] marks the labels that count; zero for rows without labels."""
         raise AssertionError(f"{type(self).__name__} must define combine")
 
     def transform(self, embedding: torch.Tensor) -> torch.Tensor:
-        """What the head scores."""
+        """The vectors that the head scores."""
         return embedding
 
     def factors(self, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
-        """The head's, of the scores as ``combine`` reads them."""
+        """The head's factors of the scores that ``combine`` reads."""
         assert isinstance(self.head, NestedHead)
         return self.head.factors(dims, classes)
 
@@ -89,7 +89,7 @@ class ClassTask(Task):
     def _own(
         self, vectors: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor | None, step: int
     ) -> torch.Tensor:
-        """Losses [n] summed over dims, by a head that is whole."""
+        """Losses [n] summed over dims, from a whole head."""
         assert isinstance(self.head, NestedHead)
         dims, weights = self.active(step)
         labels = _positions(labels, classes)
@@ -106,7 +106,7 @@ class ClassTask(Task):
     def _over_workers(
         self, vectors: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor | None, step: int
     ) -> torch.Tensor:
-        """Losses [n] of this worker's rows, by a head of which every worker has a part."""
+        """Losses [n] of this worker's rows, from a head of which every worker holds a part."""
         assert isinstance(self.head, NestedHead)
         assert self.over is not None
         dims, weights = self.active(step)
@@ -164,7 +164,7 @@ class SoftmaxTask(ClassTask):
     over = "logsumexp"
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``losses.softmax_loss``."""
+        """See ``classes.softmax_loss``."""
         return softmax_loss(scores, labels, self.config.label_smoothing)
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -182,8 +182,8 @@ class MultilabelSoftmaxTask(ClassTask):
     over = "logsumexp"
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``losses.multilabel_softmax_loss``."""
-        return multilabel_softmax_loss(scores, _as_several(labels))
+        """See ``classes.multilabel_softmax_loss``."""
+        return multilabel_softmax_loss(scores, _as_columns(labels))
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
         """The same from reductions."""
@@ -199,8 +199,8 @@ class MultilabelSigmoidTask(ClassTask):
     over = "softplus"
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``losses.multilabel_sigmoid_loss``."""
-        return multilabel_sigmoid_loss(scores, _as_several(labels), self.config.averaging)
+        """See ``classes.multilabel_sigmoid_loss``."""
+        return multilabel_sigmoid_loss(scores, _as_columns(labels), self.config.averaging)
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
         """The same from reductions."""
@@ -210,8 +210,10 @@ class MultilabelSigmoidTask(ClassTask):
 
 @TASKS.register("normalized_softmax")
 class NormalizedSoftmaxTask(ClassTask):
-    """Classification by cosine to class proxies: the metric-learning task for instances (Zhai and Wu 2019), without
-    their layer norm before it: taken over the whole embedding it would make a prefix depend on what follows."""
+    """Classification by cosine to class proxies: the metric-learning task for instances (Zhai and Wu 2019).
+
+    It leaves out their layer norm: over the whole embedding, it would make a prefix depend on the values after it.
+    """
 
     fields = ONE_CLASS
     settings = (*SCALE, "temperature", "sample_classes")
@@ -222,7 +224,7 @@ class NormalizedSoftmaxTask(ClassTask):
         return NestedCosine(dims, num_classes, self.config.nesting, shard=self.shard_of(num_classes))
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``losses.normalized_softmax_loss``."""
+        """See ``classes.normalized_softmax_loss``."""
         return normalized_softmax_loss(scores, labels, self.config.temperature)
 
     def factors(self, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
@@ -236,13 +238,15 @@ class NormalizedSoftmaxTask(ClassTask):
 
 @TASKS.register("binary")
 class BinaryTask(NormalizedSoftmaxTask):
-    """Normalised softmax of the code ``x > 0`` of every prefix, so that what is trained is what Hamming search over
-    ``binary-signs`` will compare (Zhai and Wu 2019 binarise after training instead; their layer norm centres at 0)."""
+    """Normalised softmax of the code ``x > 0`` of every prefix, which Hamming search over ``binary-signs`` compares.
+
+    Zhai and Wu 2019 binarise after training instead; their layer norm centres values at 0.
+    """
 
     def transform(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Codes -1 and 1, the gradient passed straight through."""
+        """Codes -1 and 1; the gradient passes straight through."""
         return binarize(embedding)
 
 
-def _as_several(labels: torch.Tensor) -> torch.Tensor:
+def _as_columns(labels: torch.Tensor) -> torch.Tensor:
     return labels if labels.ndim == 2 else labels[:, None]

@@ -1,4 +1,4 @@
-"""Encoder and tasks as one module."""
+"""Encoder and tasks as one module, and the building of tasks."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from lookalike.train.tasks.base import TASKS, Batch, Task, TaskConfig
 
 
 class MultiTaskModel(nn.Module):
-    """Encoder and tasks as one module: (batch, step) -> (total loss, {task: its loss, detached})."""
+    """Encoder and tasks as one module, so that DDP wraps both."""
 
     def __init__(self, encoder: nn.Module, tasks: Mapping[str, Task]) -> None:
         super().__init__()
@@ -18,7 +18,8 @@ class MultiTaskModel(nn.Module):
         self.tasks = nn.ModuleDict(tasks)
 
     def forward(self, batch: Batch, step: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See the class; images stand in the batch under ``images``. The step seeds what tasks draw at random."""
+        """Total loss and detached losses by task. The batch holds ``images``; the step seeds the tasks' random
+        draws."""
         embedding = self.encoder(batch["images"])
         losses = {name: task(embedding, batch, step) for name, task in self.tasks.items()}
         total = torch.stack([task.config.weight * losses[name] for name, task in self._tasks()]).sum()
@@ -37,10 +38,10 @@ def build_tasks(
     seed: int = 0,
     dims_per_step: int | None = None,
 ) -> dict[str, Task]:
-    """The modules of ``configs`` for an embedding nested at ``dims`` with weights c_m.
+    """One module per task of ``configs``, for an embedding nested at ``dims`` with weights c_m.
 
-    ``num_classes`` maps a field of classes to how many there are. Under a process group, sharded heads hold this
-    worker's part. Dims that are not the embedding's raise ``UsageError``.
+    ``num_classes``: field -> number of classes. In a process group, sharded heads hold this worker's part. Dims that
+    the embedding lacks raise ``UsageError``.
     """
     weights = dict(zip(dims, nested_weights, strict=True))
     tasks = {}

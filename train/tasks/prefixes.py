@@ -1,4 +1,4 @@
-"""Tasks without classes: each nested dim's loss reads that prefix of the batch's embeddings and how its rows relate."""
+"""Tasks without classes: the loss at a nested dim reads that prefix of the batch's embeddings and how rows relate."""
 
 import torch
 
@@ -12,14 +12,14 @@ RELATIONS = (*ONE_CLASS, "row")
 
 
 class PrefixTask(Task):
-    """A task whose loss at a nested dim is a function of that prefix of all rows, which it normalises by itself."""
+    """A task whose loss at a nested dim is a function of that prefix of all rows; the loss normalises the prefix."""
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
         """Scalar loss at one nested dim; ``values`` is the task's column of the batch."""
         raise AssertionError(f"{type(self).__name__} must define prefix_loss")
 
     def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
-        """See ``Task``. In float32 at least: distances between near rows are differences of large terms."""
+        """See ``Task``. Computed in float32 at least, because distances of near rows are differences of large terms."""
         values = batch[self.config.field]
         with torch.autocast(embedding.device.type, enabled=False):
             vectors = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
@@ -31,7 +31,7 @@ class PrefixTask(Task):
 
 @TASKS.register("triplet")
 class TripletTask(PrefixTask):
-    """Triplets mined in the worker's batch, at every prefix by its own distances."""
+    """Triplets mined in the worker's batch, at every prefix by that prefix's distances."""
 
     fields = RELATIONS
     settings = ("mining", "margin", "beta")
@@ -61,7 +61,7 @@ class ContrastiveTask(PrefixTask):
 
 @TASKS.register("cosine")
 class CosineTask(PrefixTask):
-    """Rows of equal value are pulled together, others pushed below a cosine."""
+    """Pulls rows of equal value together and pushes others below a cosine."""
 
     fields = RELATIONS
     settings = ("margin",)

@@ -68,8 +68,8 @@ def test_the_run_knows_the_attributes_that_its_tasks_read(stated: Bench) -> None
             r"task 'a' reads 'attribute.color', and the shards have no attribute 'color' "
             r"\(did you mean 'colour'\?\).*they have colour, made in, size",
         ),
-        ("attribute.", r"'attribute.': no field of a batch|no field of a batch.*attribute.<name>"),
-        ("colour", r"no field of a batch; fields: labels, category, group, attribute.<name>, row"),
+        ("attribute.", r"not a field of a batch.*attribute.<name>"),
+        ("colour", r"not a field of a batch; fields: labels, category, group, attribute.<name>, row"),
     ],
 )
 def test_an_attribute_that_is_not_there_is_explained(stated: Bench, field: str, words: str) -> None:
