@@ -250,6 +250,6 @@ def check_feedback(request: pb.FeedbackRequest, *, has_log: bool) -> None:
         raise invalid(f"the id has {len(request.id)} characters, at most {MAX_HIT_ID} are taken; send the hit's own id")
     if not FEEDBACK_KIND.fullmatch(request.kind):
         raise invalid(
-            f"kind={request.kind[:40]!r} is no short word; send a small letter and at most 31 of a-z, 0-9, _ "
+            f"kind={request.kind[:40]!r} is not a short word; send a small letter and at most 31 of a-z, 0-9, _ "
             "and -, as in 'click'"
         )

@@ -96,7 +96,7 @@ def test_arms_feedback_and_log_of_two_replicas(served: Served, world: "World") -
     async def tell() -> None:
         async with AsyncClient(client.address) as asking:
             await asking.feedback(found.info.request_id, "save")
-            with pytest.raises(RetrievalError, match=r"INVALID_ARGUMENT.*no short word"):
+            with pytest.raises(RetrievalError, match=r"INVALID_ARGUMENT.*not a short word"):
                 await asking.feedback(found.info.request_id, "Save it!")
 
     asyncio.run(asyncio.wait_for(tell(), 30))
