@@ -2,9 +2,7 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from itertools import islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
@@ -15,6 +13,7 @@ from lookalike.serve.experiment.arms import SearchReply, choose_routes, interlea
 from lookalike.serve.experiment.assignment import Arm, Experiment, Route
 from lookalike.serve.front.observer import Observer
 from lookalike.serve.front.overload import Admission, Ladder
+from lookalike.serve.front.stream import answer_in_order
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Floats, Router, SearchOutcome
@@ -117,34 +116,13 @@ class Service:
         replies = await asyncio.gather(*map(search, routes), return_exceptions=True)
         return interleave(replies, routes, options.session, trace)
 
-    async def search_stream(
+    def search_stream(
         self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None, tenant: str = ""
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """Answer at most ``stream_window`` batches at a time, in the order of the requests.
-
-        ``check`` may refuse a batch before it is worked on.
-        """
-        begun: deque[asyncio.Task[pb.SearchStreamResponse]] = deque()
-        reading: asyncio.Future[pb.SearchStreamRequest | None] | None = None
-        ended = False
-        try:
-            while begun or not ended:
-                if reading is None and not ended and len(begun) < self.config.stream_window:
-                    reading = asyncio.ensure_future(_next(requests))
-                awaited: list[asyncio.Future[Any]] = [*([reading] if reading else []), *islice(begun, 1)]
-                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-                if reading is not None and reading.done():
-                    request, reading = reading.result(), None
-                    ended = request is None
-                    if request is not None:
-                        begun.append(asyncio.ensure_future(self.stream_one(request, check, tenant)))
-                while begun and begun[0].done():
-                    yield begun.popleft().result()
-        finally:  # the caller may have gone
-            if reading is not None:
-                reading.cancel()
-            for task in begun:
-                task.cancel()
+        """Answer the batches of a stream, at most ``stream_window`` at a time; ``check`` may refuse a batch first."""
+        return answer_in_order(
+            requests, lambda request: self.stream_one(request, check, tenant), self.config.stream_window
+        )
 
     async def stream_one(
         self, request: pb.SearchStreamRequest, check: Check | None = None, tenant: str = ""
@@ -329,10 +307,6 @@ class Service:
             stage_times=write_times(outcome.times_ms),
             degraded=options.degraded,
         )
-
-
-async def _next(requests: AsyncIterator[pb.SearchStreamRequest]) -> pb.SearchStreamRequest | None:
-    return await anext(requests, None)
 
 
 def _deadline(trace: Trace, timeout_s: float) -> float:
