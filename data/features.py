@@ -1,21 +1,21 @@
-"""Small copies of the frozen embeddings that the label pipeline works on.
+"""Small copies of the frozen embeddings, on which the label pipeline works.
 
-A seeded Gaussian projection (Johnson-Lindenstrauss) keeps cosines within about 1/sqrt(dim) and makes the dictionary's
-classifiers and the duplicate search as cheap as the projected size, whatever backbone made the embeddings.
+A seeded Gaussian projection (Johnson-Lindenstrauss) keeps cosines within about 1/sqrt(dim). The cost of the
+dictionary's classifiers and of the duplicate search then depends on the projected size, not on the backbone.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lookalike.seeds import derive_seed
 
 
 def feature_schema(dim: int) -> pa.Schema:
-    """Image id and its projected vector."""
+    """Image id and projected vector."""
     vector = pa.field("vector", pa.list_(pa.float16(), dim))
     return pa.schema([pa.field("image_id", pa.string(), nullable=False), vector])
 
@@ -43,12 +43,10 @@ def project(vectors: NDArray[np.floating], out: int, seed: int) -> NDArray[np.fl
     )  # in double, so that all batches round alike
 
 
-def vectors_of(table: pa.Table, column: str = "vector") -> NDArray[np.float32]:
-    """A column of fixed-size lists as float32 [n, d]."""
+def vectors_of(table: pa.Table, column: str = "vector") -> NDArray[Any]:
+    """A fixed-size list column as an array [n, d], of the type in which it is stored."""
     values = table[column].combine_chunks()
-    width = values.type.list_size
-    flat = pc.list_flatten(values) if values.offset == 0 else values.flatten()
-    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(-1, width)
+    return np.asarray(values.flatten().to_numpy(zero_copy_only=False)).reshape(-1, values.type.list_size)
 
 
 def project_part(table: pa.Table, out: int, seed: int) -> pa.Table:

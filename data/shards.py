@@ -33,7 +33,7 @@ from lookalike.data.parts import (
     part_name,
     read_table,
 )
-from lookalike.data.report.plots import plot_zipf
+from lookalike.data.report.charts import plot_zipf
 from lookalike.errors import ArtifactError
 from lookalike.sampling import image_repeat, label_repeats, mix_keys, stable_keys
 from lookalike.schemas import SHARD

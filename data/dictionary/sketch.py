@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from lookalike.config import Config
+from lookalike.data.features import vectors_of
 from lookalike.sampling import mix_keys, stable_keys
 
 POOL = "\x00"  # sketch keys that start so hold a data set's random images, the others a term's positives
@@ -73,13 +74,13 @@ def sketch_part(
     (``LIMITS``): rows of a key with a larger unit hash are left out.
     """
     frame = _hashed(rows, config.hold_out_creators, seed)
-    named = pl.DataFrame(pl.from_arrow(annotations.select(["image_id", "term", "score"])))
+    named = pl.DataFrame(annotations.select(["image_id", "term", "score"]))
     least = float(np.float32(high))  # scores are stored in single precision
     positive = named.filter(pl.col("score") >= least).join(frame, on="image_id").with_columns(key=pl.col("term"))
     pool = frame.with_columns(key=POOL + pl.col("dataset"))
     both = pl.concat([side.select("row", *_ORDER) for side in (pool, positive)])
     if limits is not None:
-        both = both.join(pl.DataFrame(pl.from_arrow(limits)), on="key", how="left").filter(
+        both = both.join(pl.DataFrame(limits), on="key", how="left").filter(
             pl.col("unit_hash") <= pl.col("limit").fill_null(2**64 - 1)
         )
     kept = _cut(both, config)
@@ -96,7 +97,7 @@ def sketch_part(
 
 def _hashed(rows: pa.Table, by_creator: bool, seed: int) -> pl.DataFrame:
     """Number of each row with its data set and the hashes of its unit, image and origin."""
-    frame = pl.DataFrame(pl.from_arrow(rows.select(["image_id", "group", "dataset", "creator"])))
+    frame = pl.DataFrame(rows.select(["image_id", "group", "dataset", "creator"]))
     unit = frame["group"].fill_null(frame["image_id"])
     units = mix_keys(stable_keys(unit.to_list()), seed, "unit")
     images = mix_keys(stable_keys(frame["image_id"].to_list()), seed, "image")
@@ -124,7 +125,7 @@ def _cut(frame: pl.DataFrame, config: SampleConfig) -> pl.DataFrame:
 def merge_sketches(tables: Sequence[pa.Table], config: SampleConfig) -> pa.Table:
     """The sketch of all parts: associative, commutative, and equal to the sketch of their union."""
     table = pa.concat_tables(tables)
-    frame = pl.DataFrame(pl.from_arrow(table.select(_ORDER))).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
+    frame = pl.DataFrame(table.select(_ORDER)).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
     return table.take(_cut(frame, config)["row"].to_arrow()).combine_chunks()
 
 
@@ -145,7 +146,7 @@ def find_limits(units: pa.Table, config: SampleConfig) -> pa.Table:
 
     Keys with fewer units than they may have get no limit.
     """
-    frame = pl.DataFrame(pl.from_arrow(units.select(["key", "unit_hash"]))).unique().sort("key", "unit_hash")
+    frame = pl.DataFrame(units.select(["key", "unit_hash"])).unique().sort("key", "unit_hash")
     pool = pl.col("key").str.starts_with(POOL)
     datasets = frame.filter(pool)["key"].n_unique()
     last = pl.when(pool).then(config.pool_size(datasets)).otherwise(config.positives) - 1
@@ -279,9 +280,3 @@ def first_by_hash(rows: pa.Table, count: int, seed: int) -> pa.Table:
     """Up to ``count`` of the rows, chosen and ordered by the hash of their image id."""
     keys = mix_keys(stable_keys(rows["image_id"].to_pylist()), seed, "validation")
     return rows.take(np.argsort(keys, kind="stable")[:count])
-
-
-def vectors_of(table: pa.Table) -> NDArray[np.float16]:
-    """The column ``vector`` [n, D], as stored."""
-    values = table["vector"].combine_chunks()
-    return np.asarray(values.flatten().to_numpy(zero_copy_only=False)).reshape(-1, values.type.list_size)

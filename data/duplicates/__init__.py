@@ -1,1 +1,1 @@
-"""Near-duplicates: signatures, candidates, verification, components. Plain functions, no Ray."""
+"""Near-duplicates: signatures, the search for twins, and which rows go. Plain functions, no Ray."""

@@ -1,8 +1,8 @@
 """Connected components of a graph of rows, each named by its smallest row.
 
-In memory with scipy; for more edges than one task holds, by alternating large-star and small-star (Kiveris et al. 2014,
-"Connected components in MapReduce and beyond"): each is a function of all edges of a node, so edges can be spread by
-node, and O(log^2 n) rounds leave every node tied to the smallest of its component.
+scipy finds them in memory. For more edges than one task holds, large-star and small-star take turns (Kiveris et al.
+2014, "Connected components in MapReduce and beyond"). Each is a function of all edges of a node, so edges can be spread
+by node; after O(log^2 n) rounds every node is tied to the smallest of its component.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ EDGES = {"node": pl.Int64, "other": pl.Int64}
 
 
 def connected(left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(nodes [n] ascending, the smallest node of each one's component [n]) of the edges ``left`` [p], ``right`` [p]."""
+    """(nodes [n] ascending, smallest node of the component of each [n]) of the edges ``left`` [p], ``right`` [p]."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -31,28 +31,31 @@ def connected(left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[np.int64
 
 
 def edge_frame(left: NDArray[Any], right: NDArray[Any]) -> pl.DataFrame:
-    """Edges (node, other) as a frame."""
+    """A frame of edges (node, other)."""
     return pl.DataFrame({"node": left, "other": right}, schema=EDGES)
 
 
 def contract(edges: pl.DataFrame) -> pl.DataFrame:
-    """Edges that connect what ``edges`` do, at most one a node: each node but the smallest, tied to the smallest."""
+    """Edges with the same components, at most one per node: each node but the smallest is tied to the smallest."""
     nodes, smallest = connected(edges["node"].to_numpy(), edges["other"].to_numpy())
     return edge_frame(nodes, smallest).filter(pl.col("node") != pl.col("other"))
 
 
 def both_ways(edges: pl.DataFrame) -> pl.DataFrame:
-    """Each edge at both of its nodes: what :func:`large_star` asks for."""
+    """Each edge listed at both of its nodes, as :func:`large_star` needs it."""
     return pl.concat([edges, edges.select(node="other", other="node")])
 
 
 def downwards(edges: pl.DataFrame) -> pl.DataFrame:
-    """Each edge at its larger node: what :func:`small_star` asks for."""
+    """Each edge listed at its larger node, as :func:`small_star` needs it."""
     return edges.select(node=pl.max_horizontal("node", "other"), other=pl.min_horizontal("node", "other"))
 
 
 def large_star(edges: pl.DataFrame) -> pl.DataFrame:
-    """Ties every node's larger neighbours to the smallest, or to itself. Asks for all edges of a node, both ways."""
+    """Tie the larger neighbours of every node to its smallest neighbour, or to the node if it is smaller.
+
+    Needs all edges of a node, both ways.
+    """
     least = (
         edges.group_by("node").agg(least=pl.col("other").min()).with_columns(least=pl.min_horizontal("node", "least"))
     )
@@ -61,13 +64,13 @@ def large_star(edges: pl.DataFrame) -> pl.DataFrame:
 
 
 def small_star(edges: pl.DataFrame) -> pl.DataFrame:
-    """Ties every node and its smaller neighbours to the smallest of them. Asks for all edges down from a node."""
+    """Tie every node and its smaller neighbours to the smallest of them. Needs all edges down from a node."""
     least = edges.group_by("node").agg(least=pl.col("other").min())
     tied = edges.join(least, on="node").select(node="other", other="least")
     return pl.concat([tied, least.select("node", other="least")]).filter(pl.col("node") != pl.col("other")).unique()
 
 
 def edge_checksum(edges: pl.DataFrame) -> int:
-    """A number that adds up over any partition of a set of edges and changes with it."""
+    """A checksum of a set of edges, modulo 2^64: those of its parts add up to that of the whole."""
     node, other = (edges[name].to_numpy().astype(np.uint64) for name in ("node", "other"))
     return int(mix_keys(mix_keys(node, 0, "node") ^ other, 0, "edge").sum(dtype=np.uint64))

@@ -1,9 +1,9 @@
-"""Pictures with equal bytes: only one of them is searched, the others follow it.
+"""Pictures with equal bytes: only the first of them is searched, the others follow it.
 
-Rows stand for each other when bytes, split and (in training) having a group are equal: then every rule treats them
-alike. Training rows whose group is held out take no part. Each corpus part names its first row of every such class,
-one shuffle by content finds the first of all, and the decision on that one holds for the whole class. A picture that
-a hundred million rows hold is thus one row a part in the shuffle and one row in the search.
+Rows form a class when they have the same bytes and split and, in training, either all or none has a group: then every
+rule treats them alike. Training rows whose group is held out take no part. Each corpus part names the first row of
+every class, one shuffle by content finds the leader, the first row of all, and the decision on the leader holds for the
+whole class. A picture with a hundred million copies is thus one row a part in the shuffle and one row in the search.
 """
 
 from collections.abc import Set
@@ -32,8 +32,9 @@ COPIES = pa.schema(
         pa.field("split", pa.string()),
     ]
 )
-"""A part's first row that is not searched: it follows the ``leader`` of its class in an earlier part, or its bytes are
-those of the held-out row ``leader`` of ``split``. ``component``: id of the first training row with these bytes."""
+"""A part's first row of a class that is not searched: it follows the ``leader`` of its class in an earlier part, or its
+bytes equal those of the held-out row ``leader`` of ``split``. ``component``: id of the first training row with these
+bytes."""
 FATES = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -46,7 +47,7 @@ FATES = pa.schema(
         pa.field("cosine", pa.float32()),
     ]
 )
-"""What the search says of a row that has a twin; ``reason`` is null when it stays."""
+"""The decision on a row that has a twin; ``reason`` is null when the row stays."""
 DUPLICATES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -58,12 +59,12 @@ DUPLICATES = pa.schema(
         pa.field("cosine", pa.float32()),
     ]
 )
-"""One row a training image that is dropped, in corpus order.
+"""One row per dropped training image, in corpus order.
 
-``keeper_id``: its twin that stays or is held out; ``component``: the first image, in corpus order, of its connected
-component; ``reason``: ``duplicate`` (equal bytes), ``near_duplicate``, ``overlaps_test`` (a twin of a row of the
-held-out ``split``), ``group_in_test``; how close the twin is: ``bits``, of the whole pictures or without margins, the
-fewer, and ``cosine``.
+``keeper_id``: its twin that stays or is held out. ``component``: the first image, in corpus order, of its connected
+component. ``reason``: ``duplicate`` (equal bytes), ``near_duplicate``, ``overlaps_test`` (a twin of a row of the
+held-out ``split``) or ``group_in_test``. ``bits`` and ``cosine`` say how close the twin is; ``bits`` is the smaller of
+the distances with and without margins.
 """
 DROPPED = pa.schema([*DUPLICATES, pa.field("row", pa.int64()), pa.field("keeper", pa.int64())])
 
@@ -71,14 +72,14 @@ _CLASS = ["content", "split", "grouped"]
 
 
 def held_out_groups(signatures: pa.Table) -> set[str]:
-    """Groups of the rows that are not of the training split."""
+    """Groups of the rows outside the training split."""
     held_out = signatures.filter(pc.not_equal(signatures["split"], "train"))
     return set(held_out["group"].drop_null().unique().to_pylist())
 
 
 def _classed(signatures: pa.Table, held: Set[str]) -> pl.DataFrame:
-    """The rows that take part, each with the first row of its class."""
-    frame = pl.DataFrame(pl.from_arrow(signatures.select(LIGHT))).sort("row")
+    """The rows that take part, each with number and id of the first row of its class."""
+    frame = pl.DataFrame(signatures.select(LIGHT)).sort("row")
     train = pl.col("split") == "train"
     out = train & pl.col("group").is_in(list(held)).fill_null(value=False)
     frame = frame.filter(~out).with_columns(grouped=train & pl.col("group").is_not_null())
@@ -92,8 +93,8 @@ def find_leaders(signatures: pa.Table, held: Set[str]) -> pa.Table:
 
 
 def find_copies(leaders: pa.Table) -> pa.Table:
-    """``COPIES`` among the ``LEADERS`` of all parts, or of all those with some contents."""
-    frame = pl.DataFrame(pl.from_arrow(leaders)).sort("row")
+    """``COPIES`` among the ``LEADERS`` of all parts, or among those whose contents fall into one bucket."""
+    frame = pl.DataFrame(leaders).sort("row")
     train = frame.filter(pl.col("split") == "train")
     first = frame.unique(_CLASS, keep="first").select(*_CLASS, leader="row", leader_id="image_id")
     test = (
@@ -122,12 +123,12 @@ def select_searched(signatures: pa.Table, held: Set[str], copies: pa.Table) -> p
 
 
 def settle_part(signatures: pa.Table, held: Set[str], copies: pa.Table, fates: pa.Table) -> pa.Table:
-    """``DROPPED`` of a part: its rows' fates, and those of the rows that they follow.
+    """``DROPPED`` of a part, from the fates of its rows and of the leaders that they follow.
 
-    ``copies`` are the part's; ``fates`` hold those of its searched rows and of the leaders of its copies.
+    ``copies``: those of the part; ``fates``: those of its searched rows and of the leaders of its copies.
     """
-    frame = pl.DataFrame(pl.from_arrow(signatures.select(LIGHT)))
-    follow = pl.DataFrame(pl.from_arrow(copies)).rename({"row": "first_row", "component": "own", "split": "test"})
+    frame = pl.DataFrame(signatures.select(LIGHT))
+    follow = pl.DataFrame(copies).rename({"row": "first_row", "component": "own", "split": "test"})
     joined = (
         _classed(signatures, held)
         .filter(pl.col("split") == "train")
@@ -137,7 +138,7 @@ def settle_part(signatures: pa.Table, held: Set[str], copies: pa.Table, fates: p
             leader=pl.col("leader").fill_null(pl.col("first_row")),
             leader_id=pl.col("leader_id").fill_null(pl.col("first_image_id")),
         )
-        .join(pl.DataFrame(pl.from_arrow(fates)).rename({"row": "leader"}), on="leader", how="left")
+        .join(pl.DataFrame(fates).rename({"row": "leader"}), on="leader", how="left")
     )
     equal, follows = pl.col("test").is_not_null(), pl.col("reason").is_null() & (pl.col("row") != pl.col("leader"))
     to_leader = equal | follows

@@ -1,11 +1,11 @@
-"""Step 5, near-duplicates: inside the training rows, and between them and every held-out split (the leak firewall).
+"""Which training rows go: near-duplicates of each other, and twins of any held-out row (the leak firewall).
 
-Training rows that are twins of a row of another split go. Among the others pairs close into components, and inside one
-the rows are taken in corpus order: a row stays unless it is a twin of one that stayed, so that every row dropped has a
-verified twin and a chain of small differences does not swallow a family of pictures.
+Training rows with a twin in another split go. Among the others, pairs close into components, and inside a component the
+rows are taken in corpus order: a row stays unless one of its twins has stayed. So every dropped row has a verified
+twin, and a chain of small differences does not swallow a family of pictures.
 
 Views of a product are not duplicates of each other, and two products of a catalogue that look alike are signal, not
-noise: between rows that both have a group only equal bytes count. Against a held-out row no such excuse is made.
+noise: between rows that both have a group only equal bytes count. This exception does not hold against held-out rows.
 """
 
 from collections.abc import Iterator
@@ -25,9 +25,10 @@ from lookalike.data.duplicates.copies import (
     settle_part,
 )
 from lookalike.data.duplicates.pair_search import merge_pairs, search_cell
+from lookalike.data.duplicates.signatures import ROW_SHIFT
 from lookalike.data.duplicates.twins import DedupConfig
 
-COPIES_WITHIN = ("duplicate", "near_duplicate")  # reasons of rows whose twin is a training row that stays
+COPIES_WITHIN = ("duplicate", "near_duplicate")  # reasons of rows whose twin is a kept training row
 LENT = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -47,17 +48,17 @@ def decide_fates(pairs: pl.DataFrame) -> pa.Table:
     roots = pl.DataFrame({"row": nodes, "root": smallest}, schema={"row": pl.Int64, "root": pl.Int64})
     rows = ids.join(roots, on="row", how="left").with_columns(root=pl.col("root").fill_null(pl.col("row")))
     rows = rows.join(ids.select(root="row", component="image_id"), on="root").select("row", "component")
-    gone = across.with_columns(reason=pl.lit("overlaps_test"))
-    kept = _keep_first(inside, set(across["row"].to_list()))
-    near = inside.filter(pl.Series(kept, dtype=pl.Boolean)).with_columns(
+    overlaps = across.with_columns(reason=pl.lit("overlaps_test"))
+    drops = _drop_later_twins(inside, set(across["row"].to_list()))
+    near = inside.filter(pl.Series(drops, dtype=pl.Boolean)).with_columns(
         reason=pl.when("same").then(pl.lit("duplicate")).otherwise(pl.lit("near_duplicate"))
     )
-    chosen = pl.concat([gone, near]).rename({"twin": "keeper", "twin_id": "keeper_id"})
-    return rows.join(chosen, on="row", how="left").sort("row").select(FATES.names).to_arrow().cast(FATES)
+    twins = pl.concat([overlaps, near]).rename({"twin": "keeper", "twin_id": "keeper_id"})
+    return rows.join(twins, on="row", how="left").sort("row").select(FATES.names).to_arrow().cast(FATES)
 
 
-def _keep_first(inside: pl.DataFrame, gone: set[int]) -> list[bool]:
-    """Which pairs, by row and then twin, drop their row: the first with a twin that stays."""
+def _drop_later_twins(inside: pl.DataFrame, gone: set[int]) -> list[bool]:
+    """Whether each pair, by row and then twin, drops its row: the first pair whose twin stays does."""
     gone = set(gone)
     drops = []
     for row, twin in inside.select("row", "twin").iter_rows():
@@ -69,7 +70,7 @@ def _keep_first(inside: pl.DataFrame, gone: set[int]) -> list[bool]:
 
 
 def find_duplicates(signatures: pa.Table, config: DedupConfig) -> pa.Table:
-    """``DROPPED`` of a corpus that one task holds: all of its rows are compared."""
+    """``DROPPED`` of a corpus that one task holds: it compares all rows."""
     held = held_out_groups(signatures) if config.hold_out_groups else set()
     copies = find_copies(find_leaders(signatures, held)) if signatures.num_rows else find_copies(LEADERS.empty_table())
     pairs = search_cell(select_searched(signatures, held, copies), config)
@@ -77,29 +78,30 @@ def find_duplicates(signatures: pa.Table, config: DedupConfig) -> pa.Table:
 
 
 def split_parts(dropped: pa.Table, parts: int) -> Iterator[tuple[int, pa.Table]]:
-    """(part, its rows) of ``DROPPED`` rows, for each of the ``parts`` corpus parts."""
-    number = pc.shift_right(dropped["row"], 32)
+    """Each of the ``parts`` corpus parts with its ``DROPPED`` rows."""
+    number = pc.shift_right(dropped["row"], ROW_SHIFT)
     for part in range(parts):
         yield part, dropped.filter(pc.equal(number, part))
 
 
 def lent_rows(dropped: pa.Table) -> pa.Table:
-    """``LENT`` of ``DROPPED`` rows: those dropped because of a held-out split lend nothing."""
+    """``LENT`` of ``DROPPED`` rows; rows dropped because of a held-out split lend nothing."""
     copies = dropped.filter(pc.is_in(dropped["reason"], pa.array(COPIES_WITHIN)))
     return copies.select(LENT.names).cast(LENT)
 
 
 def keep_training(rows: pa.Table, duplicates: pa.Table) -> pa.Table:
-    """The rows of a corpus part that train: split ``train`` and not among the part's ``duplicates``."""
+    """The training rows of a corpus part without the part's ``duplicates``."""
     train = pc.equal(rows["split"], "train")
     dropped = pc.is_in(rows["image_id"], value_set=duplicates["image_id"].combine_chunks())
     return rows.filter(pc.and_(train, pc.invert(dropped)))
 
 
 def borrow(annotations: pa.Table, lent: pa.Table) -> pa.Table:
-    """Annotations of a part's dropped copies under their keeper's id, with the keeper's row number as ``keeper``: a
-    picture keeps what any of its copies was called.
+    """Annotations of a part's dropped copies under the id and row number (``keeper``) of the row that stays.
+
+    A picture keeps what any of its copies was called.
     """
-    frame = pl.DataFrame(pl.from_arrow(annotations)).join(pl.DataFrame(pl.from_arrow(lent)), on="image_id")
+    frame = pl.DataFrame(annotations).join(pl.DataFrame(lent), on="image_id")
     words = frame.with_columns(image_id=pl.col("keeper_id")).select(*annotations.column_names, "keeper")
     return words.to_arrow().cast(pa.schema([*annotations.schema, LENT.field("keeper")]))

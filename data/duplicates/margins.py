@@ -1,7 +1,7 @@
-"""What a picture shows without its uniform margins: a border put around it, or the white around a product.
+"""The content of a picture without its uniform margins: an added border, or the white around a product.
 
-A crop mostly takes of the margin and a border adds one, so that two such copies agree once both are gone. Edges are
-found in fractions of a pixel: rounded ones move when a picture is scaled or compressed, and the hash with them.
+A crop mostly removes margin and a border adds some, so copies of both kinds agree once the margins are gone. Edges are
+found in fractions of a pixel: rounded edges would move when a picture is scaled or compressed, and change the hash.
 """
 
 from math import ceil, floor
@@ -13,12 +13,12 @@ from PIL import Image
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
 
-SIDE = 128  # of the picture that is hashed
-CELLS = 8  # a side, of the colours that are compared
-LARGEST = 256  # pixels a side in which margins are looked for
-TOLERANCE = 40  # levels of 255 by which a margin may vary: the noise of JPEG beside an edge
+SIDE = 128  # pixels of the picture that is hashed
+CELLS = 8  # cells per side whose colours are compared
+LARGEST = 256  # larger pictures are reduced to this side before margins are sought
+TOLERANCE = 40  # levels of 255 by which a margin may vary: the noise of JPEG next to an edge
 ROUNDS = 4  # a border around a white margin around the picture, and one more
-LEAST_SHARE = 16  # no round leaves less than this part of the area: a dot on white is a picture of a dot on white
+LEAST_SHARE = 16  # each round leaves at least 1/16 of the area: a dot on white stays a picture of a dot on white
 LEAST_SIDE = 8
 
 
@@ -26,21 +26,22 @@ def trim_margin(image: Image.Image) -> NDArray[np.uint8]:
     """The content of an RGB ``image`` as [SIDE, SIDE, 3]: without margins, whatever its size and shape."""
     small = image.reduce(max(1, -(-max(image.size) // LARGEST)))
     left, top, right, bottom = (round(edge, 3) for edge in find_content(np.asarray(small)))
-    x, y = floor(left), floor(top)  # cut first: the same content gives the same sums wherever in its picture it stands
+    x, y = floor(left), floor(top)  # cut first: equal content gives equal sums wherever in a picture it lies
     content = small.crop((x, y, ceil(right), ceil(bottom)))
     box = (round(left - x, 3), round(top - y, 3), round(right - x, 3), round(bottom - y, 3))
     return np.asarray(content.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
 
 
 def shrink(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Mean colours [CELLS, CELLS, 3] of what :func:`trim_margin` gives."""
+    """Mean colours [CELLS, CELLS, 3] of the result of :func:`trim_margin`."""
     return np.asarray(Image.fromarray(content).reduce(SIDE // CELLS))
 
 
 def find_content(pixels: NDArray[np.uint8]) -> Box:
-    """Where the content of an RGB picture [h, w, 3] lies; the whole where it has no margin or would be too small.
+    """The box of the content of an RGB picture [h, w, 3]; the whole picture if it has no margin or too little is left.
 
-    What lies inside a margin is looked at again, less a pixel, which scaling has mixed with the margin.
+    Each round looks inside the margin of the one before, one pixel further in, because scaling mixes that pixel with
+    the margin.
     """
     height, width = pixels.shape[:2]
     box: Box = (0.0, 0.0, float(width), float(height))
@@ -65,7 +66,7 @@ def _area(box: Box) -> float:
 
 
 def _inside_margin(pixels: NDArray[np.uint8]) -> Box:
-    """What differs from the corners' median colour; nothing for a flat picture."""
+    """The box of the pixels that differ from the corners' median colour; an empty box for a flat picture."""
     height, width = pixels.shape[:2]
     corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.int16)
     strength = np.abs(pixels - np.median(corners, axis=0).astype(np.int16)).max(axis=2)
@@ -76,7 +77,7 @@ def _inside_margin(pixels: NDArray[np.uint8]) -> Box:
 
 
 def _edge(strength: NDArray[np.int16]) -> float:
-    """Where ``strength`` [n], read from the outside, crosses half of what it reaches within three pixels."""
+    """Place where ``strength`` [n], from the outside in, crosses half of its maximum over the next three pixels."""
     start = int(np.argmax(strength > TOLERANCE))
     near = strength[start : start + 3]
     level = max(TOLERANCE, int(near.max()) / 2)

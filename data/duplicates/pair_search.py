@@ -1,12 +1,12 @@
 """The near-duplicate search: cells of similar pictures, and all twins inside a cell.
 
-A cell is a centroid of spherical k-means over a sample of the embeddings, or a bucket of equal pieces of hashes; a
-picture is compared in its ``probes`` nearest cells and in ``hash_bands`` buckets. Inside a cell the search is exact:
-tiles of cosines and of hashes, of which the pairs that could pass the rule are verified. Memory is bounded by the tile
-and by ``neighbours`` twins a row, whatever a family of pictures holds.
+A cell is a centroid of spherical k-means over a sample of the embeddings, or a bucket of equal pieces of hashes. A
+picture is compared in its ``probes`` nearest cells and in ``hash_bands`` buckets. Inside a cell the search is exact: it
+computes tiles of cosines and of hashes and verifies the pairs that could pass the rule. Memory is bounded by the tile
+and by ``neighbours`` twins a row, however large a family of pictures is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +25,12 @@ from lookalike.data.duplicates.twins import (
 from lookalike.sampling import mix_keys
 from lookalike.seeds import derive_seed
 
-QUERY_TILE, BASE_TILE = 256, 8192  # 8 MB of cosines at a time
-PAIR_BATCH = 65_536  # pairs that are verified at a time, at about 1 kB
-ROUNDING = 1e-3  # a tile's cosines may differ by less from those that the rule judges
-SAMPLE_PER_CELL, MAX_SAMPLE = 64, 2_000_000  # vectors that the cells are trained on
-FLAT_CELLS = 4096  # above, centroids are looked up through a graph
-MAX_CELL_ROWS = 400_000  # larger cells are cut, by the hash of the pictures' hash
+QUERY_TILE, BASE_TILE = 256, 8192  # rows of a tile: 8 MB of cosines
+PAIR_BATCH = 65_536  # pairs verified at a time, about 1 kB each
+ROUNDING = 1e-3  # more than a tile's cosine can differ from the one that the rule judges
+SAMPLE_PER_CELL, MAX_SAMPLE = 64, 2_000_000  # vectors on which the cells are trained
+FLAT_CELLS = 4096  # more centroids than this are looked up through a graph
+MAX_CELL_ROWS = 400_000  # larger cells are cut by a hash of the PDQ hash
 
 PAIRS = pa.schema(
     [
@@ -44,7 +44,7 @@ PAIRS = pa.schema(
         pa.field("cosine", pa.float32()),
     ]
 )
-"""A training row and a twin of it: an earlier training row (``split`` is null), or a row of the held-out ``split``."""
+"""A training row and its twin: an earlier training row (``split`` is null) or a row of the held-out ``split``."""
 
 
 class TwinPairs(NamedTuple):
@@ -56,30 +56,31 @@ class TwinPairs(NamedTuple):
     bits: NDArray[np.int32]
     cosine: NDArray[np.float32]
 
-    def take(self, chosen: NDArray[Any]) -> "TwinPairs":
+    def take(self, places: NDArray[Any]) -> "TwinPairs":
         """Some of the pairs."""
-        return TwinPairs(*(values[chosen] for values in self))
+        return TwinPairs(*(values[places] for values in self))
 
-    def join(self, other: "TwinPairs") -> "TwinPairs":
-        """These pairs, then the others."""
-        pairs: Any = zip(self, other, strict=True)
-        return TwinPairs(*(np.concatenate(pair) for pair in pairs))
+    @staticmethod
+    def join(parts: "Sequence[TwinPairs]") -> "TwinPairs":
+        """The pairs of all ``parts``, at least one, in order."""
+        columns: Any = zip(*parts, strict=True)
+        return TwinPairs(*(np.concatenate(values) for values in columns))
 
 
 def count_cells(rows: int, config: DedupConfig) -> int:
-    """Cells for a corpus of ``rows`` images."""
+    """Number of cells for a corpus of ``rows`` images."""
     return 1 if rows <= config.exact_rows else -(-rows // config.cell_rows)
 
 
 def sample_share(rows: int, cells: int) -> float:
-    """Share of the images that the cells are trained on."""
+    """Share of the images on which the cells are trained."""
     return min(1.0, min(SAMPLE_PER_CELL * cells, MAX_SAMPLE) / max(rows, 1))
 
 
 def _lookup(dim: int, cells: int) -> Any:
     import faiss
 
-    faiss.omp_set_num_threads(1)  # several threads build another graph each time
+    faiss.omp_set_num_threads(1)  # several threads build a different graph each time
     if cells <= FLAT_CELLS:
         return faiss.IndexFlatIP(dim)
     index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
@@ -88,7 +89,7 @@ def _lookup(dim: int, cells: int) -> Any:
 
 
 def train_cells(sample: NDArray[np.float32], cells: int, seed: int) -> NDArray[np.float32]:
-    """Centroids [min(cells, n), d] of the unit vectors ``sample`` [n, d], in an order of their own."""
+    """Centroids [min(cells, n), d] of the unit vectors ``sample`` [n, d], the same for the same seed."""
     import faiss
 
     count = min(cells, len(sample))
@@ -100,7 +101,7 @@ def train_cells(sample: NDArray[np.float32], cells: int, seed: int) -> NDArray[n
 
 
 class Cells:
-    """Looks up the nearest centroids."""
+    """Looks up the nearest of some centroids."""
 
     def __init__(self, centroids: NDArray[np.float32], probes: int) -> None:
         self.probes = min(probes, len(centroids))
@@ -115,38 +116,39 @@ class Cells:
 
     def _nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
         rough = self._index.search(vectors, min(self.probes + 2, len(self._centroids)))[1]
-        rough = np.where(rough < 0, rough[:, :1], rough)  # a graph may find fewer: then a cell is named twice
+        rough = np.where(rough < 0, rough[:, :1], rough)  # a graph may find fewer cells: then one is named twice
         score = np.einsum("nd,nkd->nk", vectors, self._centroids[rough], dtype=np.float64)
-        order = np.lexsort((rough, -score), axis=1)[:, : self.probes]  # double: no batch orders differently
+        order = np.lexsort((rough, -score), axis=1)[:, : self.probes]  # double: the same order in every batch
         return np.asarray(np.take_along_axis(rough, order, axis=1), np.int64)
 
 
-def cut_cells(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(first key, number of keys) [cells]: one key a cell, several for cells above ``MAX_CELL_ROWS``."""
-    cuts = np.maximum(1, -(-counts // MAX_CELL_ROWS))
-    return np.cumsum(cuts) - cuts, cuts
+class CellKeys:
+    """Keys of cells in a shuffle: one per cell, several for a cell of more than ``MAX_CELL_ROWS`` rows."""
 
+    def __init__(self, rows: NDArray[np.int64]) -> None:
+        self.cuts = np.maximum(1, -(-rows // MAX_CELL_ROWS))
+        self.total = int(self.cuts.sum())
+        self._first = np.cumsum(self.cuts) - self.cuts
 
-def cell_keys(
-    cells: NDArray[np.int64], first: NDArray[np.int64], cuts: NDArray[np.int64], hashes: NDArray[np.uint64]
-) -> NDArray[np.int64]:
-    """The key [n, probes] of each row in each of its ``cells`` [n, probes]; ``hashes`` [n, 4] are PDQ hashes.
+    def of(self, cells: NDArray[np.int64], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The key [n, probes] of each row in each of its ``cells`` [n, probes]; ``hashes`` [n, 4] are PDQ hashes.
 
-    Rows with one hash meet in the same cut of a cell.
-    """
-    mixed = hashes[:, 0]
-    for word in hashes[:, 1:].T:
-        mixed = mix_keys(mixed, 0, "cut") ^ word
-    part = (mix_keys(mixed, 0, "cut") >> np.uint64(1)).astype(np.int64)[:, None] % cuts[cells]
-    return np.asarray(first[cells] + part, np.int64)
+        Rows of equal hashes meet in the same cut of a cell.
+        """
+        mixed = hashes[:, 0]
+        for word in hashes[:, 1:].T:
+            mixed = mix_keys(mixed, 0, "cut") ^ word
+        cut = (mix_keys(mixed, 0, "cut") >> np.uint64(1)).astype(np.int64)[:, None] % self.cuts[cells]
+        return np.asarray(self._first[cells] + cut, np.int64)
 
 
 def band_keys(
     hashes: NDArray[np.uint64], sharp: NDArray[np.bool_], first: int, buckets: int, bands: int
 ) -> NDArray[np.int64]:
-    """Keys [n, bands] from ``first`` on, ``buckets`` of them a band, of the first 16-bit pieces of ``hashes`` [n, 4].
+    """Keys [n, bands] of the first ``bands`` 16-bit pieces of ``hashes`` [n, 4].
 
-    A picture whose hash is not sharp has the key -1: no hash pair is made of it.
+    Each band has ``buckets`` keys; the smallest is ``first``. A picture whose hash is not sharp gets the key -1: it
+    forms no hash pairs.
     """
     pieces = np.ascontiguousarray(hashes).view(np.uint16)[:, :bands].astype(np.uint64)
     keys = (mix_keys(pieces, 0, "band") % np.uint64(buckets)).astype(np.int64) + first + buckets * np.arange(bands)
@@ -154,8 +156,7 @@ def band_keys(
 
 
 def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
-    """``PAIRS`` among the signatures of a cell: of each training row its earliest training twins and its closest
-    held-out one.
+    """``PAIRS`` of the signatures of a cell: each training row's earliest training twins and its closest held-out twin.
 
     Between rows that both have a group only equal bytes count, unless one is held out.
     """
@@ -164,25 +165,25 @@ def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
     split = np.array(rows["split"].to_pylist(), dtype=object)
     grouped = rows["group"].is_valid().to_numpy()
     training, held_out = np.nonzero(split == "train")[0], np.nonzero(split != "train")[0]
-    found = [
+    parts = [
         *_earlier_twins(pictures, training, grouped, config),
         *_closest_twins(pictures, training, held_out, config),
     ]
-    if not found:
+    if not parts:
         return PAIRS.empty_table()
-    both = TwinPairs(*(np.concatenate(values) for values in zip(*found, strict=True)))
+    pairs = TwinPairs.join(parts)
     ids = rows["image_id"].combine_chunks()
     numbers = rows["row"].to_numpy()
-    splits = [value if value != "train" else None for value in split[both.twin]]
+    splits = [value if value != "train" else None for value in split[pairs.twin]]
     columns = [
-        pa.array(numbers[both.row]),
-        ids.take(pa.array(both.row)),
-        pa.array(numbers[both.twin]),
-        ids.take(pa.array(both.twin)),
+        pa.array(numbers[pairs.row]),
+        ids.take(pa.array(pairs.row)),
+        pa.array(numbers[pairs.twin]),
+        ids.take(pa.array(pairs.twin)),
         pa.array(splits, pa.string()),
-        pa.array(both.same),
-        pa.array(both.bits),
-        pa.array(both.cosine),
+        pa.array(pairs.same),
+        pa.array(pairs.bits),
+        pa.array(pairs.cosine),
     ]
     return pa.table(columns, schema=PAIRS)
 
@@ -192,16 +193,15 @@ def _earlier_twins(
 ) -> Iterator[TwinPairs]:
     for start in range(0, len(training), QUERY_TILE):
         queries = training[start : start + QUERY_TILE]
-        twins = np.zeros(len(pictures.quality), np.int64)  # remembered of each row so far
+        twins = np.zeros(len(pictures.quality), np.int64)  # twins remembered so far, per row
         for base in _tiles(training[: start + QUERY_TILE]):
-            found = _compare(pictures, queries, base, config)
-            together = grouped[found.row] & grouped[found.twin]
-            found = found.take((found.twin < found.row) & (found.same | ~together))
-            rank = _rank(found.row) + twins[found.row]
-            found = found.take(rank < config.neighbours)
-            if len(found.row):
-                twins += np.bincount(found.row, minlength=len(twins))
-                yield found
+            pairs = _compare(pictures, queries, base, config)
+            both_grouped = grouped[pairs.row] & grouped[pairs.twin]
+            pairs = pairs.take((pairs.twin < pairs.row) & (pairs.same | ~both_grouped))
+            pairs = pairs.take(_rank(pairs.row) + twins[pairs.row] < config.neighbours)
+            if len(pairs.row):
+                twins += np.bincount(pairs.row, minlength=len(twins))
+                yield pairs
             queries = queries[twins[queries] < config.neighbours]
             if not len(queries):
                 break
@@ -213,12 +213,11 @@ def _closest_twins(
     for start in range(0, len(training), QUERY_TILE):
         best: TwinPairs | None = None
         for base in _tiles(held_out):
-            found = _compare(pictures, training[start : start + QUERY_TILE], base, config)
+            pairs = _compare(pictures, training[start : start + QUERY_TILE], base, config)
             if best is not None:
-                found = best.join(found)
-            order = np.lexsort((found.twin, -found.cosine, found.bits, found.row))
-            found = found.take(order)
-            best = found.take(_rank(found.row) == 0)
+                pairs = TwinPairs.join([best, pairs])
+            pairs = pairs.take(np.lexsort((pairs.twin, -pairs.cosine, pairs.bits, pairs.row)))
+            best = pairs.take(_rank(pairs.row) == 0)
         if best is not None and len(best.row):
             yield best
 
@@ -229,33 +228,30 @@ def _tiles(places: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def _rank(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place [p] of each entry among those of its row; entries of a row stand together."""
-    first = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
-    starts = np.nonzero(first)[0]
-    return np.arange(len(rows)) - starts[np.cumsum(first) - 1] if len(rows) else np.zeros(0, np.int64)
+    """Place [p] of each entry among the entries of its row, which stand together."""
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))  # row numbers are not negative
+    return np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
 
 
 def _compare(pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig) -> TwinPairs:
     """Verified pairs of a tile, by query and then by base."""
     row, twin = np.divmod(_candidates(pictures, queries, base, config), len(base))
     row, twin = queries[row], base[twin]
-    found = [
-        _verify(pictures, row[start : start + PAIR_BATCH], twin[start : start + PAIR_BATCH], config)
-        for start in range(0, max(len(row), 1), PAIR_BATCH)
-    ]
-    return TwinPairs(*(np.concatenate(values) for values in zip(*found, strict=True)))
+    batches = [slice(start, start + PAIR_BATCH) for start in range(0, max(len(row), 1), PAIR_BATCH)]
+    return TwinPairs.join([_verify(pictures, row[batch], twin[batch], config) for batch in batches])
 
 
 def _verify(pictures: Pictures, row: NDArray[Any], twin: NDArray[Any], config: DedupConfig) -> TwinPairs:
-    pairs = measure(pictures, row, twin, config)
-    good = (row != twin) & (pairs.same | look_alike(pairs, config))
-    return TwinPairs(row, twin, pairs.same, np.minimum(pairs.bits, pairs.trimmed_bits), pairs.cosine).take(good)
+    distances = measure(pictures, row, twin, config)
+    good = (row != twin) & (distances.same | look_alike(distances, config))
+    bits = np.minimum(distances.bits, distances.trimmed_bits)
+    return TwinPairs(row, twin, distances.same, bits, distances.cosine).take(good)
 
 
 def _candidates(
     pictures: Pictures, queries: NDArray[Any], base: NDArray[Any], config: DedupConfig
 ) -> NDArray[np.int64]:
-    """Places in a tile, query by query, of the pairs that could pass the rule, by cosine or hash without margins."""
+    """Flat places in a tile, ascending, of the pairs that could pass the rule: by cosine or by hash without margins."""
     floor = np.float32(min(config.min_cosine, config.sure_cosine) - ROUNDING)
     product = pictures.vectors[queries] @ pictures.vectors[base].T
     places = [np.flatnonzero(product.ravel() >= floor)]
@@ -268,24 +264,26 @@ def _candidates(
 
 
 def _near_hashes(
-    wanted: NDArray[np.uint64], hashes: NDArray[np.uint64], bits: int
+    queries: NDArray[np.uint64], hashes: NDArray[np.uint64], bits: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(place in ``wanted`` [n, 4], place in ``hashes`` [m, 4]) of all pairs that differ in up to ``bits`` bits."""
+    """(place in ``queries`` [n, 4], place in ``hashes`` [m, 4]) of all pairs that differ in up to ``bits`` bits."""
     import faiss
 
     index = faiss.IndexBinaryFlat(HASH_BITS)
     index.add(np.ascontiguousarray(hashes).view(np.uint8))
-    limits, _, found = index.range_search(np.ascontiguousarray(wanted).view(np.uint8), bits + 1)
+    limits, _, near = index.range_search(np.ascontiguousarray(queries).view(np.uint8), bits + 1)
     edges = limits.astype(np.int64)
     counts: NDArray[np.int64] = edges[1:] - edges[:-1]
-    return np.repeat(np.arange(len(wanted)), counts), np.asarray(found, np.int64)
+    return np.repeat(np.arange(len(queries)), counts), np.asarray(near, np.int64)
 
 
 def merge_pairs(pairs: pa.Table) -> pl.DataFrame:
-    """``PAIRS`` of several cells as one frame: each pair of training rows once, by row and twin; of the held-out twins
-    of a row the closest (bits, then cosine, then corpus order), as if they came from one cell.
+    """``PAIRS`` of several cells as one frame, as if they came from one cell.
+
+    Each pair of training rows comes once, by row and twin; of the held-out twins of a row the closest stays (by bits,
+    then cosine, then corpus order).
     """
-    frame = pl.DataFrame(pl.from_arrow(pairs))
+    frame = pl.DataFrame(pairs)
     inside = frame.filter(pl.col("split").is_null()).sort("row", "twin", "bits").unique(["row", "twin"], keep="first")
     across = frame.filter(pl.col("split").is_not_null()).sort(
         "row", "bits", "cosine", "twin", descending=[False, False, True, False]

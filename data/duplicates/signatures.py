@@ -1,10 +1,12 @@
-"""Signatures: everything of an image that the duplicate search and the dictionary need, aligned with the corpus."""
+"""Signatures: all that the duplicate search and the dictionary need of an image, in the order of the corpus."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,25 +17,25 @@ from lookalike.data.duplicates.twins import COLOURS
 from lookalike.sampling import stable_keys
 from lookalike.vision.images import decode
 
-ROW_SHIFT = 32  # a row's number is its part's number, shifted, plus its index there: the corpus order
-BATCH_PIXELS = 1 << 18  # hashed together
+ROW_SHIFT = 32  # row number = (part number << ROW_SHIFT) + index in the part: the order of the corpus
+BATCH_PIXELS = 1 << 18  # pixels of the pictures that are hashed together
 SIGNED_COLUMNS = ["image_id", "image", "group", "split", "dataset"]
 
 
 def signature_schema(dim: int) -> pa.Schema:
-    """One row an image of any split, in corpus order."""
+    """One row per image of any split, in corpus order."""
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
             pa.field("row", pa.int64(), nullable=False),
             pa.field("content", pa.binary(16)),  # BLAKE2 of the bytes
             pa.field("pdq", pa.binary(HASH_BITS // 8)),
-            pa.field("mirror", pa.binary(HASH_BITS // 8)),  # PDQ of the mirror image; null unless asked for
+            pa.field("mirror", pa.binary(HASH_BITS // 8)),  # PDQ of the mirror image; null unless mirror images count
             pa.field("quality", pa.int32()),  # of the PDQ hash, 0 to 100
             pa.field("group", pa.string()),
             pa.field("split", pa.string()),
             pa.field("dataset", pa.string()),
-            pa.field("trimmed", pa.binary(HASH_BITS // 8)),  # the same three of what lies inside the margins
+            pa.field("trimmed", pa.binary(HASH_BITS // 8)),  # the same three of the content inside the margins
             pa.field("trimmed_mirror", pa.binary(HASH_BITS // 8)),
             pa.field("trimmed_quality", pa.int32()),
             pa.field("colours", pa.binary(COLOURS)),  # its mean colours in cells, row by row
@@ -43,12 +45,12 @@ def signature_schema(dim: int) -> pa.Schema:
 
 
 def row_numbers(part: int, count: int) -> NDArray[np.int64]:
-    """Numbers [count] of the rows of a corpus part."""
+    """Numbers [count] of the first ``count`` rows of a corpus part."""
     return (np.int64(part) << ROW_SHIFT) + np.arange(count, dtype=np.int64)
 
 
 def sign_images(table: pa.Table, vectors: pa.Array, part: int, mirrored: bool) -> pa.Table:
-    """Signatures of a corpus part (``SIGNED_COLUMNS``) and its projected vectors, in its order."""
+    """Signatures of a corpus part (``table`` has ``SIGNED_COLUMNS``) with its projected vectors, in its order."""
     schema = signature_schema(vectors.type.list_size)
     data = table["image"].to_pylist()
     signatures = sign_pixels(map(decode, data), mirrored)
@@ -105,41 +107,32 @@ class Span(NamedTuple):
     stop: int
 
 
-def running_spans(wanted: Sequence[int], files: Sequence[tuple[str, int]]) -> list[list[Span]]:
-    """Where the rows of each of the corpus parts (sizes ``wanted``) lie when ``files`` (URI, rows) run through the
-    corpus in its order. The totals must be equal.
+def running_spans(sizes: Sequence[int], files: Sequence[tuple[str, int]]) -> list[list[Span]]:
+    """Where the rows of each corpus part lie in ``files`` (URI, rows) that hold the corpus in its order.
+
+    ``sizes``: rows of each corpus part; the totals must be equal.
     """
-    starts = np.concatenate([[0], np.cumsum([rows for _, rows in files])]).astype(np.int64)
-    spans, first = [], 0
-    for count in wanted:
-        last, here = first + count, []
-        file = int(np.searchsorted(starts, first, side="right")) - 1
-        while count and file < len(files) and starts[file] < last:
-            low, high = max(first, int(starts[file])), min(last, int(starts[file + 1]))
-            if low < high:
-                here.append(Span(files[file][0], low - int(starts[file]), high - int(starts[file])))
-            file += 1
-        spans.append(here)
-        first = last
+    part_starts, file_starts = np.cumsum([0, *sizes]), np.cumsum([0, *(rows for _, rows in files)])
+    spans: list[list[Span]] = [[] for _ in sizes]
+    for start, stop in pairwise(np.union1d(part_starts, file_starts).tolist()):
+        part, file = (int(np.searchsorted(starts, start, side="right")) - 1 for starts in (part_starts, file_starts))
+        offset = int(file_starts[file])
+        spans[part].append(Span(files[file][0], start - offset, stop - offset))
     return spans
 
 
 def bucket_of(ids: Sequence[str], buckets: int) -> NDArray[np.int64]:
-    """A bucket [n] in 0 to ``buckets`` for each image id, by its hash."""
+    """Bucket [n], below ``buckets``, of each image id, by its hash."""
     return (stable_keys(ids) % np.uint64(buckets)).astype(np.int64)
 
 
 def match_vectors(rows: pa.Table) -> pa.Table:
-    """Corpus rows and embeddings of one bucket, joined: the ``row`` (int64) of each image with its ``vector``.
+    """Join the corpus rows and the embeddings of one bucket: image_id, row, vector of each corpus row, by row.
 
-    ``rows``: image_id, row (null for an embedding), vector (null for a corpus row). A corpus row without an embedding
-    keeps a null vector; of several embeddings of an image one is taken, the smallest by its bytes.
+    ``rows``: image_id, row (null for an embedding), vector (null for a corpus row). The vector of a corpus row without
+    an embedding stays null; of several embeddings of an image the one with the smallest bytes is taken.
     """
-    corpus = rows.filter(rows["row"].is_valid()).select(["image_id", "row"])
-    vectors = rows.filter(rows["vector"].is_valid()).select(["image_id", "vector"])
-    vectors = vectors.sort_by([("image_id", "ascending"), ("vector", "ascending")])
-    first: dict[str, int] = {}
-    for index, image_id in enumerate(vectors["image_id"].to_pylist()):
-        first.setdefault(image_id, index)
-    place = pa.array([first.get(image_id) for image_id in corpus["image_id"].to_pylist()], pa.int64())
-    return corpus.append_column("vector", vectors["vector"].combine_chunks().take(place)).sort_by("row")
+    frame = pl.DataFrame(rows)
+    first = frame.drop_nulls("vector").group_by("image_id").agg(pl.col("vector").min())
+    joined = frame.drop_nulls("row").select("image_id", "row").join(first, on="image_id", how="left")
+    return joined.sort("row").to_arrow().cast(rows.schema)

@@ -1,9 +1,9 @@
 """When two pictures are the same: the settings, the rule, and how well the rule does on labelled pairs.
 
-Two pictures are twins when their bytes are equal, when PDQ hash and embedding agree, when the embedding is nearly
-certain and the hash does not contradict it, or when hash and colours without the margins are nearly equal whatever the
-embedding says: a border moves it. PDQ sees no colour, hence the second witness. Every rule asks for a cosine or for a
-close hash without margins, so searches by these two find all candidates.
+Two pictures are twins in four cases: their bytes are equal; PDQ hash and embedding agree; the embedding is nearly
+certain and the hash does not contradict it; or hash and colours without the margins are nearly equal, whatever the
+embedding says, because a border changes the embedding. PDQ sees no colour, so the hash alone never decides. Every case
+needs a large cosine or a close hash without margins, so searching by these two finds all candidates.
 """
 
 from typing import Any, NamedTuple
@@ -21,55 +21,55 @@ COLOURS = 8 * 8 * 3  # bytes: RGB in cells
 
 
 class DedupConfig(Config):
-    """When two pictures are the same, and how they are searched."""
+    """When two pictures are the same, and how twins are searched."""
 
     max_bits: int = Field(31, ge=0, le=256)
     """Differing PDQ bits of 256 of a hash pair: the bound PDQ's authors recommend."""
     min_quality: int = Field(50, ge=0, le=100)
-    """PDQ quality below which a hash says too little and only embeddings and bytes count."""
+    """PDQ quality below which a hash is ignored and only embeddings and bytes count."""
     min_cosine: float = Field(0.9, ge=0, le=1)
     """Embedding cosine that confirms a hash pair."""
     sure_cosine: float = Field(0.985, ge=0, le=1)
-    """Embedding cosine that makes a pair by itself ..."""
+    """Embedding cosine that makes a pair without a close hash ..."""
     sure_max_bits: int = Field(80, ge=0, le=256)
-    """... when the hashes differ by no more than this."""
+    """... if the hashes differ by at most this many bits."""
     trimmed_bits: int = Field(16, ge=0, le=256)
-    """Differing PDQ bits without margins of a pair that its colours confirm ..."""
+    """Differing PDQ bits without margins that make a pair ..."""
     max_colour: int = Field(12, ge=0, le=255)
-    """... when no cell of an 8 x 8 grid differs by more, in levels of 255: a mean over the grid would not see the sign
-    in the middle of an icon."""
+    """... if the colours of no cell of an 8 x 8 grid differ by more levels of 255. A mean over the grid would miss the
+    sign in the middle of an icon."""
     mirrored: bool = False
-    """Whether a mirror image is the same picture. Not by default: the icons of "next" and "previous", left turn and
-    right turn are mirror images. Set it where a flipped test picture is a leak."""
+    """Whether a mirror image is the same picture. Off by default: the icons of "next" and "previous" are mirror images
+    of each other. Set it where a flipped test picture would be a leak."""
     neighbours: int = Field(32, ge=1, le=1024)
-    """Twins of a training row that are remembered a cell, the earliest in corpus order."""
+    """Twins of a training row that are remembered per cell, the earliest in corpus order."""
     hold_out_groups: bool = True
-    """Drop training rows whose group stands in a held-out split too: test products are then unseen. Set it to false
-    where other pictures of the trained products are the test."""
+    """Drop training rows whose group also occurs in a held-out split, so that test products are unseen. Set it to false
+    if the test consists of other pictures of trained products."""
     exact_rows: int = Field(100_000, ge=0, le=1_000_000)
-    """Corpora up to this many images are searched exactly, by one task; larger ones in cells."""
+    """One task searches a corpus of up to this many images exactly; larger ones are searched in cells."""
     cell_rows: int = Field(20_000, ge=16, le=1_000_000)
-    """Mean images of a cell before each also goes to its further cells. The square root of the images, divided by
+    """Images of a cell on average, counting each image once. The square root of the number of images, divided by
     ``probes``, costs least."""
     probes: int = Field(2, ge=1, le=16)
-    """Nearest cells in which an image is compared: more find more pairs and cost as much more."""
+    """Nearest cells in which an image is compared. More cells find more pairs; the cost grows in proportion."""
     within_train: bool = True
-    """Drop copies among the training rows. False keeps them (an ablation); the leak firewall stands all the same."""
+    """Drop copies among the training rows. False keeps them (an ablation); the leak firewall still works."""
     hash_bands: int = Field(2, ge=0, le=16)
-    """16-bit pieces of the hash without margins; pictures with an equal piece are compared too, which finds copies
-    whose embeddings are apart. Each costs as much as a probe."""
+    """16-bit pieces of the hash without margins. Pictures with an equal piece are also compared, which finds copies
+    with distant embeddings. Each piece costs as much as a probe."""
     labelled_pairs: str | None = None
-    """Parquet or CSV with columns ``left``, ``right`` (image ids) and ``duplicate`` (0 or 1): the result then states
-    precision and recall of the rule, and recall at 95% precision, on these pairs."""
+    """Parquet or CSV file with the columns ``left``, ``right`` (image ids) and ``duplicate`` (0 or 1). The result then
+    states precision and recall of the rule, and recall at 95% precision, on these pairs."""
 
 
 class Pictures(NamedTuple):
-    """What is compared of n pictures."""
+    """The features by which n pictures are compared."""
 
     hashes: NDArray[np.uint64]
-    """PDQ [n, 2, 4], of the whole picture and of the one without margins."""
+    """PDQ [n, 2, 4] of the whole picture and of the picture without margins."""
     mirrors: NDArray[np.uint64]
-    """PDQ of the mirror images [n, 2, 4]; of no rows unless mirror images count."""
+    """PDQ of the mirror images [n, 2, 4]; [0, 2, 4] unless mirror images count."""
     quality: NDArray[np.int32]
     """PDQ quality [n, 2], 0 to 100."""
     colours: NDArray[np.uint8]
@@ -86,18 +86,18 @@ class PairDistances(NamedTuple):
     bits: NDArray[np.int32]
     """Differing PDQ bits of the whole pictures."""
     sharp: NDArray[np.bool_]
-    """Whether both hashes say enough."""
+    """Whether both hashes have enough quality."""
     cosine: NDArray[np.float32]
     trimmed_bits: NDArray[np.int32]
-    """Differing PDQ bits without margins; more than there are where one of both hashes says too little."""
+    """Differing PDQ bits without margins; 257 if one of the hashes has too little quality."""
     colour: NDArray[np.int32]
-    """Most by which a cell's colour differs, in levels of 255."""
+    """Largest difference of a cell's colour, in levels of 255."""
     same: NDArray[np.bool_]
     """Whether the bytes are equal."""
 
 
 def pictures_of(signatures: pa.Table, mirrored: bool) -> Pictures:
-    """The arrays of a table of signatures."""
+    """``Pictures`` of a table of signatures."""
     hashes = np.stack([words_of(signatures[name]) for name in ("pdq", "trimmed")], axis=1)
     mirrors = hashes[:0]
     if mirrored:
@@ -115,7 +115,7 @@ def words_of(column: pa.ChunkedArray) -> NDArray[np.uint64]:
 
 
 def measure(pictures: Pictures, left: NDArray[Any], right: NDArray[Any], config: DedupConfig) -> PairDistances:
-    """How close the rows ``left`` [p] and ``right`` [p] are; the same whatever other pairs are asked for."""
+    """Distances of the rows ``left`` [p] and ``right`` [p]; a pair's do not depend on the other pairs."""
     sharp = np.minimum(pictures.quality[left], pictures.quality[right]) >= config.min_quality
     bits = _count_bits(pictures.hashes[left], pictures.hashes[right])
     colour = _worst_cell(pictures.colours[left], pictures.colours[right])
@@ -140,7 +140,7 @@ def _worst_cell(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np
 
 
 def look_alike(pairs: PairDistances, config: DedupConfig) -> NDArray[np.bool_]:
-    """The rule for pictures whose bytes differ [p]."""
+    """Whether each pair [p] of pictures with different bytes is the same picture."""
     near = pairs.sharp & (pairs.bits <= config.max_bits) & (pairs.cosine >= config.min_cosine)
     sure = (pairs.bits <= config.sure_max_bits) & (pairs.cosine >= config.sure_cosine)
     framed = (pairs.trimmed_bits <= config.trimmed_bits) & (pairs.colour <= config.max_colour)
@@ -148,10 +148,11 @@ def look_alike(pairs: PairDistances, config: DedupConfig) -> NDArray[np.bool_]:
 
 
 def rule_margin(pairs: PairDistances, config: DedupConfig) -> NDArray[np.float64]:
-    """How far inside the rule a pair lies [p]: not negative exactly where :func:`look_alike` holds.
+    """How far inside the rule each pair lies [p]: at least 0 exactly where :func:`look_alike` holds.
 
-    The largest of the three conditions' smaller slack, bits and levels in units of 256 and cosines as they are, so that
-    moving the threshold tightens or loosens hash, embedding and colours together.
+    The slack of a condition is the smaller slack of its two thresholds, the margin is the largest slack of the three
+    conditions. Bits and levels are divided by 256, so that one threshold on the margin tightens or loosens hash,
+    embedding and colours together.
     """
     near = np.minimum((config.max_bits - pairs.bits) / HASH_BITS, pairs.cosine - np.float32(config.min_cosine))
     sure = np.minimum((config.sure_max_bits - pairs.bits) / HASH_BITS, pairs.cosine - np.float32(config.sure_cosine))
@@ -161,7 +162,7 @@ def rule_margin(pairs: PairDistances, config: DedupConfig) -> NDArray[np.float64
 
 
 def recall_at_precision(duplicate: NDArray[np.bool_], score: NDArray[np.float64], least: float) -> float:
-    """The largest recall of ``score >= t`` over all t at which precision is at least ``least``; 0 where none is."""
+    """Largest recall of ``score >= t`` over all t with a precision of at least ``least``; 0 if there is no such t."""
     order = np.argsort(-score, kind="stable")
     hits = np.cumsum(duplicate[order])
     last = np.append(score[order][1:] != score[order][:-1], True)  # a threshold takes all pairs of equal score
@@ -174,13 +175,13 @@ def judge_pairs(
 ) -> dict[str, float]:
     """Precision and recall of the rule and recall at 95% precision on labelled pairs [p] of rows of ``pictures``."""
     pairs = measure(pictures, left, right, config)
-    found = pairs.same | look_alike(pairs, config)
+    judged = pairs.same | look_alike(pairs, config)
     score = np.where(pairs.same, 1.0 + HASH_BITS, rule_margin(pairs, config))
-    hits = int((found & duplicate).sum())
+    hits = int((judged & duplicate).sum())
     return {
         "pairs": len(duplicate),
         "duplicates": int(duplicate.sum()),
-        "precision": round(hits / max(int(found.sum()), 1), 4),
+        "precision": round(hits / max(int(judged.sum()), 1), 4),
         "recall": round(hits / max(int(duplicate.sum()), 1), 4),
         "recall_at_p95": round(recall_at_precision(duplicate, score, 0.95), 4),
     }

@@ -1,11 +1,11 @@
-"""Step 3, clusters: k-means of term embeddings within each interest, with ids that outlive a run (Pinterest 3.2.1).
+"""Clusters of terms: k-means of term embeddings within each interest, with ids that outlive a run (Pinterest 3.2.1).
 
-A term that has several interests may stand in several clusters. Everything here is of dictionary size.
+A term with several interests may be in several clusters. All tables here are of the size of the dictionary.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,7 @@ CLUSTERS = pa.schema(
         pa.field("similarity", pa.float32()),
     ]
 )
-"""One row a term of a cluster; ``similarity`` is its cosine to the cluster's centre."""
+"""One row per term of a cluster; ``similarity`` is its cosine to the centre of the cluster."""
 
 
 class TermClusterConfig(Config):
@@ -34,19 +34,19 @@ class TermClusterConfig(Config):
 
     interests: InterestConfig = InterestConfig()
     terms_per_cluster: float = Field(2.0, ge=1)
-    """Mean terms in a cluster: an interest with n terms gets ceil(n / terms_per_cluster) centres."""
+    """Terms of a cluster on average: an interest with n terms gets ceil(n / terms_per_cluster) centres."""
     num_clusters: dict[str, int] = Field(default={})
-    """Interest -> number of centres, where the rule is not wanted."""
+    """Interest -> number of centres, where it should not follow from ``terms_per_cluster``."""
     min_similarity: float = Field(0.7, ge=0, le=1)
-    """Cosine to its centre below which a term gets a cluster of its own: k-means must put every term somewhere."""
+    """Cosine to its centre below which a term becomes a separate cluster: k-means has to put every term somewhere."""
     carry_over: float = Field(0.3, gt=0, le=1)
-    """Share of common terms (Jaccard index) from which a cluster takes over the id of a previous one."""
+    """Share of common terms (Jaccard index) at which a cluster takes over the id of a cluster of the previous run."""
 
 
 def cluster_terms(
     terms: Sequence[str],
     vectors: NDArray[np.float32],
-    chosen: Sequence[Sequence[int]],
+    interests_of: Sequence[Sequence[int]],
     *,
     interests: Sequence[str],
     config: TermClusterConfig,
@@ -54,8 +54,8 @@ def cluster_terms(
 ) -> pa.Table:
     """``CLUSTERS`` of sorted ``terms`` [n] with unit ``vectors`` [n, d]; ids count through the interests in order.
 
-    ``chosen`` holds each term's interests as numbers into ``interests``. Raises ``UsageError`` when ``num_clusters``
-    names an unknown interest or no number of centres.
+    ``interests_of``: the interests of each term, as positions in ``interests``. Raises ``UsageError`` if
+    ``num_clusters`` names an unknown interest or asks for less than one centre.
     """
     for name, centres in config.num_clusters.items():
         if name not in interests or centres < 1:
@@ -66,7 +66,7 @@ def cluster_terms(
     rows: list[dict[str, Any]] = []
     first = 0
     for number, interest in enumerate(interests):
-        members = np.array([row for row, own in enumerate(chosen) if number in own], np.int64)
+        members = np.array([row for row, own in enumerate(interests_of) if number in own], np.int64)
         if not len(members):
             continue
         by_rule = int(np.ceil(len(members) / config.terms_per_cluster))
@@ -89,12 +89,12 @@ def cluster_terms(
 
 
 def spherical_kmeans(vectors: NDArray[np.float32], k: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(labels [n] in 0..k-1, cosine to the own centre [n]) of unit ``vectors`` [n, d], by faiss, seeded."""
+    """(label [n] in 0..k-1, cosine to its centre [n]) of each of the unit ``vectors`` [n, d]."""
     import faiss
 
     if k >= len(vectors):
         return np.arange(len(vectors), dtype=np.int64), np.ones(len(vectors), np.float32)
-    faiss.omp_set_num_threads(1)  # sums in one order: the same clusters on every machine
+    faiss.omp_set_num_threads(1)  # the order of sums is fixed: the same clusters on every machine
     means = faiss.Kmeans(
         vectors.shape[1],
         k,
@@ -113,7 +113,7 @@ def spherical_kmeans(vectors: NDArray[np.float32], k: int, seed: int) -> tuple[N
 def split_outliers(
     labels: NDArray[np.int64], similarity: NDArray[np.float32], min_similarity: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Labels and similarities after each item below ``min_similarity`` has become a cluster of its own."""
+    """(labels, similarities) after every item below ``min_similarity`` has become a separate cluster."""
     alone = similarity < min_similarity
     fresh = labels.max(initial=-1) + 1 + np.arange(int(alone.sum()))
     labels, similarity = labels.copy(), similarity.copy()
@@ -121,12 +121,23 @@ def split_outliers(
     return labels, similarity
 
 
-def carry_over(clusters: pa.Table, previous: pa.Table, next_id: int, share: float) -> tuple[pa.Table, int]:
-    """``clusters`` with the ids of the ``previous`` clusters they continue, and the first id never used.
+class CarriedClusters(NamedTuple):
+    """Clusters under lasting ids."""
 
-    Within an interest clusters are matched one to one so that the Jaccard indices of their terms sum to the most
-    (Hungarian method); pairs below ``share`` do not match. Others get new ids from ``next_id`` on: an id that was given
-    up is never given to another cluster, so that a classifier's columns can follow the ids.
+    clusters: pa.Table
+    """``CLUSTERS``, by id."""
+    next_id: int
+    """The first id that was never used."""
+    carried: int
+    """Clusters that continue a previous one."""
+
+
+def carry_over(clusters: pa.Table, previous: pa.Table, next_id: int, share: float) -> CarriedClusters:
+    """Give ``clusters`` the ids of the ``previous`` clusters they continue, and new ids from ``next_id`` to the others.
+
+    Within an interest clusters are matched one to one so that the sum of the Jaccard indices of their terms is largest
+    (Hungarian method); pairs below ``share`` do not match. An id that was given up is never used again, so the columns
+    of a classifier can follow the ids.
     """
     old, new = _members(previous), _members(clusters)
     by_interest: dict[str, list[int]] = defaultdict(list)
@@ -137,21 +148,22 @@ def carry_over(clusters: pa.Table, previous: pa.Table, next_id: int, share: floa
         theirs = [cluster for cluster, (other, _) in sorted(old.items()) if other == interest]
         matched = match_sets([new[c][1] for c in mine], [old[c][1] for c in theirs], share)
         ids |= {mine[i]: theirs[j] for i, j in matched.items()}
-    for cluster in sorted(new):
-        if cluster not in ids:
-            ids[cluster] = next_id
-            next_id += 1
+    count = len(ids)
+    for cluster in sorted(new.keys() - ids.keys()):
+        ids[cluster] = next_id
+        next_id += 1
     renamed = pa.array([ids[cluster] for cluster in clusters["cluster"].to_pylist()], pa.int32())
     table = clusters.set_column(0, CLUSTERS.field("cluster"), renamed)
     order = [("cluster", "ascending"), ("similarity", "descending"), ("term", "ascending")]
-    return table.sort_by(order).combine_chunks(), next_id
+    return CarriedClusters(table.sort_by(order).combine_chunks(), next_id, count)
 
 
 def _members(clusters: pa.Table) -> dict[int, tuple[str, frozenset[str]]]:
-    found: dict[int, tuple[str, set[str]]] = {}
+    """Cluster -> (interest, terms)."""
+    members: dict[int, tuple[str, set[str]]] = {}
     for row in clusters.to_pylist():
-        found.setdefault(row["cluster"], (row["interest"], set()))[1].add(row["term"])
-    return {cluster: (interest, frozenset(terms)) for cluster, (interest, terms) in found.items()}
+        members.setdefault(row["cluster"], (row["interest"], set()))[1].add(row["term"])
+    return {cluster: (interest, frozenset(terms)) for cluster, (interest, terms) in members.items()}
 
 
 def match_sets(left: Sequence[frozenset[str]], right: Sequence[frozenset[str]], share: float) -> Mapping[int, int]:

@@ -23,7 +23,7 @@ SENSES = pa.schema([("term", pa.string()), ("interest", pa.string()), ("alone", 
 
 def senses_left(assigned: pa.Table) -> pl.DataFrame:
     """One row an image, polysemous term and interest left to it: image_id, term, interest, alone."""
-    frame = pl.DataFrame(pl.from_arrow(assigned.select(["image_id", "senses"]))).explode("senses").drop_nulls("senses")
+    frame = pl.DataFrame(assigned.select(["image_id", "senses"])).explode("senses").drop_nulls("senses")
     found = frame.unnest("senses").with_columns(alone=pl.col("interests").list.len() == 1)
     return found.explode("interests").rename({"interests": "interest"})
 
@@ -47,7 +47,7 @@ def count_senses(assigned: pa.Table) -> pa.Table:
 
 def describe_senses(counts: pa.Table) -> pa.Table:
     """``POLYSEMY`` from the added-up ``SENSES``: the terms with the most images told apart first."""
-    frame = pl.DataFrame(pl.from_arrow(counts))
+    frame = pl.DataFrame(counts)
     images = frame.filter(pl.col("interest") == "").select("term", images="alone")
     named = (
         frame.filter(pl.col("interest") != "")

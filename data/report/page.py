@@ -18,7 +18,7 @@ from lookalike.artifacts import Artifact, Draft
 from lookalike.config import Config
 from lookalike.data.interests.polysemy import separated
 from lookalike.data.parts import part_name, read_table
-from lookalike.data.report.plots import plot_bars, plot_concreteness, plot_curve, plot_zipf
+from lookalike.data.report.charts import plot_bars, plot_concreteness, plot_curve, plot_zipf
 from lookalike.data.report.sheets import (
     Sheet,
     contact_sheet,

@@ -54,12 +54,12 @@ def pick_part(
 ) -> pa.Table:
     """``_PICKS`` of a part: of each key the ``count`` images of smallest hash. Parts merge."""
     of_labels = (
-        pl.DataFrame(pl.from_arrow(labels.select(["image_id", "labels"])))
+        pl.DataFrame(labels.select(["image_id", "labels"]))
         .explode("labels")
         .select(key=pl.format("label/{}", "labels"), image_id="image_id")
     )
     of_terms = (
-        pl.DataFrame(pl.from_arrow(annotations.select(["image_id", "term", "split"])))
+        pl.DataFrame(annotations.select(["image_id", "term", "split"]))
         .filter(pl.col("split") == "train")
         .select(key=pl.format("term/{}", "term"), image_id="image_id")
     )
@@ -87,7 +87,7 @@ def pick_images(items: Sequence[Item], keys: Sequence[str], count: int) -> dict[
         return pick_part(labels, annotations, assigned, keys=keys, count=count)
 
     merged = reduce(
-        lambda a, b: smallest(pl.DataFrame(pl.from_arrow(pa.concat_tables([a, b]))), count),
+        lambda a, b: smallest(pl.DataFrame(pa.concat_tables([a, b])), count),
         blocks_of(map_parts(items, task)),
         _PICKS.empty_table(),
     )

@@ -113,7 +113,7 @@ def _ids(accepted: pa.Table, unit: int, rows: list[int]) -> pa.Table:
 
 def find_repeated(ids: pa.Table) -> pa.Table:
     """Of rows with the same id those that are not in the first unit that has it; within a unit ids differ."""
-    frame = pl.DataFrame(pl.from_arrow(ids.select(IDS.names)))
+    frame = pl.DataFrame(ids.select(IDS.names))
     return frame.filter(pl.col("unit") > pl.col("unit").min().over("image_id")).to_arrow().cast(IDS)
 
 

@@ -1,8 +1,8 @@
-"""The visual dictionary: sketches, one shuffle by term, then batches of classifiers: ``dictionary.parquet``.
+"""The visual dictionary, ``dictionary.parquet``: sketches, one shuffle by term, then batches of classifiers.
 
-Terms are spread over buckets by their hash. ``sketch-B/part-N`` of the work folder holds the samples of bucket N of B
-with their vectors, part B the random images of all data sets; ``scores-B/part-N`` its terms' scores. A bucket that is
-there is not made again by an attempt that continues.
+Terms are spread over B buckets by their hash. In the work folder, ``sketch-B/part-N`` holds the samples of bucket N
+with their vectors, part B the random images of all data sets; ``scores-B/part-N`` holds the scores of the terms of
+bucket N. A later attempt skips the buckets that are already there.
 """
 
 from typing import Any
@@ -28,9 +28,9 @@ from lookalike.data.dictionary.sketch import (
     merge_all,
     merge_sketches,
     sketch_part,
-    vectors_of,
 )
 from lookalike.data.duplicates.dedup import keep_training
+from lookalike.data.features import vectors_of
 from lookalike.data.parts import (
     Item,
     blocks_of,
@@ -45,19 +45,22 @@ from lookalike.data.steps.exchange import exchange, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.progress import track
 
-FEW_SPANS = 16  # up to here sketches are shuffled as they are; above, limits are found first
-ROW_BYTES = 400  # of a row that a shuffle counts on
+FEW_SPANS = 16  # with more spans, limits are found before sketches are shuffled
+ROW_BYTES = 400  # what `exchange` expects of a row
 _VALID = pa.schema([("image_id", pa.string()), ("label", pa.string())])
 
 
 def score(job: LabelJob, splits: dict[str, int]) -> dict[str, Any]:
-    """``dictionary.parquet``: concreteness of every term. The driver holds this table, about 150 bytes a term."""
+    """Write ``dictionary.parquet``, the concreteness of every term; return counts by status and the boundary.
+
+    ``splits``: rows of each split. The driver holds the dictionary, about 150 bytes a term.
+    """
     vocabulary = job.vocabulary()
     buckets = job.once("sketch", _sketch, vocabulary, sum(splits.values()))["buckets"]
     scores = _score_buckets(job, buckets)
     scored = merge_scores(vocabulary, scores)
     config = job.config.dictionary
-    choice = None if config.boundary_from is None else _choose(job, scored, config.boundary_from, buckets)
+    choice = None if config.boundary_from is None else _choose_boundary(job, scored, config.boundary_from, buckets)
     boundary = config.boundary if choice is None else choice.boundary
     table = decide(scored, boundary)
     write_table(job.out.path("dictionary.parquet"), table)
@@ -76,7 +79,7 @@ def score(job: LabelJob, splits: dict[str, int]) -> dict[str, Any]:
 
 
 def load_part(job: LabelJob, item: Item, columns: list[str]) -> tuple[pa.Table, pa.Table]:
-    """The kept training rows of a corpus part (``columns`` of its signatures, and ``creator``) and its annotations."""
+    """The kept training rows of a corpus part (``columns`` of its signatures, and ``creator``), and its annotations."""
     name = part_name(item["number"])
     rows = read_table(job.out.work("signatures", name), [*columns, "split"])
     rows = rows.append_column("creator", read_table(item["uri"], ["creator"])["creator"])
@@ -85,14 +88,14 @@ def load_part(job: LabelJob, item: Item, columns: list[str]) -> tuple[pa.Table, 
 
 
 def _spans(job: LabelJob) -> list[Item]:
-    """Runs of neighbouring parts, four a CPU: what is merged inside one is never shuffled."""
+    """Runs of neighbouring parts, four per CPU: their sketches are merged before the shuffle."""
     size = -(-len(job.parts) // (2 * num_partitions(job.parts)))
     starts = range(0, len(job.parts), size)
     return [{"number": n, "parts": job.parts[start : start + size]} for n, start in enumerate(starts)]
 
 
 def _sketch(job: LabelJob, vocabulary: dict[str, int], images: int) -> dict[str, Any]:
-    """``sketch-B/part-N``: the samples of every bucket's terms, and the pools."""
+    """Write ``sketch-B/part-N``, the samples of every bucket's terms, and the pools; return B."""
     config, spans = job.config.dictionary, _spans(job)
     buckets = max(1, -(-len(vocabulary) // config.terms_per_task))
     rows = sum(min(count, config.positives) for count in vocabulary.values()) + min(images, config.pool_total)
@@ -108,7 +111,7 @@ def _sketch(job: LabelJob, vocabulary: dict[str, int], images: int) -> dict[str,
 def _exchange_sketches(
     job: LabelJob, spans: list[Item], buckets: int, *, rows: int, limits: pa.Table | None, light: bool
 ) -> None:
-    """Write the buckets' sketches, or, without vectors, their ``LIMITS``: 30 bytes a term, which the driver reads."""
+    """Write the sketches of the buckets; if ``light``, only their ``LIMITS`` (30 bytes a term, for the driver)."""
     config, seed, high = job.config.dictionary, job.config.seed, job.config.annotations.high_confidence
     columns = ["image_id", "group", "dataset", *([] if light else ["vector"])]
     shared = broadcast(limits)
@@ -122,7 +125,7 @@ def _exchange_sketches(
         merged = merged.select(["key", "unit_hash"]) if light else merged
         return with_key(merged.rename_columns({"key": "name"}), buckets_of(merged["key"], buckets))
 
-    def gather(_: int, rows: pa.Table) -> pa.Table:
+    def gather(rows: pa.Table) -> pa.Table:
         rows = rows.rename_columns({"name": "key"})
         return find_limits(rows, config) if light else merge_sketches([rows], config)
 
@@ -130,14 +133,14 @@ def _exchange_sketches(
 
 
 def _score_buckets(job: LabelJob, buckets: int) -> pa.Table:
-    """``SCORES`` of all sampled terms."""
+    """Write and return ``SCORES`` of all sampled terms."""
     config, seed, folder = job.config.dictionary, job.config.seed, job.out.work(f"scores-{buckets}")
     sketches = job.out.work(f"sketch-{buckets}")
     shared = broadcast((Pools(read_table(storage.join(sketches, part_name(buckets)))), _previous(job)))
     device = "cuda" if config.num_gpus else "cpu"
 
     def task(item: Item) -> pa.Table:
-        from lookalike.data.dictionary.concreteness import score_bucket  # torch is slow to import: only here
+        from lookalike.data.dictionary.concreteness import score_bucket  # imports torch, which is slow
 
         target = storage.join(folder, part_name(item["number"]))
         if not storage.exists(target):
@@ -155,17 +158,17 @@ def _score_buckets(job: LabelJob, buckets: int) -> pa.Table:
 
 
 def _previous(job: LabelJob) -> pa.Table:
-    """Term, digest and hits of the earlier dictionary; 60 bytes a term."""
+    """Term, digest and hits of the previous run's dictionary; 60 bytes a term."""
     empty = pa.schema([SCORES.field(name) for name in ("term", "digest", "hits")]).empty_table()
     if job.previous is None:
         return empty
     table = read_table(job.previous.path("dictionary.parquet"))
-    if "digest" not in table.column_names:  # of a version that stored none
+    if "digest" not in table.column_names:  # of a version that stored no digests
         return empty
     return table.select(empty.column_names).filter(pc.is_valid(table["digest"]))
 
 
-def _choose(job: LabelJob, scored: pa.Table, config: BoundaryConfig, buckets: int) -> BoundaryChoice:
+def _choose_boundary(job: LabelJob, scored: pa.Table, config: BoundaryConfig, buckets: int) -> BoundaryChoice:
     if config.criterion == "words":
         assert config.words is not None
         return choose_by_words(scored, read_words(config.words))
@@ -176,7 +179,7 @@ def _choose(job: LabelJob, scored: pa.Table, config: BoundaryConfig, buckets: in
 
 
 def _validation_images(job: LabelJob, config: BoundaryConfig) -> pa.Table:
-    """Image id, label and vector of up to ``images`` images of the validation split, chosen by hash."""
+    """Image id, label and vector of up to ``config.images`` images of the validation split, chosen by hash."""
     signatures, seed = job.out.work("signatures"), job.config.seed
 
     def task(item: Item) -> pa.Table:

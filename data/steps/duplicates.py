@@ -1,7 +1,7 @@
-"""Near-duplicates: ``duplicates.parquet/part-N``, the training rows of corpus part N to drop.
+"""Near-duplicates: ``duplicates.parquet/part-N``, the training rows of corpus part N that are dropped.
 
-A corpus of up to ``dedup.exact_rows`` images is compared whole by one task; a larger one in cells, by shuffles
-(``cells``, ``fates``). Both apply the same functions, and with one cell both give the same rows.
+One task compares a whole corpus of up to ``dedup.exact_rows`` images; a larger one is compared in cells, by shuffles
+(``cells``, ``fates``). Both ways call the same functions, and with one cell they give the same rows.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from lookalike.data.duplicates.signatures import ROW_SHIFT, signature_schema
 from lookalike.data.duplicates.twins import DedupConfig, judge_pairs, pictures_of
 from lookalike.data.parts import Item, blocks_of, broadcast, collect, part_name, read_table, write_table
 from lookalike.data.steps import cells, fates
-from lookalike.data.steps.exchange import exchange, read_part, with_key, work_items
+from lookalike.data.steps.exchange import ONE_TASK, exchange, read_part, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.text.annotations import ANNOTATIONS
 from lookalike.errors import UsageError
@@ -58,9 +58,8 @@ def find(job: LabelJob, splits: dict[str, int]) -> dict[str, Any]:
     return {**result, "labelled": judge_labelled(job)} if config.labelled_pairs else result
 
 
-def _write_part(job_files: tuple[str, str], number: int, dropped: pa.Table, config: DedupConfig) -> pa.Table:
-    """Both files of a part; ``_COUNTS`` of its dropped rows."""
-    out, work = job_files
+def _write_part(out: str, work: str, number: int, dropped: pa.Table, config: DedupConfig) -> pa.Table:
+    """Write both files of a part; return ``_COUNTS`` of its dropped rows."""
     if not config.within_train:
         dropped = dropped.filter(pc.invert(pc.is_in(dropped["reason"], pa.array(COPIES_WITHIN))))
     write_table(storage.join(out, "duplicates.parquet", part_name(number)), dropped.select(DUPLICATES.names))
@@ -74,18 +73,18 @@ def _find_whole(job: LabelJob) -> Iterable[pa.Table]:
     uris = [item["uri"] for item in work_items(job, "signatures")]
 
     def task(_: Item) -> pa.Table:
-        found = find_duplicates(pa.concat_tables([read_table(uri) for uri in uris]), config)
-        parts = split_parts(found, len(uris))
-        return pa.concat_tables([_write_part((out, work), number, part, config) for number, part in parts])
+        dropped = find_duplicates(pa.concat_tables([read_table(uri) for uri in uris]), config)
+        parts = split_parts(dropped, len(uris))
+        return pa.concat_tables([_write_part(out, work, number, part, config) for number, part in parts])
 
-    return track(blocks_of(job.map([{"number": 0}], task)), "labels duplicates", unit="block")
+    return track(blocks_of(job.map(ONE_TASK, task)), "labels duplicates", unit="block")
 
 
 def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
     copies = job.once("copies", cells.split_copies, rows)["copies"]
     job.once("cells", cells.make_cells, rows)
-    found = job.once("pairs", cells.search_cells, rows)
-    decided = job.once("fates", fates.decide, found["pairs"], found["inside"])["fates"]
+    search = job.once("pairs", cells.search_cells, rows)
+    decided = job.once("fates", fates.decide, search["pairs"], search["inside"])["fates"]
     fates.send_fates(job, decided + copies)
     out, work, config, held = job.out.uri, job.out.work(), job.config.dedup, broadcast(cells.held_groups(job))
 
@@ -97,7 +96,7 @@ def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
             read_part(storage.join(work, "copies"), number, COPIES),
             read_part(storage.join(work, "fates"), number, FATES),
         )
-        return _write_part((out, work), number, settled, config)
+        return _write_part(out, work, number, settled, config)
 
     return track(blocks_of(job.map(work_items(job, "signatures"), task)), "labels duplicates", unit="part")
 
@@ -115,7 +114,7 @@ def lend(job: LabelJob, reasons: dict[str, int]) -> dict[str, Any]:
         words = borrow(annotations, read_part(lent, item["number"], LENT))
         return with_key(words.drop_columns(["keeper"]), words["keeper"].to_numpy() >> ROW_SHIFT)
 
-    def gather(_: int, words: pa.Table) -> pa.Table:
+    def gather(words: pa.Table) -> pa.Table:
         return words.sort_by([("image_id", "ascending"), ("term", "ascending"), ("score", "ascending")])
 
     exchange(job, job.parts, spread, gather, kind="borrowed", rows=copies)
@@ -123,7 +122,7 @@ def lend(job: LabelJob, reasons: dict[str, int]) -> dict[str, Any]:
 
 
 def judge_labelled(job: LabelJob) -> dict[str, float]:
-    """How the rule does on the pairs of ``dedup.labelled_pairs``. Memory: their images' signatures."""
+    """Precision and recall of the rule on the pairs of ``dedup.labelled_pairs``; holds their images' signatures."""
     uri, config = str(job.config.dedup.labelled_pairs), job.config.dedup
     pairs = read_labelled(uri)
     ids = pa.concat_arrays([pairs[side].combine_chunks() for side in ("left", "right")]).unique()
@@ -134,21 +133,24 @@ def judge_labelled(job: LabelJob) -> dict[str, float]:
         return table.filter(pc.is_in(table["image_id"], value_set=wanted()))
 
     dim = read_table(items[0]["uri"], ["vector"]).schema.field("vector").type.list_size
-    found = collect(job.map(items, task), signature_schema(dim))
-    places = [pc.index_in(pairs[side], value_set=found["image_id"].combine_chunks()) for side in ("left", "right")]
-    missing = pc.is_in(ids, value_set=found["image_id"].combine_chunks())
-    if not pc.all(missing).as_py():
-        first = ids.filter(pc.invert(missing))
+    signatures = collect(job.map(items, task), signature_schema(dim))
+    known = signatures["image_id"].combine_chunks()
+    missing = ids.filter(pc.invert(pc.is_in(ids, value_set=known)))
+    if len(missing):
         raise UsageError(
-            f"dedup.labelled_pairs {uri} names {len(first)} images that are not in the corpus, "
-            f"{first[0].as_py()!r} for one; remove their pairs"
+            f"dedup.labelled_pairs {uri} names {len(missing)} images that are not in the corpus, "
+            f"{missing[0].as_py()!r} for one; remove their pairs"
         )
-    left, right = (place.to_numpy().astype(np.int64) for place in places)
-    return judge_pairs(pictures_of(found, config.mirrored), left, right, pairs["duplicate"].to_numpy(), config)
+    places = [pc.index_in(pairs[side], value_set=known).to_numpy() for side in ("left", "right")]
+    left, right = (place.astype(np.int64) for place in places)
+    return judge_pairs(pictures_of(signatures, config.mirrored), left, right, pairs["duplicate"].to_numpy(), config)
 
 
 def read_labelled(uri: str) -> pa.Table:
-    """``left``, ``right`` (string) and ``duplicate`` (bool) of a parquet or CSV file; raises ``UsageError``."""
+    """Columns ``left``, ``right`` (string) and ``duplicate`` (bool) of a parquet or CSV file.
+
+    Raises ``UsageError`` if the file has another form.
+    """
     filesystem, path = storage.arrow_filesystem(uri)
     try:
         if path.endswith(".csv"):
@@ -166,10 +168,10 @@ def read_labelled(uri: str) -> pa.Table:
         ]
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise UsageError(
-            f"dedup.labelled_pairs {uri} is no table of pairs ({error}); give a parquet or CSV file with "
+            f"dedup.labelled_pairs {uri} is not a table of pairs ({error}); give a parquet or CSV file with "
             "the columns left, right (image ids) and duplicate (0 or 1)"
         ) from None
     labelled = pa.table(columns, names=["left", "right", "duplicate"])
     if not labelled.num_rows or any(column.null_count for column in labelled.columns):
-        raise UsageError(f"dedup.labelled_pairs {uri} has no rows or empty cells; fill left, right and duplicate")
+        raise UsageError(f"dedup.labelled_pairs {uri} has no rows, or empty cells; fill left, right and duplicate")
     return labelled

@@ -1,5 +1,6 @@
-"""Signatures of all images: ``signatures/part-N`` in the work folder, aligned with corpus part N."""
+"""Signatures of all images: ``signatures/part-N`` in the work folder, row by row as in corpus part N."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.data.duplicates.copies import held_out_groups
 from lookalike.data.duplicates.signatures import (
-    ROW_SHIFT,
     SIGNED_COLUMNS,
     bucket_of,
     match_vectors,
@@ -21,7 +21,7 @@ from lookalike.data.duplicates.signatures import (
 )
 from lookalike.data.features import project_part
 from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, write_table
-from lookalike.data.steps.exchange import exchange, num_buckets, with_key, work_items
+from lookalike.data.steps.exchange import exchange, num_buckets, return_rows, with_key, work_items
 from lookalike.data.steps.job import LabelJob
 from lookalike.errors import UsageError
 from lookalike.progress import track
@@ -29,15 +29,16 @@ from lookalike.progress import track
 _SIGNED = pa.schema(
     [("number", pa.int64()), ("split", pa.string()), ("rows", pa.int64()), ("groups", pa.list_(pa.string()))]
 )
-"""Rows of each split of a signed part and the held-out groups; a part whose embeddings are elsewhere has no split."""
+"""Rows of each split of a signed part, and its held-out groups; a part whose embeddings were not found in order has one
+row without a split."""
 HELD_OUT = "held_out_groups.parquet"
 
 
 def sign(job: LabelJob) -> dict[str, Any]:
-    """Signatures of all images and the groups of held-out rows; the result counts the rows by split.
+    """Write the signatures of all images and the groups of held-out rows; count the rows by split.
 
-    Embedding parts need not be cut like the corpus. Where their rows run through it in its order each task reads the
-    rows it needs; the others are matched by image id in a shuffle.
+    Embedding parts need not be cut like the corpus. If their rows are in the order of the corpus, each task reads those
+    it needs; otherwise they are matched by image id in a shuffle.
     """
     files = _sizes(job.embeddings)
     sizes = [rows for _, rows in _sizes(job.corpus)]
@@ -52,12 +53,11 @@ def sign(job: LabelJob) -> dict[str, Any]:
     if apart:
         _match(job, [item for item in job.parts if item["number"] in apart], sum(sizes))
         counted = _sign_parts(job, items)
-    splits: dict[str, int] = {}
-    held: set[str] = set()
+    splits = Counter[str]()
     for entry in counted:
-        splits[entry["split"]] = splits.get(entry["split"], 0) + entry["rows"]
-        held.update(entry["groups"])
-    write_table(job.out.work(HELD_OUT), pa.table({"group": pa.array(sorted(held), pa.string())}))
+        splits[entry["split"]] += entry["rows"]
+    groups = sorted({group for entry in counted for group in entry["groups"]})
+    write_table(job.out.work(HELD_OUT), pa.table({"group": pa.array(groups, pa.string())}))
     return {"splits": dict(sorted(splits.items()))}
 
 
@@ -102,7 +102,7 @@ def _count(number: int, signatures: pa.Table) -> pa.Table:
 
 
 def _running_vectors(spans: list[Item], ids: pa.ChunkedArray, dim: int, seed: int) -> pa.Array | None:
-    """The projected vectors of ``ids``, if the spans hold just these."""
+    """The projected vectors of ``ids`` if the spans hold exactly these ids, else None."""
     if not spans:
         return None
     table = pa.concat_tables([_read_rows(**span) for span in spans])
@@ -112,7 +112,7 @@ def _running_vectors(spans: list[Item], ids: pa.ChunkedArray, dim: int, seed: in
 
 
 def _read_rows(uri: str, start: int, stop: int) -> pa.Table:
-    """Rows ``start`` to ``stop`` of an embeddings file, from the row groups that hold them."""
+    """Rows ``start`` to ``stop`` of an embeddings file; only the row groups that hold them are read."""
     filesystem, path = storage.arrow_filesystem(uri)
     file = pq.ParquetFile(path, filesystem=filesystem)
     ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
@@ -122,7 +122,7 @@ def _read_rows(uri: str, start: int, stop: int) -> pa.Table:
 
 
 def _match(job: LabelJob, parts: list[Item], rows: int) -> None:
-    """``vectors/part-N`` of the corpus parts, each image's by its id. Raises ``UsageError`` where one has none."""
+    """Write ``vectors/part-N`` of the corpus parts, matched by image id; ``UsageError`` if an image has no vector."""
     dim, seed, buckets = job.config.feature_dim, job.config.seed, num_buckets(2 * rows)
     width = 2 * min(dim, int(job.embeddings.read_json("meta.json")["dim"]))
     schema = pa.schema([("image_id", pa.string()), ("row", pa.int64()), ("vector", pa.binary(width))])
@@ -141,15 +141,9 @@ def _match(job: LabelJob, parts: list[Item], rows: int) -> None:
 
     items = [{**item, "kind": "corpus"} for item in parts]
     items += [{**item, "kind": "vectors"} for item in part_items(uri for uri, _ in _sizes(job.embeddings))]
-    exchange(job, items, spread, lambda _, found: match_vectors(found), kind="matched", rows=2 * rows)
-    found = work_items(job, "matched")
-    _refuse_missing(job, found)
-
-    def gather(item: Item) -> pa.Table:
-        table = read_table(item["uri"], ["row", "vector"])
-        return with_key(table, table["row"].to_numpy() >> ROW_SHIFT)
-
-    exchange(job, found, gather, lambda _, part: part.sort_by("row"), kind="vectors", rows=rows)
+    exchange(job, items, spread, match_vectors, kind="matched", rows=2 * rows)
+    _refuse_missing(job, work_items(job, "matched"))
+    return_rows(job, "matched", "vectors", rows, ["row", "vector"])
 
 
 def _refuse_missing(job: LabelJob, items: list[Item]) -> None:

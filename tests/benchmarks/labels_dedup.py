@@ -35,10 +35,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from lookalike.data.duplicates.dedup import decide_fates
 from lookalike.data.duplicates.pair_search import (
+    CellKeys,
     Cells,
     band_keys,
-    cell_keys,
-    cut_cells,
     merge_pairs,
     search_cell,
     train_cells,
@@ -198,11 +197,11 @@ def search(signatures: pa.Table, cells: int, config: DedupConfig, seed: int) -> 
         return merge_pairs(search_cell(signatures, config))
     vectors = np.stack(signatures["vector"].to_numpy()).astype(np.float32)
     centroids = train_cells(vectors[:: max(1, len(vectors) // (64 * cells))], cells, seed)
-    placed = Cells(centroids, config.probes).nearest(vectors)
-    first, cuts = cut_cells(np.bincount(placed.ravel(), minlength=cells))
+    nearest = Cells(centroids, config.probes).nearest(vectors)
+    cell_keys = CellKeys(np.bincount(nearest.ravel(), minlength=cells))
     sharp = signatures["trimmed_quality"].to_numpy() >= config.min_quality
-    bands = band_keys(words_of(signatures["trimmed"]), sharp, int(cuts.sum()), len(cuts), config.hash_bands)
-    keys = np.concatenate([cell_keys(placed, first, cuts, words_of(signatures["pdq"])), bands], axis=1)
+    bands = band_keys(words_of(signatures["trimmed"]), sharp, cell_keys.total, cells, config.hash_bands)
+    keys = np.concatenate([cell_keys.of(nearest, words_of(signatures["pdq"])), bands], axis=1)
     found = [
         search_cell(signatures.take(pa.array(np.nonzero((keys == key).any(axis=1))[0])), config)
         for key in np.unique(keys[keys >= 0]).tolist()

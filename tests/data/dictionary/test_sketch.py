@@ -20,8 +20,8 @@ from lookalike.data.dictionary.sketch import (
     merge_all,
     merge_sketches,
     sketch_part,
-    vectors_of,
 )
+from lookalike.data.features import vectors_of
 from lookalike.data.text.annotations import ANNOTATIONS
 from lookalike.sampling import mix_keys, stable_keys
 

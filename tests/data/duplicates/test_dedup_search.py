@@ -24,11 +24,10 @@ from lookalike.data.duplicates.components import (
     small_star,
 )
 from lookalike.data.duplicates.pair_search import (
+    CellKeys,
     Cells,
     band_keys,
-    cell_keys,
     count_cells,
-    cut_cells,
     merge_pairs,
     search_cell,
     train_cells,
@@ -161,16 +160,15 @@ def test_cells_grow_with_the_corpus_and_large_ones_are_cut_by_hash(monkeypatch: 
     config = DedupConfig(exact_rows=100, cell_rows=40)
     assert [count_cells(rows, config) for rows in (0, 100, 101, 4000)] == [1, 1, 3, 100]
     monkeypatch.setattr(pair_search, "MAX_CELL_ROWS", 10)
-    first, cuts = cut_cells(np.array([3, 25, 10]))
-    assert (first.tolist(), cuts.tolist()) == ([0, 1, 4], [1, 3, 1])
+    cell_keys = CellKeys(np.array([3, 25, 10]))
+    assert (cell_keys.cuts.tolist(), cell_keys.total) == ([1, 3, 1], 5)
     hashes = np.random.default_rng(0).integers(0, 1 << 63, (90, 4)).astype(np.uint64)
     hashes[45:] = hashes[:45]
     cells = np.random.default_rng(1).integers(0, 3, (90, 2))
     cells[45:] = cells[:45]
-    keys = cell_keys(cells, first, cuts, hashes)
+    keys = cell_keys.of(cells, hashes)
     assert np.array_equal(keys[:45], keys[45:])
-    assert ((keys >= first[cells]) & (keys < first[cells] + cuts[cells])).all()
-    assert set(keys[cells == 1].tolist()) == {1, 2, 3}
+    assert [set(keys[cells == cell].tolist()) for cell in range(3)] == [{0}, {1, 2, 3}, {4}]
 
 
 def test_sharp_pictures_meet_where_a_piece_of_the_hash_is_equal() -> None:

@@ -82,13 +82,14 @@ def ids(table: pa.Table) -> dict[str, int]:
 def test_a_cluster_keeps_its_id_from_run_to_run_and_none_is_used_twice() -> None:
     before = as_clusters((0, "a", "cat kitten"), (1, "a", "dog puppy"), (2, "b", "cat"), (5, "b", "car"))
     now = as_clusters((0, "a", "bird"), (1, "a", "dog puppy hound"), (2, "a", "cat kitten"), (3, "b", "cat truck"))
-    table, next_id = carry_over(now, before, 9, 0.3)
+    table, next_id, count = carry_over(now, before, 9, 0.3)
     found = ids(table)
     assert (found["a/dog"], found["a/cat"], found["a/kitten"], found["b/cat"]) == (1, 0, 0, 2)
-    assert (found["a/bird"], next_id) == (9, 10)
+    assert (found["a/bird"], next_id, count) == (9, 10, 3)
     assert table["cluster"].to_pylist() == sorted(table["cluster"].to_pylist())
-    same, unchanged = carry_over(before, before, 9, 0.3)
-    assert (ids(same), unchanged) == (ids(before), 9)
+    assert carry_over(before, before, 9, 0.3) == (before, 9, 4)
+    table, next_id, count = carry_over(now, CLUSTERS.empty_table(), 0, 0.3)
+    assert (ids(table), next_id, count) == (ids(now), 4, 0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -52,7 +52,14 @@ def test_assignment_counts_the_variants_and_numbers_the_columns() -> None:
     columns = choose_classes(counts, 1)
     numbered = number_part(assigned, columns)
     assert numbered["labels"].to_pylist() == [[1], [0], [1]]
-    assert count_labels(numbered, 2).tolist() == [1, 2, 3, 3, 3]
+    assert {(row["kind"], row["name"]): row["count"] for row in count_labels(numbered).to_pylist()} == {
+        ("images", "all"): 3,
+        ("images", "labelled"): 3,
+        ("label", "0"): 1,
+        ("label", "1"): 2,
+        ("interest", "animals"): 1,
+        ("interest", "transport"): 2,
+    }
     assert choose_classes(LABEL_COUNTS.empty_table(), 1) == {}
 
 
