@@ -1,10 +1,10 @@
-"""Stage ``corpus``: raw records to checked rows in ``schemas.CORPUS``, and a quarantine with reasons.
+"""Stage ``corpus``: from raw records to checked rows (``schemas.CORPUS``) and a quarantine with reasons.
 
-Every source is cut into units of work. A task reads one unit, checks its records, and writes its part of the corpus,
-its ids, its quarantine rows and, last, a summary: the mark by which a later attempt knows that it is done. Then the ids
-(never an image) are shuffled, and of records with the same id all but the first are taken out of the units they are in.
-The order of records is that of the recipe's sources, their files by name and the records within; it depends neither on
-the number of tasks nor on which of them finish first.
+Every source is cut into units of work. A task reads one unit, checks its records and writes its part of the corpus, its
+ids, its quarantine rows and, last, a summary, by which a later attempt knows that the unit is done. Then the ids (never
+an image) are shuffled, and of records with the same id all but the first are removed from their units. Records are in
+the order of the recipe's sources, then of file names, then of the records in a file; neither the number of tasks nor
+the order in which they finish matters.
 """
 
 import json
@@ -42,88 +42,86 @@ from lookalike.stages import Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger, timed
 
 log = get_logger(__name__)
-QUARANTINE_ROWS = 65_536  # of a row group of the quarantine
-IDS_PER_BUCKET = 1_000_000  # of the shuffle that finds repeated ids; one task holds a bucket
+QUARANTINE_ROWS = 65_536  # rows of a row group of the quarantine
+IDS_PER_BUCKET = 1_000_000  # in the shuffle that finds repeated ids; a task holds one bucket
 
 _SUMMARY_ROW = pa.schema([("summary", pa.string())])
 
 
 class CorpusConfig(StageConfig):
-    """What to read and what to accept."""
+    """Sources, and bounds of acceptable records."""
 
     sources: list[RecordSource] = Field(min_length=1)
-    """Read in this order: of acceptable records with the same id the first stays."""
+    """Read in this order; of acceptable records with the same id the first stays."""
     max_bytes: int = Field(20_000_000, ge=1)
-    """Bytes of one encoded image."""
+    """Most bytes of an encoded image."""
     max_pixels: int = Field(50_000_000, ge=1)
-    """Width times height; checked in the header, so a decompression bomb is refused before it is decoded."""
+    """Most pixels, width times height. The header is checked, so a decompression bomb is refused before decoding."""
     min_side_px: int = Field(8, ge=1)
-    """Shorter side of an acceptable image, pixels."""
+    """Smallest side of an image, pixels."""
     max_text_chars: int = Field(10_000, ge=100)
-    """Characters of one text field, or of all terms of a list; what is longer is cut."""
+    """Most characters of a text field, or of all terms of a list together; longer ones are cut."""
     rows_per_part: int = Field(2048, ge=1)
-    """Records of one unit of work, about; no file of the corpus has more than twice as many rows."""
+    """Records of a unit of work, about; no file of the corpus has more than twice as many rows."""
     concurrency: int | None = runtime(None, ge=1)
-    """Tasks at a time; None: as many as there are CPUs."""
+    """Tasks at a time; None: one per CPU."""
 
     def reader(self, source: int) -> Reader:
-        """The reader of a source."""
-        chosen = self.sources[source]
-        return SOURCE_FORMATS.get(chosen.format)(chosen, self.max_bytes)
+        """The reader of source number ``source``."""
+        settings = self.sources[source]
+        return SOURCE_FORMATS.get(settings.format)(settings, self.max_bytes)
 
     @property
     def checks(self) -> UnitChecks:
-        """What a task does with a unit."""
+        """How a task checks and writes a unit."""
         limits = RecordLimits(self.max_bytes, self.max_pixels, self.min_side_px, self.max_text_chars)
         return UnitChecks(limits, self.seed, 2 * self.rows_per_part)
 
 
 def plan_units(config: CorpusConfig) -> list[Item]:
-    """One small item a unit, in record order. Raises ``CorpusError`` for a source that cannot be read as described."""
+    """One small item per unit, in record order; raises ``CorpusError`` if a source cannot be read as described."""
     items: list[Item] = []
     for source in range(len(config.sources)):
         reader = config.reader(source)
-        with ThreadPoolExecutor(8) as pool:  # a store's answer takes longer than ours
+        with ThreadPoolExecutor(8) as pool:  # mostly waits for the store
             for units in pool.map(lambda uri: list(reader.units(uri, config.rows_per_part)), reader.files()):  # noqa: B023
                 items += [
                     {"number": len(items) + place, "source": source, "unit": json.dumps(unit)}
                     for place, unit in enumerate(units)
                 ]
     if not items:
-        raise CorpusError(f"the sources hold no record: {', '.join(s.uri for s in config.sources)}")
+        raise CorpusError(f"the sources hold no records: {', '.join(s.uri for s in config.sources)}")
     return items
 
 
-def _drop_all_repeated(
-    items: list[Item], images: int, places: UnitFiles, config: CorpusConfig
-) -> dict[int, Counter[str]]:
-    """Unit -> what was dropped from it, by split. The first shuffle moves ids, the second those that are repeated."""
+def _remove_repeated(items: list[Item], images: int, files: UnitFiles, config: CorpusConfig) -> dict[int, Counter[str]]:
+    """Unit -> rows removed from it, by split. The first shuffle moves all ids, the second only repeated ones."""
     buckets = max(1, images // IDS_PER_BUCKET)
 
     def bucketed(item: Item) -> pa.Table:
-        ids = places.read("ids", item["number"], IDS)
+        ids = files.read("ids", item["number"], IDS)
         keys = stable_keys(ids["image_id"].to_pylist()) % np.uint64(buckets)
         return ids.append_column("bucket", pa.array(keys.astype(np.int64)))
 
     ids = map_parts(items, bucketed, concurrency=config.concurrency)
     by_bucket = ids.groupby("bucket", num_partitions=num_partitions(items, buckets))
     repeated = by_bucket.map_groups(find_repeated, batch_format="pyarrow").materialize()
-    found: dict[int, Counter[str]] = {}
+    removed: dict[int, Counter[str]] = {}
     if repeated.count():
         by_unit = repeated.groupby("unit", num_partitions=num_partitions(items))
-        drop = partial(drop_repeated, places=places)
+        drop = partial(drop_repeated, files=files)
         for block in blocks_of(by_unit.map_groups(drop, batch_format="pyarrow", concurrency=config.concurrency)):
             for row in block.to_pylist():
-                found.setdefault(row["unit"], Counter())[row["split"]] += row["rows"]
-    return found
+                removed.setdefault(row["unit"], Counter())[row["split"]] += row["rows"]
+    return removed
 
 
 def merge_quarantine(
-    summaries: Sequence[Summary], repeated: Container[int], places: UnitFiles, target: str
+    summaries: Sequence[Summary], repeated: Container[int], files: UnitFiles, target: str
 ) -> Counter[str]:
-    """Join the units' problems into one file, in the order of the records, streaming; rows by reason.
+    """Stream the problems of all units into one file, in record order; return the number of rows by reason.
 
-    Row numbers, counted within units so far, become those of the files.
+    Row numbers, which counted within units, now count within files.
     """
     counts: Counter[str] = Counter()
     place, first_row = ("", -1), 0
@@ -133,7 +131,7 @@ def merge_quarantine(
             here = (summary["file"], summary["source"])
             place, first_row = here, first_row if here == place else 0
             if summary["quarantined"] or summary["number"] in repeated:
-                problems = problems_of_unit(summary["number"], places)
+                problems = problems_of_unit(summary["number"], files)
                 counts.update(count_reasons(problems))
                 place_of_row = problems.schema.get_field_index("row")
                 waiting.append(problems.set_column(place_of_row, "row", pc.add(problems["row"], first_row)))
@@ -147,12 +145,12 @@ def merge_quarantine(
     return counts
 
 
-def _check_all(items: list[Item], config: CorpusConfig, places: UnitFiles) -> list[Summary]:
-    """The summaries of all units, in their order."""
+def _check_all(items: list[Item], config: CorpusConfig, files: UnitFiles) -> list[Summary]:
+    """The summaries of all units, in order."""
 
     def check(item: Item) -> pa.Table:
         reader = config.reader(item["source"])
-        summary = check_unit(item["number"], json.loads(item["unit"]), reader, places, config.checks)
+        summary = check_unit(item["number"], json.loads(item["unit"]), reader, files, config.checks)
         return pa.table([[json.dumps({**summary, "source": item["source"]})]], schema=_SUMMARY_ROW)
 
     summaries: list[Summary] = []
@@ -164,16 +162,16 @@ def _check_all(items: list[Item], config: CorpusConfig, places: UnitFiles) -> li
 
 
 def run(run: StageRun[CorpusConfig]) -> None:
-    """Check all sources and write the corpus; raises ``CorpusError`` when nothing is acceptable."""
-    config, places = run.config, UnitFiles(run.out.uri, run.out.work())
+    """Check all sources and write the corpus; raises ``CorpusError`` if no record is acceptable."""
+    config, files = run.config, UnitFiles(run.out.uri, run.out.work())
     items = plan_units(config)
     ensure_ray()
-    summaries = _check_all(items, config, places)
+    summaries = _check_all(items, config, files)
     with timed(log, "repeated ids dropped") as more:
         images = sum(sum(summary["accepted"].values()) for summary in summaries)
-        repeated = _drop_all_repeated(items, images, places, config)
+        repeated = _remove_repeated(items, images, files, config)
         more["rows"] = sum(splits.total() for splits in repeated.values())
-    counts = merge_quarantine(summaries, repeated, places, run.out.path("quarantine.parquet"))
+    counts = merge_quarantine(summaries, repeated, files, run.out.path("quarantine.parquet"))
     run.out.stats = tally(config, summaries, repeated, counts)
     if not run.out.stats["images"]:
         raise CorpusError(
@@ -186,7 +184,7 @@ def run(run: StageRun[CorpusConfig]) -> None:
 def tally(
     config: CorpusConfig, summaries: Sequence[Summary], repeated: Mapping[int, Counter[str]], counts: Counter[str]
 ) -> dict[str, Any]:
-    """The statistics: each record read is an image or refused for one reason; repairs are of images."""
+    """The statistics of the stage: each record is an image or was refused for one reason; only images have repairs."""
     datasets: dict[str, Counter[str]] = {}
     for summary in summaries:
         splits = datasets.setdefault(config.sources[summary["source"]].dataset, Counter())

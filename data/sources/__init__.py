@@ -1,7 +1,7 @@
-"""Where raw records come from: one reader a storage format, behind the registry ``SOURCE_FORMATS``.
+"""Raw records: one reader per storage format, behind the registry ``SOURCE_FORMATS``, and the checks of records.
 
-A reader cuts its files into units of work and yields the raw records of one unit; it neither checks nor repairs them
-(``data.records`` does), and it holds no more than one record or one batch at a time.
+A reader cuts its files into units of work and yields the raw records of a unit. It neither checks nor repairs them
+(``records`` does) and holds one record or one batch at a time.
 """
 
 from lookalike.data.sources import folder, lance, parquet, tables, webdataset

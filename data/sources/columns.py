@@ -11,15 +11,15 @@ from lookalike.registry import nearest
 
 TEXT = ("title", "description", "category", "locale", "group", "view", "split", "creator", "licence")
 SCORED = {"annotations": "score", "interactions": "weight"}
-"""Fields that hold terms with a number, and what the number is called."""
+"""Fields that hold terms with a number -> the name of the number."""
 LISTS = ("keywords", *SCORED, "attributes")
 FIELDS = ("image_id", "image", "image_uri", *TEXT, *LISTS)
 GATHERED = "attributes."
-"""How a field begins that holds the values of one attribute: ``attributes.colour``."""
+"""Prefix of a field that holds the values of one attribute: ``attributes.colour``."""
 REQUIRED = (("image_id",), ("image", "image_uri"))
-"""Of each group a record needs one."""
+"""A record needs one field of each group."""
 
-_NOT_UTF8 = b"\xff"  # stands for a nested value that holds a string of invalid UTF-8
+_NOT_UTF8 = b"\xff"  # replaces a nested value that contains invalid UTF-8
 _BYTES = (
     pa.types.is_string,
     pa.types.is_large_string,
@@ -33,7 +33,7 @@ _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list,
 
 
 Mapped = Mapping[str, str | None]
-"""Corpus field -> column as a recipe maps it; None: the source does not have the field, whatever its columns."""
+"""Corpus field -> column, as a recipe maps them; None: the field is not read, whatever columns the source has."""
 
 
 def candidates(columns: Mapped, natural: Mapping[str, str]) -> dict[str, list[str]]:
@@ -45,9 +45,9 @@ def candidates(columns: Mapped, natural: Mapping[str, str]) -> dict[str, list[st
 def resolve(
     columns: Mapped, present: Sequence[str], where: str, natural: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Corpus field -> the one of ``present`` that holds it, for all fields the source has.
+    """Corpus field -> the one of the ``present`` columns that holds it; only fields that the source has.
 
-    Raises ``CorpusError`` for a mapped column that is absent and a required field without a column.
+    Raises ``CorpusError`` if a mapped column is absent or a required field has no column.
     """
     for field, column in columns.items():
         if column is not None and column not in present:
@@ -75,7 +75,7 @@ def _listed(names: Sequence[str], most: int = 40) -> str:
 
 
 def pick(record: Any, path: str) -> Any:
-    """The value of a nested mapping at a dotted path, None where there is none; a key with dots wins over a path."""
+    """The value of a nested mapping at a dotted path, or None. A key that contains dots wins over a path."""
     if not isinstance(record, Mapping):
         return None
     if path in record:
@@ -86,46 +86,46 @@ def pick(record: Any, path: str) -> Any:
 
 def pick_fields(record: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The corpus fields of a record without a schema; ``wanted`` as :func:`candidates` gives it."""
-    found = {
+    values = {
         field: next((v for name in names if (v := pick(record, name)) is not None), None)
         for field, names in wanted.items()
     }
-    return {field: value for field, value in found.items() if value is not None or field in record}
+    return {field: value for field, value in values.items() if value is not None or field in record}
 
 
 def paths_of_records(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The dotted paths that occur in some records, in the order they appear."""
-    found: dict[str, None] = {}
+    """The dotted paths that occur in ``records``, in order of appearance."""
+    paths: dict[str, None] = {}
 
     def add(record: Mapping[str, Any], prefix: str) -> None:
         for key, value in record.items():
-            found[prefix + str(key)] = None
+            paths[prefix + str(key)] = None
             if isinstance(value, Mapping) and prefix.count(".") < 8:
                 add(value, f"{prefix}{key}.")
 
     for record in records:
         add(record, "")
-    return list(found)
+    return list(paths)
 
 
 def paths_of_schema(schema: pa.Schema) -> dict[str, pa.DataType]:
     """The dotted paths of an Arrow schema and their types."""
-    found: dict[str, pa.DataType] = {}
+    paths: dict[str, pa.DataType] = {}
 
     def add(fields: Iterable[pa.Field], prefix: str) -> None:
         for field in fields:
-            found.setdefault(prefix + field.name, field.type)
+            paths.setdefault(prefix + field.name, field.type)
             if pa.types.is_struct(field.type):
                 add(list(field.type), f"{prefix}{field.name}.")
 
     add(list(schema), "")
-    return found
+    return paths
 
 
 def resolve_schema(
     columns: Mapped, schema: pa.Schema, where: str, natural: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """As :func:`resolve` for an Arrow schema; a type that cannot hold its field is a ``CorpusError`` as well."""
+    """Like :func:`resolve`, for an Arrow schema; also raises ``CorpusError`` if a type cannot hold its field."""
     paths = paths_of_schema(schema)
     resolved = resolve(columns, list(paths), where, natural)
     for field, column in resolved.items():
@@ -139,7 +139,7 @@ def resolve_schema(
 
 
 def _wanted_type(field: str, kind: pa.DataType) -> str | None:
-    """None when ``kind`` can hold the field, else what could."""
+    """None if ``kind`` can hold the field, else a description of the types that can."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_null(kind):
@@ -156,7 +156,7 @@ def _wanted_type(field: str, kind: pa.DataType) -> str | None:
 
 def _wanted_list(field: str, kind: pa.DataType) -> str | None:
     listed = _is(kind, _LISTS)
-    item = kind.value_type if listed else kind  # a list that is empty in every row is one of nulls
+    item = kind.value_type if listed else kind  # the items of a list that is empty in every row are nulls
     texts, struct = _is(item, (*_BYTES, pa.types.is_null)), pa.types.is_struct(item)
     if field == "keywords":
         fine, wanted = texts, "a list of strings"
@@ -177,14 +177,14 @@ def _is(kind: pa.DataType, tests: Iterable[Any]) -> bool:
 
 
 def arrow_records(table: pa.Table, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The rows of a table as records; ``columns`` is what :func:`resolve_schema` gave."""
+    """The rows of a table as records; ``columns``: the result of :func:`resolve_schema`."""
     values = {field: raw_values(_leaf(table, path)) for field, path in columns.items()}
     for index in range(table.num_rows):
         yield {field: cells[index] for field, cells in values.items()}
 
 
 def top_level(schema: pa.Schema, paths: Iterable[str]) -> list[str]:
-    """The columns to read for some paths."""
+    """The top-level columns that hold the dotted ``paths``."""
     return sorted({path if path in schema.names else path.partition(".")[0] for path in paths})
 
 
@@ -196,7 +196,7 @@ def _leaf(table: pa.Table, path: str) -> Any:
 
 
 def raw_values(column: Any) -> list[Any]:
-    """Python values of a column, strings as the bytes they are: invalid UTF-8 must not raise here."""
+    """Python values of a column, strings as bytes, because invalid UTF-8 must not raise an error here."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type

@@ -30,10 +30,10 @@ METADATA: dict[str, type[Reader]] = {"metadata.jsonl": _Jsonl, "metadata.csv": _
 
 
 def walk_files(fs: Any, root: str, first: str | None = None, last: str | None = None) -> Iterator[str]:
-    """Relative paths of the files below ``root`` from ``first`` to ``last``, in the order of their parts.
+    """Relative paths of the files below ``root`` from ``first`` to ``last``, sorted folder by folder.
 
-    Only folders that may hold one of them are listed, one at a time. Names that start with a dot and links to folders
-    are passed over.
+    Lists one folder at a time, and only those that may hold such a file. Skips names that begin with a dot and links to
+    folders.
     """
     low = () if first is None else tuple(first.split("/"))
     high = None if last is None else tuple(last.split("/"))
@@ -59,10 +59,10 @@ def walk_files(fs: Any, root: str, first: str | None = None, last: str | None = 
 
 @SOURCE_FORMATS.register("folder")
 class FolderReader(Reader):
-    """Rows of the metadata table when there is one; else the images, by name: a unit is a range of names.
+    """Reads the metadata table if there is one, else the images, by name; then a unit is a range of names.
 
-    An image's id is its path in the folder (``file_name``), its category the folder it lies in (``folder``), unless
-    the recipe or the table says otherwise.
+    The id of an image is its path in the folder (``file_name``), its category the folder it lies in (``folder``),
+    unless the recipe or the table says otherwise.
     """
 
     suffixes = IMAGE_SUFFIXES

@@ -1,4 +1,4 @@
-"""Images that a source names by URI, fetched through fsspec a batch at a time."""
+"""Fetches images that a source names by URI, a batch at a time, through fsspec."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,17 +9,17 @@ from lookalike.data.sources.reader import Record
 from lookalike.data.sources.texts import read_text
 from lookalike.vision.images import ImageError
 
-FETCHES = 8  # at a time in one task: the wait is the store's
+FETCHES = 8  # at a time in one task, which mostly waits for the store
 TRIES = 3
 MAX_URI_CHARS = 4096
 
 
 def fetch_images(records: Sequence[Record], base: str, max_bytes: int) -> None:
-    """Put into each record the bytes of the image it names, or an ``ImageError`` that says why there are none.
+    """Put into each record the bytes of the image that it names, or an ``ImageError`` with the reason why not.
 
-    Records with bytes of their own are left alone; an image struct without bytes names a path. ``base`` is the folder
-    of relative URIs; at most ``max_bytes`` + 1 bytes of a file are read. Reasons: ``bad_uri``, ``not_found``,
-    ``unreachable`` (after some tries).
+    Records that already have bytes stay as they are; an image struct without bytes names a path. ``base``: folder of
+    relative URIs. At most ``max_bytes`` + 1 bytes of a file are read. Reasons: ``bad_uri``, ``not_found``,
+    ``unreachable`` (after ``TRIES`` tries).
     """
     wanted = []
     for record in records:
@@ -43,7 +43,7 @@ def _fetch(value: Any, base: str, max_bytes: int) -> bytes | ImageError:
     relative = text is not None and "://" not in text and not text.startswith("/")
     parts = [part for part in (text or "").split("/") if part != "."]
     if not text or problems or (relative and ".." in parts):
-        return ImageError("bad_uri", f"{value!r:.200} names no image; give a URI or a path inside {base}")
+        return ImageError("bad_uri", f"{value!r:.200} does not name an image; give a URI or a path inside {base}")
     uri = storage.join(base, "/".join(parts)) if relative else text
     for _ in range(TRIES):
         try:
@@ -53,6 +53,6 @@ def _fetch(value: Any, base: str, max_bytes: int) -> bytes | ImageError:
             return ImageError("not_found", f"there is no file {uri}; restore it or correct its record")
         except (ValueError, ImportError) as error:
             return ImageError("bad_uri", f"{uri} cannot be opened: {error}; correct it or install what it needs")
-        except Exception as error:  # noqa: BLE001  (each store's client has errors of its own)
+        except Exception as error:  # noqa: BLE001  (every store has its own errors)
             last = error
     return ImageError("unreachable", f"{uri} could not be read in {TRIES} tries: {last}")

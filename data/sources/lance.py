@@ -13,12 +13,12 @@ from lookalike.errors import CorpusError, UsageError
 
 @SOURCE_FORMATS.register("lance")
 class LanceReader(Reader):
-    """A unit is a range of rows of the version that was the latest when the stage was planned."""
+    """A unit is a range of rows of the version that was the latest when the units were planned."""
 
     suffixes = (".lance",)
 
     def files(self) -> list[str]:
-        """The data set itself: its files are Lance's own business."""
+        """The data set itself, whose files only Lance opens."""
         return [storage.absolute(self.source.uri)]
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
@@ -52,4 +52,4 @@ def _open(uri: str, version: int | None = None) -> Any:
     try:
         return lance.dataset(uri, version=version)
     except (ValueError, OSError) as error:
-        raise CorpusError(f"source {uri} is no readable Lance data set ({error}); replace or remove it") from None
+        raise CorpusError(f"source {uri} is not a readable Lance data set ({error}); replace or remove it") from None

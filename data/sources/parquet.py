@@ -12,9 +12,9 @@ from lookalike.errors import CorpusError
 
 
 def cut_groups(sizes: Sequence[int], rows_per_part: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) row ranges of about ``rows_per_part`` rows for row groups of ``sizes``.
+    """Row ranges [start, stop) of about ``rows_per_part`` rows, for row groups of ``sizes``.
 
-    Small groups are joined whole; one larger than a part is cut into equal slices, each of which skips to its start.
+    Whole small groups are joined; a group larger than a part is cut into equal slices.
     """
     start = stop = 0
     for size in sizes:
@@ -42,7 +42,7 @@ class ParquetReader(Reader):
         try:
             metadata = pq.read_metadata(path, filesystem=filesystem)
         except (pa.ArrowInvalid, OSError) as error:
-            raise CorpusError(f"source {uri} is no readable parquet file ({error}); replace or remove it") from None
+            raise CorpusError(f"source {uri} is not a readable parquet file ({error}); replace or remove it") from None
         self._columns(metadata.schema.to_arrow_schema(), uri)
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         for start, stop in cut_groups(sizes, rows_per_part):

@@ -1,4 +1,4 @@
-"""What a source is in a recipe, and the contract of the readers that open one."""
+"""The settings of a source, and the interface of the readers that open it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,11 +13,11 @@ from lookalike.errors import CorpusError, UsageError
 from lookalike.registry import Registry, nearest
 
 Record = dict[str, Any]
-"""Corpus field -> raw value as the source has it; fields that the record lacks are absent."""
+"""Corpus field -> raw value; fields that the record lacks are absent."""
 Unit = dict[str, Any]
-"""What one task reads, as plain JSON values; ``uri`` is the file it belongs to."""
+"""The slice of a file that one task reads, as plain JSON values; ``uri`` names the file."""
 
-UNREADABLE = "unreadable"  # key of a record that could not be read; its value is the reason
+UNREADABLE = "unreadable"  # the only key of a record that could not be read; its value is the reason
 BATCH_ROWS = 256  # rows of a columnar file decoded at a time
 
 
@@ -25,23 +25,23 @@ class RecordSource(Config):
     """One set of raw records."""
 
     uri: str
-    """A file, or a folder whose files are read in the order of their names."""
+    """A file, or a folder, whose files are read in the order of their names."""
     format: str = "parquet"
-    """How the records are stored: a name of the registry ``source_format``."""
+    """Storage format of the records: a name in the registry ``source_format``."""
     dataset: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
-    """What the rows are called downstream."""
+    """Name of the data set that the rows belong to."""
     columns: dict[str, str | None] = Field(default={})
-    """Corpus field -> column of the source, where the names differ; ``meta.title`` reaches into nested fields; null:
-    the source's column of that name is not to be read. ``attributes: {colour: paint, material: made_of}`` gathers plain
-    columns; ``attributes.colour: paint`` says the same, beside a column that holds attributes by itself."""
+    """Corpus field -> column of the source, where the names differ. ``meta.title`` reaches into nested fields; null
+    means that the column of that name is not read. ``attributes: {colour: paint, material: made_of}`` gathers plain
+    columns; ``attributes.colour: paint`` does the same beside a column that holds attributes."""
     constants: dict[str, str] = Field(default={})
-    """Corpus field -> its value wherever a record has none: a licence or a locale that holds for the whole source."""
+    """Corpus field -> value for records that have none: a licence or a locale that holds for the whole source."""
     base_uri: str | None = None
-    """Folder that relative image URIs start from; None: the folder of the source."""
+    """Folder of relative image URIs; None: the folder of the source."""
     id_prefix: str = Field("", max_length=100)
-    """Put before every image id, where ids of several sources would collide."""
+    """Prefix of every image id, for ids that would collide with those of another source."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of groups (images, where there is no group) held out when a row names no split of its own."""
+    """Share of groups (of images, where there is no group) that is held out if a row does not name its split."""
 
     @field_validator("format")
     @classmethod
@@ -65,42 +65,42 @@ class RecordSource(Config):
         for field in value:
             if field not in allowed and not (mapped and field.startswith(GATHERED) and field[len(GATHERED) :].strip()):
                 raise UsageError(
-                    f"{info.field_name} names {field!r}, which is no corpus field"
+                    f"{info.field_name} names {field!r}, which is not a corpus field"
                     f"{nearest(field, list(allowed))}; fields: {', '.join(allowed)}"
                 )
         return value
 
 
 class Reader(ABC):
-    """Reads one source. A new format overrides ``units`` and ``read``, and usually names its ``suffixes``."""
+    """Reads one source. A new format implements ``units`` and ``read`` and usually names its ``suffixes``."""
 
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """Endings of the files it reads in a folder, lower case."""
+    """Endings, in lower case, of the files that it reads in a folder."""
     natural: ClassVar[Mapping[str, str]] = {}
-    """Corpus field -> the column that holds it in this format when the recipe maps none: the format's own key."""
+    """Corpus field -> the column that holds it in this format if the recipe maps none."""
 
     def __init__(self, source: RecordSource, max_bytes: int) -> None:
         self.source = source
         self.max_bytes = max_bytes
-        """No more than this and one byte of an image is read; ``data.records`` refuses what is longer."""
+        """At most this many bytes of an image are read, and one more, by which ``records`` knows what to refuse."""
 
     def files(self) -> list[str]:
-        """URIs of the source's files in record order; raises ``CorpusError`` when there is none."""
+        """URIs of the source's files in record order; raises ``CorpusError`` if there are none."""
         names = [name for name in storage.list_files(self.source.uri) if name == "" or self.accepts(name)]
         if not names:
             raise CorpusError(
-                f"source {self.source.uri} has no {self.source.format} file; give one or a folder of "
-                f"some (names end in {', '.join(self.suffixes)})"
+                f"source {self.source.uri} has no {self.source.format} file; give a file, or a folder of "
+                f"files whose names end in {', '.join(self.suffixes)}"
             )
         return [storage.join(self.source.uri, name) if name else self.source.uri for name in names]
 
     def accepts(self, name: str) -> bool:
-        """Whether a file of the source's folder, by its relative name, is one to read."""
+        """Whether to read a file of the source's folder, given its relative name."""
         return name.lower().endswith(self.suffixes)
 
     @property
     def base(self) -> str:
-        """Folder that relative image URIs start from."""
+        """Folder of relative image URIs."""
         if self.source.base_uri is not None:
             return self.source.base_uri
         uri = self.source.uri.rstrip("/")
@@ -110,12 +110,12 @@ class Reader(ABC):
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
         """Cut a file into slices of about ``rows_per_part`` records, in record order.
 
-        Raises ``CorpusError`` for a file that cannot be opened and for columns that do not fit.
+        Raises ``CorpusError`` if the file cannot be opened or its columns do not fit.
         """
 
     @abstractmethod
     def read(self, unit: Unit) -> Iterator[Record]:
-        """The records of a unit in their order; one that cannot be read is ``{UNREADABLE: reason}``."""
+        """The records of a unit in order; a record that cannot be read is ``{UNREADABLE: reason}``."""
 
 
 SOURCE_FORMATS: Registry[type[Reader]] = Registry("source_format")

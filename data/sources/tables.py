@@ -1,4 +1,4 @@
-"""JSON lines and CSV: tables without a schema, whose images are URIs."""
+"""JSON lines and CSV: tables without a schema that name their images by URI."""
 
 import csv
 import io
@@ -13,8 +13,8 @@ from lookalike.data.sources.columns import candidates, paths_of_records, pick_fi
 from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
 from lookalike.errors import CorpusError
 
-MAX_LINE_BYTES = 64 << 20  # a longer line, or cell, is refused instead of held
-SAMPLE_ROWS = 1000  # looked at to see which columns there are and how long a line is
+MAX_LINE_BYTES = 64 << 20  # a longer line or cell is refused instead of held in memory
+SAMPLE_ROWS = 1000  # lines from which columns and the mean length of a line are read
 SAMPLE_BYTES = 4 << 20
 BUFFER_BYTES = 1 << 20
 
@@ -32,9 +32,9 @@ def open_buffered(uri: str) -> Iterator[BinaryIO]:
 
 
 def read_lines(file: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
-    """The lines whose first byte lies in [start, stop), without their ends; None for one that is too long.
+    """The lines whose first byte lies in [start, stop), without line ends; None for a line that is too long.
 
-    Ranges that touch split a file into lines that each come once, wherever the cuts fall.
+    Adjacent ranges yield every line of a file once, wherever the cuts fall.
     """
     position = start
     if start:
@@ -60,7 +60,7 @@ def _rest_of_line(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parse_object(line: bytes | None) -> dict[str, Any]:
-    """A JSON object; what is none gives ``{UNREADABLE: reason}``. Invalid UTF-8 stays visible as lone surrogates."""
+    """The JSON object in a line, or ``{UNREADABLE: reason}``. Invalid UTF-8 becomes lone surrogates."""
     if line is None:
         return {UNREADABLE: "too_long"}
     try:
@@ -72,7 +72,7 @@ def parse_object(line: bytes | None) -> dict[str, Any]:
 
 @SOURCE_FORMATS.register("jsonl")
 class JsonlReader(Reader):
-    """A unit is a range of bytes; a line belongs to the one its first byte lies in. A packed file is one unit."""
+    """A unit is a range of bytes, with the lines that begin in it. A packed file is one unit."""
 
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
@@ -108,9 +108,9 @@ class JsonlReader(Reader):
 
 @SOURCE_FORMATS.register("csv")
 class CsvReader(Reader):
-    """A unit is a file, read as a stream: a line end inside quotes looks like a record's, so no range can be cut.
+    """A unit is a file, read as a stream: line ends inside quotes look like ends of records, so a file cannot be cut.
 
-    Tables too large for one task should be several files, or JSON lines or parquet.
+    A table too large for one task should be several files, or JSON lines or parquet.
     """
 
     suffixes = (".csv", ".tsv", ".csv.gz", ".tsv.gz")

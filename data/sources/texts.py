@@ -1,4 +1,4 @@
-"""Raw text values of any form to clean text, words, scored terms and attributes, and what had to be repaired."""
+"""From raw values of any form to clean texts, words, scored terms and attributes, with the repairs that they needed."""
 
 import json
 import math
@@ -17,10 +17,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def read_text(value: Any, max_chars: int) -> tuple[str | None, set[str]]:
-    """The text of a raw value, None when there is none, and what was wrong with it.
+    """(the text of a raw value, or None; what was wrong with it).
 
-    ``not_utf8`` and ``wrong_type`` leave no text; ``control_characters`` (taken out) and ``too_long`` (cut to
-    ``max_chars``) do.
+    A value that is ``not_utf8`` or of the ``wrong_type`` gives no text; ``control_characters`` are removed, and a text
+    that is ``too_long`` is cut to ``max_chars``.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None, set()
@@ -44,7 +44,7 @@ def read_text(value: Any, max_chars: int) -> tuple[str | None, set[str]]:
 
 
 def _undo_escape(value: str) -> str | bytes:
-    """The bytes that were escaped as surrogates when read; the text itself when its surrogates are its own."""
+    """The bytes that were escaped as surrogates when read; the text itself if its surrogates are not such escapes."""
     try:
         return value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -52,12 +52,12 @@ def _undo_escape(value: str) -> str | bytes:
 
 
 def read_words(value: Any, max_chars: int) -> tuple[list[str], set[str]]:
-    """The words of a list, of the JSON text of one, or of a text with commas; of at most ``max_chars`` in all."""
+    """(words, problems) of a list, of a list as JSON text, or of a text with commas; at most ``max_chars`` in all."""
     words: list[str] = []
     problems: set[str] = set()
     for item in _listed(value, problems):
-        text, found = read_text(item, max_chars)
-        problems |= found
+        text, reasons = read_text(item, max_chars)
+        problems |= reasons
         if text:
             words.append(text)
             max_chars -= len(text)
@@ -74,7 +74,7 @@ def _listed(value: Any, problems: set[str]) -> Iterable[Any]:
         try:
             value = value.decode()
         except UnicodeDecodeError:
-            return [value]  # each word would be as unreadable
+            return [value]  # unreadable as a whole
     if isinstance(value, str):
         parsed = _parse(value)
         value = value.split(",") if parsed is None else parsed
@@ -99,17 +99,17 @@ def _parse(text: str) -> Any:
 def read_scored(
     value: Any, max_chars: int, name: str, highest: float | None = None
 ) -> tuple[list[dict[str, Any]], set[str]]:
-    """Terms and their number, called ``name``, from any of the forms in which they come.
+    """(terms with their number, called ``name``; problems) from any of these forms.
 
-    Forms: structs of ``term`` and ``name``, a map or pairs, plain terms (1.0), ``term:0.83``; as values, as the JSON
-    text of such, or as text with commas. A term whose number is none, not finite or negative is dropped; one over
-    ``highest`` is lowered to it: both are ``bad_<name>``. Terms have at most ``max_chars`` in all.
+    Structs of ``term`` and ``name``, a map, pairs, plain terms (number 1.0), ``term:0.83``; each as values, as JSON
+    text or as text with commas. A term whose number is missing, not finite or negative is dropped; a number over
+    ``highest`` is lowered to it: both are ``bad_<name>``. The terms have at most ``max_chars`` in all.
     """
     entries: list[dict[str, Any]] = []
     problems: set[str] = set()
     for raw_term, raw_number in _pairs(_listed(value, problems), name):
-        term, found = read_text(raw_term, max_chars)
-        problems |= found
+        term, reasons = read_text(raw_term, max_chars)
+        problems |= reasons
         if not term:
             continue
         number = _number(raw_number)
@@ -147,20 +147,20 @@ def _number(value: Any) -> float | None:
 def read_attributes(
     value: Any, max_chars: int, gathered: Mapping[str, Any] | None = None
 ) -> tuple[list[dict[str, str]], set[str]]:
-    """Pairs of ``name`` and ``value``, each once, by name and value, from any of the forms in which they come.
+    """(pairs of ``name`` and ``value``, each once, sorted; problems) from any of these forms.
 
-    Forms: a map of names to a value or a list of values, structs of ``name`` and ``value``, pairs; as values or as the
-    JSON text of such. ``gathered`` has the values of columns that hold one attribute each. What else there is is
-    ``wrong_type``; pairs that ``max_chars`` in all has no room for are left out whole: ``too_long``.
+    A map from names to a value or a list of values, structs of ``name`` and ``value``, pairs; each as values or as JSON
+    text. ``gathered``: the values of columns that hold one attribute each. Any other form is a ``wrong_type``. Pairs
+    that do not fit into ``max_chars`` in all are left out whole: ``too_long``.
     """
     problems: set[str] = set()
     pairs: set[tuple[str, str]] = set()
     for raw_name, raw_values in chain(_attributes(value, max_chars, problems), (gathered or {}).items()):
-        name, found = read_text(raw_name, max_chars)
-        problems |= found
+        name, reasons = read_text(raw_name, max_chars)
+        problems |= reasons
         for raw in raw_values if isinstance(raw_values, (list, tuple)) else [raw_values]:
-            text, found = read_text(raw, max_chars)
-            problems |= found
+            text, reasons = read_text(raw, max_chars)
+            problems |= reasons
             if name and text:
                 pairs.add((name, text))
     entries: list[dict[str, str]] = []
@@ -180,5 +180,5 @@ def _attributes(value: Any, max_chars: int, problems: set[str]) -> Iterator[tupl
         elif isinstance(item, (list, tuple)) and len(item) == 2:
             yield item[0], item[1]
         else:
-            text, found = read_text(item, max_chars)
-            problems |= found or ({"wrong_type"} if text else set())
+            text, reasons = read_text(item, max_chars)
+            problems |= reasons or ({"wrong_type"} if text else set())

@@ -1,9 +1,9 @@
-"""WebDataset: tar files in which the members of a record share the name before the first dot."""
+"""WebDataset: tar files in which the members of a record share their name up to the first dot."""
 
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 from lookalike import storage
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
@@ -12,11 +12,11 @@ from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Re
 from lookalike.data.sources.tables import parse_object
 
 SAMPLE_RECORDS = 100
-MAX_TEXT_BYTES = 64 << 20  # of a member that is no image
+MAX_TEXT_BYTES = 64 << 20  # of a member that is not an image
 
 
-class _Member(tarfile.TarInfo):
-    """A header that is damaged or cut off is an error: tarfile takes it for the end of the archive."""
+class _StrictHeader(tarfile.TarInfo):
+    """Raises an error for a damaged or cut header, which tarfile takes for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
@@ -28,15 +28,25 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from None
 
 
-def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, content) of the files of a tar stream, in their order; a longer image is cut after that size.
+class Member(NamedTuple):
+    """A file of an archive."""
 
-    Raises ``tarfile.ReadError`` where the stream is no tar, is damaged or ends too early.
+    key: str
+    """Path up to the first dot of the name."""
+    extension: str
+    """Lower case."""
+    content: bytes
+
+
+def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[Member]:
+    """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1.
+
+    Raises ``tarfile.ReadError`` if the stream is not a tar, is damaged or ends too early.
     """
     try:
-        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or it keeps every header it has seen
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if not member.isfile() or not stem:
@@ -44,18 +54,19 @@ def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[tuple[str, s
                 image = f".{extension.lower()}" in IMAGE_SUFFIXES
                 content = tar.extractfile(member)
                 assert content is not None
-                data = content.read(max_image_bytes + 1 if image else MAX_TEXT_BYTES)
-                if len(data) < min(member.size, max_image_bytes + 1 if image else MAX_TEXT_BYTES):
+                most = max_image_bytes + 1 if image else MAX_TEXT_BYTES
+                data = content.read(most)
+                if len(data) < min(member.size, most):
                     raise tarfile.ReadError("unexpected end of data")
-                yield f"{folder}/{stem}" if folder else stem, extension.lower(), data
+                yield Member(f"{folder}/{stem}" if folder else stem, extension.lower(), data)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise tarfile.ReadError(str(error)) from None
 
 
-def group_members(members: Iterator[tuple[str, str, bytes]]) -> Iterator[dict[str, Any]]:
-    """One mapping a key: ``__key__``, ``image``, the members of a ``.json`` and other members by extension.
+def group_members(members: Iterator[Member]) -> Iterator[dict[str, Any]]:
+    """One mapping per key: ``__key__``, ``image``, the content of a ``.json`` and other members by extension.
 
-    Where the stream breaks, the record it breaks in is ``{UNREADABLE: "damaged_archive"}``.
+    If the archive is damaged, the record at that place is ``{UNREADABLE: "damaged_archive"}`` and the last.
     """
     record: dict[str, Any] = {}
     try:
@@ -88,7 +99,7 @@ class WebDatasetReader(Reader):
     _columns_seen = False
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        """See ``Reader``; the columns are looked for in the first records of the first file that has some."""
+        """See ``Reader``; the first records of the first file with any show whether the columns fit."""
         if not self._columns_seen:
             sample = [record for record in islice(self._records(uri), SAMPLE_RECORDS) if UNREADABLE not in record]
             if sample:

@@ -237,5 +237,5 @@ def test_wrong_sources_are_explained_before_any_work(tmp_path: Path, root: str) 
         build(root, uri, columns={"title": "name"})
     with open(f"{tmp_path}/fake.parquet", "wb") as file:
         file.write(b"not parquet")
-    with pytest.raises(CorpusError, match="no readable parquet file"):
+    with pytest.raises(CorpusError, match="not a readable parquet file"):
         build(root, f"{tmp_path}/fake.parquet")

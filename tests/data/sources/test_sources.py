@@ -231,7 +231,7 @@ def test_lance(tmp_path: Path) -> None:
     lance.write_dataset(pa.Table.from_pylist(ROWS[:1]), uri, mode="append")  # later than the plan: not read
     records = [record for unit in units for record in before.read(unit)]
     assert [(text(r["image_id"]), r["image"]) for r in records] == [(r["image_id"], r["image"]) for r in ROWS]
-    with pytest.raises(CorpusError, match="no readable Lance data set"):
+    with pytest.raises(CorpusError, match="not a readable Lance data set"):
         read(f"{tmp_path}/absent.lance", "lance")
 
 
@@ -406,7 +406,7 @@ def test_a_store_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     ("settings", "words"),
     [
         ({"columns": {"titel": "t"}}, "did you mean 'title'"),
-        ({"columns": {"attributes": {" ": "t"}}}, "names 'attributes. ', which is no corpus field"),
+        ({"columns": {"attributes": {" ": "t"}}}, "names 'attributes. ', which is not a corpus field"),
         ({"constants": {"image": "t"}}, "names 'image', which is"),
         ({"format": "parket"}, "did you mean 'parquet'"),
         ({"colums": {}}, "colums"),
@@ -430,7 +430,7 @@ def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> No
         ),
         ("a.csv", b"id,m.title\n1,2\n", "csv", "no column for the required field 'image_id'; the file has id, m.title"),
         ("a.tar", write_tar([("1.jpg", b"")]), "webdataset", "'m.title', mapped to 'title', is absent"),
-        ("a.parquet", b"nonsense", "parquet", "no readable parquet file"),
+        ("a.parquet", b"nonsense", "parquet", "not a readable parquet file"),
         ("a.txt", b"", "jsonl", "has no jsonl file.*names end in .jsonl"),
     ],
 )
