@@ -1,4 +1,4 @@
-"""Attributes of records (colour, material) as classes: which values are frequent enough, and each row's class."""
+"""Attributes of records (colour, material) as classes: which values are frequent enough, and the class of each row."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 COUNTS = pa.schema([("name", pa.string()), ("value", pa.string()), ("images", pa.int64())])
-"""Images of a value of an attribute."""
+"""Number of images with a value of an attribute."""
 Pairs = list[tuple[str, str]]
 AttributeClasses = Mapping[str, Sequence[str]]
-"""Attribute -> its values that are classes; both in order."""
+"""Attribute -> those of its values that are classes; both in order."""
 
 
 def pairs_of(rows: pa.Table) -> list[Pairs]:
-    """(name, value) of each corpus row, by name, then value; none where an older corpus has no such column."""
+    """Sorted (name, value) pairs of each corpus row; none if an older corpus lacks the column."""
     if "attributes" not in rows.column_names:
         return [[] for _ in range(rows.num_rows)]
     return [
@@ -26,19 +26,19 @@ def pairs_of(rows: pa.Table) -> list[Pairs]:
 
 
 def count_values(rows: pa.Table) -> pa.Table:
-    """``COUNTS`` of a part. Parts add up."""
+    """``COUNTS`` of a part; parts add up."""
     counts = Counter(pair for pairs in pairs_of(rows) for pair in pairs)
     keys = sorted(counts)
     return pa.table([[n for n, _ in keys], [v for _, v in keys], [counts[key] for key in keys]], schema=COUNTS)
 
 
 def frequent_values(counts: pa.Table, min_images: int) -> pa.Table:
-    """The rows of complete ``COUNTS`` that may be classes."""
+    """The rows of complete ``COUNTS`` with at least ``min_images`` images."""
     return counts.select(COUNTS.names).filter(pc.greater_equal(counts["images"], min_images))
 
 
 def choose_classes(frequent: pa.Table) -> dict[str, list[str]]:
-    """The classes of each attribute, values and names by the alphabet; one with a single class has nothing to tell."""
+    """The classes of each attribute, in alphabetical order; an attribute with a single class is left out."""
     classes: dict[str, list[str]] = {}
     for entry in frequent.sort_by([("name", "ascending"), ("value", "ascending")]).to_pylist():
         classes.setdefault(entry["name"], []).append(entry["value"])
@@ -46,26 +46,26 @@ def choose_classes(frequent: pa.Table) -> dict[str, list[str]]:
 
 
 def classes_of_rows(rows: pa.Table, classes: AttributeClasses) -> list[list[int]]:
-    """Each row's class of every attribute of ``classes``, in their order; -1 where it states none that is a class.
+    """The class of each row for every attribute of ``classes``, in order; -1 if the row states none of its classes.
 
-    A row with several values of an attribute (a sofa in red and blue) takes the first that is a class.
+    If a row has several values of an attribute (a sofa in red and blue), the first that is a class counts.
     """
-    known = {
+    class_of = {
         (name, value): (place, number)
         for place, (name, values) in enumerate(classes.items())
         for number, value in enumerate(values)
     }
-    found = []
+    columns = []
     for pairs in pairs_of(rows):
         row = [-1] * len(classes)
-        for place, number in (known[pair] for pair in reversed(pairs) if pair in known):
+        for place, number in (class_of[pair] for pair in reversed(pairs) if pair in class_of):
             row[place] = number
-        found.append(row)
-    return found
+        columns.append(row)
+    return columns
 
 
 def count_known(rows: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Images with a class of each attribute, [num_attributes], of the column ``attributes`` of shards."""
+    """Images with a class, per attribute [num_attributes], in the column ``attributes`` of shards."""
     lists = rows.combine_chunks()
     flat = lists.flatten().to_numpy(zero_copy_only=False)
     return np.asarray((flat.reshape(len(lists), -1) >= 0).sum(axis=0), np.int64) if len(flat) else np.zeros(0, np.int64)

@@ -1,7 +1,7 @@
 """The only wiring between pure functions and Ray Data: one item (a part of a corpus) in, one Arrow table out.
 
-A part is the unit of work and of resumption: each task reads its own, writes what belongs to it under a name that
-depends on the part's number, and returns a small table. Results therefore do not depend on blocks or workers.
+A part is the unit of work and of resumption: a task reads one part, writes its results under names that depend on the
+part's number, and returns a small table. So results depend neither on blocks nor on workers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 from lookalike import storage
 from lookalike.errors import LookalikeError
 
-FOLD_ROWS = 1 << 20  # rows gathered before sums are taken
-MAX_BLOCKS = 4096  # the driver keeps a reference a block; more parts than this share blocks
+FOLD_ROWS = 1 << 20  # rows that are collected before they are summed
+MAX_BLOCKS = 4096  # the driver keeps one reference per block; more parts than this share blocks
 Item = dict[str, Any]
 
 
 def map_parts(
     items: Sequence[Item], task: Callable[[Item], pa.Table], *, concurrency: int | None = None, num_gpus: float = 0
 ) -> Any:
-    """A lazy ``ray.data.Dataset`` of ``task``'s tables over ``items``; ``num_gpus``: GPUs of each task."""
+    """A lazy ``ray.data.Dataset`` of the tables that ``task`` returns for ``items``; ``num_gpus``: GPUs per task."""
     import ray
 
     def each(block: pa.Table) -> Iterator[pa.Table]:
@@ -38,7 +38,7 @@ def map_parts(
 
 
 def num_partitions(items: Sequence[Item], most: int | None = None) -> int:
-    """Partitions of a shuffle of the items' tables: no more than items or than ``most``, two for each CPU."""
+    """Partitions of a shuffle of the items' tables: two per CPU, at most one per item, at most ``most``."""
     import ray
 
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ def num_partitions(items: Sequence[Item], most: int | None = None) -> int:
 
 
 def blocks_of(dataset: Any) -> Iterator[pa.Table]:
-    """The dataset's non-empty tables as they arrive. An error of ours in a task is raised here as it was there."""
+    """The dataset's non-empty tables as they arrive. A ``LookalikeError`` of a task is raised here unchanged."""
     from ray.exceptions import RayTaskError
 
     try:
@@ -60,15 +60,15 @@ def blocks_of(dataset: Any) -> Iterator[pa.Table]:
 
 
 def collect(dataset: Any, schema: pa.Schema) -> pa.Table:
-    """All rows of a dataset that is known to be small, as one table of ``schema``."""
+    """All rows of a small dataset as one table of ``schema``."""
     tables = [block.select(schema.names).cast(schema) for block in blocks_of(dataset)]
     return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
 
 
 def add_up(blocks: Iterable[pa.Table], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
-    """Sums of the columns of ``schema`` that are no ``keys``, one row a key, sorted by key.
+    """One row per key, sorted by ``keys``, with the sums of the other columns of ``schema``.
 
-    Tables are folded as they arrive: what is held grows with the distinct keys, not with the tables.
+    Tables are folded as they arrive: memory grows with the distinct keys, not with the tables.
     """
     total, waiting = schema.empty_table(), 0
     pending: list[pa.Table] = []
@@ -91,7 +91,7 @@ def _sum(tables: Sequence[pa.Table], keys: Sequence[str], schema: pa.Schema) -> 
 
 
 def broadcast(value: Any) -> Callable[[], Any]:
-    """Put ``value`` once into the object store; the function returned fetches it inside a task."""
+    """Put ``value`` into the object store once; return a function that fetches it inside a task."""
     import ray
 
     reference = ray.put(value)
@@ -104,28 +104,28 @@ def part_name(number: int, suffix: str = "parquet") -> str:
 
 
 def part_items(files: Iterable[str]) -> list[Item]:
-    """An item for each parquet file: its number in the given order and its URI."""
+    """An item for each file: its number, in the given order, and its URI."""
     return [{"number": number, "uri": uri} for number, uri in enumerate(files)]
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A parquet file, or some of its columns."""
+    """Read a parquet file, or some of its columns."""
     filesystem, path = storage.arrow_filesystem(uri)
     return pq.ParquetFile(path, filesystem=filesystem).read(columns=None if columns is None else list(columns))
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:
-    """Write a parquet file so that a reader sees all of it or none."""
+    """Write a parquet file; a reader sees all of it or nothing."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **{"compression": "zstd", **options})
     storage.write_atomic(uri, sink.getvalue().to_pybytes())
 
 
 class PartWriter:
-    """Writes tables one after the other into files of at most ``rows_per_file`` rows, each atomic.
+    """Writes tables one after the other into files of at most ``rows_per_file`` rows, each atomically.
 
-    ``uri_of`` names file 0, 1, ...; files that would be empty are not written. A context manager: when its block
-    raises, the file under way is given up.
+    ``uri_of`` names file 0, 1, ...; empty files are not written. A context manager: if its block raises, the unfinished
+    file is discarded.
     """
 
     def __init__(self, uri_of: Callable[[int], str], schema: pa.Schema, rows_per_file: int | None = None) -> None:
@@ -144,7 +144,7 @@ class PartWriter:
         self._open.__exit__(kind, error, trace)
 
     def write(self, table: pa.Table) -> None:
-        """Append rows; they become row groups of their own."""
+        """Append rows; each call begins a new row group."""
         while table.num_rows:
             if self._writer is None:
                 self._start()

@@ -1,9 +1,9 @@
 """Stage ``shards``: training rows with their labels, shuffled once over the whole corpus, ready to stream.
 
-A row is placed by a hash of its image id: the hash says which shard of its data set it is in and where in it, so the
-order is the same whatever the blocks of the job. With ``together`` it is the hash of the row's class, and whole classes
-are shuffled. The shuffle of the image bytes is the stage's cost; the driver holds the class lists (labels, categories,
-groups, attributes) and nothing of image size.
+A hash of the image id decides in which shard of its data set a row is, and where, so the order does not depend on the
+blocks of the job. With ``together``, it is the hash of the row's class, and whole classes are shuffled. Most of the
+cost is the shuffle of the image bytes. The driver holds the lists of classes (labels, categories, groups, attributes)
+but no images.
 """
 
 from collections import Counter
@@ -56,36 +56,36 @@ _WRITTEN = pa.schema(
     ]
 )
 LIGHT = ["image_id", "dataset", "category", "group", "attributes"]
-"""Columns of the corpus that say what a row is a picture of."""
+"""Columns of the corpus that name the classes of a row."""
 
 
 class ShardsConfig(StageConfig):
-    """What enters the shards and how it is cut."""
+    """Which rows enter the shards, and how shards are cut."""
 
     rows_per_shard: int = Field(2048, ge=1, le=10_000_000)
-    """Mean rows of a shard file."""
+    """Rows of a shard file on average."""
     rows_per_group: int = Field(256, ge=1, le=100_000)
-    """Rows of a parquet row group: what a reader decodes at a time."""
+    """Rows of a parquet row group, which a reader decodes at a time."""
     threshold: float = Field(0.01, gt=0, le=1)
-    """t of r(h) = max(1, sqrt(t / f(h))): labels rarer than this share of the labelled images repeat."""
+    """t in r(h) = max(1, sqrt(t / f(h))): labels on a smaller share of the labelled images are repeated."""
     max_repeat: float = Field(8.0, ge=1)
     """Upper bound of r(I)."""
     categories: Literal["grouped", "all", "none"] = "grouped"
-    """Rows whose category is a class of the category task: those with a group (a catalogue), all, or none."""
+    """Rows whose category is a class of the category task: rows with a group (a catalogue), all rows, or none."""
     min_images_per_category: int = Field(5, ge=1)
-    """Training images below which a category is no class (-1)."""
+    """Fewest training images of a category that is a class; others are -1."""
     min_images_per_attribute: int = Field(5, ge=1)
-    """Training images below which a value of an attribute is no class (-1); an attribute with fewer than two classes
-    is left out. A row with several values of one attribute takes the first, by the alphabet, that is a class."""
+    """Fewest training images of an attribute's value that is a class; others are -1. An attribute with fewer than two
+    classes is left out. If a row has several values of an attribute, the alphabetically first class counts."""
     together: Literal["group", "category"] | None = None
-    """Keep the rows of a class in one row group, for training that balances batches by it; a class larger than a row
-    group is cut. None: rows are shuffled one by one."""
+    """Keep the rows of a class in one row group, for training with batches balanced by class; a class larger than a
+    row group is cut. None: rows are shuffled one by one."""
     concurrency: int | None = runtime(None, ge=1)
-    """Tasks at a time; None: as many as there are CPUs."""
+    """Tasks at a time; None: one per CPU."""
 
 
 def training_rows(corpus: pa.Table, labels: pa.Table, where: str) -> pa.Table:
-    """The rows of a corpus part that have a row in its ``image_labels`` part, with the column ``labels``."""
+    """The rows of a corpus part with a row in its ``image_labels`` part, and the column ``labels``."""
     place = pc.index_in(corpus["image_id"], value_set=labels["image_id"].combine_chunks())
     rows = corpus.filter(place.is_valid())
     if rows.num_rows != labels.num_rows:
@@ -97,14 +97,14 @@ def training_rows(corpus: pa.Table, labels: pa.Table, where: str) -> pa.Table:
 
 
 def category_of(row: dict[str, Any], rule: str) -> str | None:
-    """The category that is a class for this row, under ``ShardsConfig.categories``."""
+    """The category of a row that may be a class under ``rule`` (``ShardsConfig.categories``), else None."""
     if rule == "none" or (rule == "grouped" and row["group"] is None):
         return None
     return str(row["category"]) if row["category"] else None
 
 
 def take_census(rows: pa.Table, rule: str) -> pa.Table:
-    """``_CENSUS`` of a part: images of each data set, category, group and label, and with attributes. Parts add up."""
+    """``_CENSUS`` of a part: images of each data set, category, group and label, and with attributes; parts add up."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows.select(["dataset", "category", "group", "labels"]).to_pylist():
         counts[("dataset", row["dataset"])] += 1
@@ -121,7 +121,7 @@ def take_census(rows: pa.Table, rule: str) -> pa.Table:
 
 
 class Classes:
-    """Names of all classes and where rows go: folded from the census, broadcast to the tasks."""
+    """Names of all classes, and where rows go: made from the census, broadcast to the tasks."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Classes:
         self.groups = sorted(name for kind, name in counts if kind == "group")
         self._category = {name: number for number, name in enumerate(self.categories)}
         self._group = {name: number for number, name in enumerate(self.groups)}
-        # a large class is dealt out, by its images' hashes, to bundles of about half a row group all over the data set
+        # the hashes of its images spread a large class over bundles of about half a row group, all over the data set
         self.cuts = {
             name: -(-2 * n // config.rows_per_group)
             for (kind, name), n in counts.items()
@@ -152,7 +152,7 @@ class Classes:
         }
 
     def place(self, rows: pa.Table) -> pa.Table:
-        """``SHARD`` rows with the file each belongs to and its sort key in it."""
+        """``_PLACED`` rows: ``SHARD`` rows with their file and sort key."""
         listed = rows.select(["dataset", "category", "group", "labels"]).to_pylist()
         keys = mix_keys(stable_keys(rows["image_id"].to_pylist()), self.seed, "shuffle")
         bundles = self._bundles(listed, keys)
@@ -181,7 +181,7 @@ class Classes:
         return pa.table(arrays, schema=_PLACED)
 
     def _bundles(self, listed: list[dict[str, Any]], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """One key for the rows that stay together, [n]: the row's own, or that of its class (or of a share of it)."""
+        """The key [n] that rows share which stay together: the row's, or that of its class or of a cut of its class."""
         together = self.config.together
         if together is None:
             return keys
@@ -195,7 +195,7 @@ class Classes:
 
 
 def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) -> pa.Table:
-    """Write the rows of one ``place`` in the order of their keys; ``_WRITTEN``: with the expected copies an epoch."""
+    """Write the rows of one ``place`` in the order of their keys; return ``_WRITTEN``."""
     name = rows["place"][0].as_py()
     shard = rows.sort_by([("bundle", "ascending"), ("key", "ascending"), ("image_id", "ascending")])
     table = shard.select(SHARD.names).cast(SHARD)
@@ -220,9 +220,9 @@ def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) 
 
 
 def pack_groups(bundles: NDArray[np.uint64], rows_per_group: int) -> list[tuple[int, int]]:
-    """Row groups [start, stop) of at most ``rows_per_group`` of the rows [n], sorted by ``bundles``.
+    """Row groups [start, stop) of at most ``rows_per_group`` rows, of rows sorted by ``bundles`` [n].
 
-    A bundle is cut only when it is larger than a row group; a row group is closed when the next bundle does not fit.
+    Only a bundle larger than a row group is cut; a row group is closed when the next bundle does not fit.
     """
     starts = np.flatnonzero(np.diff(bundles)) + 1
     groups: list[tuple[int, int]] = []
@@ -238,7 +238,7 @@ def pack_groups(bundles: NDArray[np.uint64], rows_per_group: int) -> list[tuple[
 
 
 def copies_of_labels(labels: pa.ChunkedArray, repeat: NDArray[np.floating], num_labels: int) -> NDArray[np.float64]:
-    """Expected copies an epoch of the images of each label, [num_labels]: the sum of r(I) over them."""
+    """Expected copies per epoch of the images of each label [num_labels]: the sum of r(I) over its images."""
     lists = labels.combine_chunks()
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
     flat = lists.flatten().to_numpy(zero_copy_only=False)
@@ -261,8 +261,11 @@ def _items(run: StageRun[ShardsConfig]) -> list[Item]:
 
 
 def count_attributes(items: list[Item], config: ShardsConfig) -> dict[str, list[str]]:
-    """The classes of every attribute. Values are summed by a shuffle: the driver sees those that are classes alone,
-    for there may be as many as images (a serial number)."""
+    """The classes of every attribute.
+
+    A shuffle sums the values, and the driver sees only those that are classes: there may be as many values as images
+    (serial numbers).
+    """
     from ray.data.aggregate import Sum
 
     counts = map_parts(

@@ -1,1 +1,1 @@
-"""The visual dictionary: samples of images per term, concreteness, its boundary. Plain functions, no Ray."""
+"""The visual dictionary: images sampled per term, concreteness, its boundary. Plain functions, no Ray."""

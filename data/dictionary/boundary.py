@@ -1,14 +1,14 @@
 """The decision boundary of the visual dictionary, chosen by a criterion (Pinterest section 3.2.1).
 
-The paper takes the boundary after which pretraining does best. Two criteria stand in for that sweep:
+The paper takes the boundary with the best pretraining. Two cheaper criteria stand in for that sweep:
 
-- ``words``: a list of words known to be concrete or abstract; the boundary that tells them apart best, by balanced
-  accuracy (Youden's index is twice that, less one).
-- ``retrieval``: for each candidate boundary, the cheapest model that learns from the surviving terms, a ridge
-  regression from frozen features to the terms of random training images. Validation images are represented by its
-  predictions and judged by P@1: does the nearest one share the group, or the category? The smallest boundary within one
-  standard error of the best is taken, so that no term goes without a measured reason. Predictions of a ridge regression
-  are linear in the features: this sees which directions the kept terms supervise, not what a deep model makes of them.
+- ``words``: a list of words known to be concrete or abstract. The boundary that tells them apart best is taken, by
+  balanced accuracy (Youden's index is twice that, less one).
+- ``retrieval``: for each candidate boundary, a ridge regression from frozen features to the kept terms of random
+  training images, the cheapest model that learns from them. Its predictions represent the validation images, which are
+  judged by P@1: does the nearest image share the group, or the category? The smallest boundary within one standard
+  error of the best is taken, so that no term is dropped without a measured reason. The predictions are linear in the
+  features: the criterion sees which directions the kept terms supervise, not what a deep model makes of them.
 """
 
 import csv
@@ -29,12 +29,12 @@ from lookalike.data.text.terms import canonical
 from lookalike.errors import UsageError
 
 CANDIDATES = np.arange(50, 100) / 100
-RETRIEVAL_EVERY = 5  # the retrieval criterion tries every fifth candidate: each costs a product of all images by all
-TERM_CHUNK = 8192  # terms whose regressions are held at a time
+RETRIEVAL_EVERY = 5  # the retrieval criterion tries every fifth candidate: each needs all pairs of images
+TERM_CHUNK = 8192  # terms whose regressions are in memory at a time
 
 
 class BoundaryConfig(Config):
-    """Where the boundary comes from."""
+    """How the boundary is chosen."""
 
     criterion: Literal["words", "retrieval"]
     """``words`` needs a list, ``retrieval`` a validation split."""
@@ -44,9 +44,9 @@ class BoundaryConfig(Config):
     split: str = "val"
     """Split of the corpus whose images are the validation set."""
     images: int = Field(4096, ge=16, le=32_768)
-    """Validation images at the most, chosen by hash among those with a group or a category."""
+    """Most validation images, chosen by hash among those with a group or a category."""
     ridge: float = Field(0.1, gt=0, le=1000)
-    """Weight of the regression's penalty against an image's mean squared feature."""
+    """Penalty of the regression, relative to the mean squared feature."""
 
     @model_validator(mode="after")
     def _complete(self) -> "BoundaryConfig":
@@ -56,19 +56,19 @@ class BoundaryConfig(Config):
 
 
 class BoundaryChoice(NamedTuple):
-    """A boundary and the curve that it was read from."""
+    """A boundary and the curve on which it was chosen."""
 
     boundary: float
     criterion: str
-    """What ``value`` of the curve is."""
+    """Name of ``value`` in the curve."""
     curve: list[dict[str, float]]
-    """For each candidate ``boundary``: ``terms`` at or above, and ``value``."""
+    """For each candidate ``boundary``: the number of ``terms`` at or above it, and ``value``."""
     facts: dict[str, float]
-    """What else was measured."""
+    """Other measurements."""
 
 
 def read_words(uri: str) -> dict[str, bool]:
-    """Canonical term -> whether it is concrete; raises ``UsageError`` when the file has another form."""
+    """Canonical term -> whether it is concrete; raises ``UsageError`` if the file has another form."""
     content = storage.read_bytes(uri)
     try:
         if uri.endswith(".csv"):
@@ -89,9 +89,9 @@ def read_words(uri: str) -> dict[str, bool]:
 
 
 def ranking_auc(dictionary: pa.Table, concrete: Sequence[str], abstract: Sequence[str]) -> float:
-    """Share of (concrete, abstract) pairs that concreteness ranks rightly, ties as half; words not scored are left out.
+    """Share of (concrete, abstract) pairs that concreteness ranks in the right order; a tie counts half.
 
-    ``dictionary`` needs ``term`` and ``concreteness``. NaN when either side has no scored word.
+    ``dictionary`` needs ``term`` and ``concreteness``. Words without a score are left out; NaN if a side has none left.
     """
     high, low = (_scores_of(dictionary, words) for words in (concrete, abstract))
     if not len(high) or not len(low):
@@ -101,12 +101,11 @@ def ranking_auc(dictionary: pa.Table, concrete: Sequence[str], abstract: Sequenc
 
 def _scores_of(dictionary: pa.Table, words: Sequence[str]) -> NDArray[np.float32]:
     scores = dict(zip(dictionary["term"].to_pylist(), dictionary["concreteness"].to_pylist(), strict=True))
-    found = [scores[word] for word in words if scores.get(word) is not None]
-    return np.array(found, np.float32)
+    return np.array([scores[word] for word in words if scores.get(word) is not None], np.float32)
 
 
 def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> BoundaryChoice:
-    """The smallest candidate with the best balanced accuracy; raises ``UsageError`` when too few words are scored."""
+    """The smallest candidate with the best balanced accuracy; raises ``UsageError`` if too few words have scores."""
     sides = [[word for word, concrete in words.items() if concrete == wanted] for wanted in (True, False)]
     high, low = (_scores_of(dictionary, side) for side in sides)
     if min(len(high), len(low)) < 5:
@@ -135,28 +134,28 @@ def choose_by_retrieval(
 ) -> BoundaryChoice:
     """The smallest candidate whose P@1 is within one standard error of the best.
 
-    ``vectors`` [n, D] and ``labels`` [n] are the validation images; those whose label no other has are not asked for.
-    Memory: n x n floats, and D x ``TERM_CHUNK``.
+    ``vectors`` [n, D] and ``labels`` [n]: the validation images; only those that share their label with another are
+    queries. Memory: n x n floats, and D x ``TERM_CHUNK``.
     """
     codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)[1] if len(labels) else np.zeros(0, np.int64)
-    asked = np.nonzero(np.bincount(codes)[codes] > 1)[0] if len(codes) else codes
-    if len(asked) < 16:
+    queries = np.nonzero(np.bincount(codes)[codes] > 1)[0] if len(codes) else codes
+    if len(queries) < 16:
         raise UsageError(
-            f"the validation split has {len(asked)} images that share a group or category with another, "
+            f"the validation split has {len(queries)} images that share a group or category with another, "
             "16 are needed; name another split as boundary_from.split"
         )
     mean = pools.vectors.astype(np.float32).mean(axis=0)
     images = np.asarray(vectors, np.float32) - mean
     at = CANDIDATES[::RETRIEVAL_EVERY]
-    values = np.array([_p_at_1(images, gram, asked, codes) for gram in _grams(dictionary, pools, mean, at, ridge)])
+    values = np.array([_p_at_1(images, gram, queries, codes) for gram in _grams(dictionary, pools, mean, at, ridge)])
     best = float(values.max())
-    error = float(np.sqrt(best * (1 - best) / len(asked)))
-    chosen = int(np.nonzero(values >= best - error)[0][0])
+    error = float(np.sqrt(best * (1 - best) / len(queries)))
+    smallest = int(np.nonzero(values >= best - error)[0][0])
     return BoundaryChoice(
-        float(at[chosen]),
+        float(at[smallest]),
         "P@1 of the validation images",
         _curve(dictionary, at, values),
-        {"standard_error": round(error, 5), "queries": len(asked)},
+        {"standard_error": round(error, 5), "queries": len(queries)},
     )
 
 
@@ -188,12 +187,12 @@ def _centred_sum(x: NDArray[np.float32], rows: NDArray[np.integer]) -> NDArray[n
 
 
 def _p_at_1(
-    images: NDArray[np.float32], gram: NDArray[np.float64], asked: NDArray[np.integer], codes: NDArray[np.integer]
+    images: NDArray[np.float32], gram: NDArray[np.float64], queries: NDArray[np.integer], codes: NDArray[np.integer]
 ) -> float:
-    """P@1 by cosine in the space of the predictions, whose inner products are x^T (W W^T) y."""
+    """P@1 of ``queries`` by cosine of the predictions, whose inner products are x^T (W W^T) y."""
     values, axes = np.linalg.eigh(gram)
     small = images @ (axes * np.sqrt(np.maximum(values, 0))).astype(np.float32)
     small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-12)
-    similar = small[asked] @ small.T
-    similar[np.arange(len(asked)), asked] = -np.inf
-    return float((codes[similar.argmax(axis=1)] == codes[asked]).mean())
+    similar = small[queries] @ small.T
+    similar[np.arange(len(queries)), queries] = -np.inf
+    return float((codes[similar.argmax(axis=1)] == codes[queries]).mean())

@@ -1,14 +1,14 @@
-"""Samples of every term in one pass: bottom-k sketches that merge in any order, so that no row has to move.
+"""Samples of every term in one pass: bottom-k sketches, which merge in any order.
 
-A key's sketch is its units with the smallest hashes: a term's sketch samples its positives, that of a data set (its key
-starts with ``POOL``) random images, from which negatives are taken. A unit (a product, or an image without one) gives
-one sample at most, so that views of a product never stand on both sides of a hold-out. Nor do pictures of one origin
-(creator): a word that one icon set alone uses is told by the set's style, whatever it means. A row carries the image's
-vector from the first cut on: nothing is looked up afterwards.
+The sketch of a key holds its units with the smallest hashes. The sketch of a term samples its positives; the sketch of
+a data set, whose key starts with ``POOL``, holds random images, from which negatives are taken. A unit (a product, or
+an image without one) gives at most one sample, so views of a product are never on both sides of a hold-out. The same
+holds for pictures of one origin (creator): a classifier can recognise a term used by a single icon set from the set's
+style alone. Each row carries the vector of its image, so nothing has to be looked up afterwards.
 
-Where many tasks sketch, most of what each keeps is cut again when sketches meet. ``find_limits`` on a first, light pass
-(keys and hashes alone) gives the largest hash that each sketch will hold; with these limits the second pass passes on
-little more than the samples themselves. The result is the same with or without.
+When many tasks make sketches, most of their rows are cut again as sketches merge. A first, light pass (keys and hashes
+only) lets ``find_limits`` tell the largest hash that each sketch will hold; with these limits the second pass sends
+little more than the samples. The result is the same with and without limits.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +25,9 @@ from lookalike.config import Config
 from lookalike.data.features import vectors_of
 from lookalike.sampling import mix_keys, stable_keys
 
-POOL = "\x00"  # sketch keys that start so hold a data set's random images, the others a term's positives
-MERGE_ROWS = 1 << 16  # rows of sketches that wait before they are cut
-LARGE_SHARE = 1 / 3  # a creator of more of a data set is no origin in it: what all share tells nothing apart
+POOL = "\x00"  # prefix of the keys of data sets; the other keys are terms
+MERGE_ROWS = 1 << 16  # rows of sketches that are collected before they are merged
+LARGE_SHARE = 1 / 3  # a creator of a larger share of a data set is ignored there: that many pictures cannot be held out
 
 SKETCH = pa.schema(
     [
@@ -40,38 +40,39 @@ SKETCH = pa.schema(
         pa.field("terms", pa.list_(pa.string())),
     ]
 )
-"""Columns of a sketch, beside ``vector`` where the rows had one. ``origin``: hash of what is held out as one, the
-creator, or else the unit. ``terms``: all of the image's, in pools only."""
+"""Columns of a sketch, and ``vector`` if the rows had one. ``origin``: hash of the creator, or else of the unit, whose
+rows are held out together. ``terms``: all terms of the image, in pools only."""
 LIMITS = pa.schema([("key", pa.string()), ("limit", pa.uint64())])
+"""Largest unit hash in the sketch of a key."""
 _ORDER = ["key", "unit_hash", "image_hash", "image_id"]
 
 
 class SampleConfig(Config):
-    """How many images a term and a data set are judged by."""
+    """How many images are sampled."""
 
     positives: int = Field(96, ge=4, le=10_000)
-    """P: positives sampled a term at the most, and as many negatives."""
+    """P: most positives of a term; there are as many negatives."""
     pool: int = Field(2048, ge=16, le=1_000_000)
-    """Random images of each data set that negatives are taken from."""
+    """Random images of each data set, from which negatives are taken."""
     pool_total: int = Field(65_536, ge=16, le=10_000_000)
-    """Random images of all data sets together: with many data sets each gets less. Every task holds these."""
+    """Most random images of all data sets together: with many data sets each gets fewer. Every task holds these."""
     min_units: int = Field(6, ge=2)
-    """Positives (and negatives) from different products or images below which a term is not scored."""
+    """Fewest positives (and negatives), from different products or images, for a term to be scored."""
     hold_out_creators: bool = True
-    """Hold out the pictures of a creator as one: what tells a term must hold for other creators' pictures."""
+    """Hold out all pictures of a creator together: classifiers must recognise a term in pictures of other creators."""
 
     def pool_size(self, datasets: int) -> int:
-        """Random images of each of so many data sets; ``min_units`` at the least."""
+        """Random images of each of ``datasets`` data sets, at least ``min_units``."""
         return max(self.min_units, min(self.pool, self.pool_total // max(datasets, 1)))
 
 
 def sketch_part(
     annotations: pa.Table, rows: pa.Table, config: SampleConfig, *, high: float, seed: int, limits: pa.Table | None
 ) -> pa.Table:
-    """Sketch of a part: ``rows`` (image_id, group, dataset, creator; vector if wanted) are its kept training rows.
+    """Sketch of a part with the kept training rows ``rows`` (image_id, group, dataset, creator; vector if wanted).
 
-    ``annotations`` holds the terms of the part; those at ``high`` or above make their images positives. ``limits``
-    (``LIMITS``): rows of a key with a larger unit hash are left out.
+    ``annotations``: the terms of the part; an image is a positive of terms that score at least ``high``. ``limits``
+    (``LIMITS``): rows with a larger unit hash than the limit of their key are left out.
     """
     frame = _hashed(rows, config.hold_out_creators, seed)
     named = pl.DataFrame(annotations.select(["image_id", "term", "score"]))
@@ -88,15 +89,15 @@ def sketch_part(
     kept = kept.join(terms, on="row", how="left", maintain_order="left").with_columns(
         terms=pl.when(pl.col("key").str.starts_with(POOL)).then("terms")
     )
-    told = (frame[name].gather(kept["row"]) for name in ("dataset", "origin"))
-    table = kept.select(*_ORDER, *told, "terms").to_arrow().cast(SKETCH)
+    details = (frame[name].gather(kept["row"]) for name in ("dataset", "origin"))
+    table = kept.select(*_ORDER, *details, "terms").to_arrow().cast(SKETCH)
     if "vector" in rows.column_names:
         table = table.append_column("vector", rows["vector"].combine_chunks().take(kept["row"].to_arrow()))
     return table
 
 
 def _hashed(rows: pa.Table, by_creator: bool, seed: int) -> pl.DataFrame:
-    """Number of each row with its data set and the hashes of its unit, image and origin."""
+    """``rows`` without vectors, with the row number and the hashes of unit, image and origin."""
     frame = pl.DataFrame(rows.select(["image_id", "group", "dataset", "creator"]))
     unit = frame["group"].fill_null(frame["image_id"])
     units = mix_keys(stable_keys(unit.to_list()), seed, "unit")
@@ -111,15 +112,15 @@ def _hashed(rows: pa.Table, by_creator: bool, seed: int) -> pl.DataFrame:
 
 
 def _cut(frame: pl.DataFrame, config: SampleConfig) -> pl.DataFrame:
-    """One row a unit of a key, and of these the first by hash, as many as the key may have; in order of ``_ORDER``.
+    """One row per unit of a key, at most as many as the key may have, by hash; in order of ``_ORDER``.
 
-    The bound of a pool falls with the number of data sets seen, so a part never cuts what the whole would keep.
+    The bound of a pool falls with the number of data sets seen, so a part never cuts a row that the whole would keep.
     """
-    one_a_unit = frame.sort(_ORDER).unique(["key", "unit_hash"], keep="first", maintain_order=True)
+    units = frame.sort(_ORDER).unique(["key", "unit_hash"], keep="first", maintain_order=True)
     pool = pl.col("key").str.starts_with(POOL)
-    datasets = one_a_unit.filter(pool)["key"].n_unique()
+    datasets = units.filter(pool)["key"].n_unique()
     limit = pl.when(pool).then(config.pool_size(datasets)).otherwise(config.positives)
-    return one_a_unit.filter(pl.int_range(pl.len()).over("key") < limit)
+    return units.filter(pl.int_range(pl.len()).over("key") < limit)
 
 
 def merge_sketches(tables: Sequence[pa.Table], config: SampleConfig) -> pa.Table:
@@ -130,7 +131,7 @@ def merge_sketches(tables: Sequence[pa.Table], config: SampleConfig) -> pa.Table
 
 
 def merge_all(tables: Iterable[pa.Table], config: SampleConfig) -> pa.Table:
-    """``merge_sketches`` of tables that come one by one, at least one; memory: twice the sketch, and ``MERGE_ROWS``."""
+    """``merge_sketches`` of a stream of at least one table; memory: twice the sketch, and ``MERGE_ROWS``."""
     merged: list[pa.Table] = []
     waiting = 0
     for table in tables:
@@ -142,7 +143,7 @@ def merge_all(tables: Iterable[pa.Table], config: SampleConfig) -> pa.Table:
 
 
 def find_limits(units: pa.Table, config: SampleConfig) -> pa.Table:
-    """``LIMITS`` of the keys in ``units`` (key, unit_hash; a whole bucket): the last hash that their sketch will hold.
+    """``LIMITS`` of the keys in ``units`` (key, unit_hash), a whole bucket.
 
     Keys with fewer units than they may have get no limit.
     """
@@ -150,12 +151,12 @@ def find_limits(units: pa.Table, config: SampleConfig) -> pa.Table:
     pool = pl.col("key").str.starts_with(POOL)
     datasets = frame.filter(pool)["key"].n_unique()
     last = pl.when(pool).then(config.pool_size(datasets)).otherwise(config.positives) - 1
-    found = frame.filter(pl.int_range(pl.len()).over("key") == last).rename({"unit_hash": "limit"})
-    return found.to_arrow().cast(LIMITS)
+    limits = frame.filter(pl.int_range(pl.len()).over("key") == last).rename({"unit_hash": "limit"})
+    return limits.to_arrow().cast(LIMITS)
 
 
 def buckets_of(keys: pa.ChunkedArray | pa.Array, buckets: int) -> NDArray[np.int64]:
-    """The bucket of each key: a term's by its hash, below ``buckets``; all pools share bucket ``buckets``."""
+    """Bucket of each key: below ``buckets`` for a term, by its hash; ``buckets`` for all pools."""
     coded = pl.Series(pl.from_arrow(keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys))
     names = coded.unique().sort()
     numbers = (stable_keys(names.to_list()) % np.uint64(buckets)).astype(np.int64)
@@ -165,7 +166,7 @@ def buckets_of(keys: pa.ChunkedArray | pa.Array, buckets: int) -> NDArray[np.int
 
 
 class Pools:
-    """Random images of each data set with their terms, as flat arrays that tasks share without copying.
+    """Random images of each data set with their terms, as flat arrays, which tasks share without copies.
 
     Memory: ``pool_total`` x (2 bytes x dim + 28 bytes + 8 bytes a term), and every distinct term once.
     """
@@ -195,18 +196,18 @@ class Pools:
         return np.asarray(origins[counts > LARGE_SHARE * (stop - start)], dtype=np.uint64)
 
     def origins_of(self, dataset: str, origins: NDArray[np.uint64], units: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """What to hold out as one for images of ``dataset``: ``origins``, or the unit where the origin is large."""
+        """What is held out together, for images of ``dataset``: the origin, or the unit if the origin is large."""
         large = self._large.get(dataset)
         return origins if large is None else np.where(np.isin(origins, large), units, origins)
 
     def rows_of(self, place: int) -> NDArray[np.integer]:
-        """Pool rows of the images that have the term at ``place`` of ``terms``."""
+        """Pool rows of the images with the term ``terms[place]``."""
         return self.rows[self.ends[place - 1] if place else 0 : self.ends[place]]
 
     def without(
         self, term: str, has: NDArray[np.integer], units: NDArray[np.uint64], *, dataset: str, count: int, seed: int
     ) -> NDArray[np.int64]:
-        """Rows of up to ``count`` random images of ``dataset`` that are not among ``has`` and not of ``units``."""
+        """Rows of up to ``count`` random images of ``dataset`` that are neither in ``has`` nor of ``units``."""
         start, stop = self._spans.get(dataset, (0, 0))
         fitting = ~np.isin(self.units[start:stop], units)
         fitting[has[(has >= start) & (has < stop)] - start] = False
@@ -216,29 +217,29 @@ class Pools:
 
 
 class Sample(NamedTuple):
-    """The images that a term is judged by, as feature vectors; both sides hold as many, of the same data sets."""
+    """Feature vectors of the positives and negatives of a term: equally many, from the same data sets."""
 
     positives: NDArray[np.float16]
     """[n, D]"""
     negatives: NDArray[np.float16]
     """[n, D]"""
     folds: NDArray[np.int64]
-    """[2n]: the fold that holds an image out, positives first."""
+    """[2n]: the fold that holds out each image, positives first."""
 
 
 class TermSample(NamedTuple):
-    """A term and its images."""
+    """A term and its sample."""
 
     term: str
     sampled: int
-    """Positives in the sketch; the sample has less where a data set lacks images without the term."""
+    """Positives in the sketch; the sample has fewer if a data set lacks images without the term."""
     sample: Sample
 
 
 def assign_folds(origins: NDArray[np.uint64], folds: int) -> NDArray[np.int64]:
-    """The fold [2n] that holds out each sample, positives before negatives: one for all samples of an origin.
+    """The fold [2n] that holds out each sample, positives before negatives; samples of an origin share their fold.
 
-    Large origins are placed first, each into the fold that holds least of its sides so far.
+    Large origins are placed first, each into the fold with the fewest samples of its sides so far.
     """
     half = len(origins) // 2
     names, places = np.unique(origins, return_inverse=True)
@@ -246,10 +247,10 @@ def assign_folds(origins: NDArray[np.uint64], folds: int) -> NDArray[np.int64]:
     load, fold = [[0] * folds, [0] * folds], np.zeros(len(names), np.int64)
     for place in np.argsort(-counts.sum(axis=0), kind="stable").tolist():
         left, right = counts[:, place].tolist()
-        chosen = min(range(folds), key=lambda f: left * load[0][f] + right * load[1][f])
-        fold[place] = chosen
-        load[0][chosen] += left
-        load[1][chosen] += right
+        lightest = min(range(folds), key=lambda f: left * load[0][f] + right * load[1][f])
+        fold[place] = lightest
+        load[0][lightest] += left
+        load[1][lightest] += right
     return fold[places]
 
 
@@ -264,15 +265,15 @@ def choose_samples(bucket: pa.Table, pools: Pools, folds: int, seed: int) -> Ite
     places = pc.index_in(pa.array(keys[starts], pa.string()), value_set=pools.terms).to_pylist()
     for start, stop, place in zip(starts, np.append(starts[1:], len(keys)), places, strict=True):
         has = pools.rows[:0] if place is None else pools.rows_of(place)
-        own, chosen, held = datasets[start:stop], [], []
+        own, sides, held_out = datasets[start:stop], [], []
         for name in sorted(set(own)):
             mine = np.nonzero(own == name)[0] + start
             others = pools.without(keys[start], has, units[start:stop], dataset=name, count=len(mine), seed=seed)
             mine = mine[: len(others)]
-            chosen.append((mine, others))
-            held.append(pools.origins_of(name, origins[mine], units[mine]))
-        left, right = (np.concatenate(side) for side in zip(*chosen, strict=True))
-        fold = assign_folds(np.concatenate([*held, pools.origins[right]]), folds)
+            sides.append((mine, others))
+            held_out.append(pools.origins_of(name, origins[mine], units[mine]))
+        left, right = (np.concatenate(side) for side in zip(*sides, strict=True))
+        fold = assign_folds(np.concatenate([*held_out, pools.origins[right]]), folds)
         yield TermSample(str(keys[start]), int(stop - start), Sample(vectors[left], pools.vectors[right], fold))
 
 

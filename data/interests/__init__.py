@@ -1,1 +1,1 @@
-"""Interests and clusters of terms, and which of them an image may have. Plain functions, no Ray."""
+"""Interests and clusters of terms, and the labels of images. Plain functions, no Ray."""

@@ -1,8 +1,7 @@
-"""Which terms have several senses, and how interest restriction told their pictures apart.
+"""Terms with several senses, and how interest restriction told their pictures apart.
 
-A term is polysemous here when it belongs to several interests, whether or not the visual dictionary keeps it. For every
-such term and interest the images are counted in which that sense alone was left, in which it was left beside another,
-and in which it was taken away.
+A term is polysemous if it belongs to several interests, whether or not the visual dictionary keeps it. For each of its
+interests the images are counted that kept only this sense, that kept it beside another, and that lost it.
 """
 
 import polars as pl
@@ -17,19 +16,19 @@ POLYSEMY = pa.schema(
         ("removed", pa.int64()),
     ]
 )
-"""One row a term and sense: images with this sense only, with this and another, and without it."""
+"""One row per term and sense: images with only this sense, with this and another sense, and without it."""
 SENSES = pa.schema([("term", pa.string()), ("interest", pa.string()), ("alone", pa.int64()), ("beside", pa.int64())])
 
 
 def senses_left(assigned: pa.Table) -> pl.DataFrame:
-    """One row an image, polysemous term and interest left to it: image_id, term, interest, alone."""
+    """One row per image, polysemous term and interest that was kept: image_id, term, interest, alone."""
     frame = pl.DataFrame(assigned.select(["image_id", "senses"])).explode("senses").drop_nulls("senses")
     found = frame.unnest("senses").with_columns(alone=pl.col("interests").list.len() == 1)
     return found.explode("interests").rename({"interests": "interest"})
 
 
 def count_senses(assigned: pa.Table) -> pa.Table:
-    """``SENSES`` of a part; parts add up. The row without an interest counts all images of its term."""
+    """``SENSES`` of a part; parts add up. The row with the empty interest counts all images of the term."""
     left = senses_left(assigned)
     named = (
         left.drop_nulls("interest")
@@ -46,7 +45,7 @@ def count_senses(assigned: pa.Table) -> pa.Table:
 
 
 def describe_senses(counts: pa.Table) -> pa.Table:
-    """``POLYSEMY`` from the added-up ``SENSES``: the terms with the most images told apart first."""
+    """``POLYSEMY`` from the sum of all ``SENSES``; terms with the most images told apart come first."""
     frame = pl.DataFrame(counts)
     images = frame.filter(pl.col("interest") == "").select("term", images="alone")
     named = (
@@ -62,7 +61,7 @@ def describe_senses(counts: pa.Table) -> pa.Table:
 
 
 def separated(senses: pa.Table, min_images: int) -> dict[str, list[str]]:
-    """Term -> its interests, of the terms for which at least two senses have ``min_images`` images to themselves."""
+    """Term -> its interests that are alone on at least ``min_images`` images, for terms with two such interests."""
     found: dict[str, list[str]] = {}
     for row in senses.to_pylist():
         if row["alone"] >= min_images:

@@ -24,17 +24,17 @@ class InterestConfig(Config):
     """Interests of terms."""
 
     taxonomy: str | None = None
-    """URI of a YAML file, interest -> seed terms; None: the packaged one with 24 interests."""
+    """URI of a YAML file that maps interests to seed terms; None: the packaged file with 24 interests."""
     embedder: str = "minilm"
     """Name in the registry ``lookalike.term_embedder``."""
     score: float = Field(0.5, ge=0, le=1)
-    """Probability at which a term belongs to an interest; one always does, its best."""
+    """Probability from which on a term belongs to an interest. It always belongs to its most probable interest."""
     most: int = Field(3, ge=1, le=24)
-    """Interests of a term at the most."""
+    """Most interests of a term."""
 
 
 def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
-    """Interest -> canonical seed terms; raises ``UsageError`` when the file has another form."""
+    """Interest -> canonical seed terms; raises ``UsageError`` if the file has another form."""
     packaged = files("lookalike.data.interests").joinpath("interests.yaml")
     values = yaml.safe_load(packaged.read_bytes() if uri is None else storage.read_bytes(uri))
     if not isinstance(values, dict) or len(values) < 2 or not all(isinstance(v, list) and v for v in values.values()):
@@ -52,7 +52,7 @@ def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
 
 
 class InterestClassifier:
-    """One logistic classifier an interest on term embeddings: several may apply."""
+    """One logistic classifier per interest, on term embeddings: several interests may apply."""
 
     def __init__(self, taxonomy: Mapping[str, Sequence[str]], embedder: str) -> None:
         from sklearn.linear_model import LogisticRegression
@@ -67,22 +67,22 @@ class InterestClassifier:
         self._seeds = {term: row for term, row in zip(terms, target, strict=True)}
 
     def probabilities(self, terms: Sequence[str], vectors: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """[n, interests]; a seed term is certain of the interests it is listed under.
+        """Probabilities [n, interests]; those of a seed term are 1 for the interests that list it.
 
-        ``vectors`` [n, d]: the terms' embeddings, when they are at hand.
+        ``vectors`` [n, d]: embeddings of the terms; None: they are computed.
         """
         if not terms:
             return np.zeros((0, len(self.interests)), np.float32)
-        given = embed_terms(self._embedder, terms) if vectors is None else vectors
-        found = np.asarray(self._model.predict_proba(given), np.float32).round(4)
+        vectors = embed_terms(self._embedder, terms) if vectors is None else vectors
+        result = np.asarray(self._model.predict_proba(vectors), np.float32).round(4)
         for row, term in enumerate(terms):
             if term in self._seeds:
-                found[row] = np.where(self._seeds[term] > 0, 1.0, np.minimum(found[row], UNLISTED))
-        return found
+                result[row] = np.where(self._seeds[term] > 0, 1.0, np.minimum(result[row], UNLISTED))
+        return result
 
 
 def choose_interests(probabilities: NDArray[np.float32], config: InterestConfig) -> list[list[int]]:
-    """Per term its interests, best first: those at ``score``, ``most`` at most, one at least."""
+    """Interests of each term, best first: those with a probability of at least ``score``, between one and ``most``."""
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, : config.most]
     return [
         [int(i) for rank, i in enumerate(row) if rank == 0 or p[i] >= config.score]
@@ -91,5 +91,5 @@ def choose_interests(probabilities: NDArray[np.float32], config: InterestConfig)
 
 
 def votes(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[n, interests]: a term has one vote, split over its interests; a term of no clear interest has less of one."""
+    """[n, interests]: one vote per term, split over its interests; less than one if no interest is clear."""
     return np.asarray(probabilities / np.maximum(probabilities.sum(axis=1, keepdims=True), 1.0), np.float32)

@@ -1,6 +1,6 @@
-"""Text embeddings of terms, behind a registry: what interests and clusters are found from (Pinterest section 3.2.1).
+"""Text embeddings of terms, from which interests and clusters are made (Pinterest section 3.2.1), behind a registry.
 
-``minilm`` is a small transformer that sees a term as a whole, ``wordllama`` averages static word vectors and is about
+``minilm`` is a small transformer that reads a term as a whole; ``wordllama`` averages static word vectors and is about
 seventy times as fast. Both come inside packages: nothing is downloaded.
 """
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 TermEmbedder = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Terms to unit vectors [n, d]; but for rounding a term's vector must not depend on the terms beside it."""
+"""Terms to unit vectors [n, d]; except for rounding, a vector must not depend on the other terms."""
 TERM_EMBEDDERS: Registry[TermEmbedder] = Registry("term_embedder")
 _BATCH = 64
 
 
 def embed_terms(name: str, terms: Sequence[str]) -> NDArray[np.float32]:
-    """Unit vectors [n, d] of ``terms`` by the embedder called ``name``; an unknown name raises ``UsageError``."""
+    """Unit vectors [n, d] of ``terms`` by the embedder ``name``; an unknown name raises ``UsageError``."""
     embedder = TERM_EMBEDDERS.get(name)
     return embedder(terms) if len(terms) else np.zeros((0, 1), np.float32)
 
@@ -43,7 +43,7 @@ def embed_with_wordllama(terms: Sequence[str]) -> NDArray[np.float32]:
 def _wordllama() -> Any:
     import wordllama
 
-    folder = Path(wordllama.__file__).parent  # the weights lie inside the wheel
+    folder = Path(wordllama.__file__).parent  # the weights are inside the wheel
     return wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
 
 
@@ -54,7 +54,7 @@ def embed_with_minilm(terms: Sequence[str]) -> NDArray[np.float32]:
 
     tokenizer, table, encoder = _minilm()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order: the same clusters on every machine
+    torch.set_num_threads(1)  # the order of sums is fixed: the same clusters on every machine
     order = sorted(range(len(terms)), key=lambda row: (len(terms[row]), terms[row]))
     vectors = np.zeros((len(terms), 384), np.float32)
     try:
@@ -103,7 +103,7 @@ def _embedding_table(weights: "dict[str, torch.Tensor]") -> "Callable[[torch.Ten
 
 
 def _transformer(weights: "dict[str, torch.Tensor]") -> "torch.nn.Module":
-    """BERT's layers as torch's own encoder: the same post-norm block under other names."""
+    """BERT's layers as a torch encoder: the same post-norm block under other names."""
     import torch
 
     layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, batch_first=True)

@@ -1,1 +1,1 @@
-"""The HTML report of the ``labels`` stage. Reads tables and pictures; computes no label."""
+"""The HTML report of the ``labels`` stage. It reads tables and pictures and computes no labels."""

@@ -1,4 +1,4 @@
-"""Plots of the label report and of the shards, as PNG bytes."""
+"""Charts of the label report and of the shards, as PNG bytes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from lookalike.plots import create_figure, to_png
 
 
 def plot_zipf(series: Mapping[str, Sequence[float]]) -> bytes:
-    """Images of a label against its rank, both on log scales; one line a name, each sorted on its own."""
+    """Images of a label against its rank, both on log scales; one sorted line per name."""
     figure, axes = _axes("Rank of the label", "Training images")
     for name, images in series.items():
         axes.loglog(range(1, len(images) + 1), sorted(images, reverse=True), marker=".", linewidth=1, label=name)
@@ -40,7 +40,7 @@ def plot_curve(curve: Sequence[Mapping[str, float]], criterion: str, boundary: f
 
 
 def plot_bars(counts: Mapping[str, int], x: str) -> bytes:
-    """Horizontal bars, the largest on top."""
+    """Horizontal bars, largest on top."""
     figure, axes = _axes(x, "", height=0.6 + 0.2 * len(counts))
     names = sorted(counts, key=lambda name: counts[name])
     axes.barh(names, [counts[name] for name in names], color="#7a9cc6")

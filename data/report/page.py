@@ -1,7 +1,7 @@
-"""Step 7, the report of the ``labels`` stage: what every step did, what the labels look like, what was thrown away.
+"""The report of the ``labels`` stage: what every step did, what the labels look like, what was dropped.
 
-Counts that add up from the corpus to the labels, plots of label frequency, concreteness and interests, the most and
-the least concrete terms, and contact sheets of labels, of dropped terms and of the senses of polysemous terms.
+It shows counts that add up from the corpus to the labels; plots of label frequency, concreteness and interests; the
+most and the least concrete terms; contact sheets of labels, of dropped terms and of the senses of polysemous terms.
 """
 
 import json
@@ -35,17 +35,17 @@ class ReportConfig(Config):
     """Size of the report."""
 
     labels: int = Field(24, ge=0, le=500)
-    """Contact sheets of labels, spread evenly over their ranks by frequency."""
+    """Contact sheets of labels, spread evenly over the ranks by frequency."""
     dropped_terms: int = Field(12, ge=0, le=500)
-    """Contact sheets of dropped terms, the most frequent ones."""
+    """Contact sheets of dropped terms, the most frequent first."""
     polysemous_terms: int = Field(12, ge=0, le=500)
-    """Terms whose senses are shown, those told apart on the most images."""
+    """Terms whose senses are shown, those with the most images told apart first."""
     ranked_terms: int = Field(30, ge=0, le=1000)
     """Terms listed at each end of the ranking by concreteness."""
     images: int = Field(10, ge=1, le=100)
     """Pictures on a sheet."""
     min_images_per_sense: int = Field(2, ge=1)
-    """Images a sense must have to itself for its term to count as told apart."""
+    """Fewest images on which a sense is alone, for its term to count as told apart."""
 
 
 def write_report(out: Draft, corpus: Artifact, stats: dict[str, Any], config: ReportConfig) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def label_sheets(by_rank: list[dict[str, Any]], count: int) -> list[Sheet]:
 
 
 def sense_sheets(polysemy: pa.Table, config: ReportConfig) -> list[Sheet]:
-    """A sheet for every sense of the terms told apart."""
+    """A sheet for every sense of the terms that were told apart."""
     terms = list(separated(polysemy, config.min_images_per_sense).items())[: config.polysemous_terms]
     alone = {(row["term"], row["interest"]): row["alone"] for row in polysemy.to_pylist()}
     return [
@@ -121,13 +121,13 @@ def sense_sheets(polysemy: pa.Table, config: ReportConfig) -> list[Sheet]:
 
 
 def dropped_terms(dictionary: pa.Table, config: ReportConfig) -> list[dict[str, Any]]:
-    """The most frequent terms that were scored and not kept."""
+    """The most frequent terms that were scored but not kept."""
     rows = dictionary.filter(pc.equal(dictionary["status"], "abstract")).to_pylist()
     return sorted(rows, key=lambda row: (-row["images"], row["term"]))[: config.dropped_terms]
 
 
 def ranked_terms(dictionary: pa.Table, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The ``count`` most and least concrete of the scored terms, by the bound of their interval on that side."""
+    """The ``count`` most and ``count`` least concrete terms, by lower and by upper bound of their intervals."""
     rows = [row for row in dictionary.to_pylist() if row["concreteness"] is not None]
     most = sorted(rows, key=lambda row: (-row["low"], row["term"]))[:count]
     least = sorted(rows, key=lambda row: (row["high"], row["term"]))[:count]
@@ -147,7 +147,7 @@ def _images(count: int) -> str:
 
 
 def flow_of(stats: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """What became of the corpus' images, from all of them to those with a label; each step's parts add up."""
+    """(caption, images) from all images of the corpus to those with a label; the numbers add up."""
     splits, dropped = stats["duplicates"]["rows"], stats["duplicates"]["reasons"]
     held_out = [(f"held out for evaluation ({split})", -rows) for split, rows in splits.items() if split != "train"]
     return [

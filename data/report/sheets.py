@@ -1,7 +1,7 @@
 """Contact sheets: pictures of a label, a term or a sense, chosen by hash so that a report does not flatter.
 
-A sheet has a key; each part of the labels gives the images of smallest hash of every key that is wanted, and parts
-merge. The driver holds a few image ids a sheet, and the pictures that are shown.
+Every sheet has a key. Each part of the labels names the images of smallest hash for every wanted key, and parts merge.
+The driver holds a few image ids per sheet, and the pictures that are shown.
 """
 
 import io
@@ -28,7 +28,7 @@ _PICKS = pa.schema([("key", pa.string()), ("hash", pa.uint64()), ("image_id", pa
 
 
 class Sheet(NamedTuple):
-    """One contact sheet: its key and what is written above it."""
+    """Key and caption of a contact sheet."""
 
     key: str
     caption: str
@@ -45,14 +45,14 @@ def term_key(term: str) -> str:
 
 
 def sense_key(term: str, interest: str) -> str:
-    """Key of the images of a polysemous term to which this interest alone was left."""
+    """Key of the images of a polysemous term that kept only this interest."""
     return f"sense/{term}/{interest}"
 
 
 def pick_part(
     labels: pa.Table, annotations: pa.Table, assigned: pa.Table, *, keys: Sequence[str], count: int
 ) -> pa.Table:
-    """``_PICKS`` of a part: of each key the ``count`` images of smallest hash. Parts merge."""
+    """``_PICKS`` of a part: for each key the ``count`` images of smallest hash; parts merge."""
     of_labels = (
         pl.DataFrame(labels.select(["image_id", "labels"]))
         .explode("labels")
@@ -80,7 +80,7 @@ def smallest(frame: pl.DataFrame, count: int) -> pa.Table:
 
 
 def pick_images(items: Sequence[Item], keys: Sequence[str], count: int) -> dict[str, list[str]]:
-    """Key -> ids of its pictures; ``items`` name the three files of each part (``labels``, ``text``, ``assigned``)."""
+    """Key -> ids of its pictures; ``items`` name the files ``labels``, ``text`` and ``assigned`` of each part."""
 
     def task(item: Item) -> pa.Table:
         labels, annotations, assigned = (read_table(item[name]) for name in ("labels", "text", "assigned"))
@@ -91,14 +91,14 @@ def pick_images(items: Sequence[Item], keys: Sequence[str], count: int) -> dict[
         blocks_of(map_parts(items, task)),
         _PICKS.empty_table(),
     )
-    chosen: dict[str, list[str]] = {}
+    picks: dict[str, list[str]] = {}
     for row in merged.to_pylist():
-        chosen.setdefault(row["key"], []).append(row["image_id"])
-    return chosen
+        picks.setdefault(row["key"], []).append(row["image_id"])
+    return picks
 
 
 def fetch_images(corpus: Artifact, image_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Image id -> its row of the corpus (picture, creator, licence), for the few that are shown."""
+    """Image id -> its corpus row (picture, creator, licence), for the few images that are shown."""
     wanted = broadcast(pa.array(image_ids, pa.string()))
 
     def task(item: Item) -> pa.Table:
@@ -113,13 +113,13 @@ def fetch_images(corpus: Artifact, image_ids: Sequence[str]) -> dict[str, dict[s
 
 
 def credits_of(pictures: Sequence[dict[str, Any]]) -> list[str]:
-    """``creator (licence)`` of the pictures, each once; rows that name neither are left out."""
+    """``creator (licence)`` of the pictures, each once; pictures with neither are left out."""
     named = {(row["creator"], row["licence"]) for row in pictures if row["creator"] or row["licence"]}
     return sorted(f"{creator or 'unnamed'} ({licence or 'licence not stated'})" for creator, licence in named)
 
 
 def contact_sheet(images: Sequence[bytes]) -> bytes:
-    """PNG of the pictures side by side, each fitted into a square."""
+    """A PNG of the pictures side by side, each fitted into a square."""
     sheet = Image.new("RGB", (max(1, len(images)) * (CELL_PX + 4), CELL_PX), "white")
     for place, data in enumerate(images):
         image = decode(data)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lookalike import storage
-from lookalike.data.dictionary.concreteness import _stack, score_terms
+from lookalike.data.dictionary.concreteness import score_terms, stack_samples
 from lookalike.data.dictionary.scores import ProbeConfig, digest
 from lookalike.data.dictionary.sketch import Pools, Sample, assign_folds, choose_samples
 from lookalike.data.parts import read_table
@@ -82,7 +82,7 @@ def theirs(samples: list[Sample], **settings: Any) -> NDArray[np.int64]:
 
     hits = []
     for sample in samples:
-        x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], "cpu"))
+        x, target, fold = (tensor[0].numpy() for tensor in stack_samples([sample], "cpu"))
         right = 0
         for number in range(CONFIG.folds):
             train, held = (fold >= 0) & (fold != number), fold == number

@@ -6,7 +6,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lookalike.data.dictionary.concreteness import _batches, _initial, _layers, _stack, score_bucket, score_terms
+from lookalike.data.dictionary.concreteness import (
+    batch_samples,
+    initial_parameters,
+    layers_of,
+    score_bucket,
+    score_terms,
+    stack_samples,
+)
 from lookalike.data.dictionary.scores import DictionaryConfig, ProbeConfig
 from lookalike.data.dictionary.sketch import POOL, SKETCH, Pools, Sample, assign_folds
 from tests.data.dictionary.test_sketch import CONFIG, whole
@@ -97,18 +104,18 @@ def test_the_models_themselves_are_equal_bit_for_bit_in_any_batch(
 
 def test_batches_hold_every_sample_once_within_the_bound() -> None:
     samples = make_samples([6, 17, 40, 40, 41, 40, 9, 16], 10, 1.0)
-    assert list(_batches(samples, 2 * 96 * 10)) == [[0, 6, 7], [1], [2, 3], [4, 5]]
-    assert list(_batches(samples, 1)) == [[0], [6], [7], [1], [2], [3], [4], [5]]
+    assert list(batch_samples(samples, 2 * 96 * 10)) == [[0, 6, 7], [1], [2, 3], [4, 5]]
+    assert list(batch_samples(samples, 1)) == [[0], [6], [7], [1], [2], [3], [4], [5]]
 
 
 def test_written_out_gradients_against_autograd() -> None:
     """The same training by autograd and torch's plain optimizer, fold by fold on the training rows alone."""
     samples, config = make_samples([20, 16], 6, 1.5, seed=5), ProbeConfig(hidden=4, steps=5)
     for sample in samples:
-        x, target, fold = (tensor[0] for tensor in _stack([sample], "cpu"))
+        x, target, fold = (tensor[0] for tensor in stack_samples([sample], "cpu"))
         hits = 0
         for number in range(config.folds):
-            first, bias, second, last = _layers(_initial(6, config, 1)[None], 6, config)
+            first, bias, second, last = layers_of(initial_parameters(6, config, 1)[None], 6, config)
             own = slice(4 * number, 4 * number + 4)
             model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
             with torch.no_grad():
@@ -135,7 +142,7 @@ def test_written_out_gradients_against_autograd() -> None:
 
 def test_features_are_scaled_by_the_terms_own_samples() -> None:
     (sample,) = make_samples([20], 6, 1.0)
-    x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], "cpu"))
+    x, target, fold = (tensor[0].numpy() for tensor in stack_samples([sample], "cpu"))
     both = np.concatenate(sample[:2]).astype(np.float64)
     assert x.shape == (64, 6)
     assert np.allclose(x[:40], (both - both.mean(axis=0)) / both.std(axis=0), atol=1e-3)
@@ -153,7 +160,7 @@ def test_accuracy_against_scikit_learn_on_the_same_folds() -> None:
     ours = accuracy(samples, ProbeConfig())
     theirs = []
     for sample in samples:
-        x, target, fold = (tensor[0].numpy() for tensor in _stack([sample], "cpu"))
+        x, target, fold = (tensor[0].numpy() for tensor in stack_samples([sample], "cpu"))
         hits = 0
         for number in range(3):
             model = MLPClassifier((16,), max_iter=60, random_state=0, learning_rate_init=0.005)
