@@ -38,9 +38,8 @@ def project(vectors: NDArray[np.floating], out: int, seed: int) -> NDArray[np.fl
     rows = unit_rows(vectors)
     if rows.shape[1] <= out:
         return rows
-    return unit_rows(
-        rows.astype(np.float64) @ _matrix(rows.shape[1], out, seed)
-    )  # in double, so that all batches round alike
+    matrix = _matrix(rows.shape[1], out, seed)
+    return unit_rows(rows.astype(np.float64) @ matrix)  # in double, so that all batches round alike
 
 
 def vectors_of(table: pa.Table, column: str = "vector") -> NDArray[Any]:
