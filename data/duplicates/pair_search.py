@@ -57,7 +57,6 @@ class TwinPairs(NamedTuple):
     cosine: NDArray[np.float32]
 
     def take(self, places: NDArray[Any]) -> "TwinPairs":
-        """Some of the pairs."""
         return TwinPairs(*(values[places] for values in self))
 
     @staticmethod

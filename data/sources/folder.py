@@ -70,7 +70,6 @@ class FolderReader(Reader):
 
     @property
     def base(self) -> str:
-        """See ``Reader``."""
         return self.source.base_uri or self.source.uri
 
     def files(self) -> list[str]:
@@ -85,7 +84,6 @@ class FolderReader(Reader):
         return None if kind is None else kind(self.source, self.max_bytes)
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        """See ``Reader``."""
         if (table := self._table(uri)) is not None:
             yield from table.units(uri, rows_per_part)
             return
@@ -101,7 +99,6 @@ class FolderReader(Reader):
             yield {"uri": uri, "first": first, "last": name}
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        """See ``Reader``."""
         if (table := self._table(unit["uri"])) is not None:
             yield from table.read(unit)
             return

@@ -22,7 +22,6 @@ class LanceReader(Reader):
         return [storage.absolute(self.source.uri)]
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        """See ``Reader``."""
         dataset = _open(uri)
         resolve_schema(self.source.columns, dataset.schema, f"source {uri}", self.natural)
         rows = dataset.count_rows()
@@ -30,7 +29,6 @@ class LanceReader(Reader):
             yield {"uri": uri, "version": dataset.version, "start": start, "stop": min(start + rows_per_part, rows)}
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        """See ``Reader``."""
         dataset = _open(unit["uri"], unit["version"])
         columns = resolve_schema(self.source.columns, dataset.schema, f"source {unit['uri']}", self.natural)
         scanner = dataset.scanner(

@@ -37,7 +37,6 @@ class ParquetReader(Reader):
     suffixes = (".parquet",)
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        """See ``Reader``."""
         filesystem, path = storage.arrow_filesystem(uri)
         try:
             metadata = pq.read_metadata(path, filesystem=filesystem)
@@ -52,7 +51,6 @@ class ParquetReader(Reader):
         return resolve_schema(self.source.columns, schema, f"source {uri}", self.natural)
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        """See ``Reader``."""
         filesystem, path = storage.arrow_filesystem(unit["uri"])
         with pq.ParquetFile(path, filesystem=filesystem) as file:
             columns = self._columns(file.schema_arrow, unit["uri"])

@@ -77,7 +77,6 @@ class JsonlReader(Reader):
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        """See ``Reader``."""
         lines = self._sample(uri)
         records = [record for line in lines if UNREADABLE not in (record := parse_object(line))]
         if records:
@@ -97,7 +96,6 @@ class JsonlReader(Reader):
             return [line for line in islice(read_lines(file, 0, SAMPLE_BYTES), SAMPLE_ROWS) if line]
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        """See ``Reader``."""
         wanted = candidates(self.source.columns, self.natural)
         with open_buffered(unit["uri"]) as file:
             for line in read_lines(file, unit["start"], unit["stop"]):
@@ -116,7 +114,6 @@ class CsvReader(Reader):
     suffixes = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        """See ``Reader``."""
         with self._rows(uri) as rows:
             header = next(rows, [])
         if header:
@@ -132,7 +129,6 @@ class CsvReader(Reader):
             yield csv.reader(text, delimiter=delimiter, strict=True)
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        """See ``Reader``."""
         with self._rows(unit["uri"]) as rows:
             header = next(rows)
             columns = resolve(self.source.columns, header, f"source {unit['uri']}", self.natural)

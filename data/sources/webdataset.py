@@ -113,7 +113,6 @@ class WebDatasetReader(Reader):
             yield from group_members(read_members(file, self.max_bytes))
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        """See ``Reader``."""
         wanted = candidates(self.source.columns, self.natural)
         for record in self._records(unit["uri"]):
             yield {UNREADABLE: record[UNREADABLE]} if UNREADABLE in record else pick_fields(record, wanted)
