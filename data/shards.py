@@ -305,13 +305,13 @@ def run(run: StageRun[ShardsConfig]) -> None:
         write = partial(write_shard, out=out, rows_per_group=config.rows_per_group, num_labels=len(names))
         by_shard = placed.groupby("place", num_partitions=partitions)
         written = by_shard.map_groups(write, batch_format="pyarrow", concurrency=config.concurrency)
-        rows, epoch, label_epoch, known = {}, 0.0, np.zeros(len(names)), np.zeros(len(stated), np.int64)
+        rows, epoch, label_epoch, with_class = {}, 0.0, np.zeros(len(names)), np.zeros(len(stated), np.int64)
         for block in blocks_of(written):
             for entry in block.to_pylist():
                 rows[entry["file"]] = entry["rows"]
                 epoch += entry["epoch"]
                 label_epoch += entry["label_epoch"]
-                known += np.array(entry["attributes"], np.int64)
+                with_class += np.array(entry["attributes"], np.int64)
     run.out.write_json(
         "classes.json",
         {
@@ -326,7 +326,7 @@ def run(run: StageRun[ShardsConfig]) -> None:
     run.out.stats = _stats(rows, dict(counts), classes, epoch, label_epoch)
     run.out.stats["attributes"] = {
         name: {"classes": len(values), "images": int(images)}
-        for (name, values), images in zip(classes.attributes.items(), known, strict=True)
+        for (name, values), images in zip(classes.attributes.items(), with_class, strict=True)
     }
     plain = classes.label_frequency * counts.get(("labelled", ""), 0)
     storage.write_atomic(

@@ -84,15 +84,15 @@ def sketch_part(
         both = both.join(pl.DataFrame(limits), on="key", how="left").filter(
             pl.col("unit_hash") <= pl.col("limit").fill_null(2**64 - 1)
         )
-    kept = _cut(both, config)
+    sketch = _cut(both, config)
     terms = named.join(frame, on="image_id").group_by("row").agg(terms=pl.col("term").sort())
-    kept = kept.join(terms, on="row", how="left", maintain_order="left").with_columns(
+    sketch = sketch.join(terms, on="row", how="left", maintain_order="left").with_columns(
         terms=pl.when(pl.col("key").str.starts_with(POOL)).then("terms")
     )
-    details = (frame[name].gather(kept["row"]) for name in ("dataset", "origin"))
-    table = kept.select(*_ORDER, *details, "terms").to_arrow().cast(SKETCH)
+    details = (frame[name].gather(sketch["row"]) for name in ("dataset", "origin"))
+    table = sketch.select(*_ORDER, *details, "terms").to_arrow().cast(SKETCH)
     if "vector" in rows.column_names:
-        table = table.append_column("vector", rows["vector"].combine_chunks().take(kept["row"].to_arrow()))
+        table = table.append_column("vector", rows["vector"].combine_chunks().take(sketch["row"].to_arrow()))
     return table
 
 
@@ -103,8 +103,8 @@ def _hashed(rows: pa.Table, by_creator: bool, seed: int) -> pl.DataFrame:
     units = mix_keys(stable_keys(unit.to_list()), seed, "unit")
     images = mix_keys(stable_keys(frame["image_id"].to_list()), seed, "image")
     creators = mix_keys(stable_keys(frame["creator"].fill_null("").to_list()), seed, "origin")
-    known = (frame["creator"].fill_null("") != "").to_numpy() & by_creator
-    hashes = {"unit_hash": units, "image_hash": images, "origin": np.where(known, creators, units)}
+    has_creator = (frame["creator"].fill_null("") != "").to_numpy() & by_creator
+    hashes = {"unit_hash": units, "image_hash": images, "origin": np.where(has_creator, creators, units)}
     return frame.with_columns(
         row=pl.int_range(pl.len(), dtype=pl.Int64),
         **{name: pl.Series(values, dtype=pl.UInt64) for name, values in hashes.items()},

@@ -77,18 +77,18 @@ def held_out_groups(signatures: pa.Table) -> set[str]:
     return set(held_out["group"].drop_null().unique().to_pylist())
 
 
-def _classed(signatures: pa.Table, held: Set[str]) -> pl.DataFrame:
+def _classed(signatures: pa.Table, held_groups: Set[str]) -> pl.DataFrame:
     """The rows that take part, each with number and id of the first row of its class."""
     frame = pl.DataFrame(signatures.select(LIGHT)).sort("row")
     train = pl.col("split") == "train"
-    out = train & pl.col("group").is_in(list(held)).fill_null(value=False)
+    out = train & pl.col("group").is_in(list(held_groups)).fill_null(value=False)
     frame = frame.filter(~out).with_columns(grouped=train & pl.col("group").is_not_null())
     return frame.with_columns(pl.col("row", "image_id").first().over(_CLASS).name.prefix("first_"))
 
 
-def find_leaders(signatures: pa.Table, held: Set[str]) -> pa.Table:
-    """``LEADERS`` of a part; ``held``: the groups whose training rows are dropped."""
-    frame = _classed(signatures, held)
+def find_leaders(signatures: pa.Table, held_groups: Set[str]) -> pa.Table:
+    """``LEADERS`` of a part; ``held_groups``: the groups whose training rows are dropped."""
+    frame = _classed(signatures, held_groups)
     return frame.filter(pl.col("row") == pl.col("first_row")).select(LEADERS.names).to_arrow().cast(LEADERS)
 
 
@@ -115,14 +115,14 @@ def find_copies(leaders: pa.Table) -> pa.Table:
     return copies.sort("row").to_arrow().cast(COPIES)
 
 
-def select_searched(signatures: pa.Table, held: Set[str], copies: pa.Table) -> pa.Table:
+def select_searched(signatures: pa.Table, held_groups: Set[str], copies: pa.Table) -> pa.Table:
     """The rows of a part that are searched: the first of their class in the whole corpus."""
-    leaders = find_leaders(signatures, held)
+    leaders = find_leaders(signatures, held_groups)
     apart = pc.is_in(leaders["row"], value_set=copies["row"].combine_chunks())
     return signatures.filter(pc.is_in(signatures["row"], value_set=leaders.filter(pc.invert(apart))["row"]))
 
 
-def settle_part(signatures: pa.Table, held: Set[str], copies: pa.Table, fates: pa.Table) -> pa.Table:
+def settle_part(signatures: pa.Table, held_groups: Set[str], copies: pa.Table, fates: pa.Table) -> pa.Table:
     """``DROPPED`` of a part, from the fates of its rows and of the leaders that they follow.
 
     ``copies``: those of the part; ``fates``: those of its searched rows and of the leaders of its copies.
@@ -130,7 +130,7 @@ def settle_part(signatures: pa.Table, held: Set[str], copies: pa.Table, fates: p
     frame = pl.DataFrame(signatures.select(LIGHT))
     follow = pl.DataFrame(copies).rename({"row": "first_row", "component": "own", "split": "test"})
     joined = (
-        _classed(signatures, held)
+        _classed(signatures, held_groups)
         .filter(pl.col("split") == "train")
         .drop("split")
         .join(follow, on="first_row", how="left")
@@ -153,6 +153,6 @@ def settle_part(signatures: pa.Table, held: Set[str], copies: pa.Table, fates: p
         row="row",
         keeper=pl.when(to_leader).then("leader").otherwise("keeper"),
     )
-    out = frame.filter((pl.col("split") == "train") & pl.col("group").is_in(list(held)).fill_null(value=False))
+    out = frame.filter((pl.col("split") == "train") & pl.col("group").is_in(list(held_groups)).fill_null(value=False))
     gone = out.select("image_id", "row", component="image_id", reason=pl.lit("group_in_test"))
     return pl.concat([settled, gone], how="diagonal").sort("row").select(DROPPED.names).to_arrow().cast(DROPPED)

@@ -71,10 +71,14 @@ def _drop_later_twins(inside: pl.DataFrame, gone: set[int]) -> list[bool]:
 
 def find_duplicates(signatures: pa.Table, config: DedupConfig) -> pa.Table:
     """``DROPPED`` of a corpus that one task holds: it compares all rows."""
-    held = held_out_groups(signatures) if config.hold_out_groups else set()
-    copies = find_copies(find_leaders(signatures, held)) if signatures.num_rows else find_copies(LEADERS.empty_table())
-    pairs = search_cell(select_searched(signatures, held, copies), config)
-    return settle_part(signatures, held, copies, decide_fates(merge_pairs(pairs)))
+    held_groups = held_out_groups(signatures) if config.hold_out_groups else set()
+    copies = (
+        find_copies(find_leaders(signatures, held_groups))
+        if signatures.num_rows
+        else find_copies(LEADERS.empty_table())
+    )
+    pairs = search_cell(select_searched(signatures, held_groups, copies), config)
+    return settle_part(signatures, held_groups, copies, decide_fates(merge_pairs(pairs)))
 
 
 def split_parts(dropped: pa.Table, parts: int) -> Iterator[tuple[int, pa.Table]]:

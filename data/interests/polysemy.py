@@ -23,8 +23,8 @@ SENSES = pa.schema([("term", pa.string()), ("interest", pa.string()), ("alone", 
 def senses_left(assigned: pa.Table) -> pl.DataFrame:
     """One row per image, polysemous term and interest that was kept: image_id, term, interest, alone."""
     frame = pl.DataFrame(assigned.select(["image_id", "senses"])).explode("senses").drop_nulls("senses")
-    found = frame.unnest("senses").with_columns(alone=pl.col("interests").list.len() == 1)
-    return found.explode("interests").rename({"interests": "interest"})
+    senses = frame.unnest("senses").with_columns(alone=pl.col("interests").list.len() == 1)
+    return senses.explode("interests").rename({"interests": "interest"})
 
 
 def count_senses(assigned: pa.Table) -> pa.Table:
@@ -62,8 +62,8 @@ def describe_senses(counts: pa.Table) -> pa.Table:
 
 def separated(senses: pa.Table, min_images: int) -> dict[str, list[str]]:
     """Term -> its interests that are alone on at least ``min_images`` images, for terms with two such interests."""
-    found: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     for row in senses.to_pylist():
         if row["alone"] >= min_images:
-            found.setdefault(row["term"], []).append(row["interest"])
-    return {term: interests for term, interests in found.items() if len(interests) > 1}
+            grouped.setdefault(row["term"], []).append(row["interest"])
+    return {term: interests for term, interests in grouped.items() if len(interests) > 1}

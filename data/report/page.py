@@ -60,7 +60,7 @@ def write_report(out: Draft, corpus: Artifact, stats: dict[str, Any], config: Re
     }
     keys = [sheet.key for sheets in sections.values() for sheet in sheets]
     picks = pick_images(_part_files(out), keys, config.images)
-    images = fetch_images(corpus, sorted({image_id for chosen in picks.values() for image_id in chosen}))
+    images = fetch_images(corpus, sorted({image_id for ids in picks.values() for image_id in ids}))
     shown = {
         name: [
             _write_sheet(out, f"{name}-{n}.png", sheet, [images[i]["image"] for i in picks.get(sheet.key, [])])
@@ -102,10 +102,10 @@ def _part_files(out: Draft) -> list[dict[str, Any]]:
 
 def label_sheets(by_rank: list[dict[str, Any]], count: int) -> list[Sheet]:
     """Sheets of ``count`` labels, spread evenly over ``by_rank``."""
-    chosen = [by_rank[i * len(by_rank) // count] for i in range(count)] if by_rank else []
+    spread = [by_rank[i * len(by_rank) // count] for i in range(count)] if by_rank else []
     return [
         Sheet(label_key(label), f"{entry['name']} - {_images(entry['images'])}")
-        for label, entry in {entry["label"]: entry for entry in chosen}.items()
+        for label, entry in {entry["label"]: entry for entry in spread}.items()
     ]
 
 

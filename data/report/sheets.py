@@ -68,9 +68,9 @@ def pick_part(
         .filter("alone")
         .select(key=pl.format("sense/{}/{}", "term", "interest"), image_id="image_id")
     )
-    found = pl.concat([of_labels, of_terms, of_senses]).filter(pl.col("key").is_in(list(keys)))
-    hashes = pl.Series("hash", stable_keys(found["image_id"].to_list()), dtype=pl.UInt64)
-    return smallest(found.with_columns(hashes).select(_PICKS.names), count)
+    images = pl.concat([of_labels, of_terms, of_senses]).filter(pl.col("key").is_in(list(keys)))
+    hashes = pl.Series("hash", stable_keys(images["image_id"].to_list()), dtype=pl.UInt64)
+    return smallest(images.with_columns(hashes).select(_PICKS.names), count)
 
 
 def smallest(frame: pl.DataFrame, count: int) -> pa.Table:

@@ -65,7 +65,7 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
         return dict(json.loads(storage.read_bytes(mark)))
     accepted: Counter[str] = Counter()
     row = quarantined = 0
-    seen: set[str] = set()
+    accepted_ids: set[str] = set()
     with (
         PartWriter(lambda place: files.part(number, place), CORPUS, checks.rows_per_file) as parts,
         PartWriter(lambda _: files.of("ids", number), IDS) as ids,
@@ -74,7 +74,7 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
         for records in _batches(reader, unit):
             fetch_images(records, reader.base, checks.limits.max_bytes)
             origin = RecordOrigin(unit["uri"], row, reader.source, checks.seed)
-            checked = check_records(records, origin, limits=checks.limits, seen=seen)
+            checked = check_records(records, origin, limits=checks.limits, accepted_ids=accepted_ids)
             parts.write(checked.accepted)
             ids.write(_ids(checked.accepted, number, checked.rows))
             refused.write(checked.quarantine)

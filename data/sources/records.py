@@ -52,25 +52,25 @@ class CheckedRecords(NamedTuple):
 
 
 def check_records(
-    records: Sequence[Record], origin: RecordOrigin, *, limits: RecordLimits, seen: set[str]
+    records: Sequence[Record], origin: RecordOrigin, *, limits: RecordLimits, accepted_ids: set[str]
 ) -> CheckedRecords:
     """Check ``records`` and turn the acceptable ones into corpus rows.
 
-    An image is given as bytes, or as the ``ImageError`` that fetching it raised. ``seen`` holds the ids accepted so far
-    and is extended: of acceptable records with the same id the first stays. Reasons of refusal: for the record, the
-    reader's; for the image id, ``null``, ``not_utf8``, ``wrong_type``, ``control_characters``, ``too_long`` and
-    ``duplicate``; for the image, ``null``, ``wrong_type``, ``too_many_bytes``, ``too_small`` and those of
-    ``images.decode`` and ``fetch_images``. Repairs: those of ``texts``, and a title that is ``empty``.
+    An image is given as bytes, or as the ``ImageError`` that fetching it raised. ``accepted_ids`` is extended: of
+    acceptable records with the same id the first stays. Reasons of refusal: for the record, those of its reader; for
+    the image id, ``null``, ``not_utf8``, ``wrong_type``, ``control_characters``, ``too_long`` and ``duplicate``; for
+    the image, ``null``, ``wrong_type``, ``too_many_bytes``, ``too_small`` and those of ``images.decode`` and
+    ``fetch_images``. Repairs: those of ``texts``, and a title that is ``empty``.
     """
     accepted: list[dict[str, Any]] = []
     rows: list[int] = []
     problems: list[dict[str, Any]] = []
     for number, record in enumerate(records, origin.first_row):
         row: dict[str, Any] = dict.fromkeys(CORPUS.names)
-        reasons = _refuse(record, row, origin, limits, seen)
+        reasons = _refuse(record, row, origin, limits, accepted_ids)
         if not reasons:
             reasons = _fill(record, row, origin, limits)
-            seen.add(row["image_id"])
+            accepted_ids.add(row["image_id"])
             accepted.append(row)
             rows.append(number)
         problems += [
@@ -83,7 +83,7 @@ def check_records(
 
 
 def _refuse(
-    record: Record, row: dict[str, Any], origin: RecordOrigin, limits: RecordLimits, seen: set[str]
+    record: Record, row: dict[str, Any], origin: RecordOrigin, limits: RecordLimits, accepted_ids: set[str]
 ) -> list[tuple[str, str]]:
     """(field, reason) of the first problem that keeps a record out, else nothing; fills in id, image and its size."""
     if UNREADABLE in record:
@@ -94,7 +94,7 @@ def _refuse(
     if not text:
         return [("image_id", "null")]
     row["image_id"] = origin.source.id_prefix + text
-    if row["image_id"] in seen:
+    if row["image_id"] in accepted_ids:
         return [("image_id", "duplicate")]
     reason = _refuse_image(record.get("image"), row, limits)
     return [] if reason is None else [("image", reason)]

@@ -83,8 +83,8 @@ def load_part(job: LabelJob, item: Item, columns: list[str]) -> tuple[pa.Table, 
     name = part_name(item["number"])
     rows = read_table(job.out.work("signatures", name), [*columns, "split"])
     rows = rows.append_column("creator", read_table(item["uri"], ["creator"])["creator"])
-    kept = keep_training(rows, read_table(job.out.path("duplicates.parquet", name)))
-    return kept, read_table(job.out.path("annotations.parquet", name))
+    training = keep_training(rows, read_table(job.out.path("duplicates.parquet", name)))
+    return training, read_table(job.out.path("annotations.parquet", name))
 
 
 def _spans(job: LabelJob) -> list[Item]:
@@ -117,8 +117,8 @@ def _exchange_sketches(
     shared = broadcast(limits)
 
     def sketch(item: Item) -> pa.Table:
-        kept, annotations = load_part(job, item, columns)
-        return sketch_part(annotations, kept, config, high=high, seed=seed, limits=shared())
+        rows, annotations = load_part(job, item, columns)
+        return sketch_part(annotations, rows, config, high=high, seed=seed, limits=shared())
 
     def spread(span: Item) -> pa.Table:
         merged = merge_all((sketch(item) for item in span["parts"]), config)
@@ -187,8 +187,8 @@ def _validation_images(job: LabelJob, config: BoundaryConfig) -> pa.Table:
         signed = read_table(storage.join(signatures, part_name(item["number"])), columns)
         label = pc.coalesce(signed["group"], read_table(item["uri"], ["category"])["category"])
         rows = signed.select(["image_id", "vector"]).append_column("label", label)
-        chosen = rows.filter(pc.and_(pc.equal(signed["split"], config.split), pc.is_valid(label)))
-        return first_by_hash(chosen, config.images, seed)
+        usable = rows.filter(pc.and_(pc.equal(signed["split"], config.split), pc.is_valid(label)))
+        return first_by_hash(usable, config.images, seed)
 
     blocks = list(blocks_of(job.map(job.parts, task)))
     return first_by_hash(pa.concat_tables(blocks), config.images, seed) if blocks else _VALID.empty_table()

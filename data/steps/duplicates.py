@@ -86,13 +86,13 @@ def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
     search = job.once("pairs", cells.search_cells, rows)
     decided = job.once("fates", fates.decide, search["pairs"], search["inside"])["fates"]
     fates.send_fates(job, decided + copies)
-    out, work, config, held = job.out.uri, job.out.work(), job.config.dedup, broadcast(cells.held_groups(job))
+    out, work, config, held_groups = job.out.uri, job.out.work(), job.config.dedup, broadcast(cells.held_groups(job))
 
     def task(item: Item) -> pa.Table:
         number = item["number"]
         settled = settle_part(
             read_table(item["uri"]),
-            held(),
+            held_groups(),
             read_part(storage.join(work, "copies"), number, COPIES),
             read_part(storage.join(work, "fates"), number, FATES),
         )
@@ -134,14 +134,14 @@ def judge_labelled(job: LabelJob) -> dict[str, float]:
 
     dim = read_table(items[0]["uri"], ["vector"]).schema.field("vector").type.list_size
     signatures = collect(job.map(items, task), signature_schema(dim))
-    known = signatures["image_id"].combine_chunks()
-    missing = ids.filter(pc.invert(pc.is_in(ids, value_set=known)))
+    known_ids = signatures["image_id"].combine_chunks()
+    missing = ids.filter(pc.invert(pc.is_in(ids, value_set=known_ids)))
     if len(missing):
         raise UsageError(
             f"dedup.labelled_pairs {uri} names {len(missing)} images that are not in the corpus, "
             f"{missing[0].as_py()!r} for one; remove their pairs"
         )
-    places = [pc.index_in(pairs[side], value_set=known).to_numpy() for side in ("left", "right")]
+    places = [pc.index_in(pairs[side], value_set=known_ids).to_numpy() for side in ("left", "right")]
     left, right = (place.astype(np.int64) for place in places)
     return judge_pairs(pictures_of(signatures, config.mirrored), left, right, pairs["duplicate"].to_numpy(), config)
 

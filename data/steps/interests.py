@@ -37,8 +37,8 @@ def cluster(job: LabelJob) -> dict[str, Any]:
     dictionary = read_table(job.out.path("dictionary.parquet"))
     if job.config.dictionary.restrict:
         dictionary = dictionary.filter(pc.equal(dictionary["status"], "kept"))
-    kept = dictionary["term"].to_pylist()
-    if not kept:
+    visible = dictionary["term"].to_pylist()
+    if not visible:
         settings = job.config.dictionary
         at = "the chosen boundary" if settings.boundary_from else f"dictionary.boundary={settings.boundary}"
         raise UsageError(
@@ -61,16 +61,16 @@ def cluster(job: LabelJob) -> dict[str, Any]:
     if job.previous is not None:
         previous = read_table(job.previous.path("clusters.parquet"))
         next_id = int(job.previous.stats["next_cluster"])
-    renamed = carry_over(clusters_of(kept), previous, next_id, config.carry_over)
+    renamed = carry_over(clusters_of(visible), previous, next_id, config.carry_over)
     write_table(job.out.path("clusters.parquet"), renamed.clusters)
     write_table(job.out.work("all_clusters.parquet"), clusters_of(terms))
     flat = pa.array(votes(probabilities).reshape(-1), pa.float32())
     table = pa.table({"term": terms, "vote": pa.FixedSizeListArray.from_arrays(flat, len(classifier.interests))})
     write_table(job.out.work("votes.parquet"), table)
     return {
-        "terms": len(kept),
+        "terms": len(visible),
         "clusters": len(renamed.clusters["cluster"].unique()),
-        "polysemous_terms": sum(len(interests_of[place[term]]) > 1 for term in kept),
+        "polysemous_terms": sum(len(interests_of[place[term]]) > 1 for term in visible),
         "carried_over": renamed.carried,
         "next_cluster": renamed.next_id,
         "interests": classifier.interests,
@@ -88,8 +88,8 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
     clusters, all_clusters = _clusters(job)
     classes = labelling.describe_classes(clusters, columns, per_label, _previous_labels(job))
     out.write_json("classes.json", classes)
-    kept = len(clusters["term"].unique())
-    terms = dict(zip(labelling.VARIANTS, (len(all_clusters["term"].unique()), kept, kept), strict=True))
+    visible = len(clusters["term"].unique())
+    terms = dict(zip(labelling.VARIANTS, (len(all_clusters["term"].unique()), visible, visible), strict=True))
     return {
         "images": images,
         "labelled_images": labelled,

@@ -235,7 +235,3 @@ def test_wrong_sources_are_explained_before_any_work(tmp_path: Path, root: str) 
     uri = write_source(f"{tmp_path}", 50)
     with pytest.raises(CorpusError, match=r"column 'name', mapped to 'title', is absent.*the file has image_id"):
         build(root, uri, columns={"title": "name"})
-    with open(f"{tmp_path}/fake.parquet", "wb") as file:
-        file.write(b"not parquet")
-    with pytest.raises(CorpusError, match="not a readable parquet file"):
-        build(root, f"{tmp_path}/fake.parquet")

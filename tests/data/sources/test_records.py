@@ -45,7 +45,7 @@ def bomb() -> bytes:
 
 
 def check_list(records: list[dict[str, Any]], **settings: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-    checked = check_records(records, origin(**settings), limits=LIMITS, seen=set())
+    checked = check_records(records, origin(**settings), limits=LIMITS, accepted_ids=set())
     assert checked.accepted.num_rows == len(checked.rows)
     return checked.accepted.to_pylist(), [(r["row"], r["field"], r["reason"]) for r in checked.quarantine.to_pylist()]
 
@@ -75,14 +75,12 @@ def test_bad_images_are_quarantined_with_the_reason(data: bytes | None, reason: 
 
 def test_null_and_repeated_ids_are_refused_and_the_first_acceptable_one_stays() -> None:
     table = pa.table({"image_id": ["a", None, "", "a", "b", "b"], "image": [PNG] * 4 + [b""] + [PNG]})
-    accepted, problems = check(table)
-    assert [row["image_id"] for row in accepted] == ["a", "b"]
-    assert problems == [
-        (1, "image_id", "null"),
-        (2, "image_id", "null"),
-        (3, "image_id", "duplicate"),
-        (4, "image", "empty"),
-    ]
+    records = arrow_records(table, {"image_id": "image_id", "image": "image"})
+    checked = check_records(list(records), origin(), limits=LIMITS, accepted_ids=set())
+    assert checked.accepted["image_id"].to_pylist() == ["a", "b"]
+    assert checked.rows == [0, 5]
+    assert checked.quarantine["row"].to_pylist() == [1, 2, 3, 4]
+    assert count_reasons(checked.quarantine) == {"image_id: null": 2, "image_id: duplicate": 1, "image: empty": 1}
 
 
 def test_ids_that_cannot_be_ids() -> None:
@@ -114,17 +112,12 @@ def test_titles_that_are_empty_or_not_utf8_are_repaired_and_reported(kind: pa.Da
     ]
 
 
-def test_no_title_column_is_no_problem() -> None:
-    accepted, problems = check(pa.table({"image_id": ["a"], "image": [png()]}))
-    assert accepted[0]["title"] is None
-    assert problems == []
-
-
 def test_types_are_brought_into_form() -> None:
     group = pa.array(["g"]).dictionary_encode()
     table = pa.table({"image_id": [7], "image": [png()], "keywords": ["red, sofa,"], "group": group})
-    accepted, _ = check(table)
-    assert (accepted[0]["image_id"], accepted[0]["keywords"], accepted[0]["group"]) == ("7", ["red", "sofa"], "g")
+    (row,), problems = check(table)
+    assert (row["image_id"], row["keywords"], row["group"], row["title"]) == ("7", ["red", "sofa"], "g", None)
+    assert problems == []
 
 
 def test_split_of_a_group_is_one_and_by_hash() -> None:
@@ -135,11 +128,6 @@ def test_split_of_a_group_is_one_and_by_hash() -> None:
     for row in accepted:
         assert split_of.setdefault(row["group"], row["split"]) == row["split"]
     assert 15 <= sum(split == "test" for split in split_of.values()) <= 45
-
-
-def test_a_split_keeps_its_own_name() -> None:
-    accepted, problems = check(pa.table({"image_id": ["a"], "image": [png()], "split": ["catalog"]}))
-    assert ([row["split"] for row in accepted], problems) == (["catalog"], [])
 
 
 @pytest.mark.parametrize(
@@ -155,12 +143,8 @@ def test_wrong_columns_name_what_exists_and_the_remedy(mapping: dict[str, str], 
         resolve(mapping, columns, "source s")
 
 
-def test_reasons_are_counted() -> None:
-    table = pa.table({"image_id": list("abc"), "image": pa.array([b"", b"", b"zz"], pa.binary())})
-    checked = check_records(
-        list(arrow_records(table, {"image_id": "image_id", "image": "image"})), origin(), limits=LIMITS, seen=set()
-    )
-    assert count_reasons(checked.quarantine) == {"image: empty": 2, "image: not_an_image": 1}
+def test_a_column_mapped_to_nothing_is_not_read() -> None:
+    assert set(resolve({"split": None}, ["image_id", "image", "split"], "source s")) == {"image_id", "image"}
 
 
 @pytest.mark.parametrize(
@@ -384,9 +368,13 @@ def test_plain_columns_are_gathered_as_attributes() -> None:
 
 
 def test_constants_fill_what_is_missing_and_nothing_else() -> None:
-    rows = [{"image_id": "a", "image": PNG, "licence": "by"}, {"image_id": "b", "image": PNG, "locale": ""}]
+    rows = [
+        {"image_id": "a", "image": PNG, "licence": "by", "split": "catalog"},
+        {"image_id": "b", "image": PNG, "locale": ""},
+    ]
     accepted, problems = check_list(rows, constants={"licence": "cc0", "locale": "en", "split": "test"})
-    assert [(r["licence"], r["locale"], r["split"]) for r in accepted] == [("by", "en", "test"), ("cc0", "en", "test")]
+    found = [(row["licence"], row["locale"], row["split"]) for row in accepted]
+    assert found == [("by", "en", "catalog"), ("cc0", "en", "test")]
     assert problems == []
 
 

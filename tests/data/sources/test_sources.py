@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike.data.sources import SOURCE_FORMATS, RecordSource
-from lookalike.data.sources.columns import resolve
 from lookalike.data.sources.folder import walk_files
 from lookalike.data.sources.image_fetch import fetch_images
 from lookalike.data.sources.parquet import cut_groups
@@ -141,38 +140,25 @@ def as_uris(root: str) -> dict[str, Any]:
     return {"uri": uri, "kind": "parquet", "columns": {"image_uri": "file_name"}, "base_uri": f"{root}/pictures"}
 
 
-def as_jsonl(root: str) -> dict[str, Any]:
-    images(root)
-    rows = [{"image_id": row["image_id"], "meta": {"title": row["title"]}, "at": row["file_name"]} for row in ROWS]
-    return {
-        "uri": put(f"{root}/rows.jsonl", write_jsonl(rows)),
-        "kind": "jsonl",
-        "columns": {"image_uri": "at", "title": "meta.title"},
-    }
+def as_table(
+    name: str, write: Callable[[list[dict[str, Any]]], bytes], kind: str, **columns: str
+) -> Callable[[str], dict[str, Any]]:
+    """A table of one file, beside the images that it names; a ``folder`` is read as such."""
 
-
-def as_packed_jsonl(root: str) -> dict[str, Any]:
-    images(root)
-    uri = put(f"{root}/rows.jsonl.gz", gzip.compress(write_jsonl(table_rows())))
-    return {"uri": uri, "kind": "jsonl", "columns": {"image_uri": "file_name"}}
-
-
-def as_csv(root: str) -> dict[str, Any]:
-    images(root)
-    return {
-        "uri": put(f"{root}/rows.csv", write_csv(table_rows())),
-        "kind": "csv",
-        "columns": {"image_uri": "file_name"},
-    }
-
-
-def folder_with(name: str, write: Callable[[list[dict[str, Any]]], bytes]) -> Callable[[str], dict[str, Any]]:
     def build(root: str) -> dict[str, Any]:
         images(root)
-        put(f"{root}/{name}", write(table_rows()))
-        return {"uri": root, "kind": "folder"}
+        uri = put(f"{root}/{name}", write(table_rows()))
+        return {"uri": root if kind == "folder" else uri, "kind": kind, "columns": columns}
 
     return build
+
+
+def nested_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return write_jsonl([{**row, "title": None, "meta": {"title": row["title"]}} for row in rows])
+
+
+def packed_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return gzip.compress(write_jsonl(rows))
 
 
 def as_webdataset(root: str) -> dict[str, Any]:
@@ -193,13 +179,13 @@ LAYOUTS = [
     as_struct,
     as_struct_of_paths,
     as_uris,
-    as_jsonl,
-    as_packed_jsonl,
-    as_csv,
     as_webdataset,
-    folder_with("metadata.jsonl", write_jsonl),
-    folder_with("metadata.csv", write_csv),
-    folder_with("metadata.parquet", write_parquet),
+    JSONL := as_table("rows.jsonl", nested_jsonl, "jsonl", image_uri="file_name", title="meta.title"),
+    as_table("rows.jsonl.gz", packed_jsonl, "jsonl", image_uri="file_name"),
+    as_table("rows.csv", write_csv, "csv", image_uri="file_name"),
+    as_table("metadata.jsonl", write_jsonl, "folder"),
+    as_table("metadata.csv", write_csv, "folder"),
+    METADATA := as_table("metadata.parquet", write_parquet, "folder"),
 ]
 
 
@@ -214,8 +200,8 @@ def test_every_format_gives_the_same_records_for_any_cuts(
 
 
 def test_units_are_about_as_large_as_asked(root: str) -> None:
-    for layout in (as_parquet, as_jsonl, folder_with("metadata.parquet", write_parquet)):
-        where = layout(f"{root}/{layout.__name__}")
+    for number, layout in enumerate((as_parquet, JSONL, METADATA)):
+        where = layout(f"{root}/{number}")
         opened = reader(where.pop("uri"), where.pop("kind"), **where)
         sizes = [len(list(opened.read(unit))) for file in opened.files() for unit in opened.units(file, 6)]
         assert sum(sizes) == len(ROWS)
@@ -454,24 +440,15 @@ def test_sources_that_do_not_fit_are_refused_before_any_work(
         ("attributes", pa.int32(), "needs a list of structs .name, value"),
         ("attributes", pa.list_(pa.string()), "needs a list of structs .name, value"),
         ("attributes", pa.list_(pa.struct([("term", pa.string())])), "needs a list of structs .name, value"),
+        ("attributes.colour", pa.map_(pa.string(), pa.int8()), "needs a string or a list of strings"),
     ],
 )
 def test_a_column_that_cannot_hold_its_field_is_refused(root: str, field: str, kind: pa.DataType, words: str) -> None:
-    table = pa.table({"image_id": ["a"], "image": [b""], "image_uri": ["u"]}).drop_columns([field] * (field == "image"))
-    columns = {name: table[name] for name in table.column_names if name != field}
+    columns = {"image_id": ["a"], "image": [b""], "image_uri": ["u"]} | {field: pa.array([None], kind)}
     sink = io.BytesIO()
-    pq.write_table(pa.table({**columns, field: pa.array([None], kind)}), sink)
+    pq.write_table(pa.table(columns), sink)
     with pytest.raises(CorpusError, match=rf"column '{field}' is .*the field '{field}' {words}"):
-        read(put(f"{root}/a.parquet", sink.getvalue()), "parquet")
-
-
-def test_a_gathered_column_holds_texts(root: str) -> None:
-    sink = io.BytesIO()
-    kind = pa.map_(pa.string(), pa.int8())
-    pq.write_table(pa.table({"image_id": ["a"], "image": [b""], "c": pa.array([None], kind)}), sink)
-    words = r"column 'c' is map.*the field 'attributes.colour' needs a string or a list of strings"
-    with pytest.raises(CorpusError, match=words):
-        read(put(f"{root}/a.parquet", sink.getvalue()), "parquet", columns={"attributes": {"colour": "c"}})
+        read(put(f"{root}/a.parquet", sink.getvalue()), "parquet", columns={field: field})
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -491,11 +468,3 @@ def test_an_unpackable_file_is_an_error_of_its_own(root: str) -> None:
     uri = put(f"{root}/a.jsonl.gz", b"not gzip")
     with pytest.raises(CorpusError, match="cannot be read"), open_buffered(uri) as file:
         file.read()
-
-
-def test_a_column_mapped_to_nothing_is_not_read() -> None:
-    assert resolve({"split": None}, ["image_id", "image", "split", "title"], "here") == {
-        "image_id": "image_id",
-        "image": "image",
-        "title": "title",
-    }
