@@ -195,7 +195,6 @@ class BatchDataset(IterableDataset[Batch]):
         )
 
     def plans(self) -> Iterator[Plan]:
-        """Plans of all steps."""
         return (self.plan(step) for step in range(self.start, self.stop))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -209,7 +208,6 @@ class PlannedBatches(Dataset[Batch | LookalikeError]):
         self.builder = builder
 
     def __getitem__(self, plan: Plan) -> Batch | LookalikeError:
-        """See ``BatchBuilder.attempt``."""
         return self.builder.attempt(plan)
 
 

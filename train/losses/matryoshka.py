@@ -46,7 +46,6 @@ class NestedHead(nn.Module):
         raise AssertionError(f"{type(self).__name__} must define forward")
 
     def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
-        """The factors of the scores."""
         raise AssertionError(f"{type(self).__name__} must define factors")
 
     def _select(
@@ -89,7 +88,6 @@ class NestedLinear(NestedHead):
     def forward(
         self, embedding: torch.Tensor, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """See ``NestedHead``."""
         dims = dims or self.dims
         weights, biases = self._parameters_of(dims, classes)
         if self.nesting == "mrl":
@@ -100,7 +98,6 @@ class NestedLinear(NestedHead):
         return accumulate_products(embedding, weights[0], dims, biases[0] if biases else None)
 
     def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
-        """See ``NestedHead``."""
         dims = dims or self.dims
         weights, biases = self._parameters_of(dims, classes)
         return Factors(dims, tuple(weights), tuple(biases))
@@ -147,7 +144,6 @@ class NestedCosine(NestedHead):
         return [product / (row[:, None] * column) for product, (row, column) in zip(products, lengths, strict=True)]
 
     def factors(self, dims: tuple[int, ...] | None = None, classes: torch.Tensor | None = None) -> Factors:
-        """See ``NestedHead``."""
         dims = dims or self.dims
         proxies = self._select(list(self.proxies), dims, classes)
         return Factors(dims, tuple(proxies), (), 1.0)

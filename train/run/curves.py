@@ -172,7 +172,6 @@ class Pace:
         self._all_waited += seconds
 
     def step(self) -> None:
-        """Count a step."""
         self._steps += 1
         self._all_steps += 1
 

@@ -40,7 +40,6 @@ class TaskMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Sum of the parts."""
         return sum(self)
 
     def __str__(self) -> str:
@@ -138,7 +137,6 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """Sum of the parts."""
         return sum(self.parts.values())
 
     @property

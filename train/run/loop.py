@@ -257,6 +257,5 @@ class Report:
         return f"the last good checkpoint is {checkpoint.uri}" if checkpoint else "there is no checkpoint yet"
 
     def close(self) -> None:
-        """Close the trackers."""
         for tracker in self._trackers:
             tracker.close()

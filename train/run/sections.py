@@ -114,7 +114,7 @@ class ScheduleConfig(Config):
     drop_epochs: tuple[float, ...] = ()
     """Epochs at whose end ``step`` multiplies the learning rate by ``drop_factor``."""
     drop_factor: float = Field(0.1, gt=0.0, lt=1.0)
-    """See ``drop_epochs``."""
+    """Factor of the learning rate at each of ``drop_epochs``."""
     peak_epoch: float = Field(2.0, gt=0.0)
     """Epoch at whose end ``cyclic`` stands at its peak."""
 

@@ -35,7 +35,6 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         if not self.same:
             images = images * self.scale + self.shift
         if images.shape[-1] != self.size:

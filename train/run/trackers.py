@@ -86,12 +86,10 @@ class TensorBoard:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See ``Tracker``."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """See ``Tracker``."""
         self._writer.close()
 
 
@@ -124,12 +122,10 @@ class MLflow:
         return str(created.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See ``Tracker``."""
         now = int(time.time() * 1000)
         self._client.log_batch(self._run, [self._metric(name, value, now, step) for name, value in values.items()])
 
     def close(self) -> None:
-        """See ``Tracker``."""
         self._client.set_terminated(self._run)
 
 
@@ -153,9 +149,7 @@ class WeightsAndBiases:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See ``Tracker``."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """See ``Tracker``."""
         self._run.finish()

@@ -152,7 +152,6 @@ class Task(nn.Module):
         return sum((parameter.reshape(-1)[:1].sum() * 0.0 for parameter in self.parameters()), torch.zeros(()))
 
     def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
-        """See the class."""
         raise AssertionError(f"{type(self).__name__} must define forward")
 
 

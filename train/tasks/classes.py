@@ -69,7 +69,6 @@ class ClassTask(Task):
         return self.head.factors(dims, classes)
 
     def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
-        """See ``Task``."""
         assert isinstance(self.head, NestedHead)
         labels = batch[self.config.field]
         known = (labels >= 0).any(dim=1) if labels.ndim == 2 else labels >= 0
@@ -164,7 +163,6 @@ class SoftmaxTask(ClassTask):
     over = "logsumexp"
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``classes.softmax_loss``."""
         return softmax_loss(scores, labels, self.config.label_smoothing)
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -182,11 +180,9 @@ class MultilabelSoftmaxTask(ClassTask):
     over = "logsumexp"
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``classes.multilabel_softmax_loss``."""
         return multilabel_softmax_loss(scores, _as_columns(labels))
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """The same from reductions."""
         mean = (reduced.picked * known).sum(dim=2) / known.sum(dim=1).clamp_min(1)
         return (reduced.over - mean) * known.any(dim=1)
 
@@ -199,11 +195,9 @@ class MultilabelSigmoidTask(ClassTask):
     over = "softplus"
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``classes.multilabel_sigmoid_loss``."""
         return multilabel_sigmoid_loss(scores, _as_columns(labels), self.config.averaging)
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """The same from reductions."""
         total = reduced.over - (reduced.picked * known).sum(dim=2)
         return total / (num_classes if self.config.averaging == "mean" else 1) * known.any(dim=1)
 
@@ -220,11 +214,9 @@ class NormalizedSoftmaxTask(ClassTask):
     over = "logsumexp"
 
     def build_head(self, dims: tuple[int, ...], num_classes: int) -> nn.Module:
-        """Class proxies."""
         return NestedCosine(dims, num_classes, self.config.nesting, shard=self.shard_of(num_classes))
 
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See ``classes.normalized_softmax_loss``."""
         return normalized_softmax_loss(scores, labels, self.config.temperature)
 
     def factors(self, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
@@ -232,7 +224,6 @@ class NormalizedSoftmaxTask(ClassTask):
         return replace(super().factors(dims, classes), scale=1.0 / self.config.temperature)
 
     def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """The same from reductions."""
         return (reduced.over - reduced.picked[..., 0]) * known[:, 0]
 
 

@@ -37,7 +37,6 @@ class TripletTask(PrefixTask):
     settings = ("mining", "margin", "beta")
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        """See ``pairs.triplet_loss``."""
         config, (rank, _) = self.config, workers()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "negatives", rank, step))
         uniform = torch.rand(len(prefix), len(prefix), generator=generator).to(prefix.device)
@@ -52,7 +51,6 @@ class ContrastiveTask(PrefixTask):
     settings = ("temperature", "across_workers")
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        """See ``pairs.contrastive_loss``."""
         rows, known, offset = prefix, values, 0
         if self.config.across_workers:
             rows, known, offset = gather_rows(prefix), gather_labels(values), workers()[0] * len(prefix)
@@ -67,7 +65,6 @@ class CosineTask(PrefixTask):
     settings = ("margin",)
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        """See ``pairs.cosine_loss``."""
         return cosine_loss(prefix, values, self.config.margin)
 
 
@@ -79,7 +76,6 @@ class DistillTask(PrefixTask):
     settings = ("temperature", "cosine")
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        """See ``regularizers.relational_loss`` and ``teacher_cosine_loss``."""
         loss = relational_loss(prefix, values, self.config.temperature)
         if self.config.cosine and prefix.shape[1] <= values.shape[1]:
             loss = loss + self.config.cosine * teacher_cosine_loss(prefix, values)
@@ -94,7 +90,6 @@ class KoLeoTask(PrefixTask):
     settings = ()
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        """See ``regularizers.koleo_loss``."""
         return koleo_loss(prefix)
 
 
@@ -106,5 +101,4 @@ class EmbeddingNormTask(PrefixTask):
     settings = ()
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        """See ``regularizers.embedding_norm_loss``."""
         return embedding_norm_loss(prefix)
