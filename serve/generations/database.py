@@ -12,24 +12,25 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from enum import IntEnum
 from pathlib import Path
 from typing import IO
 
 from pydantic import ValidationError
 
 from lookalike import storage
-from lookalike.errors import ArtifactError, LookalikeError, UsageError
+from lookalike.errors import LookalikeError, UsageError
+from lookalike.serve.generations.database_files import (
+    FILE,
+    FORMAT,
+    Usage,
+    check_files,
+    damage,
+    refuse_old_form,
+    wal_of,
+)
 from lookalike.serve.generations.state import State
-from lookalike.serve.generations.wal import check_wal
 from lookalike.serve.generations.write_record import WriteRecord, digest_of
 
-FILE = "writes.sqlite"
-FORMAT = 0x6C6B6101
-"""``application_id`` of the file; the last byte is the version of this format."""
-MAGIC = b"SQLite format 3\0"
-ROLLBACK, WITH_LOG = b"\1\1", b"\2\2"
-"""Bytes 18 and 19 of a file in rollback mode, as a backup is, and of one with a write-ahead log."""
 SCHEMA = (
     "CREATE TABLE writes (number INTEGER PRIMARY KEY, kind INTEGER NOT NULL, content BLOB NOT NULL,"
     " digest BLOB NOT NULL)",
@@ -43,13 +44,6 @@ KEPT_WRITES = 100
 was said to include. At least one, which says how many writes there were."""
 
 
-class Usage(IntEnum):
-    """``user_version`` of the file: whether a write-ahead log belongs to it."""
-
-    CLOSED = 1
-    IN_USE = 2
-
-
 class Database:
     """The database in ``folder``, for one process at a time. Calls must not overlap.
 
@@ -58,11 +52,11 @@ class Database:
 
     def __init__(self, folder: str, *, wait_s: float = 30.0) -> None:
         self.path = Path(folder, FILE)
-        _refuse_old_form(self.path.parent)
+        refuse_old_form(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = _hold_lock(self.path.with_name("lock"), wait_s)
         try:
-            _check_files(self.path)
+            check_files(self.path)
             with _explained(self.path):
                 self._connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         except BaseException:
@@ -134,9 +128,9 @@ class Database:
             for number, kind, content, digest in rows:
                 record = WriteRecord(number, kind, content)
                 if number != after + len(records) + 1:
-                    raise _damage(self.path, f"write {after + len(records) + 1} is missing")
+                    raise damage(self.path, f"write {after + len(records) + 1} is missing")
                 if record.digest != digest:
-                    raise _damage(self.path, f"write {number} does not match its digest")
+                    raise damage(self.path, f"write {number} does not match its digest")
                 records.append(record)
         return records
 
@@ -151,7 +145,7 @@ class Database:
                 raise ValueError("it does not match its digest")
             return State.model_validate_json(row[0])
         except (ValueError, ValidationError) as error:
-            raise _damage(self.path, f"the state: {str(error).splitlines()[0]}") from None
+            raise damage(self.path, f"the state: {str(error).splitlines()[0]}") from None
 
     def save_state(self, state: State) -> None:
         """Store ``state``, and forget the writes that every held generation includes, in one transaction."""
@@ -207,7 +201,7 @@ class Database:
 
     def _identify(self) -> list[tuple[int, int] | None]:
         marks: list[tuple[int, int] | None] = []
-        for path in (self.path, _wal_of(self.path)):
+        for path in (self.path, wal_of(self.path)):
             try:
                 status = os.stat(path)
                 marks.append((status.st_dev, status.st_ino))
@@ -222,47 +216,6 @@ def _close(connection: sqlite3.Connection, lock: IO[bytes]) -> None:
         connection.execute(f"PRAGMA user_version={Usage.CLOSED}")
     connection.close()
     lock.close()
-
-
-def _wal_of(path: Path) -> Path:
-    return path.with_name(path.name + "-wal")
-
-
-def _refuse_old_form(folder: Path) -> None:
-    for name in ("state.json", "writes-*.log"):
-        for path in folder.glob(name):
-            raise UsageError(
-                f"{path} is of an older version; compact with the version that wrote it, then serve that index with a "
-                "new folder as writes.state"
-            )
-
-
-def _check_files(path: Path) -> None:
-    """Refuse files that do not belong together, before SQLite changes any of them."""
-    header = b""
-    if path.exists():
-        with path.open("rb") as file:
-            header = file.read(100)
-    wal = _wal_of(path)
-    has_log = wal.exists() and wal.stat().st_size > 0
-    if not header:
-        if has_log:
-            raise ArtifactError(f"{path} is gone, but {wal.name} is there; restore both from one copy, or a backup")
-        return
-    version, marks = header[18:20], (bytes(4), FORMAT.to_bytes(4, "big"))
-    if not header.startswith(MAGIC) or version not in (ROLLBACK, WITH_LOG) or header[68:72] not in marks:
-        raise _damage(path, "it is not a database of writes of this version")
-    if version == ROLLBACK and has_log:
-        raise ArtifactError(
-            f"{wal} does not belong to {path.name}, which is a backup; restore a backup to a folder without it"
-        )
-    if int.from_bytes(header[60:64], "big") == Usage.IN_USE and not wal.exists():
-        raise ArtifactError(
-            f"{path} was not closed, and {wal.name}, which holds its newest writes, is missing; restore both from one "
-            "copy, or a backup. If a tool opened the file after the service had ended, nothing is missing: then run "
-            f"sqlite3 {path} 'PRAGMA user_version={Usage.CLOSED}'"
-        )
-    check_wal(wal)
 
 
 def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
@@ -282,13 +235,6 @@ def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
         time.sleep(0.1)
 
 
-def _damage(path: Path, reason: str) -> ArtifactError:
-    return ArtifactError(
-        f"{path} is damaged ({reason}); restore it from a backup, or serve an index that includes its writes with a "
-        "new folder as writes.state"
-    )
-
-
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Raise SQLite's errors as ours: what, where, remedy."""
@@ -305,4 +251,4 @@ def _explained(path: Path) -> Iterator[None]:
         remedy = remedies.get(name, "see that the disk has space, takes writes and locks files")
         raise LookalikeError(f"{path}: {error}; {remedy}") from error
     except sqlite3.DatabaseError as error:
-        raise _damage(path, str(error).splitlines()[-1]) from error
+        raise damage(path, str(error).splitlines()[-1]) from error

@@ -15,7 +15,8 @@ import pytest
 
 from lookalike.errors import ArtifactError, LookalikeError, UsageError
 from lookalike.serve.generations import database as module
-from lookalike.serve.generations.database import FILE, Database
+from lookalike.serve.generations.database import Database
+from lookalike.serve.generations.database_files import FILE
 from lookalike.serve.generations.state import GenerationRef, State
 from lookalike.serve.generations.write_log import WriteLog
 from lookalike.serve.generations.write_record import WriteKind

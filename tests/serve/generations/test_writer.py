@@ -12,7 +12,8 @@ from lookalike.retrieval.searcher import Searcher
 from lookalike.serve.generations import database
 from lookalike.serve.generations import writer as module
 from lookalike.serve.generations.compaction import ROOT, check_kept
-from lookalike.serve.generations.database import FILE, Database
+from lookalike.serve.generations.database import Database
+from lookalike.serve.generations.database_files import FILE
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.state import State
 from lookalike.serve.generations.writer import Writer
