@@ -115,8 +115,8 @@ def neighbour_labels(
 ) -> npt.NDArray[np.int64]:
     """Labels of each query's ``K`` nearest database rows, int64 [q, K]; -1 where a small database has no more."""
     neighbours = nearest_rows(queries, database, same, min(K, len(database)))
-    found = np.where(neighbours == same[:, None], -1, labels[neighbours])  # the query itself is no answer
-    return np.pad(found, ((0, 0), (0, K - found.shape[1])), constant_values=-1)
+    hits = np.where(neighbours == same[:, None], -1, labels[neighbours])  # the query itself is no answer
+    return np.pad(hits, ((0, 0), (0, K - hits.shape[1])), constant_values=-1)
 
 
 def measure_task(

@@ -40,9 +40,9 @@ def multilabel_softmax_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch
     spaces need no dense target. Rows without labels give zero.
     (Mahajan et al. 2018; Beal et al. 2021, section 3.4.)
     """
-    known = labels >= 0
-    mean = _sum_of_labels(logits, labels) / known.sum(dim=1).clamp_min(1)
-    return (logits.logsumexp(dim=1) - mean) * known.any(dim=1)
+    labelled = labels >= 0
+    mean = _sum_of_labels(logits, labels) / labelled.sum(dim=1).clamp_min(1)
+    return (logits.logsumexp(dim=1) - mean) * labelled.any(dim=1)
 
 
 def multilabel_sigmoid_loss(logits: torch.Tensor, labels: torch.Tensor, averaging: Averaging = "mean") -> torch.Tensor:
@@ -69,12 +69,12 @@ def normalized_softmax_loss(cosines: torch.Tensor, labels: torch.Tensor, tempera
     return softmax_loss(cosines / temperature, labels)
 
 
-def masked_mean(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Mean of losses [n] over rows where known [n] is true; zero, with a gradient path, if there are none.
+def masked_mean(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of losses [n] over rows where mask [n] is true; zero, with a gradient path, if there are none.
 
     With the gradient path every parameter of every task takes part in every step, as DDP expects.
     """
-    return (losses * known).sum() / known.sum().clamp_min(1)
+    return (losses * mask).sum() / mask.sum().clamp_min(1)
 
 
 class _Binarize(torch.autograd.Function):

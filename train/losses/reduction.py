@@ -126,7 +126,7 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, labels: torch.Tensor, z: torch.Tensor, *tensors: torch.Tensor) -> Any:
         factors, shape = plan.factors(tensors), (len(plan.dims), len(z))
-        ctx.plan, ctx.dtype, ctx.kept = plan, _matmul_dtype(z), []
+        ctx.plan, ctx.dtype, ctx.scores = plan, _matmul_dtype(z), []
         over = z.new_full(shape, -torch.inf if plan.over == "logsumexp" else 0.0)
         picked, total = z.new_zeros((*shape, labels.shape[1])), z.new_zeros(shape)
         with torch.autocast(z.device.type, enabled=False):
@@ -144,7 +144,7 @@ class _Reduce(torch.autograd.Function):
                     if plan.total:
                         total[i] += scores.sum(dim=1)
                     if len(factors.weights[0]) <= plan.chunk:  # one chunk is not computed twice
-                        ctx.kept.append(plan.settle(scores))
+                        ctx.scores.append(plan.settle(scores))
         ctx.save_for_backward(labels, z, over, lengths, *tensors)
         return over, picked, total
 
@@ -158,8 +158,8 @@ class _Reduce(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             for span in plan.spans(len(factors.weights[0])):
                 part, gradient = factors.rows(span), into.rows(span)
-                scores = ctx.kept or [plan.settle(s) for s in _scores(z, part, lengths, ctx.dtype)]
-                ctx.kept = []  # overwritten below; another backward pass computes them again
+                scores = ctx.scores or [plan.settle(s) for s in _scores(z, part, lengths, ctx.dtype)]
+                ctx.scores = []  # overwritten below; another backward pass computes them again
                 slopes = _slopes(plan, scores, over, grads, _place(labels, span))
                 if plan.scale is not None:
                     _back_through_lengths(scores, slopes, z, lengths, into_z=gradients[0], part=part, gradient=gradient)

@@ -142,11 +142,11 @@ def imprint_proxies(head: NestedCosine, embedding: torch.Tensor, labels: torch.T
     Rows with labels [n] below 0 are ignored; classes without a row keep their random start; a sharded head sets the
     classes it holds.
     """
-    known = (labels >= head.shard.first) & (labels < head.shard.stop)
-    own = labels[known] - head.shard.first
+    present_rows = (labels >= head.shard.first) & (labels < head.shard.stop)
+    own = labels[present_rows] - head.shard.first
     with torch.no_grad():
         for m, proxy in zip(head.sizes, head.proxies, strict=True):
-            unit = functional.normalize(embedding[known, :m])
+            unit = functional.normalize(embedding[present_rows, :m])
             total = torch.zeros_like(proxy).index_add_(0, own, unit)
             present = torch.zeros(len(proxy), dtype=torch.bool)
             present[own] = True

@@ -55,8 +55,8 @@ class ClassTask(Task):
         """Loss per row [n] at one nested dim, of scores [n, C] and labels [n] or [n, K]."""
         raise AssertionError(f"{type(self).__name__} must define row_losses")
 
-    def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """Losses [M, n] from ``reduced``; known [n, K] marks the labels that count; zero for rows without labels."""
+    def combine(self, reduced: Reduced, labelled: torch.Tensor, num_classes: int) -> torch.Tensor:
+        """Losses [M, n] from ``reduced``; labelled [n, K] marks the labels that count; zero for rows without labels."""
         raise AssertionError(f"{type(self).__name__} must define combine")
 
     def transform(self, embedding: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ class ClassTask(Task):
     def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
         assert isinstance(self.head, NestedHead)
         labels = batch[self.config.field]
-        known = (labels >= 0).any(dim=1) if labels.ndim == 2 else labels >= 0
+        labelled = (labels >= 0).any(dim=1) if labels.ndim == 2 else labels >= 0
         vectors = self.transform(embedding)
         classes = None
         if self.config.sample_classes is not None and self.config.sample_classes < self.num_classes:
@@ -82,7 +82,7 @@ class ClassTask(Task):
             losses = self._over_workers(vectors, labels, classes, step)
         else:
             losses = self._own(vectors, labels, classes, step)
-        loss = masked_mean(losses, known)
+        loss = masked_mean(losses, labelled)
         return loss if self.dims_per_step is None else loss + self.touch().to(loss)
 
     def _own(
@@ -165,11 +165,11 @@ class SoftmaxTask(ClassTask):
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return softmax_loss(scores, labels, self.config.label_smoothing)
 
-    def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
+    def combine(self, reduced: Reduced, labelled: torch.Tensor, num_classes: int) -> torch.Tensor:
         """The same from reductions: smoothing mixes in the mean score of all classes."""
         smoothing = self.config.label_smoothing
         target = (1.0 - smoothing) * reduced.picked[..., 0] + smoothing / num_classes * reduced.total
-        return (reduced.over - target) * known[:, 0]
+        return (reduced.over - target) * labelled[:, 0]
 
 
 @TASKS.register("multilabel_softmax")
@@ -182,9 +182,9 @@ class MultilabelSoftmaxTask(ClassTask):
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return multilabel_softmax_loss(scores, _as_columns(labels))
 
-    def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        mean = (reduced.picked * known).sum(dim=2) / known.sum(dim=1).clamp_min(1)
-        return (reduced.over - mean) * known.any(dim=1)
+    def combine(self, reduced: Reduced, labelled: torch.Tensor, num_classes: int) -> torch.Tensor:
+        mean = (reduced.picked * labelled).sum(dim=2) / labelled.sum(dim=1).clamp_min(1)
+        return (reduced.over - mean) * labelled.any(dim=1)
 
 
 @TASKS.register("multilabel_sigmoid")
@@ -197,9 +197,9 @@ class MultilabelSigmoidTask(ClassTask):
     def row_losses(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return multilabel_sigmoid_loss(scores, _as_columns(labels), self.config.averaging)
 
-    def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        total = reduced.over - (reduced.picked * known).sum(dim=2)
-        return total / (num_classes if self.config.averaging == "mean" else 1) * known.any(dim=1)
+    def combine(self, reduced: Reduced, labelled: torch.Tensor, num_classes: int) -> torch.Tensor:
+        total = reduced.over - (reduced.picked * labelled).sum(dim=2)
+        return total / (num_classes if self.config.averaging == "mean" else 1) * labelled.any(dim=1)
 
 
 @TASKS.register("normalized_softmax")
@@ -223,8 +223,8 @@ class NormalizedSoftmaxTask(ClassTask):
         """Cosines over T."""
         return replace(super().factors(dims, classes), scale=1.0 / self.config.temperature)
 
-    def combine(self, reduced: Reduced, known: torch.Tensor, num_classes: int) -> torch.Tensor:
-        return (reduced.over - reduced.picked[..., 0]) * known[:, 0]
+    def combine(self, reduced: Reduced, labelled: torch.Tensor, num_classes: int) -> torch.Tensor:
+        return (reduced.over - reduced.picked[..., 0]) * labelled[:, 0]
 
 
 @TASKS.register("binary")
