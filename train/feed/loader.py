@@ -188,7 +188,6 @@ class BatchDataset(IterableDataset[Batch]):
         )
 
     def plan(self, step: int) -> Plan:
-        """Plan of the batch of ``step``."""
         return Plan(
             step,
             [piece for name, count in self.counts.items() for piece in self.streams[name].slices(step * count, count)],

@@ -30,7 +30,7 @@ class RowGroup:
 
     @property
     def place(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return f"{self.uri}, row group {self.number}"
 
 

@@ -54,7 +54,6 @@ class RowGroupSizes:
         self._cached_rows = 0
 
     def __call__(self, piece: Piece) -> int:
-        """Rows of the piece's whole row group in its epoch."""
         if not self.draw.columns:
             return self.row_groups[piece.row_group].num_rows
         return self._sizes.get((piece.epoch, piece.row_group)) or self.fetch([piece])[0]

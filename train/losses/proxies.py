@@ -36,7 +36,6 @@ class Shard:
 
     @property
     def whole(self) -> bool:
-        """Whether it holds all classes."""
         return len(self) == self.total
 
     @classmethod

@@ -37,7 +37,6 @@ class Checkpoint:
 
     @property
     def uri(self) -> str:
-        """Folder of its files."""
         return storage.join(self.folder, f"step-{self.step:08d}")
 
     def read(self, rank: int = 0) -> dict[str, Any]:

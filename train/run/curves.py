@@ -149,11 +149,9 @@ class Curve:
         self.sums, self.steps = {}, 0
 
     def state(self) -> dict[str, Any]:
-        """The curve as a checkpoint keeps it."""
         return {"points": list(self.points), "sums": dict(self.sums), "steps": self.steps}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``."""
         self.points, self.sums, self.steps = list(state["points"]), dict(state["sums"]), state["steps"]
 
 
@@ -167,7 +165,6 @@ class Pace:
         self._waited = self._all_waited = 0.0
 
     def waited(self, seconds: float) -> None:
-        """Add time spent waiting for a batch."""
         self._waited += seconds
         self._all_waited += seconds
 

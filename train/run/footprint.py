@@ -132,7 +132,6 @@ class StepMemory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Name -> bytes."""
         return {name: value for name, value in asdict(self).items() if name != "unknown"}
 
     @property

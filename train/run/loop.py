@@ -55,7 +55,6 @@ class Place:
 
     @property
     def streams(self) -> range:
-        """Data streams that this worker reads."""
         return range(self.rank, self.config.train.workers.num, self.world)
 
 

@@ -180,7 +180,6 @@ class LoopConfig(Config):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
         train = self.train
         share = train.pictures()[next(iter(train.mix))] * train.parts
         return max(1, round(train.epochs * self.rows_per_epoch / share))

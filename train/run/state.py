@@ -59,7 +59,6 @@ class Training:
         self.step = step
 
     def join(self, world: int) -> None:
-        """Record how many workers train from here on."""
         if not self.worlds or self.worlds[-1][1] != world:
             self.worlds.append([self.step, world])
 

@@ -60,7 +60,6 @@ class ClassTask(Task):
         raise AssertionError(f"{type(self).__name__} must define combine")
 
     def transform(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The vectors that the head scores."""
         return embedding
 
     def factors(self, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
@@ -220,7 +219,6 @@ class NormalizedSoftmaxTask(ClassTask):
         return normalized_softmax_loss(scores, labels, self.config.temperature)
 
     def factors(self, dims: tuple[int, ...], classes: torch.Tensor | None) -> Factors:
-        """Cosines over T."""
         return replace(super().factors(dims, classes), scale=1.0 / self.config.temperature)
 
     def combine(self, reduced: Reduced, labelled: torch.Tensor, num_classes: int) -> torch.Tensor:
