@@ -1,9 +1,9 @@
-"""One engine of the retrieval comparison in a process of its own: build it, or open and measure it.
+"""One engine of the retrieval comparison, in a separate process: build it, or open and measure it.
 
     python -m tests.benchmarks.engine_case build|search ENGINE FOLDER K
 
 FOLDER holds ``vectors.npy``, ``queries.npy`` and ``truth.npy``; the engine gets ``FOLDER/engine``. Rows are written to
-``FOLDER/rows.jsonl`` as they are found, so that a crash or a time limit leaves those before it.
+``FOLDER/rows.jsonl`` one by one, so that a crash or a time limit leaves the rows before it.
 """
 
 import importlib
@@ -24,11 +24,11 @@ from tests.benchmarks.engines_stores import STORES
 
 ENGINES: dict[str, Engine] = {**LIBRARIES, **STORES}
 PASSES, ENOUGH_S = 3, 40.0
-"""All settings are measured so often, far apart so that a busy moment hits not one alone; slow engines less often."""
+"""Passes over all settings, so that a busy moment does not hit only one; fewer passes for slow engines."""
 
 
 def find_engine(name: str) -> Engine:
-    """An engine by its name, or one of another module as ``package.module:ATTRIBUTE``."""
+    """An engine by name, or from another module as ``package.module:ATTRIBUTE``."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         engine: Engine = getattr(importlib.import_module(module), attribute)
@@ -37,13 +37,13 @@ def find_engine(name: str) -> Engine:
 
 
 def one_core() -> None:
-    """Keep this process on one core, whatever pools the engine starts."""
+    """Keep this process on one core, even if the engine starts thread pools."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def resident_mb() -> float:
-    """Resident memory of this process, touched pages of memory-mapped files among it."""
+    """Resident memory of this process, including touched pages of memory-mapped files."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -71,7 +71,7 @@ def one_by_one(search: Search, queries: Floats) -> tuple[Rows, Floats]:
 
 
 def measure(search: Search, queries: Floats, truth: Rows, *, batch: bool) -> dict[str, Any]:
-    """Recall and times of one setting, queries one by one and, where there is a call for it, all at once."""
+    """Recall and times of one setting, queries one by one and, if the engine has a call for it, all at once."""
     one_by_one(search, queries[:20])  # opens what opens late
     (rows, times), wall, cpu = timed(lambda: one_by_one(search, queries))
     count = len(queries)
@@ -100,7 +100,7 @@ def _recall(rows: Rows, truth: Rows) -> float:
 
 
 def build(engine: Engine, folder: Path) -> None:
-    """Build in ``folder/engine``; ``folder/built.json`` has the seconds and the size."""
+    """Build in ``folder/engine``; write seconds and size to ``folder/built.json``."""
     vectors = np.load(folder / "vectors.npy")
     importlib.import_module(engine.module)
     start = time.perf_counter()
@@ -110,7 +110,7 @@ def build(engine: Engine, folder: Path) -> None:
 
 
 def search(engine: Engine, folder: Path, k: int) -> None:
-    """Open ``folder/engine`` and measure it at each of its settings; the best of a few passes counts."""
+    """Open ``folder/engine`` and measure each of its settings; the best of a few passes counts."""
     queries, truth = np.load(folder / "queries.npy"), np.load(folder / "truth.npy")
     settings = [setting for setting in engine.settings if setting.get("p", 0) < queries.shape[1]]
     if not settings:
@@ -123,13 +123,13 @@ def search(engine: Engine, folder: Path, k: int) -> None:
             row, name = measure(prepare(k, **setting), queries, truth, batch=engine.batch), describe(setting)
             row |= {"setting": name, "rss_mb": round(resident_mb() - before, 1)}
             rows[name] = keep_best(rows[name], row) if name in rows else row
-            (folder / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows.values()))
+            (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
         if time.perf_counter() - start > ENOUGH_S:
             break
 
 
 def keep_best(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Of two measurements of one setting, the higher rates and the lower times; all else of the later."""
+    """The higher rates and lower times of two measurements of a setting; everything else from the later."""
     best = dict(other)
     for name, value in one.items():
         if value is not None and name.endswith(("qps", "_us")):
@@ -138,12 +138,12 @@ def keep_best(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(setting: Any) -> str:
-    """A setting in one word or a few."""
+    """A setting in a few words."""
     return " ".join(f"{name}={value}" for name, value in setting.items()).replace("), (", "),(") or "all"
 
 
 def main() -> None:
-    """Do what the command line says, and end without waiting for an engine's threads."""
+    """Run the command line, and exit without waiting for the engine's threads."""
     verb, name, folder, k = sys.argv[1:]
     one_core()
     if verb == "build":

@@ -1,8 +1,8 @@
 """Engines of the retrieval comparison that are libraries: ours, faiss, usearch, hnswlib, SVS, ScaNN.
 
-An engine is a function that builds it in a folder and one that opens that folder in another process, so that what is
-measured is what a restarted service would do. Vectors and queries are float32 of unit length; HNSW graphs have the same
-degree and build effort everywhere. The databases are in ``engines_stores.py``.
+An engine is a function that builds an index in a folder and a function that opens the folder in another process, as a
+restarted service would. Vectors and queries are float32 of unit length; HNSW graphs have the same degree and build
+effort everywhere. The databases are in ``engines_stores.py``.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import numpy as np
 from lookalike.retrieval.ranking import Floats, Rows
 
 M, EF_CONSTRUCTION = 16, 120
-"""Links a node of every graph keeps (twice as many on its lowest layer), and candidates weighed for each row."""
+"""Links per node of every graph (twice as many on its lowest layer), and candidates considered for each row."""
 EFS = ({"ef": 16}, {"ef": 32}, {"ef": 64}, {"ef": 128}, {"ef": 256})
 Setting = Mapping[str, Any]
 Steps = tuple[tuple[int, int], ...]
@@ -23,14 +23,14 @@ Search = Callable[[Floats], Rows]
 
 
 class Engine(NamedTuple):
-    """One way to search, with the settings that it is measured at."""
+    """A way to search, and the settings to measure."""
 
     module: str
-    """Imported to see whether it is installed."""
+    """Module that the engine needs, or it is reported missing."""
     build: Callable[[Floats, str], None]
-    """(vectors [n, dim], an empty folder): build in it."""
+    """Build from (vectors [n, dim], an empty folder)."""
     open: Callable[[str, int], Callable[..., Search]]
-    """(that folder, dim) -> a function of (k, and a setting's values) that gives the search."""
+    """(that folder, dim) -> a function from (k, a setting's values) to the search."""
     settings: tuple[Setting, ...]
     batch: bool = True
     """Whether it has a call for many queries."""
@@ -42,20 +42,20 @@ def nested_dims(dim: int) -> tuple[int, ...]:
 
 
 def prefixes(dim: int) -> tuple[int, ...]:
-    """Prefixes that engines with a first stage make it with."""
+    """Prefixes for engines with a first stage."""
     return tuple(prefix for prefix in (64, 128) if prefix < dim)
 
 
 def row_numbers(ids: Any, k: int) -> Rows:
-    """Rows int64 [n, k] of lists of ids; -1 where a list is short."""
+    """Rows int64 [n, k] from lists of ids; -1 if a list is short."""
     rows = np.full((len(ids), k), -1, np.int64)
     for row, found in zip(rows, ids, strict=True):
-        row[: len(found)] = [int(one) for one in found]
+        row[: len(found)] = list(map(int, found))
     return rows
 
 
 def build_ours(vectors: Floats, folder: str, dtype: Literal["float16", "int8"], staged: bool) -> None:
-    """A shard of ``dtype`` with int8 graphs over 64-d and 128-d, or over the full vectors alone."""
+    """A shard of ``dtype`` with int8 graphs over 64-d and 128-d, or only over the full vectors."""
     from tests.benchmarks.retrieval import open_ours
 
     dim = vectors.shape[1]
@@ -128,7 +128,7 @@ def build_faiss_hnsw(vectors: Floats, folder: str) -> None:
 
 
 def build_faiss_refined(vectors: Floats, folder: str, codes: str, prefix: int) -> None:
-    """An index of ``codes`` (in the words of faiss's factory) over a prefix, re-ranked by the full vectors.
+    """An index of ``codes`` (faiss's factory syntax) over a prefix, re-ranked by the full vectors.
 
     Lists of codes get the random rotation that RaBitQ asks for.
     """
@@ -152,7 +152,7 @@ def build_faiss_refined(vectors: Floats, folder: str, codes: str, prefix: int) -
 
 
 def open_faiss(folder: str, dim: int) -> Callable[..., Search]:
-    """Any of the faiss indexes: ``ef`` or ``nprobe`` is the effort, ``K`` the rows that are re-ranked."""
+    """Any of the faiss indexes: ``ef`` or ``nprobe`` is the effort, ``K`` the rows re-ranked."""
     import faiss
 
     index = faiss.read_index(f"{folder}/index")
@@ -268,7 +268,7 @@ def build_scann(vectors: Floats, folder: str) -> None:
 
 
 def open_scann(folder: str, dim: int) -> Callable[..., Search]:
-    """The whole index in memory; ``nprobe`` leaves are looked into, ``K`` rows re-ranked."""
+    """The whole index in memory; ``nprobe`` leaves are probed, ``K`` rows re-ranked."""
     from scann.scann_ops.py import scann_ops_pybind
 
     searcher = scann_ops_pybind.load_searcher(folder)

@@ -1,6 +1,6 @@
-"""Engines of the retrieval comparison that are databases in the process: qdrant-edge, zvec, LanceDB, Milvus, Chroma.
+"""Engines of the retrieval comparison that are embedded databases: qdrant-edge, zvec, LanceDB, Milvus, Chroma.
 
-Built and opened as those of ``engines.py`` are. Ids are row numbers; answers are ids alone.
+They are built and opened like those of ``engines.py``. Ids are row numbers; answers are only ids.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from lookalike.retrieval.ranking import Floats, Rows
 from tests.benchmarks.engines import EF_CONSTRUCTION, EFS, Engine, M, Search, prefixes, row_numbers
 
 WRITTEN = 1000
-"""Rows that are handed over at a time."""
+"""Rows written at a time."""
 
 
 def _cuts(num_rows: int) -> Iterator[range]:
@@ -22,7 +22,7 @@ def _cuts(num_rows: int) -> Iterator[range]:
 
 
 def build_qdrant(vectors: Floats, folder: str, staged: bool) -> None:
-    """One segment: a graph over the full vectors, or graphs over their prefixes beside the vectors without one."""
+    """One segment: a graph over the full vectors, or graphs over prefixes beside the full vectors without a graph."""
     import qdrant_edge as qdrant
 
     dim = vectors.shape[1]
@@ -83,7 +83,7 @@ def _zvec_init() -> Any:
 
 
 def build_zvec(vectors: Floats, folder: str, number: str) -> None:
-    """A graph over the full vectors, as they are or in the 8 or 16 bits that ``number`` names."""
+    """A graph over the full vectors, unchanged or in the 8 or 16 bits that ``number`` names."""
     zvec = _zvec_init()
     quantised = {"quantize_type": getattr(zvec.QuantizeType, number)} if number else {}
     graph = zvec.HnswIndexParam(zvec.MetricType.IP, M, EF_CONSTRUCTION, use_contiguous_memory=True, **quantised)
@@ -97,7 +97,7 @@ def build_zvec(vectors: Floats, folder: str, number: str) -> None:
 
 
 def open_zvec(folder: str, dim: int) -> Callable[..., Search]:
-    """Read-only, by its fast path for ids; ``refine`` says whether the full numbers re-rank."""
+    """Read-only, by its fast path for ids; ``refine``: the full numbers re-rank."""
     zvec = _zvec_init()
     store = zvec.open(f"{folder}/store", zvec.CollectionOption(read_only=True))
 
@@ -129,7 +129,7 @@ def build_lance(vectors: Floats, folder: str, kind: str) -> None:
 
 
 def open_lance(folder: str, dim: int) -> Callable[..., Search]:
-    """``refine`` times k rows are re-ranked by the stored vectors."""
+    """The stored vectors re-rank ``refine`` times k rows."""
     import lancedb
 
     table = lancedb.connect(folder).open_table("rows")
@@ -203,7 +203,7 @@ def build_chroma(vectors: Floats, folder: str) -> None:
 
 
 def open_chroma(folder: str, dim: int) -> Callable[..., Search]:
-    """The collection as a restarted client sees it."""
+    """The collection, opened by a new client."""
 
     def prepare(k: int, ef: int) -> Search:
         _chroma(folder).get_collection("rows").modify(configuration={"hnsw": {"ef_search": ef}})

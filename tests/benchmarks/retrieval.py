@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.retrieval [--quick] [--num N] [--dim D] [--seed S] [--plot FILE.png]
 
-One JSON object a line; the last one has the ratios. The truth is faiss's exact answer; P@10 counts hits of the query's
-class. Queries sent one by one give ``p50_us``, ``p99_us``; ``cpu_us`` is the processor time per query of one batch, the
-least of the repeats: on a busy machine the one to trust. ``held_mb`` is what a search touches besides the rows it
-re-ranks, ``disk_mb`` all that lies on disk. Cases take turns in each repeat, so that all see the same machine.
+One JSON object per line; the last has the ratios. The truth is faiss's exact answer; P@10 counts hits of the query's
+class. Queries sent one by one give ``p50_us`` and ``p99_us``; ``cpu_us`` is the processor time per query of a batch,
+fastest repeat: the figure to trust on a busy machine. ``held_mb`` is the memory that a search touches besides the rows
+it re-ranks, ``disk_mb`` the size of all files. Cases take turns in each repeat, so that all meet the same load.
 ``retrieval_engines.py`` compares with engines other than faiss.
 """
 
@@ -60,13 +60,13 @@ OURS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
         for k, nprobe in ((30, 4), (50, 4), (50, 8), (100, 8), (100, 16))
     ),
 }
-"""(type, dtype of the blocks) -> plans; those with dims that the vectors do not have are left out."""
+"""(type, dtype of the blocks) -> plans; plans with dims that the vectors do not have are skipped."""
 EFS = (16, 24, 32, 48, 64, 96, 128)
 Search = Callable[[Floats], Rows]
 
 
 class Case(NamedTuple):
-    """Something that is compared."""
+    """One case of the comparison."""
 
     name: str
     search: Search
@@ -74,7 +74,7 @@ class Case(NamedTuple):
 
 
 def open_ours(folder: str, data: Floats, **layout: Any) -> tuple[ShardSearcher, dict[int, float]]:
-    """One shard in ``folder``, of a ``layout`` as in ``ShardMeta``, and the seconds that each shortlist took."""
+    """A shard in ``folder`` with a ``layout`` as in ``ShardMeta``, and the build time of each shortlist in seconds."""
     meta = ShardMeta(num_rows=len(data), row_offset=0, **layout)
     rows = np.arange(len(data))
     parts = np.array_split(rows, max(1, len(data) // 20_000))
@@ -93,7 +93,7 @@ def open_ours(folder: str, data: Floats, **layout: Any) -> tuple[ShardSearcher, 
 
 
 def list_ours(folder: str, data: Floats, dims: tuple[int, ...]) -> Iterator[Case]:
-    """Our cases; of 512 dimensions and fewer also a graph over all of them, in one stage."""
+    """Our cases; up to 512 dimensions also a graph over all of them, in one stage."""
     for (kind, dtype), plans in OURS.items():
         fitting = [
             Plan(**plan, rerank_dim=dims[-1])
@@ -159,7 +159,7 @@ def list_faiss(data: Floats) -> Iterator[Case]:
 
 
 def measure(cases: Sequence[Case], queries: Floats, repeats: int) -> list[dict[str, float]]:
-    """Times of every case, in turn in each repeat."""
+    """Times of all cases, which take turns in each repeat."""
     single: list[list[float]] = [[] for _ in cases]
     batch: list[list[tuple[float, float]]] = [[] for _ in cases]
     for repeat in range(repeats):
@@ -242,8 +242,8 @@ def main() -> int:
 
 
 def summarise(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Ratios of processor time (batch) and of the median of single queries, and the cases they compare: the cheapest of
-    each side at recall@10 >= .99, and ours of at most 60 bytes a row at >= .95."""
+    """Ratios of processor time (batch) and of the median of single queries, with the cases compared: the cheapest of
+    each side at recall@10 >= .99, and ours with at most 60 bytes per row at >= .95."""
     ours, full = (_cheapest(rows, start, 0.99) for start in ("ours", "faiss HNSW full"))
     small = _cheapest({name: row for name, row in rows.items() if row.get("bytes_a_row", 61) <= 60}, "ours", 0.95)
     exact = "ours exact float16"
@@ -280,7 +280,7 @@ def _cheapest(rows: dict[str, dict[str, Any]], start: str, recall: float) -> str
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Recall against queries a second of a batch on one thread, a line for each family."""
+    """Recall against queries per second of a batch on one thread, one line per family."""
     figure = create_figure(8, 5)
     axes = figure.subplots()
     families: dict[str, list[dict[str, Any]]] = {}

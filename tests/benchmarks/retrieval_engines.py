@@ -3,14 +3,14 @@
     python -m tests.benchmarks.retrieval_engines [--quick] [--num N] [--dim D] [--seed S] [--k K] [--engines NAME ...]
         [--embeddings URI] [--timeout S] [--plot FILE.png]
 
-The engines get the same vectors and queries, one core, and a process each to build and to search in; install them with
-``pip install -r tests/benchmarks/retrieval-requirements.txt``. One JSON object a line: a row for each setting of each
-engine, one with ``missing`` or ``error`` for an engine that is not installed, crashed or ran out of time, and last the
-ratios. ``--engines package.module:NAME`` takes an ``Engine`` of your own.
+All engines get the same vectors and queries, one core, and separate processes to build and to search in; install them
+with ``pip install -r tests/benchmarks/retrieval-requirements.txt``. One JSON object per line: a row for each setting of
+each engine, a row with ``missing`` or ``error`` for an engine that is not installed, crashed or ran out of time, and
+last the ratios. ``--engines package.module:NAME`` takes your own ``Engine``.
 
 ``recall`` is against the exact answer. ``qps``, ``p50_us`` and ``p99_us`` are of queries sent one by one and ``cpu_us``
-is the processor time of one; the ``batch_`` figures are of all queries in one call, null for an engine without one.
-``rss_mb`` is what opening and searching added, touched pages of memory-mapped files among it, ``disk_mb`` all files.
+is the processor time per query; the ``batch_`` figures are of all queries in one call, null for an engine without it.
+``rss_mb`` is the memory added by opening and searching, with touched pages of mapped files; ``disk_mb`` is all files.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def read_embeddings(uri: str) -> Floats:
 
 
 def split(vectors: Floats, num_queries: int, seed: int) -> tuple[Floats, Floats]:
-    """(data, queries), both of unit length: a seeded choice of rows is held out."""
+    """(data, queries), both of unit length; the queries are a seeded choice of rows."""
     order = np.random.default_rng(seed).permutation(len(vectors))
     unit = normalise(vectors)
     return unit[np.sort(order[num_queries:])], unit[np.sort(order[:num_queries])]
@@ -85,12 +85,12 @@ def exact_rows(data: Floats, queries: Floats, k: int) -> Rows:
 
 
 def is_installed(module: str) -> bool:
-    """Whether ``module`` can be imported, without doing so."""
+    """Whether ``module`` is installed, without importing it."""
     return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def run_engine(name: str, folder: Path, k: int, timeout_s: float) -> Iterator[Row]:
-    """The rows of one engine; one with ``missing`` or ``error`` where there is something amiss."""
+    """The rows of one engine; if it is not installed or fails, a row with ``missing`` or ``error``."""
     engine = find_engine(name)
     if not is_installed(engine.module):
         remedy = "pip install -r tests/benchmarks/retrieval-requirements.txt"
@@ -111,7 +111,7 @@ def run_engine(name: str, folder: Path, k: int, timeout_s: float) -> Iterator[Ro
 
 
 def run_case(verb: str, name: str, folder: Path, k: int, end: float) -> str | None:
-    """Build or search in a process of its own; what went wrong, or None."""
+    """Build or search in a separate process; return the error, or None."""
     command = [sys.executable, "-m", "tests.benchmarks.engine_case", verb, name, str(folder), str(k)]
     with open(folder / "output.txt", "w+", errors="replace") as output:
         process = subprocess.Popen(
@@ -152,7 +152,7 @@ def summarise(rows: Sequence[Row]) -> Row:
 
 
 def _compare(rows: Sequence[Row], prefix: str, figure: str, least: float) -> Row:
-    """The best of both sides by rate, or by processor time, in which ours is the divisor."""
+    """The best of both sides by rate, or by processor time (then ours is the divisor)."""
     key = f"{prefix}qps" if figure == "qps" else f"{prefix}cpu_us"
     good = [row for row in rows if (row.get(f"{prefix}recall") or 0) >= least and row.get(key)]
     sides = [[row for row in good if row["engine"].startswith("ours") is mine] for mine in (True, False)]
@@ -167,7 +167,7 @@ def _compare(rows: Sequence[Row], prefix: str, figure: str, least: float) -> Row
 
 
 def plot(rows: Sequence[Row], path: str, title: str) -> None:
-    """Recall against rate, one line an engine: its settings that no other of its settings beats in both."""
+    """Recall against rate, one line per engine, through the settings that no other of its settings beats in both."""
     figure = create_figure(15, 6)
     axes = figure.subplots(1, 2, sharey=True)
     names = sorted(
@@ -204,7 +204,7 @@ def plot(rows: Sequence[Row], path: str, title: str) -> None:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (recall, rate) that no other one beats in both, by rising recall."""
+    """The points (recall, rate) that no other point beats in both, by ascending recall."""
     best: list[tuple[float, float]] = []
     for recall, rate in sorted(points, reverse=True):
         if not best or rate > best[-1][1]:
@@ -213,7 +213,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="5,000 vectors of 256-d instead of 50,000 of 2048-d")
     parser.add_argument("--num", type=int, help="vectors to search (default: 50,000, or all of the embeddings)")
@@ -233,7 +233,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run the engines one after another and print one line a row."""
+    """Run the engines one after another and print a line per row."""
     options = parse_arguments(given)
     num_queries = options.queries or (200 if options.quick else 500)
     if options.embeddings:

@@ -1,8 +1,8 @@
-"""Filtered search: asking the index against scanning the allowed rows, from half of the rows down to a hundredth.
+"""Filtered search: the index against a scan of the allowed rows, for half of the rows down to a hundredth.
 
     python tests/benchmarks/retrieval_filters.py [--quick] [--num N] [--kinds hnsw ivf ivf-rabitq]
 
-One JSON object a line: recall@10 against the exact answer over the allowed rows, processor time per query of a batch
+One JSON object per line: recall@10 against the exact answer over the allowed rows, processor time per query of a batch
 and median time of single queries, both ways. ``retrieval/filters.py`` takes its thresholds from here.
 """
 
@@ -49,7 +49,7 @@ def open_shard(folder: str, kind: str, data: Floats) -> ShardSearcher:
 
 
 def make_masks(share: float, classes: Rows) -> dict[str, Mask]:
-    """``share`` of the rows: at random, and as whole classes."""
+    """``share`` of the rows, at random and as whole classes."""
     generator = np.random.default_rng(0)
     order = generator.permutation(CLASSES)
     sizes = np.cumsum(np.bincount(classes, minlength=CLASSES)[order])
@@ -58,7 +58,7 @@ def make_masks(share: float, classes: Rows) -> dict[str, Mask]:
 
 
 def measure(shard: ShardSearcher, queries: Floats, mask: Mask, *, scan: bool) -> dict[str, float]:
-    """Recall and times with the allowed rows scanned, or the index asked."""
+    """Recall and times by a scan of the allowed rows, or by the index."""
     filters.SCAN_ROWS = len(mask) if scan else 0
     filters.SCAN_GRAPH = filters.SCAN_LISTS = 0
     truth = shard.search(queries, 10, Plan.exact(DIMS[-1]), mask).rows

@@ -1,11 +1,11 @@
-"""An index of more vectors than one wants in memory: embeddings made part by part, indexed, opened, searched.
+"""An index larger than memory should be: embeddings made part by part, indexed, opened, searched.
 
     python -m tests.benchmarks.retrieval_large [--quick] [--num N] [--dim D] [--shards S] [--kinds ivf-rabitq graph]
 
-One JSON object a line. ``rss_gib`` is the sum over the driver, Ray and its workers, sampled ten times a second, of what
-is resident, mapped files included, and pages that several share once for each; ``private_gib`` leaves out what is
-shared or can be read again from a file. The last build is one more, with a hundredth of new rows and the index before
-it as ``previous``. Truth is the exact plan.
+One JSON object per line. ``rss_gib`` is the resident memory of the driver, Ray and its workers together, sampled ten
+times a second; it includes mapped files and counts shared pages once per process. ``private_gib`` leaves out pages that
+are shared or can be read again from a file. The last build adds a hundredth of new rows, with the index before it as
+``previous``. Truth is the exact plan.
 """
 
 import argparse
@@ -43,14 +43,14 @@ from lookalike.stages import execute
 
 PART_ROWS, QUERIES, K, SEED, CLASSES = 1 << 16, 200, 10, 7, 1000
 QUERY_PART, EXTRA_PART = 1 << 20, 1 << 19
-"""Parts that no database has."""
+"""Numbers of parts that no database has."""
 EFFORTS: dict[str, dict[str, int]] = {"ivf-rabitq": {"shortlist_k": 100, "nprobe": 32}, "graph": {"shortlist_k": 50}}
-"""Of the plans, over the larger prefix; a type that is not here takes K = 100."""
+"""K of the plans over the larger prefix; types not listed take 100."""
 LIMIT_GIB = 6.0
 
 
 class MemoryWatch:
-    """The most memory that this process and all below it held in a block, sampled."""
+    """Peak memory of this process and its descendants inside a block, sampled."""
 
     def __init__(self, interval_s: float = 0.1) -> None:
         self.rss_gib = self.private_gib = 0.0
@@ -98,7 +98,7 @@ def make_embeddings(root: str, hierarchy: Hierarchy, num: int) -> Artifact:
 
 
 def grow_embeddings(base: Artifact, hierarchy: Hierarchy, extra: int) -> Artifact:
-    """The same parts, and one of ``extra`` vectors."""
+    """The same parts and one more with ``extra`` vectors."""
     draft = Draft(base.root, "embeddings", "more", base.manifest.fingerprint)
     storage.make_directory(draft.uri)
     for part in base.files("part-"):
@@ -110,7 +110,7 @@ def grow_embeddings(base: Artifact, hierarchy: Hierarchy, extra: int) -> Artifac
 
 
 def build(root: str, config: IndexConfig, embeddings: Artifact, previous: Artifact | None) -> tuple[Artifact, Any]:
-    """An index and a row about its making."""
+    """An index and a row about its build."""
     inputs = {"embeddings": [embeddings]} | ({"previous": [previous]} if previous else {})
     start = time.perf_counter()
     with MemoryWatch() as watch:
@@ -134,7 +134,7 @@ def build(root: str, config: IndexConfig, embeddings: Artifact, previous: Artifa
 
 
 def shortlist_seconds(index: Artifact) -> dict[str, float]:
-    """Dim -> seconds of all workers, from the times at which a shard's files were finished one after the other."""
+    """Dim -> build seconds over all workers, from the times at which each shard's files were finished."""
     meta = Searcher.open(index.uri, check=False).meta
     seconds = {str(dim): 0.0 for dim in meta.shortlist_dims}
     for folder in meta.shards:
@@ -146,7 +146,7 @@ def shortlist_seconds(index: Artifact) -> dict[str, float]:
 
 
 def search(index: Artifact, queries: Floats, truth: Rows | None) -> tuple[dict[str, Any], Rows]:
-    """A row about searching an index, and the exact answer, which is computed unless it is given."""
+    """A row about searching an index, and the exact answer, computed unless given."""
     with MemoryWatch() as watch:
         start = time.perf_counter()
         searcher = Searcher.open(index.uri, check=False)
@@ -214,7 +214,7 @@ def main() -> int:
 
 
 def run(root: str, num: int, dim: int, arguments: argparse.Namespace, report: Any) -> None:
-    """All cases; ``report`` takes a row of each."""
+    """Run all cases; ``report`` takes the row of each."""
     hierarchy = Hierarchy(np.random.default_rng(SEED), dim, CLASSES)
     start = time.perf_counter()
     with MemoryWatch() as watch:

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.retrieval_plan [--quick] [--num N] [--dim D] [--shard FOLDER] [--plot FILE]
     python -m tests.benchmarks.retrieval_plan --fit [--kind KIND] [--without-library]
 
-One JSON object a line; the last one has the ratios. Half of the queries are the planner's sample, the other half judges
-its plan, and every plan of the grid, of which the best is taken by what it does there, which flatters the grid. Choices
-by the lower end of the recall's interval are held against the best of the grid by the same, those by the mean likewise.
-``cpu_us`` is processor time per query, queries sent one by one, the least of the repeats. ``--shard`` takes a shard
+One JSON object per line; the last has the ratios. Half of the queries are the planner's sample; the other half judges
+its plan and every plan of the grid. The best of the grid is chosen on the judging half too, which flatters the grid.
+Choices by the lower end of the recall's interval are compared with the grid's best by the same, likewise by the mean.
+``cpu_us`` is processor time per query, queries sent one by one, fastest repeat. ``--shard`` takes a shard
 folder with queries.npy (raw) in it instead of making one. ``--fit`` prints the prices that ``retrieval/costs.py``
 holds, from the times of a grid of plans on the index at hand.
 """
@@ -53,11 +53,11 @@ RANKINGS: tuple[RankBy, ...] = ("model", "measured")
 DECISIONS: tuple[DecideBy, ...] = ("lower", "mean")
 GRID_KS = (15, 20, 25, 30, 35, 40, 45, 50, 60, 70, 85, 100, 140)
 GRID_KEEPS, GRID_SHARES = (20, 25, 35), (4, 8)
-"""Rows that a grid's one stage keeps, and at which parts of the vector it stands."""
+"""Rows that the one stage of a grid plan keeps, and the parts of the vector at which it stands."""
 GRID_QUANTILES = (0.999, 0.995)
 FINALISTS = 12
 OWN_PRICES = ("rows", "row_numbers", "beam", "centroids", "lists")
-"""Prices that belong to an index type; the others are common to all."""
+"""Prices of an index type; the others are common to all."""
 COPY_BYTES, ROW_BYTES = 256 << 20, 256
 
 
@@ -68,7 +68,7 @@ def recalls_of(sample: PlanSample, plan: Plan) -> dict[DecideBy, float]:
 
 
 def make_shard(folder: str, kind: str, data: Floats) -> None:
-    """One shard of float16 vectors with shortlists over two prefixes, and over all of a short vector."""
+    """A shard of float16 vectors with shortlists over two prefixes, and over the full dim of short vectors."""
     dim = data.shape[1]
     dims = (*(d for d in (8, 16, 32, 64, 128, 256, 512, 1024) if d < dim), dim)
     over = (*(d for d in (64, 128) if d < dim), *([dim] if dim <= 512 else []))
@@ -101,7 +101,7 @@ def open_index(folder: str) -> Searcher:
 
 
 def cpu_us(searcher: Searcher, queries: Floats, plans: Sequence[Plan], repeats: int) -> npt.NDArray[np.float64]:
-    """Processor time per query of each plan, in microseconds, plans in turn in every repeat."""
+    """Processor time per query of each plan, in microseconds; plans take turns in every repeat."""
     seconds = np.empty((repeats, len(plans)))
     for turn in range(repeats):
         for number, plan in enumerate(plans):
@@ -152,7 +152,7 @@ def list_grid(sample: PlanSample) -> Iterator[Plan]:
 
 
 def search_grid(sample: PlanSample, judge: PlanSample) -> list[dict[str, Any]]:
-    """Recall, by the judge, and a first processor time of each plan of the grid that comes near a target."""
+    """Recall on the judge's queries and a first processor time of each grid plan that comes near a target."""
     plans = list(list_grid(sample))
     recalls = [recalls_of(judge, plan) for plan in plans]
     chosen = [n for n, recall in enumerate(recalls) if recall["mean"] >= min(TARGETS)]
@@ -161,7 +161,7 @@ def search_grid(sample: PlanSample, judge: PlanSample) -> list[dict[str, Any]]:
 
 
 def run_planner(sample: PlanSample, target: float) -> list[MeasuredPlan]:
-    """What the plan stage measures, with its defaults, for both ways to decide."""
+    """The plan stage's measurements with its defaults, for both ways to decide."""
     config = PlanConfig(target=target)
     plans = list_plans(
         sample.searcher.meta,
@@ -184,10 +184,10 @@ def compare(
     grid: list[dict[str, Any]], measured: list[MeasuredPlan], judge: PlanSample, target: float
 ) -> Iterator[dict[str, Any]]:
     """The grid's best and the planner's choices at one target, timed again side by side."""
-    cheapest = sorted(grid, key=lambda one: one["cpu_us"])
+    cheapest = sorted(grid, key=lambda row: row["cpu_us"])
     plans: list[tuple[DecideBy, str, Plan]] = []
     for decide_by in DECISIONS:
-        reached = [one["plan"] for one in cheapest if one["recall"][decide_by] >= target][:FINALISTS]
+        reached = [row["plan"] for row in cheapest if row["recall"][decide_by] >= target][:FINALISTS]
         plans += [(decide_by, "grid", plan) for plan in reached]
         for rank_by in RANKINGS:
             ranked = rank_good(measured, target, decide_by=decide_by, rank_by=rank_by, exact=True)
@@ -211,22 +211,22 @@ def compare(
 
 
 def rank_quality(measured: list[MeasuredPlan], judge: PlanSample, target: float) -> dict[str, Any]:
-    """How well model and measured times rank the candidates: Spearman, and the regret of choosing by them."""
-    some = [one for one in measured if not one.plan.is_exact]
-    times = cpu_us(judge.searcher, judge.queries[:100], [one.plan for one in some], 3)
-    good = [n for n, one in enumerate(some) if one.recall >= target]
+    """How well modelled and measured times rank the candidates: Spearman, and the regret of choosing by them."""
+    some = [row for row in measured if not row.plan.is_exact]
+    times = cpu_us(judge.searcher, judge.queries[:100], [row.plan for row in some], 3)
+    good = [n for n, row in enumerate(some) if row.recall >= target]
     fastest = times[good].min() if good else 1.0
     facts: dict[str, Any] = {"case": f"ranking of candidates at {target}", "candidates": len(some), "good": len(good)}
     for rank_by in RANKINGS:
-        by = [cost_of(one, rank_by) for one in some]
+        by = [cost_of(row, rank_by) for row in some]
         facts[f"{rank_by}_spearman"] = round(float(stats.spearmanr(by, times).statistic), 3)
         facts[f"{rank_by}_regret"] = round(float(times[min(good, key=lambda n: by[n])] / fastest), 3) if good else None
-    off = float(np.median([one.model_us / us for one, us in zip(some, times, strict=True)]))
+    off = float(np.median([row.model_us / us for row, us in zip(some, times, strict=True)]))
     return facts | {"model_us_vs_cpu": round(off, 3)}
 
 
 def bandwidth() -> dict[str, float]:
-    """Bytes a second of this machine, one thread: reading in order, and rows of 256 bytes at random places."""
+    """Gigabytes per second of this machine on one thread: read in order, and in rows of 256 bytes at random places."""
     memory = np.ones(COPY_BYTES // 4, np.float32).reshape(-1, ROW_BYTES // 4)
     places = np.random.default_rng(0).integers(0, len(memory), 1 << 16)
     out = np.empty((len(places), memory.shape[1]), np.float32)
@@ -242,8 +242,8 @@ def bandwidth() -> dict[str, float]:
 
 
 def bytes_of(judge: PlanSample, plan: Plan) -> dict[str, float]:
-    """Bytes that a query must read: codes and scales computed, links of the beam, blocks and norms gathered; 0 for
-    other shortlists than the int8 graph. And the time per query of one batch, which no Python is in."""
+    """Bytes that a query must read (codes and scales, links of the beam, blocks and norms gathered), and the processor
+    time per query of one batch, which involves no Python; empty for shortlists other than the int8 graph."""
     searcher = judge.searcher
     index = None if plan.scan else searcher.shards[0].index_over(plan.shortlist_dim)
     if not isinstance(index, Graph):
@@ -264,7 +264,7 @@ def bytes_of(judge: PlanSample, plan: Plan) -> dict[str, float]:
 
 
 def floor_of(row: dict[str, Any], speed: dict[str, float]) -> dict[str, Any]:
-    """Time of the bytes at both speeds, and how many times as long a query of a batch takes."""
+    """Time to read the bytes at both speeds, and the time of a query in a batch over it."""
     if "walk_bytes" not in row:
         return {}
     total = row["walk_bytes"] + row["gather_bytes"]
