@@ -26,17 +26,17 @@ STARTED = re.compile(r"start step=(\S+)")
 
 
 def command(recipe: str, root: Path) -> list[str]:
-    """The run that is killed and repeated."""
+    """Command of the run that is killed and repeated."""
     return [sys.executable, "-m", "lookalike.cli", "quickstart", recipe, f"root={root}"]
 
 
 def run_until_killed(recipe: str, root: Path, step: str, delay_s: float) -> dict[str, Any]:
-    """Start a run and kill its driver ``delay_s`` after ``step`` starts; what happened."""
+    """Start a run, kill its driver ``delay_s`` after ``step`` starts, and return a JSON row."""
     with subprocess.Popen(command(recipe, root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         for line in run.stderr:
-            found = STARTED.search(line)
-            if found and found.group(1) == step:
+            started = STARTED.search(line)
+            if started and started.group(1) == step:
                 time.sleep(delay_s)
                 run.send_signal(signal.SIGKILL)
                 break
@@ -46,12 +46,12 @@ def run_until_killed(recipe: str, root: Path, step: str, delay_s: float) -> dict
 
 
 def artifacts(recipe: str, root: Path) -> dict[str, Artifact]:
-    """Step -> its artifact; one that is not published is an error."""
+    """Step -> its artifact; every step must be published."""
     loaded = Recipe.load(recipe, [f"root={root}"])
-    found = {name: loaded.published(name) for name in loaded.steps}
-    missing = [name for name, artifact in found.items() if artifact is None]
+    by_step = {name: loaded.published(name) for name in loaded.steps}
+    missing = [name for name, artifact in by_step.items() if artifact is None]
     assert not missing, f"steps {missing} are not published under {root}"
-    return {name: artifact for name, artifact in found.items() if artifact is not None}
+    return {name: artifact for name, artifact in by_step.items() if artifact is not None}
 
 
 def published(recipe: str, root: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def content(artifact: Artifact) -> dict[str, str]:
 
 
 def main() -> int:
-    """Run the kills and compare."""
+    """Kill the run in every step, and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="deploy/recipes/smoke.yaml")
     parser.add_argument("--root", type=Path, default=Path("runs/crash"))

@@ -33,7 +33,7 @@ VECTOR = np.arange(1, 65, dtype=np.float32)
 
 
 def main() -> None:
-    """Serve, change, ask."""
+    """Serve, change and search."""
     with tempfile.TemporaryDirectory() as root:
         uris = list(publish_generations(f"{root}/artifacts", np.random.default_rng(1)))
         digest = hashlib.sha256(TOKEN.encode()).hexdigest()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def use(client: Client, uris: list[str]) -> dict[str, object]:
-    """What each step gave."""
+    """Return the outcome of each step."""
     client.upsert([StoredRow("new", VECTOR, {"view": "front"})])
     written = time.monotonic()
     while client.search(vector=VECTOR, k=1).ids != ["new"]:
@@ -73,7 +73,7 @@ def use(client: Client, uris: list[str]) -> dict[str, object]:
         {"vector": VECTOR, "k": 10**6},
         {"vector": VECTOR, "model_fingerprint": "another"},
     ]
-    codes = [code_of(client, asked) for asked in wrong]
+    codes = [code_of(client, request) for request in wrong]
     switched = client.switch(uris[1], encoder="none").index
     try:
         client.switch("/nowhere", encoder="none")
@@ -89,14 +89,14 @@ def use(client: Client, uris: list[str]) -> dict[str, object]:
         "rows": compacted.num_rows - NUM_ROWS,
         "pending": client.status().pending_rows,
         "found": client.search(image_id="new", k=1).ids,
-        "streamed": [one.code.name if isinstance(one, RetrievalError) else one[0].ids for one in streamed],
+        "streamed": [batch.code.name if isinstance(batch, RetrievalError) else batch[0].ids for batch in streamed],
     }
 
 
-def code_of(client: Client, asked: dict[str, Any]) -> str:
-    """Name of the status that a search fails with."""
+def code_of(client: Client, request: dict[str, Any]) -> str:
+    """Name of the status of a search."""
     try:
-        client.search(**asked)
+        client.search(**request)
     except RetrievalError as error:
         return error.code.name
     return "OK"

@@ -3,14 +3,13 @@
     python -m tests.serve.soak [--seconds S] [--seed N] [--root FOLDER]
 
 A simulated cluster of two nodes serves a made-up index with two replicas of each shard and one to three ingresses.
-Two callers search, and many more come for a while, until there are three ingresses; one writes, overwrites and deletes.
+Two callers search, and for a while many more, until there are three ingresses; another writes, overwrites and deletes.
 Meanwhile replicas are killed at random, a node is taken away and comes back, five generations are switched to, one is
 rolled back, and the writes are compacted. Once the many have left and there is one ingress again, every process is
 killed and the service starts again from its folder.
 
 Checked: a reply is exactly what brute force finds in the generation it names (so no reply mixes two); errors are of the
-promised kinds; a write is found a second after it was acknowledged, unless the writer was being restarted, and all are
-there after the restart.
+promised kinds; each acknowledged write is found soon, and all are there after the restart.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from lookalike.serve.settings.config import ServeConfig, Writes
 from lookalike.serve.settings.load import Autoscaling, Deployments, ReplicaSettings
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.conftest import publish, publish_embeddings, publish_index
-from tests.serve.soak_callers import DIM, PROMISED, Book, K, Seen, check_written, search, surge, write
+from tests.serve.soak_callers import DIM, PROMISED, Book, K, SoakOutcome, check_written, search, surge, write
 
 NUM_ROWS = 400
 GENERATIONS = 5
@@ -53,14 +52,14 @@ def publish_generations(root: str, rng: np.random.Generator) -> dict[str, np.nda
     draft = Draft(root, "encoder", "encoder", "a" * 20)
     draft.write_json("nothing.json", {})
     encoder = publish(draft)
-    found = {}
+    published = {}
     for number in range(GENERATIONS):
         vectors = rng.normal(size=(NUM_ROWS, DIM)).astype(np.float32)
         named = {f"img-{row:03d}": vector for row, vector in enumerate(vectors)}
         embeddings = publish_embeddings(root, encoder, named, fingerprint=f"{number:020d}")
         index = publish_index(root, embeddings, named, encoder.manifest.fingerprint, fingerprint=f"{number:020d}")
-        found[index.uri] = vectors
-    return found
+        published[index.uri] = vectors
+    return published
 
 
 def brute_force(vectors: np.ndarray, queries: np.ndarray) -> list[list[str]]:
@@ -74,9 +73,9 @@ def replica_names() -> list[tuple[str, str]]:
     import ray
 
     return [
-        (one["name"], one["namespace"])
-        for one in ray.util.list_named_actors(all_namespaces=True)
-        if one["name"].startswith("SERVE_REPLICA::")
+        (actor["name"], actor["namespace"])
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith("SERVE_REPLICA::")
     ]
 
 
@@ -84,7 +83,7 @@ def kill_one(rng: random.Random, killed: Counter[str], role: str = "") -> None:
     """End a replica at random, or one of ``role``."""
     import ray
 
-    names = [one for one in replica_names() if role in one[0]]
+    names = [name for name in replica_names() if role in name[0]]
     if not names:
         return
     name, namespace = rng.choice(names)
@@ -113,27 +112,27 @@ def disturb(cluster: Any, rng: random.Random, load: "Future[None]", killed: Coun
             kill_one(rng, killed, "#writer#" if turn % 8 == 4 else "")
 
 
-async def switch_all(address: str, uris: list[str], pause_s: float, seen: Seen) -> None:
-    """Serve one generation after the other, and one of them twice by a rollback."""
+async def switch_all(address: str, uris: list[str], pause_s: float, outcome: SoakOutcome) -> None:
+    """Serve one generation after the other; a rollback serves one of them twice."""
     client = await asyncio.to_thread(Client, address, timeout_s=120)
     for number, uri in enumerate([*uris[1:], uris[0]]):
         await asyncio.sleep(pause_s)
-        await again(lambda uri=uri: client.switch(uri, encoder="none", timeout_s=120), seen)
-        seen.counts["switches"] += 1
+        await again(lambda uri=uri: client.switch(uri, encoder="none", timeout_s=120), outcome)
+        outcome.counts["switches"] += 1
         tell(f"switched {number + 1} times")
         if number == 2:
-            await again(client.rollback, seen)
-            seen.counts["rollbacks"] += 1
+            await again(client.rollback, outcome)
+            outcome.counts["rollbacks"] += 1
     client.close()
 
 
-async def again(call: Any, seen: Seen, attempts: int = 20) -> Any:
+async def again(call: Any, outcome: SoakOutcome, attempts: int = 20) -> Any:
     """Repeat an operator's call while the writer is away."""
     for _ in range(attempts):
         try:
             return await asyncio.to_thread(call)
         except RetrievalError as error:
-            seen.errors[f"admin {error.code.name}"] += 1
+            outcome.errors[f"admin {error.code.name}"] += 1
             if error.code.name not in {*PROMISED, "INTERNAL"}:  # INTERNAL: the ingress died meanwhile
                 raise
             await asyncio.sleep(1)
@@ -161,7 +160,7 @@ def cluster_of_two() -> Iterator[Any]:
 
 
 def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
-    """The whole soak; what was seen."""
+    """Run the whole soak; return its figures."""
     from lookalike.serve.app import start, stop
 
     generator = np.random.default_rng(seed)
@@ -179,22 +178,22 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
         deployments=Deployments(ingress=ReplicaSettings(autoscaling=SCALING)),
         writes=Writes(state=f"{root}/state", compact_rows=None),
     )
-    seen, book, killed = Seen(), Book(seed), Counter[str]()
+    outcome, book, killed = SoakOutcome(), Book(seed), Counter[str]()
     before: list[str] = []
-    """The generation that is compacted: whatever came of it has the same rows, beside the written ones."""
+    """The generation that is compacted: the index that comes of it has the same rows, and the written ones."""
 
     async def under_load(address: str) -> None:
         stopping = asyncio.Event()
-        tasks = [asyncio.ensure_future(search(address, queries, seen, stopping, seed + n)) for n in range(CALLERS)]
-        tasks.append(asyncio.ensure_future(write(address, book, seen, stopping)))
-        many = asyncio.ensure_future(surge(address, queries, seen, seconds / 4, seed + CALLERS))
-        await switch_all(address, uris, seconds / (GENERATIONS + 1), seen)
+        tasks = [asyncio.ensure_future(search(address, queries, outcome, stopping, seed + n)) for n in range(CALLERS)]
+        tasks.append(asyncio.ensure_future(write(address, book, outcome, stopping)))
+        many = asyncio.ensure_future(surge(address, queries, outcome, seconds / 4, seed + CALLERS))
+        await switch_all(address, uris, seconds / (GENERATIONS + 1), outcome)
         with Client(address, timeout_s=300) as client:
-            before.append((await again(client.status, seen)).current)
-            await again(client.compact, seen)
+            before.append((await again(client.status, outcome)).current)
+            await again(client.compact, outcome)
         tell("compacted")
         await many
-        tell(f"ingresses {seen.ingresses}")
+        tell(f"ingresses {outcome.ingresses}")
         stopping.set()
         await asyncio.gather(*tasks)
 
@@ -209,34 +208,34 @@ def run(seconds: float, seed: int, root: str) -> dict[str, Any]:
     with cluster_of_two():
         address = start(config)
         tell("everything was killed, and serves again")
-        seen.counts["rows after restart"] = asyncio.run(check_written(address, book, seen.wrong))
+        outcome.counts["rows after restart"] = asyncio.run(check_written(address, book, outcome.wrong))
         stop()
     expected = {
         Artifact.open(uri, check=False).manifest.fingerprint: brute_force(vectors, queries)
         for uri, vectors in worlds.items()
     }
-    for name, number, ids in seen.replies:
+    for name, number, ids in outcome.replies:
         wanted = expected.get(name, expected[before[0]])[number]
         if ids != wanted:
-            seen.wrong.append(f"{name} query {number}: {ids} for {wanted}")
-    late = np.array(seen.late_ms)
+            outcome.wrong.append(f"{name} query {number}: {ids} for {wanted}")
+    late = np.array(outcome.late_ms)
     return {
         "bench": "serve_soak",
         "seconds": seconds,
         "seed": seed,
-        **seen.counts,
-        "errors": dict(seen.errors),
+        **outcome.counts,
+        "errors": dict(outcome.errors),
         "killed": dict(killed),
-        "ingresses": seen.ingresses,
-        "generations_seen": len({name for name, _, _ in seen.replies}),
+        "ingresses": outcome.ingresses,
+        "generations_seen": len({name for name, _, _ in outcome.replies}),
         "found_after_ms": {"p50": round(float(np.median(late)), 1), "p99": round(float(np.percentile(late, 99)), 1)},
-        "num_wrong": len(seen.wrong),
-        "wrong": seen.wrong[:10],
+        "num_wrong": len(outcome.wrong),
+        "wrong": outcome.wrong[:10],
     }
 
 
 def tell(what: str) -> None:
-    """Progress, with the time."""
+    """Print progress, with the time."""
     print(f"{time.strftime('%X')} soak: {what}", file=sys.stderr, flush=True)
 
 
@@ -244,7 +243,7 @@ def end_all(cluster: Any) -> None:
     """Kill every replica's process and the controller at once, as a power cut does."""
     import ray
 
-    names = [(one["name"], one["namespace"]) for one in ray.util.list_named_actors(all_namespaces=True)]
+    names = [(actor["name"], actor["namespace"]) for actor in ray.util.list_named_actors(all_namespaces=True)]
     for name, namespace in names:
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
