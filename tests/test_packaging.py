@@ -231,6 +231,8 @@ def jobs(source: Path, wheel: Path, records: Path, tmp_path_factory: pytest.Temp
     }
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment["RAY_AUTH_MODE"] = "token"  # or the client sends none
+    # Ray installs the wheel by the pip of its PATH: an activated environment's
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     short = tempfile.mkdtemp(prefix="lj-", dir="/tmp")  # sockets lie below it, and their paths may have 107 letters
     result = subprocess.run(
         [sys.executable, "-c", JOBS, short],

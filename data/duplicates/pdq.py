@@ -16,6 +16,10 @@ SAMPLES = 64
 FREQUENCIES = 16
 LEAST_SIDE = 5
 """A smaller image has the hash 0 and the quality 0."""
+MIDDLE = HASH_BITS // 2 - 1
+"""Place of the median: of the two in the middle, the lower."""
+STACK_PIXELS = 1 << 18
+"""Pixels of one size that are hashed together: their luminance fits into a processor's cache."""
 
 Floats = NDArray[np.float32]
 COSINES: Floats = (
@@ -41,12 +45,14 @@ def hash_images(images: Sequence[NDArray[np.uint8]]) -> PdqHashes:
     for index, pixels in enumerate(images):
         if min(pixels.shape[:2]) >= LEAST_SIDE:
             by_shape.setdefault(pixels.shape, []).append(index)
-    for indices in by_shape.values():
-        samples = sample(np.stack([luminance(images[index]) for index in indices]))
-        spectra = transform(samples)
-        medians = np.partition(spectra, HASH_BITS // 2 - 1)[:, HASH_BITS // 2 - 1, None]  # the lower of the middle two
-        hashes.bits[indices] = np.packbits(spectra > medians, axis=1)
-        hashes.quality[indices] = quality(samples)
+    for (height, width, _), indices in by_shape.items():
+        step = max(1, STACK_PIXELS // (height * width))
+        for place in (indices[start : start + step] for start in range(0, len(indices), step)):
+            samples = sample(np.stack([luminance(images[index]) for index in place]))
+            spectra = transform(samples)
+            medians = np.partition(spectra, MIDDLE)[:, MIDDLE, None]
+            hashes.bits[place] = np.packbits(spectra > medians, axis=1)
+            hashes.quality[place] = quality(samples)
     return hashes
 
 

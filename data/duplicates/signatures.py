@@ -18,7 +18,7 @@ from lookalike.sampling import stable_keys
 from lookalike.vision.images import decode
 
 ROW_SHIFT = 32  # row number = (part number << ROW_SHIFT) + index in the part: the order of the corpus
-BATCH_PIXELS = 1 << 18  # pixels of the pictures that are hashed together
+BATCH_PIXELS = 1 << 21  # pixels of the pictures that are hashed together: many small ones, so that sizes recur
 SIGNED_COLUMNS = ["image_id", "image", "group", "split", "dataset"]
 
 

@@ -154,7 +154,7 @@ def compare_stages(
     measured: Sequence[MeasuredPlan], good: Sequence[int], rank_by: RankBy
 ) -> dict[str, int | float | None]:
     """Places of the cheapest ``good`` plan of one stage and of several, and the cost of the latter over the former
-    (below 1, several stages pay)."""
+    (below 1, several stages pay). mAP is not looked at."""
     single = next((place for place in good if measured[place].plan.is_single_stage), None)
     several = next((place for place in good if not measured[place].plan.is_single_stage), None)
     ratio = None
