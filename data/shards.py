@@ -9,7 +9,7 @@ but no images.
 from collections import Counter
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from lookalike.config import runtime
 from lookalike.data import attributes
 from lookalike.data.parts import (
     Item,
+    add_up,
     blocks_of,
     broadcast,
     collect,
@@ -282,36 +283,57 @@ def count_attributes(items: list[Item], config: ShardsConfig) -> dict[str, list[
     return attributes.choose_classes(collect(frequent, attributes.COUNTS))
 
 
+def count_classes(items: list[Item], config: ShardsConfig) -> dict[tuple[str, str], int]:
+    """(kind, name) -> images, of the ``_CENSUS`` of all parts."""
+    parts = map_parts(
+        items, lambda item: take_census(_read(item, LIGHT), config.categories), concurrency=config.concurrency
+    )
+    census = add_up(blocks_of(parts), ["kind", "name"], _CENSUS)
+    return {(row["kind"], row["name"]): row["images"] for row in census.to_pylist()}
+
+
+class ShardTotals(NamedTuple):
+    """The sums over all shards."""
+
+    rows: dict[str, int]
+    """File -> rows."""
+    epoch: float
+    """Expected copies per epoch of all images."""
+    label_epoch: NDArray[np.float64]
+    """The same of the images of each label, [num_labels]."""
+    with_class: NDArray[np.int64]
+    """Images with a class of each attribute, [num_attributes]."""
+
+
+def write_shards(items: list[Item], classes: Classes, out: str, num_labels: int) -> ShardTotals:
+    """Shuffle the rows of all parts into shard files."""
+    config, shared = classes.config, broadcast(classes)
+    columns = [*LIGHT, "image"]
+    placed = map_parts(items, lambda item: shared().place(_read(item, columns)), concurrency=config.concurrency)
+    by_shard = placed.groupby("place", num_partitions=num_partitions(items, sum(classes.shards.values())))
+    write = partial(write_shard, out=out, rows_per_group=config.rows_per_group, num_labels=num_labels)
+    rows, epoch = {}, 0.0
+    label_epoch, with_class = np.zeros(num_labels), np.zeros(len(classes.attributes), np.int64)
+    for block in blocks_of(by_shard.map_groups(write, batch_format="pyarrow", concurrency=config.concurrency)):
+        for entry in block.to_pylist():
+            rows[entry["file"]] = entry["rows"]
+            epoch += entry["epoch"]
+            label_epoch += entry["label_epoch"]
+            with_class += np.array(entry["attributes"], np.int64)
+    return ShardTotals(rows, epoch, label_epoch, with_class)
+
+
 def run(run: StageRun[ShardsConfig]) -> None:
     """Census, then one shuffle into shard files."""
     ensure_ray()
-    config, out, items = run.config, run.out.uri, _items(run)
+    config, items = run.config, _items(run)
     names = [entry["name"] for entry in run.one("labels").read_json("classes.json")]
-    counts: Counter[tuple[str, str]] = Counter()
     with timed(log, "census"):
-        census = map_parts(
-            items, lambda item: take_census(_read(item, LIGHT), config.categories), concurrency=config.concurrency
-        )
-        for block in blocks_of(census):
-            for entry in block.to_pylist():
-                counts[(entry["kind"], entry["name"])] += entry["images"]
-    stated = count_attributes(items, config) if counts[("attributes", "")] else {}
-    classes = Classes(dict(counts), len(names), config, config.seed, stated)
-    shared = broadcast(classes)
+        counts = count_classes(items, config)
+    stated = count_attributes(items, config) if ("attributes", "") in counts else {}
+    classes = Classes(counts, len(names), config, config.seed, stated)
     with timed(log, "shuffle", shards=sum(classes.shards.values())):
-        heavy = [*LIGHT, "image"]
-        placed = map_parts(items, lambda item: shared().place(_read(item, heavy)), concurrency=config.concurrency)
-        partitions = num_partitions(items, sum(classes.shards.values()))
-        write = partial(write_shard, out=out, rows_per_group=config.rows_per_group, num_labels=len(names))
-        by_shard = placed.groupby("place", num_partitions=partitions)
-        written = by_shard.map_groups(write, batch_format="pyarrow", concurrency=config.concurrency)
-        rows, epoch, label_epoch, with_class = {}, 0.0, np.zeros(len(names)), np.zeros(len(stated), np.int64)
-        for block in blocks_of(written):
-            for entry in block.to_pylist():
-                rows[entry["file"]] = entry["rows"]
-                epoch += entry["epoch"]
-                label_epoch += entry["label_epoch"]
-                with_class += np.array(entry["attributes"], np.int64)
+        totals = write_shards(items, classes, run.out.uri, len(names))
     run.out.write_json(
         "classes.json",
         {
@@ -322,31 +344,19 @@ def run(run: StageRun[ShardsConfig]) -> None:
             "label_frequency": classes.label_frequency.round(9).tolist(),
         },
     )
-    assert sum(rows.values()) == sum(n for (kind, _), n in counts.items() if kind == "dataset")
-    run.out.stats = _stats(rows, dict(counts), classes, epoch, label_epoch)
-    run.out.stats["attributes"] = {
-        name: {"classes": len(values), "images": int(images)}
-        for (name, values), images in zip(classes.attributes.items(), with_class, strict=True)
-    }
-    plain = classes.label_frequency * counts.get(("labelled", ""), 0)
-    storage.write_atomic(
-        run.out.path("resampling.png"),
-        plot_zipf({"images": plain.tolist(), "expected copies an epoch": label_epoch.tolist()}),
-    )
-
-
-def _stats(
-    rows: dict[str, int],
-    counts: dict[tuple[str, str], int],
-    classes: Classes,
-    epoch: float,
-    label_epoch: NDArray[np.float64],
-) -> dict[str, Any]:
+    assert sum(totals.rows.values()) == sum(n for (kind, _), n in counts.items() if kind == "dataset")
+    run.out.stats = _stats(counts, classes, totals)
     images = classes.label_frequency * counts.get(("labelled", ""), 0)
+    chart = plot_zipf({"images": images.tolist(), "expected copies an epoch": totals.label_epoch.tolist()})
+    storage.write_atomic(run.out.path("resampling.png"), chart)
+
+
+def _stats(counts: dict[tuple[str, str], int], classes: Classes, totals: ShardTotals) -> dict[str, Any]:
+    labelled = counts.get(("labelled", ""), 0)
     return {
-        "images": sum(rows.values()),
-        "shards": len(rows),
-        "labelled": counts.get(("labelled", ""), 0),
+        "images": sum(totals.rows.values()),
+        "shards": len(totals.rows),
+        "labelled": labelled,
         "datasets": {name: n for (kind, name), n in sorted(counts.items()) if kind == "dataset"},
         "labels": len(classes.repeats),
         "categories": len(classes.categories),
@@ -354,9 +364,13 @@ def _stats(
         "repeat": {
             "mean_label": round(float(classes.repeats.mean()), 3) if len(classes.repeats) else 1.0,
             "max_label": round(float(classes.repeats.max(initial=1.0)), 3),
-            "expected_epoch": round(epoch, 1),
-            "rarest_share_before": _share(images),
-            "rarest_share_after": _share(label_epoch),
+            "expected_epoch": round(totals.epoch, 1),
+            "rarest_share_before": _share(classes.label_frequency * labelled),
+            "rarest_share_after": _share(totals.label_epoch),
+        },
+        "attributes": {
+            name: {"classes": len(values), "images": int(images)}
+            for (name, values), images in zip(classes.attributes.items(), totals.with_class, strict=True)
         },
     }
 
