@@ -28,7 +28,6 @@ from lookalike.data.steps.exchange import (
     return_rows,
     total,
     with_key,
-    work_items,
 )
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.steps.signing import HELD_OUT
@@ -51,8 +50,8 @@ def split_copies(job: LabelJob, rows: int) -> dict[str, Any]:
         leaders = find_leaders(read_table(item["uri"]), shared())
         return with_key(leaders, words_of(leaders["content"])[:, 0] % np.uint64(buckets))
 
-    exchange(job, work_items(job, "signatures"), spread, find_copies, kind="all_copies", rows=rows)
-    counts = total(job, work_items(job, "all_copies"), lambda item: [read_table(item["uri"], ["row"]).num_rows])
+    exchange(job, job.work_items("signatures"), spread, find_copies, kind="all_copies", rows=rows)
+    counts = total(job, job.work_items("all_copies"), lambda item: [read_table(item["uri"], ["row"]).num_rows])
     copies = sum(counts)
     return_rows(job, "all_copies", "copies", copies)
     return {"copies": copies}
@@ -84,7 +83,7 @@ def make_cells(job: LabelJob, rows: int) -> dict[str, Any]:
         keys = mix_keys(stable_keys(table["image_id"].to_pylist()), seed, "cells")
         return table.filter(pa.array(keys <= limit))
 
-    items = work_items(job, "signatures")
+    items = job.work_items("signatures")
     dim = read_table(items[0]["uri"], ["vector"]).schema.field("vector").type.list_size
     sampled = collect(job.map(items, sample), feature_schema(dim)).sort_by("image_id")
     shared = broadcast(unit_rows(vectors_of(sampled)))
@@ -135,7 +134,7 @@ def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
     copies = rows * (config.probes + config.hash_bands)
     exchange(
         job,
-        work_items(job, "signatures"),
+        job.work_items("signatures"),
         spread,
         lambda cell: search_cell(cell, config),
         kind="pairs",
@@ -146,5 +145,5 @@ def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
         split = read_table(item["uri"], ["split"])["split"]
         return [pc.sum(split.is_null()).as_py() or 0, len(split)]
 
-    inside, pairs = total(job, work_items(job, "pairs"), count) or (0, 0)
+    inside, pairs = total(job, job.work_items("pairs"), count) or (0, 0)
     return {"inside": inside, "pairs": pairs}

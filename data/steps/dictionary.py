@@ -41,7 +41,7 @@ from lookalike.data.parts import (
     read_table,
     write_table,
 )
-from lookalike.data.steps.exchange import exchange, with_key, work_items
+from lookalike.data.steps.exchange import exchange, with_key
 from lookalike.data.steps.job import LabelJob
 from lookalike.progress import track
 
@@ -102,7 +102,8 @@ def _sketch(job: LabelJob, vocabulary: dict[str, int], images: int) -> dict[str,
     limits = None
     if len(spans) > FEW_SPANS:
         _exchange_sketches(job, spans, buckets, rows=max(rows * len(spans), images), limits=None, light=True)
-        limits = pa.concat_tables([LIMITS.empty_table(), *map(read_table, job.work_parts(f"limits-{buckets}"))])
+        uris = [item["uri"] for item in job.work_items(f"limits-{buckets}")]
+        limits = pa.concat_tables([LIMITS.empty_table(), *map(read_table, uris)])
     rows *= (1 if limits is not None else len(spans)) * -(-(2 * job.config.feature_dim + 100) // ROW_BYTES)
     _exchange_sketches(job, spans, buckets, rows=max(rows, images), limits=limits, light=False)
     return {"buckets": buckets}
@@ -149,7 +150,7 @@ def _score_buckets(job: LabelJob, buckets: int) -> pa.Table:
             write_table(target, scores)
         return read_table(target)
 
-    items = [item for item in work_items(job, f"sketch-{buckets}") if item["number"] < buckets]
+    items = [item for item in job.work_items(f"sketch-{buckets}") if item["number"] < buckets]
     if not items:
         return SCORES.empty_table()
     scored = map_parts(items, task, concurrency=job.config.concurrency, num_gpus=config.num_gpus)

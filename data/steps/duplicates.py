@@ -19,7 +19,7 @@ from lookalike.data.duplicates.signatures import ROW_SHIFT, signature_schema
 from lookalike.data.duplicates.twins import DedupConfig, judge_pairs, pictures_of
 from lookalike.data.parts import Item, blocks_of, broadcast, collect, part_name, read_table, write_table
 from lookalike.data.steps import cells, fates
-from lookalike.data.steps.exchange import ONE_TASK, exchange, read_part, with_key, work_items
+from lookalike.data.steps.exchange import ONE_TASK, exchange, read_part, with_key
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.text.annotations import ANNOTATIONS
 from lookalike.errors import UsageError
@@ -70,7 +70,7 @@ def _write_part(out: str, work: str, number: int, dropped: pa.Table, config: Ded
 
 def _find_whole(job: LabelJob) -> Iterable[pa.Table]:
     out, work, config = job.out.uri, job.out.work(), job.config.dedup
-    uris = [item["uri"] for item in work_items(job, "signatures")]
+    uris = [item["uri"] for item in job.work_items("signatures")]
 
     def task(_: Item) -> pa.Table:
         dropped = find_duplicates(pa.concat_tables([read_table(uri) for uri in uris]), config)
@@ -98,7 +98,7 @@ def _find_in_cells(job: LabelJob, rows: int) -> Iterable[pa.Table]:
         )
         return _write_part(out, work, number, settled, config)
 
-    return track(blocks_of(job.map(work_items(job, "signatures"), task)), "labels duplicates", unit="part")
+    return track(blocks_of(job.map(job.work_items("signatures"), task)), "labels duplicates", unit="part")
 
 
 def lend(job: LabelJob, reasons: dict[str, int]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def judge_labelled(job: LabelJob) -> dict[str, float]:
     uri, config = str(job.config.dedup.labelled_pairs), job.config.dedup
     pairs = read_labelled(uri)
     ids = pa.concat_arrays([pairs[side].combine_chunks() for side in ("left", "right")]).unique()
-    wanted, items = broadcast(ids), work_items(job, "signatures")
+    wanted, items = broadcast(ids), job.work_items("signatures")
 
     def task(item: Item) -> pa.Table:
         table = read_table(item["uri"])

@@ -37,7 +37,7 @@ def exchange(
     the others.
     """
     folder = job.out.work(kind)
-    skip = broadcast(pa.array(part_numbers(folder), pa.int64()))
+    skip = broadcast(pa.array([item["number"] for item in job.work_items(kind)], pa.int64()))
 
     def route(item: Item) -> pa.Table:
         table = task(item)
@@ -74,7 +74,7 @@ def return_rows(job: LabelJob, source: str, kind: str, rows: int, columns: Seque
         table = read_table(item["uri"], columns)
         return with_key(table, table["row"].to_numpy() >> ROW_SHIFT)
 
-    exchange(job, work_items(job, source), task, lambda part: part.sort_by("row"), kind=kind, rows=rows)
+    exchange(job, job.work_items(source), task, lambda part: part.sort_by("row"), kind=kind, rows=rows)
 
 
 def split_by_key(table: pa.Table) -> Iterator[pa.Table]:
@@ -84,18 +84,6 @@ def split_by_key(table: pa.Table) -> Iterator[pa.Table]:
     edges = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), len(keys)] if len(keys) else []
     for start, stop in pairwise(edges):
         yield table.slice(start, stop - start)
-
-
-def part_numbers(folder: str) -> list[int]:
-    """Numbers of the parts in a folder, ascending."""
-    names = storage.list_files(folder) if storage.exists(folder) else []
-    return sorted(int(name.removeprefix("part-").removesuffix(".parquet")) for name in names)
-
-
-def work_items(job: LabelJob, kind: str) -> list[Item]:
-    """An item with number and URI for each part in the work folder ``kind``."""
-    folder = job.out.work(kind)
-    return [{"number": number, "uri": storage.join(folder, part_name(number))} for number in part_numbers(folder)]
 
 
 def read_part(folder: str, number: int, schema: pa.Schema) -> pa.Table:

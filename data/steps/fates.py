@@ -29,7 +29,6 @@ from lookalike.data.steps.exchange import (
     num_buckets,
     total,
     with_key,
-    work_items,
 )
 from lookalike.data.steps.job import LabelJob
 
@@ -43,7 +42,7 @@ def decide(job: LabelJob, pairs: int, inside: int) -> dict[str, Any]:
     ``pairs``: how many there are; ``inside``: those between two training rows.
     """
     if pairs <= PAIRS_IN_TASK:
-        uris = [item["uri"] for item in work_items(job, "pairs")]
+        uris = [item["uri"] for item in job.work_items("pairs")]
         target = storage.join(job.out.work("decided"), part_name(0))
 
         def decide_all(_: Item) -> list[int]:
@@ -63,8 +62,8 @@ def decide(job: LabelJob, pairs: int, inside: int) -> dict[str, Any]:
     def decide_bucket(table: pa.Table) -> pa.Table:
         return decide_fates(merge_pairs(table))
 
-    exchange(job, work_items(job, "rooted"), by_root, decide_bucket, kind="decided", rows=pairs)
-    decided = work_items(job, "decided")
+    exchange(job, job.work_items("rooted"), by_root, decide_bucket, kind="decided", rows=pairs)
+    decided = job.work_items("decided")
     return {"fates": total(job, decided, lambda item: [read_table(item["uri"], ["row"]).num_rows])[0]}
 
 
@@ -82,11 +81,11 @@ def find_components(job: LabelJob, edges: int) -> dict[str, Any]:
     def by_node(edges: pl.DataFrame) -> pa.Table:
         return with_key(_edges(edges), bucket_rows(edges["node"].to_numpy(), buckets))
 
-    before, rounds = total(job, work_items(job, "pairs"), start), 0
+    before, rounds = total(job, job.work_items("pairs"), start), 0
     while True:
         exchange(
             job,
-            work_items(job, f"stars-{rounds}"),
+            job.work_items(f"stars-{rounds}"),
             lambda item: by_node(both_ways(_read_edges(item))),
             lambda table: _edges(large_star(pl.DataFrame(table))),
             kind=f"large-{rounds}",
@@ -94,14 +93,14 @@ def find_components(job: LabelJob, edges: int) -> dict[str, Any]:
         )
         exchange(
             job,
-            work_items(job, f"large-{rounds}"),
+            job.work_items(f"large-{rounds}"),
             lambda item: by_node(downwards(_read_edges(item))),
             lambda table: _edges(small_star(pl.DataFrame(table))),
             kind=f"stars-{rounds + 1}",
             rows=edges,
         )
         rounds += 1
-        after = total(job, work_items(job, f"stars-{rounds}"), lambda item: [edge_checksum(_read_edges(item))])
+        after = total(job, job.work_items(f"stars-{rounds}"), lambda item: [edge_checksum(_read_edges(item))])
         if after == before:
             return {"stars": f"stars-{rounds}", "rounds": rounds}
         before = after
@@ -133,8 +132,8 @@ def _root_pairs(job: LabelJob, stars: str, pairs: int) -> None:
         rows = rows.with_columns(root=pl.col("root").fill_null(pl.col("row")))
         return rows.select(schema.names).to_arrow().cast(schema)
 
-    items = [{**item, "kind": "pairs"} for item in work_items(job, "pairs")]
-    items += [{**item, "kind": "stars"} for item in work_items(job, stars)]
+    items = [{**item, "kind": "pairs"} for item in job.work_items("pairs")]
+    items += [{**item, "kind": "stars"} for item in job.work_items(stars)]
     exchange(job, items, spread, join, kind="rooted", rows=2 * pairs)
 
 
@@ -168,7 +167,7 @@ def send_fates(job: LabelJob, rows: int) -> None:
         table = read_table(item["uri"])
         return with_key(table.drop_columns(["to"]), table["to"].to_numpy())
 
-    items = [{**item, "kind": kind} for kind in ("decided", "copies") for item in work_items(job, kind)]
+    items = [{**item, "kind": kind} for kind in ("decided", "copies") for item in job.work_items(kind)]
     exchange(job, items, ask, answer, kind="answers", rows=rows)
-    answers = work_items(job, "answers")
+    answers = job.work_items("answers")
     exchange(job, answers, deliver, lambda part: part.sort_by("row").cast(FATES), kind="fates", rows=rows)

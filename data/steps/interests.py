@@ -20,7 +20,6 @@ from lookalike.data.parts import (
     add_up,
     blocks_of,
     broadcast,
-    part_items,
     part_name,
     read_table,
     write_table,
@@ -138,8 +137,7 @@ def _number_parts(job: LabelJob, columns: dict[int, int]) -> dict[tuple[str, str
 
 def tell_senses(job: LabelJob) -> dict[str, Any]:
     """Write ``polysemy.parquet``: on how many images each sense of a polysemous term was kept or removed."""
-    items = part_items(job.work_parts("assigned"))
-    blocks = blocks_of(job.map(items, lambda item: count_senses(read_table(item["uri"]))))
+    blocks = blocks_of(job.map(job.work_items("assigned"), lambda item: count_senses(read_table(item["uri"]))))
     senses = describe_senses(add_up(blocks, ["term", "interest"], SENSES))
     write_table(job.out.path("polysemy.parquet"), senses)
     apart = separated(senses, job.config.report.min_images_per_sense)

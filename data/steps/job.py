@@ -18,7 +18,7 @@ from lookalike.data.dictionary.scores import DictionaryConfig
 from lookalike.data.duplicates.twins import DedupConfig
 from lookalike.data.interests.clusters import TermClusterConfig
 from lookalike.data.interests.restriction import RestrictionConfig
-from lookalike.data.parts import Item, map_parts, part_items, read_table
+from lookalike.data.parts import Item, map_parts, part_items, part_name, read_table
 from lookalike.data.report.page import ReportConfig
 from lookalike.data.text.settings import AnnotationConfig
 from lookalike.stages import StageConfig, StageRun
@@ -76,10 +76,12 @@ class LabelJob:
         """``map_parts`` with the configured concurrency."""
         return map_parts(items, task, concurrency=self.config.concurrency)
 
-    def work_parts(self, kind: str) -> list[str]:
-        """URIs of the files in the folder ``kind`` of the work folder, in order."""
+    def work_items(self, kind: str) -> list[Item]:
+        """An item with number and URI for each part in the folder ``kind`` of the work folder, in order."""
         folder = self.out.work(kind)
-        return [storage.join(folder, name) for name in storage.list_files(folder)] if storage.exists(folder) else []
+        names = storage.list_files(folder) if storage.exists(folder) else []
+        numbers = sorted(int(name.removeprefix("part-").removesuffix(".parquet")) for name in names)
+        return [{"number": number, "uri": storage.join(folder, part_name(number))} for number in numbers]
 
     def vocabulary(self) -> dict[str, int]:
         """The mined terms: term -> number of training images that propose it."""

@@ -21,7 +21,7 @@ from lookalike.data.duplicates.signatures import (
 )
 from lookalike.data.features import project_part
 from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, write_table
-from lookalike.data.steps.exchange import exchange, num_buckets, return_rows, with_key, work_items
+from lookalike.data.steps.exchange import exchange, num_buckets, return_rows, with_key
 from lookalike.data.steps.job import LabelJob
 from lookalike.errors import UsageError
 from lookalike.progress import track
@@ -142,7 +142,7 @@ def _match(job: LabelJob, parts: list[Item], rows: int) -> None:
     items = [{**item, "kind": "corpus"} for item in parts]
     items += [{**item, "kind": "vectors"} for item in part_items(uri for uri, _ in _sizes(job.embeddings))]
     exchange(job, items, spread, match_vectors, kind="matched", rows=2 * rows)
-    _refuse_missing(job, work_items(job, "matched"))
+    _refuse_missing(job, job.work_items("matched"))
     return_rows(job, "matched", "vectors", rows, ["row", "vector"])
 
 

@@ -73,7 +73,7 @@ def test_every_term_is_scored_or_too_few(scored: tuple[LabelJob, dict[str, Any]]
     assert stats["terms"] == stats.get("kept", 0) + stats.get("abstract", 0) + stats.get("too_few", 0)
     assert (stats["trained"], stats["reused"]) == (table["digest"].drop_null().length(), 0)
     assert stats["trained"] >= 7
-    assert len(job.work_parts("scores-9")) >= 4
+    assert len(job.work_items("scores-9")) >= 4
 
 
 def test_shuffle_limits_and_size_of_buckets_change_nothing(
@@ -88,7 +88,7 @@ def test_shuffle_limits_and_size_of_buckets_change_nothing(
     assert score(large) == scored[1]
     assert dictionary_of(large).equals(dictionary_of(scored[0]))
     assert dictionary_of(one).equals(dictionary_of(scored[0]))
-    bucket = next(uri for uri in large.work_parts("sketch-6"))
+    bucket = large.work_items("sketch-6")[0]["uri"]
     assert read_table(bucket)["key"].to_pylist() == sorted(read_table(bucket)["key"].to_pylist())
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_off_scores_what_is_missing(scored: tuple[LabelJob, A
     job, stats = scored
     shutil.copytree(Path(job.out.root) / "labels", tmp_path / "labels")
     again = make_job({"corpus": [job.corpus], "embeddings": [job.embeddings]}, str(tmp_path))
-    first, *others = again.work_parts("scores-9")
+    first, *others = (item["uri"] for item in again.work_items("scores-9"))
     os.remove(first)
     os.remove(again.out.path("dictionary.parquet"))
     before = [os.stat(uri).st_mtime_ns for uri in others]
