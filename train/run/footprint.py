@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC2701  # torch documents it under this name
 from torch.autograd.graph import saved_tensors_hooks
 
 from lookalike.errors import UsageError
@@ -238,16 +238,21 @@ def _activations(
         return _Activations(body, saved_bytes() - body, tuple(unknown))
 
 
+def storage_number(storage: torch.UntypedStorage) -> int:
+    """A number that a storage has for itself as long as it lives."""
+    return int(storage._cdata)  # noqa: SLF001  # a fake tensor's storage has no address
+
+
 @contextmanager
 def count_saved(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Yield a function that returns the bytes autograd has kept within the block, without the model's own tensors."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    own = {storage_number(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no storage's number is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage
+        if storage_number(storage) not in own:
+            storages[storage_number(storage)] = storage
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

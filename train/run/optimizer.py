@@ -16,6 +16,7 @@ from lookalike.vision.tuning import lars, layer_groups, undecayed
 
 CYCLIC_START = 1e-4
 """Share of the peak learning rate that ``cyclic`` begins with."""
+BATCH_NORM = nn.modules.batchnorm._BatchNorm  # noqa: SLF001  # the base of torch's batch norms has no public name
 _STAGE = re.compile(r"(blocks|stages|layer)\.?(\d+)\.")
 
 
@@ -68,7 +69,7 @@ def set_train_mode(model: MultiTaskModel, config: BackboneConfig) -> None:
     if config.trainable == "probe":
         backbone.eval()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORM):
             frozen = module.weight is not None and not module.weight.requires_grad
             if config.freeze_batch_norm or frozen:
                 module.eval()
@@ -80,7 +81,7 @@ def hasten_batch_norm(model: nn.Module, num_steps: int) -> None:
     timm's ``tf_`` networks keep 0.99 per step: after 134 steps a quarter is still the 0 and 1 they began with.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+        if isinstance(module, BATCH_NORM) and module.momentum is not None:
             module.momentum = max(module.momentum, min(0.1, 10 / num_steps))
 
 

@@ -42,9 +42,9 @@ def sharded_parameters(module: nn.Module) -> dict[str, ShardedParameter]:
 
 def ignore_in_ddp(module: nn.Module) -> None:
     """Make DDP leave sharded parameters alone; call it before wrapping ``module``."""
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
-        module, list(sharded_parameters(module))
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    names = list(sharded_parameters(module))
+    ddp._set_params_and_buffers_to_ignore_for_model(module, names)  # type: ignore[no-untyped-call]  # noqa: SLF001  # no public way
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> torch.Tensor:
