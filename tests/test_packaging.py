@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -92,7 +93,8 @@ def test_wheel_holds_every_module_and_data_file_and_no_other(wheel: Path) -> Non
     packaged = {name for name in names if ".dist-info/" not in name}
     library = {name for name in packaged if name.startswith("lookalike/retrieval/_native.")}
     assert packaged - library == expected_files()
-    assert len(library) == int(shutil.which("gcc") is not None), "built where there is a compiler"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    assert len(library) == int(shutil.which("gcc") is not None and headers.exists()), "built where it can be"
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {
         "lookalike/py.typed",
