@@ -169,8 +169,17 @@ class Database:
             raise UsageError(f"{path} exists; name a new file for the backup")
         part = path.with_name(path.name + storage.TEMPORARY)
         part.unlink(missing_ok=True)
+        try:
+            self._copy_to(part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        storage.sync_directory(str(path.parent))
+        return self.last
+
+    def _copy_to(self, path: Path) -> None:
         with _explained(path):
-            copy = sqlite3.connect(part, isolation_level=None)
+            copy = sqlite3.connect(path, isolation_level=None)
             try:
                 copy.execute("PRAGMA locking_mode=EXCLUSIVE")
                 self._connection.backup(copy)
@@ -178,9 +187,6 @@ class Database:
                 copy.execute(f"PRAGMA user_version={Usage.CLOSED}")
             finally:
                 copy.close()
-        part.replace(path)
-        storage.sync_directory(str(path.parent))
-        return self.last
 
     @contextmanager
     def _changes(self) -> Iterator[None]:

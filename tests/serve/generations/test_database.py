@@ -222,7 +222,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 FULL = """
-import resource, signal, sys
+import os, resource, signal, sys
 from lookalike.serve.generations.database import Database
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -247,6 +247,8 @@ for _ in range(150):
     except Exception as error:
         print(repr(error))
         refusals += 1
+refused(lambda: database.backup(sys.argv[1] + "/backup"))
+assert not [name for name in os.listdir(sys.argv[1]) if name.startswith("backup")]
 limit(most)
 assert refusals and database.append([(1, b"x" * 9000)]) == stored + 1
 print(stored + 1)
