@@ -83,15 +83,15 @@ class Writer:
         serving = self._state.serving
         if message.model_fingerprint != serving.model_fingerprint:
             raise _refused(
-                f"the vectors are of model {message.model_fingerprint}, the index of {serving.model_fingerprint}",
+                f"the vectors are of model {message.model_fingerprint}, the index of {serving.model_fingerprint}"
             )
         for row in message.rows:
             check_kept(row, read_where(serving.index))
         if self._is_changing_model:
             raise RetrievalError(
                 grpc.StatusCode.UNAVAILABLE,
-                "an index of another model is being loaded, for which "
-                "vectors of this one would be lost; write again when it is served",
+                "an index of another model is being loaded, to which these vectors would be lost; write again when it is "
+                "served",
             )
         return await self._store(WriteKind.UPSERT, content)
 
@@ -100,11 +100,10 @@ class Writer:
         return await self._store(WriteKind.DELETE, content)
 
     async def _store(self, kind: int, content: bytes) -> int:
-        if self._pending >= self._config.writes.max_pending_rows:
+        if self._pending >= (limit := self._config.writes.max_pending_rows):
             raise RetrievalError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._pending} rows wait for compaction, "
-                f"the limit is {self._config.writes.max_pending_rows}; compact, or raise "
+                f"{self._pending} rows wait for compaction, the limit is {limit}; compact, or raise "
                 "writes.max_pending_rows of the service",
             )
         return await self._log.store(kind, content)
@@ -160,9 +159,8 @@ class Writer:
         lost = count_foreign(self._log.after(generation.includes_writes), generation.meta.model_fingerprint)
         if lost:
             raise _refused(
-                f"not switched: {lost} written rows have vectors "
-                f"of another model than index {generation.index}; embed them for it and set "
-                "includes_writes to the last write that it then holds",
+                f"not switched: {lost} written rows have vectors of another model than index {generation.index}; embed "
+                "them for it and set includes_writes to the last write that it then holds"
             )
 
     @contextmanager
@@ -225,8 +223,8 @@ class Writer:
                 return _message(serving)
             if foreign := count_foreign(records, serving.model_fingerprint):
                 raise _refused(
-                    f"not compacted: {foreign} written rows have "
-                    "vectors of another model than the index; serve the one of theirs",
+                    f"not compacted: {foreign} written rows have vectors of another model than the index; serve an "
+                    "index of that model"
                 )
             try:
                 index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), allowed_s)
