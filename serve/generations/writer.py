@@ -90,8 +90,8 @@ class Writer:
         if self._is_changing_model:
             raise RetrievalError(
                 grpc.StatusCode.UNAVAILABLE,
-                "an index of another model is being loaded, to which these vectors would be lost; write again when it is "
-                "served",
+                "an index of another model is being loaded, to which these vectors would be lost; write again once it "
+                "is served",
             )
         return await self._store(WriteKind.UPSERT, content)
 
