@@ -3,6 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# how long an example takes says more about the machine than about the code
+settings.register_profile("lookalike", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lookalike")
 
 
 @pytest.fixture(scope="session")

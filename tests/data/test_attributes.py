@@ -56,7 +56,7 @@ def oracle(stated: Stated, least: int) -> tuple[dict[str, list[str]], list[list[
 some = st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("stuvw")), max_size=5), max_size=25)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(some, st.integers(1, 4), st.integers(1, 24))
 def test_classes_and_columns_are_those_of_brute_force_wherever_the_parts_are_cut(
     stated: Stated, least: int, cut: int

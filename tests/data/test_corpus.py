@@ -110,7 +110,7 @@ def png(number: int) -> bytes:
 IMAGES = [png(number) for number in range(40)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ids=st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", None]), min_size=1, max_size=40),
     bad=st.sets(st.integers(0, 39)),

@@ -36,7 +36,7 @@ def publish(
     return draft.publish(config={"a": 1}, parents=parents or {}, stage_version=1, duration_s=0.5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.builds("{}/{}".format, NAMES, NAMES), st.binary(max_size=50), max_size=4), st.booleans())
 def test_publish_then_open_gives_the_same(tmp_path: Path, files: dict[str, bytes], in_memory: bool) -> None:
     root = f"memory://r-{uuid.uuid4().hex}" if in_memory else str(tmp_path / uuid.uuid4().hex)
@@ -117,7 +117,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(root: str, content: bytes) ->
 
 
 @given(position=st.integers(0, 799))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_flipped_bit_is_found(position: int) -> None:
     root, content = f"memory://r-{uuid.uuid4().hex}", bytes(range(100))
     artifact = publish(root, {"a.bin": content})

@@ -69,7 +69,7 @@ def test_an_unreadable_file_is_a_problem_not_a_crash(tmp_path: Path) -> None:
 
 @given(position=st.integers(0, 5000), bit=st.integers(0, 7))
 @example(position=21, bit=1)  # of the format's version: 2 becomes 0
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bit_of_a_manifest_matters(position: int, bit: int) -> None:
     root = f"memory://v-{uuid.uuid4().hex}"
     artifact = publish(root)

@@ -81,7 +81,7 @@ def test_a_scan_finds_what_brute_force_finds(build: str, dtype: str, num_blocks:
     assert few < 0.6 * len(queries) * 2000 * DIMS[-1]  # bounds leave most of it unread
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 1 << 30), st.booleans())
 def test_a_scan_of_coarse_numbers_breaks_ties_by_row(num: int, k: int, seed: int, half: bool) -> None:
     generator = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ FINITE = st.floats(-1, 1, width=32)
 
 
 @given(st.lists(FINITE, min_size=1, max_size=30), st.integers(1, 35), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_merging_parts_in_any_split_is_ranking_the_whole(scores, k, parts):
     scores = np.round(np.array([scores], np.float32), 1)  # many ties
     rows = np.arange(scores.shape[1])[None] + 3
@@ -26,7 +26,7 @@ def test_merging_parts_in_any_split_is_ranking_the_whole(scores, k, parts):
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_sort_keys_order_like_scores_then_rows_and_come_back(scores):
     scores = np.array([scores], np.float32)
     keys = sort_keys(scores, np.arange(scores.shape[1]) + 7)

@@ -222,7 +222,7 @@ def test_codes_of_a_prefix_that_does_not_divide_share_fewer_dimensions():
     data=st.tuples(st.integers(1, 60), st.integers(0, 400), st.integers(0, 9)),
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 1500)),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_duplicates_zeros_and_ties_come_in_order_with_true_cosines(make_shard, kind, data, sizes):
     """Shards of few distinct vectors and many zeros: whatever survives, the order and the scores are those of numpy."""
     (distinct, zeros, seed), (k, kept) = data, sizes

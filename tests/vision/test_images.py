@@ -74,7 +74,7 @@ def test_truncated_files(image_format: str, kept: float) -> None:
     assert image_format == "WEBP" or caught.value.reason == "truncated"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]), st.integers(0, 10_000), st.integers(0, 255))
 def test_a_damaged_byte_gives_an_image_or_a_reason(image_format: str, place: int, value: int) -> None:
     data = bytearray(to_bytes(noise(24, 24), image_format))

@@ -76,7 +76,7 @@ def test_a_strip_is_cut_without_being_blown_up() -> None:
     assert np.unique(np.asarray(crop_to_square(strip, 224, 0.875)).reshape(-1, 3), axis=0).tolist() == [[10, 20, 30]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_padding_keeps_the_aspect_ratio(width: int, height: int) -> None:
     square = np.asarray(pad_to_square(Image.new("RGB", (width, height), (0, 0, 0)), 64))

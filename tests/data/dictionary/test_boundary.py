@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
@@ -26,7 +26,6 @@ def table(scores: dict[str, float | None]) -> pa.Table:
     return pa.table({"term": list(scores), "concreteness": pa.array(scores.values(), pa.float32())})
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.5, 0.6, 0.7, 0.9]), st.booleans()), min_size=2, max_size=30))
 def test_ranking_auc_against_scikit_learn(rows: list[tuple[float, bool]]) -> None:
     names = [f"t{n}" for n in range(len(rows))]

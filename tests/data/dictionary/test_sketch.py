@@ -76,7 +76,7 @@ def whole(config: DictionaryConfig = CONFIG) -> pa.Table:
     return merge_sketches(parts_of([], config=config), config)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 120), max_size=6), st.sampled_from([40, 10]))
 def test_sketches_merge_to_the_sketch_of_the_whole(cuts: list[int], pool_total: int) -> None:
     """However the rows are cut, in whatever order sketches meet, also where the data sets share a bound."""

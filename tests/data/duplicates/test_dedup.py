@@ -101,7 +101,7 @@ def corpora(draw: st.DrawFn) -> tuple[list[Row], Any]:
     return rows, np.array(vectors, np.float32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(corpus=corpora(), hold_out=st.booleans())
 def test_the_rows_that_go_are_those_a_loop_over_all_pairs_finds(corpus: tuple[list[Row], Any], hold_out: bool) -> None:
     rows, vectors = corpus
@@ -123,7 +123,7 @@ def without_group_rule(rows: list[Row], vectors: Any) -> tuple[list[Row], Any]:
     return [(c, None if split != "train" else g, split, b) for c, g, split, b in rows], vectors
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(corpus=corpora(), cut=st.integers(0, 24))
 def test_the_result_does_not_depend_on_how_the_corpus_is_cut(corpus: tuple[list[Row], Any], cut: int) -> None:
     rows, vectors = corpus

@@ -183,7 +183,7 @@ def test_sharp_pictures_meet_where_a_piece_of_the_hash_is_equal() -> None:
     assert band_keys(hashes, sharp, 100, 5000, 0).shape == (60, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), nodes=st.integers(1, 60), edges=st.integers(0, 90), chain=st.booleans())
 def test_stars_spread_over_buckets_end_as_the_components(seed: int, nodes: int, edges: int, chain: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -216,7 +216,7 @@ def test_stars_spread_over_buckets_end_as_the_components(seed: int, nodes: int, 
     assert tied == {n: expected[n] for n in set(names.tolist()) if expected[n] != n}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8), cuts=st.lists(st.integers(0, 40), max_size=5))
 def test_spans_read_every_row_once_in_order(sizes: list[int], cuts: list[int]) -> None:
     total = sum(sizes)

@@ -25,7 +25,7 @@ from lookalike.schemas import CORPUS
 from tests.data.conftest import make_rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(pairs=st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=40), least=st.floats(0.1, 1))
 def test_recall_at_precision_is_read_off_the_curve(pairs: list[tuple[bool, int]], least: float) -> None:
     duplicate, score = np.array([d for d, _ in pairs]), np.array([s for _, s in pairs], float)
@@ -37,7 +37,7 @@ def test_recall_at_precision_is_read_off_the_curve(pairs: list[tuple[bool, int]]
     assert found == pytest.approx(max(r for p, r in zip(precision, recall, strict=True) if p >= least - 1e-12))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 10**6))
 def test_the_margin_is_not_negative_exactly_where_the_rule_holds(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -31,7 +31,7 @@ def array(image: Image.Image) -> NDArray[np.uint8]:
 margins, wide = (st.tuples(*[st.integers(least, 30)] * 4) for least in (1, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 99), margin=margins, shade=st.integers(230, 255))
 def test_a_margin_is_found_to_the_pixel(seed: int, margin: Any, shade: int) -> None:
     image = ImageOps.expand(blocks(seed), margin, (shade, shade, shade))
@@ -39,7 +39,7 @@ def test_a_margin_is_found_to_the_pixel(seed: int, margin: Any, shade: int) -> N
     assert find_content(array(image)) == pytest.approx((left, top, left + 80, top + 60), abs=0.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 99), margin=wide, border=st.integers(2, 12), colour=st.sampled_from(["red", "black"]))
 def test_a_border_around_a_margin_and_another_margin_change_nothing(
     seed: int, margin: Any, border: int, colour: str
@@ -57,7 +57,7 @@ def test_edges_keep_their_place_when_a_picture_is_scaled(scale: float) -> None:
     assert found == pytest.approx((21, 17, 101, 77), abs=0.4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 99), width=st.integers(1, 40), height=st.integers(1, 40))
 def test_pictures_of_any_shape_give_one_shape(seed: int, width: int, height: int) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)

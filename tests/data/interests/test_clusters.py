@@ -92,7 +92,7 @@ def test_a_cluster_keeps_its_id_from_run_to_run_and_none_is_used_twice() -> None
     assert (ids(table), next_id, count) == (ids(now), 4, 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4),
     st.lists(st.frozensets(st.sampled_from("abcdef"), min_size=1), max_size=4),

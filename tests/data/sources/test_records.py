@@ -173,7 +173,7 @@ def test_texts_of_every_kind(raw: Any, text: str | None, problems: set[str]) -> 
     assert read_text(raw, 1000) == (text, problems)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.text(st.characters(), max_size=30), st.binary(max_size=30)), st.integers(1, 20))
 def test_any_text_comes_out_clean(raw: str | bytes, most: int) -> None:
     text, problems = read_text(raw, most)
@@ -297,7 +297,7 @@ def test_attributes_out_of_form(raw: Any, kept: list[tuple[str, str]], problems:
     assert read_attributes(raw, 100) == ([{"name": n, "value": v} for n, v in kept], problems)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.text("ab", max_size=4), st.text("cd", max_size=6)), max_size=20), st.integers(1, 40))
 def test_attributes_fit_and_do_not_depend_on_their_order(pairs: list[tuple[str, str]], most: int) -> None:
     entries, problems = read_attributes(pairs, most)
@@ -393,7 +393,7 @@ bad_or_good = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(bad_or_good, max_size=12))
 def test_each_record_is_accepted_or_refused_by_one_row(records: list[dict[str, Any]]) -> None:
     accepted, problems = check_list(records)

@@ -245,7 +245,7 @@ def test_a_folder_without_a_table_is_its_images(root: str) -> None:
 names = st.lists(st.sampled_from(["a", "b", "a-", "c.d", "Z"]), min_size=1, max_size=4).map("/".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sets(names, min_size=1, max_size=12), st.integers(1, 5))
 def test_ranges_of_a_walk_cover_each_file_once(paths: set[str], size: int) -> None:
     fs = fsspec.filesystem("memory")
@@ -259,7 +259,7 @@ def test_ranges_of_a_walk_cover_each_file_once(paths: set[str], size: int) -> No
     assert [name for piece in pieces for name in walk_files(fs, "/walk", piece[0], piece[-1])] == whole
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.binary(max_size=6).filter(lambda line: b"\n" not in line and b"\r" not in line), max_size=8),
     st.booleans(),
@@ -272,7 +272,7 @@ def test_byte_ranges_split_a_file_into_its_lines(lines: list[bytes], ended: bool
     assert got == content.splitlines()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 12))
 def test_row_groups_are_cut_without_gap_or_overlap(sizes: list[int], rows_per_part: int) -> None:
     ranges = list(cut_groups(sizes, rows_per_part))

@@ -200,7 +200,7 @@ def assert_as_one_by_one(records: pa.Table, config: AnnotationConfig, vocabulary
     return len(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS, TERMS, st.sampled_from([None, "en"]))
 def test_messy_rows_say_what_the_rules_say_one_by_one(
     rows: list[dict[str, Any]], vocabulary: set[str], language: str | None

@@ -1,7 +1,7 @@
 """The tables of ``phrases`` against ``terms``, which takes one text at a time."""
 
 import polars as pl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lookalike.data.text.phrases import longest, spans
@@ -30,19 +30,16 @@ def read(texts: list[str], vocabulary: Vocabulary) -> list[set[str]]:
     return by_text(ends.select("text", vocabulary.terms.gather(ends["position"]).alias("term")), texts)
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_spans_within_phrases_are_the_ngrams_of_each_text(texts: list[str]) -> None:
     assert by_text(spans(texts).filter("within"), texts) == [ngrams(text) for text in texts]
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_whole_texts_have_their_canonical_form(texts: list[str]) -> None:
     assert by_text(spans(texts).filter("whole"), texts) == [{canonical(text)} - {None} for text in texts]
 
 
-@settings(deadline=None)
 @given(TEXTS, TERMS)
 def test_reading_takes_the_longest_terms_and_what_they_end_in(texts: list[str], terms: set[str]) -> None:
     assert read(texts, Vocabulary(terms)) == [match_terms(text, terms) for text in texts]

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lookalike.data.text.terms import canonical, is_latin, match_terms, ngrams, normalise, singular, subterms, words_of
@@ -109,7 +109,6 @@ def test_plural_rules(plural: str, noun: str) -> None:
     assert singular(noun) == noun
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_canonical_is_idempotent_up_to_plural_chains(text: str) -> None:
     once = canonical(text)
@@ -118,7 +117,6 @@ def test_canonical_is_idempotent_up_to_plural_chains(text: str) -> None:
         assert again is None or again == once or len(again) < len(once)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_words_hold_nothing_that_cuts_words(text: str) -> None:
     for phrase in words_of(text):
@@ -159,7 +157,6 @@ def test_parts_of_a_term_are_written_and_singular() -> None:
     assert set(subterms("drugs store")) == {"drugs", "drug", "store", "drugs store"}
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["red", "blue", "chair", "table", "of", "the", "lamp", "12"]), max_size=8))
 def test_matches_are_candidates_of_the_text(words: list[str]) -> None:
     text = " ".join(words)

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lookalike.cli import main
@@ -250,7 +250,6 @@ def test_a_missing_file_is_named() -> None:
         read_tenants("/no/such.yaml")
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 3), st.floats(0.1, 20)), max_size=60), st.floats(0.5, 50), st.floats(1, 50))
 def test_no_bucket_gives_more_than_its_rate(takes: list[tuple[float, float]], rate: float, size: float) -> None:
     bucket, now, taken, last = Bucket(), 0.0, 0.0, 0.0
@@ -263,7 +262,6 @@ def test_no_bucket_gives_more_than_its_rate(takes: list[tuple[float, float]], ra
     assert taken <= size + rate * now + last + 1e-6
 
 
-@settings(deadline=None)
 @given(st.floats(0.1, 20), st.floats(0.5, 50), st.floats(1, 50), st.floats(0, 200))
 def test_the_wait_that_is_named_suffices(amount: float, rate: float, size: float, used: float) -> None:
     bucket = Bucket()

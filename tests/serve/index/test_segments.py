@@ -13,7 +13,7 @@ rows_of = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2))
 
 
 @given(rows_of, st.lists(rows_of, max_size=3), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_compare_rows_is_what_dictionaries_say(world, layers, as_before):
     """Layers of segments: an id is live in the last layer that has it (0: not live anywhere)."""
     owner = {name: number for number, layer in enumerate(layers) for name in layer}

@@ -72,7 +72,7 @@ steps_of_writes = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps=steps_of_writes, seed=st.integers(0, 1000), view=st.sampled_from([None, "front"]))
 def test_any_writes_over_an_index(world: "World", steps: list[tuple[list[int], bool]], seed: int, view: str) -> None:
     generation = read_generation(world.index, None, "none", check=False)

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve.exceptions import BackPressureError
 
@@ -109,7 +109,6 @@ def test_the_error_survives_pickling() -> None:
     assert (error.code, error.message, str(error)) == (grpc.StatusCode.NOT_FOUND, "gone", "NOT_FOUND: gone")
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(-50, 50), max_size=6), min_size=1, max_size=4), st.integers(1, 8))
 def test_packed_answers_merge_to_the_best_of_all(shards: list[list[int]], k: int) -> None:
     everything, answers = [], []

@@ -59,7 +59,7 @@ def publish(root: str, name: str, data: np.ndarray, dtype: str = "float32") -> A
     return draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(2, 40), st.integers(1, 8), st.integers(0, 999))
 def test_nearest_rows_are_those_of_a_full_sort_without_the_query(q: int, n: int, k: int, seed: int) -> None:
     random = np.random.default_rng(seed)

@@ -97,7 +97,7 @@ def test_some_dims_and_some_classes_of_a_head(kind: type[NestedHead], nesting: N
         assert torch.allclose(scores, every[i][:, [0, 4]])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sets(st.integers(1, 24), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_accumulated_products_are_prefix_products(dims: set[int], n: int, num_classes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def test_two_towers_nest_every_prefix_normalised_by_itself() -> None:
         assert torch.allclose(one, other, atol=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sets(st.integers(1, 99), min_size=1, max_size=8), st.integers(1, 9), st.integers(0, 99), st.integers(0, 99))
 def test_dims_of_a_step_hold_the_whole_embedding_and_depend_on_seed_and_step_alone(
     dims: set[int], num: int, seed: int, step: int

@@ -118,7 +118,7 @@ def test_far_negatives_are_drawn_when_there_are_no_near_ones_and_cost_nothing() 
     assert loss.item() == 0.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 12), st.integers(1, 4), st.integers(0, 10_000))
 def test_semi_hard_negatives_by_a_loop(n: int, num_values: int, seed: int) -> None:
     """Schroff et al. 2015: the nearest negative beyond the positive, or the farthest."""
@@ -135,7 +135,7 @@ def test_semi_hard_negatives_by_a_loop(n: int, num_values: int, seed: int) -> No
             assert picked[a, p] == best
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 10), st.integers(0, 10_000))
 def test_negatives_are_drawn_where_there_is_weight(n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

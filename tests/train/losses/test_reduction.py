@@ -62,7 +62,7 @@ def ours(
     return torch.cat([reduced.over[..., None], reduced.picked, reduced.total[..., None]], dim=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_chunks_give_what_whole_logits_give(data: st.DataObject) -> None:
     dims = data.draw(st.sets(st.integers(1, 12), min_size=1, max_size=4))
