@@ -36,8 +36,8 @@ from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore
 from lookalike.retrieval.store_writer import write_store
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.retrieval.vectors import normalise
+from tests.synthetic import make_vectors
 
 K = 10
 FUNNEL = ((512, 25),)

@@ -33,9 +33,9 @@ from lookalike.artifacts import Artifact
 from lookalike.plots import create_figure, to_png
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.retrieval.vectors import normalise
 from tests.benchmarks.engine_case import ENGINES, find_engine
+from tests.synthetic import make_vectors
 
 ONE_THREAD = dict.fromkeys(
     (

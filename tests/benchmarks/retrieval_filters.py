@@ -30,7 +30,7 @@ from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore
 from lookalike.retrieval.store_writer import write_store
-from lookalike.retrieval.synthetic import make_vectors
+from tests.synthetic import make_vectors
 
 DIMS, PREFIX, CLASSES, QUERIES = (32, 64, 128), 64, 300, 100
 PLAN = Plan(shortlist_dim=PREFIX, shortlist_k=100, rerank_dim=DIMS[-1])

@@ -37,9 +37,9 @@ from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Floats, Rows
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shortlist import shortlist_name
-from lookalike.retrieval.synthetic import Hierarchy, embeddings_table, make_part, publish_tables
 from lookalike.serve.index.build import STAGE, IndexConfig
 from lookalike.stages import execute
+from tests.synthetic import Hierarchy, embeddings_table, make_part, publish_tables
 
 PART_ROWS, QUERIES, K, SEED, CLASSES = 1 << 16, 200, 10, 7, 1000
 QUERY_PART, EXTRA_PART = 1 << 20, 1 << 19

@@ -44,9 +44,9 @@ from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore
 from lookalike.retrieval.store_writer import write_store
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.serve.index.plan_plot import plot
 from lookalike.serve.index.plan_stage import PlanConfig
+from tests.synthetic import make_vectors
 
 K, TARGETS = 10, (0.99, 0.95)
 RANKINGS: tuple[RankBy, ...] = ("model", "measured")

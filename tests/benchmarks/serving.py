@@ -33,10 +33,10 @@ import pyarrow.parquet as pq
 
 from lookalike import storage
 from lookalike.retrieval.machine import machine_facts
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.serve.proto import retrieval_pb2 as pb
 from tests.benchmarks.serving_load import Call, Figures, apply_load, ask_once, idle_cpu_ms
 from tests.benchmarks.serving_servers import Server, running, throughput_environment
+from tests.synthetic import make_vectors
 
 SAMPLE = "data/samples/furniture"
 K = 20

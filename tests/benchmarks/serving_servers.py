@@ -24,13 +24,13 @@ import numpy as np
 from lookalike.artifacts import Draft
 from lookalike.retrieval.plan import Plan, load_plan
 from lookalike.retrieval.searcher import Searcher
-from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.app import free_port, start, stop
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto.retrieval_pb2_grpc import RetrievalServiceServicer, add_RetrievalServiceServicer_to_server
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.plans import to_plan
 from tests.benchmarks.serving_hop import build_hop
+from tests.synthetic import make_vectors, publish_embeddings
 
 START_S = 300.0
 HOPS = 4

@@ -15,7 +15,7 @@ from lookalike.retrieval.shard_searcher import ShardSearcher
 from lookalike.retrieval.shortlist import build_shortlist, shortlist_name
 from lookalike.retrieval.store import PrefixStore
 from lookalike.retrieval.store_writer import write_store
-from lookalike.retrieval.synthetic import make_vectors
+from tests.synthetic import make_vectors
 
 DIMS = (4, 8, 16, 32)
 MakeShard = Callable[..., ShardSearcher]

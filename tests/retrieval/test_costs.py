@@ -8,7 +8,7 @@ from lookalike.retrieval import costs
 from lookalike.retrieval.index_meta import EncoderRef, IndexMeta
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.shortlist import Work, shortlist_name
-from lookalike.retrieval.synthetic import make_vectors
+from tests.synthetic import make_vectors
 
 FUNNEL = Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 40),), rerank_dim=32)
 PAPER_DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)

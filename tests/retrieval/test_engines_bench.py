@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from lookalike.retrieval.ranking import Floats, Rows
-from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from tests.benchmarks import retrieval_engines as bench
 from tests.benchmarks.engine_case import describe, keep_best
 from tests.benchmarks.engines import Engine, Search
+from tests.synthetic import make_vectors, publish_embeddings
 
 HERE = "tests.retrieval.test_engines_bench"
 FIGURES = set(

@@ -9,7 +9,7 @@ from lookalike.retrieval import filters
 from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW
-from lookalike.retrieval.synthetic import make_vectors
+from tests.synthetic import make_vectors
 
 DIMS = (64, 128)
 NUM = 20_000

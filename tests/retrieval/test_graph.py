@@ -11,8 +11,8 @@ from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.graph import Graph, build_graph
 from lookalike.retrieval.kernels import faiss_threads
 from lookalike.retrieval.ranking import NO_ROW, Floats
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.retrieval.vectors import quantise
+from tests.synthetic import make_vectors
 
 ROWS, DIM = 4000, 48
 

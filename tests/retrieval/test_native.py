@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lookalike.retrieval import native
 from lookalike.retrieval.native import NativeStore, pack_steps
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.retrieval.vectors import quantise
+from tests.synthetic import make_vectors
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="the package was installed without a C compiler")
 DIMS = (3, 8, 21, 64, 150)  # widths below, at and above what a register holds

@@ -7,8 +7,8 @@ import pytest
 from lookalike.retrieval import candidates, choice, planner
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Hits
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.retrieval.vectors import normalise
+from tests.synthetic import make_vectors
 
 TWO = Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32)
 FUNNEL = Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 40),), rerank_dim=32)

@@ -14,9 +14,9 @@ from lookalike.retrieval.index_types import MIN_TRAINED, SHORTLISTS, ShortlistOp
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import NO_ROW
 from lookalike.retrieval.shortlist import build_shortlist, load_shortlist
-from lookalike.retrieval.synthetic import make_vectors
 from lookalike.retrieval.vectors import normalise
 from lookalike.train.losses.classes import binarize
+from tests.synthetic import make_vectors
 
 KINDS = ("flat", "hnsw", "graph", "hnsw-sq8", "ivf", "ivf-pq", "ivf-rabitq", "binary", "binary-signs")
 CODED = {"graph", "hnsw-sq8", "ivf-pq", "ivf-rabitq", "binary", "binary-signs"}

@@ -12,9 +12,9 @@ from lookalike.artifacts import MANIFEST, Artifact, Draft
 from lookalike.cli import main
 from lookalike.errors import ArtifactError
 from lookalike.retrieval.searcher import Searcher
-from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.index.build import STAGE, IndexConfig
 from lookalike.stages import execute
+from tests.synthetic import make_vectors, publish_embeddings
 
 DATA, _ = make_vectors(300, 16, num_classes=20, seed=1)
 

@@ -18,7 +18,6 @@ from lookalike.errors import ArtifactError
 from lookalike.retrieval.index_meta import shard_of
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.searcher import Searcher
-from lookalike.retrieval.synthetic import embeddings_table, make_vectors, publish_embeddings, publish_tables
 from lookalike.serve.generations.generation import read_generation
 from lookalike.serve.index import build as module
 from lookalike.serve.index.build import IndexConfig
@@ -30,6 +29,7 @@ from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.stages import execute
+from tests.synthetic import embeddings_table, make_vectors, publish_embeddings, publish_tables
 
 pytestmark = pytest.mark.usefixtures("in_process")
 DIMS = [4, 8, 16]

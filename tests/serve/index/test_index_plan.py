@@ -16,13 +16,13 @@ from lookalike.retrieval.plan import Plan, load_plan
 from lookalike.retrieval.searcher import Searcher
 from lookalike.retrieval.shard_meta import ShardMeta
 from lookalike.retrieval.shard_searcher import ShardSearcher
-from lookalike.retrieval.synthetic import make_vectors, publish_embeddings
 from lookalike.serve.index.build import STAGE as INDEX
 from lookalike.serve.index.build import IndexConfig, Segment, build_shard, place_segment, place_shard
 from lookalike.serve.index.plan_stage import STAGE as PLAN
 from lookalike.serve.index.plan_stage import PlanConfig, check_map, choose, measure_plans, sample_queries
 from lookalike.serve.index.rows import collect_rows, read_source
 from lookalike.stages import execute
+from tests.synthetic import make_vectors, publish_embeddings
 
 DIMS = [4, 8, 16, 32]
 NUM, QUERIES = 600, 80
