@@ -28,7 +28,7 @@ class _StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from None
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file of an archive."""
 
     key: str
@@ -38,7 +38,7 @@ class Member(NamedTuple):
     content: bytes
 
 
-def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[Member]:
+def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[TarMember]:
     """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1.
 
     Raises ``tarfile.ReadError`` if the stream is not a tar, is damaged or ends too early.
@@ -58,12 +58,12 @@ def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[Member]:
                 data = content.read(most)
                 if len(data) < min(member.size, most):
                     raise tarfile.ReadError("unexpected end of data")
-                yield Member(f"{folder}/{stem}" if folder else stem, extension.lower(), data)
+                yield TarMember(f"{folder}/{stem}" if folder else stem, extension.lower(), data)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise tarfile.ReadError(str(error)) from None
 
 
-def group_members(members: Iterator[Member]) -> Iterator[dict[str, Any]]:
+def group_members(members: Iterator[TarMember]) -> Iterator[dict[str, Any]]:
     """One mapping per key: ``__key__``, ``image``, the content of a ``.json`` and other members by extension.
 
     If the archive is damaged, the record at that place is ``{UNREADABLE: "damaged_archive"}`` and the last.

@@ -15,7 +15,7 @@ import torch
 
 from lookalike.errors import LookalikeError
 from lookalike.telemetry import fields, get_logger
-from lookalike.train.feed.loader import Batch, BatchBuilder, BatchDataset, Plan
+from lookalike.train.feed.loader import Batch, BatchBuilder, BatchDataset, BatchPlan
 
 log = get_logger(__name__)
 AHEAD = 2  # batches in flight for each actor
@@ -31,7 +31,7 @@ class DecodeActor:
         torch.set_num_threads(1)
         self.builder = builder
 
-    def build(self, plan: Plan) -> dict[str, Any] | LookalikeError:
+    def build(self, plan: BatchPlan) -> dict[str, Any] | LookalikeError:
         """The batch of a plan with arrays in place of tensors: Ray passes arrays on without a copy."""
         batch = self.builder.attempt(plan)
         return batch if isinstance(batch, LookalikeError) else to_arrays(batch)
@@ -76,7 +76,7 @@ def actor_batches(
     )
     # passed by value: an object in the store could be lost before an actor restarts
     pool = _Pool([actor.remote(dataset.builder) for _ in range(num_actors)])
-    plans, waiting = dataset.plans(), deque[tuple[Plan, Any]]()
+    plans, waiting = dataset.plans(), deque[tuple[BatchPlan, Any]]()
     try:
         while True:
             while len(waiting) < AHEAD * num_actors and (plan := next(plans, None)) is not None:
@@ -103,7 +103,7 @@ class _Pool:
         self.actors = actors
         self._in_flight: dict[Any, int] = {}
 
-    def submit(self, plan: Plan) -> Any:
+    def submit(self, plan: BatchPlan) -> Any:
         import ray
 
         if self._in_flight:
@@ -116,7 +116,7 @@ class _Pool:
         self._in_flight[reference] = number
         return reference
 
-    def take(self, plan: Plan, reference: Any, who: str, limit_s: float) -> Batch:
+    def take(self, plan: BatchPlan, reference: Any, who: str, limit_s: float) -> Batch:
         import ray
 
         for _ in range(RETRIES + 1):
@@ -135,7 +135,7 @@ class _Pool:
             f"the batch of step {plan.step} killed its decode actor {RETRIES + 1} times; its node may lack memory"
         )
 
-    def _await(self, plan: Plan, reference: Any, who: str, limit_s: float) -> None:
+    def _await(self, plan: BatchPlan, reference: Any, who: str, limit_s: float) -> None:
         import ray
 
         began = time.monotonic()

@@ -38,7 +38,7 @@ as a whole: row n + i is the other view of row i."""
 Augment = Callable[[Image.Image], Image.Image]
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """The slices that make up the batch of a step."""
 
     step: int
@@ -70,7 +70,7 @@ class BatchBuilder:
         self.attributes, self.stated = tuple(attributes), attribute_fields(self.num_classes)
         self._last: dict[str, _LoadedRowGroup] = {}
 
-    def build(self, plan: Plan) -> Batch:
+    def build(self, plan: BatchPlan) -> Batch:
         """The batch of a plan; damaged shards raise ``ArtifactError`` naming file, row group, image and remedy."""
         tables = [(piece.row_group, self._read(piece)) for piece in plan.slices]
         pictures = (picture for row_group, table in tables for picture in open_pictures(row_group, table))
@@ -91,7 +91,7 @@ class BatchBuilder:
             "ids": ids * self.views,
         }
 
-    def attempt(self, plan: Plan) -> Batch | LookalikeError:
+    def attempt(self, plan: BatchPlan) -> Batch | LookalikeError:
         """``build``, with a ``LookalikeError`` returned: loader processes and Ray would wrap a raised one in traces."""
         try:
             return self.build(plan)
@@ -187,13 +187,13 @@ class BatchDataset(IterableDataset[Batch]):
             attributes=attributes,
         )
 
-    def plan(self, step: int) -> Plan:
-        return Plan(
+    def plan(self, step: int) -> BatchPlan:
+        return BatchPlan(
             step,
             [piece for name, count in self.counts.items() for piece in self.streams[name].slices(step * count, count)],
         )
 
-    def plans(self) -> Iterator[Plan]:
+    def plans(self) -> Iterator[BatchPlan]:
         return (self.plan(step) for step in range(self.start, self.stop))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -206,7 +206,7 @@ class PlannedBatches(Dataset[Batch | LookalikeError]):
     def __init__(self, builder: BatchBuilder) -> None:
         self.builder = builder
 
-    def __getitem__(self, plan: Plan) -> Batch | LookalikeError:
+    def __getitem__(self, plan: BatchPlan) -> Batch | LookalikeError:
         return self.builder.attempt(plan)
 
 
@@ -216,7 +216,7 @@ class Plans:
     def __init__(self, dataset: BatchDataset) -> None:
         self.dataset = dataset
 
-    def __iter__(self) -> Iterator[Plan]:
+    def __iter__(self) -> Iterator[BatchPlan]:
         return self.dataset.plans()
 
 
