@@ -234,12 +234,7 @@ class Draft:
         storage.remove_tree(self.uri)
 
     def publish(
-        self,
-        *,
-        config: Mapping[str, Any],
-        parents: Mapping[str, list[Artifact]],
-        stage_version: int,
-        duration_s: float,
+        self, *, config: Mapping[str, Any], parents: Mapping[str, list[Artifact]], stage_version: int, duration_s: float
     ) -> Artifact:
         """Write the manifest of all files in the draft and return the artifact."""
         storage.remove_temporaries(self.uri)

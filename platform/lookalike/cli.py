@@ -26,30 +26,19 @@ STAGE_HELP = {
     "plan": "measure shortlist and re-rank plans and choose one",
 }
 COMMANDS = {
-    "serve": ("run the retrieval service on this machine (gRPC)", "lookalike.serve.commands.serve:serve"),
-    "search": (
-        "query a running service or an index on disk by image, vector or id",
-        "lookalike.serve.commands.search:search",
-    ),
-    "token": ("make a bearer token of a tenant of the service", "lookalike.serve.commands.token:token"),
-    "admin": ("show or change what a running service serves", "lookalike.serve.commands.admin:admin"),
-    "experiment": (
-        "compare the arms of a serving experiment by the access logs",
-        "lookalike.serve.experiment.report:experiment",
-    ),
-    "export": ("write an encoder as a folder or hub repository, with ONNX", "lookalike.train.publish.export:export"),
-    "show": ("print an artifact with its lineage back to the corpus", "lookalike.commands.show:show"),
-    "verify": ("compare every file of artifacts with their manifests", "lookalike.commands.verify:verify"),
-    "run": ("run every step of a recipe", "lookalike.commands.run:run"),
-    "variants": (
-        "run a recipe of variants: label counts beside retrieval (Table 2)",
-        "lookalike.commands.variants:variants",
-    ),
-    "quickstart": (
-        "run a whole recipe, serve it, query it, write a report",
-        "lookalike.serve.commands.quickstart:quickstart",
-    ),
+    "serve": ("run the retrieval service on this machine (gRPC)", "serve.commands.serve:serve"),
+    "search": ("query a running service or an index on disk by image, vector or id", "serve.commands.search:search"),
+    "token": ("make a bearer token of a tenant of the service", "serve.commands.token:token"),
+    "admin": ("show or change what a running service serves", "serve.commands.admin:admin"),
+    "experiment": ("compare the arms of a serving experiment by the access logs", "serve.experiment.report:experiment"),
+    "export": ("write an encoder as a folder or hub repository, with ONNX", "train.publish.export:export"),
+    "show": ("print an artifact with its lineage back to the corpus", "commands.show:show"),
+    "verify": ("compare every file of artifacts with their manifests", "commands.verify:verify"),
+    "run": ("run every step of a recipe", "commands.run:run"),
+    "variants": ("run a recipe of variants: label counts beside retrieval (Table 2)", "commands.variants:variants"),
+    "quickstart": ("run a whole recipe, serve it, query it, write a report", "serve.commands.quickstart:quickstart"),
 }
+"""Verb -> (help, object below the package ``lookalike``)."""
 EXTRAS = {
     **dict.fromkeys(("wordllama", "py3langid", "sklearn"), "labels"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
@@ -89,7 +78,7 @@ def _dispatch(args: list[str]) -> int:
         from lookalike.telemetry import setup_logging
 
         setup_logging()
-        command = load_object(COMMANDS[verb][1]) if verb in COMMANDS else plugins[verb].load()
+        command = load_object(f"lookalike.{COMMANDS[verb][1]}") if verb in COMMANDS else plugins[verb].load()
         return int(command(args[1:]))
     return _top_level(args, plugins)
 

@@ -1,13 +1,6 @@
 """The choice among measured plans: the cheapest good one, limits, the nearest miss, the Pareto front."""
 
-from lookalike.retrieval.choice import (
-    MeasuredPlan,
-    PlanLimits,
-    compare_stages,
-    nearest_miss,
-    pareto_front,
-    rank_good,
-)
+from lookalike.retrieval.choice import MeasuredPlan, PlanLimits, compare_stages, nearest_miss, pareto_front, rank_good
 from lookalike.retrieval.plan import Plan
 
 
@@ -87,11 +80,7 @@ def test_one_stage_is_held_against_several():
     rows = [candidate(Plan.exact(32), 1, 9), candidate(TWO, 1, 6), candidate(one, 1, 4), candidate(TWO, 1, 5)]
     facts = compare_stages(rows, [2, 3, 1, 0], "model")
     assert facts == {"one_stage": 2, "several_stages": 3, "several_to_one": 1.25}
-    assert compare_stages(rows, [2, 0], "model") == {
-        "one_stage": 2,
-        "several_stages": None,
-        "several_to_one": None,
-    }
+    assert compare_stages(rows, [2, 0], "model") == {"one_stage": 2, "several_stages": None, "several_to_one": None}
 
 
 def test_the_pareto_front_is_what_nothing_beats():

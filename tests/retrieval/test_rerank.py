@@ -202,12 +202,7 @@ def test_more_results_than_rows_are_padded(make_shard, vectors, queries):
 
 @pytest.mark.parametrize(
     ("query", "message"),
-    [
-        (np.ones(31), "31"),
-        (np.full(32, np.nan), "NaN"),
-        (np.zeros(32), "zeros"),
-        (np.full(32, np.inf), "infinity"),
-    ],
+    [(np.ones(31), "31"), (np.full(32, np.nan), "NaN"), (np.zeros(32), "zeros"), (np.full(32, np.inf), "infinity")],
 )
 def test_bad_queries_are_refused(make_shard, vectors, query, message):
     with pytest.raises(UsageError, match=message):

@@ -93,11 +93,6 @@ def list_funnels(dims: Sequence[int], dim: int, rows: int, k: int) -> list[tuple
     return [*funnels, halving] if halving and halving not in funnels else funnels
 
 
-def without_margins(plan: Plan) -> Plan:
-    """The same plan without early exit."""
-    return plan.model_copy(update={"margins": ()})
-
-
 def follow(shard: ShardSearcher, queries: Floats, k: int, plan: Plan) -> Iterator[Hits]:
     """Surviving global rows after each step but the last, best first, with cosines at the step's dim.
 
@@ -134,7 +129,7 @@ def calibrate_margins(
     plan still has lies below the k-th best row of its shard, 0 if it lies above. Empty for a plan of one stage, which
     has no step to leave early.
     """
-    plain = without_margins(plan)
+    plain = plan.model_copy(update={"margins": ()})
     gaps_by_step: list[list[npt.NDArray[np.float32]]] = [[] for _ in plain.list_steps(k)[:-1]]
     for shard in searcher.shards:
         for step_gaps, hits in zip(gaps_by_step, follow(shard, queries, k, plain), strict=True):

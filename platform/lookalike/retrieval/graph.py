@@ -22,6 +22,7 @@ from lookalike.retrieval import native
 from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.native import Bits, Codes, NativeGraph, NativeStore, Steps
 from lookalike.retrieval.ranking import Floats, Hits, empty_hits, from_keys, pad_hits, sort_keys
+from lookalike.retrieval.shard_meta import explained
 from lookalike.retrieval.vectors import quantise, row_slices
 from lookalike.telemetry import fields, get_logger
 
@@ -215,19 +216,14 @@ def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 def _read_arrays(path: str) -> list[npt.NDArray[Any]]:
     arrays: list[npt.NDArray[Any]] = []
-    try:
-        with open(path, "rb") as file:
-            for dtype in ARRAYS.values():
-                file.seek(-file.tell() % ALIGNED, os.SEEK_CUR)
-                np.lib.format.read_magic(file)
-                shape, column_major, stored = np.lib.format.read_array_header_1_0(file)
-                if column_major or stored != dtype:
-                    raise ValueError(f"{stored} where {np.dtype(dtype)} belongs")
-                arrays.append(_empty(shape, dtype))
-                if file.readinto(arrays[-1].reshape(-1).view(np.uint8).data) != arrays[-1].nbytes:
-                    raise ValueError("it ends too early")
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
+    with explained(path), open(path, "rb") as file:
+        for dtype in ARRAYS.values():
+            file.seek(-file.tell() % ALIGNED, os.SEEK_CUR)
+            np.lib.format.read_magic(file)
+            shape, column_major, stored = np.lib.format.read_array_header_1_0(file)
+            if column_major or stored != dtype:
+                raise ValueError(f"{stored} where {np.dtype(dtype)} belongs")
+            arrays.append(_empty(shape, dtype))
+            if file.readinto(arrays[-1].reshape(-1).view(np.uint8).data) != arrays[-1].nbytes:
+                raise ValueError("it ends too early")
     return arrays

@@ -79,6 +79,11 @@ def _call(name: str, *arguments: Any) -> int:
     return result
 
 
+def _new_hits(num_queries: int, k: int) -> Hits:
+    """Memory for the library's answer."""
+    return Hits(np.empty((num_queries, k), np.int64), np.empty((num_queries, k), np.float32))
+
+
 def use_portable(on: bool) -> None:
     """Run the code for any processor, or again the code for this one; for tests."""
     _call("portable", int(on))
@@ -117,11 +122,8 @@ class NativeGraph:
 
     def search(self, queries: Codes, ef: int, keep: int, allowed: Bits | None = None) -> tuple[Hits, int]:
         """(the best ``keep`` of the ``ef`` rows found for int8 ``queries`` [m, d], scores computed)."""
-        rows, scores = np.empty((len(queries), keep), np.int64), np.empty((len(queries), keep), np.float32)
-        computed = _call(
-            "graph_search", self.address, queries, len(queries), max(ef, keep), keep, allowed, self.marks, rows, scores
-        )
-        return Hits(rows, scores), computed
+        hits, most = _new_hits(len(queries), keep), max(ef, keep)
+        return hits, _call("graph_search", self.address, queries, len(queries), most, keep, allowed, self.marks, *hits)
 
 
 def reach(links: npt.NDArray[np.int32], start: int, reached: Bits, stack: npt.NDArray[np.int32]) -> int:
@@ -169,49 +171,21 @@ class NativeStore:
         Their scores are cosines at the end of block ``first_block`` - 1; ignored if ``first_block`` is 0.
         """
         pairs = np.ascontiguousarray(candidates.rows), np.ascontiguousarray(candidates.scores, dtype=np.float32)
-        rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        _call(
-            "rerank",
-            self._address,
-            queries,
-            len(queries),
-            *pairs,
-            pairs[0].shape[1],
-            first_block,
-            ctypes.addressof(steps),
-            len(steps),
-            k,
-            rows,
-            scores,
-        )
-        return Hits(rows, scores)
+        hits, width = _new_hits(len(queries), k), pairs[0].shape[1]
+        funnel = first_block, steps, len(steps), k
+        _call("rerank", self._address, queries, len(queries), *pairs, width, *funnel, *hits)
+        return hits
 
     def search(  # noqa: PLR0917  # in the order of the C function
         self, graph: NativeGraph, queries: Floats, ef: int, keep: int, steps: Steps, k: int, allowed: Bits | None = None
     ) -> tuple[Hits, int]:
         """(the best ``keep`` of the ``ef`` rows that ``graph`` finds for ``queries`` float32 [m, dim], after ``steps``;
         scores that the graph computed)."""
-        rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        computed = _call(
-            "search",
-            graph.address,
-            self._address,
-            queries,
-            len(queries),
-            max(ef, keep),
-            keep,
-            allowed,
-            graph.marks,
-            ctypes.addressof(steps),
-            len(steps),
-            k,
-            rows,
-            scores,
-        )
-        return Hits(rows, scores), computed
+        hits, walk = _new_hits(len(queries), k), (max(ef, keep), keep, allowed, graph.marks)
+        inputs = graph.address, self._address, queries, len(queries)
+        return hits, _call("search", *inputs, *walk, steps, len(steps), k, *hits)
 
     def scan(self, queries: Floats, num_blocks: int, k: int, allowed: Bits | None = None) -> tuple[Hits, int]:
         """(the exact ``k`` best rows by cosine at the end of block ``num_blocks`` - 1, numbers read)."""
-        rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        read = _call("scan", self._address, queries, len(queries), num_blocks, allowed, k, rows, scores)
-        return Hits(rows, scores), read
+        hits = _new_hits(len(queries), k)
+        return hits, _call("scan", self._address, queries, len(queries), num_blocks, allowed, k, *hits)

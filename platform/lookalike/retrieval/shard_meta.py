@@ -13,7 +13,8 @@ Files of a shard of n rows with nested dims d_1 < ... < d_j:
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -107,6 +108,18 @@ def choose_blocks(dims: Sequence[int], dtype: str) -> tuple[int, ...]:
 def block_name(start: int, stop: int) -> str:
     """File name of the block that holds dimensions ``start`` to ``stop``."""
     return f"block-{start:05d}-{stop:05d}.npy"
+
+
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn errors of reading a local file of an index into an ``ArtifactError``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
+    except (ValueError, EOFError, OSError) as error:  # pyarrow raises ValueErrors
+        reason = str(error).partition("\n")[0]
+        raise ArtifactError(f"{path} is damaged ({reason}); build the index again") from None
 
 
 def read_meta(folder: str) -> ShardMeta:

@@ -26,6 +26,7 @@ from lookalike.retrieval.shard_meta import (
     TOMBSTONES_FILE,
     ShardMeta,
     block_name,
+    explained,
     read_meta,
 )
 from lookalike.retrieval.vectors import inverse_norms, row_slices, to_float32
@@ -61,12 +62,8 @@ class PrefixStore:
 
     def _array(self, name: str, shape: tuple[int, int], dtype: str) -> npt.NDArray[Any]:
         path = f"{self.folder}/{name}"
-        try:
+        with explained(path):
             array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if shape[0] * shape[1] else None, allow_pickle=False)
-        except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
-        except (ValueError, EOFError, OSError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
         if array.shape != shape or array.dtype != np.dtype(dtype):
             raise ArtifactError(
                 f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}{list(shape)}; build the index again"
@@ -77,12 +74,8 @@ class PrefixStore:
     def table(self) -> pa.Table:
         """image_id and metadata columns, memory-mapped."""
         path = f"{self.folder}/{ROWS_FILE}"
-        try:
+        with explained(path):
             return pa.ipc.open_file(pa.memory_map(path)).read_all()
-        except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing; build the index again or restore it from a copy") from None
-        except pa.ArrowInvalid as error:
-            raise ArtifactError(f"{path} is damaged ({error}); build the index again") from None
 
     @cached_property
     def _rows(self) -> pa.RecordBatch | pa.Table:

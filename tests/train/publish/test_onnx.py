@@ -50,12 +50,7 @@ def test_an_exported_file_gives_the_encoder_s_vectors_for_any_batch(backbone: st
     assert "On 6 pictures" in card
 
 
-PAPERS = {
-    "vit_base_patch32_224": 768,
-    "deit_small_distilled_patch16_224": 384,
-    "mobilevit_s": 640,
-    "resnet50": 2048,
-}
+PAPERS = {"vit_base_patch32_224": 768, "deit_small_distilled_patch16_224": 384, "mobilevit_s": 640, "resnet50": 2048}
 """One of each family that the papers name -> width; tiny ones and EfficientFormer are tested above."""
 
 

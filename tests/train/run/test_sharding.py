@@ -9,16 +9,7 @@ import torch.multiprocessing
 from torch import nn
 
 from lookalike.train.run.sharding import clip_gradients, load_whole_state, sharded_parameters, whole_state
-from tests.train.run.sharded import (
-    CLASSES,
-    STEPS,
-    WORLD,
-    configs,
-    make_batch,
-    make_model,
-    make_optimizer,
-    run_worker,
-)
+from tests.train.run.sharded import CLASSES, STEPS, WORLD, configs, make_batch, make_model, make_optimizer, run_worker
 
 
 @pytest.fixture(scope="module")
