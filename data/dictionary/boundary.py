@@ -116,9 +116,8 @@ def choose_by_words(dictionary: pa.Table, words: dict[str, bool]) -> BoundaryCho
     at = CANDIDATES.astype(np.float32)
     values = ((high >= at[:, None]).mean(axis=1) + (low < at[:, None]).mean(axis=1)) / 2
     facts = {"auc": round(ranking_auc(dictionary, *sides), 4), "concrete_words": len(high), "abstract_words": len(low)}
-    return BoundaryChoice(
-        float(CANDIDATES[int(values.argmax())]), "balanced accuracy", _curve(dictionary, CANDIDATES, values), facts
-    )
+    best = float(CANDIDATES[int(values.argmax())])
+    return BoundaryChoice(best, "balanced accuracy", _curve(dictionary, CANDIDATES, values), facts)
 
 
 def _curve(dictionary: pa.Table, at: NDArray[np.float64], values: NDArray[np.floating]) -> list[dict[str, float]]:
@@ -151,12 +150,8 @@ def choose_by_retrieval(
     best = float(values.max())
     error = float(np.sqrt(best * (1 - best) / len(queries)))
     smallest = int(np.nonzero(values >= best - error)[0][0])
-    return BoundaryChoice(
-        float(at[smallest]),
-        "P@1 of the validation images",
-        _curve(dictionary, at, values),
-        {"standard_error": round(error, 5), "queries": len(queries)},
-    )
+    facts = {"standard_error": round(error, 5), "queries": len(queries)}
+    return BoundaryChoice(float(at[smallest]), "P@1 of the validation images", _curve(dictionary, at, values), facts)
 
 
 def _grams(

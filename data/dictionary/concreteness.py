@@ -26,10 +26,9 @@ from lookalike.data.dictionary.sketch import Pools, Sample, choose_samples
 from lookalike.seeds import derive_seed
 
 PAD = 32  # the samples of a term are padded to a multiple of this
-LANES = (
-    16  # floats of a cache line. A term's rows of every tensor fill whole lines: the rest that does not fill a vector
-)
+# floats of a cache line. A term's rows of every tensor fill whole lines: the rest that does not fill a vector
 # instruction is computed without fused multiply-add, and rounding would depend on the term's place in a batch
+LANES = 16
 CPU_FLOATS, CUDA_FLOATS = 1 << 20, 1 << 28  # samples x D of a batch: 4 MiB fit into a cache, 1 GiB on a GPU
 BETAS = (0.9, 0.999)
 
@@ -143,9 +142,8 @@ def _train(batch: Batch, config: ProbeConfig, seed: int) -> torch.Tensor:
         flat_TK.addcdiv_(mean_TK, root_TK, value=-config.learning_rate / (1 - BETAS[0] ** step))
     hidden_TSJ = torch.baddbmm(bias_T1J, x_TSD, first_TJD.transpose(1, 2)).relu_()
     says_TSF = torch.baddbmm(bias_T1F, hidden_TSJ, second_TJF) > 0
-    says_TSF = (says_TSF & (positives_T1F > 0)) | (
-        negatives_T1F == 0
-    )  # a model that saw one side knows no other answer
+    # a model that saw one side knows no other answer
+    says_TSF = (says_TSF & (positives_T1F > 0)) | (negatives_T1F == 0)
     return ((says_TSF == (target_TS1 > 0.5)) & held_TSF).sum(dim=(1, 2))
 
 

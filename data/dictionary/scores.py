@@ -26,17 +26,6 @@ Z = 1.96
 """Half width of a 95% interval in standard errors; part of what a dictionary says."""
 FORMAT = 1  # raised when the same samples and settings give other scores, so that earlier scores are not reused
 
-SCORES = pa.schema(
-    [
-        pa.field("term", pa.string()),
-        pa.field("positives", pa.int32()),
-        pa.field("trials", pa.int32()),
-        pa.field("hits", pa.int32()),
-        pa.field("digest", pa.string()),
-        pa.field("reused", pa.bool_()),
-    ]
-)
-"""One row per sampled term: positives, held-out answers, right answers; no digest if too few images were sampled."""
 DICTIONARY = pa.schema(
     [
         ("term", pa.string()),
@@ -53,6 +42,8 @@ DICTIONARY = pa.schema(
 )
 """One row per term of the vocabulary. ``status``: ``kept``, ``abstract`` (under the boundary) or ``too_few`` (positives
 or negatives: not scored, ``concreteness`` is null). ``digest``: of everything that the score follows from."""
+SCORES = pa.schema([*map(DICTIONARY.field, ("term", "positives", "trials", "hits", "digest")), ("reused", pa.bool_())])
+"""One row per sampled term: positives, held-out answers, right answers; no digest if too few images were sampled."""
 
 
 class ProbeConfig(Config):

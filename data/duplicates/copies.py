@@ -13,19 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 LIGHT = ["image_id", "row", "content", "group", "split"]
-LEADERS = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("content", pa.binary(16)),
-        pa.field("grouped", pa.bool_()),
-        pa.field("split", pa.string()),
-    ]
-)
+_ID, _ROW = pa.field("image_id", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False)
+LEADERS = pa.schema([_ID, _ROW, ("content", pa.binary(16)), ("grouped", pa.bool_()), ("split", pa.string())])
 """The first row of every class of a part."""
 COPIES = pa.schema(
     [
-        pa.field("row", pa.int64(), nullable=False),
+        _ROW,
         pa.field("leader", pa.int64(), nullable=False),
         pa.field("leader_id", pa.string(), nullable=False),
         pa.field("component", pa.string(), nullable=False),
@@ -37,7 +30,7 @@ bytes equal those of the held-out row ``leader`` of ``split``. ``component``: id
 bytes."""
 FATES = pa.schema(
     [
-        pa.field("row", pa.int64(), nullable=False),
+        _ROW,
         pa.field("keeper", pa.int64()),
         pa.field("keeper_id", pa.string()),
         pa.field("component", pa.string(), nullable=False),
@@ -48,16 +41,9 @@ FATES = pa.schema(
     ]
 )
 """The decision on a row that has a twin; ``reason`` is null when the row stays."""
+_OF_TWIN = [FATES.field(name) for name in ("split", "bits", "cosine")]
 DUPLICATES = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("keeper_id", pa.string()),
-        pa.field("component", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("split", pa.string()),
-        pa.field("bits", pa.int32()),
-        pa.field("cosine", pa.float32()),
-    ]
+    [_ID, *map(FATES.field, ("keeper_id", "component")), FATES.field("reason").with_nullable(False), *_OF_TWIN]
 )
 """One row per dropped training image, in corpus order.
 

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from lookalike.data.duplicates.components import connected
 from lookalike.data.duplicates.copies import (
     FATES,
-    LEADERS,
     find_copies,
     find_leaders,
     held_out_groups,
@@ -72,11 +71,7 @@ def _drop_later_twins(inside: pl.DataFrame, gone: set[int]) -> list[bool]:
 def find_duplicates(signatures: pa.Table, config: DedupConfig) -> pa.Table:
     """``DROPPED`` of a corpus that one task holds: it compares all rows."""
     held_groups = held_out_groups(signatures) if config.hold_out_groups else set()
-    copies = (
-        find_copies(find_leaders(signatures, held_groups))
-        if signatures.num_rows
-        else find_copies(LEADERS.empty_table())
-    )
+    copies = find_copies(find_leaders(signatures, held_groups))
     pairs = search_cell(select_searched(signatures, held_groups, copies), config)
     return settle_part(signatures, held_groups, copies, decide_fates(merge_pairs(pairs)))
 

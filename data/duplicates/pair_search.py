@@ -15,13 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lookalike.data.duplicates.pdq import HASH_BITS
-from lookalike.data.duplicates.twins import (
-    DedupConfig,
-    Pictures,
-    look_alike,
-    measure,
-    pictures_of,
-)
+from lookalike.data.duplicates.twins import DedupConfig, Pictures, look_alike, measure, pictures_of
 from lookalike.sampling import mix_keys
 from lookalike.seeds import derive_seed
 
@@ -164,27 +158,15 @@ def search_cell(rows: pa.Table, config: DedupConfig) -> pa.Table:
     split = np.array(rows["split"].to_pylist(), dtype=object)
     grouped = rows["group"].is_valid().to_numpy()
     training, held_out = np.nonzero(split == "train")[0], np.nonzero(split != "train")[0]
-    parts = [
-        *_earlier_twins(pictures, training, grouped, config),
-        *_closest_twins(pictures, training, held_out, config),
-    ]
+    earlier = _earlier_twins(pictures, training, grouped, config)
+    parts = [*earlier, *_closest_twins(pictures, training, held_out, config)]
     if not parts:
         return PAIRS.empty_table()
     pairs = TwinPairs.join(parts)
-    ids = rows["image_id"].combine_chunks()
-    numbers = rows["row"].to_numpy()
+    ids, numbers = rows["image_id"].combine_chunks(), rows["row"].to_numpy()
+    sides = [column for side in (pairs.row, pairs.twin) for column in (numbers[side], ids.take(pa.array(side)))]
     splits = [value if value != "train" else None for value in split[pairs.twin]]
-    columns = [
-        pa.array(numbers[pairs.row]),
-        ids.take(pa.array(pairs.row)),
-        pa.array(numbers[pairs.twin]),
-        ids.take(pa.array(pairs.twin)),
-        pa.array(splits, pa.string()),
-        pa.array(pairs.same),
-        pa.array(pairs.bits),
-        pa.array(pairs.cosine),
-    ]
-    return pa.table(columns, schema=PAIRS)
+    return pa.table([*sides, splits, pairs.same, pairs.bits, pairs.cosine], schema=PAIRS)
 
 
 def _earlier_twins(
@@ -284,7 +266,5 @@ def merge_pairs(pairs: pa.Table) -> pl.DataFrame:
     """
     frame = pl.DataFrame(pairs)
     inside = frame.filter(pl.col("split").is_null()).sort("row", "twin", "bits").unique(["row", "twin"], keep="first")
-    across = frame.filter(pl.col("split").is_not_null()).sort(
-        "row", "bits", "cosine", "twin", descending=[False, False, True, False]
-    )
+    across = frame.filter(pl.col("split").is_not_null()).sort("row", "bits", -pl.col("cosine"), "twin")
     return pl.concat([inside, across.unique("row", keep="first")]).sort("row", "twin")

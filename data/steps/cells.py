@@ -20,15 +20,7 @@ from lookalike.data.duplicates.pair_search import (
 from lookalike.data.duplicates.twins import words_of
 from lookalike.data.features import feature_schema, unit_rows, vectors_of
 from lookalike.data.parts import Item, broadcast, collect, read_table, write_table
-from lookalike.data.steps.exchange import (
-    ONE_TASK,
-    exchange,
-    num_buckets,
-    read_part,
-    return_rows,
-    total,
-    with_key,
-)
+from lookalike.data.steps.exchange import ONE_TASK, exchange, num_buckets, read_part, return_rows, total, with_key
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.steps.signing import HELD_OUT
 from lookalike.sampling import mix_keys, stable_keys
@@ -132,14 +124,8 @@ def search_cells(job: LabelJob, rows: int) -> dict[str, Any]:
         return with_key(table.take(pa.array(once[:, 0])), once[:, 1])
 
     copies = rows * (config.probes + config.hash_bands)
-    exchange(
-        job,
-        job.work_items("signatures"),
-        spread,
-        lambda cell: search_cell(cell, config),
-        kind="pairs",
-        rows=copies,
-    )
+    signatures = job.work_items("signatures")
+    exchange(job, signatures, spread, lambda cell: search_cell(cell, config), kind="pairs", rows=copies)
 
     def count(item: Item) -> list[int]:
         split = read_table(item["uri"], ["split"])["split"]

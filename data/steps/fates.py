@@ -1,5 +1,6 @@
 """From pairs to decisions: components over all cells, the fate of each row, and its way back to the corpus parts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import polars as pl
@@ -7,33 +8,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike import storage
-from lookalike.data.duplicates.components import (
-    both_ways,
-    contract,
-    downwards,
-    edge_checksum,
-    edge_frame,
-    large_star,
-    small_star,
-)
+from lookalike.data.duplicates import components
 from lookalike.data.duplicates.copies import FATES
 from lookalike.data.duplicates.dedup import decide_fates
 from lookalike.data.duplicates.pair_search import PAIRS, merge_pairs
 from lookalike.data.duplicates.signatures import ROW_SHIFT
 from lookalike.data.parts import Item, part_name, read_table, write_table
-from lookalike.data.steps.exchange import (
-    ONE_TASK,
-    bucket_rows,
-    exchange,
-    fill_columns,
-    num_buckets,
-    total,
-    with_key,
-)
+from lookalike.data.steps.exchange import ONE_TASK, bucket_rows, exchange, fill_columns, num_buckets, total, with_key
 from lookalike.data.steps.job import LabelJob
 
 PAIRS_IN_TASK = 2_000_000  # up to here one task decides: about 150 bytes a pair, and as much again to work
 _EDGES = pa.schema([("node", pa.int64()), ("other", pa.int64())])
+Rewrite = Callable[[pl.DataFrame], pl.DataFrame]
+"""Edges to other edges with the same components."""
 
 
 def decide(job: LabelJob, pairs: int, inside: int) -> dict[str, Any]:
@@ -59,10 +46,8 @@ def decide(job: LabelJob, pairs: int, inside: int) -> dict[str, Any]:
         table = read_table(item["uri"])
         return with_key(table.drop_columns(["root"]), bucket_rows(table["root"].to_numpy(), buckets))
 
-    def decide_bucket(table: pa.Table) -> pa.Table:
-        return decide_fates(merge_pairs(table))
-
-    exchange(job, job.work_items("rooted"), by_root, decide_bucket, kind="decided", rows=pairs)
+    rooted = job.work_items("rooted")
+    exchange(job, rooted, by_root, lambda bucket: decide_fates(merge_pairs(bucket)), kind="decided", rows=pairs)
     decided = job.work_items("decided")
     return {"fates": total(job, decided, lambda item: [read_table(item["uri"], ["row"]).num_rows])[0]}
 
@@ -74,33 +59,28 @@ def find_components(job: LabelJob, edges: int) -> dict[str, Any]:
     def start(item: Item) -> list[int]:
         table = read_table(item["uri"], ["row", "twin", "split"])
         inside = table.filter(table["split"].is_null())
-        tied = contract(edge_frame(inside["row"].to_numpy(), inside["twin"].to_numpy()))
+        tied = components.contract(components.edge_frame(inside["row"].to_numpy(), inside["twin"].to_numpy()))
         write_table(storage.join(first, part_name(item["number"])), _edges(tied))
-        return [edge_checksum(tied)]
+        return [components.edge_checksum(tied)]
 
-    def by_node(edges: pl.DataFrame) -> pa.Table:
-        return with_key(_edges(edges), bucket_rows(edges["node"].to_numpy(), buckets))
+    def star(source: str, kind: str, listed: Rewrite, tie: Rewrite, rows: int) -> None:
+        def spread(item: Item) -> pa.Table:
+            edges = listed(_read_edges(item))
+            return with_key(_edges(edges), bucket_rows(edges["node"].to_numpy(), buckets))
+
+        def gather(edges: pa.Table) -> pa.Table:
+            return _edges(tie(pl.DataFrame(edges)))
+
+        exchange(job, job.work_items(source), spread, gather, kind=kind, rows=rows)
 
     before, rounds = total(job, job.work_items("pairs"), start), 0
     while True:
-        exchange(
-            job,
-            job.work_items(f"stars-{rounds}"),
-            lambda item: by_node(both_ways(_read_edges(item))),
-            lambda table: _edges(large_star(pl.DataFrame(table))),
-            kind=f"large-{rounds}",
-            rows=2 * edges,
-        )
-        exchange(
-            job,
-            job.work_items(f"large-{rounds}"),
-            lambda item: by_node(downwards(_read_edges(item))),
-            lambda table: _edges(small_star(pl.DataFrame(table))),
-            kind=f"stars-{rounds + 1}",
-            rows=edges,
-        )
+        star(f"stars-{rounds}", f"large-{rounds}", components.both_ways, components.large_star, 2 * edges)
+        star(f"large-{rounds}", f"stars-{rounds + 1}", components.downwards, components.small_star, edges)
         rounds += 1
-        after = total(job, job.work_items(f"stars-{rounds}"), lambda item: [edge_checksum(_read_edges(item))])
+        after = total(
+            job, job.work_items(f"stars-{rounds}"), lambda item: [components.edge_checksum(_read_edges(item))]
+        )
         if after == before:
             return {"stars": f"stars-{rounds}", "rounds": rounds}
         before = after

@@ -15,15 +15,7 @@ from lookalike.data.interests.clusters import CLUSTERS, carry_over, cluster_term
 from lookalike.data.interests.polysemy import SENSES, count_senses, describe_senses, separated
 from lookalike.data.interests.taxonomy import InterestClassifier, choose_interests, read_taxonomy, votes
 from lookalike.data.interests.term_embedders import embed_terms
-from lookalike.data.parts import (
-    Item,
-    add_up,
-    blocks_of,
-    broadcast,
-    part_name,
-    read_table,
-    write_table,
-)
+from lookalike.data.parts import Item, add_up, blocks_of, broadcast, part_name, read_table, write_table
 from lookalike.data.steps.exchange import read_part
 from lookalike.data.steps.job import LabelJob
 from lookalike.data.text.annotations import ANNOTATIONS

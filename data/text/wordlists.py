@@ -43,10 +43,6 @@ class WordLists:
             return False
         return not any(part in self.sensitive or part in self.spoilers for part in subterms(term))
 
-    def merge(self, term: str) -> str:
-        """The term an alias stands for, or the term itself."""
-        return self.aliases.get(term, term)
-
 
 def load_lists(
     *,

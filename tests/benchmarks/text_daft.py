@@ -16,7 +16,7 @@ def run(paths: list[str], config: AnnotationConfig) -> dict[str, Any]:
     records = daft.read_parquet(paths)
 
     def propose(record: dict[str, Any]) -> list[str]:
-        return sorted({lists.merge(term) for term in candidates(record, config)})
+        return sorted({lists.aliases.get(term, term) for term in candidates(record, config)})
 
     terms = daft.func(propose, return_dtype=DataType.list(DataType.string()))
     proposed = records.where(col("split") == "train").select(terms(record).alias("term")).explode("term")

@@ -79,7 +79,7 @@ def count(records: Iterable[Record], config: AnnotationConfig) -> Counter[str]:
     lists, images = config.lists(), Counter[str]()
     for record in records:
         if record["split"] == "train":
-            images.update({lists.merge(term) for term in candidates(record, config)})
+            images.update({lists.aliases.get(term, term) for term in candidates(record, config)})
     return images
 
 

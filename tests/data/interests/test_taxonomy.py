@@ -1,13 +1,7 @@
 import numpy as np
 import pytest
 
-from lookalike.data.interests.taxonomy import (
-    InterestClassifier,
-    InterestConfig,
-    choose_interests,
-    read_taxonomy,
-    votes,
-)
+from lookalike.data.interests.taxonomy import InterestClassifier, InterestConfig, choose_interests, read_taxonomy, votes
 from lookalike.errors import UsageError
 
 

@@ -186,8 +186,7 @@ def test_any_text_comes_out_clean(raw: str | bytes, most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw",
-    [["red", "sofa, two seats", None, " "], [b"red", b"sofa, two seats"], '["red", "sofa, two seats"]'],
+    "raw", [["red", "sofa, two seats", None, " "], [b"red", b"sofa, two seats"], '["red", "sofa, two seats"]']
 )
 def test_words_of_every_form(raw: Any) -> None:
     assert read_words(raw, 100) == (["red", "sofa, two seats"], set())
@@ -225,11 +224,7 @@ def test_scored_terms_of_every_form(raw: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pa.list_(pa.struct([("term", pa.string()), ("score", pa.float64())])),
-        pa.map_(pa.string(), pa.float64()),
-    ],
+    "kind", [pa.list_(pa.struct([("term", pa.string()), ("score", pa.float64())])), pa.map_(pa.string(), pa.float64())]
 )
 def test_scored_terms_of_nested_columns(kind: pa.DataType) -> None:
     raw = SCORES if pa.types.is_list(kind) else [("sofa", 0.9), ("red chair", 1.0)]
