@@ -77,7 +77,7 @@ class Stage(Generic[C]):
 
 
 STAGES: Registry[Stage[Any]] = Registry("stage")
-_BUILT_IN = {
+BUILT_IN = {
     "corpus": "lookalike.data.corpus:STAGE",
     "labels": "lookalike.data.labels:STAGE",
     "shards": "lookalike.data.shards:STAGE",
@@ -89,6 +89,7 @@ _BUILT_IN = {
     "index": "lookalike.serve.index.build:STAGE",
     "plan": "lookalike.serve.index.plan_stage:STAGE",
 }
+"""The built-in stages, in the order they run."""
 
 
 def load_object(dotted: str) -> Any:
@@ -99,16 +100,11 @@ def load_object(dotted: str) -> Any:
 
 def get_stage(name: str) -> Stage[Any]:
     """The stage called ``name``, imported on first use."""
-    needed = [name] if name in _BUILT_IN else list(_BUILT_IN)  # another name: a plug-in, or an error that lists all
+    needed = [name] if name in BUILT_IN else list(BUILT_IN)  # another name: a plug-in, or an error that lists all
     for stage in needed:
         if stage not in STAGES:
-            STAGES.register(stage)(load_object(_BUILT_IN[stage]))
+            STAGES.register(stage)(load_object(BUILT_IN[stage]))
     return STAGES.get(name)
-
-
-def stage_names() -> list[str]:
-    """The built-in stages, in the order they run."""
-    return list(_BUILT_IN)
 
 
 def fingerprint(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]]) -> str:

@@ -125,7 +125,7 @@ def check_map(
         hits = planner.search_without(searcher, queries[labelled], k, candidate, own_rows)
         labels = np.array([row.get(label, "") for row in searcher.metadata(hits.rows)]).reshape(hits.rows.shape)
         figures[f"{name}_map_at_{k}_by_k"] = metrics.map_at_k_by_k(labels, truth, k)
-        figures[f"{name}_top1"] = metrics.top1(labels, truth)
+        figures[f"{name}_top1"] = metrics.precision_at_k(labels, truth, 1)
     gap = figures[f"plan_map_at_{k}_by_k"] - figures[f"exact_map_at_{k}_by_k"]
     return figures | {"difference_points": 100 * gap}
 

@@ -29,7 +29,8 @@ from lookalike.retrieval.machine import machine_facts
 from lookalike.vision.backbones import create_backbone, timm
 from lookalike.vision.encoder import EmbeddingModel, Encoder, EncoderConfig, read_pixels
 from lookalike.vision.images import decode
-from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_train_transform
+from lookalike.vision.transforms import AugmentConfig, TransformConfig
+from tests.vision.train_transform import build_train_transform
 
 PAPERS = ("vit_base_patch16_224", "efficientnet_b0", "efficientformer_l1", "resnet50", "resnext101_32x8d")
 CLASSES = 1000

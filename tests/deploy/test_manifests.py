@@ -19,7 +19,7 @@ from lookalike.recipe import Recipe
 from lookalike.serve.commands.serve import MESSAGE_VARIABLE, emit_config
 from lookalike.serve.front.tls import render
 from lookalike.serve.settings.config import RequestLimits, ServeConfig
-from lookalike.stages import load_object, stage_names
+from lookalike.stages import BUILT_IN, load_object
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy/kuberay"
@@ -69,7 +69,7 @@ def test_vendored_schemas_are_kuberays(kind: str, schemas: dict[str, Document]) 
 
 def test_one_job_a_stage() -> None:
     verbs = [shlex.split(job["spec"]["entrypoint"])[1] for job in JOBS.values()]
-    assert set(verbs) == set(stage_names()) == set(STAGE_HELP)
+    assert set(verbs) == set(BUILT_IN) == set(STAGE_HELP)
     for name, job in JOBS.items():
         assert (FOLDER / f"rayjob-{name.removeprefix('lookalike-')}.yaml").exists()
         assert len(name) <= 47  # KubeRay's limit

@@ -11,7 +11,7 @@ import pytest
 from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.stages import Input, Stage, StageConfig, StageRun, execute, fingerprint, get_stage, stage_names
+from lookalike.stages import BUILT_IN, Input, Stage, StageConfig, StageRun, execute, fingerprint, get_stage
 from tests.platform.conftest import NUMBER, SUM, NumberConfig, SumConfig
 
 
@@ -122,7 +122,7 @@ def test_wrong_inputs_are_explained(root: str) -> None:
 
 
 def test_built_in_stages_load_and_unknown_ones_are_explained() -> None:
-    for name in stage_names():
+    for name in BUILT_IN:
         assert get_stage(name).name == name
     with pytest.raises(UsageError, match=r"unknown stage 'pretrian' \(did you mean 'pretrain'\?\); valid: corpus"):
         get_stage("pretrian")

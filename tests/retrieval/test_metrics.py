@@ -34,7 +34,7 @@ def test_map_at_k_of_the_mrl_paper_divides_by_k(ranking, k):
     expected = np.mean([ap_by_k(line, label, k) for line, label in zip(neighbours, labels, strict=True)])
     assert metrics.map_at_k_by_k(neighbours, labels, k) == pytest.approx(expected)
     if k == 10:
-        assert metrics.map_at_10_by_k(neighbours, labels) == pytest.approx(expected)
+        assert metrics.map_at_k_by_k(neighbours, labels, 10) == pytest.approx(expected)
 
 
 def torch_mean(name, neighbours, labels, **settings):
@@ -109,7 +109,7 @@ def test_the_denominator_changes_the_figure(ranking):
 
 def test_top1_is_the_nearest_neighbours_label(ranking):
     neighbours, labels, _ = ranking
-    assert metrics.top1(neighbours, labels) == (neighbours[:, 0] == labels).mean()
+    assert metrics.precision_at_k(neighbours, labels, 1) == (neighbours[:, 0] == labels).mean()
 
 
 def test_float16_labels_are_refused_because_they_merge_classes():

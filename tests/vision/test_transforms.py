@@ -12,12 +12,12 @@ from lookalike.vision.transforms import (
     TransformConfig,
     build_augmentation,
     build_eval_transform,
-    build_train_transform,
     crop_to_square,
     normalize_pixels,
     pad_to_square,
     to_pixels,
 )
+from tests.vision.train_transform import build_train_transform
 
 
 def picture(width: int, height: int) -> Image.Image:

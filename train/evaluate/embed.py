@@ -36,7 +36,6 @@ from lookalike.train.evaluate.embed_files import (
     read_group,
     require_finite,
     row_group_sizes,
-    unpack_pixels,
     write_part,
 )
 from lookalike.vision.encoder import Encoder, Precision, read_config
@@ -113,7 +112,8 @@ class EmbedFile:
 
     def _vectors(self, table: pa.Table, where: str, pixels: bytes | None) -> npt.NDArray[np.float32]:
         size, transform, parts = self.config.batch_size, self.encoder.config.transform, []
-        whole = None if pixels is None else unpack_pixels(pixels, transform)
+        shape = -1, 3, transform.size, transform.size
+        whole = None if pixels is None else np.frombuffer(bytearray(pixels), np.uint8).reshape(shape)  # writable
         for start in range(0, table.num_rows, size):
             batch = table.slice(start, size)
             decoded = decode_rows(batch, transform, where) if whole is None else whole[start : start + size]

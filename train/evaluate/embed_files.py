@@ -73,11 +73,6 @@ def decode_rows(table: pa.Table, transform: TransformConfig, where: str) -> npt.
     return pixels
 
 
-def unpack_pixels(pixels: bytes, transform: TransformConfig) -> npt.NDArray[np.uint8]:
-    """Writable array uint8 [n, 3, size, size] from the bytes of a decoder."""
-    return np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, 3, transform.size, transform.size)
-
-
 def require_finite(
     vectors: npt.NDArray[np.float32], table: pa.Table, dtype: str, where: str
 ) -> npt.NDArray[np.float32]:
@@ -107,6 +102,5 @@ def embedding_table(table: pa.Table, vectors: np.ndarray[Any, np.dtype[np.float3
 
 def write_part(uri: str, table: pa.Table) -> None:
     """Write a parquet file that is either whole or absent."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    storage.write_atomic(uri, sink.getvalue().to_pybytes())
+    with storage.open_atomic(uri) as file:
+        pq.write_table(table, file, compression="zstd")

@@ -27,17 +27,11 @@ def model_card(
     uri: str = "PATH",
     onnx: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card of an encoder.
+    """The card of the encoder ``name``.
 
-    Args:
-        name: name of the model.
-        encoder: configuration of the model.
-        about: how it was trained, in Markdown without a title.
-        licence: SPDX identifier; None if nobody stated one.
-        figures: rows of an evaluation report, see ``report_figures``.
-        origins: lines of its lineage, see ``describe_lineage``.
-        uri: URI that the usage snippet loads.
-        onnx: figures of the parity check, if a ``model.onnx`` lies beside the card.
+    ``about``: how it was trained, in Markdown without a title. ``licence``: SPDX identifier; None if nobody stated one.
+    ``figures``, ``origins``: results of ``report_figures`` and ``describe_lineage``. ``uri``: what the usage snippet
+    loads. ``onnx``: figures of the parity check, if a ``model.onnx`` lies beside the card.
     """
     parts = [
         _front_matter(name, encoder, licence, figures),

@@ -91,11 +91,7 @@ class CheckpointWriter:
         name = f"rank-{self.rank:05d}-of-{self.world:05d}.pt"
         with storage.open_atomic(storage.join(self.folder, f"step-{step:08d}", name)) as file:
             torch.save(state, file)
-        if self.rank == 0:
-            self._drop_old()
-
-    def _drop_old(self) -> None:
-        for old in find_checkpoints(self.folder)[:-KEEP]:
+        for old in find_checkpoints(self.folder)[:-KEEP] if self.rank == 0 else []:
             storage.remove_tree(old.uri)
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from lookalike.errors import LookalikeError
-from lookalike.train.run.trackers import Tracker
 
 CURVE_POINTS = 200
 """Points of a loss curve, or a few more; a run of fewer steps keeps every step."""
@@ -207,10 +206,3 @@ class Gauges:
                 self._gauges[name].set(value, self._tags)
             elif name.startswith("loss_"):
                 self._task.set(value, {**self._tags, "task": name.removeprefix("loss_")})
-
-
-def publish(step: int, values: Mapping[str, float], gauges: Gauges, trackers: Sequence[Tracker]) -> None:
-    """Send a step's figures to Ray's metrics and the trackers."""
-    gauges.set({"step": float(step), **values})
-    for tracker in trackers:
-        tracker.log(step, values)

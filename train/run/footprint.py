@@ -90,17 +90,13 @@ def require_memory(train: TrainConfig, dims: tuple[int, ...], num_classes: Mappi
     if limit_gib is None or total <= limit_gib:
         return tasks
     name = max(tasks, key=lambda task: tasks[task].total)
-    config, changes = (
-        train.tasks[name],
-        (
-            ("nesting: mrl-e", {"nesting": "mrl-e"}),
-            (f"shard: true over the {world} workers", {"shard": True}),
-            ("sample_classes: 8192", {"sample_classes": 8192}),
-            ("class_chunk: 1024", {"class_chunk": 1024}),
-        ),
-    )
-    remedies = []
-    for text, change in changes:
+    config, remedies = train.tasks[name], []
+    for text, change in (
+        ("nesting: mrl-e", {"nesting": "mrl-e"}),
+        (f"shard: true over the {world} workers", {"shard": True}),
+        ("sample_classes: 8192", {"sample_classes": 8192}),
+        ("class_chunk: 1024", {"class_chunk": 1024}),
+    ):
         after = reckon(config.model_copy(update=change)).total
         if after < tasks[name].total and set(change) <= set(TASKS.get(config.kind).settings):
             remedies.append(f"{text} ({after / 2**30:.2f} GiB)")

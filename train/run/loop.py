@@ -10,7 +10,7 @@ that was killed and resumed ends with the same weights as an undisturbed run, bi
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from lookalike.seeds import derive_seed
 from lookalike.telemetry import fields, get_logger, setup_logging
 from lookalike.train.run.batches import feed, worker_batches
 from lookalike.train.run.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint
-from lookalike.train.run.curves import Gauges, Pace, StepReader, StepValues, publish, stop_if_bad
+from lookalike.train.run.curves import Gauges, Pace, StepReader, StepValues, stop_if_bad
 from lookalike.train.run.initialise import build_multitask_model
 from lookalike.train.run.optimizer import hasten_batch_norm, set_train_mode
 from lookalike.train.run.settings import LoopConfig, TrainConfig
@@ -193,7 +193,7 @@ def forward_backward(
     training: Training, wrapped: nn.Module, batches: Iterator[tuple[Batch, bool]], place: Place
 ) -> StepGradients:
     """Compute and clip the gradients of one step."""
-    train = place.config.train
+    train, low = place.config.train, place.config.train.compute.dtype
     set_train_mode(training.model, train.backbone)
     training.optimizer.zero_grad(set_to_none=True)
     shares: dict[str, torch.Tensor] = {}
@@ -201,7 +201,7 @@ def forward_backward(
     for batch, last in batches:
         ids += batch.get("ids") or []
         with nullcontext() if last or place.world == 1 else wrapped.no_sync():  # type: ignore[operator]
-            with autocast(place):
+            with torch.autocast(place.device.type, dtype=low, enabled=low is not None):
                 total, losses = wrapped(batch, training.step)
             # DDP averages over workers; the step wants the mean over parts
             training.scaler.scale(total * (place.world / train.parts)).backward()
@@ -211,12 +211,6 @@ def forward_backward(
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.model, train.optimizer.clip_norm or float("inf"))
     return StepGradients(shares, norm, ids)
-
-
-def autocast(place: Place) -> AbstractContextManager[Any]:
-    """Context of the forward pass's number format."""
-    dtype = place.config.train.compute.dtype
-    return nullcontext() if dtype is None else torch.autocast(place.device.type, dtype=dtype)
 
 
 class Report:
@@ -249,7 +243,9 @@ class Report:
         if step % train.log_every == 0 or step == self._place.config.total_steps:
             values = {**values, **self._pace.read()}
             log.info("train %s", fields(step=step, of=self._place.config.total_steps, **values))
-            publish(step, values, self._gauges, self._trackers)
+            self._gauges.set({"step": float(step), **values})
+            for tracker in self._trackers:
+                tracker.log(step, values)
 
     def _last_good(self) -> str:
         checkpoint = last_checkpoint(self._place.folder)

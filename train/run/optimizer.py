@@ -94,25 +94,21 @@ def parameter_groups(model: MultiTaskModel, config: OptimizerConfig) -> list[dic
     assert isinstance(encoder, EmbeddingModel)
     heads = [(name, p) for name, p in model.tasks.named_parameters() if p.requires_grad]
     plain = [p for name, p in heads if not is_proxy(name)]
-    proxy_momentum = config.momentum if config.proxy_momentum is None else config.proxy_momentum
+    proxies = [p for name, p in heads if is_proxy(name)]
+    projection = [p for p in encoder.projection.parameters() if p.requires_grad]
     groups = [
         *_backbone_groups(encoder.backbone, config),
-        {
-            "name": "projection",
-            "params": [p for p in encoder.projection.parameters() if p.requires_grad],
-            "lr": config.projection_lr,
-            "weight_decay": config.weight_decay,
-        },
+        _group("projection", projection, config.projection_lr, config.weight_decay),
         *_by_decay("heads", plain, config.head_lr, config.head_weight_decay),
-        {
-            "name": "proxies",
-            "params": [p for name, p in heads if is_proxy(name)],
-            "lr": config.proxy_lr or config.head_lr,
-            "weight_decay": config.proxy_weight_decay,
-            **({} if config.kind == "adamw" else {"momentum": proxy_momentum}),
-        },
+        _group("proxies", proxies, config.proxy_lr or config.head_lr, config.proxy_weight_decay),
     ]
+    if config.kind != "adamw":
+        groups[-1]["momentum"] = config.momentum if config.proxy_momentum is None else config.proxy_momentum
     return [group for group in groups if group["params"]]
+
+
+def _group(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"name": name, "params": parameters, "lr": lr, "weight_decay": weight_decay}
 
 
 def is_proxy(name: str) -> bool:
@@ -128,26 +124,16 @@ def _backbone_groups(backbone: nn.Module, config: OptimizerConfig) -> Iterator[d
     excluded = undecayed(backbone)
     trained = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
     vectors = {name for name, p in trained if p.ndim <= 1 or name in excluded}
-    yield {
-        "name": "backbone",
-        "params": [p for name, p in trained if name not in vectors],
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-    }
-    yield {
-        "name": "backbone",
-        "params": [p for name, p in trained if name in vectors],
-        "lr": config.lr,
-        "weight_decay": 0.0,
-    }
+    yield _group("backbone", [p for name, p in trained if name not in vectors], config.lr, config.weight_decay)
+    yield _group("backbone", [p for name, p in trained if name in vectors], config.lr, 0.0)
 
 
 def _by_decay(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
     if weight_decay == 0.0:
-        return [{"name": name, "params": parameters, "lr": lr, "weight_decay": 0.0}]
+        return [_group(name, parameters, lr, 0.0)]
     return [
-        {"name": name, "params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"name": name, "params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        _group(name, [p for p in parameters if p.ndim > 1], lr, weight_decay),
+        _group(name, [p for p in parameters if p.ndim <= 1], lr, 0.0),
     ]
 
 

@@ -33,6 +33,7 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
     require_memory(train, encoder.dims, num_classes)
     require_labels(train, files)
     first = next(iter(train.mix))
+    reads_attributes = any(name.startswith(ATTRIBUTE) for name in num_classes)
     return LoopConfig(
         name=run.out.name,
         fingerprint=run.out.fingerprint,
@@ -43,7 +44,7 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
         files=files,
         teacher=teacher.uri if teacher else None,
         num_classes=num_classes,
-        attributes=attribute_names(shards) if any(name.startswith(ATTRIBUTE) for name in num_classes) else (),
+        attributes=tuple(shards.read_json("classes.json")["attributes"]) if reads_attributes else (),
         rows_per_epoch=expected_rows(files[first], train.loader.resample),
     )
 
@@ -147,11 +148,6 @@ def _count_values(task: str, field: str, attributes: Mapping[str, Sequence[str]]
         f"{nearest(name, list(attributes))}; {uri}: they {stated}. An attribute needs two values, each on "
         "shards.min_images_per_attribute training images"
     )
-
-
-def attribute_names(shards: Artifact) -> tuple[str, ...]:
-    """Attributes in the order of the shards' column ``attributes``; shards of older versions have none."""
-    return tuple(shards.read_json("classes.json").get("attributes", {}))
 
 
 def find_teacher(train: TrainConfig, given: list[Artifact]) -> Artifact | None:

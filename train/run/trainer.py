@@ -93,18 +93,14 @@ def check_resources(train: TrainConfig) -> None:
     """
     workers = train.workers.min or train.workers.num
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, each in (("CPU", train.workers.cpus), ("GPU", int(train.workers.use_gpu))):
-        if workers * each <= resources.get(name, 0.0):
+    for name, each, setting in (
+        ("CPU", train.workers.cpus, "cluster.num_cpus, a smaller workers.num"),
+        ("GPU", int(train.workers.use_gpu), "workers.use_gpu=false, or take a machine with GPUs"),
+    ):
+        needed, present = workers * each, resources.get(name, 0.0)
+        if needed <= present:
             continue
-        setting = (
-            "workers.use_gpu=false, or take a machine with GPUs"
-            if name == "GPU"
-            else "cluster.num_cpus, a smaller workers.num"
-        )
-        message = (
-            f"{workers} workers need {workers * each} {name}s and Ray has {resources.get(name, 0.0):g}; set "
-            f"{setting}, or workers.min"
-        )
+        message = f"{workers} workers need {needed} {name}s and Ray has {present:g}; set {setting}, or workers.min"
         if not os.environ.get("RAY_ADDRESS"):
             raise UsageError(message)
         log.warning("waiting %s", fields(reason=message))

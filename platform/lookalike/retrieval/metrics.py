@@ -62,23 +62,13 @@ def per_query_ap_by_k(neighbours: Labels, labels: Labels, k: int) -> Scores:
 
 
 def precision_at_k(neighbours: Labels, labels: Labels, k: int) -> float:
-    """Mean P@k."""
+    """Mean P@k; P@1 is the accuracy of the nearest neighbour."""
     return _mean(per_query_precision(neighbours, labels, k))
-
-
-def top1(neighbours: Labels, labels: Labels) -> float:
-    """P@1, or 1-NN accuracy: the share of queries whose nearest neighbour has their label."""
-    return precision_at_k(neighbours, labels, 1)
 
 
 def map_at_k_by_k(neighbours: Labels, labels: Labels, k: int) -> float:
     """mAP@k in the MRL paper's form: divided by ``k``."""
     return _mean(per_query_ap_by_k(neighbours, labels, k))
-
-
-def map_at_10_by_k(neighbours: Labels, labels: Labels) -> float:
-    """mAP@10 divided by 10, as the MRL paper reports it."""
-    return map_at_k_by_k(neighbours, labels, 10)
 
 
 def map_at_k_by_relevant(neighbours: Labels, labels: Labels, k: int, *, num_relevant: npt.ArrayLike) -> float:

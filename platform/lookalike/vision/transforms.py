@@ -68,19 +68,8 @@ def to_pixels(image: Image.Image, config: TransformConfig) -> npt.NDArray[np.uin
     return np.asarray(square).transpose(2, 0, 1).copy()
 
 
-def build_train_transform(config: TransformConfig, augment: AugmentConfig) -> Transform:
-    """RGB image -> float32 tensor [3, size, size], randomly cropped and coloured (torch's global generator)."""
-    from torchvision.transforms import v2
-
-    transform: Transform = v2.Compose([build_augmentation(config, augment), *_to_tensor(config)])
-    return transform
-
-
 def build_augmentation(config: TransformConfig, augment: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
-    """RGB image -> RGB image of size x size, randomly cropped and coloured (torch's global generator).
-
-    ``normalize_pixels`` of the result equals ``build_train_transform`` of the image.
-    """
+    """RGB image -> RGB image of size x size, randomly cropped and coloured (torch's global generator)."""
     from torchvision.transforms import v2
 
     steps: list[object] = [v2.RandomResizedCrop(config.size, scale=(augment.min_scale, 1.0), antialias=True)]
@@ -131,9 +120,3 @@ def crop_to_square(image: Image.Image, size: int, fraction: float) -> Image.Imag
     side = min(width, height) * fraction
     left, top = (width - side) / 2, (height - side) / 2
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-
-
-def _to_tensor(config: TransformConfig) -> list[object]:
-    from torchvision.transforms import v2
-
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]

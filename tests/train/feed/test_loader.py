@@ -21,8 +21,9 @@ from lookalike.train.feed.loader import BatchDataset, build_loader, on_device
 from lookalike.train.feed.row_groups import list_row_groups, read_row_group
 from lookalike.train.feed.streams import Stream, build_streams, split_batch
 from lookalike.vision.images import decode
-from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation, build_train_transform
+from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation
 from tests.train.conftest import NUM_CLASSES, shard_rows, write_shard
+from tests.vision.train_transform import build_train_transform
 
 MIX = {"catalogue": 3.0, "clipart": 1.0}
 SIZE = TransformConfig(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
