@@ -240,7 +240,7 @@ class Draft:
         storage.remove_temporaries(self.uri)
         names = [n for n in storage.list_files(self.uri) if n != MANIFEST and not n.startswith(f"{WORK}/")]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            entries = list(pool.map(self._entry, names))
+            entries = list(pool.map(lambda name: describe_file(self.uri, name), names))
         manifest = Manifest(
             kind=self.kind,
             name=self.name,
@@ -258,18 +258,19 @@ class Draft:
         storage.remove_tree(self.work())  # only now: until the manifest is written, a resumed attempt needs it
         return Artifact(self.uri, manifest)
 
-    def _entry(self, name: str) -> FileEntry:
-        uri = self.path(name)
-        rows = None
-        if name.endswith(".parquet"):
-            filesystem, path = storage.arrow_filesystem(uri)
-            rows = pq.read_metadata(path, filesystem=filesystem).num_rows
-        return FileEntry(path=name, size_bytes=storage.size_bytes(uri), rows=rows, sha256=storage.sha256(uri))
-
     def _parent(self, artifact: Artifact) -> Parent:
         inside = artifact.uri.startswith(self.root + "/")
         uri = artifact.uri[len(self.root) + 1 :] if inside else artifact.uri
         return Parent(uri=uri, kind=artifact.manifest.kind, digest=artifact.digest)
+
+
+def describe_file(folder: str, name: str) -> FileEntry:
+    """The manifest's entry of the file ``name`` in ``folder``."""
+    uri, rows = storage.join(folder, name), None
+    if name.endswith(".parquet"):
+        filesystem, path = storage.arrow_filesystem(uri)
+        rows = pq.read_metadata(path, filesystem=filesystem).num_rows
+    return FileEntry(path=name, size_bytes=storage.size_bytes(uri), rows=rows, sha256=storage.sha256(uri))
 
 
 def find(root: str, kind: str, name: str, fingerprint: str) -> Artifact | None:

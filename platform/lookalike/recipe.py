@@ -79,7 +79,7 @@ class Recipe(Config):
         seen: set[str] = set()
         for name, step in self.steps.items():
             self.stage(name), self.config(name)
-            for source in _flat(step.inputs):
+            for source in [source for sources in step.inputs.values() for source in _as_list(sources)]:
                 if "/" not in source and source not in seen:
                     where = "comes later; move it up" if source in self.steps else "is not in this recipe"
                     raise UsageError(f"step {name!r} reads {source!r}, which {where}{nearest(source, sorted(seen))}")
@@ -206,24 +206,13 @@ def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]
     artifacts: dict[str, Artifact] = {}
     stages = []
     for number, name in enumerate(recipe.steps, 1):
-        skipped = recipe.published(name) is not None
+        skipped, stage = recipe.published(name) is not None, recipe.steps[name].stage
         mark = "published already, skipped" if skipped else "running"
-        where = f"[{number}/{len(recipe.steps)}] {name} ({recipe.steps[name].stage})"
-        print(f"{where}: {mark}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(recipe.steps)}] {name} ({stage}): {mark}", file=sys.stderr, flush=True)
         artifacts[name] = recipe.run_step(name)
-        stages.append(
-            {
-                "step": name,
-                "stage": recipe.steps[name].stage,
-                "skipped": skipped,
-                "seconds": artifacts[name].manifest.duration_s,
-            }
-        )
+        seconds = artifacts[name].manifest.duration_s
+        stages.append({"step": name, "stage": stage, "skipped": skipped, "seconds": seconds})
     return artifacts, stages
-
-
-def _flat(inputs: Mapping[str, str | list[str]]) -> list[str]:
-    return [source for sources in inputs.values() for source in _as_list(sources)]
 
 
 def _as_list(sources: str | list[str]) -> list[str]:

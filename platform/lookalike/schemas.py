@@ -57,19 +57,18 @@ SHARD = pa.schema(
 """One row per training image. ``<dataset>/part-*.parquet``; ``classes.json`` names the classes."""
 
 
+CARRIED = ("group", "view", "split", "dataset", "category", "title")
+"""Columns that an embeddings artifact copies from the corpus."""
+
+
 def embeddings(dim: int, float16: bool = False) -> pa.Schema:
-    """Schema of an embeddings artifact: ids, vectors and columns copied from the corpus."""
+    """Schema of an embeddings artifact."""
     value = pa.float16() if float16 else pa.float32()
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
             pa.field("vector", pa.list_(value, dim), nullable=False),
-            pa.field("group", pa.string()),
-            pa.field("view", pa.string()),
-            pa.field("split", pa.string()),
-            pa.field("dataset", pa.string()),
-            pa.field("category", pa.string()),
-            pa.field("title", pa.string()),
+            *(pa.field(name, pa.string()) for name in CARRIED),
         ]
     )
 

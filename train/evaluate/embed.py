@@ -27,7 +27,6 @@ from lookalike.registry import nearest
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.evaluate.embed_files import (
-    CARRIED,
     decode_rows,
     embedding_table,
     group_folder,
@@ -105,7 +104,7 @@ class EmbedFile:
         if storage.exists(target):
             return
         pixels = task["pixels"]
-        columns = None if pixels is None else list(dict.fromkeys(["image_id", *CARRIED, *self.config.where]))
+        columns = None if pixels is None else list(dict.fromkeys(["image_id", *schemas.CARRIED, *self.config.where]))
         table = select_rows(read_group(task["uri"], group, columns), self.config.where)
         vectors = self._vectors(table, f"row group {group} of {task['uri']}", pixels)
         write_part(target, embedding_table(table, vectors, self.config.dtype))
@@ -235,15 +234,8 @@ def _describe(run: StageRun[EmbedConfig], encoder: Artifact) -> None:
         rows += pq.read_metadata(path, filesystem=filesystem).num_rows
     if rows == 0:
         raise UsageError(f"no row of the corpus matches where={run.config.where}; nothing to embed")
-    run.out.write_json(
-        "meta.json",
-        {
-            "dim": facts.dim,
-            "dims": list(facts.dims),
-            "rows": rows,
-            "encoder": {"fingerprint": encoder.manifest.fingerprint, "name": encoder.manifest.name},
-        },
-    )
+    stamp = {"fingerprint": encoder.manifest.fingerprint, "name": encoder.manifest.name}
+    run.out.write_json("meta.json", {"dim": facts.dim, "dims": list(facts.dims), "rows": rows, "encoder": stamp})
     run.out.stats.update(rows=rows, dim=facts.dim, parts=len(parts))
 
 

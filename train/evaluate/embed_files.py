@@ -19,8 +19,6 @@ from lookalike.vision.encoder import read_pixels
 from lookalike.vision.images import ImageError
 from lookalike.vision.transforms import TransformConfig
 
-CARRIED = ("group", "view", "split", "dataset", "category", "title")
-
 
 def part_name(number: int) -> str:
     """Name of the part that file ``number`` of the corpus becomes."""
@@ -95,7 +93,7 @@ def embedding_table(table: pa.Table, vectors: np.ndarray[Any, np.dtype[np.float3
     columns = {
         "image_id": table["image_id"],
         "vector": pa.FixedSizeListArray.from_arrays(flat, dim),
-        **{name: table[name] for name in CARRIED},
+        **{name: table[name] for name in schemas.CARRIED},
     }
     return pa.table(columns).cast(schema)
 

@@ -76,6 +76,7 @@ def actor_batches(
     )
     # passed by value: an object in the store could be lost before an actor restarts
     pool = _Pool([actor.remote(dataset.builder) for _ in range(num_actors)])
+    who = f"{num_actors} loader.actors of {num_cpus:g} CPUs" + (f" and resource {resource!r}" if resource else "")
     plans, waiting = dataset.plans(), deque[tuple[BatchPlan, Any]]()
     try:
         while True:
@@ -83,14 +84,7 @@ def actor_batches(
                 waiting.append((plan, pool.submit(plan)))
             if not waiting:
                 return
-            plan, reference = waiting.popleft()
-            yield pool.take(
-                plan,
-                reference,
-                f"{num_actors} loader.actors of {num_cpus:g} CPUs"
-                + (f" and resource {resource!r}" if resource else ""),
-                limit_s,
-            )
+            yield pool.take(*waiting.popleft(), who, limit_s)
     finally:
         for started in pool.actors:
             ray.kill(started)

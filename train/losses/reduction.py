@@ -185,12 +185,10 @@ def _scores(z: torch.Tensor, part: Factors, lengths: torch.Tensor, dtype: torch.
     product = z.new_empty(())
     for i, block in enumerate(part.blocks):
         weight = part.weights[0 if part.tied else i][:, block]
-        if i and part.tied:
-            _add_product(product, z[:, block], weight.T, dtype)
-        else:
+        if i == 0 or not part.tied:
             bias = part.biases[i][None] if part.biases else z.new_zeros((1, len(weight)))
             product = bias.repeat(len(z), 1)
-            _add_product(product, z[:, block], weight.T, dtype)
+        _add_product(product, z[:, block], weight.T, dtype)
         yield product if scales is None else product * scales[0][i][:, None] * scales[1][i]
 
 

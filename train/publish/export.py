@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lookalike import hub, storage
-from lookalike.artifacts import MANIFEST, Artifact, FileEntry, lineage, write_manifest
+from lookalike.artifacts import MANIFEST, Artifact, describe_file, lineage, write_manifest
 from lookalike.errors import UsageError
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.feed.row_groups import list_row_groups, read_row_group
@@ -172,17 +172,6 @@ def _pictures_in(folder: str) -> list[bytes]:
 
 
 def _write_manifest(artifact: Artifact, folder: str, names: Sequence[str], stats: dict[str, Any]) -> None:
-    uris = {name: storage.join(folder, name) for name in names}
-    files = [
-        FileEntry(path=name, size_bytes=storage.size_bytes(uri), sha256=storage.sha256(uri))
-        for name, uri in uris.items()
-    ]
-    manifest = artifact.manifest.model_copy(
-        update={
-            "files": files,
-            "parents": {},
-            "stats": stats,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-    )
-    write_manifest(folder, manifest)
+    files, created = [describe_file(folder, name) for name in names], datetime.now(UTC).isoformat(timespec="seconds")
+    update = {"files": files, "parents": {}, "stats": stats, "created": created}
+    write_manifest(folder, artifact.manifest.model_copy(update=update))

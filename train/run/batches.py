@@ -1,6 +1,6 @@
 """A training worker's batches: from its settings to tensors on its device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -13,15 +13,10 @@ from lookalike.vision.transforms import build_augmentation
 
 def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
     """Batches of one data stream, beginning at forward pass ``start``."""
-    train = config.train
+    train, loader = config.train, config.train.loader
     files = {name: config.files[name] for name in train.mix}
     streams = build_streams(
-        files,
-        seed=train.seed,
-        rank=stream,
-        world=train.workers.num,
-        resample=train.loader.resample,
-        balance=train.loader.balance,
+        files, seed=train.seed, rank=stream, world=train.workers.num, resample=loader.resample, balance=loader.balance
     )
     augment = build_augmentation(config.encoder.transform, train.augment)
     return BatchDataset(
@@ -31,7 +26,7 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
         seed=train.seed,
         start=start,
         stop=config.total_steps * train.compute.accumulation,
-        views=train.loader.views,
+        views=loader.views,
         num_classes=config.class_fields,
         attributes=config.attributes,
     )
@@ -39,12 +34,7 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
 
 def feed(dataset: BatchDataset, config: LoopConfig, device: torch.device) -> Iterator[Batch]:
     """The dataset's batches on ``device``, images normalised, decoded where the settings say."""
-    train = config.train
-    built: Iterable[Batch] = (
-        actor_batches(
-            dataset, train.loader.actors, num_cpus=train.loader.actor_cpus, resource=train.loader.actor_resource
-        )
-        if train.loader.actors
-        else build_loader(dataset, train.loader.processes)
-    )
-    return on_device(built, device, config.encoder.transform)
+    loader, built = config.train.loader, None
+    if loader.actors:
+        built = actor_batches(dataset, loader.actors, num_cpus=loader.actor_cpus, resource=loader.actor_resource)
+    return on_device(built or build_loader(dataset, loader.processes), device, config.encoder.transform)

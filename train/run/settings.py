@@ -69,16 +69,13 @@ class TrainConfig(StageConfig):
             check_dims(self.dims, max(self.dims, default=1))
         if self.embedding_dim is not None:
             self.resolve_dims(self.embedding_dim)  # dims that cannot be are refused before anything runs
-        if self.nested_weights is not None and len(self.nested_weights) != len(self.dims or (1,)):
-            raise ValueError(
-                f"nested_weights has {len(self.nested_weights)} values for {len(self.dims or (1,))} dims; give one each"
-            )
+        num_dims = len(self.dims or (1,))
+        if self.nested_weights is not None and len(self.nested_weights) != num_dims:
+            raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {num_dims} dims; give one each")
         if self.nested_weights is not None and not any(self.nested_weights):
             raise ValueError(f"nested_weights {list(self.nested_weights)} are all zero: nothing would train; raise one")
-        if (self.dims_per_step or 1) > len(self.dims or (1,)):
-            raise ValueError(
-                f"dims_per_step {self.dims_per_step} exceeds the {len(self.dims or (1,))} dims; lower or drop it"
-            )
+        if (self.dims_per_step or 1) > num_dims:
+            raise ValueError(f"dims_per_step {self.dims_per_step} exceeds the {num_dims} dims; lower or drop it")
         if strange := [
             name for name in self.tasks if not name or "." in name or hasattr(ModuleDict, name) or name == "training"
         ]:

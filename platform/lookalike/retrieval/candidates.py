@@ -154,14 +154,8 @@ def _upper_quantiles(values: npt.NDArray[np.float32], quantiles: Sequence[float]
 def list_between(plan: Plan, tried: Sequence[Plan], k: int) -> list[Plan]:
     """``plan`` with ``BETWEEN`` evenly spaced sizes K between its own and the next smaller K among ``tried``, because a
     coarse list of sizes is wasteful. A stage keeps at most K rows."""
-    smaller = [
-        other.shortlist_k
-        for other in tried
-        if other.shortlist_dim == plan.shortlist_dim
-        and other.scan == plan.scan
-        and other.shortlist_k < plan.shortlist_k
-    ]
-    low = max(smaller, default=k)
+    alike = [other for other in tried if (other.shortlist_dim, other.scan) == (plan.shortlist_dim, plan.scan)]
+    low = max((other.shortlist_k for other in alike if other.shortlist_k < plan.shortlist_k), default=k)
     step = (plan.shortlist_k - low) / (BETWEEN + 1)
     sizes = sorted({round(low + step * number) for number in range(1, BETWEEN + 1)} - {low, plan.shortlist_k})
     return [

@@ -155,15 +155,8 @@ def _count_steps(shard: ShardSearcher, plan: Plan, k: int, exact: bool, left: Se
     for place, ((dim, keep, margin), size) in enumerate(zip(steps, sizes, strict=True)):
         runs = sum(start < dim and stop > reached for start, stop in shard.meta.block_borders)
         sorts = keep < size or margin < np.inf or place == len(steps) - 1
-        total = _add(
-            total,
-            Counts(
-                steps=1,
-                places=size * (runs if dim > reached else 0),
-                numbers=size * (dim - reached),
-                ordered=size * sorts,
-            ),
-        )
+        places = size * (runs if dim > reached else 0)
+        total = _add(total, Counts(steps=1, places=places, numbers=size * (dim - reached), ordered=size * sorts))
         reached = dim
     return total
 

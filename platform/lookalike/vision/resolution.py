@@ -26,12 +26,12 @@ def resize_input(backbone: nn.Module, size: int) -> None:
     the size is not a multiple of the patch, or if the architecture has a fixed size.
     """
     model: Any = backbone
-    if biased := _biased_attention(backbone):
+    if biased := [module for module in backbone.modules() if isinstance(module, Attention)]:
         for module in biased:
             _resize_biases(module, -(-size // EFFICIENTFORMER_STRIDE))
     elif hasattr(model, "set_input_size"):
         _set_input_size(model, size)
-    elif _is_fixed(model) and size != _native_size(model):
+    elif getattr(model, "pretrained_cfg", {}).get("fixed_input_size") and size != _native_size(model):
         raise UsageError(
             f"a {type(backbone).__name__} reads {_native_size(model)} px only, not {size}; set "
             f"transform.size={_native_size(model)} or take another backbone"
@@ -51,16 +51,8 @@ def size_of_weights(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> i
     return int(model.patch_embed.patch_size[0] * round((positions.shape[1] - others) ** 0.5))
 
 
-def _biased_attention(backbone: nn.Module) -> list[Any]:
-    return [module for module in backbone.modules() if isinstance(module, Attention)]
-
-
 def _native_size(model: Any) -> int:
     return int(model.pretrained_cfg["input_size"][-1])
-
-
-def _is_fixed(model: Any) -> bool:
-    return bool(getattr(model, "pretrained_cfg", {}).get("fixed_input_size"))
 
 
 def _set_input_size(model: Any, size: int) -> None:
