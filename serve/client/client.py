@@ -8,10 +8,8 @@
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
@@ -44,22 +42,11 @@ from lookalike.serve.wire.errors import RetrievalError
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 MAX_MESSAGE_BYTES = 64 << 20
-RETRY = json.dumps(
-    {
-        "methodConfig": [
-            {
-                "name": [{"service": "lookalike.v1.RetrievalService"}],
-                "retryPolicy": {
-                    "maxAttempts": 3,
-                    "initialBackoff": "0.05s",
-                    "maxBackoff": "1s",
-                    "backoffMultiplier": 2.0,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ]
-    }
-)
+RETRY = """{"methodConfig": [{
+    "name": [{"service": "lookalike.v1.RetrievalService"}],
+    "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.05s", "maxBackoff": "1s", "backoffMultiplier": 2.0,
+                    "retryableStatusCodes": ["UNAVAILABLE"]}
+}]}"""
 """gRPC service config: a call that found no server is repeated within its deadline. All calls are reads, or writes
 that may be made twice. ``lookalike.serve.client.attempts`` repeats calls for other reasons."""
 OPTIONS = [
@@ -70,13 +57,10 @@ OPTIONS = [
 ]
 
 
-class Client:
-    """Blocking client; safe to share between threads. Every method raises ``RetrievalError`` with a gRPC status.
+class _Connection:
+    """What both clients are made of."""
 
-    ``address`` is ``host:port``; ``timeout_s`` is the deadline of each call in seconds; ``application`` names the Serve
-    application when several share the port; ``token`` is the bearer token, sent in clear text without ``tls``;
-    ``channel`` replaces the gRPC channel, for interceptors.
-    """
+    _grpc: Any = grpc
 
     def __init__(
         self,
@@ -86,12 +70,21 @@ class Client:
         application: str = "",
         token: str | None = None,
         tls: ClientTls | None = None,
-        channel: grpc.Channel | None = None,
+        channel: grpc.Channel | grpc.aio.Channel | None = None,
     ) -> None:
         self._metadata = call_metadata(application, token)
         self.address, self.timeout_s = address, timeout_s
-        self._channel = open_channel(grpc, address, tls, OPTIONS) if channel is None else channel
+        self._channel: Any = open_channel(self._grpc, address, tls, OPTIONS) if channel is None else channel
         self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+
+class Client(_Connection):
+    """Blocking client; safe to share between threads. Every method raises ``RetrievalError`` with a gRPC status.
+
+    ``address`` is ``host:port``; ``timeout_s`` is the deadline of each call in seconds; ``application`` names the Serve
+    application when several share the port; ``token`` is the bearer token, sent in clear text without ``tls``;
+    ``channel`` replaces the gRPC channel, for interceptors.
+    """
 
     def search(
         self,
@@ -200,15 +193,12 @@ class Client:
             raise RetrievalError(grpc.StatusCode.UNAVAILABLE, message) from None
 
     def close(self) -> None:
-        """Close the connection."""
         self._channel.close()
 
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _stream(self, requests: Iterator[pb.SearchStreamRequest]) -> Iterator[pb.SearchStreamResponse]:
@@ -232,23 +222,10 @@ class Client:
             raise to_error(error) from None
 
 
-class AsyncClient:
+class AsyncClient(_Connection):
     """The same for asyncio. Methods are coroutines; cancelling one also ends its call in the service."""
 
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        timeout_s: float = 30.0,
-        application: str = "",
-        token: str | None = None,
-        tls: ClientTls | None = None,
-        channel: grpc.aio.Channel | None = None,
-    ) -> None:
-        self._metadata = call_metadata(application, token)
-        self.address, self.timeout_s = address, timeout_s
-        self._channel = open_channel(grpc.aio, address, tls, OPTIONS) if channel is None else channel
-        self._stub = pb_grpc.RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
+    _grpc = grpc.aio
 
     async def search(
         self,
@@ -258,20 +235,17 @@ class AsyncClient:
         image_id: str | None = None,
         **settings: Unpack[SearchSettings],
     ) -> SearchResult:
-        """As ``Client.search``."""
         query = to_query(one_of(image, vector, image_id))
         return from_response(await self._call("Search", pb.SearchRequest(query=query, options=to_options(settings))))
 
     async def search_batch(
         self, queries: Sequence[Query] | FloatArray, **settings: Unpack[SearchSettings]
     ) -> list[SearchResult]:
-        """As ``Client.search_batch``."""
         return from_batch(await self._call("SearchBatch", to_batch(queries, settings)))
 
     async def search_stream(
         self, batches: AsyncIterable[Sequence[Query] | FloatArray], **settings: Unpack[SearchSettings]
     ) -> AsyncIterator[list[SearchResult] | RetrievalError]:
-        """As ``Client.search_stream``."""
         requests = (pb.SearchStreamRequest(batch=to_batch(queries, settings)) async for queries in batches)
         call = self._stub.SearchStream(requests, metadata=self._metadata)
         try:
@@ -283,35 +257,27 @@ class AsyncClient:
             call.cancel()
 
     async def embed(self, images: Sequence[bytes]) -> Embeddings:
-        """As ``Client.embed``."""
         return from_embeddings(await self._call("Embed", pb.EmbedRequest(images=images)))
 
     async def feedback(self, request_id: str, kind: str, *, id: str = "") -> None:
-        """As ``Client.feedback``."""
         await self._call("Feedback", pb.FeedbackRequest(request_id=request_id, id=id, kind=kind))
 
     async def describe(self) -> Description:
-        """As ``Client.describe``."""
         return from_description(await self._call("Describe", pb.DescribeRequest()))
 
     async def upsert(self, rows: Iterable[StoredRow], *, model_fingerprint: str = "") -> int:
-        """As ``Client.upsert``."""
         return int((await self._call("Upsert", to_upsert(rows, model_fingerprint))).write)
 
     async def delete(self, ids: Iterable[str]) -> int:
-        """As ``Client.delete``."""
         return int((await self._call("Delete", pb.DeleteRequest(ids=ids))).write)
 
     async def close(self) -> None:
-        """Close the connection."""
         await self._channel.close()
 
     async def __aenter__(self) -> "AsyncClient":
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _call(self, method: str, request: Any) -> Any:

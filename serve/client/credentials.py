@@ -35,7 +35,6 @@ class ClientTls:
         return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
 
     def options(self) -> list[tuple[str, Any]]:
-        """Channel options for these settings."""
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
 
 
@@ -81,12 +80,8 @@ def read_token(path: Path | None) -> str | None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the access flags of a command that calls the service."""
     group = parser.add_argument_group("access")
-    group.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help=f"file that holds the token (default: the environment's {TOKEN_VARIABLE})",
-    )
+    token_help = f"file that holds the token (default: the environment's {TOKEN_VARIABLE})"
+    group.add_argument("--token-file", type=Path, metavar="FILE", help=token_help)
     group.add_argument("--tls", action="store_true", help="TLS by the public certificate authorities")
     group.add_argument("--tls-ca", metavar="FILE", help="TLS by the certificate authorities in this PEM file")
     group.add_argument("--tls-cert", metavar="FILE", help="this client's certificate, where the service asks for one")

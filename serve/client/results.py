@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.wire.errors import CODES, RetrievalError
+from lookalike.serve.wire.errors import CODES, RetrievalError, invalid
 from lookalike.serve.wire.plans import PlanLike, to_plan
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -144,23 +144,13 @@ def to_options(settings: SearchSettings) -> pb.SearchOptions:
     """Return the message of ``settings``; INVALID_ARGUMENT for numbers that the wire cannot carry."""
     k, timeout_ms, plan = settings.get("k", 10), settings.get("timeout_ms", 0), settings.get("plan")
     if k < 1:  # unsigned on the wire, as is timeout_ms
-        raise RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, f"k={k} is less than 1; ask for 1 or more")
+        raise invalid(f"k={k} is less than 1; ask for 1 or more")
     if timeout_ms < 0:
-        raise RetrievalError(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"timeout_ms={timeout_ms} is negative; give milliseconds, or 0 for the service's own limit",
-        )
+        raise invalid(f"timeout_ms={timeout_ms} is negative; give milliseconds, or 0 for the service's own limit")
     filters = [pb.Filter(column=column, values=values) for column, values in (settings.get("where") or {}).items()]
-    return pb.SearchOptions(
-        k=k,
-        plan=None if plan is None else to_plan(plan),
-        timeout_ms=timeout_ms,
-        model_fingerprint=settings.get("model_fingerprint", ""),
-        allow_partial=settings.get("allow_partial", False),
-        filters=filters,
-        min_recall=settings.get("min_recall"),
-        session=settings.get("session", ""),
-    )
+    rest: Any = {name: settings.get(name) for name in ("model_fingerprint", "allow_partial", "min_recall", "session")}
+    plan_message = None if plan is None else to_plan(plan)
+    return pb.SearchOptions(k=k, plan=plan_message, timeout_ms=timeout_ms, filters=filters, **rest)
 
 
 def to_batch(queries: Sequence[Query] | FloatArray, settings: SearchSettings) -> pb.SearchBatchRequest:
@@ -221,7 +211,6 @@ def from_embeddings(reply: pb.EmbedResponse) -> Embeddings:
 
 def from_description(reply: pb.DescribeResponse) -> Description:
     """Return the description of what is served."""
-    limits = {bound.name: int(getattr(reply.limits, bound.name)) for bound in pb.Limits.DESCRIPTOR.fields}
     return Description(
         version=reply.version,
         generation=reply.index_generation,
@@ -233,7 +222,7 @@ def from_description(reply: pb.DescribeResponse) -> Description:
         plan=_plan(reply.plan),
         placement=reply.placement,
         has_encoder=reply.has_encoder,
-        limits=limits,
+        limits={bound.name: int(getattr(reply.limits, bound.name)) for bound in pb.Limits.DESCRIPTOR.fields},
         columns=tuple(reply.columns),
     )
 
@@ -243,12 +232,11 @@ def _hits(hits: Any) -> tuple[Hit, ...]:
 
 
 def _plan(plan: pb.Plan) -> SearchPlan:
-    stages = tuple((step.dim, step.keep) for step in plan.stages)
     return SearchPlan(
         plan.shortlist_dim,
         plan.shortlist_k,
         plan.rerank_dim,
-        stages,
+        tuple((step.dim, step.keep) for step in plan.stages),
         plan.ef_search if plan.HasField("ef_search") else None,
         plan.scan,
         plan.nprobe if plan.HasField("nprobe") else None,
@@ -257,14 +245,13 @@ def _plan(plan: pb.Plan) -> SearchPlan:
 
 
 def _info(info: pb.SearchInfo) -> SearchInfo:
-    times = {part.stage: part.duration_ms for part in info.stage_times}
     return SearchInfo(
         _plan(info.plan),
         info.index_generation,
         info.model_fingerprint,
         info.coverage.shards_answered,
         info.coverage.shards_asked,
-        times,
+        {part.stage: part.duration_ms for part in info.stage_times},
         info.request_id,
         info.arm,
         info.degraded,

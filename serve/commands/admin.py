@@ -28,10 +28,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     shared.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     credentials.add_arguments(shared)
-    parser = argparse.ArgumentParser(
-        prog="lookalike admin",
-        description="Show or change what a running service serves; it must have writes.state.",
-    )
+    description = "Show or change what a running service serves; it must have writes.state."
+    parser = argparse.ArgumentParser(prog="lookalike admin", description=description)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -42,12 +40,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     switch.add_argument("index", help="URI of the index artifact")
     switch.add_argument("--plan", default="", help="URI of a plan for it; default: exact search")
     switch.add_argument("--encoder", default="", help="URI of its encoder, or none; default: the index's ancestor")
-    switch.add_argument(
-        "--includes-writes",
-        type=int,
-        metavar="N",
-        help="the index holds the writes up to number N; default: what its lineage tells",
-    )
+    help_writes = "the index holds the writes up to number N; default: what its lineage tells"
+    switch.add_argument("--includes-writes", type=int, metavar="N", help=help_writes)
     verb("rollback", "Serve the previous index again.")
     verb("compact", "Build an index that holds all writes, and serve it.")
     backup = verb("backup", "Copy writes and state into a file from which a service can start again.")
@@ -66,24 +60,16 @@ def run(client: Client, options: argparse.Namespace) -> str:
         status = client.status()
         return json.dumps(_plain(status), indent=1) if options.json else render_status(status)
     if options.verb in ("upsert", "delete"):
-        number = (
-            client.upsert(read_rows(options.rows, options.column))
-            if options.verb == "upsert"
-            else client.delete(options.ids)
-        )
+        upsert = options.verb == "upsert"
+        number = client.upsert(read_rows(options.rows, options.column)) if upsert else client.delete(options.ids)
         return json.dumps({"write": number}) if options.json else f"stored as write {number}"
     if options.verb == "backup":
         path = storage.absolute(options.to)
         number = client.backup(path, timeout_s=options.timeout)
         return json.dumps({"path": path, "last_write": number}) if options.json else f"writes up to {number} in {path}"
     if options.verb == "switch":
-        current = client.switch(
-            options.index,
-            plan=options.plan,
-            encoder=options.encoder,
-            includes_writes=options.includes_writes,
-            timeout_s=options.timeout,
-        )
+        artifacts = {"index": options.index, "plan": options.plan, "encoder": options.encoder}
+        current = client.switch(**artifacts, includes_writes=options.includes_writes, timeout_s=options.timeout)
     elif options.verb == "rollback":
         current = client.rollback(timeout_s=options.timeout)
     else:

@@ -58,9 +58,8 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     artifacts, stages = run_steps(recipe)
     serving = time.monotonic()
     answers, service = serve_and_ask(options, artifacts, config, recipe.seed)
-    stages.append(
-        {"step": "serve and query", "stage": "serve", "skipped": False, "seconds": round(time.monotonic() - serving, 1)}
-    )
+    serve_s = round(time.monotonic() - serving, 1)
+    stages.append({"step": "serve and query", "stage": "serve", "skipped": False, "seconds": serve_s})
     facts = collect(recipe, artifacts, answers, stages, service) | {"names": config.names}
     facts["total_seconds"] = round(time.monotonic() - start, 1)
     html = render_html(facts, artifacts, answers, tour.pictures(_of_stage(recipe, artifacts, "corpus"), answers))

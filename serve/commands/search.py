@@ -24,13 +24,8 @@ def search(args: Sequence[str]) -> int:
     places.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
     places.add_argument("--local", metavar="URI", help="search this index in this process instead")
     parser.add_argument("-k", type=int, default=10, help="number of hits (default: %(default)s)")
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="COLUMN=VALUE",
-        help="keep hits with this value in the column; repeat it for more values or more columns",
-    )
+    where_help = "keep hits with this value in the column; repeat it for more values or more columns"
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help=where_help)
     parser.add_argument("--min-recall", type=float, help="take the cheapest plan with at least this measured recall")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -16,6 +16,7 @@ from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import nearest
 from lookalike.serve.client import MAX_MESSAGE_BYTES
+from lookalike.serve.commands.check_config import IMPORT_PATH, check_file
 from lookalike.serve.settings.config import ServeConfig
 
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
@@ -46,8 +47,6 @@ def serve(args: Sequence[str]) -> int:
     if options.recipe and "=" in options.recipe and not Path(options.recipe).exists():
         options.overrides, options.recipe = [options.recipe, *options.overrides], None
     if options.check_config:
-        from lookalike.serve.commands.check_config import check_file
-
         print("\n".join(check_file(options.check_config)))
         return 0
     config = resolve(options.recipe, options.overrides, options.index, in_cluster=options.emit_config)
@@ -144,14 +143,13 @@ def emit_config(config: ServeConfig) -> str:
 
     args = config.model_dump(mode="json", exclude_defaults=True, exclude={"port", "tls"})
     args["loopback_only"] = config.loopback_only and "loopback_only" in config.model_fields_set
+    application = {"name": "lookalike", "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}
     document = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": 8000},
         "grpc_options": {"port": config.port or 9000, "grpc_servicer_functions": SERVICERS},
         "logging_config": {"enable_access_log": False},
-        "applications": [
-            {"name": "lookalike", "route_prefix": "/", "import_path": "lookalike.serve.app:build", "args": args}
-        ],
+        "applications": [application],
     }
     return yaml.safe_dump(document, sort_keys=False)
 

@@ -17,7 +17,7 @@ from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import UsageError
 from lookalike.seeds import hash_unit
-from lookalike.serve.client import Client, Hit, SearchResult
+from lookalike.serve.client import Client, Hit
 
 COLUMNS = ["image_id", "image", "title", "group", "view", "category", "dataset", "creator", "licence"]
 
@@ -75,21 +75,10 @@ def ask(client: Client, queries: Sequence[dict[str, Any]], k: int) -> list[TourA
     answers = []
     vectors = client.embed([query["image"] for query in queries]).vectors
     for query, vector in zip(queries, vectors, strict=True):
-        by_image = client.search(image=query["image"], k=k + 1)
-        by_vector = client.search(vector=vector, k=k + 1)
-        answers.append(
-            TourAnswer(
-                query=query,
-                hits=_without(by_image, str(query["image_id"]))[:k],
-                same_by_vector=[hit.id for hit in by_image.hits] == [hit.id for hit in by_vector.hits],
-                times_ms=dict(by_image.info.times_ms),
-            )
-        )
+        by_image, by_vector = client.search(image=query["image"], k=k + 1), client.search(vector=vector, k=k + 1)
+        hits = tuple(hit for hit in by_image.hits if hit.id != str(query["image_id"]))[:k]
+        answers.append(TourAnswer(query, hits, by_image.ids == by_vector.ids, dict(by_image.info.times_ms)))
     return answers
-
-
-def _without(result: SearchResult, image_id: str) -> tuple[Hit, ...]:
-    return tuple(hit for hit in result.hits if hit.id != image_id)
 
 
 def pictures(corpus: Artifact, answers: Sequence[TourAnswer]) -> dict[str, dict[str, Any]]:

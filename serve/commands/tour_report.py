@@ -52,13 +52,8 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
     verdict = "the same hits" if vector_ok else "OTHER hits: see report.json"
     lines += [f"  the same queries by vector gave {verdict}", "", *_dims_text(facts, task), ""]
     lines += [*plan_text(facts["plan"]), "", *_times_text(facts), ""]
-    report = storage.join(root, "report.html")
-    lines += [
-        f"Report: {report}",
-        f"Figures: {storage.join(root, 'report.json')}",
-        f"Lineage: lookalike show {facts['index']}",
-    ]
-    return "\n".join(lines)
+    lines += [f"Report: {storage.join(root, 'report.html')}", f"Figures: {storage.join(root, 'report.json')}"]
+    return "\n".join([*lines, f"Lineage: lookalike show {facts['index']}"])
 
 
 def _dims_text(facts: Mapping[str, Any], task: str) -> list[str]:
@@ -112,10 +107,7 @@ def _times_text(facts: Mapping[str, Any]) -> list[str]:
 
 
 def render_html(
-    facts: Mapping[str, Any],
-    artifacts: Mapping[str, Artifact],
-    answers: Sequence[TourAnswer],
-    pictures: Mapping[str, Row],
+    facts: Mapping[str, Any], artifacts: Mapping[str, Artifact], answers: Sequence[TourAnswer], pictures: dict[str, Row]
 ) -> str:
     """Return the report with pictures and plots as one HTML page."""
     evaluation = facts["evaluation"]

@@ -52,16 +52,10 @@ def interleave(
         trace.arm, trace.forced = arms[0], "failed"
         return by_arm[arms[0]]
     control, other = by_arm.values()
-    results = [
-        draft(
-            hits.hits,
-            other_hits.hits,
-            (arms[0], arms[1]),
-            trace.k or DEFAULT_K,
-            coins(trace.experiment, session, trace.request_id, str(position)),
-        )
-        for position, (hits, other_hits) in enumerate(zip(control.results, other.results, strict=True))
-    ]
+    results = []
+    for position, (first, second) in enumerate(zip(control.results, other.results, strict=True)):
+        flips = coins(trace.experiment, session, trace.request_id, str(position))
+        results.append(draft(first.hits, second.hits, (arms[0], arms[1]), trace.k or DEFAULT_K, flips))
     return SearchReply(results, _join(control.info, other.info))
 
 

@@ -11,14 +11,8 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 WINDOW = 1000
 """Number of an arm's latest requests that are judged (or ``min_requests``, if that is more)."""
-SERVICE_ERRORS = (
-    "UNKNOWN",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "DATA_LOSS",
-    "UNIMPLEMENTED",
-    "RESOURCE_EXHAUSTED",
+SERVICE_ERRORS = frozenset(
+    ["UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"]
 )
 """Status codes that are not the caller's fault."""
 P99_SHARE = 0.01
@@ -68,11 +62,8 @@ class Guard:
             return
         highest = estimate.recall + PROOF / Z * (estimate.high - estimate.recall)
         if estimate.queries >= limits.min_requests and highest < limits.min_recall:
-            self._close(
-                arm,
-                f"recall is {estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f}), min_recall "
-                f"{limits.min_recall:g}",
-            )
+            recall = f"{estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"
+            self._close(arm, f"recall is {recall}, min_recall {limits.min_recall:g}")
 
     def _close(self, arm: str, reason: str) -> None:
         self.reasons[arm] = reason

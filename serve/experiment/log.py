@@ -126,14 +126,7 @@ def _take(line: dict[str, Any], log: ExperimentLog) -> None:
         hits = [(hit, arm) for arm, ids in line.get("shown", {}).items() for hit in ids]
         times = Counter(hit for hit, _ in hits)
         owners = {hit: arm for hit, arm in hits if times[hit] == 1}  # queries of a batch may share a hit
+        session, degraded = line.get("session", ""), line.get("degraded", False)
         log.requests.append(
-            LoggedRequest(
-                line["request_id"],
-                line["arm"],
-                line.get("session", ""),
-                line["code"],
-                line["ms"],
-                line.get("degraded", False),
-                owners,
-            )
+            LoggedRequest(line["request_id"], line["arm"], session, line["code"], line["ms"], degraded, owners)
         )

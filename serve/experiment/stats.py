@@ -121,11 +121,8 @@ def _describe(name: str, requests: Sequence[LoggedRequest], acted: set[str], log
 
 def sessions_of_several_arms(log: ExperimentLog) -> int:
     """Return the number of sessions that saw more than one arm, which a split does not allow."""
-    arms: dict[str, set[str]] = defaultdict(set)
-    for request in log.requests:
-        if request.session:
-            arms[request.session].add(request.arm)
-    return sum(len(names) > 1 for names in arms.values())
+    pairs = {(request.session, request.arm) for request in log.requests if request.session}
+    return sum(num_arms > 1 for num_arms in Counter(session for session, _ in pairs).values())
 
 
 def compare(arms: Sequence[ArmFigures], control: str) -> list[ArmComparison]:

@@ -66,9 +66,8 @@ class Ingress(Follows):
             router = open_workers(config, generation, generations)
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
-            router = Router(
-                *workers, retries=config.retries, batching=config.batching if config.batching.enabled else None
-            )
+            batching = config.batching if config.batching.enabled else None
+            router = Router(*workers, retries=config.retries, batching=batching)
         self.service = Service(config, generation, router, writer, arms)
         self._observer = self.service.observer
         self._gate = Gate(config)
@@ -155,16 +154,13 @@ class Ingress(Follows):
         yield
 
     def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:
-        self._check_caller(context)
-        return self._gate.identify(rpc, context.invocation_metadata())
-
-    def _check_caller(self, context: RayServegRPCContext) -> None:
         peer = context.peer()
         if self._loopback_only and not peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")):
             raise RetrievalError(
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"caller {peer} is on another machine; set serve.loopback_only=false to admit it",
             )
+        return self._gate.identify(rpc, context.invocation_metadata())
 
 
 def as_retrieval_error(error: Exception) -> RetrievalError:

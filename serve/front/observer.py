@@ -17,7 +17,6 @@ from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.watch.access_log import AccessLog, publish_experiment
 from lookalike.serve.watch.recall_monitor import Estimate, Key, RecallMonitor
 from lookalike.serve.watch.trace import Trace
-from lookalike.serve.wire.requests import check_feedback
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 NO_ARM = "default"
@@ -39,7 +38,7 @@ class Observer:
             router.for_background(),
             in_flight=lambda: self.in_flight,
             changed=self._recall_changed,
-            skipped=self._recall_skipped,
+            skipped=lambda reason: self._skipped.inc(1, {"reason": reason}),
         )
         if self.experiment is not None:
             self.experiment.guard.closed = self._arm_closed
@@ -115,12 +114,6 @@ class Observer:
             for search in trace.searches:
                 self.monitor.offer(search)
 
-    async def feedback(self, request: pb.FeedbackRequest, trace: Trace) -> pb.FeedbackResponse:
-        """Put feedback into the access log, as the line of its own request."""
-        check_feedback(request, has_log=self._log is not None)
-        trace.feedback = request
-        return pb.FeedbackResponse()
-
     def estimate(self, generation: Generation) -> pb.RecallEstimate | None:
         """Recall of the default plan on ``generation``, measured on the searches that this replica answered."""
         control = self.experiment.arms[0] if self.experiment is not None else None
@@ -144,9 +137,6 @@ class Observer:
             self._sampled.inc(1, {"arm": labels["arm"]})
             if self.experiment is not None and arm:
                 self.experiment.guard.recall(arm, estimate)
-
-    def _recall_skipped(self, reason: str) -> None:
-        self._skipped.inc(1, {"reason": reason})
 
     def _arm_closed(self, arm: str, reason: str) -> None:
         self._closed.set(1, {"arm": arm})

@@ -1,7 +1,5 @@
 """A tenant's use of one replica, compared with its quota by token buckets of requests and queries."""
 
-import time
-
 from lookalike.serve.settings.security import Quota
 
 
@@ -49,8 +47,3 @@ class Meter:
         if quota.queries_per_s is not None:
             self.queries.take(num_queries)
         return None
-
-
-def now() -> float:
-    """The clock of quotas, in seconds."""
-    return time.monotonic()

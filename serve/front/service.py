@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
@@ -25,12 +26,12 @@ from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
     DEFAULT_K,
     Options,
+    check_feedback,
     check_image,
     check_num,
     read_options,
     read_queries,
     write_hits,
-    write_times,
 )
 from lookalike.serve.wire.writes import check_ids, check_path, check_rows, check_uris, portions
 
@@ -39,6 +40,7 @@ T = TypeVar("T")
 MOVE_S = 86_400.0
 """Longest time that a switch or compaction may take, in seconds; the request usually asks for less."""
 Check = Callable[[pb.SearchStreamRequest], None]
+Queries = Sequence[pb.Query]
 
 
 class Service:
@@ -65,7 +67,7 @@ class Service:
         reply = await self._search(request.queries, request.options, trace)
         return pb.SearchBatchResponse(results=reply.results, info=reply.info)
 
-    async def _search(self, queries: Sequence[pb.Query], options: pb.SearchOptions, trace: Trace) -> SearchReply:
+    async def _search(self, queries: Queries, options: pb.SearchOptions, trace: Trace) -> SearchReply:
         trace.k = options.k if options.HasField("k") else DEFAULT_K
         trace.num_queries = len(queries)
         experiment = self.observer.experiment
@@ -78,12 +80,7 @@ class Service:
         return reply
 
     async def _search_generation(
-        self,
-        generation: Generation,
-        queries: Sequence[pb.Query],
-        message: pb.SearchOptions,
-        trace: Trace,
-        arm: str = "",
+        self, generation: Generation, queries: Queries, message: pb.SearchOptions, trace: Trace, arm: str = ""
     ) -> SearchReply:
         options = self._options(generation, message)
         deadline = _deadline(trace, options.timeout_s)
@@ -97,12 +94,7 @@ class Service:
         return SearchReply(results, self._info(generation, options, outcome))
 
     async def _search_arms(
-        self,
-        served: Generation,
-        experiment: Experiment,
-        queries: Sequence[pb.Query],
-        options: pb.SearchOptions,
-        trace: Trace,
+        self, served: Generation, experiment: Experiment, queries: Queries, options: pb.SearchOptions, trace: Trace
     ) -> SearchReply:
         async def search(route: Route) -> SearchReply:
             if not route.arm:
@@ -120,9 +112,8 @@ class Service:
         self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None, tenant: str = ""
     ) -> AsyncIterator[pb.SearchStreamResponse]:
         """Answer the batches of a stream, at most ``stream_window`` at a time; ``check`` may refuse a batch first."""
-        return answer_in_order(
-            requests, lambda request: self.stream_one(request, check, tenant), self.config.stream_window
-        )
+        answer = partial(self.stream_one, check=check, tenant=tenant)
+        return answer_in_order(requests, answer, self.config.stream_window)
 
     async def stream_one(
         self, request: pb.SearchStreamRequest, check: Check | None = None, tenant: str = ""
@@ -140,7 +131,10 @@ class Service:
         return response
 
     async def feedback(self, request: pb.FeedbackRequest, trace: Trace) -> pb.FeedbackResponse:
-        return await self.observer.feedback(request, trace)
+        """Put feedback into the access log, as the line of its own request."""
+        check_feedback(request, has_log=bool(self.config.access_log.folder))
+        trace.feedback = request
+        return pb.FeedbackResponse()
 
     async def embed(self, request: pb.EmbedRequest, trace: Trace) -> pb.EmbedResponse:
         check_num(request.images, "images", self.config.limits)
@@ -219,7 +213,6 @@ class Service:
         return response
 
     async def backup(self, request: pb.BackupRequest, trace: Trace) -> pb.BackupResponse:
-        """``AdminService.Backup``."""
         self._require_writer()
         check_path(request.path)
         deadline = _deadline(trace, MOVE_S)
@@ -244,16 +237,11 @@ class Service:
             )
 
     def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
-        read = read_options(
-            options,
-            limits=self.config.limits,
-            meta=generation.meta,
-            plans=generation.plans,
-            timeout_s=self.config.timeout_s,
-        )
+        meta, plans, config = generation.meta, generation.plans, self.config
+        read = read_options(options, limits=config.limits, meta=meta, plans=plans, timeout_s=config.timeout_s)
         if self._ladder is None or options.HasField("plan") or options.HasField("min_recall"):
             return read
-        cheaper = self._ladder.choose(generation.plans, self.admission.share)
+        cheaper = self._ladder.choose(plans, self.admission.share)
         return read if cheaper is None else read._replace(plan=cheaper, degraded=True)
 
     async def _with_current(
@@ -268,7 +256,7 @@ class Service:
         return await work(self.current, *args, **kwargs)
 
     async def _vectors(
-        self, generation: Generation, queries: Sequence[pb.Query], deadline: float
+        self, generation: Generation, queries: Queries, deadline: float
     ) -> tuple[Floats, dict[str, float]]:
         read = read_queries(queries, limits=self.config.limits, dim=generation.meta.dim)
         vectors, times = dict(read.vectors), {}
@@ -291,20 +279,17 @@ class Service:
 
     async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:
         if not self._can_encode(generation):
-            raise RetrievalError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "this service runs without an encoder; send vectors, or set serve.encoder",
-            )
+            message = "this service runs without an encoder; send vectors, or set serve.encoder"
+            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)
         return await self.router.encode(generation.name, images, deadline=deadline)
 
     def _info(self, generation: Generation, options: Options, outcome: SearchOutcome) -> pb.SearchInfo:
-        coverage = pb.Coverage(shards_answered=outcome.shards_answered, shards_asked=len(self.router.shards))
         return pb.SearchInfo(
             plan=to_plan(options.plan),
             index_generation=generation.meta.generation,
             model_fingerprint=generation.meta.model_fingerprint,
-            coverage=coverage,
-            stage_times=write_times(outcome.times_ms),
+            coverage=pb.Coverage(shards_answered=outcome.shards_answered, shards_asked=len(self.router.shards)),
+            stage_times=[pb.StageTime(stage=stage, duration_ms=ms) for stage, ms in outcome.times_ms.items()],
             degraded=options.degraded,
         )
 

@@ -20,7 +20,7 @@ async def answer_in_order(
     try:
         while begun or not ended:
             if reading is None and not ended and len(begun) < window:
-                reading = asyncio.ensure_future(_read(requests))
+                reading = asyncio.ensure_future(anext(requests, None))
             awaited: list[asyncio.Future[Any]] = [*([reading] if reading else []), *islice(begun, 1)]
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             if reading is not None and reading.done():
@@ -35,7 +35,3 @@ async def answer_in_order(
             reading.cancel()
         for task in begun:
             task.cancel()
-
-
-async def _read(requests: AsyncIterator[Q]) -> Q | None:
-    return await anext(requests, None)

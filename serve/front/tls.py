@@ -161,10 +161,9 @@ def command(config: Path) -> list[str]:
 
 def _listen(tls: Tls) -> socket.socket:
     host, six = tls.host.replace("*", ""), ":" in tls.host
+    family = socket.AF_INET6 if six else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, tls.port), family=socket.AF_INET6 if six else socket.AF_INET, dualstack_ipv6=six
-        )
+        return socket.create_server((host, tls.port), family=family, dualstack_ipv6=six)
     except OSError as error:
         raise UsageError(
             f"tls.host={tls.host} with tls.port={tls.port} cannot be used ({error.strerror or error}); set them to an "

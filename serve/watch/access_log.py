@@ -59,15 +59,9 @@ def to_line(trace: Trace, now: float) -> dict[str, Any]:
         image_id = hash_text(feedback.id) if feedback.id else None
         line |= {"request_id": feedback.request_id, "kind": feedback.kind, "id": image_id}
     if trace.experiment:
-        failed = [timing.arm for timing in trace.arms if timing.code != "OK"]
-        session = hash_text(trace.session) if trace.session else None
-        line |= {
-            "experiment": trace.experiment,
-            "arm": trace.arm,
-            "forced": trace.forced,
-            "failed_arms": failed,
-            "session": session,
-        }
+        line |= {"experiment": trace.experiment, "arm": trace.arm, "forced": trace.forced}
+        line["failed_arms"] = [timing.arm for timing in trace.arms if timing.code != "OK"]
+        line["session"] = hash_text(trace.session) if trace.session else None
     if trace.info is not None:
         line |= _describe_answer(trace, trace.info)
     return {name: value for name, value in line.items() if value not in (None, "", [])}

@@ -1,7 +1,7 @@
 """Check requests: bytes become arrays and plans, or raise INVALID_ARGUMENT with value, rule and remedy."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grpc
@@ -174,7 +174,9 @@ def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
             "embedding, the plan cuts prefixes"
         )
     vector = np.frombuffer(data, "<f4").astype(np.float32)
-    if 0 < _squared_length(vector) < np.inf:  # then all numbers are finite
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared_length = float(vector.dot(vector))
+    if 0 < squared_length < np.inf:  # then all numbers are finite
         return vector
     if not np.isfinite(vector).all():
         bad = int(np.flatnonzero(~np.isfinite(vector))[0])
@@ -184,11 +186,6 @@ def read_vector(data: bytes, dim: int) -> npt.NDArray[np.float32]:
     if not 0 < norm < np.inf:
         raise invalid(f"the vector has length {norm} in float32 and so no direction; send the encoder's output")
     return vector
-
-
-def _squared_length(vector: npt.NDArray[np.float32]) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(vector.dot(vector))
 
 
 def check_image(data: bytes, limits: RequestLimits) -> bytes:
@@ -229,18 +226,11 @@ def write_hits(answer: Answer, query: int) -> pb.HitList:
     return message
 
 
-def write_times(times_ms: Mapping[str, float]) -> list[pb.StageTime]:
-    """Return the messages of stage times."""
-    return [pb.StageTime(stage=stage, duration_ms=duration) for stage, duration in times_ms.items()]
-
-
 def check_feedback(request: pb.FeedbackRequest, *, has_log: bool) -> None:
     """Refuse feedback that cannot be logged."""
     if not has_log:
-        raise RetrievalError(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            "feedback goes to the access log, which is off; set serve.access_log.folder",
-        )
+        message = "feedback goes to the access log, which is off; set serve.access_log.folder"
+        raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)
     if not REQUEST_ID.fullmatch(request.request_id):
         raise invalid(
             f"request_id={request.request_id[:40]!r} names no answer; send SearchInfo.request_id, 24 digits "

@@ -21,9 +21,8 @@ def check_rows(request: pb.UpsertRequest, *, limits: RequestLimits, meta: IndexM
     if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
         raise RetrievalError(
             grpc.StatusCode.FAILED_PRECONDITION,
-            f"the vectors are of model "
-            f"{shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; embed with "
-            "the index's model, or send images",
+            f"the vectors are of model {shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; "
+            "embed with the index's model, or send images",
         )
     _check_written([row.id for row in request.rows], limits)
     for row in request.rows:
