@@ -116,20 +116,14 @@ def replica_options(
 
 def ingress_bounds(config: ServeConfig) -> dict[str, int]:
     """Serve's own bound for the ingress, above that of ``overload.py``, which tells callers when to come back."""
-    unbounded = config.max_queued_requests < 0
-    most = 100_000 if unbounded else config.max_ongoing_requests + config.max_queued_requests + UNADMITTED
-    return {"max_ongoing_requests": most}
+    bound = config.max_ongoing_requests + config.max_queued_requests + UNADMITTED
+    return {"max_ongoing_requests": 100_000 if config.max_queued_requests < 0 else bound}
 
 
 def _writer(shared: dict[str, Any]) -> serve.Deployment:
     """One replica, never two: the old one leaves before a new one comes. Every follower has a call waiting there."""
-    alone = {
-        "num_replicas": 1,
-        "max_surge_percent": 0,
-        "max_ongoing_requests": 10_000,
-        "health_check_period_s": 5,
-        "health_check_timeout_s": 10,
-    }  # health is checked often: a writer that hangs holds up all writes
+    alone = {"num_replicas": 1, "max_surge_percent": 0, "max_ongoing_requests": 10_000}
+    alone |= {"health_check_period_s": 5, "health_check_timeout_s": 10}  # often: a writer that hangs holds up writes
     return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 
@@ -165,8 +159,7 @@ def read_service(config: ServeConfig) -> Generation:
 def start(config: ServeConfig) -> str:
     """Serve ``config`` from this machine's Ray (started when there is none) and return ``host:port`` once it answers.
 
-    ``config.port`` 0 takes a free port. Raises ``UsageError`` for a port in use, or when
-    Serve runs already.
+    Port 0 takes a free one. Raises ``UsageError`` for a port in use, or when Serve runs already.
     """
     port = free_port(config.port)
     application = build(config.model_copy(update={"tls": Tls()}))
@@ -227,8 +220,7 @@ def free_port(port: int = 0) -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            reason = error.strerror
             raise UsageError(
-                f"port {port} cannot be used ({reason}); set port to another, or to 0 (in a recipe: serve.port)"
+                f"port {port} cannot be used ({error.strerror}); set port to another, or to 0 (in a recipe: serve.port)"
             ) from None
         return int(probe.getsockname()[1])

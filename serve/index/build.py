@@ -51,6 +51,7 @@ from lookalike.serve.index.segments import (
     Previous,
     SegmentOptions,
     ShardChange,
+    Uris,
     build_facts,
     compare_shard,
     explain_difference,
@@ -133,13 +134,7 @@ def _write_rows(
 
 
 def place_shard(
-    source: EmbeddingRows,
-    config: IndexConfig,
-    meta: ShardMeta,
-    shard: int,
-    uris: tuple[str, str],
-    *,
-    only: Mask | None = None,
+    source: EmbeddingRows, config: IndexConfig, meta: ShardMeta, shard: int, uris: Uris, *, only: Mask | None = None
 ) -> ShardMeta:
     """Build one shard and put it into its folder; ``uris`` are that folder and the scratch folder."""
     if storage.is_local(uris[0]):
@@ -154,7 +149,7 @@ def place_shard(
 
 
 def place_segment(
-    source: EmbeddingRows, config: IndexConfig, previous: Previous | None, segment: Segment, uris: tuple[str, str]
+    source: EmbeddingRows, config: IndexConfig, previous: Previous | None, segment: Segment, uris: Uris
 ) -> ShardMeta:
     """Build or keep a segment, unless it is already there."""
     if storage.exists(storage.join(uris[0], SHARD_META)):
@@ -169,8 +164,7 @@ def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, 
     """Return (nested dims, shortlist dims) of the index; ``UsageError`` if the model does not have them."""
     full = model_dims[-1]
     for name, dims in (("dims", config.dims), ("shortlist_dims", config.shortlist_dims)):
-        too_large = [dim for dim in dims or () if dim > full]
-        if too_large:
+        if too_large := [dim for dim in dims or () if dim > full]:
             raise UsageError(
                 f"{name} {list(dims or ())} exceed the model's {full}; drop {too_large} or train a model "
                 f"with embedding.dim={max(too_large)}"
@@ -178,8 +172,7 @@ def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, 
     dims = tuple(sorted({*(config.dims or model_dims), full}))
     check_dims(dims)
     shortlist_dims = dims[:-1] or dims if config.shortlist_dims is None else tuple(sorted(set(config.shortlist_dims)))
-    unknown = [dim for dim in shortlist_dims if dim not in dims]
-    if unknown:
+    if unknown := [dim for dim in shortlist_dims if dim not in dims]:
         raise UsageError(
             f"shortlist_dims {unknown} are not among the index's dims {list(dims)}; choose from these or "
             "add them to dims"
@@ -189,10 +182,9 @@ def choose_dims(config: IndexConfig, model_dims: list[int]) -> tuple[tuple[int, 
 
 def find_previous(stage: StageRun[IndexConfig], wanted: IndexMeta) -> tuple[Previous | None, str]:
     """Return the previous index, or None and why no part of it can be kept (empty without a previous index)."""
-    artifacts = stage.many("previous")
-    if not artifacts:
+    artifact = next(iter(stage.many("previous")), None)
+    if artifact is None:
         return None, ""
-    artifact = artifacts[0]
     old = read_index_meta(artifact)
     reason = explain_difference(
         build_facts(old, artifact.manifest.stage_version, artifact.manifest.config),
@@ -250,12 +242,8 @@ def run(stage: StageRun[IndexConfig]) -> None:
     facts = embeddings.read_json("meta.json")
     dims, shortlist_dims = choose_dims(config, [int(dim) for dim in facts["dims"]])
     source = read_source(embeddings, config.where)
-    same: dict[str, Any] = {
-        "dims": dims,
-        "dtype": config.dtype,
-        "shortlist": config.shortlist,
-        "shortlist_dims": shortlist_dims,
-    }
+    same: dict[str, Any] = {"dtype": config.dtype, "shortlist": config.shortlist}
+    same |= {"dims": dims, "shortlist_dims": shortlist_dims}
     encoder = EncoderRef(**{key: str(facts["encoder"].get(key, "")) for key in ("fingerprint", "name", "uri")})
     shards = tuple(f"shard-{shard:05d}" for shard in range(config.num_shards))
     meta = IndexMeta(num_rows=0, shards=shards, shard_rows=(0,) * len(shards), columns=COLUMNS, encoder=encoder, **same)
@@ -264,10 +252,8 @@ def run(stage: StageRun[IndexConfig]) -> None:
     segments = list_segments(stage, ShardMeta(num_rows=0, row_offset=0, **same), previous, changes)
     if all(segment.meta.num_rows == segment.meta.num_deleted for segment in segments):
         raise UsageError(f"where {config.where} keeps none of the {facts['rows']} embeddings; check its values")
-    tasks = [
-        (source, config, previous, segment, (stage.out.path(segment.name), stage.out.work("scratch")))
-        for segment in segments
-    ]
+    scratch, path = stage.out.work("scratch"), stage.out.path
+    tasks = [(source, config, previous, segment, (path(segment.name), scratch)) for segment in segments]
     built: list[ShardMeta] = map_tasks(place_segment, tasks, "index shards")
     meta = meta.model_copy(
         update={
@@ -285,19 +271,15 @@ def run(stage: StageRun[IndexConfig]) -> None:
 
 
 def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[ShardMeta]) -> dict[str, Any]:
-    sizes = {
-        name: storage.size_bytes(stage.out.path(name))
-        for name in storage.list_files(stage.out.uri)
-        if name.startswith("shard-")
-    }
+    names = [name for name in storage.list_files(stage.out.uri) if name.startswith("shard-")]
+    sizes = {name: storage.size_bytes(stage.out.path(name)) for name in names}
     marks = (DIGESTS_FILE, TOMBSTONES_FILE)
     vectors = sum(size for name, size in sizes.items() if name.endswith(".npy") and not name.endswith(marks))
     shortlists = {
         str(dim): sum(size for name, size in sizes.items() if name.endswith(shortlist_name(dim, meta.shortlist)))
         for dim in meta.shortlist_dims
     }
-    num_zero = sum(shard.num_zero for shard in shards)
-    if num_zero:
+    if num_zero := sum(shard.num_zero for shard in shards):
         log.warning("vectors of length zero %s", fields(rows=num_zero, effect="they score 0 for every query"))
     if 0 in meta.shard_rows:
         log.warning("empty shards %s", fields(shards=meta.shard_rows.count(0), remedy="lower num_shards"))

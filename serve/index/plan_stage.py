@@ -150,15 +150,10 @@ def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: P
         measured += planner.measure_early_exit(sample, measured, config.target, config.decide_by)
     num = max(config.time_queries, planner.P99_QUERIES if config.max_p99_ms else 0)
     if config.max_p99_ms and len(queries) < planner.P99_QUERIES:
-        log.warning(
-            "few queries for a 99th percentile %s",
-            fields(
-                queries=len(queries),
-                needed=planner.P99_QUERIES,
-                taken="the slowest",
-                remedy="raise num_queries",
-            ),
+        few = fields(
+            queries=len(queries), needed=planner.P99_QUERIES, taken="the slowest", remedy="raise num_queries"
         )
+        log.warning("few queries for a 99th percentile %s", few)
     timed = planner.time_plans(searcher, queries[:num], config.k, measured, repeats=config.time_repeats)
     return PlanLimits(config.max_p99_ms, config.max_ram_mb).mark(timed)
 
@@ -197,15 +192,10 @@ def compare_stages(measured: list[MeasuredPlan], place: int, config: PlanConfig)
     good = choice.rank_good(measured, config.target, decide_by=config.decide_by, rank_by=config.rank_by, exact=True)
     facts = choice.compare_stages(measured, good, config.rank_by)
     if config.allow_single_stage and measured[place].plan.is_single_stage:
-        several = facts["several_stages"]
-        log.info(
-            "one stage is the cheapest %s",
-            fields(
-                plan=measured[place].plan.describe(),
-                several_to_one=facts["several_to_one"],
-                several="none is good enough" if several is None else measured[int(several)].plan.describe(),
-            ),
-        )
+        several, plan = facts["several_stages"], measured[place].plan.describe()
+        best = "none is good enough" if several is None else measured[int(several)].plan.describe()
+        shown = fields(plan=plan, several_to_one=facts["several_to_one"], several=best)
+        log.info("one stage is the cheapest %s", shown)
     return facts
 
 
@@ -221,13 +211,9 @@ def check_holdout(
     sample = planner.take_sample(searcher, queries, config.k, own_rows=own_rows, seed=seed)
     _, measured = planner.measure(sample, [plan])
     label = config.label
-    return {
-        "num_queries": len(queries),
-        "recall": measured.recall,
-        "recall_low": measured.recall_low,
-        "recall_high": measured.recall_high,
-        "map_check": None if label is None else check_map(searcher, queries, records, plan, label=label, k=config.k),
-    }
+    check = None if label is None else check_map(searcher, queries, records, plan, label=label, k=config.k)
+    recall = measured.model_dump(include={"recall", "recall_low", "recall_high"})
+    return {"num_queries": len(queries), **recall, "map_check": check}
 
 
 def run(stage: StageRun[PlanConfig]) -> None:
@@ -250,10 +236,7 @@ def run(stage: StageRun[PlanConfig]) -> None:
         "plan": chosen.plan.model_dump(mode="json"),
         "description": chosen.plan.describe(),
         "index": {"uri": index.uri, "generation": searcher.meta.generation},
-        "target": config.target,
-        "k": config.k,
-        "max_p99_ms": config.max_p99_ms,
-        "max_ram_mb": config.max_ram_mb,
+        **config.model_dump(include={"target", "k", "max_p99_ms", "max_ram_mb"}),
         "num_queries": len(queries),
         "chosen": place,
         "front": front,
@@ -272,14 +255,9 @@ def run(stage: StageRun[PlanConfig]) -> None:
     storage.write_atomic(stage.out.path("plan.png"), png)
     stage.out.stats |= {
         "plan": chosen.plan.describe(),
-        "recall": chosen.recall,
         "candidates": len(measured),
         "queries": len(queries),
-        "model_us": chosen.model_us,
-        "exact_ratio": chosen.exact_ratio,
-        "ram_mb": chosen.ram_mb,
-        "shard_ram_mb": chosen.shard_ram_mb,
-        "p99_us": chosen.p99_us,
+        **chosen.model_dump(include={"recall", "model_us", "exact_ratio", "ram_mb", "shard_ram_mb", "p99_us"}),
         "map_difference_points": map_check and map_check["difference_points"],
     }
     log.info("plan %s", fields(plan=chosen.plan.describe(), recall=chosen.recall, us=chosen.query_us))

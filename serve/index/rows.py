@@ -164,8 +164,7 @@ def digest_rows(table: pa.Table, vectors: Floats) -> Digests:
 
 def read_source(embeddings: Artifact, where: dict[str, list[str]]) -> EmbeddingRows:
     """Return the rows of an embeddings artifact that match ``where``; ``UsageError`` for a column it does not have."""
-    unknown = [column for column in where if column not in COLUMNS]
-    if unknown:
+    if unknown := [column for column in where if column not in COLUMNS]:
         raise UsageError(f"where names columns {unknown}; embeddings carry {', '.join(COLUMNS)}")
     parts = embeddings.files("part-", ".parquet")
     if not parts:

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +39,9 @@ from lookalike.retrieval.store_writer import write_tombstones
 from lookalike.serve.index.rows import Digests, EmbeddingRows, ShardRows, collect_rows, digest_rows, read_vectors
 
 Kind = Literal["reused", "appended", "rebuilt"]
-KINDS: tuple[Kind, ...] = ("reused", "appended", "rebuilt")
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Uris = tuple[str, str]
+"""Where a folder will be, and where it is filled."""
 
 
 class SegmentOptions(Config):
@@ -267,7 +269,7 @@ def new_folder(uri: str, scratch: str) -> Iterator[str]:
     os.rename(folder, storage.local_path(uri))
 
 
-def keep_segment(previous: Previous, kept: str, meta: ShardMeta, work: str, uris: tuple[str, str]) -> ShardMeta:
+def keep_segment(previous: Previous, kept: str, meta: ShardMeta, work: str, uris: Uris) -> ShardMeta:
     """Link or copy the segment ``kept`` of the previous index; ``uris`` are the new folder and the scratch folder."""
     with new_folder(*uris) as folder:
         for path in sorted(previous.sha256):
