@@ -25,6 +25,7 @@ from lookalike.serve.settings.config import ServeConfig
 PLAN_FACTS = ("plan", "description", "target", "k", "num_queries", "map_check", "holdout")
 NEEDED = ("corpus", "labels", "evaluate", "index", "plan")
 """Stages that the service and the report need."""
+Facts = dict[str, Any]
 QUERY_FACTS = ("image_id", "title", "group", "view", "category")
 
 
@@ -83,7 +84,7 @@ def require_tour(recipe: Recipe) -> None:
 
 def serve_and_ask(
     options: argparse.Namespace, artifacts: dict[str, Artifact], config: TourConfig, seed: int
-) -> tuple[list[TourAnswer], dict[str, Any]]:
+) -> tuple[list[TourAnswer], Facts]:
     """Start the service on a free port, query it as a client, stop it; return the answers and facts on the service."""
     from lookalike.serve.app import start, stop
     from lookalike.serve.client import Client
@@ -101,13 +102,8 @@ def serve_and_ask(
             answers = tour.ask(client, queries, config.k)
     finally:
         stop()
-    facts = {
-        "address": address,
-        "placement": service.placement,
-        "generation": description.generation,
-        "model_fingerprint": description.model_fingerprint,
-    }
-    return answers, facts
+    facts = {"address": address, "placement": service.placement, "generation": description.generation}
+    return answers, facts | {"model_fingerprint": description.model_fingerprint}
 
 
 def _of_stage(recipe: Recipe, artifacts: dict[str, Artifact], stage: str) -> Artifact:
@@ -115,14 +111,9 @@ def _of_stage(recipe: Recipe, artifacts: dict[str, Artifact], stage: str) -> Art
 
 
 def collect(
-    recipe: Recipe,
-    artifacts: dict[str, Artifact],
-    answers: list[TourAnswer],
-    stages: list[dict[str, Any]],
-    service: dict[str, Any],
-) -> dict[str, Any]:
+    recipe: Recipe, artifacts: dict[str, Artifact], answers: list[TourAnswer], stages: list[Facts], service: Facts
+) -> Facts:
     """Return the content of ``report.json``."""
-    evaluation = _of_stage(recipe, artifacts, "evaluate").read_json("report.json")
     plan = _of_stage(recipe, artifacts, "plan").read_json("plan.json")
     neighbours = [
         {
@@ -140,7 +131,7 @@ def collect(
         "stages": stages,
         "labels": _of_stage(recipe, artifacts, "labels").stats,
         "corpus": _of_stage(recipe, artifacts, "corpus").stats,
-        "evaluation": evaluation,
+        "evaluation": _of_stage(recipe, artifacts, "evaluate").read_json("report.json"),
         "plan": {key: plan[key] for key in PLAN_FACTS} | {"chosen": plan["candidates"][plan["chosen"]]},
         "neighbours": neighbours,
         "index": _of_stage(recipe, artifacts, "index").uri,

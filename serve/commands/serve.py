@@ -14,6 +14,7 @@ import yaml
 
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.recipe import Recipe, read_values
 from lookalike.registry import nearest
 from lookalike.serve.client import MAX_MESSAGE_BYTES
 from lookalike.serve.commands.check_config import IMPORT_PATH, check_file
@@ -98,8 +99,6 @@ def _refuse_unknown(overrides: list[str], recipe_path: str | None) -> None:
     """Raise ``UsageError`` for an override that is neither the service's nor a key or step of the recipe."""
     valid: set[str] = set()
     if recipe_path is not None:
-        from lookalike.recipe import Recipe, read_values
-
         steps = read_values(recipe_path).get("steps")
         valid = {*Recipe.model_fields, *(steps if isinstance(steps, dict) else ())}
     settings = list(ServeConfig.model_fields)
@@ -114,8 +113,6 @@ def _refuse_unknown(overrides: list[str], recipe_path: str | None) -> None:
 
 
 def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
-    from lookalike.recipe import Recipe
-
     recipe = Recipe.load(path, overrides)
     values = dict(recipe.serve)
     for key in ("index", "plan"):

@@ -87,13 +87,11 @@ def read_arms(config: ServeConfig, served: Generation) -> tuple[Arm, ...]:
 
 
 def _read_arm(settings: ArmSettings, served: Generation) -> Arm:
-    name, weight, plan = settings.name, settings.weight, settings.plan
+    name, weight, plan = settings.name, settings.weight, None if settings.plan == "none" else settings.plan
     if settings.index is None:
-        if plan is None:
-            return Arm(name, weight)
-        plans = read_plans(None if plan == "none" else plan, served.meta)
-        return Arm(name, weight, plan=None if plan == "none" else plan, plans=plans)
-    own = read_generation(settings.index, None if plan == "none" else plan, settings.encoder)
+        plans = None if settings.plan is None else read_plans(plan, served.meta)
+        return Arm(name, weight, plan=plan, plans=plans)
+    own = read_generation(settings.index, plan, settings.encoder)
     if own.meta.num_hash_shards < served.meta.num_hash_shards:
         raise UsageError(
             f"arm {name!r}: its index has {own.meta.num_hash_shards} shards, the served one "

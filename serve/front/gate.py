@@ -1,8 +1,8 @@
 """The gate of the ingress: checks the token, role, size and quota of every request before any work is done."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic as now
 from typing import Any
 
 import grpc
@@ -84,7 +84,7 @@ class Caller:
         tenant, meter = self._account
         num_queries = _count(rpc, message)
         _check_bounds(rpc, message, num_queries, tenant.name, tenant.quota)
-        if (refusal := meter.charge(tenant.quota, num_queries, time.monotonic())) is not None:
+        if (refusal := meter.charge(tenant.quota, num_queries, now())) is not None:
             raise _exhausted(tenant.name, refusal)
 
     @contextmanager

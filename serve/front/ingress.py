@@ -116,28 +116,23 @@ class Ingress(Follows):
             raise tell(context, as_retrieval_error(error)) from None
 
     def open(self, generation: Generation) -> list[Any]:
-        """Have each worker in this process open ``generation``."""
         return [worker.open(generation) for worker in self._local]
 
     def apply(self, opened: list[Any], records: Sequence[WriteRecord]) -> None:
-        """Give writes to the workers in this process."""
         for worker, own in zip(self._local, opened, strict=True):
             worker.apply(own, records)
 
     def add(self, generation: Generation, opened: list[Any]) -> None:
-        """Be able to answer for a generation."""
         for worker, own in zip(self._local, opened, strict=True):
             worker.add(generation, own)
         self._generations[generation.name] = generation
 
     def drop(self, name: str) -> None:
-        """Let go of a generation."""
         for worker in self._local:
             worker.drop(name)
         self._generations.pop(name, None)
 
     def switch(self, name: str) -> None:
-        """Give requests that begin now to this generation."""
         self.service.current = self._generations[name]
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:

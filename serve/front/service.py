@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import grpc
 import numpy as np
 
 import lookalike
@@ -21,7 +20,7 @@ from lookalike.serve.search.router import Floats, Router, SearchOutcome
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.watch.trace import SearchRecord, Trace
 from lookalike.serve.wire.ask import Ask
-from lookalike.serve.wire.errors import NotLoadedError, RetrievalError
+from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, refused
 from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
     DEFAULT_K,
@@ -230,10 +229,9 @@ class Service:
 
     def _require_writer(self) -> None:
         if self.writer is None:
-            raise RetrievalError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "this service answers searches only; set "
-                "writes.state to a folder to make it take writes and other indexes",
+            raise refused(
+                "this service answers searches only; set writes.state to a folder to make it take writes and other "
+                "indexes"
             )
 
     def _options(self, generation: Generation, options: pb.SearchOptions) -> Options:
@@ -279,8 +277,7 @@ class Service:
 
     async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:
         if not self._can_encode(generation):
-            message = "this service runs without an encoder; send vectors, or set serve.encoder"
-            raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)
+            raise refused("this service runs without an encoder; send vectors, or set serve.encoder")
         return await self.router.encode(generation.name, images, deadline=deadline)
 
     def _info(self, generation: Generation, options: Options, outcome: SearchOutcome) -> pb.SearchInfo:

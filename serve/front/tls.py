@@ -33,8 +33,13 @@ def check_files(tls: Tls) -> None:
     """Raise ``UsageError`` unless certificate, key and authorities are readable and fit together."""
     if tls.certificate is None or tls.key is None:
         return
-    for name in ("certificate", "key", "client_ca"):
-        _check_readable(f"tls.{name}", getattr(tls, name))
+    for name, path in tls.model_dump(include={"certificate", "key", "client_ca"}, exclude_none=True).items():
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise UsageError(
+                f"tls.{name}={path} cannot be read ({error.strerror or error}); give a PEM file that this user may read"
+            ) from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(tls.certificate, tls.key, password=_no_passphrase)
@@ -50,16 +55,6 @@ def check_files(tls: Tls) -> None:
             raise UsageError(
                 f"tls.client_ca={tls.client_ca} holds no PEM certificates ({error.reason or error}); give "
                 "the certificates of the authorities of your clients"
-            ) from None
-
-
-def _check_readable(name: str, path: str | None) -> None:
-    if path is not None:
-        try:
-            Path(path).read_bytes()
-        except OSError as error:
-            raise UsageError(
-                f"{name}={path} cannot be read ({error.strerror or error}); give a PEM file that this user may read"
             ) from None
 
 

@@ -44,12 +44,8 @@ def plot(
     axes.plot(costs[front], missed[front], "-", color="0.4", lw=1, label="Pareto front", zorder=1)
     axes.axhline(max(finest, 1 - target), color="crimson", lw=1, ls=":", label=f"target {target:g}")
     axes.plot(costs[chosen], missed[chosen], "*", color="crimson", ms=15, mec="white", label="chosen", zorder=5)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel=f"cost of a query [us], {_CAPTIONS[rank_by]}",
-        ylabel=f"recall@{k} against exact",
-    )
+    cost_label = f"cost of a query [us], {_CAPTIONS[rank_by]}"
+    axes.set(xscale="log", yscale="log", xlabel=cost_label, ylabel=f"recall@{k} against exact")
     label_decades(axes.xaxis)
     axes.set_title(f"chosen: {measured[chosen].plan.describe()}", fontsize=9)
     _label_recall(axes, finest)

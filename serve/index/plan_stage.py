@@ -132,15 +132,9 @@ def check_map(
 
 def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: PlanConfig) -> list[MeasuredPlan]:
     """Return all candidates, measured, timed and marked with the limits they break; the exact plan comes first."""
+    tried = config.model_dump(include={"k", "shortlist_ks", "scan_dims", "funnels"})
     plans = list_plans(
-        searcher.meta,
-        k=config.k,
-        shortlist_ks=config.shortlist_ks,
-        efs=config.ef_search,
-        nprobes=config.nprobe,
-        scan_dims=config.scan_dims,
-        funnels=config.funnels,
-        single_stage=config.allow_single_stage,
+        searcher.meta, **tried, efs=config.ef_search, nprobes=config.nprobe, single_stage=config.allow_single_stage
     )
     seed = derive_seed(config.seed, "plan", "bootstrap")
     sample = planner.take_sample(searcher, queries, config.k, own_rows=own_rows, seed=seed)
@@ -150,9 +144,7 @@ def measure_plans(searcher: Searcher, queries: Floats, own_rows: Rows, config: P
         measured += planner.measure_early_exit(sample, measured, config.target, config.decide_by)
     num = max(config.time_queries, planner.P99_QUERIES if config.max_p99_ms else 0)
     if config.max_p99_ms and len(queries) < planner.P99_QUERIES:
-        few = fields(
-            queries=len(queries), needed=planner.P99_QUERIES, taken="the slowest", remedy="raise num_queries"
-        )
+        few = fields(queries=len(queries), needed=planner.P99_QUERIES, taken="the slowest", remedy="raise num_queries")
         log.warning("few queries for a 99th percentile %s", few)
     timed = planner.time_plans(searcher, queries[:num], config.k, measured, repeats=config.time_repeats)
     return PlanLimits(config.max_p99_ms, config.max_ram_mb).mark(timed)

@@ -33,6 +33,8 @@ class Timing:
     code: str = "CANCELLED"
     total_ms: float = 0.0
     begun: float = field(default_factory=time.perf_counter)
+    arm: str = ""
+    """The experiment's arm, if any."""
 
     @property
     def elapsed_s(self) -> float:
@@ -51,13 +53,6 @@ class Timing:
 
 
 @dataclass(kw_only=True)
-class ArmTiming(Timing):
-    """What one arm of an experiment did for a request."""
-
-    arm: str
-
-
-@dataclass(kw_only=True)
 class Trace(Timing):
     """One request. Payload is held no longer than the request, and a recall sample of it, last."""
 
@@ -67,7 +62,6 @@ class Trace(Timing):
     k: int | None = None
     num_queries: int | None = None
     experiment: str = ""
-    arm: str = ""
     forced: str = ""
     """Why the request did not go to the arm of its session, or of chance; a comparison leaves such requests out."""
     session: str = ""
@@ -75,11 +69,11 @@ class Trace(Timing):
     results: list[pb.HitList] = field(default_factory=list)
     """Hits of each query, in the order of the request."""
     searches: list[SearchRecord] = field(default_factory=list)
-    arms: list[ArmTiming] = field(default_factory=list)
+    arms: list[Timing] = field(default_factory=list)
     """The arms that were asked."""
     feedback: pb.FeedbackRequest | None = None
 
-    def time_arm(self, arm: str) -> ArmTiming:
+    def time_arm(self, arm: str) -> Timing:
         """The timing of an arm that is asked now."""
-        self.arms.append(ArmTiming(arm=arm))
+        self.arms.append(Timing(arm=arm))
         return self.arms[-1]

@@ -56,6 +56,11 @@ def invalid(message: str) -> RetrievalError:
     return RetrievalError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
+def refused(message: str) -> RetrievalError:
+    """Return a FAILED_PRECONDITION error."""
+    return RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
 def shorten(text: str) -> str:
     """Return ``text`` quoted, in ASCII and without its middle if it is long: safe to put into any message."""
     cut = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 10]}...{text[-7:]}"

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +13,7 @@ from lookalike.retrieval.plan import Plan, parse_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits
 from lookalike.serve.wire.answers import Answer
-from lookalike.serve.wire.errors import RetrievalError, invalid, shorten
+from lookalike.serve.wire.errors import invalid, refused, shorten
 
 DEFAULT_K = 10
 MAX_SESSION = 1024
@@ -71,10 +70,9 @@ def read_options(
             f"the session has {len(options.session)} characters, at most {MAX_SESSION} are taken; send a hash of it"
         )
     if options.model_fingerprint and options.model_fingerprint != meta.model_fingerprint:
-        raise RetrievalError(
-            grpc.StatusCode.FAILED_PRECONDITION,
+        raise refused(
             f"the query is of model {shorten(options.model_fingerprint)}, the index of "
-            f"{meta.model_fingerprint}; embed the query with the index's model (Embed does), or send the image itself",
+            f"{meta.model_fingerprint}; embed the query with the index's model (Embed does), or send the image itself"
         )
     if options.HasField("plan") and options.HasField("min_recall"):
         raise invalid("plan and min_recall are both set; send one: min_recall chooses the plan")
@@ -229,8 +227,7 @@ def write_hits(answer: Answer, query: int) -> pb.HitList:
 def check_feedback(request: pb.FeedbackRequest, *, has_log: bool) -> None:
     """Refuse feedback that cannot be logged."""
     if not has_log:
-        message = "feedback goes to the access log, which is off; set serve.access_log.folder"
-        raise RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)
+        raise refused("feedback goes to the access log, which is off; set serve.access_log.folder")
     if not REQUEST_ID.fullmatch(request.request_id):
         raise invalid(
             f"request_id={request.request_id[:40]!r} names no answer; send SearchInfo.request_id, 24 digits "

@@ -3,12 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import grpc
-
 from lookalike.retrieval.index_meta import IndexMeta
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits
-from lookalike.serve.wire.errors import RetrievalError, invalid, shorten
+from lookalike.serve.wire.errors import invalid, refused, shorten
 from lookalike.serve.wire.requests import check_id, check_image, check_num, read_vector
 
 MAX_URI_CHARS = 4096
@@ -19,10 +17,9 @@ PORTION_BYTES = 1 << 20
 def check_rows(request: pb.UpsertRequest, *, limits: RequestLimits, meta: IndexMeta) -> None:
     """Refuse rows that cannot be stored, for their ids, content, columns or model."""
     if request.model_fingerprint and request.model_fingerprint != meta.model_fingerprint:
-        raise RetrievalError(
-            grpc.StatusCode.FAILED_PRECONDITION,
+        raise refused(
             f"the vectors are of model {shorten(request.model_fingerprint)}, the index of {meta.model_fingerprint}; "
-            "embed with the index's model, or send images",
+            "embed with the index's model, or send images"
         )
     _check_written([row.id for row in request.rows], limits)
     for row in request.rows:

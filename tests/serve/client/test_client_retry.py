@@ -77,12 +77,7 @@ SHED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "64 requests wait; retry after 30 ms
         (9, DIED, 5, grpc.StatusCode.UNAVAILABLE),
         (2, SHED, 3, None),
         (9, SHED, 5, grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (
-            1,
-            (grpc.StatusCode.RESOURCE_EXHAUSTED, "the quota of this month is used up"),
-            1,
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-        ),
+        (1, (grpc.StatusCode.RESOURCE_EXHAUSTED, "the quota is used up"), 1, grpc.StatusCode.RESOURCE_EXHAUSTED),
         (1, (grpc.StatusCode.INTERNAL, "KeyError: 'x'"), 1, grpc.StatusCode.INTERNAL),
         (1, (grpc.StatusCode.RESOURCE_EXHAUSTED, "retry after 60000 ms"), 1, grpc.StatusCode.RESOURCE_EXHAUSTED),
     ],
