@@ -42,9 +42,7 @@ def run(run: StageRun[LabelsConfig]) -> None:
         "annotations": annotated["annotations"],
         "dictionary": scored,
         "terms_used": clustered["terms"],
-        "clusters": clustered["clusters"],
-        "carried_over": clustered["carried_over"],
-        "next_cluster": clustered["next_cluster"],
+        **{name: clustered[name] for name in ("clusters", "carried_over", "next_cluster")},
         "polysemy": senses,
     }
     check_flow(stats)
@@ -63,18 +61,12 @@ def check_flow(stats: dict[str, Any]) -> None:
 
 def _sources(config: LabelsConfig) -> list[str]:
     boundary = config.dictionary.boundary_from
-    words = boundary.words if boundary is not None else None
+    words = boundary.words if boundary else None
     uris = [config.dedup.labelled_pairs, config.clusters.interests.taxonomy, words]
     return [*(uri for uri in uris if uri is not None), *config.annotations.sources()]
 
 
+INPUTS = {"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)}
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels",
-    "labels",
-    LabelsConfig,
-    run,
-    resumable=True,
-    version=3,
-    sources=_sources,
-    inputs={"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)},
+    "labels", "labels", LabelsConfig, run, resumable=True, version=3, sources=_sources, inputs=INPUTS
 )

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -83,11 +84,18 @@ def add_up(blocks: Iterable[pa.Table], keys: Sequence[str], schema: pa.Schema) -
 def _sum(tables: Sequence[pa.Table], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
     values = [name for name in schema.names if name not in keys]
     summed = pa.concat_tables(tables).group_by(list(keys)).aggregate([(name, "sum") for name in values])
-    return (
-        summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names])
-        .select(schema.names)
-        .cast(schema)
-    )
+    renamed = summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names])
+    return renamed.select(schema.names).cast(schema)
+
+
+def sum_images(
+    counts: Any, keys: Sequence[str], partitions: int, keep: Callable[[pa.Table], pa.Table], schema: pa.Schema
+) -> pa.Table:
+    """The sums of ``images`` per key of the dataset ``counts``, by a shuffle; only rows that ``keep`` returns."""
+    from ray.data.aggregate import Sum
+
+    total = counts.groupby(list(keys), partitions).aggregate(Sum("images", alias_name="images"))
+    return collect(total.map_batches(keep, batch_format="pyarrow", batch_size=None), schema)
 
 
 def broadcast(value: Any) -> Callable[[], Any]:
@@ -112,6 +120,13 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a parquet file, or some of its columns."""
     filesystem, path = storage.arrow_filesystem(uri)
     return pq.ParquetFile(path, filesystem=filesystem).read(columns=None if columns is None else list(columns))
+
+
+def row_groups(file: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups with the rows ``start`` to ``stop`` of a file, and the number of the first row in them."""
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    first, last = (int(np.searchsorted(ends, row, side="right")) for row in (start, stop - 1))
+    return list(range(file.num_row_groups))[first : last + 1], int(ends[first - 1]) if first else 0
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:

@@ -27,12 +27,12 @@ from lookalike.data.parts import (
     add_up,
     blocks_of,
     broadcast,
-    collect,
     map_parts,
     num_partitions,
     part_items,
     part_name,
     read_table,
+    sum_images,
 )
 from lookalike.data.report.charts import plot_zipf
 from lookalike.errors import ArtifactError
@@ -206,18 +206,9 @@ def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) 
             writer.write_table(table.slice(start, stop - start))
     storage.write_atomic(storage.join(out, name), sink.getvalue().to_pybytes())
     repeat = shard["repeat"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
-    return pa.Table.from_pylist(
-        [
-            {
-                "file": name,
-                "rows": shard.num_rows,
-                "epoch": float(repeat.sum()),
-                "label_epoch": copies_of_labels(shard["labels"], repeat, num_labels).tolist(),
-                "attributes": attributes.count_known(shard["attributes"]).tolist(),
-            }
-        ],
-        schema=_WRITTEN,
-    )
+    label_epoch = copies_of_labels(shard["labels"], repeat, num_labels).tolist()
+    known = attributes.count_known(shard["attributes"]).tolist()
+    return pa.table([[name], [shard.num_rows], [float(repeat.sum())], [label_epoch], [known]], schema=_WRITTEN)
 
 
 def pack_groups(bundles: NDArray[np.uint64], rows_per_group: int) -> list[tuple[int, int]]:
@@ -267,20 +258,14 @@ def count_attributes(items: list[Item], config: ShardsConfig) -> dict[str, list[
     A shuffle sums the values, and the driver sees only those that are classes: there may be as many values as images
     (serial numbers).
     """
-    from ray.data.aggregate import Sum
 
-    counts = map_parts(
-        items,
-        lambda item: attributes.count_values(_read(item, ["image_id", "attributes"])),
-        concurrency=config.concurrency,
-    )
-    total = counts.groupby(["name", "value"], num_partitions(items)).aggregate(Sum("images", alias_name="images"))
-    frequent = total.map_batches(
-        lambda block: attributes.frequent_values(block, config.min_images_per_attribute),
-        batch_format="pyarrow",
-        batch_size=None,
-    )
-    return attributes.choose_classes(collect(frequent, attributes.COUNTS))
+    def count(item: Item) -> pa.Table:
+        return attributes.count_values(_read(item, ["image_id", "attributes"]))
+
+    counts = map_parts(items, count, concurrency=config.concurrency)
+    keep = partial(attributes.frequent_values, min_images=config.min_images_per_attribute)
+    frequent = sum_images(counts, ["name", "value"], num_partitions(items), keep, attributes.COUNTS)
+    return attributes.choose_classes(frequent)
 
 
 def count_classes(items: list[Item], config: ShardsConfig) -> dict[tuple[str, str], int]:

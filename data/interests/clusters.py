@@ -75,14 +75,10 @@ def cluster_terms(
         labels, similarity = split_outliers(labels, similarity, config.min_similarity)
         used, labels = np.unique(labels, return_inverse=True)
         order = np.lexsort((members, -similarity, labels))
+        ranked = zip(*(values[order].tolist() for values in (labels, members, similarity)), strict=True)
         rows += [
-            {
-                "cluster": first + int(labels[i]),
-                "interest": interest,
-                "term": terms[int(members[i])],
-                "similarity": float(similarity[i]),
-            }
-            for i in order
+            {"cluster": first + label, "interest": interest, "term": terms[row], "similarity": cosine}
+            for label, row, cosine in ranked
         ]
         first += len(used)
     return pa.Table.from_pylist(rows, schema=CLUSTERS)
@@ -95,16 +91,8 @@ def spherical_kmeans(vectors: NDArray[np.float32], k: int, seed: int) -> tuple[N
     if k >= len(vectors):
         return np.arange(len(vectors), dtype=np.int64), np.ones(len(vectors), np.float32)
     faiss.omp_set_num_threads(1)  # the order of sums is fixed: the same clusters on every machine
-    means = faiss.Kmeans(
-        vectors.shape[1],
-        k,
-        niter=25,
-        nredo=3,
-        spherical=True,
-        seed=seed % (1 << 31),
-        min_points_per_centroid=1,
-        max_points_per_centroid=1 << 20,
-    )
+    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": 1 << 20}
+    means = faiss.Kmeans(vectors.shape[1], k, niter=25, nredo=3, spherical=True, seed=seed % (1 << 31), **bounds)
     means.train(np.ascontiguousarray(vectors))
     scores, labels = means.index.search(np.ascontiguousarray(vectors), 1)
     return labels[:, 0].astype(np.int64), scores[:, 0].astype(np.float32)

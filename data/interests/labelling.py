@@ -112,14 +112,8 @@ def assign_part(annotations: pa.Table, rows: pa.Table, tables: LabelTables) -> t
         restricted = restrict(visual, tables.interest_of, own)
         for variant, clusters in zip(VARIANTS, (everything, visual, restricted), strict=True):
             counts[variant].update(clusters)
-        assigned.append(
-            {
-                "image_id": image_id,
-                "clusters": restricted,
-                "interests": [tables.interests[i] for i in own],
-                "senses": senses_of(terms, own, tables),
-            }
-        )
+        names, senses = [tables.interests[i] for i in own], senses_of(terms, own, tables)
+        assigned.append({"image_id": image_id, "clusters": restricted, "interests": names, "senses": senses})
     counted = [
         {"variant": variant, "cluster": cluster, "images": images}
         for variant, per_cluster in counts.items()
@@ -183,12 +177,7 @@ def describe_classes(
 def number_part(assigned: pa.Table, columns: dict[int, int]) -> pa.Table:
     """``IMAGE_LABELS``: clusters replaced by their columns; clusters without a column are dropped."""
     labels = [[columns[c] for c in clusters if c in columns] for clusters in assigned["clusters"].to_pylist()]
-    values = [
-        assigned["image_id"].combine_chunks(),
-        pa.array(labels, pa.list_(pa.int32())),
-        assigned["interests"].combine_chunks(),
-    ]
-    return pa.table(values, schema=IMAGE_LABELS)
+    return pa.table([assigned["image_id"], labels, assigned["interests"]], schema=IMAGE_LABELS)
 
 
 def count_labels(numbered: pa.Table) -> pa.Table:

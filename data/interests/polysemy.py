@@ -7,17 +7,9 @@ interests the images are counted that kept only this sense, that kept it beside 
 import polars as pl
 import pyarrow as pa
 
-POLYSEMY = pa.schema(
-    [
-        ("term", pa.string()),
-        ("interest", pa.string()),
-        ("alone", pa.int64()),
-        ("beside", pa.int64()),
-        ("removed", pa.int64()),
-    ]
-)
-"""One row per term and sense: images with only this sense, with this and another sense, and without it."""
 SENSES = pa.schema([("term", pa.string()), ("interest", pa.string()), ("alone", pa.int64()), ("beside", pa.int64())])
+POLYSEMY = pa.schema([*SENSES, ("removed", pa.int64())])
+"""One row per term and sense: images with only this sense, with this and another sense, and without it."""
 
 
 def senses_left(assigned: pa.Table) -> pl.DataFrame:

@@ -20,14 +20,14 @@ from lookalike.data.interests.polysemy import separated
 from lookalike.data.parts import part_name, read_table
 from lookalike.data.report.charts import plot_bars, plot_concreteness, plot_curve, plot_zipf
 from lookalike.data.report.sheets import (
+    LABEL,
+    SENSE,
+    TERM,
     Sheet,
     contact_sheet,
     credits_of,
     fetch_images,
-    label_key,
     pick_images,
-    sense_key,
-    term_key,
 )
 
 
@@ -56,7 +56,7 @@ def write_report(out: Draft, corpus: Artifact, stats: dict[str, Any], config: Re
     sections = {
         "labels": label_sheets(by_rank, config.labels),
         "senses": sense_sheets(polysemy, config),
-        "dropped": [Sheet(term_key(row["term"]), explain_term(row)) for row in dropped_terms(dictionary, config)],
+        "dropped": [Sheet(TERM.format(row["term"]), explain_term(row)) for row in dropped_terms(dictionary, config)],
     }
     keys = [sheet.key for sheets in sections.values() for sheet in sheets]
     picks = pick_images(_part_files(out), keys, config.images)
@@ -71,19 +71,11 @@ def write_report(out: Draft, corpus: Artifact, stats: dict[str, Any], config: Re
     _write_plots(out, stats, dictionary, by_rank)
     from jinja2 import Environment
 
-    template = Environment(autoescape=True).from_string(
-        files("lookalike.data.report").joinpath("report.html").read_text()
-    )
+    template = files("lookalike.data.report").joinpath("report.html").read_text()
     most, least = ranked_terms(dictionary, config.ranked_terms)
-    html = template.render(
-        title=out.name,
-        stats=stats,
-        sheets=shown,
-        most=most,
-        least=least,
-        flow=flow_of(stats),
-        credits=credits_of(list(images.values())),
-    )
+    values = {"title": out.name, "stats": stats, "flow": flow_of(stats), "credits": credits_of(list(images.values()))}
+    page = Environment(autoescape=True).from_string(template)
+    html = page.render(sheets=shown, most=most, least=least, **values)
     storage.write_atomic(out.path("report.html"), html.encode())
     return {"sheets": len(keys)}
 
@@ -104,7 +96,7 @@ def label_sheets(by_rank: list[dict[str, Any]], count: int) -> list[Sheet]:
     """Sheets of ``count`` labels, spread evenly over ``by_rank``."""
     spread = [by_rank[i * len(by_rank) // count] for i in range(count)] if by_rank else []
     return [
-        Sheet(label_key(label), f"{entry['name']} - {_images(entry['images'])}")
+        Sheet(LABEL.format(label), f"{entry['name']} - {_images(entry['images'])}")
         for label, entry in {entry["label"]: entry for entry in spread}.items()
     ]
 
@@ -114,7 +106,7 @@ def sense_sheets(polysemy: pa.Table, config: ReportConfig) -> list[Sheet]:
     terms = list(separated(polysemy, config.min_images_per_sense).items())[: config.polysemous_terms]
     alone = {(row["term"], row["interest"]): row["alone"] for row in polysemy.to_pylist()}
     return [
-        Sheet(sense_key(term, interest), f"{term}, as {interest} - {_images(alone[term, interest])}")
+        Sheet(SENSE.format(term, interest), f"{term}, as {interest} - {_images(alone[term, interest])}")
         for term, interests in terms
         for interest in interests
     ]

@@ -21,6 +21,8 @@ from lookalike.sampling import stable_keys
 from lookalike.vision.images import decode
 
 CELL_PX = 96
+LABEL, TERM, SENSE = "label/{}", "term/{}", "sense/{}/{}"
+"""Keys of the images of a label, of a term, and of a polysemous term that kept only one interest."""
 _IMAGES = pa.schema(
     [("image_id", pa.string()), ("image", pa.binary()), ("creator", pa.string()), ("licence", pa.string())]
 )
@@ -34,41 +36,19 @@ class Sheet(NamedTuple):
     caption: str
 
 
-def label_key(label: int) -> str:
-    """Key of the images of a label."""
-    return f"label/{label}"
-
-
-def term_key(term: str) -> str:
-    """Key of the training images that a term annotates."""
-    return f"term/{term}"
-
-
-def sense_key(term: str, interest: str) -> str:
-    """Key of the images of a polysemous term that kept only this interest."""
-    return f"sense/{term}/{interest}"
-
-
 def pick_part(
     labels: pa.Table, annotations: pa.Table, assigned: pa.Table, *, keys: Sequence[str], count: int
 ) -> pa.Table:
     """``_PICKS`` of a part: for each key the ``count`` images of smallest hash; parts merge."""
-    of_labels = (
-        pl.DataFrame(labels.select(["image_id", "labels"]))
-        .explode("labels")
-        .select(key=pl.format("label/{}", "labels"), image_id="image_id")
-    )
-    of_terms = (
-        pl.DataFrame(annotations.select(["image_id", "term", "split"]))
-        .filter(pl.col("split") == "train")
-        .select(key=pl.format("term/{}", "term"), image_id="image_id")
-    )
-    of_senses = (
-        senses_left(assigned)
-        .filter("alone")
-        .select(key=pl.format("sense/{}/{}", "term", "interest"), image_id="image_id")
-    )
-    images = pl.concat([of_labels, of_terms, of_senses]).filter(pl.col("key").is_in(list(keys)))
+    labelled = pl.DataFrame(labels.select(["image_id", "labels"])).explode("labels")
+    named = pl.DataFrame(annotations.select(["image_id", "term", "split"])).filter(pl.col("split") == "train")
+    images = pl.concat(
+        [
+            labelled.select("image_id", key=pl.format(LABEL, "labels")),
+            named.select("image_id", key=pl.format(TERM, "term")),
+            senses_left(assigned).filter("alone").select("image_id", key=pl.format(SENSE, "term", "interest")),
+        ]
+    ).filter(pl.col("key").is_in(list(keys)))
     hashes = pl.Series("hash", stable_keys(images["image_id"].to_list()), dtype=pl.UInt64)
     return smallest(images.with_columns(hashes).select(_PICKS.names), count)
 

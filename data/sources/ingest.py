@@ -81,14 +81,8 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
             accepted.update(checked.accepted["split"].to_pylist())
             quarantined += checked.quarantine.num_rows
             row += len(records)
-    summary = {
-        "number": number,
-        "file": unit["uri"],
-        "records": row,
-        "accepted": dict(accepted),
-        "quarantined": quarantined,
-        "parts": len(parts.uris),
-    }
+    counts = {"records": row, "accepted": dict(accepted), "quarantined": quarantined, "parts": len(parts.uris)}
+    summary = {"number": number, "file": unit["uri"], **counts}
     storage.write_atomic(mark, json.dumps(summary).encode())
     return summary
 
@@ -125,23 +119,14 @@ def drop_repeated(repeated: pa.Table, files: UnitFiles) -> pa.Table:
     repeated = repeated.sort_by("row")
     unit = repeated["unit"][0].as_py()
     summary: Summary = json.loads(storage.read_bytes(files.of("summaries", unit, "json")))
-    rows = [
-        {
-            "image_id": entry["image_id"],
-            "source": summary["file"],
-            "row": entry["row"],
-            "field": "image_id",
-            "reason": "duplicate",
-        }
-        for entry in repeated.to_pylist()
-    ]
+    problem = {"source": summary["file"], "field": "image_id", "reason": "duplicate"}
+    rows = [{**entry, **problem} for entry in repeated.to_pylist()]
     write_table(files.of("repeated", unit), pa.Table.from_pylist(rows, schema=QUARANTINE))
     for place in range(summary["parts"]):
         _drop_from_part(files.part(unit, place), repeated["image_id"].combine_chunks())
     splits = Counter(repeated["split"].to_pylist())
-    return pa.Table.from_pylist(
-        [{"unit": unit, "split": split, "rows": n} for split, n in splits.items()], schema=REMOVED
-    )
+    removed = [{"unit": unit, "split": split, "rows": n} for split, n in splits.items()]
+    return pa.Table.from_pylist(removed, schema=REMOVED)
 
 
 def _drop_from_part(uri: str, image_ids: pa.Array) -> None:
@@ -161,6 +146,4 @@ def problems_of_unit(unit: int, files: UnitFiles) -> pa.Table:
     """
     problems, removed = (files.read(kind, unit, QUARANTINE) for kind in ("quarantine", "repeated"))
     others = problems.filter(pc.invert(pc.is_in(problems["row"], value_set=removed["row"].combine_chunks())))
-    return pa.concat_tables([others, removed]).sort_by(
-        [("row", "ascending"), ("field", "ascending"), ("reason", "ascending")]
-    )
+    return pa.concat_tables([others, removed]).sort_by([(name, "ascending") for name in ("row", "field", "reason")])

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lookalike import storage
+from lookalike.data.parts import row_groups
 from lookalike.data.sources.columns import arrow_records, resolve_schema, top_level
 from lookalike.data.sources.reader import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.errors import CorpusError
@@ -54,15 +55,7 @@ class ParquetReader(Reader):
         filesystem, path = storage.arrow_filesystem(unit["uri"])
         with pq.ParquetFile(path, filesystem=filesystem) as file:
             columns = self._columns(file.schema_arrow, unit["uri"])
-            groups, row = [], 0
-            first = None
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if row < unit["stop"] and row + rows > unit["start"]:
-                    groups.append(group)
-                    first = row if first is None else first
-                row += rows
-            row = first or 0
+            groups, row = row_groups(file, unit["start"], unit["stop"])
             needed = top_level(file.schema_arrow, columns.values())
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=needed):
                 begin, end = max(unit["start"] - row, 0), min(unit["stop"] - row, batch.num_rows)

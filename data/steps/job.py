@@ -7,7 +7,7 @@ that were in flight.
 
 import json
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, TypeVarTuple
 
 import pyarrow as pa
 from pydantic import Field
@@ -25,7 +25,8 @@ from lookalike.stages import StageConfig, StageRun
 from lookalike.telemetry import get_logger, timed
 
 log = get_logger(__name__)
-Inputs = ParamSpec("Inputs")
+Inputs = TypeVarTuple("Inputs")
+Counts = dict[str, Any]
 
 
 class LabelsConfig(StageConfig):
@@ -55,19 +56,13 @@ class LabelJob:
         """Labels of an earlier run. Clusters that continue keep their ids, unchanged terms their scores."""
         self.parts = part_items(self.corpus.files("part-", ".parquet"))
 
-    def once(
-        self,
-        name: str,
-        step: Callable[Concatenate["LabelJob", Inputs], dict[str, Any]],
-        *inputs: Inputs.args,
-        **more: Inputs.kwargs,
-    ) -> dict[str, Any]:
+    def once(self, name: str, step: Callable[["LabelJob", *Inputs], Counts], *inputs: *Inputs) -> Counts:
         """Return the counts of ``step(job, *inputs)``, from its marker when an earlier attempt finished it."""
         marker = self.out.work(f"{name}.json")
         if storage.exists(marker):
             return dict(json.loads(storage.read_bytes(marker)))
         with timed(log, "step", name=name) as fields:
-            result = step(self, *inputs, **more)
+            result = step(self, *inputs)
             fields.update({key: value for key, value in result.items() if isinstance(value, (int, float))})
         storage.write_atomic(marker, json.dumps(result).encode())
         return result

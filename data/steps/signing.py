@@ -3,7 +3,6 @@
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from lookalike.data.duplicates.signatures import (
     sign_images,
 )
 from lookalike.data.features import project_part
-from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, write_table
+from lookalike.data.parts import Item, blocks_of, part_items, part_name, read_table, row_groups, write_table
 from lookalike.data.steps.exchange import exchange, num_buckets, return_rows, with_key
 from lookalike.data.steps.job import LabelJob
 from lookalike.errors import UsageError
@@ -42,12 +41,9 @@ def sign(job: LabelJob) -> dict[str, Any]:
     """
     files = _sizes(job.embeddings)
     sizes = [rows for _, rows in _sizes(job.corpus)]
-    items: list[Item] = [{**item, "spans": []} for item in job.parts]
-    if sum(sizes) == sum(rows for _, rows in files):
-        items = [
-            {**item, "spans": [span._asdict() for span in spans]}
-            for item, spans in zip(items, running_spans(sizes, files), strict=True)
-        ]
+    alike = sum(sizes) == sum(rows for _, rows in files)
+    spans = [[span._asdict() for span in own] for own in running_spans(sizes, files)] if alike else [[]] * len(sizes)
+    items = [{**item, "spans": own} for item, own in zip(job.parts, spans, strict=True)]
     counted = _sign_parts(job, items)
     apart = {entry["number"] for entry in counted if entry["split"] is None}
     if apart:
@@ -115,10 +111,8 @@ def _read_rows(uri: str, start: int, stop: int) -> pa.Table:
     """Rows ``start`` to ``stop`` of an embeddings file; only the row groups that hold them are read."""
     filesystem, path = storage.arrow_filesystem(uri)
     file = pq.ParquetFile(path, filesystem=filesystem)
-    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-    first, last = (int(np.searchsorted(ends, row, side="right")) for row in (start, stop - 1))
-    table = file.read_row_groups(list(range(first, last + 1)), columns=["image_id", "vector"])
-    return table.slice(start - (int(ends[first - 1]) if first else 0), stop - start)
+    groups, first = row_groups(file, start, stop)
+    return file.read_row_groups(groups, columns=["image_id", "vector"]).slice(start - first, stop - start)
 
 
 def _match(job: LabelJob, parts: list[Item], rows: int) -> None:

@@ -13,10 +13,10 @@ from lookalike.data.parts import (
     add_up,
     blocks_of,
     broadcast,
-    collect,
     num_partitions,
     part_name,
     read_table,
+    sum_images,
     write_table,
 )
 from lookalike.data.steps.job import LabelJob
@@ -41,25 +41,22 @@ _DONE = pa.schema([("annotations", pa.int64())])
 
 def mine(job: LabelJob) -> dict[str, Any]:
     """Write ``vocabulary.parquet``, the terms that enough training images propose; return their number."""
-    from ray.data.aggregate import Sum
-
     config = job.config.annotations
-    lists = config.lists()
-    shared = broadcast(lists)
+    shared = broadcast(config.lists())
 
     def task(item: Item) -> pa.Table:
         annotator, terms = make_annotator(config), shared()
         records = chain.from_iterable(read_text(part["uri"]) for part in item["parts"])
-        return add_up(
-            chain.from_iterable(count_candidates(batch, annotator, terms) for batch in records), ["term"], COUNTS
-        )
+        counts = chain.from_iterable(count_candidates(batch, annotator, terms) for batch in records)
+        return add_up(counts, ["term"], COUNTS)
 
     groups = _groups(job.parts)
-    total = job.map(groups, task).groupby("term", num_partitions(groups)).aggregate(Sum("images", alias_name="images"))
-    frequent = total.map_batches(
-        lambda counts: frequent_terms(counts, config, shared()), batch_format="pyarrow", batch_size=None
-    )
-    vocabulary = most_frequent(collect(frequent, COUNTS), config.max_terms)
+
+    def keep(counts: pa.Table) -> pa.Table:
+        return frequent_terms(counts, config, shared())
+
+    frequent = sum_images(job.map(groups, task), ["term"], num_partitions(groups), keep, COUNTS)
+    vocabulary = most_frequent(frequent, config.max_terms)
     if not vocabulary.num_rows:
         raise UsageError(_no_terms(job))
     write_table(job.out.work("vocabulary.parquet"), vocabulary)
@@ -75,14 +72,12 @@ def _groups(parts: list[Item]) -> list[Item]:
 def _no_terms(job: LabelJob) -> str:
     config = job.config.annotations
     problem = f"no term is named by {config.min_images} training images; lower annotations.min_images or "
-    if config.annotator == "precomputed":
-        if config.scores_from == "annotations":
-            return problem + (
-                "map the column of your keyword model to the corpus field 'annotations', or set "
-                "annotations.scores_from=keywords"
-            )
+    if config.annotator != "precomputed":
+        return problem + "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
+    if config.scores_from == "keywords":
         return problem + "write keywords as term:score"
-    return problem + "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
+    column = "map the column of your keyword model to the corpus field 'annotations'"
+    return f"{problem}{column}, or set annotations.scores_from=keywords"
 
 
 def read_text(uri: str) -> Iterator[pa.Table]:

@@ -15,20 +15,8 @@ from lookalike.data.text.settings import AnnotationConfig
 from lookalike.data.text.vocabulary import Vocabulary
 from lookalike.data.text.wordlists import WordLists
 
-TEXT_COLUMNS = [
-    "image_id",
-    "title",
-    "description",
-    "keywords",
-    "category",
-    "locale",
-    "creator",
-    "dataset",
-    "split",
-    "group",
-    "annotations",
-    "interactions",
-]
+_WORDS = ["title", "description", "keywords", "category", "annotations", "interactions"]
+TEXT_COLUMNS = ["image_id", *_WORDS, "locale", "creator", "dataset", "split", "group"]
 """Columns of the corpus that are read; a column that a corpus lacks counts as empty."""
 ANNOTATIONS = pa.schema(
     [
