@@ -81,16 +81,14 @@ class BatchBuilder(Dataset[Batch | LookalikeError]):
         with torch.random.fork_rng(devices=[]):  # leaves the trainer's own random state alone
             torch.default_generator.manual_seed(derive_seed(self.seed, "augment", self.rank, plan.step))
             pixels = [[np.asarray(self.augment(picture)) for _ in range(self.views)] for picture in pictures]
-        n = len(pixels)
+        n, images = len(pixels), np.stack([each[v] for v in range(self.views) for each in pixels])
         columns = {
             "row": torch.arange(self.rank * n, (self.rank + 1) * n),
             **label_columns([table for _, table in tables], self.stated),
         }
         ids = [image_id for _, table in tables for image_id in table["image_id"].to_pylist()]
         return {
-            "images": torch.from_numpy(np.stack([each[v] for v in range(self.views) for each in pixels])).permute(
-                0, 3, 1, 2
-            ),
+            "images": torch.from_numpy(images).permute(0, 3, 1, 2),
             **{name: column.repeat(self.views, *[1] * (column.ndim - 1)) for name, column in columns.items()},
             "ids": ids * self.views,
         }
@@ -191,10 +189,8 @@ class BatchDataset:
         )
 
     def plan(self, step: int) -> BatchPlan:
-        return BatchPlan(
-            step,
-            [piece for name, count in self.counts.items() for piece in self.streams[name].slices(step * count, count)],
-        )
+        pieces = [piece for name, n in self.counts.items() for piece in self.streams[name].slices(step * n, n)]
+        return BatchPlan(step, pieces)
 
     def plans(self) -> Iterator[BatchPlan]:
         return (self.plan(step) for step in range(self.start, self.stop))

@@ -1,6 +1,6 @@
 """A training worker's batches: from its settings to tensors on its device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -34,7 +34,10 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
 
 def feed(dataset: BatchDataset, config: LoopConfig, device: torch.device) -> Iterator[Batch]:
     """The dataset's batches on ``device``, images normalised, decoded where the settings say."""
-    loader, built = config.train.loader, None
+    loader = config.train.loader
+    built: Iterable[Batch]
     if loader.actors:
         built = actor_batches(dataset, loader.actors, num_cpus=loader.actor_cpus, resource=loader.actor_resource)
-    return on_device(built or build_loader(dataset, loader.processes), device, config.encoder.transform)
+    else:
+        built = build_loader(dataset, loader.processes)
+    return on_device(built, device, config.encoder.transform)

@@ -79,17 +79,12 @@ class PlanLimits(NamedTuple):
 
     def mark(self, measured: Sequence[MeasuredPlan]) -> list[MeasuredPlan]:
         """The candidates with ``breaks`` filled in."""
-        return [
-            row.model_copy(
-                update={
-                    "breaks": tuple(
-                        f"{name} {value:.3g} {unit} > {limit:g} {unit}"
-                        for name, (value, limit, unit) in self.excess(row).items()
-                    )
-                }
-            )
-            for row in measured
-        ]
+
+        def breaks(row: MeasuredPlan) -> tuple[str, ...]:
+            excess = self.excess(row).items()
+            return tuple(f"{name} {value:.3g} {unit} > {limit:g} {unit}" for name, (value, limit, unit) in excess)
+
+        return [row.model_copy(update={"breaks": breaks(row)}) for row in measured]
 
 
 def cost_of(measured: MeasuredPlan, rank_by: RankBy) -> float:

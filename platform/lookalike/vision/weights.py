@@ -93,7 +93,10 @@ def read_state(uri: str) -> dict[str, torch.Tensor]:
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"no weights at {uri}; give an existing .pth or .safetensors file") from None
     try:
-        values = load_tensors(content) if uri.endswith(".safetensors") else _load_pickle(content)
+        if uri.endswith(".safetensors"):
+            values: Any = load_tensors(content)
+        else:
+            values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         message = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(
@@ -114,10 +117,6 @@ def read_state(uri: str) -> dict[str, torch.Tensor]:
 
 def _tensors(values: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
     return {str(key): value for key, value in values.items() if isinstance(value, torch.Tensor)}
-
-
-def _load_pickle(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _efficientnet_lite(number: int, extra: str) -> tuple[str, dict[str, torch.Tensor]]:
