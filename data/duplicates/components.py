@@ -56,9 +56,8 @@ def large_star(edges: pl.DataFrame) -> pl.DataFrame:
 
     Needs all edges of a node, both ways.
     """
-    least = (
-        edges.group_by("node").agg(least=pl.col("other").min()).with_columns(least=pl.min_horizontal("node", "least"))
-    )
+    least = edges.group_by("node").agg(least=pl.col("other").min())
+    least = least.with_columns(least=pl.min_horizontal("node", "least"))
     larger = edges.filter(pl.col("other") > pl.col("node")).join(least, on="node")
     return larger.select(node="other", other="least").unique()
 

@@ -113,7 +113,6 @@ def settle_part(signatures: pa.Table, held_groups: Set[str], copies: pa.Table, f
 
     ``copies``: those of the part; ``fates``: those of its searched rows and of the leaders of its copies.
     """
-    frame = pl.DataFrame(signatures.select(LIGHT))
     follow = pl.DataFrame(copies).rename({"row": "first_row", "component": "own", "split": "test"})
     joined = (
         _classed(signatures, held_groups)
@@ -139,6 +138,7 @@ def settle_part(signatures: pa.Table, held_groups: Set[str], copies: pa.Table, f
         row="row",
         keeper=pl.when(to_leader).then("leader").otherwise("keeper"),
     )
+    frame = pl.DataFrame(signatures.select(LIGHT))
     out = frame.filter((pl.col("split") == "train") & pl.col("group").is_in(list(held_groups)).fill_null(value=False))
     gone = out.select("image_id", "row", component="image_id", reason=pl.lit("group_in_test"))
     return pl.concat([settled, gone], how="diagonal").sort("row").select(DROPPED.names).to_arrow().cast(DROPPED)

@@ -49,7 +49,8 @@ def find_content(pixels: NDArray[np.uint8]) -> Box:
     for _ in range(ROUNDS):
         height, width = pixels.shape[:2]
         inner = _inside_margin(pixels)
-        if inner == (0, 0, width, height) or LEAST_SHARE * _area(inner) < height * width:
+        area = (inner[2] - inner[0]) * (inner[3] - inner[1])
+        if inner == (0, 0, width, height) or LEAST_SHARE * area < height * width:
             break
         box = (left + inner[0], top + inner[1], left + inner[2], top + inner[3])
         first = [int(np.ceil(place)) + (place > 0) for place in inner[:2]]
@@ -59,10 +60,6 @@ def find_content(pixels: NDArray[np.uint8]) -> Box:
         pixels = pixels[first[1] : last[1], first[0] : last[0]]
         left, top = left + first[0], top + first[1]
     return box
-
-
-def _area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _inside_margin(pixels: NDArray[np.uint8]) -> Box:

@@ -22,16 +22,10 @@ def senses_left(assigned: pa.Table) -> pl.DataFrame:
 def count_senses(assigned: pa.Table) -> pa.Table:
     """``SENSES`` of a part; parts add up. The row with the empty interest counts all images of the term."""
     left = senses_left(assigned)
-    named = (
-        left.drop_nulls("interest")
-        .group_by("term", "interest")
-        .agg(alone=pl.col("alone").sum(), beside=(~pl.col("alone")).sum())
-    )
-    images = (
-        left.group_by("term")
-        .agg(alone=pl.col("image_id").n_unique())
-        .with_columns(interest=pl.lit(""), beside=pl.lit(0))
-    )
+    by_sense = left.drop_nulls("interest").group_by("term", "interest")
+    named = by_sense.agg(alone=pl.col("alone").sum(), beside=(~pl.col("alone")).sum())
+    images = left.group_by("term").agg(alone=pl.col("image_id").n_unique())
+    images = images.with_columns(interest=pl.lit(""), beside=pl.lit(0))
     both = [frame.select(SENSES.names).cast({"alone": pl.Int64, "beside": pl.Int64}) for frame in (named, images)]
     return pl.concat(both).to_arrow().cast(SENSES)
 

@@ -155,9 +155,8 @@ def read_labelled(uri: str) -> pa.Table:
     try:
         if path.endswith(".csv"):
             with filesystem.open_input_stream(path) as stream:
-                options = pa.csv.ConvertOptions(
-                    column_types={"left": pa.string(), "right": pa.string()}, strings_can_be_null=True
-                )
+                types = {"left": pa.string(), "right": pa.string()}
+                options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
                 table = pa.csv.read_csv(stream, convert_options=options)
         else:
             table = read_table(uri)

@@ -79,9 +79,8 @@ class Lexical(Annotator):
         hits = hits.join(owners.join(within, on="text"), on=["row", "position"], how="anti")
         strength = [pl.when(field=name).then("strength").otherwise(0.0).max().alias(name) for name in weights]
         doubt = [1.0 - weight * pl.col(name) for name, weight in weights.items()]
-        scored = (
-            hits.group_by("row", "position").agg(strength).with_columns(score=1.0 - reduce(mul, doubt, pl.lit(1.0)))
-        )
+        score = 1.0 - reduce(mul, doubt, pl.lit(1.0))
+        scored = hits.group_by("row", "position").agg(strength).with_columns(score=score)
         return scored.select("row", vocabulary.terms.gather(scored["position"]).alias("term"), "score").to_arrow()
 
     def _read(self, records: pa.Table, names: Iterable[str]) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
