@@ -134,9 +134,7 @@ class Follower:
             answer: News = await self._writer.follow.remote(poll)
             async with self._taking:
                 self._last = max(self._last, answer.since)  # what is before that, every generation holds
-                self._target = max(
-                    self._target, answer.last_write
-                )  # first: what is being loaded waits for these writes
+                self._target = max(self._target, answer.last_write)  # first: what is being loaded waits for these
                 await self._take_writes(answer.records)
                 if self._is_new(answer.version):
                     self._hold(answer.held)
@@ -168,8 +166,7 @@ class Follower:
                 raise
 
     async def _give(self, generation: Generation, opened: Any, records: Sequence[WriteRecord]) -> None:
-        lacking = [record for record in records if record.number > generation.includes_writes]
-        if lacking:
+        if lacking := [record for record in records if record.number > generation.includes_writes]:
             await asyncio.to_thread(self._member.apply, opened, lacking)
 
     def _hold(self, held: Sequence[GenerationRef]) -> None:

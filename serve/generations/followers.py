@@ -11,7 +11,7 @@ from lookalike.serve.generations import news
 from lookalike.serve.generations.news import Poll, Version
 from lookalike.serve.generations.state import GenerationRef
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.wire.errors import RetrievalError
+from lookalike.serve.wire.errors import RetrievalError, refused
 
 SILENT_POLLS = 4
 """A follower that has not polled for this many times ``POLL_S`` is gone."""
@@ -76,10 +76,8 @@ class Followers:
             now = time.monotonic()
             self._drop_silent()
             polls = [status.poll for status in self._status.values()]
-            failed = [poll.failed[ref.key] for poll in polls if ref.key in poll.failed]
-            if failed:
-                code = grpc.StatusCode.FAILED_PRECONDITION
-                raise RetrievalError(code, f"not switched: {failed[0]}; nothing has changed")
+            if failed := [poll.failed[ref.key] for poll in polls if ref.key in poll.failed]:
+                raise refused(f"not switched: {failed[0]}; nothing has changed")
             all_have_polled = now - self._started > news.POLL_S + 1
             if all_have_polled and all(map(ready, self._status.values())):
                 return

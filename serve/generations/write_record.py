@@ -27,11 +27,9 @@ class WriteRecord(NamedTuple):
     @property
     def message(self) -> pb.UpsertRequest | pb.DeleteRequest:
         """The write as it was sent."""
-        if self.kind == WriteKind.UPSERT:
-            upsert: pb.UpsertRequest = pb.UpsertRequest.FromString(self.content)
-            return upsert
-        delete: pb.DeleteRequest = pb.DeleteRequest.FromString(self.content)
-        return delete
+        kind = pb.UpsertRequest if self.kind == WriteKind.UPSERT else pb.DeleteRequest
+        message: pb.UpsertRequest | pb.DeleteRequest = kind.FromString(self.content)
+        return message
 
     @property
     def digest(self) -> bytes:
@@ -52,9 +50,5 @@ def digest_of(content: bytes) -> bytes:
 
 def count_foreign(records: Iterable[WriteRecord], model: str) -> int:
     """Number of rows written with vectors of another model than ``model``."""
-    messages = (record.message for record in records)
-    return sum(
-        len(message.rows)
-        for message in messages
-        if isinstance(message, pb.UpsertRequest) and message.model_fingerprint != model
-    )
+    upserts = (message for record in records if isinstance(message := record.message, pb.UpsertRequest))
+    return sum(len(upsert.rows) for upsert in upserts if upsert.model_fingerprint != model)

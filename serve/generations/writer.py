@@ -27,7 +27,7 @@ from lookalike.serve.generations.write_log import WriteLog
 from lookalike.serve.generations.write_record import WriteKind, count_foreign
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.wire.errors import RetrievalError, invalid
+from lookalike.serve.wire.errors import RetrievalError, invalid, refused
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -82,7 +82,7 @@ class Writer:
         message = pb.UpsertRequest.FromString(content)
         serving = self._state.serving
         if message.model_fingerprint != serving.model_fingerprint:
-            raise _refused(
+            raise refused(
                 f"the vectors are of model {message.model_fingerprint}, the index of {serving.model_fingerprint}"
             )
         for row in message.rows:
@@ -140,15 +140,12 @@ class Writer:
                 if not request.HasField("includes_writes"):
                     includes = await asyncio.to_thread(held_writes, request.index, self._folder)
                 check_includes(request.index, includes, self._log.first, self._state.serving.index)
+                plan, encoder = request.plan or None, request.encoder or "auto"
                 generation = await asyncio.to_thread(
-                    read_generation,
-                    request.index,
-                    request.plan or None,
-                    request.encoder or "auto",
-                    includes_writes=includes,
+                    read_generation, request.index, plan, encoder, includes_writes=includes
                 )
             except (LookalikeError, OSError) as error:
-                raise _refused(f"not switched: {error}") from None
+                raise refused(f"not switched: {error}") from None
             with self._changing_model(generation.meta.model_fingerprint):
                 await self._log.settle()  # no vectors come any more that the check does not see
                 self._check_writes(generation)
@@ -156,9 +153,8 @@ class Writer:
 
     def _check_writes(self, generation: Generation) -> None:
         """Refuse another model while writes with vectors of the old one would be lost to it."""
-        lost = count_foreign(self._log.after(generation.includes_writes), generation.meta.model_fingerprint)
-        if lost:
-            raise _refused(
+        if lost := count_foreign(self._log.after(generation.includes_writes), generation.meta.model_fingerprint):
+            raise refused(
                 f"not switched: {lost} written rows have vectors of another model than index {generation.index}; embed "
                 "them for it and set includes_writes to the last write that it then holds"
             )
@@ -177,7 +173,7 @@ class Writer:
         async with self._moving:
             previous = self._state.find(self._state.previous)
             if previous is None:
-                raise _refused("there is no previous index to roll back to")
+                raise refused("there is no previous index to roll back to")
             return _message(await self._serve(previous, 600))
 
     async def _serve(self, ref: GenerationRef, timeout_s: float) -> GenerationRef:
@@ -222,7 +218,7 @@ class Writer:
             if not records:
                 return _message(serving)
             if foreign := count_foreign(records, serving.model_fingerprint):
-                raise _refused(
+                raise refused(
                     f"not compacted: {foreign} written rows have vectors of another model than the index; serve an "
                     "index of that model"
                 )
@@ -237,7 +233,7 @@ class Writer:
                     f"not compacted in {allowed_s:g} s; nothing has changed, and the next attempt goes on from there",
                 ) from None
             except (LookalikeError, OSError) as error:
-                raise _refused(f"not compacted: {error}") from None
+                raise refused(f"not compacted: {error}") from None
             try:
                 ref = await self._serve(GenerationRef.of(generation), allowed_s)
             except RetrievalError as error:
@@ -259,7 +255,7 @@ class Writer:
             try:
                 return await self._log.backup(target)
             except (LookalikeError, OSError) as error:
-                raise _refused(f"no backup was made: {error}") from None
+                raise refused(f"no backup was made: {error}") from None
 
     async def status(self) -> bytes:
         """A ``StatusResponse``."""
@@ -281,7 +277,3 @@ def _message(ref: GenerationRef) -> bytes:
 
 def _generation(ref: GenerationRef) -> pb.Generation:
     return pb.Generation(**{**ref.model_dump(), "plan": ref.plan or "", "encoder": ref.encoder or ""})
-
-
-def _refused(message: str) -> RetrievalError:
-    return RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)

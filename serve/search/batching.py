@@ -107,10 +107,8 @@ def _fail(batch: Sequence[PendingQuery], error: Exception) -> None:
 
 def split(answer: Answer) -> list[Answer]:
     """The answer to each query, with the entries of its own rows."""
-    hits = [
-        Hits(answer.hits.rows[place : place + 1], answer.hits.scores[place : place + 1])
-        for place in range(len(answer.hits.rows))
-    ]
+    rows, scores = answer.hits
+    hits = [Hits(rows[place : place + 1], scores[place : place + 1]) for place in range(len(rows))]
     return [
         answer._replace(hits=own, entries={row: answer.entries[row] for row in occurring_rows(own).tolist()})
         for own in hits

@@ -24,7 +24,7 @@ from lookalike.serve.wire.ask import Ask
 WRITTEN = 1 << 62
 """Global numbers of written rows begin here: behind all stored ones, in the order in which they were written."""
 ROOM = 256
-"""WrittenRows rows that there is room for at first."""
+"""Written rows that there is room for at first."""
 COPY = 20
 """Dot products with a row that cost as much as copying it."""
 PLACES = 16
@@ -201,15 +201,9 @@ class Delta:
                 return None
             if self._written is None:
                 places = np.fromiter(self._places.values(), np.intp, len(self._places))
-                alive = np.sort(places[places >= 0])
+                alive, numbers = np.sort(places[places >= 0]), self._numbers[: len(self._entries)]
                 self._written = WrittenRows(
-                    self._meta.dims,
-                    alive,
-                    self._numbers[: len(self._entries)],
-                    self._vectors,
-                    self._lengths,
-                    self._entries,
-                    tuple(self._replaced),
+                    self._meta.dims, alive, numbers, self._vectors, self._lengths, self._entries, tuple(self._replaced)
                 )
             return self._written
 

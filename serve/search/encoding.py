@@ -38,7 +38,6 @@ class EncoderWorker(Follows):
         return encoder
 
     def add(self, generation: Generation, opened: Encoder | None) -> None:
-        """Answer for an opened generation from now on."""
         model = generation.meta.model_fingerprint
         if opened is not None:
             self._encoders[model] = opened

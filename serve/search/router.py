@@ -179,7 +179,8 @@ def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") 
     """
     good = {position: outcome for position, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)}
     failed = {position: outcome for position, outcome in enumerate(outcomes) if position not in good}
-    refusals = sorted((error for error in failed.values() if isinstance(error, RetrievalError)), key=_is_not_loaded)
+    refusals = [error for error in failed.values() if isinstance(error, RetrievalError)]
+    refusals.sort(key=lambda error: isinstance(error, NotLoadedError))
     if refusals and not (allow_partial and good):
         raise refusals[0]
     for position, error in failed.items():
@@ -187,10 +188,6 @@ def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") 
     if failed and not (allow_partial and good):
         raise _failure(failed, len(outcomes), who)
     return good
-
-
-def _is_not_loaded(error: Exception) -> bool:
-    return isinstance(error, NotLoadedError)
 
 
 def _failure(failed: dict[int, Exception], num_calls: int, who: str) -> RetrievalError:

@@ -63,7 +63,6 @@ class ShardWorker(Follows):
         return ShardGroup(shards, Delta(generation.meta, shards, self._group, self._num_groups))
 
     def add(self, generation: Generation, opened: ShardGroup) -> None:
-        """Answer for an opened generation from now on."""
         self.generations[generation.name] = opened
 
     def drop(self, name: str) -> None:
@@ -71,7 +70,6 @@ class ShardWorker(Follows):
         self.generations.pop(name, None)
 
     def apply(self, opened: ShardGroup, records: Sequence[WriteRecord]) -> None:
-        """Take in writes that ``opened`` does not hold."""
         opened.delta.apply(records)
 
     async def search(self, ask: Ask | bytes) -> Packed | Answer:
@@ -144,7 +142,6 @@ class RerankWorker(Follows):
         return shards
 
     def add(self, generation: Generation, opened: list[ShardSearcher]) -> None:
-        """Answer for an opened generation from now on."""
         self._generations[generation.name] = opened
 
     def drop(self, name: str) -> None:
