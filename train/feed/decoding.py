@@ -33,7 +33,7 @@ class DecodeActor:
 
     def build(self, plan: BatchPlan) -> dict[str, Any] | LookalikeError:
         """The batch of a plan with arrays in place of tensors: Ray passes arrays on without a copy."""
-        batch = self.builder[plan]
+        batch = self.builder.attempt(plan)
         return batch if isinstance(batch, LookalikeError) else to_arrays(batch)
 
 

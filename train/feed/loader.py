@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.seeds import derive_seed
@@ -51,12 +51,8 @@ class _LoadedRowGroup(NamedTuple):
     columns: DrawColumns | None
 
 
-class BatchBuilder(Dataset[Batch | LookalikeError]):
-    """Makes batches from plans; keeps the last row group of each dataset in memory.
-
-    As a torch dataset its indices are plans, and its items are batches, or the ``LookalikeError`` of a damaged shard:
-    loader processes and Ray would wrap a raised error in traces.
-    """
+class BatchBuilder:
+    """Makes batches from plans; keeps the last row group of each dataset in memory."""
 
     def __init__(
         self,
@@ -93,7 +89,8 @@ class BatchBuilder(Dataset[Batch | LookalikeError]):
             "ids": ids * self.views,
         }
 
-    def __getitem__(self, plan: BatchPlan) -> Batch | LookalikeError:
+    def attempt(self, plan: BatchPlan) -> Batch | LookalikeError:
+        """``build``, with a ``LookalikeError`` returned: loader processes and Ray would wrap a raised one in traces."""
         try:
             return self.build(plan)
         except LookalikeError as error:
@@ -156,7 +153,7 @@ def check_labels(row_group: RowGroup, table: pa.Table, num_classes: Mapping[str,
             )
 
 
-class BatchDataset:
+class BatchDataset(IterableDataset[Batch]):
     """Batches ``start`` .. ``stop`` of a mixture of streams, made in this process.
 
     ``counts``: the pictures of each dataset in a batch.
@@ -199,14 +196,34 @@ class BatchDataset:
         return (self.builder.build(plan) for plan in self.plans())
 
 
+class PlannedBatches(Dataset[Batch | LookalikeError]):
+    """The builder as a torch dataset, whose items are batches and whose indices are plans."""
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self.builder = builder
+
+    def __getitem__(self, plan: BatchPlan) -> Batch | LookalikeError:
+        return self.builder.attempt(plan)
+
+
+class Plans:
+    """The plans of a dataset as a torch sampler, which makes them one by one in the trainer's process."""
+
+    def __init__(self, dataset: BatchDataset) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return self.dataset.plans()
+
+
 def build_loader(dataset: BatchDataset, processes: int) -> Iterable[Batch]:
     """Batches in step order, built in ``processes`` beside this one; 0 builds them here."""
     if processes == 0:
         return dataset
     loader = DataLoader(
-        dataset.builder,
+        PlannedBatches(dataset.builder),
         batch_size=None,
-        sampler=dataset.plans(),  # made one by one, in this process
+        sampler=Plans(dataset),
         num_workers=processes,
         multiprocessing_context="spawn",
         collate_fn=keep_batch,
