@@ -6,9 +6,7 @@ the proxy every caller looks local, so certificates (``client_ca``) and tokens d
 """
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import ssl
 import subprocess
@@ -26,7 +24,13 @@ log = get_logger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CERTIFICATE, KEY, CLIENT_CA = "tls.crt", "tls.key", "ca.crt"
 """File names in HAProxy's folder, the same as in a Kubernetes secret of type kubernetes.io/tls."""
-PR_SET_PDEATHSIG = 1
+END_WITH_PARENT = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Program that becomes a command (after the parent's process id), and ends when its parent is killed. A ``preexec_fn``
+would run between fork and exec, where gRPC's threads are gone."""
 
 
 def check_files(tls: Tls) -> None:
@@ -131,10 +135,7 @@ def proxy(tls: Tls, grpc_port: int) -> Iterator[Proxy]:
             address, number = f"{tls.host}:{listener.getsockname()[1]}", listener.fileno()
             config.write_text(render(folder, bind=f"fd@{number}", backend=backend, mutual=mutual))
             process = subprocess.Popen(
-                command(config),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[number],
-                preexec_fn=_end_with_parent,  # noqa: PLW1509
+                [*_end_with_parent(), *command(config)], stdin=subprocess.DEVNULL, pass_fds=[number]
             )
         with process:
             try:
@@ -166,10 +167,9 @@ def _listen(tls: Tls) -> socket.socket:
         ) from None
 
 
-def _end_with_parent() -> None:
-    """Runs in the child: let HAProxy end even if the service is killed. Linux only; elsewhere ``finally`` must run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with_parent() -> list[str]:
+    """Return what goes before a command on Linux; elsewhere the ``finally`` of ``proxy`` must run."""
+    return [sys.executable, "-I", "-S", "-c", END_WITH_PARENT, str(os.getpid())] if sys.platform == "linux" else []
 
 
 if __name__ == "__main__":
