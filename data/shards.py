@@ -182,7 +182,7 @@ class Classes:
         return pa.table(arrays, schema=_PLACED)
 
     def _bundles(self, listed: list[dict[str, Any]], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """The key [n] that rows share which stay together: the row's, or that of its class or of a cut of its class."""
+        """Sort key [n]: each row's own, its class's, or that of a cut of its class. Rows with one key stay together."""
         together = self.config.together
         if together is None:
             return keys

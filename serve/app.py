@@ -53,7 +53,7 @@ def build(config: ServeConfig) -> serve.Application:
     arms = read_arms(config, generation)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
-        "max_queued_requests": config.max_queued_requests or 1,  # Serve knows no queue of none
+        "max_queued_requests": config.max_queued_requests or 1,  # Serve refuses a queue of size 0
         "max_surge_percent": 100,  # an update starts the new replica first: no request is lost
         "ray_actor_options": {"num_cpus": config.cpus_per_replica},
         "logging_config": LoggingConfig(enable_access_log=False),
@@ -128,7 +128,7 @@ def _writer(shared: dict[str, Any]) -> serve.Deployment:
 
 
 def check_guard(config: ServeConfig) -> None:
-    """Raise ``UsageError`` unless what keeps callers out can be: the files are there and no setting undoes another."""
+    """Raise ``UsageError`` if the access settings contradict each other or their files are missing."""
     if config.loopback_only and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise UsageError(
             "loopback_only=true cannot hold behind HAProxy, where every caller looks local; set "

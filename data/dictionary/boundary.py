@@ -157,7 +157,7 @@ def choose_by_retrieval(
 def _grams(
     dictionary: pa.Table, pools: Pools, mean: NDArray[np.float32], at: NDArray[np.float64], ridge: float
 ) -> NDArray[np.float64]:
-    """W W^T [candidates, D, D], W the regressions to the terms at or above a candidate, each target of variance 1."""
+    """W W^T [candidates, D, D]; W: regressions to the terms at or above a candidate, targets scaled to variance 1."""
     x = pools.vectors.astype(np.float32) - mean
     spread = x.T @ x / len(x)
     inverse = np.linalg.inv(spread + ridge * np.trace(spread) / len(spread) * np.eye(len(spread)))

@@ -150,7 +150,7 @@ def look_alike(pairs: PairDistances, config: DedupConfig) -> NDArray[np.bool_]:
 def rule_margin(pairs: PairDistances, config: DedupConfig) -> NDArray[np.float64]:
     """How far inside the rule each pair lies [p]: at least 0 exactly where :func:`look_alike` holds.
 
-    The slack of a condition is the smaller slack of its two thresholds, the margin is the largest slack of the three
+    The slack of a condition is the smaller of its two thresholds' slacks, the margin is the largest slack of the three
     conditions. Bits and levels are divided by 256, so that one threshold on the margin tightens or loosens hash,
     embedding and colours together.
     """

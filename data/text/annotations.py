@@ -1,4 +1,4 @@
-"""Step 1, annotations: canonical, non-sensitive English terms with a confidence in [0, 1] (Pinterest section 3.2.1).
+"""Annotations: canonical, non-sensitive English terms with a confidence in [0, 1] (Pinterest section 3.2.1).
 
 An annotator (``annotators``) proposes terms and scores them; this module counts the candidates of a part of the corpus
 into a vocabulary, and keeps the annotations that reach the threshold.

@@ -1,4 +1,4 @@
-"""95% intervals that keep a width at the ends too: also where all trials succeeded, or none."""
+"""95% intervals whose width is never zero, even if all trials succeeded, or none."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Named extension points: backbones, losses, annotators, index types, stages.
+"""Named extension points: weights, tasks, trackers, source formats, annotators, term embedders, index types, stages.
 
 Third parties add to one through an entry point of group ``lookalike.<registry name>``.
 """

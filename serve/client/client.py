@@ -58,7 +58,7 @@ OPTIONS = [
 
 
 class _Connection:
-    """What both clients are made of."""
+    """Base of both clients: address, credentials, channel."""
 
     _grpc: Any = grpc
 

@@ -60,7 +60,7 @@ def interleave(
 
 
 def _join(first: pb.SearchInfo, second: pb.SearchInfo) -> pb.SearchInfo:
-    """Control's, with the lower coverage and the longer times: the arms were asked at the same time."""
+    """Control's facts, with the lower coverage and the longer times: the arms were asked at the same time."""
     info = pb.SearchInfo()
     info.CopyFrom(first)
     info.coverage.CopyFrom(min(first.coverage, second.coverage, key=_share))

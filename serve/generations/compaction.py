@@ -3,7 +3,7 @@
 The embeddings that the index was made from, with the written rows in the place of their old ones, are published as an
 ``embeddings`` artifact; then the index's own ``index`` stage runs over them with the old index as ``previous``, so that
 shards without writes are kept, few changes are appended and many rebuild a shard. Both are published in the service's
-folder; what an attempt that was killed has finished, the next finds.
+folder; an attempt continues from what a killed one published.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def _merge(embeddings: Artifact, records: Sequence[WriteRecord], draft: Draft) -
 
 
 def _copy_part(source: str, target: str, touched: pa.Array) -> int:
-    """Give ``target`` the rows of ``source`` whose ids are not ``touched``; how many they are."""
+    """Copy the rows of ``source`` whose ids are not ``touched`` to ``target``; return their number."""
     filesystem, path = storage.arrow_filesystem(source)
     ids = pq.read_table(path, columns=["image_id"], filesystem=filesystem)["image_id"]
     keep = pc.invert(pc.is_in(ids, touched))

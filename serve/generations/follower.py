@@ -133,7 +133,7 @@ class Follower:
             )
             answer: News = await self._writer.follow.remote(poll)
             async with self._taking:
-                self._last = max(self._last, answer.since)  # what is before that, every generation holds
+                self._last = max(self._last, answer.since)  # every generation holds the writes before it
                 self._target = max(self._target, answer.last_write)  # first: what is being loaded waits for these
                 await self._take_writes(answer.records)
                 if self._is_new(answer.version):
@@ -145,7 +145,7 @@ class Follower:
                 return answer.current
 
     def _is_new(self, version: Version) -> bool:
-        """Whether a newer answer has not overtaken this one; the first of another writer is new whatever its clock."""
+        """Whether this answer is the newest so far; the first answer of another writer always is."""
         if version.writer == self._version.writer:
             return version >= self._version
         if version.writer in self._past:
@@ -161,7 +161,7 @@ class Follower:
             try:
                 for generation, opened in list(self._opened.values()):
                     await self._give(generation, opened, records)
-            except Exception:  # the next poll asks for them again; who has them already skips them
+            except Exception:  # the next poll asks for them again; members that have them skip them
                 self._records, self._last = before
                 raise
 

@@ -1,6 +1,4 @@
-"""Removes what compactions made and no index that is served needs any more: else each would take its place on the disk
-for good.
-"""
+"""Removes results of compactions that no served index needs, so that they do not fill the disk."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +17,7 @@ def prune(folder: str, held: Sequence[str], keep_s: float) -> list[str]:
     """Remove the indexes and embeddings that compactions published in the service's ``folder`` more than ``keep_s``
     seconds ago, but for the indexes ``held`` (URIs) and the embeddings that these were made from; what was removed.
 
-    Files that others share by hard links stay theirs. One that was removed in part does not open.
+    Files that others share by hard links stay theirs. An artifact that was only partly removed does not open.
     """
     needed, oldest, removed = set(map(_mark, needed_by(held))), time.time() - keep_s, []
     for kind in ("index", "embeddings"):

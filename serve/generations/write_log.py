@@ -87,11 +87,11 @@ class WriteLog:
         return self._records[self._place(number) : end]
 
     def num_rows_after(self, number: int) -> int:
-        """Rows that those writes store or delete."""
+        """Rows that the writes after that number store or delete."""
         return sum(self._rows[self._place(number) :])
 
     def news_after(self, number: int) -> list[WriteRecord]:
-        """As many of those writes as one answer to a follower holds."""
+        """The first writes after that number, up to the size of one answer to a follower."""
         records, size = [], 0
         for record in self._records[self._place(number) :]:
             records.append(record)
@@ -104,7 +104,7 @@ class WriteLog:
         return bisect.bisect_right(self._records, number, key=lambda record: record.number)
 
     async def remember(self, after: int) -> None:
-        """Have the writes after that one in memory."""
+        """Load the writes after that number into memory."""
         if after < self.since:
             records = await self._run(self._database.read, after)
             older = [record for record in records if record.number <= self.since]

@@ -147,7 +147,7 @@ class Writer:
             except (LookalikeError, OSError) as error:
                 raise refused(f"not switched: {error}") from None
             with self._changing_model(generation.meta.model_fingerprint):
-                await self._log.settle()  # no vectors come any more that the check does not see
+                await self._log.settle()  # no write with vectors can arrive after the check
                 self._check_writes(generation)
                 return _message(await self._serve(GenerationRef.of(generation), request.timeout_s or 600))
 
@@ -161,7 +161,7 @@ class Writer:
 
     @contextmanager
     def _changing_model(self, model: str) -> Iterator[None]:
-        """Take no vectors while an index of another model than theirs is being loaded."""
+        """Refuse vectors while an index of a different model is being loaded."""
         self._is_changing_model = model != self._state.serving.model_fingerprint
         try:
             yield
@@ -251,7 +251,7 @@ class Writer:
 
     async def backup(self, target: str) -> int:
         """Copy the writes and the state to the new file ``target``; return the number of the last write in it."""
-        async with self._moving:  # no index is being built that the copy would not know
+        async with self._moving:  # no compaction runs during the copy
             try:
                 return await self._log.backup(target)
             except (LookalikeError, OSError) as error:

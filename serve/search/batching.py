@@ -34,7 +34,7 @@ class BatchedShard:
     def __init__(self, search_shard: Callable[[Ask], Awaitable[Packed | Answer]], settings: Batching) -> None:
         self._search_shard, self._settings = search_shard, settings
         self._gathered: dict[Hashable, list[PendingQuery]] = {}
-        """Queries not sent yet by the kind of their ask, the kind that has waited longest first."""
+        """Kind of ask -> its queries not yet sent; the kind that has waited longest comes first."""
         self._sent: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 

@@ -1,4 +1,4 @@
-"""The access log: one JSON line a request, in files that turn over. For counting and for experiments, not for replay.
+"""The access log: one JSON line per request, in files that turn over. For counting and for experiments, not for replay.
 
 A line holds what was asked for and how it went, never a payload: no vectors, images, query ids, tokens or messages.
 Sessions and hits appear for requests of an experiment only, as hashes (``hash_text``): sessions because they are the

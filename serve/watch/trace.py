@@ -54,7 +54,7 @@ class Timing:
 
 @dataclass(kw_only=True)
 class Trace(Timing):
-    """One request. Payload is held no longer than the request, and a recall sample of it, last."""
+    """One request. Its payload is dropped when the request, and any recall sample of it, has ended."""
 
     method: str
     request_id: str = field(default_factory=lambda: secrets.token_hex(12))

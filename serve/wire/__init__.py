@@ -1,1 +1,1 @@
-"""Messages to checked values and back, and the one error of the service. The client imports ``errors`` alone."""
+"""Messages to checked values and back, and the service's error. The client imports the modules without pydantic."""

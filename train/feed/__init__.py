@@ -1,1 +1,1 @@
-"""From training shards to batches: draws, streams, decoding, loader. Knows no model."""
+"""From training shards to batches: draws, streams, decoding, loader. Knows no model. May import ``tasks``."""

@@ -1,1 +1,1 @@
-"""Encoders as artifacts and beyond: the ``encoder`` stage, model cards, export, ONNX."""
+"""Encoders as artifacts and beyond: the ``encoder`` stage, model cards, export, ONNX. May import ``feed``."""

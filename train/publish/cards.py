@@ -150,7 +150,7 @@ def _sizes(encoder: EncoderConfig) -> str:
 
 
 def _figures(figures: Rows) -> list[str]:
-    """A table a task: dims down, metrics across."""
+    """One table per task: dims down, metrics across."""
     parts = ["## Figures"] if figures else []
     for task in dict.fromkeys(row["task"] for row in figures):
         rows = sorted((row for row in figures if row["task"] == task), key=lambda row: int(row["dim"]))

@@ -1,1 +1,1 @@
-"""One training: settings, optimizer, loop, checkpoints, curves, Ray Train. May import every room but ``publish``."""
+"""One training: settings, optimizer, loop, checkpoints, Ray Train. May import ``tasks``, ``feed``, ``losses``."""

@@ -113,7 +113,7 @@ class StepMemory:
 
     parameters: int
     gradients: int
-    """Those of parameters that train."""
+    """Gradients of the trained parameters."""
     buckets: int
     """DDP's copy of the gradients, with more than one worker."""
     optimizer: int
@@ -235,7 +235,7 @@ def _activations(
 
 
 def storage_number(storage: torch.UntypedStorage) -> int:
-    """A number that a storage has for itself as long as it lives."""
+    """A number that identifies a storage while it lives."""
     return int(storage._cdata)  # noqa: SLF001  # a fake tensor's storage has no address
 
 

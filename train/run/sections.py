@@ -195,7 +195,7 @@ class WorkersConfig(Config):
     num: int = Field(2, ge=1)
     """DDP processes, each with a data stream of its own; the number shapes batches, so it belongs to the result."""
     min: int | None = runtime(None, ge=1)
-    """Carry on with as few workers when nodes are lost, the streams shared out among those left: the same batches,
+    """Fewest workers to carry on with when nodes are lost; the remaining ones share the streams: the same batches,
     summed in another order. None waits for all ``num``."""
     use_gpu: bool = runtime(False)
     """A GPU for each worker."""

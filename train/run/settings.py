@@ -68,7 +68,7 @@ class TrainConfig(StageConfig):
         if self.dims is not None:
             check_dims(self.dims, max(self.dims, default=1))
         if self.embedding_dim is not None:
-            self.resolve_dims(self.embedding_dim)  # dims that cannot be are refused before anything runs
+            self.resolve_dims(self.embedding_dim)  # impossible dims are refused before anything runs
         num_dims = len(self.dims or (1,))
         if self.nested_weights is not None and len(self.nested_weights) != num_dims:
             raise ValueError(f"nested_weights has {len(self.nested_weights)} values for {num_dims} dims; give one each")

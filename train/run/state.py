@@ -32,7 +32,7 @@ class Training:
     curve: Curve
     step: int = 0
     worlds: list[list[int]] = field(default_factory=list)
-    """[step, workers]: from that step on so many workers trained; one entry per change."""
+    """[step, workers]: number of workers that trained from that step on; one entry per change."""
 
     @classmethod
     def begin(cls, model: MultiTaskModel, config: TrainConfig, total_steps: int) -> "Training":

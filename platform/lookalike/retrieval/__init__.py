@@ -1,1 +1,1 @@
-"""Adaptive retrieval: prefix store, shortlist, re-rank, funnel, planner and metrics. faiss is used in here only."""
+"""Adaptive retrieval: prefix store, shortlist, re-rank, funnel, planner, metrics. Besides it only ``data`` uses faiss."""

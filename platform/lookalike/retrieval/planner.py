@@ -41,7 +41,7 @@ class PlanSample(NamedTuple):
     own_rows: Rows
     """The global row that each query is indexed as [n], left out of its answer; -1 if it is not indexed."""
     seed: int
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
     exact: Hits
 
     @property
