@@ -1,1 +1,1 @@
-"""Adaptive retrieval: prefix store, shortlist, re-rank, funnel, planner, metrics. Beside it only ``data`` uses faiss."""
+"""Adaptive retrieval: prefix store, shortlist, re-rank, funnel, planner, metrics. Beside it ``data`` uses faiss."""
