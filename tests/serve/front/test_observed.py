@@ -124,40 +124,28 @@ def test_streams_are_logged_by_their_batches(served: Served, world: "World") -> 
     assert ids == {line["request_id"] for line in lines if line["method"] == "SearchStream" and line["code"] == "OK"}
 
 
-def read_metrics(wanted: set[str]) -> dict[str, list[str]]:
-    """Lines of Ray's own Prometheus endpoint by metric, once the ``wanted`` ones are there."""
+def wait_for_metric(name: str, *labels: str) -> None:
+    """Return once Ray's own Prometheus endpoint has the metric with these labels; replicas report every ten seconds."""
     import ray
 
     address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    found: dict[str, list[str]] = {}
+    lines: list[str] = []
     for _ in range(120):
         with urllib.request.urlopen(address, timeout=10) as reply:
-            lines = [line for line in reply.read().decode().splitlines() if line.startswith("ray_lookalike_")]
-        found = {}
-        for line in lines:
-            found.setdefault(line.partition("{")[0].removeprefix("ray_"), []).append(line)
-        if wanted <= set(found):
-            break
+            lines = [line for line in reply.read().decode().splitlines() if line.startswith(f"ray_{name}{{")]
+        if any(all(label in line for label in labels) for line in lines):
+            return
         time.sleep(0.5)
-    return found
+    pytest.fail(f"no {name} with {labels}, only {lines}")
 
 
 def test_metrics_of_arms_and_recall_reach_prometheus(served: Served, world: "World") -> None:
     for number in range(10):
         served.client.search(vector=world.vectors["img-007"], k=5, session=f"s{number}")
-    found = read_metrics(
-        {
-            "lookalike_recall",
-            "lookalike_recall_low",
-            "lookalike_recall_high",
-            "lookalike_arm_requests_total",
-            "lookalike_arm_duration_seconds_count",
-        }
-    )
     for name in ("lookalike_recall", "lookalike_recall_low", "lookalike_recall_high"):
-        assert any('arm="a"' in line and 'generation="11111' in line for line in found[name]), found
-    assert any('arm="half"' in line and 'code="OK"' in line for line in found["lookalike_arm_requests_total"])
-    assert found["lookalike_arm_duration_seconds_count"]
+        wait_for_metric(name, 'arm="a"', 'generation="11111')
+    wait_for_metric("lookalike_arm_requests_total", 'arm="half"', 'code="OK"')
+    wait_for_metric("lookalike_arm_duration_seconds_count")
 
 
 def test_what_waits_is_written_when_the_service_stops(served: Served) -> None:
