@@ -18,7 +18,7 @@ MAX_ATTEMPTS = 5
 PAUSE_S = 0.05
 """Pause after the first lost attempt, in seconds; it doubles each time."""
 _DEAD = re.compile(
-    r"actor (died|is dead|is unavailable)|ActorDiedError|ActorUnavailableError|node (died|has died)|"
+    r"actor( \w+)? (died|is dead|is unavailable)|ActorDiedError|ActorUnavailableError|node (died|has died)|"
     r"worker (died|crashed)",
     re.IGNORECASE,
 )

@@ -67,6 +67,7 @@ def served(servicer: Flaky) -> Iterator[str]:
 
 
 DIED = (grpc.StatusCode.INTERNAL, "The actor died unexpectedly before finishing this task.")
+RESET = (grpc.StatusCode.INTERNAL, "The actor 3c42c5e04b18 is unavailable: RPC error: recvmsg:Connection reset by peer")
 SHED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "64 requests wait; retry after 30 ms")
 
 
@@ -74,6 +75,7 @@ SHED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "64 requests wait; retry after 30 ms
     ("failures", "trouble", "calls", "code"),
     [
         (2, DIED, 3, None),
+        (2, RESET, 3, None),
         (9, DIED, 5, grpc.StatusCode.UNAVAILABLE),
         (2, SHED, 3, None),
         (9, SHED, 5, grpc.StatusCode.RESOURCE_EXHAUSTED),
