@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from lookalike.arguments import check_seconds, check_text, names_checked
 from lookalike.config import parse_config
 from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
@@ -22,9 +23,14 @@ class LocalClient(Client):
     ``timeout_s`` bounds a call where only the index is given; a configuration has its own.
     """
 
+    @names_checked
     def __init__(self, index: str | ServeConfig, *, timeout_s: float = 30.0) -> None:
-        settings = {"index": index, "timeout_s": timeout_s}
-        config = index if isinstance(index, ServeConfig) else parse_config(ServeConfig, settings, "local")
+        if isinstance(index, ServeConfig):
+            config = index
+        else:
+            uri = check_text("index", index, "give the URI of an index as str, or a ServeConfig")
+            settings = {"index": uri, "timeout_s": check_seconds("timeout_s", timeout_s)}
+            config = parse_config(ServeConfig, settings, "local")
         generation = read_service(config)
         self.address, self.timeout_s = config.index, timeout_s
         self._loop = asyncio.new_event_loop()
@@ -32,9 +38,11 @@ class LocalClient(Client):
         self._thread.start()
         self.service = self._run(_open_service(config, generation))
 
+    @names_checked
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return at once: it is ready."""
 
+    @names_checked
     def close(self) -> None:
         """End the thread that answers."""
         self.service.observer.close()

@@ -1,10 +1,13 @@
 """``lookalike``: a verb for each stage, and commands over recipes, artifacts and services.
 
 This module knows stages and commands only by dotted name and imports them when their verb is called, so ``--help``
-answers at once. Exit codes: 0 done, 1 failed, 2 wrong input, 3 artifact missing or damaged, 130 interrupted.
+answers at once. Exit codes: 0 done, 1 failed, 2 wrong input, 3 artifact missing or damaged, 130 interrupted, 141 nobody
+reads the output.
 """
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -49,6 +52,45 @@ EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     args = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: ids may hold what a terminal cannot show
+    try:
+        try:
+            return _run(args)
+        finally:  # what argparse prints as well, before Python ends and can only complain
+            _flush()
+    except OSError:
+        if (failure := _drop_output()) is None:
+            raise
+        if isinstance(failure, BrokenPipeError):  # `lookalike show URI | head`
+            return 141
+        print(f"lookalike: the output cannot be written ({failure.strerror}); send it elsewhere", file=sys.stderr)
+        return 1
+
+
+def _flush() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+
+
+def _drop_output() -> OSError | None:
+    """Send what stdout and stderr cannot write to nowhere, and return the reason; None if both can write.
+
+    They are tried with a line feed: after a failed ``print`` the buffer may be empty.
+    """
+    failure = None
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            print(file=stream, flush=True)
+        except OSError as error:
+            failure = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return failure
+
+
+def _run(args: list[str]) -> int:
     try:
         return _dispatch(args)
     except LookalikeError as error:

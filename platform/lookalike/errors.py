@@ -16,6 +16,10 @@ class UsageError(LookalikeError, ValueError):
     exit_code = 2
 
 
+class ArgumentError(UsageError, TypeError):
+    """An argument of a call has the wrong type, or a name that the call does not know; nothing was done."""
+
+
 class ArtifactError(LookalikeError):
     """An artifact is missing, damaged, newer than this code, or of the wrong kind."""
 

@@ -1,17 +1,16 @@
 """The clients. Imports grpcio, protobuf, numpy, ``proto`` and the plain modules of ``wire``, nothing else."""
 
+from lookalike.errors import ArgumentError
 from lookalike.serve.client.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, AsyncClient, Client
 from lookalike.serve.client.credentials import ClientTls
+from lookalike.serve.client.requests import Query, SearchSettings, StoredRow
 from lookalike.serve.client.results import (
     Description,
     Embeddings,
     Hit,
-    Query,
     SearchInfo,
     SearchPlan,
     SearchResult,
-    SearchSettings,
-    StoredRow,
 )
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.serve.wire.plans import PlanLike
@@ -19,6 +18,7 @@ from lookalike.serve.wire.plans import PlanLike
 __all__ = [
     "DEFAULT_ADDRESS",
     "MAX_MESSAGE_BYTES",
+    "ArgumentError",
     "AsyncClient",
     "Client",
     "ClientTls",

@@ -10,6 +10,7 @@ import time
 
 import grpc
 
+from lookalike.arguments import check_seconds
 from lookalike.serve.wire.backoff import backoff_s
 from lookalike.serve.wire.errors import RetrievalError
 
@@ -40,7 +41,7 @@ class Attempts:
     """The attempts of one call, which may take ``timeout_s`` seconds in all."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._deadline, self._num_failed = time.monotonic() + timeout_s, 0
+        self._deadline, self._num_failed = time.monotonic() + check_seconds("timeout_s", timeout_s), 0
 
     @property
     def left_s(self) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 import grpc
 
-from lookalike.errors import UsageError
+from lookalike.arguments import check_text, show
+from lookalike.errors import ArgumentError, UsageError
 
 TOKEN_VARIABLE = "LOOKALIKE_TOKEN"
 PathLike = str | Path
@@ -43,21 +44,33 @@ def _read(path: PathLike | None) -> bytes | None:
         return None
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a PEM file") from None
+    except (OSError, TypeError, ValueError) as error:
+        if "-----BEGIN" in str(path):
+            raise UsageError("the content of a PEM file was given; give its path") from None
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UsageError(f"{show(path)} cannot be read ({reason}); give the path of a PEM file") from None
 
 
 def open_channel(grpc_module: Any, address: str, tls: ClientTls | None, options: Sequence[tuple[str, Any]]) -> Any:
     """Open a channel of ``grpc`` or ``grpc.aio``, encrypted if ``tls`` is given."""
+    if tls is not None and not isinstance(tls, ClientTls):
+        raise ArgumentError(f"tls is {show(tls)}; give a ClientTls, or leave it out for plain text")
     if tls is None:
         return grpc_module.insecure_channel(address, options=options)
     return grpc_module.secure_channel(address, tls.credentials(), options=[*options, *tls.options()])
 
 
 def call_metadata(application: str, token: str | None) -> tuple[tuple[str, str], ...]:
-    """Return the metadata of every call; raises ``UsageError`` for a token that does not fit into a header."""
+    """Return the metadata of every call; raises ``UsageError`` for a name or token that does not fit into a header."""
+    if not check_text("application", application).isascii() or not application.isprintable():
+        raise UsageError(
+            f"application={show(application)} holds more than printable ASCII, which a header cannot carry; give the "
+            "name of the Serve application"
+        )
     pairs = [("application", application)] if application else []
     if token is not None:
+        if not isinstance(token, str):
+            raise ArgumentError(f"the token is {show(token)}; give a str")
         if not token or not token.isascii() or not token.isprintable() or " " in token:
             raise UsageError(
                 f"the token ({len(token)} characters) is empty or holds more than visible ASCII; give the "

@@ -1,20 +1,15 @@
-"""What the clients take and return, converted to and from messages. Needs only grpcio, protobuf and numpy."""
+"""What the clients return, converted from messages. Needs only grpcio, protobuf and numpy."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.wire.errors import CODES, RetrievalError, invalid
-from lookalike.serve.wire.plans import PlanLike, to_plan
-
-FloatArray = npt.NDArray[np.floating[Any]]
-Query = bytes | str | FloatArray
-"""An encoded image (bytes), the id of a stored image (str) or a vector (1-d array)."""
+from lookalike.serve.wire.errors import CODES, RetrievalError
 
 
 @dataclass(frozen=True)
@@ -105,84 +100,6 @@ class Description:
     limits: Mapping[str, int]
     columns: tuple[str, ...] = ()
     """Stored columns that ``where`` may name."""
-
-
-class SearchSettings(TypedDict, total=False):
-    """Keyword arguments of every search."""
-
-    k: int
-    """Number of hits; 10 by default."""
-    plan: PlanLike | None
-    """Replaces the service's plan."""
-    min_recall: float | None
-    """Instead of ``plan``: take the cheapest plan with at least this measured recall."""
-    where: Mapping[str, Sequence[str]] | None
-    """Column -> allowed values; a hit meets all conditions."""
-    timeout_ms: int
-    """Time limit of the work in the service, in milliseconds."""
-    model_fingerprint: str
-    """The model that made the vectors; the service refuses vectors of another model."""
-    allow_partial: bool
-    """Accept an answer from the reachable shards alone, with ``coverage`` below 1."""
-    session: str
-    """Any stable string that identifies the searcher; in an experiment it decides the arm."""
-
-
-def to_query(query: Query) -> pb.Query:
-    """Return the message of one query; ``ValueError`` unless a vector has one dimension."""
-    if isinstance(query, bytes):
-        return pb.Query(image=query)
-    if isinstance(query, str):
-        return pb.Query(image_id=query)
-    vector = np.asarray(query)
-    if vector.ndim != 1:
-        raise ValueError(f"a vector query has one dimension, this has shape {vector.shape}; use search_batch for many")
-    return pb.Query(vector=vector.astype("<f4").tobytes())
-
-
-def to_options(settings: SearchSettings) -> pb.SearchOptions:
-    """Return the message of ``settings``; INVALID_ARGUMENT for numbers that the wire cannot carry."""
-    k, timeout_ms, plan = settings.get("k", 10), settings.get("timeout_ms", 0), settings.get("plan")
-    if k < 1:  # unsigned on the wire, as is timeout_ms
-        raise invalid(f"k={k} is less than 1; ask for 1 or more")
-    if timeout_ms < 0:
-        raise invalid(f"timeout_ms={timeout_ms} is negative; give milliseconds, or 0 for the service's own limit")
-    filters = [pb.Filter(column=column, values=values) for column, values in (settings.get("where") or {}).items()]
-    rest: Any = {name: settings.get(name) for name in ("model_fingerprint", "allow_partial", "min_recall", "session")}
-    plan_message = None if plan is None else to_plan(plan)
-    return pb.SearchOptions(k=k, plan=plan_message, timeout_ms=timeout_ms, filters=filters, **rest)
-
-
-def to_batch(queries: Sequence[Query] | FloatArray, settings: SearchSettings) -> pb.SearchBatchRequest:
-    """Return the message of many queries with the same settings."""
-    return pb.SearchBatchRequest(queries=[to_query(query) for query in queries], options=to_options(settings))
-
-
-@dataclass(frozen=True)
-class StoredRow:
-    """A row to store: an id, an encoded image or a vector, and columns by name."""
-
-    id: str
-    content: bytes | FloatArray
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def to_upsert(rows: Iterable[StoredRow], model_fingerprint: str) -> pb.UpsertRequest:
-    """Return the message that stores ``rows``."""
-    sent = []
-    for row in rows:
-        content = row.content
-        kind = {"image": content} if isinstance(content, bytes) else {"vector": np.asarray(content, "<f4").tobytes()}
-        sent.append(pb.Row(id=row.id, metadata=row.metadata, **kind))
-    return pb.UpsertRequest(rows=sent, model_fingerprint=model_fingerprint)
-
-
-def one_of(image: bytes | None, vector: FloatArray | None, image_id: str | None) -> Query:
-    """Return the one query that is not None; ``ValueError`` unless there is exactly one."""
-    queries = [query for query in (image, vector, image_id) if query is not None]
-    if len(queries) != 1:
-        raise ValueError(f"{len(queries)} queries given; pass exactly one of image=, vector= and image_id=")
-    return queries[0]
 
 
 def from_response(reply: pb.SearchResponse) -> SearchResult:

@@ -79,22 +79,33 @@ def run(client: Client, options: argparse.Namespace) -> str:
 
 def read_rows(pairs: Sequence[str], columns: Sequence[str]) -> list[StoredRow]:
     """Rows of the ``ID=FILE`` arguments, each with the columns of the ``NAME=VALUE`` arguments."""
-    metadata = dict(_split(text, "NAME=VALUE, as in view=icon") for text in columns)
-    rows = []
-    for text in pairs:
-        image_id, path = _split(text, "ID=FILE, as in chair-7=chair.jpg")
-        try:
-            rows.append(StoredRow(image_id, Path(path).read_bytes(), metadata))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from None
-    return rows
+    metadata: dict[str, str] = {}
+    for text in columns:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--column {text!r} is no NAME=VALUE, as in view=icon")
+        if name in metadata:
+            raise UsageError(f"--column {name!r} is given twice; a row has one value in a column")
+        metadata[name] = value
+    return [StoredRow(image_id, content, metadata) for image_id, content in map(_read_row, pairs)]
 
 
-def _split(text: str, form: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise UsageError(f"{text!r} is no {form}")
-    return name, value
+def _read_row(pair: str) -> tuple[str, bytes]:
+    """Id and content of an ``ID=FILE``: either may hold more ``=``, so the file that exists decides."""
+    splits = [(pair[:place], pair[place + 1 :]) for place, sign in enumerate(pair) if sign == "="]
+    splits = [(image_id, path) for image_id, path in splits if image_id and path]
+    if not splits:
+        raise UsageError(f"{pair!r} is no ID=FILE, as in chair-7=chair.jpg")
+    found = [split for split in splits if Path(split[1]).exists()]
+    if len(found) > 1:
+        paths = " or ".join(repr(path) for _, path in found)
+        raise UsageError(f"{pair!r} may name the file {paths}; give the file another name, or a path with a slash")
+    image_id, path = found[0] if found else splits[0]
+    try:
+        return image_id, Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path!r} cannot be read ({reason}); give the path of an image file") from None
 
 
 def render_status(status: pb.StatusResponse) -> str:

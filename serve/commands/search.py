@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import grpc
 import numpy as np
@@ -76,10 +77,12 @@ def _read_query(options: argparse.Namespace) -> dict[str, Any]:
         if options.image is not None:
             return {"image": path.read_bytes()}
         vector = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, BadZipFile) as error:
+        raise UsageError(f"{path} is not a .npy file of numbers ({error}); write one with numpy.save") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a file") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not a .npy file of numbers ({error}); write one with numpy.save") from None
+    if not isinstance(vector, np.ndarray):
+        raise UsageError(f"{path} holds several arrays (.npz); write one vector with numpy.save")
     if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.floating):
         raise UsageError(f"{path} holds {vector.dtype} of shape {vector.shape}; one vector of floats is needed")
     return {"vector": vector}

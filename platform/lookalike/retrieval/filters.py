@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lookalike.errors import UsageError
+from lookalike.arguments import check_text, list_texts, show
+from lookalike.errors import ArgumentError, UsageError
 from lookalike.retrieval.ranking import Mask, Rows
 
 Conditions = Mapping[str, Sequence[str]]
-"""{column: [values]}: rows whose value is in the list, for every column named."""
+"""{column: [values]}: rows whose value is in the list, for every column named; ``check_filter`` makes them."""
 RowFilter = Conditions | Mask
 """Conditions over metadata columns, or one bool per row."""
 Key = tuple[tuple[str, tuple[str, ...]], ...]
@@ -62,6 +63,22 @@ class Allowed:
     def selector(self) -> faiss.IDSelector:
         """The same rows for faiss."""
         return faiss.IDSelectorBitmap(self.bits)  # type: ignore[call-arg,arg-type]  # faiss's stubs have the C++ form
+
+
+def check_filter(rows: RowFilter | None) -> RowFilter | None:
+    """Return a caller's filter with lists of values; a bare str is the one value of its column."""
+    if rows is None or isinstance(rows, np.ndarray):
+        return rows
+    if not isinstance(rows, Mapping):
+        raise ArgumentError(
+            f"the row filter is {show(rows)}; give conditions such as {{'view': ['icon']}}, or an array of bool"
+        )
+    return {
+        check_text("a column of the filter", column): list_texts(
+            f"the filter's {show(column)}", values, "a str or a list of str"
+        )
+        for column, values in rows.items()
+    }
 
 
 def check_mask(mask: Mask, num_rows: int) -> Mask:

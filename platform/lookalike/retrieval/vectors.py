@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lookalike import arguments
 from lookalike.errors import UsageError
 from lookalike.retrieval.ranking import Floats
 
@@ -13,11 +14,15 @@ from lookalike.retrieval.ranking import Floats
 def check_queries(queries: npt.ArrayLike, dim: int) -> Floats:
     """``queries`` as contiguous float32 [n, dim]; a single vector counts as n = 1.
 
-    Raises ``UsageError`` for another size, numbers that are not finite, or a vector of zeros.
+    Raises ``ArgumentError`` for what is no array of numbers, ``UsageError`` for another size, numbers that are not
+    finite, or a vector of zeros.
     """
-    array = queries if isinstance(queries, np.ndarray) else np.asarray(queries, dtype=np.float32)
-    if array.dtype != np.float32 or array.ndim != 2 or not array.flags.c_contiguous:
-        array = np.ascontiguousarray(np.atleast_2d(np.asarray(array, dtype=np.float32)))
+    if isinstance(queries, np.ndarray) and queries.dtype == np.float32 and not hasattr(queries, "mask"):
+        array: Floats = queries
+    else:
+        array = arguments.to_float32("queries", arguments.check_array("queries", queries))
+    if array.ndim != 2 or not array.flags.c_contiguous:
+        array = np.ascontiguousarray(np.atleast_2d(array))
     if array.ndim != 2 or array.shape[1] != dim:
         raise UsageError(f"query of shape {np.shape(queries)}: this index takes vectors of {dim} numbers")
     if len(array) == 1:  # the fast way: a single query notices every microsecond
