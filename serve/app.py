@@ -19,6 +19,7 @@ from lookalike.cluster import ensure_ray
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.serve.experiment.assignment import own_generations, read_arms
 from lookalike.serve.front.ingress import SERVICERS, Ingress
+from lookalike.serve.front.overload import IMAGE_SHARE
 from lookalike.serve.front.tenants import read_tenants
 from lookalike.serve.front.tls import LOOPBACK, check_files
 from lookalike.serve.generations.generation import Generation, read_generation
@@ -116,7 +117,8 @@ def replica_options(
 
 def ingress_bounds(config: ServeConfig) -> dict[str, int]:
     """Serve's own bound for the ingress, above that of ``overload.py``, which tells callers when to come back."""
-    bound = config.max_ongoing_requests + config.max_queued_requests + UNADMITTED
+    bound = config.max_ongoing_requests + config.max_queued_requests
+    bound += bound // IMAGE_SHARE + UNADMITTED
     return {"max_ongoing_requests": 100_000 if config.max_queued_requests < 0 else bound}
 
 

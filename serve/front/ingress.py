@@ -1,7 +1,6 @@
 """The gRPC ingress deployment: methods named like the RPCs; callers, slots and status codes around ``Service``."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from lookalike.serve.experiment.assignment import Arm, own_generations
 from lookalike.serve.front.fused import open_workers
 from lookalike.serve.front.gate import Caller, Gate
-from lookalike.serve.front.overload import ADMITTED, allowed_ms
 from lookalike.serve.front.service import RPCS, Service
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
@@ -67,7 +65,8 @@ class Ingress(Follows):
             self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
         else:
             batching = config.batching if config.batching.enabled else None
-            router = Router(*workers, retries=config.retries, batching=batching)
+            decode_s = config.limits.max_decode_s
+            router = Router(*workers, retries=config.retries, batching=batching, decode_s=decode_s)
         self.service = Service(config, generation, router, writer, arms)
         self._observer = self.service.observer
         self._gate = Gate(config)
@@ -110,7 +109,7 @@ class Ingress(Follows):
                 caller = self._identify(rpc, context)
                 trace.tenant = caller.name
                 with caller.request(rpc, request):
-                    async with self.service.admission.slot(allowed_ms(request)) if rpc in ADMITTED else nullcontext():
+                    async with self.service.slot(rpc, request, caller.name):
                         return await RPCS[rpc](self.service, request, trace)
         except Exception as error:  # noqa: BLE001
             raise tell(context, as_retrieval_error(error)) from None

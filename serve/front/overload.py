@@ -15,15 +15,18 @@ from typing import Any
 import grpc
 
 from lookalike.retrieval.plan import Plan
+from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.load import Degrade
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.serve.wire.requests import ServicePlans
 
-ADMITTED = frozenset({"Search", "SearchBatch", "Embed", "Upsert", "Delete"})
+ADMITTED = frozenset({"Search", "SearchBatch", "SearchStream", "Embed", "Upsert", "Delete"})
 """Methods that need a slot. The others (Describe, health, administration) are few and must work under load."""
 SMOOTHING = 0.1
 """Weight of the newest request in the moving average of request time."""
 FIRST_MEAN_S = 0.02
+IMAGE_SHARE = 4
+"""Slots of a replica, and places of its queue, for each one that requests with images have."""
 
 
 class ShedError(RetrievalError):
@@ -88,6 +91,40 @@ class Admission:
             self.waiting -= 1
 
 
+class ImageAdmission:
+    """Slots for requests with images: a quarter of the replica's, beside the others, so that searches never wait here.
+
+    A tenant may hold half of them and fill half of the queue; without tenants all callers count as one.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._own, self._timeout_s, self._held = dict[str, Admission](), config.timeout_s, 0
+        self._num = max(1, config.max_ongoing_requests // IMAGE_SHARE)
+        self._queue = config.max_queued_requests // IMAGE_SHARE
+        self._all = Admission(self._num, -1, config.timeout_s)
+
+    @asynccontextmanager
+    async def slot(self, tenant: str, timeout_ms: int = 0, *, patient: bool = False) -> AsyncIterator[None]:
+        """Hold a slot of ``tenant`` while the block runs; raises as ``Admission.slot`` does."""
+        own = self._own.setdefault(tenant, self._admission_of(tenant))
+        if not patient and 0 <= self._queue <= self._held - self._num:
+            raise ShedError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._held} requests with images are worked on or wait; retry after {own.retry_after_ms} ms",
+            )
+        self._held += 1
+        try:
+            async with own.slot(timeout_ms, patient=patient), self._all.slot(timeout_ms, patient=True):
+                yield
+        finally:
+            self._held -= 1
+
+    def _admission_of(self, tenant: str) -> Admission:
+        if not tenant:
+            return Admission(self._num, self._queue, self._timeout_s)
+        return Admission(max(1, self._num // 2), self._queue // 2, self._timeout_s)
+
+
 class Ladder:
     """Chooses the plan for the load: a cheaper one as soon as it rises, a better one once it has clearly fallen."""
 
@@ -118,6 +155,17 @@ def find_rungs(plans: ServicePlans, min_recall: float) -> list[Plan]:
             best = recall
             rungs.append(plan)
     return rungs[::-1]
+
+
+def has_images(request: Any) -> bool:
+    """Whether answering ``request`` means decoding an image."""
+    fields = request.DESCRIPTOR.fields_by_name
+    if "images" in fields:
+        return True
+    if "rows" in fields:
+        return any(row.WhichOneof("content") == "image" for row in request.rows)
+    queries = request.queries if "queries" in fields else [request.query] if "query" in fields else ()
+    return any(query.WhichOneof("kind") == "image" for query in queries)
 
 
 def allowed_ms(request: Any) -> int:

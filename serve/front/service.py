@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -12,7 +13,7 @@ import lookalike
 from lookalike.serve.experiment.arms import SearchReply, choose_routes, interleave
 from lookalike.serve.experiment.assignment import Arm, Experiment, Route
 from lookalike.serve.front.observer import Observer
-from lookalike.serve.front.overload import Admission, Ladder
+from lookalike.serve.front.overload import ADMITTED, Admission, ImageAdmission, Ladder, allowed_ms, has_images
 from lookalike.serve.front.stream import answer_in_order
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
@@ -55,8 +56,17 @@ class Service:
     ) -> None:
         self.config, self.current, self.router, self.writer = config, current, router, writer
         self.admission = Admission(config.max_ongoing_requests, config.max_queued_requests, config.timeout_s)
+        self._image_slots = ImageAdmission(config)
         self._ladder = None if config.degrade is None else Ladder(config.degrade)
         self.observer = Observer(config, router, arms)
+
+    def slot(self, rpc: str, request: Any, tenant: str, *, patient: bool = False) -> AbstractAsyncContextManager[None]:
+        """Hold a slot for ``request`` while the block runs, if its method needs one; images have slots of their own."""
+        if rpc not in ADMITTED:
+            return nullcontext()
+        if has_images(request):
+            return self._image_slots.slot(tenant, allowed_ms(request), patient=patient)
+        return self.admission.slot(allowed_ms(request), patient=patient)
 
     async def search(self, request: pb.SearchRequest, trace: Trace) -> pb.SearchResponse:
         reply = await self._search([request.query], request.options, trace)
@@ -83,7 +93,7 @@ class Service:
     ) -> SearchReply:
         options = self._options(generation, message)
         deadline = _deadline(trace, options.timeout_s)
-        vectors, times = await self._vectors(generation, queries, deadline)
+        vectors, times = await self._vectors(generation, queries, deadline, trace.tenant)
         ask = Ask(generation.meta.generation, vectors, options.k, options.plan, options.filters)
         outcome = await self.router.search(ask, deadline=deadline, allow_partial=options.allow_partial)
         outcome = outcome._replace(times_ms={**times, **outcome.times_ms})
@@ -123,7 +133,7 @@ class Service:
             with self.observer.watch("SearchStream", tenant) as trace:
                 if check is not None:
                     check(request)
-                async with self.admission.slot(request.batch.options.timeout_ms, patient=True):
+                async with self.slot("SearchStream", request.batch, tenant, patient=True):
                     response.batch.CopyFrom(await self.search_batch(request.batch, trace))
         except RetrievalError as error:
             response.failure.CopyFrom(pb.Failure(code=error.code.value[0], message=error.message))
@@ -138,10 +148,12 @@ class Service:
     async def embed(self, request: pb.EmbedRequest, trace: Trace) -> pb.EmbedResponse:
         check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
-        return await self._with_current(self._embed, images, _deadline(trace, self.config.timeout_s))
+        return await self._with_current(self._embed, images, _deadline(trace, self.config.timeout_s), trace.tenant)
 
-    async def _embed(self, generation: Generation, images: Sequence[bytes], deadline: float) -> pb.EmbedResponse:
-        vectors = await self._encode(generation, images, deadline)
+    async def _embed(
+        self, generation: Generation, images: Sequence[bytes], deadline: float, tenant: str
+    ) -> pb.EmbedResponse:
+        vectors = await self._encode(generation, images, deadline, tenant)
         return pb.EmbedResponse(
             vectors=[vector.tobytes() for vector in vectors],
             dim=generation.meta.dim,
@@ -169,12 +181,15 @@ class Service:
     async def upsert(self, request: pb.UpsertRequest, trace: Trace) -> pb.UpsertResponse:
         """Give rows their vectors, and send them to the writer in portions."""
         self._require_writer()
-        return await self._with_current(self._upsert, request, _deadline(trace, self.config.timeout_s))
+        deadline = _deadline(trace, self.config.timeout_s)
+        return await self._with_current(self._upsert, request, deadline, trace.tenant)
 
-    async def _upsert(self, generation: Generation, request: pb.UpsertRequest, deadline: float) -> pb.UpsertResponse:
+    async def _upsert(
+        self, generation: Generation, request: pb.UpsertRequest, deadline: float, tenant: str
+    ) -> pb.UpsertResponse:
         check_rows(request, limits=self.config.limits, meta=generation.meta)
         images = [row.image for row in request.rows if row.WhichOneof("content") == "image"]
-        vectors = iter(await self._encode(generation, images, deadline) if images else [])
+        vectors = iter(await self._encode(generation, images, deadline, tenant) if images else [])
         rows = [
             row
             if row.WhichOneof("content") == "vector"
@@ -254,13 +269,13 @@ class Service:
         return await work(self.current, *args, **kwargs)
 
     async def _vectors(
-        self, generation: Generation, queries: Queries, deadline: float
+        self, generation: Generation, queries: Queries, deadline: float, tenant: str
     ) -> tuple[Floats, dict[str, float]]:
         read = read_queries(queries, limits=self.config.limits, dim=generation.meta.dim)
         vectors, times = dict(read.vectors), {}
         if read.images:
             start = time.perf_counter()
-            encoded = await self._encode(generation, list(read.images.values()), deadline)
+            encoded = await self._encode(generation, list(read.images.values()), deadline, tenant)
             vectors.update(zip(read.images, encoded, strict=True))
             times["encode"] = (time.perf_counter() - start) * 1000
         if read.image_ids:
@@ -275,10 +290,12 @@ class Service:
         """Whether images can be encoded; a service started without an encoder has none for a later index either."""
         return generation.encoder is not None and self.router.encoder is not None
 
-    async def _encode(self, generation: Generation, images: Sequence[bytes], deadline: float) -> list[Floats]:
+    async def _encode(
+        self, generation: Generation, images: Sequence[bytes], deadline: float, tenant: str
+    ) -> list[Floats]:
         if not self._can_encode(generation):
             raise refused("this service runs without an encoder; send vectors, or set serve.encoder")
-        return await self.router.encode(generation.name, images, deadline=deadline)
+        return await self.router.encode(generation.name, images, deadline=deadline, tenant=tenant)
 
     def _info(self, generation: Generation, options: Options, outcome: SearchOutcome) -> pb.SearchInfo:
         return pb.SearchInfo(

@@ -1,19 +1,32 @@
-"""The image encoder as a worker, in a file of its own because no other worker needs torch."""
+"""The image encoder as a worker, in a file of its own because no other worker needs torch.
+
+Pictures are decoded in processes (``decoding``) and encoded in a thread of this worker, so nothing else waits for them.
+"""
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from ray import serve
 
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
+from lookalike.serve.search.decoding import Decoders
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import not_loaded
+from lookalike.vision.decoder import Order
 from lookalike.vision.encoder import Encoder
-from lookalike.vision.images import ImageError, decode
+from lookalike.vision.images import ImageError
+
+FORWARD_BATCH = 32
+"""Pictures of a request in one forward pass; their pixels are then released."""
+Pixels = npt.NDArray[np.uint8]
 
 
 class EncoderWorker(Follows):
@@ -24,7 +37,10 @@ class EncoderWorker(Follows):
         torch.set_num_threads(config.encoder_replicas.num_threads)
         self._models: dict[str, str] = {}
         self._encoders: dict[str, Encoder] = {}
-        self._max_pixels = config.limits.max_pixels
+        limits = config.limits
+        self._order = Order(limits.max_pixels, limits.max_scans, limits.max_decode_s)
+        self._decoders = Decoders(config.encoder_replicas.num_decoders)
+        self._thread = ThreadPoolExecutor(1, "encoder")
         for generation in generations:
             self.add(generation, self.open(generation))
 
@@ -49,24 +65,37 @@ class EncoderWorker(Follows):
         if model not in self._models.values():
             self._encoders.pop(model, None)
 
-    async def encode(self, generation: str, images: Sequence[bytes]) -> list[bytes | str]:
-        """For each image a vector (float32 bytes, not normalised), or the reason why the image is refused."""
+    async def encode(self, generation: str, images: Sequence[bytes], tenant: str = "") -> list[bytes | str]:
+        """For each image a vector (float32 bytes, not normalised).
+
+        The last may be the reason why an image is refused; then those after it are not decoded.
+        """
         if generation not in self._models:
             raise not_loaded(generation, self._models)
+        self._decoders.admit(tenant)
         model = self._models[generation]
-        decoded = await asyncio.gather(*(asyncio.to_thread(self._decode, image) for image in images))
-        pictures = [picture for picture in decoded if not isinstance(picture, str)]
-        vectors = iter(await self._forward(model, pictures))
-        return [picture if isinstance(picture, str) else next(vectors) for picture in decoded]
+        order = self._order._replace(square=self._encoders[model].config.transform.square)
+        vectors, pixels = list[bytes | str](), list[Pixels]()
+        async with aclosing(self._decoders.decode_all(images, order, tenant)) as replies:
+            try:
+                async for reply in replies:
+                    assert reply.pixels is not None
+                    pixels.append(reply.pixels)
+                    if len(pixels) == FORWARD_BATCH or len(vectors) + len(pixels) == len(images):
+                        vectors += await self._forward(model, pixels)
+                        pixels.clear()
+            except ImageError as error:
+                return [*vectors, *(b"" for _ in pixels), str(error)]
+        return vectors
 
-    def _decode(self, image: bytes) -> Image.Image | str:
-        try:
-            return decode(image, max_pixels=self._max_pixels)
-        except ImageError as error:
-            return str(error)
+    def close(self) -> None:
+        """End the decoders."""
+        self._decoders.close()
+        self._thread.shutdown()
 
-    async def _forward(self, model: str, pictures: Sequence[Image.Image]) -> list[bytes]:
-        vectors = await asyncio.to_thread(self._encoders[model].encode, pictures)
+    async def _forward(self, model: str, pixels: Sequence[Pixels]) -> list[bytes]:
+        encode = self._encoders[model].encode_pixels
+        vectors = await asyncio.get_running_loop().run_in_executor(self._thread, encode, np.stack(pixels))
         return [vector.astype("<f4").tobytes() for vector in vectors]
 
 
@@ -79,11 +108,11 @@ class BatchingEncoder(EncoderWorker):
         batching.set_max_batch_size(config.encoder_replicas.max_batch)
         batching.set_batch_wait_timeout_s(config.encoder_replicas.batch_wait_ms / 1000)
 
-    async def _forward(self, model: str, pictures: Sequence[Image.Image]) -> list[bytes]:
-        return list(await asyncio.gather(*(self._join((model, picture)) for picture in pictures)))
+    async def _forward(self, model: str, pixels: Sequence[Pixels]) -> list[bytes]:
+        return list(await asyncio.gather(*(self._join((model, picture)) for picture in pixels)))
 
     @serve.batch
-    async def _join(self, pictures: list[tuple[str, Image.Image]]) -> list[bytes]:
+    async def _join(self, pictures: list[tuple[str, Pixels]]) -> list[bytes]:
         vectors: dict[int, bytes] = {}
         for model in {model for model, _ in pictures}:
             places = [place for place, (own, _) in enumerate(pictures) if own == model]

@@ -90,6 +90,24 @@ class Hedges:
             for task in calls:
                 task.cancel()
 
+    async def second(self, call: Callable[[], Coroutine[Any, Any, Any]], who: str, patience_s: float) -> Any:
+        """Return the result of ``call``; if it takes ``patience_s`` longer than other slow calls, of a second one.
+
+        The first is cancelled before: both never work at the same time.
+        """
+        self._left = min(MOST_HEDGES, self._left + self._share)
+        if self._after_s is None or self._left < 1:
+            return await call()
+        try:
+            async with asyncio.timeout(self._after_s + patience_s) as clock:
+                return await call()
+        except TimeoutError:
+            if not clock.expired():
+                raise
+        self._left -= 1
+        _hedges_total().inc(1, {"who": who})
+        return await call()
+
 
 async def _first_answered(calls: Sequence[asyncio.Future[Any]]) -> asyncio.Future[Any]:
     """The first call that a replica answered or refused; if none did, the last one to finish."""

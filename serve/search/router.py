@@ -52,8 +52,10 @@ class Router:
         *,
         retries: Retries | None = None,
         batching: Batching | None = None,
+        decode_s: float = 5.0,
     ) -> None:
         self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
+        self.decode_s = decode_s
         self.retries = Retries() if retries is None else retries
         self._hedges = Hedges(self.retries)
         self._batched: list[BatchedShard] = []
@@ -63,7 +65,7 @@ class Router:
     def for_background(self) -> "Router":
         """A router to the same workers that makes no second calls and shares none."""
         retries = self.retries.model_copy(update={"hedge_ms": None})
-        return Router(self.shards, self.reranker, self.encoder, retries=retries)
+        return Router(self.shards, self.reranker, self.encoder, retries=retries, decode_s=self.decode_s)
 
     async def search(self, ask: Ask, *, deadline: float, allow_partial: bool) -> SearchOutcome:
         """The best rows for each query of ``ask``.
@@ -105,12 +107,19 @@ class Router:
             )
         return [np.frombuffer(vectors[image_id], "<f4") for image_id in image_ids]
 
-    async def encode(self, generation: str, images: Sequence[bytes], *, deadline: float) -> list[Floats]:
-        """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT says why one is refused."""
-        results = await self._ask(self.encoder, "encode", generation, list(images), deadline=deadline, who="encoder")
+    async def encode(
+        self, generation: str, images: Sequence[bytes], *, deadline: float, tenant: str = ""
+    ) -> list[Floats]:
+        """Vectors of encoded images by the encoder of ``generation``; INVALID_ARGUMENT says why one is refused.
+
+        An encoder that is silent for longer than the images may take is taken for lost, and another is asked.
+        """
+        patience_s = self.decode_s * len(images)
+        call = partial(self._repeated, self.encoder, "encode", generation, list(images), tenant, who="encoder")
+        results = await _accepted(self._hedges.second(call, "encoder", patience_s), deadline, "encoder")
         for position, result in enumerate(results):
             if isinstance(result, str):
-                raise invalid(result if len(results) == 1 else f"image {position}: {result}")
+                raise invalid(result if len(images) == 1 else f"image {position}: {result}")
         return [np.frombuffer(result, "<f4") for result in results]
 
     async def ask_one(

@@ -22,6 +22,11 @@ class RequestLimits(Config):
     """Encoded size of one image in bytes."""
     max_pixels: int = Field(default=50_000_000, ge=1)
     """Width x height of one image, checked before it is decoded."""
+    max_scans: int = Field(default=64, ge=1, le=65_536)
+    """Scans of one JPEG, counted before it is decoded; progressive ones have about ten. Scans x pixels may be 16 times
+    ``max_pixels``."""
+    max_decode_s: float = Field(default=5.0, gt=0.0, le=600.0)
+    """Processor time for decoding one image, in seconds."""
     max_shortlist_k: int = Field(default=10_000, ge=1)
     """Candidates in each shard's shortlist."""
     max_filter_values: int = Field(default=1000, ge=1, le=1_000_000)
@@ -47,6 +52,8 @@ class EncoderReplicas(Config):
     """Images of concurrent requests encoded in one forward pass."""
     batch_wait_ms: float = Field(default=2.0, ge=0.0)
     """Longest time that the first image of a batch waits for others, in milliseconds."""
+    num_decoders: int = Field(default=2, ge=1, le=256)
+    """Processes that decode images for a replica, one image each at a time."""
 
 
 class Writes(Config):

@@ -180,7 +180,10 @@ def read_pixels(
 ) -> npt.NDArray[np.uint8]:
     """Images decoded and scaled to the transform's size, uint8 [n, 3, size, size]; ``ImageError`` for bad bytes."""
     pictures = (
-        decode(image, max_pixels=max_pixels) if isinstance(image, bytes) else image.convert("RGB") for image in images
+        decode(image, max_pixels=max_pixels, square=transform.square)
+        if isinstance(image, bytes)
+        else image.convert("RGB")
+        for image in images
     )
     return np.stack([to_pixels(picture, transform) for picture in pictures])
 

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from lookalike.config import Config
 from lookalike.vision import operators  # noqa: F401  (before torchvision)
+from lookalike.vision.squares import Square, crop_to_square, pad_to_square  # noqa: F401  (transforms of this module too)
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -29,6 +30,11 @@ class TransformConfig(Config):
     """Channel means in the backbone's training, of values in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Channel standard deviations in the backbone's training."""
+
+    @property
+    def square(self) -> Square:
+        """The part of the transform before normalisation."""
+        return Square(self.fit, self.size, self.crop_fraction)
 
 
 class AugmentConfig(Config):
@@ -61,11 +67,7 @@ def _to_input(image: Image.Image, config: TransformConfig) -> torch.Tensor:
 
 def to_pixels(image: Image.Image, config: TransformConfig) -> npt.NDArray[np.uint8]:
     """RGB image -> uint8 [3, size, size]: the evaluation transform without normalisation."""
-    if config.fit == "pad":
-        square = pad_to_square(image, config.size)
-    else:
-        square = crop_to_square(image, config.size, config.crop_fraction)
-    return np.asarray(square).transpose(2, 0, 1).copy()
+    return config.square.pixels(image).transpose(2, 0, 1).copy()
 
 
 def build_augmentation(config: TransformConfig, augment: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
@@ -99,24 +101,3 @@ def normalize_pixels(pixels: torch.Tensor, config: TransformConfig) -> torch.Ten
     scaled = functional.to_dtype(pixels, torch.float32, scale=True)
     normalized: torch.Tensor = functional.normalize(scaled, list(config.mean), list(config.std), inplace=True)
     return normalized
-
-
-def pad_to_square(image: Image.Image, size: int) -> Image.Image:
-    """Scale so that the long side is ``size`` pixels, centred on white."""
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    canvas = Image.new("RGB", (size, size), (255, 255, 255))
-    canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2))
-    return canvas
-
-
-def crop_to_square(image: Image.Image, size: int, fraction: float) -> Image.Image:
-    """The centre square whose side is ``fraction`` of the short side, scaled to ``size`` pixels.
-
-    The same picture as resizing the short side to size / fraction and cutting out the centre, but the parts cut away
-    are never resized: a strip of 50,000 x 2 pixels would grow a thousand times on the way.
-    """
-    width, height = image.size
-    side = min(width, height) * fraction
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
