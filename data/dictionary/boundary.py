@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -27,6 +26,7 @@ from lookalike.config import Config
 from lookalike.data.dictionary.sketch import Pools
 from lookalike.data.text.terms import canonical
 from lookalike.errors import UsageError
+from lookalike.plain_yaml import parse_yaml
 
 CANDIDATES = np.arange(50, 100) / 100
 RETRIEVAL_EVERY = 5  # the retrieval criterion tries every fifth candidate: each needs all pairs of images
@@ -75,9 +75,9 @@ def read_words(uri: str) -> dict[str, bool]:
             rows = list(csv.DictReader(io.StringIO(content.decode())))
             named = {row["term"]: {"0": False, "1": True}[row["concrete"].strip()] for row in rows}
         else:
-            values = yaml.safe_load(content)
+            values = parse_yaml(content, f"word list {uri}")
             named = {str(word): side == "concrete" for side in ("abstract", "concrete") for word in values[side]}
-    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"word list {uri} cannot be read ({error!r}); give YAML with the lists 'concrete' and "
             "'abstract', or CSV with the columns term, concrete (0 or 1)"

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -16,7 +15,9 @@ from lookalike.config import Config
 from lookalike.data.interests.term_embedders import embed_terms
 from lookalike.data.text.terms import canonical
 from lookalike.errors import UsageError
+from lookalike.plain_yaml import parse_yaml
 
+MOST_BYTES = 8 << 20  # of the file
 UNLISTED = 0.3  # upper bound of a seed term's probability for an interest under which the taxonomy does not list it
 
 
@@ -36,7 +37,9 @@ class InterestConfig(Config):
 def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
     """Interest -> canonical seed terms; raises ``UsageError`` if the file has another form."""
     packaged = files("lookalike.data.interests").joinpath("interests.yaml")
-    values = yaml.safe_load(packaged.read_bytes() if uri is None else storage.read_bytes(uri))
+    values = parse_yaml(
+        packaged.read_bytes() if uri is None else storage.read_bytes(uri), f"taxonomy {uri}", MOST_BYTES
+    )
     if not isinstance(values, dict) or len(values) < 2 or not all(isinstance(v, list) and v for v in values.values()):
         raise UsageError(f"taxonomy {uri}: give a YAML mapping of two or more interests, each to a list of seed terms")
     seeds = {

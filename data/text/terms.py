@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 from functools import lru_cache
 from importlib.resources import files
 
-import yaml
+from lookalike.plain_yaml import parse_yaml
 
 MAX_WORDS = 3
 MAX_LENGTH = 60
@@ -18,7 +18,7 @@ _TOKEN = re.compile(r"[\w'+&]+|\s-+\s|[^\w\s'+&-]+|[\n\r\t]")  # a word, or what
 _WORD_START = re.compile(r"[\w'+&]")
 _LETTER = re.compile(r"[^\W\d_]")
 
-_WORDS = yaml.safe_load(files("lookalike.data.text").joinpath("english.yaml").read_text(encoding="ascii"))
+_WORDS = parse_yaml(files("lookalike.data.text").joinpath("english.yaml").read_bytes(), "english.yaml")
 STOP_WORDS = frozenset(_WORDS["stop_words"])
 _IRREGULAR: dict[str, str] = _WORDS["irregular"]
 _UNCHANGED = frozenset(_WORDS["unchanged"])

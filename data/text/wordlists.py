@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-import yaml
-
 from lookalike import storage
 from lookalike.data.text.terms import ALIASES, canonical, is_latin, subterms
 from lookalike.errors import UsageError
+from lookalike.plain_yaml import parse_yaml
+
+MOST_ALIASES_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,7 @@ def _read_aliases(uri: str) -> dict[str, str]:
         if wrong is not None:
             raise UsageError(f"{setting} {uri}: the line {','.join(wrong)!r} has {len(wrong)} columns, not alias,term")
         return {row[0]: row[1] for row in rows}
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{setting} {uri} is not YAML: {error}; write lines 'alias: term', or a .csv file") from None
+    loaded = parse_yaml(text, f"{setting} {uri}", MOST_ALIASES_BYTES)
     if not isinstance(loaded, dict) or not all(isinstance(x, str) for pair in loaded.items() for x in pair):
         raise UsageError(
             f"{setting} {uri} is not a mapping of words to words; write lines 'alias: term' (quote yes, no)"

@@ -7,24 +7,26 @@ parents' digests, so the same inputs lead to the same folder, and the stage is s
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow.parquet as pq
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 import lookalike
-from lookalike import storage
+from lookalike import hub, storage
 from lookalike.config import Config
-from lookalike.errors import ArtifactError, UsageError
+from lookalike.errors import ArtifactError, ForeignArtifactError, UsageError
 
 FORMAT_VERSION = 2  # 2 has a checksum
 MANIFEST = "manifest.json"
 FOLDER = "<root>/<kind>/<name>/<fingerprint>"
 REMEDY = "remove the folder and run its stage again, or restore it from a copy"
 WORK = "_work"  # a draft's private folder for state to resume from; never published
+MOST_MANIFEST_BYTES = 128 << 20  # some 600,000 files
+DEEPEST_LINEAGE = 64
 FULL_CHECK_BYTES = 2 << 30  # artifacts up to this size are checked by content, larger ones by file size
 
 
@@ -38,6 +40,13 @@ class FileEntry(Config):
     """Rows of a parquet file; None for other formats."""
     sha256: str
 
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        if not storage.is_plain(value):
+            raise ValueError(f"it lists {value!r:.200}, which is not a plain path inside the artifact")
+        return value
+
 
 class Parent(Config):
     """An artifact that this one was made from."""
@@ -46,6 +55,14 @@ class Parent(Config):
     """Relative to the root if both are under the same root, so that a root can be moved as a whole."""
     kind: str
     digest: str
+
+    @field_validator("uri")
+    @classmethod
+    def _plain_or_absolute(cls, value: str) -> str:
+        absolute = "://" in value or value.startswith("/")
+        if "::" in value or ".." in value.split("/") or not (absolute or storage.is_plain(value)):
+            raise ValueError(f"its parent {value!r:.200} is neither an absolute URI nor a plain path below the root")
+        return value
 
 
 class Manifest(Config):
@@ -151,6 +168,8 @@ class Artifact:
     def _problem(self, entry: FileEntry, content: bool) -> str | None:
         uri = self.path(entry.path)
         try:
+            if self._links_outside(uri):
+                return f"{entry.path} is a link to a place outside the artifact"
             size = storage.size_bytes(uri)
             if size != entry.size_bytes:
                 return f"{entry.path} has {size} bytes, expected {entry.size_bytes}"
@@ -162,11 +181,18 @@ class Artifact:
             return f"{entry.path} cannot be read ({error})"
         return None
 
+    def _links_outside(self, uri: str) -> bool:
+        if not storage.is_local(uri):
+            return False
+        path, folder = storage.local_path(uri), storage.local_path(self.uri)
+        return not storage.is_below(path, folder) and not (hub.is_cached(folder) and hub.is_cached(path))
 
-def _read_manifest(uri: str) -> Manifest:
+
+def _read_json(uri: str) -> tuple[bytes, Any]:
+    """(bytes, value) of the manifest in the folder ``uri``."""
     try:
-        content = storage.read_bytes(storage.join(uri, MANIFEST))
-        raw = json.loads(content)
+        content = storage.read_bytes(storage.join(uri, MANIFEST), MOST_MANIFEST_BYTES)
+        return content, json.loads(content)
     except FileNotFoundError:
         state = "it is not there"
         if storage.exists(uri):
@@ -178,8 +204,14 @@ def _read_manifest(uri: str) -> Manifest:
         raise ArtifactError(f"{uri} cannot be read ({error.strerror or error}); give this user access") from None
     except UsageError:  # an unknown URI scheme
         raise
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ArtifactError(f"{uri}/{MANIFEST} cannot be read ({error.strerror or error}); {REMEDY}") from None
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{uri}/{MANIFEST} is damaged: not JSON ({error}); {REMEDY}") from None
+
+
+def _read_manifest(uri: str) -> Manifest:
+    content, raw = _read_json(uri)
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ArtifactError(
@@ -189,12 +221,16 @@ def _read_manifest(uri: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: {error.errors()[0]['msg']}; {REMEDY}") from None
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged: {_first_problem(error)}; {REMEDY}") from None
     signed = content.replace(manifest.checksum.encode(), b"", 1)
     has_checksum = manifest.checksum or version != 1  # format 1 has none; a damaged manifest may claim any version
     if has_checksum and hashlib.sha256(signed).hexdigest() != manifest.checksum:
         raise ArtifactError(f"{uri}/{MANIFEST} is damaged: it does not match its own checksum; {REMEDY}")
     return manifest
+
+
+def _first_problem(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def write_manifest(uri: str, manifest: Manifest) -> Manifest:
@@ -283,15 +319,19 @@ def find(root: str, kind: str, name: str, fingerprint: str) -> Artifact | None:
 
 
 def lineage(
-    artifact: Artifact, depth: int = 0, seen: set[str] | None = None
+    artifact: Artifact, depth: int = 0, seen: set[str] | None = None, *, roots: Sequence[str] = ()
 ) -> Iterator[tuple[int, str, Artifact | ArtifactError]]:
     """(depth, input name, ancestor), depth first; for a missing or changed ancestor, the error in its place.
 
-    If an ancestor is reached in several ways, its own ancestors are listed once.
+    If an ancestor is reached in several ways, its own ancestors are listed once. Ancestors are opened on this machine's
+    disks, below the artifact's root and below ``roots``; one elsewhere is a ``ForeignArtifactError``, because whoever
+    wrote the manifest would otherwise choose whom this machine calls.
     """
     seen = set() if seen is None else seen
+    roots = [artifact.root, *roots]
     for input_name, entry, uri in artifact.parents():
         try:
+            _check_reach(uri, roots, depth)
             parent = Artifact.open(uri, entry.kind, check=False)
             if parent.digest != entry.digest:
                 raise ArtifactError(f"{uri} has changed since: digest {parent.digest[:12]}, was {entry.digest[:12]}")
@@ -301,4 +341,16 @@ def lineage(
         yield depth + 1, input_name, parent
         if uri not in seen:
             seen.add(uri)
-            yield from lineage(parent, depth + 1, seen)
+            yield from lineage(parent, depth + 1, seen, roots=roots)
+
+
+def _check_reach(uri: str, roots: Sequence[str], depth: int) -> None:
+    if depth >= DEEPEST_LINEAGE:
+        raise ArtifactError(f"{uri} and its ancestors are not followed: more than {DEEPEST_LINEAGE} generations")
+    on_disk = "://" not in uri or uri.startswith("file://")
+    if not on_disk and not any(uri.startswith(f"{root.rstrip('/')}/") for root in roots):
+        known = " or ".join(dict.fromkeys(roots))
+        raise ForeignArtifactError(
+            f"{uri} is not opened: it is neither on a disk of this machine nor below {known}; if you trust it, show it "
+            "by itself, or name its root with `lookalike show --root`"
+        )

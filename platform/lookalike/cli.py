@@ -15,6 +15,7 @@ from typing import Any
 
 import lookalike
 from lookalike.errors import LookalikeError
+from lookalike.telemetry import printable_lines
 
 STAGE_HELP = {
     "corpus": "read raw records, check every image, quarantine the bad ones",
@@ -94,7 +95,7 @@ def _run(args: list[str]) -> int:
     try:
         return _dispatch(args)
     except LookalikeError as error:
-        print(f"lookalike: {error}", file=sys.stderr)
+        print(printable_lines(f"lookalike: {error}".replace("\n", "\n  ").split("\n")), file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

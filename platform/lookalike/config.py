@@ -7,10 +7,10 @@ the fingerprint, so changing it never repeats finished work.
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lookalike.errors import UsageError
+from lookalike.plain_yaml import parse_yaml
 from lookalike.registry import nearest
 
 C = TypeVar("C", bound="Config")
@@ -100,10 +100,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         path, separator, text = override.partition("=")
         if not separator or not path:
             raise UsageError(f"override {override!r} is not of the form key.sub=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        value = parse_yaml(text, f"override {override[:200]!r}: the value")
         values = _assigned(values, path.split("."), value, override)
     return values
 

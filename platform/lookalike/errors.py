@@ -26,5 +26,9 @@ class ArtifactError(LookalikeError):
     exit_code = 3
 
 
+class ForeignArtifactError(ArtifactError):
+    """An artifact names a parent in another store, which is opened only if the user names its root."""
+
+
 class CorpusError(UsageError):
     """A corpus cannot be read in the way the recipe describes."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lookalike import storage
 from lookalike.errors import LookalikeError, UsageError
 
 SCHEME = "hf://"
@@ -17,6 +18,13 @@ FILES = ["*.json", "*.safetensors", "*.md"]
 def is_hub(uri: str) -> bool:
     """Whether ``uri`` names a repository on a hub."""
     return uri.startswith(SCHEME)
+
+
+def is_cached(path: str) -> bool:
+    """Whether a local path lies in the cache, whose snapshots are links to its blobs."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return storage.is_below(path, HF_HUB_CACHE)
 
 
 def split(uri: str) -> tuple[str, str | None]:

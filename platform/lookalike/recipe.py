@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, PrivateAttr
 
 from lookalike import storage
@@ -17,6 +16,7 @@ from lookalike.artifacts import Artifact, Draft, find
 from lookalike.cluster import ClusterConfig
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.plain_yaml import parse_yaml
 from lookalike.registry import nearest
 from lookalike.stages import (
     Stage,
@@ -28,6 +28,7 @@ from lookalike.stages import (
     fingerprint,
     get_stage,
 )
+from lookalike.telemetry import printable
 
 DEEPEST = 8
 """Longest chain of recipes that extend each other."""
@@ -170,14 +171,12 @@ def read_values(path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     of the extended recipe. Raises ``UsageError`` if a file cannot be read or recipes extend each other in a circle.
     """
     try:
-        values = yaml.safe_load(storage.read_bytes(path))
+        values = parse_yaml(storage.read_bytes(path), path)
     except FileNotFoundError:
         by = f", which {extended_by[-1]} extends" if extended_by else ""
         raise UsageError(f"no recipe at {path}{by}; deploy/recipes/ has some to start from") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}); give the path of a recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a mapping with name, root and steps; it holds {type(values).__name__}")
     below = values.pop("extends", None)
@@ -208,7 +207,7 @@ def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]
     for number, name in enumerate(recipe.steps, 1):
         skipped, stage = recipe.published(name) is not None, recipe.steps[name].stage
         mark = "published already, skipped" if skipped else "running"
-        print(f"[{number}/{len(recipe.steps)}] {name} ({stage}): {mark}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(recipe.steps)}] {name} ({printable(stage)}): {mark}", file=sys.stderr, flush=True)
         artifacts[name] = recipe.run_step(name)
         seconds = artifacts[name].manifest.duration_s
         stages.append({"step": name, "stage": stage, "skipped": skipped, "seconds": seconds})

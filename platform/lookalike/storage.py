@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
 from lookalike.errors import LookalikeError, UsageError
+from lookalike.telemetry import fields, get_logger
 
+log = get_logger(__name__)
 CHUNK_BYTES = 8 << 20
 READ_WHOLE_BYTES = 1 << 30  # raw files up to this size are identified by all their content
 TEMPORARY = ".tmp"  # suffix of a file being written; listings leave it out
@@ -72,10 +75,50 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(path))
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole content of a file."""
+def is_plain(path: str) -> bool:
+    """Whether ``path`` is relative and stays below any folder that it is joined to, whatever the file system."""
+    return not any(part in ("", ".", "..") for part in path.split("/")) and not (
+        path.startswith("~") or "::" in path or "\0" in path
+    )
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether the local ``path`` is ``folder`` or lies below it, once all links are followed."""
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    return real == root or real.startswith(root.rstrip("/") + "/")
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a local file for reading; ``OSError`` for a FIFO, which would wait, or a device, which may not end."""
+    _require_regular(path, os.stat(path).st_mode)  # opening some devices does something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def _require_regular(path: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
+def _open(uri: str) -> Any:
     fs, path = resolve(uri)
-    return bytes(fs.cat_file(path))
+    return open_regular(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
+
+
+def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
+    """The whole content of a regular file; ``OSError`` if it has more than ``most_bytes``."""
+    with _open(uri) as file:
+        content = bytes(file.read() if most_bytes is None else file.read(most_bytes + 1))
+    if most_bytes is not None and len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", uri)
+    return content
 
 
 def write_atomic(uri: str, content: bytes) -> None:
@@ -176,14 +219,24 @@ def share_file(source: str, target: str) -> None:
 def list_files(uri: str) -> list[str]:
     """Paths of all files under ``uri``, relative to it and sorted; ``['']`` if ``uri`` is a file.
 
-    Temporary files left by a crash are not included.
+    Temporary files left by a crash are not included, nor FIFOs, devices and links to either or to nothing: a warning
+    names each. Links to folders are not followed.
     """
     fs, path = resolve(uri)
     if fs.isfile(path):
         return [""]
     prefix = path.rstrip("/") + "/"
     names = (name[len(prefix) :] for name in fs.find(path) if name.startswith(prefix))
-    return sorted(name for name in names if not name.endswith(TEMPORARY))
+    names = (name for name in names if not name.endswith(TEMPORARY))
+    return sorted(name for name in names if not isinstance(fs, LocalFileSystem) or _is_regular(prefix + name))
+
+
+def _is_regular(path: str) -> bool:
+    if os.path.isfile(path):
+        return True
+    if not os.path.isdir(path):
+        log.warning("left out %s", fields(path=path, reason="not a regular file"))
+    return False
 
 
 def remove_temporaries(uri: str) -> None:
@@ -229,9 +282,13 @@ def exclusive(uri: str, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def size_bytes(uri: str) -> int:
-    """Size of a file in bytes."""
+    """Size of a regular file in bytes."""
     fs, path = resolve(uri)
-    return int(fs.size(path))
+    if not isinstance(fs, LocalFileSystem):
+        return int(fs.size(path))
+    status = os.stat(path)
+    _require_regular(path, status.st_mode)
+    return status.st_size
 
 
 def sha256(uri: str) -> str:
@@ -243,8 +300,7 @@ def sha256(uri: str) -> str:
 
 
 def _chunks(uri: str) -> Iterator[bytes]:
-    fs, path = resolve(uri)
-    with fs.open(path, "rb") as file:
+    with _open(uri) as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 
@@ -258,10 +314,10 @@ def source_digest(uri: str) -> str:
     fs, path = resolve(uri)
     if not isinstance(fs, LocalFileSystem):
         return str(fs.checksum(path))
-    size = int(fs.size(path))
+    size = size_bytes(uri)
     if size <= READ_WHOLE_BYTES:
         return sha256(uri)
-    with fs.open(path, "rb") as file:
+    with open_regular(path) as file:
         first = file.read(CHUNK_BYTES)
         file.seek(-CHUNK_BYTES, os.SEEK_END)
         return hashlib.sha256(str(size).encode() + first + file.read(CHUNK_BYTES)).hexdigest()

@@ -11,6 +11,7 @@ from lookalike import storage
 from lookalike.errors import UsageError
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, StoredRow, credentials
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.telemetry import printable, printable_lines
 
 
 def admin(args: Sequence[str]) -> int:
@@ -66,7 +67,11 @@ def run(client: Client, options: argparse.Namespace) -> str:
     if options.verb == "backup":
         path = storage.absolute(options.to)
         number = client.backup(path, timeout_s=options.timeout)
-        return json.dumps({"path": path, "last_write": number}) if options.json else f"writes up to {number} in {path}"
+        return (
+            json.dumps({"path": path, "last_write": number})
+            if options.json
+            else f"writes up to {number} in {printable(path)}"
+        )
     if options.verb == "switch":
         artifacts = {"index": options.index, "plan": options.plan, "encoder": options.encoder}
         current = client.switch(**artifacts, includes_writes=options.includes_writes, timeout_s=options.timeout)
@@ -117,12 +122,13 @@ def render_status(status: pb.StatusResponse) -> str:
     if status.HasField("recall"):
         recall = status.recall
         lines.append(f"recall    {recall.recall:.4f} ({recall.low:.4f} to {recall.high:.4f}, {recall.queries} queries)")
-    return "\n".join(lines)
+    return printable_lines(lines)
 
 
 def _describe(served: pb.Generation) -> str:
     plan = f", plan {served.plan}" if served.plan else ", exact"
-    return f"{served.name}: {served.num_rows} rows, writes up to {served.includes_writes}, {served.index}{plan}"
+    text = f"{served.name}: {served.num_rows} rows, writes up to {served.includes_writes}, {served.index}{plan}"
+    return printable(text)
 
 
 def _plain(message: pb.StatusResponse | pb.Generation) -> dict[str, object]:

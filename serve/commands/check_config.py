@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
+from lookalike.plain_yaml import parse_documents, parse_yaml
 from lookalike.registry import nearest
 from lookalike.serve.settings.config import ServeConfig
 
@@ -24,11 +24,9 @@ def check_file(path: str) -> list[str]:
     Raises ``UsageError`` for what Serve refuses, for keys that it would ignore, and for unknown settings of ours.
     """
     try:
-        documents = [document for document in yaml.safe_load_all(Path(path).read_text()) if document is not None]
+        documents = [document for document in parse_documents(Path(path).read_bytes(), path) if document is not None]
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}); give a Serve config file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from None
     configs = list(_configs(documents, path))
     if not configs:
         raise UsageError(f"{path} holds neither a Serve config nor a RayService; give one of them")
@@ -52,10 +50,9 @@ def _configs(documents: list[Any], path: str) -> Iterator[tuple[str, Any]]:
 
 def _read_manifest(document: Mapping[str, Any], where: str) -> Any:
     text = document.get("spec", {}).get("serveConfigV2")
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, AttributeError) as error:
-        raise UsageError(f"{where}: spec.serveConfigV2 is not YAML text: {error}") from None
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: spec.serveConfigV2 is {type(text).__name__}; give it YAML text")
+    return parse_yaml(text, f"{where}: spec.serveConfigV2")
 
 
 def check_serve_config(config: Any, where: str) -> dict[str, ServeConfig | None]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lookalike.errors import UsageError
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, RetrievalError, SearchResult, credentials
+from lookalike.telemetry import printable_lines
 
 
 def search(args: Sequence[str]) -> int:
@@ -112,4 +113,4 @@ def render(result: SearchResult) -> str:
     info = result.info
     times = ", ".join(f"{stage} {duration:.1f} ms" for stage, duration in info.times_ms.items())
     lines.append(f"index {info.generation}, {info.shards_answered} of {info.shards_asked} shards; {times}")
-    return "\n".join(lines)
+    return printable_lines(lines)

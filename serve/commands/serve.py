@@ -19,6 +19,7 @@ from lookalike.registry import nearest
 from lookalike.serve.client import MAX_MESSAGE_BYTES
 from lookalike.serve.commands.check_config import IMPORT_PATH, check_file
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.telemetry import printable, printable_lines
 
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 """Ray's largest gRPC message in bytes, which its processes read when they start; 2 GiB by default."""
@@ -48,7 +49,7 @@ def serve(args: Sequence[str]) -> int:
     if options.recipe and "=" in options.recipe and not Path(options.recipe).exists():
         options.overrides, options.recipe = [options.recipe, *options.overrides], None
     if options.check_config:
-        print("\n".join(check_file(options.check_config)))
+        print(printable_lines(check_file(options.check_config)))
         return 0
     config = resolve(options.recipe, options.overrides, options.index, in_cluster=options.emit_config)
     if options.emit_config:
@@ -166,7 +167,7 @@ def _serve_until_stopped(config: ServeConfig) -> int:
             signal.signal(number, lambda *_: stopped.set())
         encrypted = None if tls is None else stack.enter_context(proxy(tls, int(address.rpartition(":")[2])))
         also = "" if encrypted is None else f" and by TLS at {encrypted.address}"
-        print(f"serving {config.index} at {address}{also}; Ctrl-C stops it", flush=True)
+        print(f"serving {printable(config.index)} at {address}{also}; Ctrl-C stops it", flush=True)
         while not stopped.wait(0.5):
             if encrypted is not None:
                 encrypted.check()

@@ -10,6 +10,7 @@ import jinja2
 from lookalike import storage
 from lookalike.artifacts import Artifact
 from lookalike.serve.commands.tour import TourAnswer
+from lookalike.telemetry import printable_lines
 
 Row = dict[str, Any]
 METHODS = {"prefix": "", "svd": ", SVD"}
@@ -53,7 +54,7 @@ def render_text(facts: Mapping[str, Any], root: str) -> str:
     lines += [f"  the same queries by vector gave {verdict}", "", *_dims_text(facts, task), ""]
     lines += [*plan_text(facts["plan"]), "", *_times_text(facts), ""]
     lines += [f"Report: {storage.join(root, 'report.html')}", f"Figures: {storage.join(root, 'report.json')}"]
-    return "\n".join([*lines, f"Lineage: lookalike show {facts['index']}"])
+    return printable_lines([*lines, f"Lineage: lookalike show {facts['index']}"])
 
 
 def _dims_text(facts: Mapping[str, Any], task: str) -> list[str]:

@@ -18,6 +18,7 @@ from lookalike.serve.experiment.stats import (
     mismatch,
     sessions_of_several_arms,
 )
+from lookalike.telemetry import printable_lines
 
 WHY_FORCED = {
     "fits": "an arm could not have answered them",
@@ -154,4 +155,4 @@ def render(report: dict[str, Any]) -> str:
         "- this holds for one look, at an end that was fixed beforehand; whoever looks daily and stops at the first "
         "difference finds differences too often",
     ]
-    return "\n".join(lines)
+    return printable_lines(lines)

@@ -9,16 +9,18 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
 from lookalike import storage
 from lookalike.errors import UsageError
+from lookalike.plain_yaml import parse_yaml
 from lookalike.serve.front.quota import Meter
 from lookalike.serve.settings.security import Tenant, TenantsFile
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
+MOST_BYTES = 8 << 20
+"""Size of the file: some 40,000 tenants."""
 CHECK_S = 2.0
 """Pause between two looks at the file, in seconds."""
 
@@ -46,11 +48,7 @@ def _read(uri: str) -> bytes:
 
 
 def _parse(uri: str, content: bytes) -> tuple[Tenant, ...]:
-    try:
-        values = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        place = str(getattr(error, "problem_mark", "")).strip()  # not the text itself: it may hold a token
-        raise UsageError(f"tenants: {uri} is neither YAML nor JSON {place}; write `tenants:` and a list") from None
+    values = parse_yaml(content, f"tenants: {uri}", MOST_BYTES, secret=True)
     if not isinstance(values, dict):
         raise UsageError(f"tenants: {uri} holds a {type(values).__name__}; write `tenants:` and a list below it")
     try:

@@ -136,7 +136,7 @@ def compact(index: str, records: Sequence[WriteRecord], folder: str) -> str:
 def held_writes(index: str, folder: str) -> int:
     """Number of the last write of the service in ``folder`` that an index holds, by its lineage; 0 for none."""
     root, numbers = storage.join(folder, ROOT) + "/", [0]
-    for _, _, ancestor in lineage(Artifact.open(index, "index", check=False)):
+    for _, _, ancestor in lineage(Artifact.open(index, "index", check=False), roots=[root]):
         if isinstance(ancestor, Artifact) and ancestor.uri.startswith(root):
             numbers += ancestor.manifest.config.get("writes", [])
     return max(numbers)

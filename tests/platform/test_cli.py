@@ -19,7 +19,7 @@ STAGE_FLAGS = {"--help", "--step", "--dry-run", "--describe"}
 FLAGS = {
     **dict.fromkeys(STAGE_HELP, STAGE_FLAGS),
     "export": {"--help", "--to", "--onnx", "--images", "--report", "--licence", "--public"},
-    "show": {"--help", "--json", "--verify"},
+    "show": {"--help", "--json", "--verify", "--root"},
     "quickstart": {"--help", "--dry-run"},
     "experiment": {"--help", "--experiment", "--kind", "--json"},
     "serve": {"--help", "--index", "--dry-run", "--emit-config", "--check-config"},

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lookalike import hub, storage
 from lookalike.artifacts import MANIFEST, Artifact, describe_file, lineage, write_manifest
 from lookalike.errors import UsageError
-from lookalike.telemetry import fields, get_logger
+from lookalike.telemetry import fields, get_logger, printable
 from lookalike.train.feed.row_groups import list_row_groups, read_row_group
 from lookalike.train.publish.cards import describe_lineage, model_card, report_figures
 from lookalike.train.publish.onnx import check_parity, require_packages, write_onnx
@@ -38,7 +38,7 @@ def export(args: Sequence[str]) -> int:
     if not hub.is_hub(options.to):
         folder = storage.absolute(options.to)
         write_export(artifact, folder, options)
-        print(folder)
+        print(printable(folder))
         return 0
     hub.split(options.to)  # a wrong name is refused before any work
     with tempfile.TemporaryDirectory() as folder:

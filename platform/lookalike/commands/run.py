@@ -9,7 +9,7 @@ from lookalike import cluster
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.recipe import Recipe, run_steps
 from lookalike.stages import get_stage
-from lookalike.telemetry import setup_logging
+from lookalike.telemetry import printable, setup_logging
 
 DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
 
@@ -50,7 +50,7 @@ def run_stage(verb: str, description: str, args: Sequence[str]) -> int:
     for name in names:
         if recipe.published(name) is None:  # raises if an input is missing, before Ray starts
             cluster.ensure_ray(recipe.cluster)
-        print(recipe.run_step(name).uri)
+        print(printable(recipe.run_step(name).uri))
     return 0
 
 
@@ -65,7 +65,7 @@ def run(args: Sequence[str]) -> int:
     cluster.ensure_ray(recipe.cluster)
     artifacts, _ = run_steps(recipe)
     for name, artifact in artifacts.items():
-        print(f"{name}\t{artifact.uri}")
+        print(f"{name}\t{printable(artifact.uri)}")
     return 0
 
 

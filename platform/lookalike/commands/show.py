@@ -5,28 +5,34 @@ import json
 from collections.abc import Sequence
 
 from lookalike.artifacts import Artifact, lineage
-from lookalike.errors import ArtifactError
+from lookalike.errors import ArtifactError, ForeignArtifactError
+from lookalike.telemetry import printable, printable_lines
 
 
 def show(args: Sequence[str]) -> int:
-    """Print manifest, statistics and lineage of an artifact; exit 3 if it or an ancestor is missing or damaged."""
+    """Print manifest, statistics and lineage of an artifact; exit 3 if it or an ancestor is missing or damaged.
+
+    Ancestors in other stores are named and not opened, unless ``--root`` allows it.
+    """
     parser = argparse.ArgumentParser(prog="lookalike show", description="Print an artifact with its lineage.")
     parser.add_argument("uri", help="folder of an artifact, for example runs/quickstart/index/index/<fingerprint>")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
     parser.add_argument("--verify", action="store_true", help="compare every file by SHA-256, even in large artifacts")
+    help_root = "also follow the lineage to artifacts below this URI; repeat it for more"
+    parser.add_argument("--root", action="append", default=[], metavar="URI", help=help_root)
     options = parser.parse_args(args)
     artifact = Artifact.open(options.uri)
     if options.verify:
         artifact.verify(content=True)
     if options.json:
-        print(artifact.manifest.model_dump_json(indent=1))
+        print(json.dumps(artifact.manifest.model_dump(mode="json"), indent=1))
         return 0
     broken = 0
     print(render(artifact))
     print("lineage")
     print(_line(0, "this", artifact))
-    for depth, input_name, ancestor in lineage(artifact):
-        broken += isinstance(ancestor, ArtifactError)
+    for depth, input_name, ancestor in lineage(artifact, roots=options.root):
+        broken += isinstance(ancestor, ArtifactError) and not isinstance(ancestor, ForeignArtifactError)
         print(_line(depth, input_name, ancestor))
     return ArtifactError.exit_code if broken else 0
 
@@ -49,12 +55,14 @@ def render(artifact: Artifact) -> str:
         "settings",
         *(f"  {key}: {json.dumps(value)[:200]}" for key, value in manifest.config.items()),
     ]
-    return "\n".join(lines)
+    return printable_lines(lines)
 
 
 def _line(depth: int, input_name: str, ancestor: Artifact | ArtifactError) -> str:
     indent = "  " * (depth + 1)
     if isinstance(ancestor, ArtifactError):
-        return f"{indent}{input_name}: BROKEN: {ancestor}"
+        state = "ELSEWHERE" if isinstance(ancestor, ForeignArtifactError) else "BROKEN"
+        return printable(f"{indent}{input_name}: {state}: {ancestor}")
     manifest = ancestor.manifest
-    return f"{indent}{input_name}: {manifest.kind} {manifest.name!r} {manifest.fingerprint}  {manifest.created}"
+    text = f"{indent}{input_name}: {manifest.kind} {manifest.name!r} {manifest.fingerprint}  {manifest.created}"
+    return printable(text)

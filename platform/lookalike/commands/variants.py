@@ -14,6 +14,7 @@ from lookalike.artifacts import Artifact, lineage
 from lookalike.commands.run import recipe_arguments
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.recipe import Recipe, run_steps
+from lookalike.telemetry import printable, printable_lines
 
 COLUMNS = (
     ("variant", "variant"),
@@ -52,7 +53,7 @@ def variants(args: Sequence[str]) -> int:
     print(render(rows))
     print(
         f"\nP@1 of task {artifacts[evaluation].read_json('report.json')['headline_task']!r} at full size; relative to "
-        f"the row before, leaving out rows named {WITHOUT}...\nFigures: {target}"
+        f"the row before, leaving out rows named {WITHOUT}...\nFigures: {printable(target)}"
     )
     return 0
 
@@ -111,7 +112,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     cells = [[title for _, title in COLUMNS]]
     cells += [["-" if row[key] is None else str(row[key]) for key, _ in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    return "\n".join(
+    return printable_lines(
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))

@@ -12,6 +12,7 @@ from lookalike import storage
 from lookalike.artifacts import MANIFEST, Artifact
 from lookalike.errors import ArtifactError
 from lookalike.progress import progress_bar
+from lookalike.telemetry import printable
 
 
 def verify(args: Sequence[str]) -> int:
@@ -31,9 +32,9 @@ def verify(args: Sequence[str]) -> int:
         for artifact_uri in find_artifacts(uri):
             problems = scrub(artifact_uri)
             damaged += len(problems)
-            print(f"{'DAMAGED' if problems else 'ok'}  {artifact_uri}")
+            print(printable(f"{'DAMAGED' if problems else 'ok'}  {artifact_uri}"))
             for problem in problems:
-                print(f"  {problem}")
+                print(printable(f"  {problem}"))
     if damaged:
         print(
             f"lookalike: {damaged} damaged: remove the folder of each such artifact and run its stage again, or "

@@ -68,7 +68,7 @@ def test_aliases_from_a_file_lead_to_their_last_term(tmp_path: Path, name: str, 
     ("setting", "content", "message"),
     [
         ("aliases", "- a\n", "not a mapping"),
-        ("aliases", "a: [", "not YAML"),
+        ("aliases", "a: [", "not valid YAML"),
         ("aliases", "the: sofa\n", "not a pair of terms"),
         ("vocabulary", "# none\n", "holds no term"),
         ("sensitive", None, "there is no file"),

@@ -100,12 +100,12 @@ def test_files_and_manifests_and_other_applications(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("a: [", "is not YAML"),
+        ("a: [", "is not valid YAML"),
         ("- 1", "holds a list where a mapping"),
         ("", "neither a Serve config nor a RayService"),
         ("apiVersion: v1\nkind: Service", "neither"),
-        ("apiVersion: v1\nkind: RayService\nspec: {}", "is not YAML text"),
-        ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'a: ['}", "is not YAML text"),
+        ("apiVersion: v1\nkind: RayService\nspec: {}", "give it YAML text"),
+        ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'a: ['}", "is not valid YAML"),
         ("apiVersion: v1\nkind: RayService\nspec: {serveConfigV2: 'text'}", "Serve refuses"),
     ],
 )

@@ -226,7 +226,7 @@ HASH, ZEROS = hash_token("x"), "0" * 64
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("tenants:\n- {name: a", "neither YAML nor JSON"),
+        ("tenants:\n- {name: a", "is not valid YAML"),
         ("[]", "holds a list"),
         ("tenants: []", "at least 1 item"),
         (f"tenants: [{{name: a, token_sha256: ['{HASH}']}}, {{name: a, token_sha256: ['{ZEROS}']}}]", "twice"),
