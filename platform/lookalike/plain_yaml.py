@@ -34,11 +34,12 @@ class _Loader(yaml.SafeLoader):
         self._seen = 0  # size of all nodes so far, each once
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth > DEEPEST:
             raise _Bound(event, f"values lie more than {DEEPEST} deep inside each other; flatten them")
         node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        assert node is not None
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if node not in self._sizes:
