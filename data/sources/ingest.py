@@ -72,7 +72,7 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
         PartWriter(lambda _: files.of("quarantine", number), QUARANTINE) as refused,
     ):
         for records in _batches(reader, unit):
-            fetch_images(records, reader.base, checks.limits.max_bytes)
+            fetch_images(records, reader.base, checks.limits.max_bytes, reader.source.fetch)
             origin = RecordOrigin(unit["uri"], row, reader.source, checks.seed)
             checked = check_records(records, origin, limits=checks.limits, accepted_ids=accepted_ids)
             parts.write(checked.accepted)

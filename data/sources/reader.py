@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from lookalike import storage
 from lookalike.config import Config
 from lookalike.data.sources.columns import FIELDS, GATHERED, TEXT
+from lookalike.data.sources.fetch_rules import FetchRules
 from lookalike.errors import CorpusError, UsageError
 from lookalike.registry import Registry, nearest
 
@@ -38,6 +39,8 @@ class RecordSource(Config):
     """Corpus field -> value for records that have none: a licence or a locale that holds for the whole source."""
     base_uri: str | None = None
     """Folder of relative image URIs; None: the folder of the source."""
+    fetch: FetchRules = FetchRules()
+    """What a row may name besides files below the base, and for how long an image may be fetched."""
     id_prefix: str = Field("", max_length=100)
     """Prefix of every image id, for ids that would collide with those of another source."""
     test_fraction: float = Field(0.0, ge=0, lt=1)

@@ -88,10 +88,10 @@ def parse_documents(
         return documents
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = "" if mark is None else f" line {mark.line + 1}, column {mark.column + 1}"
+        place = "" if mark is None else f": line {mark.line + 1}, column {mark.column + 1}"
         problem = ": ".join(filter(None, (error.context, error.problem)))
         shown = "" if secret and not isinstance(error, _Bound) else f": {problem}"
-        raise UsageError(f"{where}{place} is not valid YAML{shown}") from None
+        raise UsageError(f"{where} is not valid YAML{place}{shown}") from None
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError) as error:
         # ill-formed bytes; dates, numbers and tags that look like some but are none
         shown = "" if secret else f": {' '.join(str(error).split())}"
