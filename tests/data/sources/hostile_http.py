@@ -6,6 +6,7 @@ from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 
 class HostileServer:
@@ -81,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.image()
 
     def redirect(self) -> None:
-        self.head(302, Location=self.path.partition("?")[2], Content_Length=0)
+        self.head(302, Location=unquote(self.path.partition("?")[2]), Content_Length=0)
 
     def circle(self) -> None:
         self.head(302, Location="/circle", Content_Length=0)
