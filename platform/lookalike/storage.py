@@ -155,14 +155,29 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
         else:
             fs.put_file(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise LookalikeError(
-            f"no space left to write {uri}; free some, or choose another root, and run again: finished work is kept"
-        ) from None
+        raise _no_space(uri, error) from None
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+
+
+def allocate(path: str) -> None:
+    """Give a local file all the space that its size says; a full disk raises ``LookalikeError``."""
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot
+                raise _no_space(path, error) from None
+
+
+def _no_space(uri: str, error: OSError) -> Exception:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return LookalikeError(
+        f"no space left to write {uri}; free some, or choose another root, and run again: finished work is kept"
+    )
 
 
 def sync_directory(path: str) -> None:
@@ -289,6 +304,11 @@ def size_bytes(uri: str) -> int:
     status = os.stat(path)
     _require_regular(path, status.st_mode)
     return status.st_size
+
+
+def free_bytes(folder: str) -> int:
+    """Space that this user may still fill on the disk of a local ``folder``, in bytes."""
+    return shutil.disk_usage(local_path(folder)).free
 
 
 def sha256(uri: str) -> str:

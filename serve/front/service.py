@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
@@ -21,7 +22,7 @@ from lookalike.serve.search.router import Floats, Router, SearchOutcome
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.watch.trace import SearchRecord, Trace
 from lookalike.serve.wire.ask import Ask
-from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, refused
+from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, StagedLostError, refused
 from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
     DEFAULT_K,
@@ -196,11 +197,24 @@ class Service:
             else pb.Row(id=row.id, vector=next(vectors).astype("<f4").tobytes(), metadata=row.metadata)
             for row in request.rows
         ]
-        number = 0
-        for portion in portions(rows):
-            message = pb.UpsertRequest(rows=portion, model_fingerprint=generation.meta.model_fingerprint)
-            number = await self._write("upsert", message.SerializeToString(), deadline=deadline)
-        return pb.UpsertResponse(write=number)
+        model = generation.meta.model_fingerprint
+        messages = [pb.UpsertRequest(rows=portion, model_fingerprint=model) for portion in portions(rows)]
+        return pb.UpsertResponse(write=await self._store([m.SerializeToString() for m in messages], deadline))
+
+    async def _store(self, contents: Sequence[bytes], deadline: float) -> int:
+        """Have the writer store the portions of an upsert, all or none; it sends them again if they were lost."""
+        *staged, last = contents
+        left = self.config.retries.max_attempts
+        while True:
+            upsert = uuid.uuid4().hex if staged else ""
+            for place, content in enumerate(staged):
+                await self._write("stage", upsert, place, content, deadline=deadline)
+            try:
+                return int(await self._write("upsert", last, upsert, len(staged), deadline=deadline))
+            except StagedLostError:
+                left -= 1
+                if left <= 0:
+                    raise
 
     async def delete(self, request: pb.DeleteRequest, trace: Trace) -> pb.DeleteResponse:
         self._require_writer()

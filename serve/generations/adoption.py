@@ -19,6 +19,7 @@ def adopt(config: ServeConfig, generation: Generation, database: Database) -> St
     """
     state = _choose(config, generation, database)
     _check_log(state, database)
+    database.check_complete()
     return state
 
 

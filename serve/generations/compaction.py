@@ -7,6 +7,7 @@ folder; an attempt continues from what a killed one published.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft, find, hash_json, lineage
 from lookalike.errors import ArtifactError, LookalikeError, UsageError
+from lookalike.retrieval.index_meta import IndexMeta, read_index_meta, shard_of
 from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.wire.errors import invalid
@@ -28,6 +30,10 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 ROOT = "artifacts"
 """Where in the service's folder the artifacts of compactions are."""
+COMPACTING = ".compacting"
+"""File under it that a compaction has locked while it works."""
+SPARE_BYTES = 16 << 20
+"""Space that a compaction leaves to the log of writes."""
 BATCH_ROWS = 8192
 """Rows of a part that are held at a time."""
 VERSION = 1
@@ -124,13 +130,60 @@ def make_table(rows: Sequence[pb.Row], schema: pa.Schema) -> pa.Table:
 
 def compact(index: str, records: Sequence[WriteRecord], folder: str) -> str:
     """Publish the index at ``index`` with the writes merged in, under ``folder``; its URI."""
-    base = Artifact.open(index, "index", check=False)
+    with storage.exclusive(storage.join(folder, ROOT, COMPACTING), _tell_waiting):
+        return _compact(Artifact.open(index, "index", check=False), records, folder)
+
+
+def _compact(base: Artifact, records: Sequence[WriteRecord], folder: str) -> str:
     embeddings = find_embeddings(base)
+    check_space(base, embeddings, records, folder)
     merged = merge_embeddings(embeddings, records, storage.join(folder, ROOT))
     stage = get_stage("index")
     config = stage.config.model_validate(base.manifest.config)
     inputs = {"embeddings": [merged], "previous": [base]}
     return execute(stage, config, inputs, storage.join(folder, ROOT), base.manifest.name).uri
+
+
+def check_space(base: Artifact, embeddings: Artifact, records: Sequence[WriteRecord], folder: str) -> None:
+    """Raise ``LookalikeError`` if the disk of ``folder`` has no room for what compaction writes, and for the log."""
+    needed, free = estimate_bytes(base, embeddings, records), storage.free_bytes(folder)
+    if needed + SPARE_BYTES > free:
+        raise LookalikeError(
+            f"compaction needs about {needed >> 20} MiB beside {SPARE_BYTES >> 20} MiB for the log of writes, the disk "
+            f"of {folder} has {free >> 20} MiB; free some, or lower writes.keep_hours"
+        )
+
+
+def estimate_bytes(base: Artifact, embeddings: Artifact, records: Sequence[WriteRecord]) -> int:
+    """About how many bytes a compaction writes: parts with touched rows, and for each shard the rows, or all of it.
+
+    A shard is built whole if its touched rows are more than may be appended; then this is what it takes today.
+    """
+    rows, meta = final_rows(records), read_index_meta(base)
+    written = sum(row.ByteSize() for row in rows.values() if row is not None)
+    touched = pa.array(rows, pa.string())
+    sizes = {embeddings.path(file.path): file.size_bytes for file in embeddings.manifest.files}
+    parts = sum(sizes[part] for part in embeddings.files("part-", ".parquet") if _has_some(part, touched))
+    shards = Counter(shard_of(image_id, meta.num_hash_shards) for image_id in rows)
+    return 2 * written + parts + sum(_shard_bytes(base, meta, shard, num) for shard, num in shards.items())
+
+
+def _has_some(part: str, touched: pa.Array) -> bool:
+    filesystem, path = storage.arrow_filesystem(part)
+    ids = pq.read_table(path, columns=["image_id"], filesystem=filesystem)["image_id"]
+    return bool(pc.any(pc.is_in(ids, touched)).as_py())
+
+
+def _shard_bytes(base: Artifact, meta: IndexMeta, shard: int, num_touched: int) -> int:
+    owners = meta.hash_shards or range(meta.num_shards)
+    places = [place for place, owner in enumerate(owners) if owner == shard]
+    folders = tuple(f"{meta.shards[place]}/" for place in places)
+    size = sum(file.size_bytes for file in base.manifest.files if file.path.startswith(folders))
+    num_rows = sum(meta.shard_rows[place] for place in places)
+    share = num_touched / max(1, num_rows)
+    options = base.manifest.config
+    is_appended = share <= options.get("append_share", 0) and len(places) < options.get("max_segments", 1)
+    return int(size * share) if is_appended else int(size * (1 + share))
 
 
 def held_writes(index: str, folder: str) -> int:

@@ -2,46 +2,48 @@
 
 A write is acknowledged when its transaction is synced (write-ahead log, ``synchronous=FULL``). One process opens the
 file at a time (``lock``), with ``locking_mode=EXCLUSIVE``: SQLite then needs no memory shared between processes. Each
-write has a digest, so that a damaged one is named. ``writes.sqlite-wal`` belongs to the file while it is in use or was
-not closed; copies of the two from different moments are refused.
+write has a digest, so that a damaged one is named; ``acknowledged`` knows the last one, so that a missing one is.
+``writes.sqlite-wal`` belongs to the file while it is in use or was not closed; copies of the two from different moments
+are refused.
 """
 
 import os
 import sqlite3
-import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
 
 from pydantic import ValidationError
 
 from lookalike import storage
-from lookalike.errors import LookalikeError, UsageError
+from lookalike.errors import ArtifactError, LookalikeError, UsageError
+from lookalike.serve.generations import acknowledged, connection
+from lookalike.serve.generations.acknowledged import NOTHING, Acknowledged, AcknowledgedFile
+from lookalike.serve.generations.connection import FULL, checkpoint, error_name, explained, hold_lock
 from lookalike.serve.generations.database_files import (
     FILE,
-    FORMAT,
     Usage,
     check_files,
     damage,
+    marks,
     refuse_old_form,
+    same_files,
     wal_of,
 )
+from lookalike.serve.generations.reserve import Reserve
 from lookalike.serve.generations.state import State
-from lookalike.serve.generations.write_record import WriteRecord, digest_of
+from lookalike.serve.generations.write_record import WriteKind, WriteRecord, digest_of
+from lookalike.telemetry import fields, get_logger
 
-SCHEMA = (
-    "CREATE TABLE writes (number INTEGER PRIMARY KEY, kind INTEGER NOT NULL, content BLOB NOT NULL,"
-    " digest BLOB NOT NULL)",
-    "CREATE TABLE state (id INTEGER PRIMARY KEY CHECK (id = 1), content TEXT NOT NULL, digest BLOB NOT NULL)",
-    f"PRAGMA application_id={FORMAT}",
-)
-WAL_BYTES = 64 << 20
-"""Size to which SQLite cuts its write-ahead log after it has grown."""
+log = get_logger(__name__)
 KEPT_WRITES = 100
 """Newest writes that are kept although every held generation includes them: an operator may still correct what an index
 was said to include. At least one, which says how many writes there were."""
+
+
+class UncertainError(LookalikeError):
+    """A write failed, and so did taking it back: until the disk works again it may or may not be stored."""
 
 
 class Database:
@@ -54,74 +56,114 @@ class Database:
         self.path = Path(folder, FILE)
         refuse_old_form(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _hold_lock(self.path.with_name("lock"), wait_s)
-        try:
-            check_files(self.path)
-            with _explained(self.path):
-                self._connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
-        except BaseException:
-            lock.close()
-            raise
-        self.close = weakref.finalize(self, _close, self._connection, lock)
+        resources = ExitStack()
+        self.close = weakref.finalize(self, resources.close)
         """Mark the file as closed and let others open it; called by itself at the latest when the process ends."""
         try:
-            with _explained(self.path):
-                self._prepare()
+            resources.enter_context(hold_lock(self.path.with_name("lock"), wait_s))
+            self._open(resources)
         except BaseException:
             self.close()
             raise
-        self._files = self._identify()
-        with _explained(self.path):
-            first, last = self._connection.execute("SELECT min(number), max(number) FROM writes").fetchone()
-        self.first = first or 1
-        """Number of the oldest write that is kept."""
-        self.last = last or 0
-        """Number of the last write."""
+        self._is_complete = False
+        """Whether ``check_complete`` has passed."""
+        self._suspicion = ""
+        """Why the files are to be compared with what was acknowledged before the next change; empty: they need not."""
 
-    def _prepare(self) -> None:
-        execute = self._connection.execute
-        execute("PRAGMA locking_mode=EXCLUSIVE")
-        if (mode := execute("PRAGMA journal_mode=WAL").fetchone()[0]) != "wal":
-            raise sqlite3.OperationalError(f"journal_mode stays {mode}")
-        execute("PRAGMA synchronous=FULL")
-        execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
-        if (problem := execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(problem)
-        with self._transaction():
-            if not execute("PRAGMA application_id").fetchone()[0]:
-                for statement in SCHEMA:
-                    execute(statement)
-            execute(f"PRAGMA user_version={Usage.IN_USE}")
-        execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so that the file itself says that a log belongs to it
+    def _open(self, resources: ExitStack) -> None:
+        is_torn = check_files(self.path)
+        self._connection = connection.connect(self.path)
+        self._files = marks(self.path)
+        """The files as they were left."""
+        opened = list(self._files)
+        resources.callback(connection.close, self._connection, self.path, opened)
+        self._reserve = Reserve(self.path.parent)
+        try:
+            self._with_reserve(lambda: self._prepare(is_torn))
+        finally:
+            self._files = opened[:] = marks(self.path)
+        self._read_ends()
+        self._with_reserve(lambda: self._open_acknowledged(resources))
+
+    def _prepare(self, is_torn: bool) -> None:
+        with explained(self.path):
+            connection.prepare(self._connection)
+            try:
+                checkpoint(self._connection)
+            except sqlite3.OperationalError:  # a full disk: the log can go on from its end, if that is clean
+                if is_torn:
+                    raise
         storage.sync_directory(str(self.path.parent))
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            with suppress(sqlite3.Error):
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # drops frames that were not synced
-            raise
+    def _read_ends(self) -> None:
+        with explained(self.path):
+            first, last = self._connection.execute("SELECT min(number), max(number) FROM writes").fetchone()
+            row = self._connection.execute("SELECT digest FROM writes WHERE number = ?", (last,)).fetchone()
+            state = self._connection.execute("SELECT digest FROM state").fetchone()
+        self.first: int = first or 1
+        """Number of the oldest write that is kept."""
+        self.last: int = last or 0
+        """Number of the last write."""
+        self._last_digest: bytes = row[0] if row else NOTHING
+        self._state_digest: bytes = state[0] if state else NOTHING
+
+    def _open_acknowledged(self, resources: ExitStack) -> None:
+        self._acknowledged = AcknowledgedFile(self.path.parent, self._found())
+        resources.callback(self._acknowledged.close)
+
+    def _found(self) -> Acknowledged:
+        return Acknowledged(self.last, self._last_digest, self._state_digest, self._state_digest)
+
+    def check_complete(self) -> None:
+        """Raise ``ArtifactError`` if writes, or a change of the state, that were acknowledged are not there."""
+        known, path = self._acknowledged.value, self.path.with_name(acknowledged.FILE)
+        if known.number > self.last:
+            raise self._incomplete(f"has the writes up to {self.last}, those up to {known.number} were acknowledged")
+        with explained(self.path):
+            row = self._connection.execute("SELECT digest FROM writes WHERE number = ?", (known.number,)).fetchone()
+        if row is not None and row[0] != known.digest:
+            raise self._incomplete(f"has another write {known.number} than the one that {path.name} says")
+        if self._state_digest not in (known.state, known.next_state):
+            raise self._incomplete(f"has another state than the one that {path.name} says")
+        self._is_complete = True
+        self._acknowledge()
+
+    def _incomplete(self, what: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path} {what}: it is older, cut short, or of another service; restore the newest copy of the "
+            "folder, or a newer backup; to go on with what there is, and without the rest, remove "
+            f"{self.path.with_name(acknowledged.FILE)}"
+        )
 
     def append(self, writes: Sequence[tuple[int, bytes]]) -> int:
-        """Store writes (kind, content) in one transaction and return the number of the last; all of them or none."""
-        records = [WriteRecord(number, kind, data) for number, (kind, data) in enumerate(writes, self.last + 1)]
-        with self._changes():
-            self._connection.executemany(
-                "INSERT INTO writes VALUES (?, ?, ?, ?)", ((*record, record.digest) for record in records)
+        """Store writes (kind, content) in one transaction and return the number of the last; all of them or none.
+
+        Raises ``UncertainError`` if it failed in a way that may leave them stored.
+        """
+        is_upsert = any(kind == WriteKind.UPSERT for kind, _ in writes)
+        if is_upsert and not self._reserve.is_full and not self._reserve.fill():
+            raise LookalikeError(
+                f"the disk of {self.path} is full, what is left is for deletes and switches; free some space"
             )
+        records = [WriteRecord(number, kind, data) for number, (kind, data) in enumerate(writes, self.last + 1)]
+        rows = [(*record, record.digest) for record in records]
+
+        def insert() -> None:
+            self._connection.executemany("INSERT INTO writes VALUES (?, ?, ?, ?)", rows)
+
+        if is_upsert:
+            self._change(insert)
+        else:
+            self._with_reserve(lambda: self._change(insert))
         self.last += len(records)
+        self._last_digest = rows[-1][-1]
+        self._acknowledge()
         return self.last
 
     def read(self, after: int = 0) -> list[WriteRecord]:
         """The writes with larger numbers than ``after``, in order; ``ArtifactError`` names one that is damaged."""
         records: list[WriteRecord] = []
-        with _explained(self.path):
+        with explained(self.path):
             rows = self._connection.execute(
                 "SELECT number, kind, content, digest FROM writes WHERE number > ? ORDER BY number", (after,)
             )
@@ -136,7 +178,7 @@ class Database:
 
     def load_state(self) -> State | None:
         """The state, or None before the first is saved."""
-        with _explained(self.path):
+        with explained(self.path):
             row = self._connection.execute("SELECT content, digest FROM state").fetchone()
         if row is None:
             return None
@@ -148,16 +190,33 @@ class Database:
             raise damage(self.path, f"the state: {str(error).splitlines()[0]}") from None
 
     def save_state(self, state: State) -> None:
-        """Store ``state``, and forget the writes that every held generation includes, in one transaction."""
+        """Store ``state``, and forget the writes that every held generation includes, in one transaction.
+
+        A state that is stored already takes no write. Raises as ``append``.
+        """
         content = state.model_dump_json()
-        with self._changes():
-            self._connection.execute(
-                "INSERT OR REPLACE INTO state VALUES (1, ?, ?)", (content, digest_of(content.encode()))
-            )
-            included = min(state.includes_writes, self.last - KEPT_WRITES)
+        digest, included = digest_of(content.encode()), min(state.includes_writes, self.last - KEPT_WRITES)
+        if digest == self._state_digest and included < self.first and not self._suspicion:
+            return
+        known = self._acknowledged.value
+        self._acknowledged.write(known._replace(state=self._state_digest, next_state=digest), sync=True)
+
+        def replace() -> None:
+            self._connection.execute("INSERT OR REPLACE INTO state VALUES (1, ?, ?)", (content, digest))
             self._connection.execute("DELETE FROM writes WHERE number <= ?", (included,))
-            (first,) = self._connection.execute("SELECT min(number) FROM writes").fetchone()
-        self.first = first or 1
+
+        self._with_reserve(lambda: self._change(replace))
+        self._state_digest, self.first = digest, max(self.first, included + 1)
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Note what is stored in the second place; if that fails, it stays behind, and says less."""
+        value = self._found()
+        if value != self._acknowledged.value:
+            try:
+                self._acknowledged.write(value)
+            except OSError as error:
+                log.warning("not noted %s", fields(file=acknowledged.FILE, number=self.last, error=repr(error)[:200]))
 
     def backup(self, target: str) -> int:
         """Copy the database to the new file ``target`` and return the number of the last write in it.
@@ -178,7 +237,7 @@ class Database:
         return self.last
 
     def _copy_to(self, path: Path) -> None:
-        with _explained(path):
+        with explained(path):
             copy = sqlite3.connect(path, isolation_level=None)
             try:
                 copy.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -188,73 +247,107 @@ class Database:
             finally:
                 copy.close()
 
-    @contextmanager
-    def _changes(self) -> Iterator[None]:
-        """A transaction that counts only while the files still stand in their folder: no later start finds others."""
-        with _explained(self.path):
-            self._check_present()
-            with self._transaction():
-                yield
+    def _change(self, work: Callable[[], object]) -> None:
+        """Run ``work`` in a transaction. It counts only while the files stand in their folder, as they were left."""
+        self._check_present()
+        if not self._is_complete:
+            self.check_complete()
+        if self._suspicion or marks(self.path) != self._files:
+            self._settle()
+        try:
+            self._transact(work)
+        except (LookalikeError, OSError) as error:
+            if not self._suspicion:
+                raise
+            try:
+                self._settle()
+            except (LookalikeError, OSError) as reason:
+                log.error("not settled %s", fields(file=str(self.path), reason=str(reason)[:500]))
+                raise UncertainError(str(error)) from error
+            raise
+        finally:
+            if same_files(now := marks(self.path), self._files):
+                self._files = now
+
+    def _transact(self, work: Callable[[], object]) -> None:
+        execute = self._connection.execute
+        with explained(self.path):
+            execute("BEGIN IMMEDIATE")
+            try:
+                work()
                 self._check_present()
-            self._check_present()
+                self._suspicion = "a commit failed"
+                execute("COMMIT")
+                self._check_present()
+                self._suspicion = ""
+            except BaseException as error:
+                with suppress(sqlite3.Error):
+                    if self._connection.in_transaction:
+                        execute("ROLLBACK")
+                    if error_name(error) == FULL:  # then its last frame, which commits, was not written
+                        self._suspicion = ""
+                        checkpoint(self._connection)  # may give back what the frames before took
+                raise
+
+    def _settle(self) -> None:
+        """See that the files hold what was acknowledged, and nothing else, after a failure or a change from outside.
+
+        A page whose sync failed may stand in memory alone: the log is emptied by what was synced before, and read anew.
+        """
+        self._check_present()
+        execute = self._connection.execute
+        with explained(self.path):
+            if self._connection.in_transaction:
+                execute("ROLLBACK")
+            execute("PRAGMA shrink_memory")
+            if marks(self.path) != self._files:
+                log.warning("compared %s", fields(file=str(self.path), reason="another program changed it"))
+                self._compare_all()
+            checkpoint(self._connection)
+            _sync(wal_of(self.path))
+            if execute("SELECT max(number) FROM writes").fetchone()[0] not in (None, self.last):
+                execute("DELETE FROM writes WHERE number > ?", (self.last,))
+            row = execute("SELECT digest FROM writes WHERE number = ?", (self.last,)).fetchone()
+            state = execute("SELECT digest FROM state").fetchone()
+        if (row[0] if row else NOTHING) != self._last_digest or (state[0] if state else NOTHING) != self._state_digest:
+            raise self._replaced()
+        self._files, self._suspicion = marks(self.path), ""
+
+    def _compare_all(self) -> None:
+        if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise self._replaced()
+        records = self.read(self.first - 1)
+        if len(records) != self.last - self.first + 1 and self.last:
+            raise self._replaced()
 
     def _check_present(self) -> None:
-        if self._identify() != self._files:
-            raise FileNotFoundError(
-                f"{self.path} or its -wal file was removed or replaced while the service wrote to it; compact, which "
-                "keeps what it held, and serve the new index with a new folder as writes.state"
-            )
+        if not same_files(marks(self.path), self._files):
+            raise self._replaced()
 
-    def _identify(self) -> list[tuple[int, int] | None]:
-        marks: list[tuple[int, int] | None] = []
-        for path in (self.path, wal_of(self.path)):
-            try:
-                status = os.stat(path)
-                marks.append((status.st_dev, status.st_ino))
-            except FileNotFoundError:
-                marks.append(None)
-        return marks
+    def _replaced(self) -> FileNotFoundError:
+        return FileNotFoundError(
+            f"{self.path} or its -wal file was removed or replaced while the service wrote to it; compact, which "
+            "keeps what it held, and serve the new index with a new folder as writes.state"
+        )
 
-
-def _close(connection: sqlite3.Connection, lock: IO[bytes]) -> None:
-    with suppress(sqlite3.Error):
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # makes room for the mark on a full disk
-        connection.execute(f"PRAGMA user_version={Usage.CLOSED}")
-    connection.close()
-    lock.close()
-
-
-def _hold_lock(path: Path, wait_s: float) -> IO[bytes]:
-    deadline = time.monotonic() + wait_s
-    while True:
+    def _with_reserve(self, work: Callable[[], None]) -> None:
+        """Do ``work``; if the disk is full, once more with the reserve."""
         try:
-            if (lock := storage.try_lock(path)) is not None:
-                return lock
-        except OSError as error:
-            raise UsageError(
-                f"{path} cannot be locked ({error}); give writes.state a folder on a disk that has file locks (flock)"
-            ) from None
-        if time.monotonic() > deadline:
-            raise UsageError(
-                f"another service writes to {path.parent}; stop it, or give this service its own folder as writes.state"
-            )
-        time.sleep(0.1)
+            work()
+        except (LookalikeError, OSError) as error:
+            if not _is_of_the_disk(error) or not self._reserve.release():
+                raise
+            log.warning("reserve used %s", fields(folder=str(self.path.parent), reason=str(error)[:200]))
+            work()
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Raise SQLite's errors as ours: what, where, remedy."""
+def _is_of_the_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) or error_name(error.__cause__).startswith((FULL, "SQLITE_IOERR"))
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
     try:
-        yield
-    except sqlite3.OperationalError as error:  # the database is sound; the disk, or another process, is in the way
-        remedies = {
-            "SQLITE_BUSY": "another program has it open: end that",
-            "SQLITE_FULL": "free some space",
-            "SQLITE_READONLY": "allow writing to the folder",
-            "SQLITE_CANTOPEN": "allow writing to the folder",
-        }
-        name = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-        remedy = remedies.get(name, "see that the disk has space, takes writes and locks files")
-        raise LookalikeError(f"{path}: {error}; {remedy}") from error
-    except sqlite3.DatabaseError as error:
-        raise damage(path, str(error).splitlines()[-1]) from error
+        os.fsync(file)
+    finally:
+        os.close(file)

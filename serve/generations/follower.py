@@ -78,6 +78,8 @@ class Follower:
         """Earlier writers."""
         self._records: list[WriteRecord] = []
         """Writes after ``_since``: those that a held generation may lack."""
+        self._digest = 0, ""
+        """Number and digest of the newest of them that was asked for."""
         self._since, self._target = 0, 0
         self._opened: dict[str, tuple[Generation, Any]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -127,6 +129,7 @@ class Follower:
                 role=self._role,
                 version=self._version,
                 last_write=self._last,
+                last_digest=self._last_digest(),
                 wait_s=wait_s,
                 failed=self._failed,
                 holds=tuple(GenerationRef.of(generation).key for generation, _ in self._opened.values()),
@@ -143,6 +146,13 @@ class Follower:
                     self._version = answer.version
             if self._last >= self._target:
                 return answer.current
+
+    def _last_digest(self) -> str:
+        if not self._records or self._records[-1].number != self._last:
+            return ""
+        if self._digest[0] != self._last:
+            self._digest = self._last, self._records[-1].digest.hex()
+        return self._digest[1]
 
     def _is_new(self, version: Version) -> bool:
         """Whether this answer is the newest so far; the first answer of another writer always is."""

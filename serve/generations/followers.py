@@ -12,7 +12,9 @@ from lookalike.serve.generations.news import Poll, Version
 from lookalike.serve.generations.state import GenerationRef
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.wire.errors import RetrievalError, refused
+from lookalike.telemetry import fields, get_logger
 
+log = get_logger(__name__)
 SILENT_POLLS = 4
 """A follower that has not polled for this many times ``POLL_S`` is gone."""
 
@@ -22,6 +24,8 @@ class FollowerStatus:
     """A follower's last poll, and when it came (seconds of the monotonic clock)."""
 
     poll: Poll
+    conflict: str = ""
+    """Why its writes are not those of the log; empty if they are."""
     at: float = field(default_factory=time.monotonic)
 
     def holds(self, ref: GenerationRef) -> bool:
@@ -43,14 +47,22 @@ class Followers:
         self._changed, self._progress = asyncio.Event(), asyncio.Event()
         self._started = time.monotonic()
 
-    async def hear(self, poll: Poll, last_write: int) -> None:
+    async def hear(self, poll: Poll, last_write: int, conflict: str = "") -> None:
         """Note ``poll``, and return when there is news for it or it has waited long enough."""
+        if conflict and conflict != self.conflict():
+            log.error("follower and log differ %s", fields(reason=conflict))
         if poll.id not in self._status:
             self._drop_silent()  # only as many are known as there are replicas, however many come and go
-        self._status[poll.id] = FollowerStatus(poll)
+        self._status[poll.id] = FollowerStatus(poll, conflict)
         self._progress.set()
         if poll.version == self.version and poll.last_write >= last_write and poll.wait_s:
             await _wait(self._changed, poll.wait_s)
+
+    def conflict(self) -> str:
+        """Why the writes of a follower are not those of the log; empty if all are."""
+        if any(status.conflict for status in self._status.values()):
+            self._drop_silent()
+        return next((status.conflict for status in self._status.values() if status.conflict), "")
 
     def announce(self) -> None:
         """Tell of a new version of the state."""

@@ -28,6 +28,8 @@ class Poll(Config):
     version: Version
     last_write: int
     """Number of the last write that it has."""
+    last_digest: str = ""
+    """Digest of that write; empty if it does not have the write itself."""
     wait_s: float
     holds: tuple[str, ...]
     """Keys of the generations that it can answer for."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from lookalike import storage
 from lookalike.artifacts import MANIFEST, Artifact
 from lookalike.errors import ArtifactError
-from lookalike.serve.generations.compaction import ROOT, find_embeddings
+from lookalike.serve.generations.compaction import COMPACTING, ROOT, find_embeddings
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -30,6 +30,33 @@ def prune(folder: str, held: Sequence[str], keep_s: float) -> list[str]:
     if removed:
         log.info("pruned %s", fields(removed=len(removed), folder=folder))
     return removed
+
+
+def prune_drafts(folder: str, held: Sequence[str]) -> list[str]:
+    """Remove what failed and killed compactions left in the service's ``folder``; what was removed.
+
+    That is drafts, and embeddings of which no index was made and that none of the indexes ``held`` (URIs) needs. A
+    compaction that is under way, here or in another process, keeps everything.
+    """
+    root = Path(folder, ROOT)
+    lock = storage.try_lock(root / COMPACTING) if root.is_dir() else None
+    if lock is None:
+        return []
+    with lock:
+        drafts = [path for path in root.glob("*/*/*") if path.is_dir() and not (path / MANIFEST).exists()]
+        removed = [str(path) for path in [*drafts, *_unused_embeddings(root, held)]]
+        for uri in removed:
+            Path(uri, MANIFEST).unlink(missing_ok=True)
+            storage.remove_tree(uri)
+    if removed:
+        log.info("pruned drafts %s", fields(removed=len(removed), folder=folder))
+    return removed
+
+
+def _unused_embeddings(root: Path, held: Sequence[str]) -> list[Path]:
+    indexes = [str(path.parent) for path in root.glob(f"index/*/*/{MANIFEST}")]
+    needed = set(map(_mark, needed_by([*held, *indexes])))
+    return [path.parent for path in root.glob(f"embeddings/*/*/{MANIFEST}") if _mark(str(path.parent)) not in needed]
 
 
 def needed_by(held: Sequence[str]) -> Iterable[str]:

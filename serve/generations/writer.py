@@ -7,7 +7,7 @@ until Serve has started it again, and it then knows everything it has acknowledg
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import grpc
@@ -21,10 +21,11 @@ from lookalike.serve.generations.database import Database
 from lookalike.serve.generations.followers import Followers
 from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.news import News, Poll
-from lookalike.serve.generations.pruning import prune
+from lookalike.serve.generations.pruning import prune, prune_drafts
+from lookalike.serve.generations.staging import Staging
 from lookalike.serve.generations.state import GenerationRef, State
 from lookalike.serve.generations.write_log import WriteLog
-from lookalike.serve.generations.write_record import WriteKind, count_foreign
+from lookalike.serve.generations.write_record import WriteKind, WriteRecord, count_foreign
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import RetrievalError, invalid, refused
@@ -44,7 +45,7 @@ class Writer:
         database = Database(self._folder)
         try:
             self._state = adopt(config, generation, database)
-            database.save_state(self._state)
+            database.save_state(self._state)  # which takes no write if nothing has changed
             self._log = WriteLog(database, self._state.includes_writes, self._stored)
         except BaseException:
             database.close()
@@ -56,8 +57,10 @@ class Writer:
         self._count_pending()
         self._is_changing_model = False
         self._followers = Followers()
+        self._staging = Staging()
         self._moving = asyncio.Lock()
         self._compacting: asyncio.Task[None] | None = None
+        self._prune_drafts()
         self._compact_after = 0.0
         """Time of the monotonic clock before which the writer does not compact by itself."""
 
@@ -67,7 +70,7 @@ class Writer:
 
     async def follow(self, poll: Poll) -> News:
         """The answer to a follower; see ``follower.py``."""
-        await self._followers.hear(poll, self._log.last)
+        await self._followers.hear(poll, self._log.last, self._explain_conflict(poll))
         return News(
             version=self._followers.version,
             held=self._state.held,
@@ -77,9 +80,38 @@ class Writer:
             records=tuple(self._log.news_after(poll.last_write)),
         )
 
-    async def upsert(self, content: bytes) -> int:
-        """Store an ``UpsertRequest`` whose rows have vectors; return the write's number once it is on the disk."""
-        message = pb.UpsertRequest.FromString(content)
+    def _explain_conflict(self, poll: Poll) -> str:
+        """Return why a follower's writes are not those of this log; empty if they are."""
+        if poll.last_write > self._log.last:
+            return f"{poll.role} has the writes up to {poll.last_write}, this log has those up to {self._log.last}"
+        digest = self._log.digest_at(poll.last_write) if poll.last_digest else ""
+        if digest and digest != poll.last_digest:
+            return f"{poll.role} has another write {poll.last_write} than this log"
+        return ""
+
+    def _check_followers(self) -> None:
+        """Refuse changes that followers would pass over, because they have later or other writes than this log."""
+        if conflict := self._followers.conflict():
+            raise refused(
+                f"{conflict}: an older copy of {self._folder} was put in its place while the service ran; stop the "
+                "service, restore the newest copy and start it again, or start it again without those writes"
+            )
+
+    async def stage(self, upsert: str, place: int, content: bytes) -> None:
+        """Keep a portion of an upsert in memory until its last one comes; nothing is stored yet."""
+        self._staging.add(upsert, place, content)
+
+    async def upsert(self, content: bytes, upsert: str = "", num_staged: int = 0) -> int:
+        """Store an ``UpsertRequest`` whose rows have vectors; return the write's number once it is on the disk.
+
+        Its first portions may have been staged as ``upsert``: all are stored in one transaction, or none.
+        """
+        contents = [*(self._staging.take(upsert, num_staged) if upsert else ()), content]
+        for message in map(pb.UpsertRequest.FromString, contents):
+            self._check_upsert(message)
+        return await self._store(WriteKind.UPSERT, *contents)
+
+    def _check_upsert(self, message: pb.UpsertRequest) -> None:
         serving = self._state.serving
         if message.model_fingerprint != serving.model_fingerprint:
             raise refused(
@@ -93,20 +125,20 @@ class Writer:
                 "an index of another model is being loaded, to which these vectors would be lost; write again once it "
                 "is served",
             )
-        return await self._store(WriteKind.UPSERT, content)
 
     async def delete(self, content: bytes) -> int:
         """Store a ``DeleteRequest``; return the write's number once it is on the disk."""
         return await self._store(WriteKind.DELETE, content)
 
-    async def _store(self, kind: int, content: bytes) -> int:
+    async def _store(self, kind: int, *contents: bytes) -> int:
+        self._check_followers()
         if self._pending >= (limit := self._config.writes.max_pending_rows):
             raise RetrievalError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{self._pending} rows wait for compaction, the limit is {limit}; compact, or raise "
                 "writes.max_pending_rows of the service",
             )
-        return await self._log.store(kind, content)
+        return await self._log.store(kind, *contents)
 
     def _stored(self) -> None:
         """Tell the followers, and compact if enough rows wait."""
@@ -133,6 +165,7 @@ class Writer:
         """Serve the index of a ``SwitchRequest``; return the ``Generation`` that answers now."""
         request = pb.SwitchRequest.FromString(content)
         async with self._moving:
+            self._check_followers()
             if request.HasField("includes_writes") and request.includes_writes > self._log.last:
                 raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, {self._log.last}")
             try:
@@ -171,6 +204,7 @@ class Writer:
     async def rollback(self) -> bytes:
         """Serve the previous generation again."""
         async with self._moving:
+            self._check_followers()
             previous = self._state.find(self._state.previous)
             if previous is None:
                 raise refused("there is no previous index to roll back to")
@@ -213,6 +247,7 @@ class Writer:
         """Build an index that holds all writes so far, and serve it."""
         allowed_s = timeout_s or 3600
         async with self._moving:
+            self._check_followers()
             serving, last = self._state.serving, self._log.last
             records = self._log.after(serving.includes_writes, last)
             if not records:
@@ -222,26 +257,42 @@ class Writer:
                     f"not compacted: {foreign} written rows have vectors of another model than the index; serve an "
                     "index of that model"
                 )
-            try:
-                index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), allowed_s)
-                generation = await asyncio.to_thread(
-                    read_generation, index, serving.plan, serving.encoder or "none", includes_writes=last, check=False
-                )
-            except TimeoutError:
-                raise RetrievalError(
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    f"not compacted in {allowed_s:g} s; nothing has changed, and the next attempt goes on from there",
-                ) from None
-            except (LookalikeError, OSError) as error:
-                raise refused(f"not compacted: {error}") from None
+            generation = await self._compact(records, allowed_s)
             try:
                 ref = await self._serve(GenerationRef.of(generation), allowed_s)
             except RetrievalError as error:
-                raise RetrievalError(error.code, f"{error.message}; index {index} holds all writes") from None
+                raise RetrievalError(
+                    error.code, f"{error.message}; index {generation.index} holds all writes"
+                ) from None
             await self._prune()
             return _message(ref)
 
+    async def _compact(self, records: Sequence[WriteRecord], allowed_s: float) -> Generation:
+        serving, last = self._state.serving, records[-1].number
+        try:
+            index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), allowed_s)
+            return await asyncio.to_thread(
+                read_generation, index, serving.plan, serving.encoder or "none", includes_writes=last, check=False
+            )
+        except TimeoutError:
+            raise RetrievalError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"not compacted in {allowed_s:g} s; nothing has changed, and the next attempt goes on from there",
+            ) from None
+        except Exception as error:
+            await asyncio.to_thread(self._prune_drafts)
+            if isinstance(error, (LookalikeError, OSError)):
+                raise refused(f"not compacted: {error}") from None
+            raise
+
+    def _prune_drafts(self) -> None:
+        try:
+            prune_drafts(self._folder, [ref.index for ref in self._state.held])
+        except OSError as error:  # the next start or failure tries again
+            log.warning("drafts not pruned %s", fields(folder=self._folder, error=repr(error)[:200]))
+
     async def _prune(self) -> None:
+        await asyncio.to_thread(self._prune_drafts)
         keep_hours, held = self._config.writes.keep_hours, [ref.index for ref in self._state.held]
         if keep_hours is not None:
             try:

@@ -45,6 +45,10 @@ class NotLoadedError(RetrievalError):
     """A worker does not hold the generation of a call: it was replaced, or is not loaded yet."""
 
 
+class StagedLostError(RetrievalError):
+    """Portions of an upsert went with the writer that had received them; it may be sent again from the start."""
+
+
 def not_loaded(generation: str, held: Collection[str]) -> NotLoadedError:
     """Return the error of a worker that holds the generations ``held`` and not ``generation``."""
     message = f"index {generation} is not loaded here, only {', '.join(sorted(held)) or 'none'}; ask again"

@@ -29,7 +29,9 @@ class PrefixWriter:
         self.num_zero = 0
 
         def create(name: str, dtype: str, shape: tuple[int, int]) -> np.memmap[Any, Any]:
-            return np.lib.format.open_memmap(f"{folder}/{name}", mode="w+", dtype=dtype, shape=shape)
+            array = np.lib.format.open_memmap(f"{folder}/{name}", mode="w+", dtype=dtype, shape=shape)
+            storage.allocate(f"{folder}/{name}")  # a write to a map that finds the disk full would end the process
+            return array
 
         rows, borders = meta.num_rows, meta.block_borders
         self._blocks = [create(block_name(a, b), meta.dtype, (rows, b - a)) for a, b in borders]

@@ -73,7 +73,7 @@ def test_writes_come_back_in_order(tmp_path: Path) -> None:
     assert contents(database) == wanted
     assert contents(database, after=2) == wanted[2:]
     database.close()
-    assert sorted(os.listdir(tmp_path)) == ["lock", FILE]
+    assert sorted(os.listdir(tmp_path)) == ["acknowledged", "lock", "reserve", FILE]
     again = Database(str(tmp_path))
     assert (again.last, contents(again)) == (3, wanted)
     assert again.append([(DELETE, b"c")]) == 4
