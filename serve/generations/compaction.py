@@ -160,7 +160,7 @@ def estimate_bytes(base: Artifact, embeddings: Artifact, records: Sequence[Write
     A shard is built whole if its touched rows are more than may be appended; then this is what it takes today.
     """
     rows, meta = final_rows(records), read_index_meta(base)
-    written = sum(row.ByteSize() for row in rows.values() if row is not None)
+    written: int = sum(row.ByteSize() for row in rows.values() if row is not None)
     touched = pa.array(rows, pa.string())
     sizes = {embeddings.path(file.path): file.size_bytes for file in embeddings.manifest.files}
     parts = sum(sizes[part] for part in embeddings.files("part-", ".parquet") if _has_some(part, touched))

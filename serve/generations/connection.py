@@ -77,22 +77,22 @@ def checkpoint(connection: sqlite3.Connection) -> None:
 
 def close(connection: sqlite3.Connection, path: Path, opened: Sequence[FileMark | None]) -> None:
     """Mark the file as closed. Files in the place of those that were ``opened`` stay as they are."""
-    if same_files(marks(path), opened):
+    is_ours, is_marked, wal = same_files(marks(path), opened), False, wal_of(path)
+    if is_ours:
         with suppress(sqlite3.Error):
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # makes room for the mark on a full disk
             connection.execute(f"PRAGMA user_version={Usage.CLOSED}")
-        connection.close()
+            is_marked = True
+    kept = wal.with_name(wal.name + ".kept")
+    if not is_marked:  # SQLite removes the log by its name; a file in use must have one
         with suppress(OSError):
-            if not wal_of(path).exists():
-                _mark_closed(path)
-        return
-    wal = wal_of(path)
-    kept = wal.with_name(wal.name + ".kept")  # SQLite removes its log by name
-    with suppress(OSError):
-        os.link(wal, kept)
+            os.link(wal, kept)
     connection.close()
     with suppress(OSError):
-        kept.rename(wal)
+        if kept.exists():
+            kept.rename(wal)
+        elif is_ours and not wal.exists():
+            _mark_closed(path)
 
 
 def _mark_closed(path: Path) -> None:

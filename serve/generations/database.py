@@ -212,7 +212,7 @@ class Database:
     def _acknowledge(self) -> None:
         """Note what is stored in the second place; if that fails, it stays behind, and says less."""
         value = self._found()
-        if value != self._acknowledged.value:
+        if value != self._acknowledged.value._replace(turn=0):
             try:
                 self._acknowledged.write(value)
             except OSError as error:
@@ -342,7 +342,9 @@ class Database:
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
-    return isinstance(error, OSError) or error_name(error.__cause__).startswith((FULL, "SQLITE_IOERR"))
+    return isinstance(error, OSError) or error_name(error.__cause__).startswith(
+        (FULL, "SQLITE_IOERR", "SQLITE_CANTOPEN")
+    )
 
 
 def _sync(path: Path) -> None:

@@ -15,8 +15,9 @@ class Reserve:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
-        self.is_full = self.fill()
+        self.is_full = False
         """Whether the space is set aside."""
+        self.fill()
 
     def fill(self) -> bool:
         """Set the space aside, unless it is; return whether it is."""

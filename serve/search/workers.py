@@ -7,7 +7,7 @@ requests. A question that comes packed, from another process, gets a packed answ
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,12 @@ from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.search.delta import WRITTEN, Delta, WrittenRows, search_all, shortlist_all
+from lookalike.serve.search.integrity import Integrity, StoredFile, list_files
 from lookalike.serve.wire.answers import Answer, Column, Entry, Packed, compose, occurring_rows, pack, read_hits, unpack
 from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import not_loaded
 
+T = TypeVar("T")
 WARM_UP = 8
 """Searches that a worker makes before it takes requests."""
 
@@ -43,6 +45,14 @@ class ShardGroup(NamedTuple):
 
     shards: list[ShardSearcher]
     delta: Delta
+    files: list[StoredFile]
+
+
+class RerankShards(NamedTuple):
+    """One generation in the re-ranker."""
+
+    shards: list[ShardSearcher]
+    files: list[StoredFile]
 
 
 class ShardWorker(Follows):
@@ -51,23 +61,29 @@ class ShardWorker(Follows):
     def __init__(self, group: int, num_groups: int, generations: Sequence[Generation], writer: Any = None) -> None:
         self._group, self._num_groups, self.writer = group, num_groups, writer
         self.generations: dict[str, ShardGroup] = {}
+        self._integrity = Integrity()
         for generation in generations:
             self.add(generation, self.open(generation))
 
     def open(self, generation: Generation) -> ShardGroup:
-        """Open the group's shards of ``generation`` with their shortlists, and warm them up."""
-        shards = [ShardSearcher.open(uri) for uri in generation.folders(self._group, self._num_groups)]
+        """Open the group's shards of ``generation`` with their shortlists, check their files, and warm them up."""
+        folders = generation.folders(self._group, self._num_groups)
+        shards = [ShardSearcher.open(uri) for uri in folders]
+        files = list_files(generation, shards, folders)
+        self._integrity.check(generation, files)
         for shard in shards:
             shard.load()
             warm_up(shard, generation.plans.default)
-        return ShardGroup(shards, Delta(generation.meta, shards, self._group, self._num_groups))
+        return ShardGroup(shards, Delta(generation.meta, shards, self._group, self._num_groups), files)
 
     def add(self, generation: Generation, opened: ShardGroup) -> None:
         self.generations[generation.name] = opened
+        self._integrity.watch(generation.name, opened.files)
 
     def drop(self, name: str) -> None:
         """Let go of a generation; searches under way keep what they use."""
         self.generations.pop(name, None)
+        self._integrity.forget(name)
 
     def apply(self, opened: ShardGroup, records: Sequence[WriteRecord]) -> None:
         opened.delta.apply(records)
@@ -77,19 +93,23 @@ class ShardWorker(Follows):
         write: Callable[..., Packed | Answer] = compose
         if isinstance(ask, bytes):
             ask, write = Ask.unpack(ask), pack
-        return await asyncio.to_thread(_search, _get(self.generations, ask.generation), ask, write)
+        return await asyncio.to_thread(_search, self._get(ask.generation), ask, write)
 
     async def shortlist(self, ask: Ask | bytes) -> GroupShortlist:
         """The group's candidates."""
         ask = Ask.unpack(ask) if isinstance(ask, bytes) else ask
-        return await asyncio.to_thread(_shortlist, _get(self.generations, ask.generation), ask)
+        return await asyncio.to_thread(_shortlist, self._get(ask.generation), ask)
 
     async def vectors(self, generation: str, image_ids: Sequence[str]) -> dict[str, bytes]:
         """The stored vectors of those ids that this group holds."""
-        return await asyncio.to_thread(_read_vectors, _get(self.generations, generation), image_ids)
+        return await asyncio.to_thread(_read_vectors, self._get(generation), image_ids)
+
+    def _get(self, name: str) -> ShardGroup:
+        self._integrity.require_sound(name)
+        return _get(self.generations, name)
 
 
-def _get(generations: Mapping[str, Any], name: str) -> Any:
+def _get(generations: Mapping[str, T], name: str) -> T:
     if name not in generations:
         raise not_loaded(name, generations)
     return generations[name]
@@ -128,30 +148,37 @@ class RerankWorker(Follows):
 
     def __init__(self, generations: Sequence[Generation], writer: Any = None) -> None:
         self.writer = writer
-        self._generations: dict[str, list[ShardSearcher]] = {}
+        self._generations: dict[str, RerankShards] = {}
+        self._integrity = Integrity()
         for generation in generations:
             self.add(generation, self.open(generation))
 
-    def open(self, generation: Generation) -> list[ShardSearcher]:
-        """Open all shards of ``generation`` without their shortlists, and re-rank some stored vectors."""
-        shards = [ShardSearcher.open(uri) for uri in generation.folders(0, 1)]
+    def open(self, generation: Generation) -> RerankShards:
+        """Open all shards of ``generation`` without their shortlists, check them, and re-rank some stored vectors."""
+        folders = generation.folders(0, 1)
+        shards = [ShardSearcher.open(uri) for uri in folders]
+        files = list_files(generation, shards, folders)
+        self._integrity.check(generation, files)
         for shard in shards:
             for row, vector in sample(shard):
                 candidate = Hits(np.array([[row]]), np.zeros((1, 1), np.float32))
                 shard.rerank(vector, candidate, 10, generation.plans.default)
-        return shards
+        return RerankShards(shards, files)
 
-    def add(self, generation: Generation, opened: list[ShardSearcher]) -> None:
+    def add(self, generation: Generation, opened: RerankShards) -> None:
         self._generations[generation.name] = opened
+        self._integrity.watch(generation.name, opened.files)
 
     def drop(self, name: str) -> None:
         """Let go of a generation; calls under way keep what they use."""
         self._generations.pop(name, None)
+        self._integrity.forget(name)
 
     async def rerank(self, ask: Ask | bytes, shortlists: Mapping[int, GroupShortlist]) -> Packed:
         """The best rows among the ``shortlists`` of groups."""
         ask = Ask.unpack(ask) if isinstance(ask, bytes) else ask
-        shards = _get(self._generations, ask.generation)
+        self._integrity.require_sound(ask.generation)
+        shards = _get(self._generations, ask.generation).shards
         return await asyncio.to_thread(_rerank, shards, ask, list(shortlists.values()))
 
 
