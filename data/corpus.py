@@ -12,17 +12,20 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import Field
 
+from lookalike import storage
 from lookalike.cluster import ensure_ray
 from lookalike.config import runtime
 from lookalike.data.parts import Item, PartWriter, blocks_of, map_parts, num_partitions, write_table
-from lookalike.data.sources import SOURCE_FORMATS, Reader, RecordSource
+from lookalike.data.sources import SOURCE_FORMATS, Reader, RecordSource, Unit
 from lookalike.data.sources.ingest import (
     IDS,
     Summary,
@@ -33,7 +36,9 @@ from lookalike.data.sources.ingest import (
     find_repeated,
     problems_of_unit,
 )
+from lookalike.data.sources.reader import PASSED_OVER, REFUSED
 from lookalike.data.sources.records import REPAIRED, RecordLimits, count_reasons
+from lookalike.entries import printable
 from lookalike.errors import CorpusError
 from lookalike.progress import progress_bar, track
 from lookalike.sampling import stable_keys
@@ -79,19 +84,26 @@ class CorpusConfig(StageConfig):
 
 
 def plan_units(config: CorpusConfig) -> list[Item]:
-    """One small item per unit, in record order; raises ``CorpusError`` if a source cannot be read as described."""
-    items: list[Item] = []
+    """One small item per unit, in record order; raises ``CorpusError`` if a source cannot be read as described.
+
+    A file without a unit gets one without records, so that it is accounted for.
+    """
+    units: list[tuple[int, Unit]] = []
+    nothing: list[str] = []
     for source in range(len(config.sources)):
         reader = config.reader(source)
+        files = reader.files()
         with ThreadPoolExecutor(8) as pool:  # mostly waits for the store
-            for units in pool.map(lambda uri: list(reader.units(uri, config.rows_per_part)), reader.files()):  # noqa: B023
-                items += [
-                    {"number": len(items) + place, "source": source, "unit": json.dumps(unit)}
-                    for place, unit in enumerate(units)
-                ]
-    if not items:
-        raise CorpusError(f"the sources hold no records: {', '.join(s.uri for s in config.sources)}")
-    return items
+            cut = pool.map(lambda uri: list(reader.units(uri, config.rows_per_part)), files)  # noqa: B023
+            found = [some or [{"uri": uri, REFUSED: []}] for uri, some in zip(files, cut, strict=True)]
+        rest = reader.rest()
+        units += [(source, unit) for unit in [*chain.from_iterable(found), *([] if rest is None else [rest])]]
+        nothing.append(reader.source.uri + reader.others())
+    if all(REFUSED in unit for _, unit in units):
+        raise CorpusError(f"the sources hold no records: {', '.join(nothing)}; give files that this format reads")
+    return [
+        {"number": number, "source": source, "unit": json.dumps(unit)} for number, (source, unit) in enumerate(units)
+    ]
 
 
 def _remove_repeated(items: list[Item], images: int, files: UnitFiles, config: CorpusConfig) -> dict[int, Counter[str]]:
@@ -121,28 +133,54 @@ def merge_quarantine(
 ) -> Counter[str]:
     """Stream the problems of all units into one file, in record order; return the number of rows by reason.
 
-    Row numbers, which counted within units, now count within files.
+    Row numbers, which counted within units, now count within files. A file without records gets a row.
     """
     counts: Counter[str] = Counter()
-    place, first_row = ("", -1), 0
     waiting: list[pa.Table] = []
+    units = track(summaries, "quarantine", len(summaries), "unit")
     with PartWriter(lambda _: target, QUARANTINE) as writer:
-        for summary in track(summaries, "quarantine", len(summaries), "unit"):
-            here = (summary["file"], summary["source"])
-            place, first_row = here, first_row if here == place else 0
-            if summary["quarantined"] or summary["number"] in repeated:
-                problems = problems_of_unit(summary["number"], files)
-                counts.update(count_reasons(problems))
-                place_of_row = problems.schema.get_field_index("row")
-                waiting.append(problems.set_column(place_of_row, "row", pc.add(problems["row"], first_row)))
-            first_row += summary["records"]
+        for (file, _), group in groupby(units, key=lambda summary: (summary["file"], summary["source"])):
+            first_row, accounted = 0, False
+            for summary in group:
+                if summary["quarantined"] or summary["number"] in repeated:
+                    problems = problems_of_unit(summary["number"], files)
+                    place_of_row = problems.schema.get_field_index("row")
+                    waiting.append(problems.set_column(place_of_row, "row", pc.add(problems["row"], first_row)))
+                first_row += summary["records"]
+                accounted = accounted or summary["records"] > 0 or summary[PASSED_OVER] is not None
+            if not accounted:
+                waiting.append(_file_without_records(file))
             if sum(table.num_rows for table in waiting) >= QUARANTINE_ROWS:
-                writer.write(pa.concat_tables(waiting))
-                waiting = []
-        writer.write(pa.concat_tables([*waiting, QUARANTINE.empty_table()]))
+                counts.update(_write(writer, waiting))
+        counts.update(_write(writer, waiting))
     if not writer.uris:
         write_table(target, QUARANTINE.empty_table())
     return counts
+
+
+def _write(writer: PartWriter, waiting: list[pa.Table]) -> Counter[str]:
+    """Write the tables and empty the list; return the number of rows by reason."""
+    table = pa.concat_tables([*waiting, QUARANTINE.empty_table()])
+    writer.write(table)
+    waiting.clear()
+    return Counter(count_reasons(table))
+
+
+def _file_without_records(file: str) -> pa.Table:
+    row = {"source": printable(file), "row": 0, "field": "record", "reason": "no_records", "uri": printable(file)}
+    return pa.Table.from_pylist([{**row, "detail": "the file holds no record; fill or remove it"}], schema=QUARANTINE)
+
+
+def explain_refusals(quarantine: str, refused: Mapping[str, int]) -> str:
+    """``reason: number (an example's detail)`` of each reason."""
+    filesystem, path = storage.arrow_filesystem(quarantine)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        rows = file.read_row_group(0).to_pylist() if file.num_row_groups else []
+    details = {f"{row['field']}: {row['reason']}": row["detail"] for row in reversed(rows)}
+    return "; ".join(
+        f"{reason}: {count}" + (f" ({detail})" if (detail := details.get(reason)) else "")
+        for reason, count in refused.items()
+    )
 
 
 def _check_all(items: list[Item], config: CorpusConfig, files: UnitFiles) -> list[Summary]:
@@ -174,24 +212,28 @@ def run(run: StageRun[CorpusConfig]) -> None:
     counts = merge_quarantine(summaries, repeated, files, run.out.path("quarantine.parquet"))
     run.out.stats = tally(config, summaries, repeated, counts)
     if not run.out.stats["images"]:
-        raise CorpusError(
-            f"none of the {run.out.stats['records']} records is acceptable; reasons: "
-            f"{run.out.stats['refused']}; check columns and limits"
-        )
-    log.info("corpus %s", fields(records=run.out.stats["records"], images=run.out.stats["images"]))
+        reasons = explain_refusals(run.out.path("quarantine.parquet"), run.out.stats["refused"])
+        raise CorpusError(f"none of the {run.out.stats['records']} records is acceptable: {reasons}")
+    log.info("corpus %s", fields(**{name: run.out.stats[name] for name in ("records", "images", "quarantine_rows")}))
+    if run.out.stats["passed_over"]:
+        log.warning("files passed over by their endings %s", fields(**run.out.stats["passed_over"]))
 
 
 def tally(
     config: CorpusConfig, summaries: Sequence[Summary], repeated: Mapping[int, Counter[str]], counts: Counter[str]
 ) -> dict[str, Any]:
-    """The statistics of the stage: each record is an image or was refused for one reason; only images have repairs."""
+    """The statistics of the stage: each record is an image or was refused for one reason; only images have repairs.
+
+    ``passed_over``: files of the sources that no record stands for, by ending. A file without records counts as one.
+    """
     datasets: dict[str, Counter[str]] = {}
     for summary in summaries:
         splits = datasets.setdefault(config.sources[summary["source"]].dataset, Counter())
         splits.update(summary["accepted"])
         splits.subtract(repeated.get(summary["number"], Counter()))
     images = sum(splits.total() for splits in datasets.values())
-    records = sum(summary["records"] for summary in summaries)
+    records = sum(summary["records"] for summary in summaries) + counts["record: no_records"]
+    passed_over = sum((Counter(summary[PASSED_OVER]) for summary in summaries), Counter[str]())
     repairs = {reason: n for reason, n in sorted(counts.items()) if REPAIRED in reason}
     refused = {reason: n for reason, n in sorted(counts.items()) if reason not in repairs}
     assert records == images + sum(refused.values()), f"{records} records, {images} images, refused {refused}"
@@ -200,6 +242,7 @@ def tally(
         "images": images,
         "refused": refused,
         "quarantine_rows": counts.total(),
+        "passed_over": dict(sorted(passed_over.items())),
         "repaired": {reason.replace(REPAIRED, ""): n for reason, n in repairs.items()},
         "datasets": {
             name: {split: n for split, n in sorted(splits.items()) if n} for name, splits in sorted(datasets.items())
@@ -211,4 +254,4 @@ def _sources(config: CorpusConfig) -> list[str]:
     return [source.uri for source in config.sources]
 
 
-STAGE: Stage[CorpusConfig] = Stage("corpus", "corpus", CorpusConfig, run, sources=_sources, resumable=True, version=3)
+STAGE: Stage[CorpusConfig] = Stage("corpus", "corpus", CorpusConfig, run, sources=_sources, resumable=True, version=4)

@@ -4,7 +4,7 @@ A reader cuts its files into units of work and yields the raw records of a unit.
 (``records`` does) and holds one record or one batch at a time.
 """
 
-from lookalike.data.sources import folder, lance, parquet, tables, webdataset
+from lookalike.data.sources import delimited, folder, lance, parquet, tables, webdataset
 from lookalike.data.sources.reader import SOURCE_FORMATS, Reader, Record, RecordSource, Unit
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Record",
     "RecordSource",
     "Unit",
+    "delimited",
     "folder",
     "lance",
     "parquet",

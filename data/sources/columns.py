@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -178,7 +179,7 @@ def _is(kind: pa.DataType, tests: Iterable[Any]) -> bool:
 
 def arrow_records(table: pa.Table, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """The rows of a table as records; ``columns``: the result of :func:`resolve_schema`."""
-    values = {field: raw_values(_leaf(table, path)) for field, path in columns.items()}
+    values = {field: raw_values(_leaf(table, path), field in SCORED) for field, path in columns.items()}
     for index in range(table.num_rows):
         yield {field: cells[index] for field, cells in values.items()}
 
@@ -195,15 +196,21 @@ def _leaf(table: pa.Table, path: str) -> Any:
     return pc.struct_field(table.column(head), rest)
 
 
-def raw_values(column: Any) -> list[Any]:
-    """Python values of a column, strings as bytes, because invalid UTF-8 must not raise an error here."""
+def raw_values(column: Any, scored: bool = False) -> list[Any]:
+    """Python values of a column, strings as bytes, because invalid UTF-8 must not raise an error here.
+
+    Small floats stay numpy's, whose texts are short (0.1); in a column of ``scored`` terms this does not matter.
+    """
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
     if _is(kind, _LISTS) and _is(kind.value_type, _BYTES):
         return list(column.cast(pa.large_list(pa.large_binary())).to_pylist())
     if pa.types.is_nested(kind):
-        return [_nested_value(value) for value in column]
+        values = [_nested_value(value) for value in column]
+        return [_with_floats(value, kind) for value in values] if not scored and _has_floats(kind) else values
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return [_with_floats(value, kind) for value in column.to_pylist()]
     if not _is(kind, _BYTES):
         column = column.cast(pa.string())
     return list(column.cast(pa.large_binary()).to_pylist())
@@ -214,3 +221,23 @@ def _nested_value(value: Any) -> Any:
         return value.as_py()
     except UnicodeDecodeError:
         return _NOT_UTF8
+
+
+_FLOATS = {pa.float16(): np.float16, pa.float32(): np.float32}
+
+
+def _has_floats(kind: pa.DataType) -> bool:
+    return kind in _FLOATS or any(_has_floats(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def _with_floats(value: Any, kind: pa.DataType) -> Any:
+    """``value`` with the floats that pyarrow widened to doubles narrowed again."""
+    if value is None or value == _NOT_UTF8:
+        return value
+    if kind in _FLOATS:
+        return _FLOATS[kind](value)
+    if pa.types.is_struct(kind):
+        return {part.name: _with_floats(value[part.name], part.type) for part in kind}
+    if pa.types.is_map(kind):
+        return [(key, _with_floats(item, kind.item_type)) for key, item in value]
+    return [_with_floats(item, kind.value_type) for item in value] if _is(kind, _LISTS) else value

@@ -1,16 +1,16 @@
 """A folder of images, with a metadata table (as Hugging Face's imagefolder has it) or without."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from lookalike import storage
 from lookalike.data.sources.columns import candidates, pick_fields
+from lookalike.data.sources.delimited import CsvReader
 from lookalike.data.sources.parquet import ParquetReader
-from lookalike.data.sources.reader import SOURCE_FORMATS, Reader, Record, Unit
-from lookalike.data.sources.tables import CsvReader, JsonlReader
+from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, Reader, Record, Unit
+from lookalike.data.sources.tables import JsonlReader
+from lookalike.entries import PROBLEMS, ending, is_hidden, walk
 from lookalike.errors import CorpusError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 BY_NAME = {"image_id": "file_name", "image_uri": "file_name"}
 
 
@@ -29,32 +29,10 @@ class _Parquet(ParquetReader):
 METADATA: dict[str, type[Reader]] = {"metadata.jsonl": _Jsonl, "metadata.csv": _Csv, "metadata.parquet": _Parquet}
 
 
-def walk_files(fs: Any, root: str, first: str | None = None, last: str | None = None) -> Iterator[str]:
-    """Relative paths of the files below ``root`` from ``first`` to ``last``, sorted folder by folder.
-
-    Lists one folder at a time, and only those that may hold such a file. Skips names that begin with a dot and links to
-    folders.
-    """
-    low = () if first is None else tuple(first.split("/"))
-    high = None if last is None else tuple(last.split("/"))
-
-    def below(folder: str, parts: tuple[str, ...]) -> Iterator[str]:
-        entries = {
-            entry["name"].rstrip("/").rpartition("/")[2]: entry
-            for entry in fs.ls(folder, detail=True)
-            if entry["name"].rstrip("/") != folder
-        }
-        for name in sorted(entries):
-            entry, place = entries[name], (*parts, name)
-            if name.startswith(".") or place < low[: len(place)] or (high is not None and place > high):
-                continue
-            if entry["type"] == "directory":
-                if not entry.get("islink"):
-                    yield from below(entry["name"].rstrip("/"), place)
-            elif place >= low:
-                yield "/".join(place)
-
-    return below(root.rstrip("/"), ())
+NOT_READ = (
+    f"only one of {', '.join(METADATA)} in the source's own folder is read, and images beside others are read by name; "
+    "give its folder as a source of its own, or remove it"
+)
 
 
 @SOURCE_FORMATS.register("folder")
@@ -62,7 +40,8 @@ class FolderReader(Reader):
     """Reads the metadata table if there is one, else the images, by name; then a unit is a range of names.
 
     The id of an image is its path in the folder (``file_name``), its category the folder it lies in (``folder``),
-    unless the recipe or the table says otherwise.
+    unless the recipe or the table says otherwise. Names that begin with a dot are passed over. Metadata tables that are
+    not read, such as those of subfolders, are refused by name.
     """
 
     suffixes = IMAGE_SUFFIXES
@@ -89,7 +68,10 @@ class FolderReader(Reader):
             return
         first = name = ""
         count = 0
-        for name in filter(self.accepts, walk_files(*storage.resolve(uri))):
+        for name, problem in walk(*storage.resolve(uri)):
+            if not self._has_record(name, problem):
+                self.passed_over[ending(name)] += 1
+                continue
             first = first if count else name
             count += 1
             if count == rows_per_part:
@@ -98,11 +80,22 @@ class FolderReader(Reader):
         if count:
             yield {"uri": uri, "first": first, "last": name}
 
+    def _has_record(self, name: str, problem: str | None) -> bool:
+        table = name.rpartition("/")[2].lower().startswith("metadata.")
+        return not is_hidden(name) and (problem is not None or table or self.accepts(name))
+
     def read(self, unit: Unit) -> Iterator[Record]:
         if (table := self._table(unit["uri"])) is not None:
             yield from table.read(unit)
             return
         wanted = candidates(self.source.columns, self.natural)
         fs, root = storage.resolve(unit["uri"])
-        for name in filter(self.accepts, walk_files(fs, root, unit["first"], unit["last"])):
-            yield pick_fields({"file_name": name, "folder": name.rpartition("/")[0] or None}, wanted)
+        for name, problem in walk(fs, root, unit["first"], unit["last"]):
+            if not self._has_record(name, problem):
+                continue
+            if problem is not None:
+                yield self.refuse(name, problem, PROBLEMS[problem])
+            elif self.accepts(name):
+                yield pick_fields({"file_name": name, "folder": name.rpartition("/")[0] or None}, wanted)
+            else:
+                yield self.refuse(name, "metadata_not_read", NOT_READ)

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from lookalike import storage
 from lookalike.data.parts import PartWriter, part_name, read_table, write_table
 from lookalike.data.sources.image_fetch import fetch_images
-from lookalike.data.sources.reader import BATCH_ROWS, Reader, Record, Unit
-from lookalike.data.sources.records import RecordLimits, RecordOrigin, check_records
+from lookalike.data.sources.reader import BATCH_ROWS, PASSED_OVER, Reader, Record, Unit
+from lookalike.data.sources.records import ADVICE, RecordLimits, RecordOrigin, check_records
+from lookalike.entries import printable
 from lookalike.errors import CorpusError
 from lookalike.schemas import CORPUS, QUARANTINE
 
@@ -27,7 +28,8 @@ IDS = pa.schema([("image_id", pa.string()), ("unit", pa.int64()), ("row", pa.int
 REMOVED = pa.schema([("unit", pa.int64()), ("split", pa.string()), ("rows", pa.int64())])
 """Records removed from a unit."""
 Summary = dict[str, Any]
-"""Number and file of a unit, its records, accepted rows by split, quarantined rows and number of part files."""
+"""Number and file of a unit, its records, accepted rows by split, quarantined rows, number of part files, and the files
+that it passed over."""
 
 
 class UnitChecks(NamedTuple):
@@ -72,7 +74,10 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
         PartWriter(lambda _: files.of("quarantine", number), QUARANTINE) as refused,
     ):
         for records in _batches(reader, unit):
+            named = [record.get("image_uri") for record in records]
             fetch_images(records, reader.base, checks.limits.max_bytes, reader.source.fetch)
+            for record, uri in zip(records, named, strict=True):
+                record["image_uri"] = uri  # for the quarantine
             origin = RecordOrigin(unit["uri"], row, reader.source, checks.seed)
             checked = check_records(records, origin, limits=checks.limits, accepted_ids=accepted_ids)
             parts.write(checked.accepted)
@@ -81,14 +86,15 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
             accepted.update(checked.accepted["split"].to_pylist())
             quarantined += checked.quarantine.num_rows
             row += len(records)
+    passed_over = unit.get(PASSED_OVER) or dict(reader.passed_over) or None
     counts = {"records": row, "accepted": dict(accepted), "quarantined": quarantined, "parts": len(parts.uris)}
-    summary = {"number": number, "file": unit["uri"], **counts}
+    summary = {"number": number, "file": unit["uri"], PASSED_OVER: passed_over, **counts}
     storage.write_atomic(mark, json.dumps(summary).encode())
     return summary
 
 
 def _batches(reader: Reader, unit: Unit) -> Iterator[list[Record]]:
-    records = reader.read(unit)
+    records = reader.records(unit)
     try:
         while batch := list(islice(records, BATCH_ROWS)):
             yield batch
@@ -119,7 +125,12 @@ def drop_repeated(repeated: pa.Table, files: UnitFiles) -> pa.Table:
     repeated = repeated.sort_by("row")
     unit = repeated["unit"][0].as_py()
     summary: Summary = json.loads(storage.read_bytes(files.of("summaries", unit, "json")))
-    problem = {"source": summary["file"], "field": "image_id", "reason": "duplicate"}
+    problem = {
+        "source": printable(summary["file"]),
+        "field": "image_id",
+        "reason": "duplicate",
+        "detail": ADVICE["duplicate"],
+    }
     rows = [{**entry, **problem} for entry in repeated.to_pylist()]
     write_table(files.of("repeated", unit), pa.Table.from_pylist(rows, schema=QUARANTINE))
     for place in range(summary["parts"]):

@@ -11,14 +11,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lookalike.data.sources.columns import GATHERED, SCORED, TEXT
-from lookalike.data.sources.reader import UNREADABLE, Record, RecordSource
+from lookalike.data.sources.reader import DETAIL, UNREADABLE, Record, RecordSource
 from lookalike.data.sources.texts import read_attributes, read_scored, read_text, read_words
+from lookalike.entries import printable
 from lookalike.schemas import CORPUS, QUARANTINE
 from lookalike.seeds import hash_unit
 from lookalike.vision.images import ImageError, decode
 
 REPAIRED = "repaired: "  # prefix of the reasons of accepted records
 MAX_ID_CHARS = 1024
+MAX_DETAIL_CHARS = 500
+ADVICE = {
+    "null": "the record has none; fill it in, or map the column that holds it",
+    "not_utf8": "its bytes are no UTF-8; rename it, or name the file's encoding, such as encoding: cp1252",
+    "wrong_type": "its value is of a type that cannot hold it; convert it",
+    "control_characters": "it contains control characters; remove them",
+    "too_long": "it is longer than the limit; shorten it or raise the limit",
+    "inexact_number": "it is a floating-point number that may stand for several whole numbers (a double from 2^53) or "
+    "is infinite; write the column as integers or text",
+    "duplicate": "a record before it has the same id; id_prefix keeps the ids of several sources apart",
+    "too_many_bytes": "the image has more bytes than max_bytes",
+    "too_small": "a side of the image is shorter than min_side_px",
+    "white_space": "white space around it was removed",
+    "bad_score": "a score was no number in [0, 1]",
+    "bad_weight": "a weight was no number >= 0",
+}
+"""Reason -> detail, for problems that have no error message of their own."""
 
 
 class RecordLimits(NamedTuple):
@@ -58,69 +76,103 @@ def check_records(
 
     An image is given as bytes, or as the ``ImageError`` that fetching it raised. ``accepted_ids`` is extended: of
     acceptable records with the same id the first stays. Reasons of refusal: for the record, those of its reader; for
-    the image id, ``null``, ``not_utf8``, ``wrong_type``, ``control_characters``, ``too_long`` and ``duplicate``; for
-    the image, ``null``, ``wrong_type``, ``too_many_bytes``, ``too_small`` and those of ``images.decode`` and
-    ``fetch_images``. Repairs: those of ``texts``, and a title that is ``empty``.
+    the image id, ``null``, ``not_utf8``, ``wrong_type``, ``inexact_number``, ``control_characters``, ``too_long`` and
+    ``duplicate``; for the image, ``null``, ``wrong_type``, ``too_many_bytes``, ``too_small`` and those of
+    ``images.decode`` and ``fetch_images``. Repairs: those of ``texts``, an id in ``white_space``, and a title that is
+    ``empty``.
     """
     accepted: list[dict[str, Any]] = []
     rows: list[int] = []
     problems: list[dict[str, Any]] = []
     for number, record in enumerate(records, origin.first_row):
         row: dict[str, Any] = dict.fromkeys(CORPUS.names)
-        reasons = _refuse(record, row, origin, limits, accepted_ids)
-        if not reasons:
-            reasons = _fill(record, row, origin, limits)
-            accepted_ids.add(row["image_id"])
-            accepted.append(row)
-            rows.append(number)
+        refusal = _refuse(record, row, origin, limits, accepted_ids)
+        if refusal is not None:
+            problems.append(_quarantine_row(record, row, origin, number, refusal))
+            continue
         problems += [
-            {"image_id": row["image_id"], "source": origin.file, "row": number, "field": field, "reason": reason}
-            for field, reason in reasons
+            _quarantine_row(record, row, origin, number, repair) for repair in _fill(record, row, origin, limits)
         ]
+        accepted_ids.add(row["image_id"])
+        accepted.append(row)
+        rows.append(number)
     return CheckedRecords(
         pa.Table.from_pylist(accepted, schema=CORPUS), rows, pa.Table.from_pylist(problems, schema=QUARANTINE)
     )
 
 
+class Problem(NamedTuple):
+    """Why a record was refused or repaired."""
+
+    field: str
+    reason: str
+    detail: str | None
+
+
+def _quarantine_row(
+    record: Record, row: dict[str, Any], origin: RecordOrigin, number: int, problem: Problem
+) -> dict[str, Any]:
+    named = record.get("image_uri")
+    return {
+        "image_id": row["image_id"] or shown(record.get("image_id"), MAX_ID_CHARS),
+        "source": printable(origin.file),
+        "row": number,
+        "field": problem.field,
+        "reason": problem.reason,
+        "uri": shown(named, MAX_ID_CHARS),
+        "detail": shown(problem.detail, MAX_DETAIL_CHARS),
+    }
+
+
+def shown(value: Any, most: int) -> str | None:
+    """A raw value as text for the quarantine, at most ``most`` characters; None if there is none."""
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        value = value[: 4 * most].decode("utf-8", "surrogateescape")
+    return printable(value if isinstance(value, str) else repr(value), most)
+
+
 def _refuse(
     record: Record, row: dict[str, Any], origin: RecordOrigin, limits: RecordLimits, accepted_ids: set[str]
-) -> list[tuple[str, str]]:
-    """(field, reason) of the first problem that keeps a record out, else nothing; fills in id, image and its size."""
+) -> Problem | None:
+    """The first problem that keeps a record out, else None; fills in id, image and its size."""
     if UNREADABLE in record:
-        return [("record", record[UNREADABLE])]
+        return Problem("record", record[UNREADABLE], record.get(DETAIL))
     text, problems = read_text(record.get("image_id"), MAX_ID_CHARS)
-    if problems:
-        return [("image_id", min(problems))]
-    if not text:
-        return [("image_id", "null")]
+    if problems or not text:
+        reason = min(problems, default="null")
+        return Problem("image_id", reason, ADVICE[reason])
     row["image_id"] = origin.source.id_prefix + text
     if row["image_id"] in accepted_ids:
-        return [("image_id", "duplicate")]
-    reason = _refuse_image(record.get("image"), row, limits)
-    return [] if reason is None else [("image", reason)]
+        return Problem("image_id", "duplicate", ADVICE["duplicate"])
+    return _refuse_image(record.get("image"), row, limits)
 
 
-def _refuse_image(data: Any, row: dict[str, Any], limits: RecordLimits) -> str | None:
+def _refuse_image(data: Any, row: dict[str, Any], limits: RecordLimits) -> Problem | None:
+    reason, detail = None, None
     if data is None:
-        return "null"
-    if isinstance(data, ImageError):
-        return data.reason
-    if not isinstance(data, bytes):
-        return "wrong_type"
-    if len(data) > limits.max_bytes:
-        return "too_many_bytes"
-    try:
-        image = decode(data, max_pixels=limits.max_pixels)
-    except ImageError as error:
-        return error.reason
-    row["image"], (row["width"], row["height"]) = data, image.size
-    return "too_small" if min(image.size) < limits.min_side_px else None
+        reason = "null"
+    elif isinstance(data, ImageError):
+        reason, detail = data.reason, str(data)
+    elif not isinstance(data, bytes):
+        reason = "wrong_type"
+    elif len(data) > limits.max_bytes:
+        reason = "too_many_bytes"
+    else:
+        try:
+            image = decode(data, max_pixels=limits.max_pixels)
+        except ImageError as error:
+            return Problem("image", error.reason, str(error))
+        row["image"], (row["width"], row["height"]) = data, image.size
+        reason = "too_small" if min(image.size) < limits.min_side_px else None
+    return None if reason is None else Problem("image", reason, detail or ADVICE[reason])
 
 
-def _fill(record: Record, row: dict[str, Any], origin: RecordOrigin, limits: RecordLimits) -> list[tuple[str, str]]:
-    """Fill in everything but id and image; return (field, reason) of each repair."""
+def _fill(record: Record, row: dict[str, Any], origin: RecordOrigin, limits: RecordLimits) -> list[Problem]:
+    """Fill in everything but id and image; return the repairs."""
     source, most = origin.source, limits.max_text_chars
-    repairs: dict[str, set[str]] = {}
+    repairs: dict[str, set[str]] = {"image_id": _repairs_of_id(record["image_id"])}
     for field in TEXT:
         text, repairs[field] = read_text(record.get(field), most)
         row[field] = text or source.constants.get(field)
@@ -137,7 +189,16 @@ def _fill(record: Record, row: dict[str, Any], origin: RecordOrigin, limits: Rec
         unit = row["group"] or row["image_id"]
         held_out = hash_unit(origin.seed, f"split/{source.dataset}/{unit}") < source.test_fraction
         row["split"] = "test" if held_out else "train"
-    return [(field, REPAIRED + reason) for field, reasons in repairs.items() for reason in sorted(reasons)]
+    return [
+        Problem(field, REPAIRED + reason, ADVICE.get(reason))
+        for field, reasons in repairs.items()
+        for reason in sorted(reasons)
+    ]
+
+
+def _repairs_of_id(value: Any) -> set[str]:
+    padded = isinstance(value, (str, bytes)) and (value[:1].isspace() or value[-1:].isspace())
+    return {"white_space"} if padded else set()
 
 
 def count_reasons(quarantine: pa.Table) -> dict[str, int]:

@@ -1,33 +1,92 @@
-"""JSON lines and CSV: tables without a schema that name their images by URI."""
+"""JSON lines, and the text of tables without a schema, which name their images by URI."""
 
-import csv
+import codecs
 import io
 import json
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from typing import Any, BinaryIO, cast
 
 from lookalike import storage
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
-from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
+from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit, unreadable
 from lookalike.errors import CorpusError
 
 MAX_LINE_BYTES = 64 << 20  # a longer line or cell is refused instead of held in memory
+_BETWEEN = re.compile(r"[\s,]*")
 SAMPLE_ROWS = 1000  # lines from which columns and the mean length of a line are read
 SAMPLE_BYTES = 4 << 20
 BUFFER_BYTES = 1 << 20
 
 
+BOMS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""First bytes -> encoding; those of UTF-32 come first, because they begin like those of UTF-16."""
+
+ZEROS: dict[tuple[bool, ...], str] = {
+    (False, True, False, True): "utf-16-le",
+    (True, False, True, False): "utf-16-be",
+    (False, True, True, True): "utf-32-le",
+    (True, True, True, False): "utf-32-be",
+}
+"""Which of the first four bytes are zero in a text that begins with ASCII -> encoding."""
+
+codecs.register_error("lookalike.mark", lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
+
+
+class _Recoded(io.RawIOBase):
+    """A text in another encoding as UTF-8. What cannot be decoded becomes bytes that are no UTF-8 either."""
+
+    def __init__(self, file: io.BufferedReader, encoding: str) -> None:
+        self._file, self._waiting = file, b""
+        self._decoder = codecs.getincrementaldecoder(encoding)("lookalike.mark")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._waiting:
+            chunk = self._file.read(BUFFER_BYTES)
+            self._waiting = self._decoder.decode(chunk, final=not chunk).encode("utf-8", "surrogatepass")
+            if not chunk:
+                break
+        size = min(len(buffer), len(self._waiting))
+        buffer[:size], self._waiting = self._waiting[:size], self._waiting[size:]
+        return size
+
+
+def sniff_encoding(start: bytes) -> str | None:
+    """UTF-16 or UTF-32 if the first bytes of a text say so, by a mark or by the zeros around ASCII; else None."""
+    for mark, encoding in BOMS.items():
+        if start.startswith(mark):
+            return encoding
+    zeros = tuple(byte == 0 for byte in start[:4])
+    return ZEROS.get(zeros)
+
+
 @contextmanager
-def open_buffered(uri: str) -> Iterator[BinaryIO]:
-    """A file's bytes, unpacked when its name ends in ``.gz``."""
+def open_buffered(uri: str, encoding: str | None = None) -> Iterator[BinaryIO]:
+    """A file's bytes, unpacked when its name ends in ``.gz``; a text of another ``encoding`` as UTF-8.
+
+    Without ``encoding`` UTF-16 and UTF-32 are recognised. Recoded text cannot be sought. Raises ``CorpusError`` if the
+    file is damaged.
+    """
     fs, path = storage.resolve(uri)
     compression = "gzip" if uri.lower().endswith(".gz") else None
     try:
         with fs.open(path, "rb", compression=compression) as file, io.BufferedReader(file, BUFFER_BYTES) as buffered:
-            yield cast(BinaryIO, buffered)
-    except (EOFError, OSError) as error:
+            name = sniff_encoding(buffered.peek(4)[:4]) if encoding is None else codecs.lookup(encoding).name
+            plain = name in {None, "utf-8", "utf-8-sig", "ascii"}
+            text = buffered if plain else io.BufferedReader(_Recoded(buffered, str(name)), BUFFER_BYTES)
+            yield cast(BinaryIO, text)
+    except (EOFError, OSError, zlib.error) as error:
         raise CorpusError(f"source {uri} cannot be read ({error}); replace or remove it") from None
 
 
@@ -60,14 +119,50 @@ def _rest_of_line(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parse_object(line: bytes | None) -> dict[str, Any]:
-    """The JSON object in a line, or ``{UNREADABLE: reason}``. Invalid UTF-8 becomes lone surrogates."""
+    """The JSON object in a line, or an ``unreadable`` record. Invalid UTF-8 becomes lone surrogates."""
     if line is None:
-        return {UNREADABLE: "too_long"}
+        return unreadable("too_long", f"a line has more than {MAX_LINE_BYTES} bytes; cut it")
+    text = line.decode("utf-8-sig", "surrogateescape")
     try:
-        value = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-    except (ValueError, RecursionError):
-        return {UNREADABLE: "not_json"}
-    return value if isinstance(value, dict) else {UNREADABLE: "not_an_object"}
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return unreadable("not_json", f"{error}, in {text[:100]!r}; correct it")
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    return unreadable("not_an_object", f"{str(value)[:100]!r} is no JSON object with the fields of a record")
+
+
+def _begins_array(start: bytes) -> bool:
+    return re.match(rb"\s*\[\s*([{\]]|$)", start.removeprefix(codecs.BOM_UTF8)) is not None
+
+
+def read_array(file: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file that is one JSON array, read as a stream; ``unreadable`` records for other values.
+
+    Raises ``CorpusError`` with the line at which the array is no JSON.
+    """
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
+    decoder = json.JSONDecoder()
+    waiting, place, lines = text.read(BUFFER_BYTES).replace("[", " ", 1), 0, 1
+    while True:
+        place = cast(re.Match[str], _BETWEEN.match(waiting, place)).end()
+        if waiting[place : place + 1] == "]":
+            return
+        try:
+            value, place = decoder.raw_decode(waiting, place)
+        except (ValueError, RecursionError) as error:
+            more = text.read(BUFFER_BYTES) if len(waiting) - place < MAX_LINE_BYTES else ""
+            if not more:
+                lines += waiting.count("\n", 0, getattr(error, "pos", place))
+                raise CorpusError(f"source {uri}, line {lines}: the array is no JSON ({error}); correct it") from None
+            lines += waiting.count("\n", 0, place)
+            waiting, place = waiting[place:] + more, 0
+            continue
+        yield _object(value)
 
 
 @SOURCE_FORMATS.register("jsonl")
@@ -77,11 +172,19 @@ class JsonlReader(Reader):
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        lines = self._sample(uri)
-        records = [record for line in lines if UNREADABLE not in (record := parse_object(line))]
-        if records:
-            resolve(self.source.columns, paths_of_records(records), f"source {uri}", self.natural)
-        if uri.lower().endswith(".gz"):
+        with open_buffered(uri, self.source.encoding) as file:
+            whole, array = (
+                uri.lower().endswith(".gz") or not file.seekable(),
+                _begins_array(cast(io.BufferedReader, file).peek()),
+            )
+            lines = [line for line in islice(read_lines(file, 0, SAMPLE_BYTES), SAMPLE_ROWS) if line and line.strip()]
+        if array and (len(lines) < 2 or parse_object(lines[0])[UNREADABLE] == "not_json"):
+            with open_buffered(uri, self.source.encoding) as file:
+                self._resolve(islice(read_array(file, uri), SAMPLE_ROWS), uri)
+            yield {"uri": uri, "array": True}
+            return
+        self._resolve((parse_object(line) for line in lines), uri)
+        if whole:
             yield {"uri": uri, "start": 0, "stop": None}
             return
         size = storage.size_bytes(uri)
@@ -91,57 +194,24 @@ class JsonlReader(Reader):
         for start, stop in pairwise(cuts):
             yield {"uri": uri, "start": start, "stop": stop}
 
-    def _sample(self, uri: str) -> list[bytes]:
-        with open_buffered(uri) as file:
-            return [line for line in islice(read_lines(file, 0, SAMPLE_BYTES), SAMPLE_ROWS) if line]
+    def _resolve(self, sample: Iterable[Record], uri: str) -> None:
+        if records := [record for record in sample if UNREADABLE not in record]:
+            resolve(self.source.columns, paths_of_records(records), f"source {uri}", self.natural)
 
     def read(self, unit: Unit) -> Iterator[Record]:
         wanted = candidates(self.source.columns, self.natural)
-        with open_buffered(unit["uri"]) as file:
-            for line in read_lines(file, unit["start"], unit["stop"]):
-                if line is None or line.strip():
-                    record = parse_object(line)
-                    yield record if UNREADABLE in record else pick_fields(record, wanted)
+        for record in self._objects(unit):
+            yield record if UNREADABLE in record else pick_fields(record, wanted)
 
-
-@SOURCE_FORMATS.register("csv")
-class CsvReader(Reader):
-    """A unit is a file, read as a stream: line ends inside quotes look like ends of records, so a file cannot be cut.
-
-    A table too large for one task should be several files, or JSON lines or parquet.
-    """
-
-    suffixes = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-
-    def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        with self._rows(uri) as rows:
-            header = next(rows, [])
-        if header:
-            resolve(self.source.columns, header, f"source {uri}", self.natural)
-            yield {"uri": uri}
-
-    @contextmanager
-    def _rows(self, uri: str) -> Iterator[Iterator[list[str]]]:
-        csv.field_size_limit(MAX_LINE_BYTES)
-        with open_buffered(uri) as file:
-            text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-            delimiter = "\t" if ".tsv" in uri.lower()[-7:] else ","
-            yield csv.reader(text, delimiter=delimiter, strict=True)
-
-    def read(self, unit: Unit) -> Iterator[Record]:
-        with self._rows(unit["uri"]) as rows:
-            header = next(rows)
-            columns = resolve(self.source.columns, header, f"source {unit['uri']}", self.natural)
-            places = {field: header.index(column) for field, column in columns.items()}
-            while True:
-                try:
-                    row = next(rows, None)
-                except csv.Error:
-                    yield {UNREADABLE: "not_csv"}
-                    continue
-                if row is None:
+    def _objects(self, unit: Unit) -> Iterator[dict[str, Any]]:
+        number = 0
+        try:
+            with open_buffered(unit["uri"], self.source.encoding) as file:
+                if "array" in unit:
+                    yield from read_array(file, unit["uri"])
                     return
-                if len(row) == len(header):
-                    yield {field: row[place] or None for field, place in places.items()}
-                elif row:
-                    yield {UNREADABLE: "wrong_number_of_cells"}
+                for number, line in enumerate(read_lines(file, unit["start"], unit["stop"]), 1):  # noqa: B007
+                    if line is None or line.strip():
+                        yield parse_object(line)
+        except CorpusError as error:  # of a packed file, whose lines are counted from its start
+            raise CorpusError(f"{error} (line {number + 1})" if number else str(error)) from None

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from itertools import chain
 from typing import Any
 
@@ -14,33 +15,57 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _SCORED = re.compile(r"(?s)(.*\S)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?inf|nan)\s*")
 _LARGEST = float(np.finfo(np.float32).max)
+_FIRST_INEXACT: dict[type, float] = {np.float16: 2.0**11, np.float32: 2.0**24}
+"""Type -> the first whole number that another one may have been rounded to."""
 
 
 def read_text(value: Any, max_chars: int) -> tuple[str | None, set[str]]:
     """(the text of a raw value, or None; what was wrong with it).
 
-    A value that is ``not_utf8`` or of the ``wrong_type`` gives no text; ``control_characters`` are removed, and a text
-    that is ``too_long`` is cut to ``max_chars``.
+    A value that is ``not_utf8``, of the ``wrong_type``, or an ``inexact_number`` (see :func:`number_text`) gives no
+    text; ``control_characters`` are removed, and a text that is ``too_long`` is cut to ``max_chars``.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None, set()
-    if isinstance(value, (bool, int, float)):
-        value = json.dumps(value)
-    if isinstance(value, str) and _SURROGATES.search(value):
-        value = _undo_escape(value)
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:
-            return None, {"not_utf8"}
-    if not isinstance(value, str):
-        return None, {"wrong_type"}
+    value, problem = _decoded(value)
+    if value is None:
+        return None, {problem} if problem else set()
     clean = _CONTROLS.sub("", value)
     problems = {"control_characters"} if clean != value else set()
     clean = clean.strip()
     if len(clean) > max_chars:
         return clean[:max_chars].rstrip(), problems | {"too_long"}
     return clean, problems
+
+
+def _decoded(value: Any) -> tuple[str | None, str | None]:
+    """(a raw value as text, or None; what is wrong with it, if anything is)."""
+    if isinstance(value, str) and _SURROGATES.search(value):
+        value = _undo_escape(value)
+    if isinstance(value, str):
+        return value, None
+    if isinstance(value, bytes):
+        try:
+            return value.decode(), None
+        except UnicodeDecodeError:
+            return None, "not_utf8"
+    if isinstance(value, (bool, int)):
+        return json.dumps(value), None
+    if isinstance(value, (float, np.floating, Decimal)):
+        text = None if math.isnan(value) else number_text(value)
+        return text, "inexact_number" if text is None and not math.isnan(value) else None
+    return None, None if value is None else "wrong_type"
+
+
+def number_text(value: float | np.floating[Any] | Decimal) -> str | None:
+    """The text of a number, the same in every format: ``7`` for 7.0, ``0.1`` for the nearest double or float.
+
+    None if it is infinite, or a whole number too large for its type to tell from the next one (from 2^53 in a double).
+    """
+    if not math.isfinite(value):
+        return None
+    if value != int(value):
+        return format(value, "f") if isinstance(value, Decimal) else str(value)
+    inexact = not isinstance(value, Decimal) and abs(value) >= _FIRST_INEXACT.get(type(value), 2.0**53)
+    return None if inexact else str(int(value))
 
 
 def _undo_escape(value: str) -> str | bytes:

@@ -1,18 +1,22 @@
 """WebDataset: tar files in which the members of a record share their name up to the first dot."""
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import groupby, islice
 from typing import IO, Any, NamedTuple, Self
 
 from lookalike import storage
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
-from lookalike.data.sources.folder import IMAGE_SUFFIXES
-from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit
+from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit, unreadable
 from lookalike.data.sources.tables import parse_object
+from lookalike.entries import ending
+from lookalike.vision.images import ImageError
 
 SAMPLE_RECORDS = 100
 MAX_TEXT_BYTES = 64 << 20  # of a member that is not an image
+SORTED = "members of a key must follow each other: `tar --sort=name`"
+SCATTERED = f"members of the key, an image not among them, come after other keys and were not read; {SORTED}"
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -35,11 +39,12 @@ class TarMember(NamedTuple):
     """Path up to the first dot of the name."""
     extension: str
     """Lower case."""
-    content: bytes
+    content: bytes | None
+    """None if it is a link or a device."""
 
 
-def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[TarMember]:
-    """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1.
+def read_members(file: IO[bytes], max_image_bytes: int, hidden: Counter[str]) -> Iterator[TarMember]:
+    """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1. ``hidden`` counts others.
 
     Raises ``tarfile.ReadError`` if the stream is not a tar, is damaged or ends too early.
     """
@@ -49,7 +54,14 @@ def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[TarMember]:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                if not member.isfile() or not stem:
+                if member.isdir():
+                    continue
+                if not stem:
+                    hidden[ending(name)] += 1
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if not member.isfile():
+                    yield TarMember(key, extension.lower(), None)
                     continue
                 image = f".{extension.lower()}" in IMAGE_SUFFIXES
                 content = tar.extractfile(member)
@@ -58,36 +70,51 @@ def read_members(file: IO[bytes], max_image_bytes: int) -> Iterator[TarMember]:
                 data = content.read(most)
                 if len(data) < min(member.size, most):
                     raise tarfile.ReadError("unexpected end of data")
-                yield TarMember(f"{folder}/{stem}" if folder else stem, extension.lower(), data)
+                yield TarMember(key, extension.lower(), data)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise tarfile.ReadError(str(error)) from None
 
 
 def group_members(members: Iterator[TarMember]) -> Iterator[dict[str, Any]]:
-    """One mapping per key: ``__key__``, ``image``, the content of a ``.json`` and other members by extension.
+    """One mapping per key: ``__key__``, the content of a ``.json``, the members by extension, and the ``image``.
 
-    If the archive is damaged, the record at that place is ``{UNREADABLE: "damaged_archive"}`` and the last.
+    ``image`` is the only member that is an image, or an ``ImageError`` if there are several. Members without an image
+    that stand apart from others of their key are unreadable (``scattered_key``). If the archive is damaged, the record
+    at that place is unreadable (``damaged_archive``) and the last.
     """
-    record: dict[str, Any] = {}
+    seen: set[str] = set()
     try:
-        for key, extension, data in members:
-            if record and record["__key__"] != key:
-                yield record
-                record = {}
-            record = _add(record or {"__key__": key}, extension, data)
-    except tarfile.ReadError:
-        yield {UNREADABLE: "damaged_archive"}
-        return
-    if record:
-        yield record
+        for key, group in groupby(members, key=lambda member: member.key):
+            record = _join(key, group)
+            alone = UNREADABLE not in record and not isinstance(record.get("image"), (bytes, ImageError))
+            yield unreadable("scattered_key", SCATTERED, image_id=key) if alone and key in seen else record
+            seen.add(key)
+    except tarfile.ReadError as error:
+        yield unreadable("damaged_archive", f"{error}; what comes before it is read, replace the archive for the rest")
 
 
-def _add(record: dict[str, Any], extension: str, data: bytes) -> dict[str, Any]:
-    if f".{extension}" in IMAGE_SUFFIXES:
-        return {**record, "image": data}
-    if extension == "json":
-        return {**parse_object(data), **record}
-    return {**record, extension: data}
+def _join(key: str, members: Iterator[TarMember]) -> dict[str, Any]:
+    """The record of members that follow each other; a member wins over a field of its ``.json`` with the same name."""
+    parts: dict[str, bytes] = {}
+    problem = None
+    for member in members:
+        if member.content is None:
+            problem = ("not_a_file", f".{member.extension} is a link or a device; use tar -h --hard-dereference")
+        elif member.extension in parts:
+            problem = ("repeated_member", f"there are several members .{member.extension} of it; keep one")
+        parts[member.extension] = member.content or b""
+    if problem is not None:
+        return unreadable(*problem, image_id=key)
+    record = parse_object(parts.pop("json")) if "json" in parts else {}
+    if UNREADABLE in record:
+        return {**record, "image_id": key}
+    images = [name for name in parts if f".{name}" in IMAGE_SUFFIXES]
+    if len(images) > 1:
+        told = f"its members .{', .'.join(images)} are images; map one, for example columns: {{image: {images[0]}}}"
+        record["image"] = ImageError("several_images", told)
+    elif images:
+        record["image"] = parts[images[0]]
+    return {**record, **parts, "__key__": key}
 
 
 @SOURCE_FORMATS.register("webdataset")
@@ -102,6 +129,7 @@ class WebDatasetReader(Reader):
         """See ``Reader``; the first records of the first file with any show whether the columns fit."""
         if not self._columns_seen:
             sample = [record for record in islice(self._records(uri), SAMPLE_RECORDS) if UNREADABLE not in record]
+            self.passed_over.clear()  # counted when the file is read
             if sample:
                 resolve(self.source.columns, paths_of_records(sample), f"source {uri}", self.natural)
                 self._columns_seen = True
@@ -110,9 +138,16 @@ class WebDatasetReader(Reader):
     def _records(self, uri: str) -> Iterator[dict[str, Any]]:
         fs, path = storage.resolve(uri)
         with fs.open(path, "rb") as file:
-            yield from group_members(read_members(file, self.max_bytes))
+            yield from group_members(read_members(file, self.max_bytes, self.passed_over))
 
     def read(self, unit: Unit) -> Iterator[Record]:
         wanted = candidates(self.source.columns, self.natural)
         for record in self._records(unit["uri"]):
-            yield {UNREADABLE: record[UNREADABLE]} if UNREADABLE in record else pick_fields(record, wanted)
+            if UNREADABLE in record:
+                yield record
+                continue
+            picked = pick_fields(record, wanted)
+            if picked.get("image") is None and picked.get("image_uri") is None:
+                members = ", ".join(f".{name}" for name, value in record.items() if isinstance(value, bytes))
+                picked["image"] = ImageError("null", f"none of its members ({members}) is its image; {SORTED}")
+            yield picked

@@ -33,11 +33,13 @@ CORPUS = pa.schema(
 
 QUARANTINE = pa.schema(
     [
-        pa.field("image_id", pa.string()),
+        pa.field("image_id", pa.string()),  # as given, escaped, where it is no fit id
         pa.field("source", pa.string()),  # file the record came from
         pa.field("row", pa.int64()),  # its number among the records there, from 0
         pa.field("field", pa.string()),  # the bad field; "record" if the whole record is unreadable
         pa.field("reason", pa.string()),
+        pa.field("uri", pa.string()),  # what the record names as its image, escaped; null if nothing
+        pa.field("detail", pa.string()),  # what was found, and what to do about it
     ]
 )
 """One row per refused record, or per repaired field of an accepted record ("repaired: ..."). ``quarantine.parquet``."""

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft, find, hash_json
 from lookalike.config import Config
+from lookalike.entries import list_entries
 from lookalike.errors import UsageError
 from lookalike.registry import Registry, nearest
 from lookalike.telemetry import fields, get_logger
@@ -115,14 +116,21 @@ def fingerprint(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]]
 
 
 def _digest_of_source(uri: str) -> str:
-    files = storage.list_files(uri)
-    if not files:
+    found = list_entries(uri)
+    if not found:
         raise UsageError(f"nothing to read at {uri}; give a file or a folder with files")
     digest = hashlib.sha256()
-    for name in files:
-        content = storage.source_digest(storage.join(uri, name) if name else uri)
+    for name, problem in found:
+        content = problem or _digest_of_file(storage.join(uri, name) if name else uri)
         digest.update(json.dumps([name, content]).encode())
     return digest.hexdigest()
+
+
+def _digest_of_file(uri: str) -> str:
+    try:
+        return storage.source_digest(uri)
+    except OSError as error:  # the stage says of which record it is
+        return f"{type(error).__name__}"
 
 
 def check_input_names(stage: Stage[Any], inputs: Mapping[str, Sequence[object]]) -> None:

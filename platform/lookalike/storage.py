@@ -23,19 +23,29 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 CHUNK_BYTES = 8 << 20
 READ_WHOLE_BYTES = 1 << 30  # raw files up to this size are identified by all their content
+WRAPPERS = ("zip", "tar", "libarchive", "dir", "simplecache", "filecache", "blockcache", "reference")
+"""File systems that fsspec lays over another one."""
 TEMPORARY = ".tmp"  # suffix of a file being written; listings leave it out
 
 
 def resolve(uri: str) -> tuple[Any, str]:
     """The fsspec file system of ``uri`` and the path in it; ``UsageError`` if there is no such file system."""
-    try:
-        fs, path = fsspec.core.url_to_fs(uri)
+    plain = "::" in uri and not _is_chain(uri)
+    try:  # NUL, which no path holds, keeps fsspec from taking :: in a name for a chain
+        fs, path = fsspec.core.url_to_fs(uri.replace("::", "\0") if plain else uri)
     except (ValueError, ImportError) as error:  # a protocol unknown to fsspec, or one whose package is not installed
         raise UsageError(
             f"{uri!r} cannot be opened: {error}; give a local path or an fsspec URI, such as "
             "s3://bucket/folder with s3fs installed"
         ) from None
-    return fs, path
+    return fs, path.replace("\0", "::") if plain else path
+
+
+def _is_chain(uri: str) -> bool:
+    """Whether ``::`` joins file systems, as in ``zip://a.csv::s3://bucket/a.zip``, and is not part of a file's name."""
+    *wrappers, _ = uri.split("::")
+    known = fsspec.available_protocols()
+    return all(wrapper in known or wrapper.partition("://")[0] in WRAPPERS for wrapper in wrappers)
 
 
 def is_local(uri: str) -> bool:

@@ -84,6 +84,7 @@ def test_corpus_is_the_same_for_any_row_groups_and_loses_nothing(tmp_path: Path,
             "images": 54,
             "datasets": {"shapes": {"test": 4, "train": 50}},
             "quarantine_rows": 7,
+            "passed_over": {},
             "refused": {
                 "image: empty": 1,
                 "image: not_an_image": 1,

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike.data.sources import SOURCE_FORMATS, RecordSource
-from lookalike.data.sources.folder import walk_files
 from lookalike.data.sources.image_fetch import fetch_images
 from lookalike.data.sources.parquet import cut_groups
 from lookalike.data.sources.reader import UNREADABLE, Reader
 from lookalike.data.sources.tables import open_buffered, read_lines
+from lookalike.entries import walk
 from lookalike.errors import CorpusError, UsageError
 from lookalike.vision.images import ImageError
 
@@ -253,10 +253,10 @@ def test_ranges_of_a_walk_cover_each_file_once(paths: set[str], size: int) -> No
     files = sorted(name + ".x" for name in paths)
     for name in files:
         fs.pipe_file(f"/walk/{name}", b"")
-    whole = list(walk_files(fs, "/walk"))
+    whole = [entry.name for entry in walk(fs, "/walk")]
     assert whole == sorted(files, key=lambda name: name.split("/"))
     pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
-    assert [name for piece in pieces for name in walk_files(fs, "/walk", piece[0], piece[-1])] == whole
+    assert [entry.name for piece in pieces for entry in walk(fs, "/walk", piece[0], piece[-1])] == whole
 
 
 @settings(max_examples=200)
@@ -295,7 +295,7 @@ def test_broken_csv_rows_are_records_with_a_reason(root: str) -> None:
     body = b'image_id,image_uri\na,x\nb\n"c"d,x\n\nd,x,y\ne,\n"open,x\nf,x\n'
     records = read(put(f"{root}/rows.csv", body), "csv")
     reasons = [r.get(UNREADABLE) for r in records]
-    assert reasons == [None, "wrong_number_of_cells", "not_csv", "wrong_number_of_cells", None, "not_csv"]
+    assert reasons == [None, "wrong_number_of_cells", "not_csv", "wrong_number_of_cells", None, "open_quote", None]
     assert records[4]["image_id"] == "e"
 
 
@@ -342,8 +342,8 @@ def test_members_of_a_webdataset_record(root: str) -> None:
     records = read(put(f"{root}/a.tar", write_tar(members)), "webdataset", columns={"group": "m.k"})
     assert records[0] == {"image_id": "a.b/1", "image": b"jpg", "title": "t", "group": 1}
     assert (len(records[1]["image"]), records[1]["category"]) == (1001, b"7")  # cut at the limit, to be refused
-    assert records[2].get("image") is None
-    assert records[3] == {UNREADABLE: "not_json"}
+    assert (records[2]["image"].reason, "--sort=name" in str(records[2]["image"])) == ("null", True)
+    assert (records[3][UNREADABLE], records[3]["image_id"]) == ("not_json", "a.b/4")
 
 
 def test_images_are_fetched_or_the_reason_is_told(root: str) -> None:
