@@ -45,6 +45,7 @@ from lookalike.sampling import stable_keys
 from lookalike.schemas import QUARANTINE
 from lookalike.stages import Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger, timed
+from lookalike.vision.formats import unusual_formats
 
 log = get_logger(__name__)
 QUARANTINE_ROWS = 65_536  # rows of a row group of the quarantine
@@ -254,4 +255,13 @@ def _sources(config: CorpusConfig) -> list[str]:
     return [source.uri for source in config.sources]
 
 
-STAGE: Stage[CorpusConfig] = Stage("corpus", "corpus", CorpusConfig, run, sources=_sources, resumable=True, version=4)
+STAGE: Stage[CorpusConfig] = Stage(
+    "corpus",
+    "corpus",
+    CorpusConfig,
+    run,
+    sources=_sources,
+    environment=unusual_formats,
+    resumable=True,
+    version=4,
+)

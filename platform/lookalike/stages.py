@@ -69,6 +69,8 @@ class Stage(Generic[C]):
     inputs: Mapping[str, Input] = field(default_factory=dict)
     sources: Callable[[C], list[str]] | None = None
     """URIs of raw data outside any artifact; their content is part of the fingerprint."""
+    environment: Callable[[], list[str]] | None = None
+    """What is installed here and changes the result, such as a decoder; part of the fingerprint unless empty."""
     resumable: bool = False
     """The stage continues an earlier attempt's draft; otherwise it starts from an empty draft."""
     preview: Callable[[StageRun[C]], list[str]] | None = None
@@ -112,7 +114,9 @@ def fingerprint(stage: Stage[C], config: C, inputs: Mapping[str, list[Artifact]]
     """20 hex digits that identify the result of ``stage`` with this configuration and these inputs."""
     sources = {} if stage.sources is None else {uri: _digest_of_source(uri) for uri in stage.sources(config)}
     parents = {name: [[a.manifest.name, a.digest] for a in artifacts] for name, artifacts in inputs.items()}
-    return hash_json([stage.name, stage.version, config.identity(), sources, parents])[:20]
+    installed = [] if stage.environment is None else stage.environment()
+    identity = [stage.name, stage.version, config.identity(), sources, parents]
+    return hash_json([*identity, installed] if installed else identity)[:20]
 
 
 def _digest_of_source(uri: str) -> str:

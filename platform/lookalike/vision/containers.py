@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from lookalike.vision.formats import heif_size, kind_by_brands, readable_formats, without_side_items
 from lookalike.vision.tiff import (
     MAX_XMP_BYTES,
     PartsError,
@@ -63,7 +64,8 @@ def find_kind(data: bytes) -> str | None:
         return "PPM"
     starts = {b"\xff\xd8\xff": "JPEG", PNG_MAGIC: "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
     starts |= {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF"}
-    return next((kind for start, kind in starts.items() if data.startswith(start)), None)
+    kind = next((kind for start, kind in starts.items() if data.startswith(start)), None) or kind_by_brands(data)
+    return kind if kind in readable_formats() else None
 
 
 def examine(data: bytes) -> Container | None:
@@ -381,6 +383,13 @@ def _plain(kind: str, size: Callable[[bytes], tuple[int, int]]) -> Callable[[byt
     return lambda data: Container(kind, *size(data), data=data)
 
 
+def _examine_heif(kind: str) -> Callable[[bytes], Container]:
+    def examine_heif(data: bytes) -> Container:
+        return Container(kind, *heif_size(data), data=without_side_items(data))
+
+    return examine_heif
+
+
 EXAMINERS: dict[str, Callable[[bytes], Container]] = {
     "PNG": _examine_png,
     "JPEG": _examine_jpeg,
@@ -389,6 +398,8 @@ EXAMINERS: dict[str, Callable[[bytes], Container]] = {
     "TIFF": _examine_tiff,
     "BMP": _plain("BMP", _bmp_size),
     "PPM": _plain("PPM", _ppm_size),
+    "AVIF": _examine_heif("AVIF"),
+    "HEIF": _examine_heif("HEIF"),
 }
 SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "PNG": _png_size,
@@ -398,4 +409,6 @@ SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "TIFF": _tiff_size,
     "BMP": _bmp_size,
     "PPM": _ppm_size,
+    "AVIF": heif_size,
+    "HEIF": heif_size,
 }

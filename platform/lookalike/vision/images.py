@@ -14,6 +14,7 @@ from PIL import Image
 
 from lookalike.errors import UsageError
 from lookalike.vision.containers import Container, examine
+from lookalike.vision.formats import missing_format, readable_formats
 from lookalike.vision.squares import Square
 from lookalike.vision.tiff import PartsError
 
@@ -22,7 +23,6 @@ MAX_SCANS = 64
 """Most scans of a JPEG; progressive ones have about ten."""
 MAX_PASSES = 16
 """Most scans x pixels of a JPEG, in times ``max_pixels``: so a picture half as large may have twice as many scans."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 BAND_PIXELS = 1 << 20
 """Pixels that are laid on white, or scaled to 8 bits, at a time."""
 TRANSPOSES = {
@@ -35,6 +35,8 @@ TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what turns the picture upright."""
+ORIENTATION = 0x0112
+"""Tag of EXIF by which Pillow says how an AVIF is turned."""
 
 
 class ImageError(UsageError):
@@ -68,7 +70,8 @@ def decode(
     scaled to 8. So is grey of 32 bits: whole numbers as 8 bits if all are at most 255, as 16 bits if all are at most
     65,535; floats as shares of white if all are from 0 to 1. Other values have no known white.
 
-    Raises ``ImageError`` with reason ``empty`` (zero bytes), ``not_an_image``, ``too_large`` (more than ``max_pixels``:
+    Raises ``ImageError`` with reason ``empty`` (zero bytes), ``not_an_image``, ``format_not_installed`` (HEIF without
+    its plug-in), ``too_large`` (more than ``max_pixels``:
     a decompression bomb), ``too_many_scans``, ``too_many_parts``, ``no_value_range`` (values of 32 bits without a known
     white), ``truncated`` or ``damaged``.
     """
@@ -92,7 +95,8 @@ def decode_container(container: Container, limits: ImageLimits, square: Square |
     except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever hostile bytes lead them to)
         reason = "truncated" if "truncated" in str(error) else "damaged"
         raise ImageError(reason, f"the image is {reason}: {error}; send the complete file") from None
-    turn = TRANSPOSES.get(container.orientation)
+    orientation = image.getexif().get(ORIENTATION, 1) if container.kind == "AVIF" else container.orientation
+    turn = TRANSPOSES.get(orientation)
     return upright if turn is None else upright.transpose(turn)
 
 
@@ -107,9 +111,10 @@ def check_header(data: bytes, limits: ImageLimits) -> Container:
             "too_many_parts", "the image's file has more parts than any picture needs; save it anew"
         ) from None
     if container is None:
-        raise ImageError(
-            "not_an_image", f"{len(data)} bytes are no image (unknown format); send one of {', '.join(FORMATS)}"
-        )
+        if (needed := missing_format(data)) is not None:
+            raise ImageError("format_not_installed", f"the image is {needed}")
+        listed = ", ".join(readable_formats())
+        raise ImageError("not_an_image", f"{len(data)} bytes are no image (unknown format); send one of {listed}")
     _check_size(container.width, container.height, limits.max_pixels)
     if container.coded_pixels > 2 * limits.max_pixels:
         raise ImageError(
@@ -146,7 +151,7 @@ def _open(container: Container, max_pixels: int) -> Image.Image:
         raise ImageError(
             "not_an_image",
             f"the image's first bytes are those of a {container.kind}, which cannot be read ({detail}); send one of "
-            f"{', '.join(FORMATS)}",
+            f"{', '.join(readable_formats())}",
         ) from None
     _check_size(*image.size, max_pixels)
     return image
