@@ -34,6 +34,7 @@ from lookalike.data.sources.ingest import (
     check_unit,
     drop_repeated,
     find_repeated,
+    keys_of_names,
     problems_of_unit,
 )
 from lookalike.data.sources.reader import PASSED_OVER, REFUSED
@@ -211,7 +212,7 @@ def run(run: StageRun[CorpusConfig]) -> None:
         repeated = _remove_repeated(items, images, files, config)
         more["rows"] = sum(splits.total() for splits in repeated.values())
     counts = merge_quarantine(summaries, repeated, files, run.out.path("quarantine.parquet"))
-    run.out.stats = tally(config, summaries, repeated, counts)
+    run.out.stats = tally(config, summaries, repeated, counts, count_left_out(config, summaries, files))
     if not run.out.stats["images"]:
         reasons = explain_refusals(run.out.path("quarantine.parquet"), run.out.stats["refused"])
         raise CorpusError(f"none of the {run.out.stats['records']} records is acceptable: {reasons}")
@@ -220,8 +221,22 @@ def run(run: StageRun[CorpusConfig]) -> None:
         log.warning("files passed over by their endings %s", fields(**run.out.stats["passed_over"]))
 
 
+def count_left_out(config: CorpusConfig, summaries: Sequence[Summary], files: UnitFiles) -> Counter[str]:
+    """Ending -> files of folders with a table that the table does not name. Holds 8 bytes per name."""
+    counts: Counter[str] = Counter()
+    for source in range(len(config.sources)):
+        if (reader := config.reader(source)).has_table():
+            keys = [keys_of_names(summary["number"], files) for summary in summaries if summary["source"] == source]
+            counts += reader.left_out(np.unique(np.concatenate(keys)))
+    return counts
+
+
 def tally(
-    config: CorpusConfig, summaries: Sequence[Summary], repeated: Mapping[int, Counter[str]], counts: Counter[str]
+    config: CorpusConfig,
+    summaries: Sequence[Summary],
+    repeated: Mapping[int, Counter[str]],
+    counts: Counter[str],
+    left_out: Counter[str],
 ) -> dict[str, Any]:
     """The statistics of the stage: each record is an image or was refused for one reason; only images have repairs.
 
@@ -234,7 +249,7 @@ def tally(
         splits.subtract(repeated.get(summary["number"], Counter()))
     images = sum(splits.total() for splits in datasets.values())
     records = sum(summary["records"] for summary in summaries) + counts["record: no_records"]
-    passed_over = sum((Counter(summary[PASSED_OVER]) for summary in summaries), Counter[str]())
+    passed_over = sum((Counter(summary[PASSED_OVER]) for summary in summaries), left_out)
     repairs = {reason: n for reason, n in sorted(counts.items()) if REPAIRED in reason}
     refused = {reason: n for reason, n in sorted(counts.items()) if reason not in repairs}
     assert records == images + sum(refused.values()), f"{records} records, {images} images, refused {refused}"

@@ -1,6 +1,11 @@
 """A folder of images, with a metadata table (as Hugging Face's imagefolder has it) or without."""
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
 
 from lookalike import storage
 from lookalike.data.sources.columns import candidates, pick_fields
@@ -8,9 +13,11 @@ from lookalike.data.sources.delimited import CsvReader
 from lookalike.data.sources.parquet import ParquetReader
 from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.data.sources.tables import JsonlReader
-from lookalike.entries import PROBLEMS, ending, is_hidden, walk
+from lookalike.entries import PROBLEMS, ending, is_hidden, printable, walk
 from lookalike.errors import CorpusError
+from lookalike.sampling import stable_keys
 
+KEYS_AT_A_TIME = 65_536
 BY_NAME = {"image_id": "file_name", "image_uri": "file_name"}
 
 
@@ -79,6 +86,17 @@ class FolderReader(Reader):
                 count = 0
         if count:
             yield {"uri": uri, "first": first, "last": name}
+
+    def has_table(self) -> bool:
+        return self.files() != [self.source.uri]
+
+    def left_out(self, keys: npt.NDArray[np.uint64]) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        names = (entry.name for entry in walk(*storage.resolve(self.source.uri)) if entry.name not in METADATA)
+        while batch := list(islice(names, KEYS_AT_A_TIME)):
+            named = np.isin(stable_keys([printable(name) for name in batch]), keys)
+            counts.update(ending(name) for name, found in zip(batch, named, strict=True) if not found)
+        return counts
 
     def _has_record(self, name: str, problem: str | None) -> bool:
         table = name.rpartition("/")[2].lower().startswith("metadata.")

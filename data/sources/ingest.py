@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +23,7 @@ from lookalike.data.sources.reader import BATCH_ROWS, PASSED_OVER, Reader, Recor
 from lookalike.data.sources.records import ADVICE, RecordLimits, RecordOrigin, check_records
 from lookalike.entries import printable
 from lookalike.errors import CorpusError
+from lookalike.sampling import stable_keys
 from lookalike.schemas import CORPUS, QUARANTINE
 
 IDS = pa.schema([("image_id", pa.string()), ("unit", pa.int64()), ("row", pa.int64()), ("split", pa.string())])
@@ -51,7 +54,7 @@ class UnitFiles:
         return storage.join(self.out, part_name(unit).replace(".", f"-{number:04d}."))
 
     def of(self, kind: str, unit: int, suffix: str = "parquet") -> str:
-        """File of a unit of the ``kind`` ``summaries``, ``ids``, ``quarantine`` or ``repeated``."""
+        """File of a unit of the ``kind`` ``summaries``, ``ids``, ``names``, ``quarantine`` or ``repeated``."""
         return storage.join(self.work, kind, part_name(unit, suffix))
 
     def read(self, kind: str, unit: int, schema: pa.Schema) -> pa.Table:
@@ -68,6 +71,8 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
     accepted: Counter[str] = Counter()
     row = quarantined = 0
     accepted_ids: set[str] = set()
+    names: list[str] = []
+    has_table = reader.has_table()
     with (
         PartWriter(lambda place: files.part(number, place), CORPUS, checks.rows_per_file) as parts,
         PartWriter(lambda _: files.of("ids", number), IDS) as ids,
@@ -78,6 +83,8 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
             fetch_images(records, reader.base, checks.limits.max_bytes, reader.source.fetch)
             for record, uri in zip(records, named, strict=True):
                 record["image_uri"] = uri  # for the quarantine
+            if has_table:
+                names += [clean_path(uri) for uri in named if uri is not None]
             origin = RecordOrigin(unit["uri"], row, reader.source, checks.seed)
             checked = check_records(records, origin, limits=checks.limits, accepted_ids=accepted_ids)
             parts.write(checked.accepted)
@@ -86,11 +93,25 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
             accepted.update(checked.accepted["split"].to_pylist())
             quarantined += checked.quarantine.num_rows
             row += len(records)
+    if names:
+        write_table(files.of("names", number), pa.table({"key": stable_keys(names)}))
     passed_over = unit.get(PASSED_OVER) or dict(reader.passed_over) or None
     counts = {"records": row, "accepted": dict(accepted), "quarantined": quarantined, "parts": len(parts.uris)}
     summary = {"number": number, "file": unit["uri"], PASSED_OVER: passed_over, **counts}
     storage.write_atomic(mark, json.dumps(summary).encode())
     return summary
+
+
+def clean_path(uri: Any) -> str:
+    """A relative path as listings of its folder have it, printable."""
+    text = uri.decode("utf-8", "surrogateescape") if isinstance(uri, bytes) else str(uri)
+    return printable("/".join(part for part in text.strip().split("/") if part != "."))
+
+
+def keys_of_names(unit: int, files: UnitFiles) -> npt.NDArray[np.uint64]:
+    """Keys of the file names that the records of a unit give, if it has a table that names files."""
+    uri = files.of("names", unit)
+    return np.asarray(read_table(uri)["key"]) if storage.exists(uri) else np.empty(0, np.uint64)
 
 
 def _batches(reader: Reader, unit: Unit) -> Iterator[list[Record]]:

@@ -38,9 +38,9 @@ class ParquetReader(Reader):
     suffixes = (".parquet",)
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        filesystem, path = storage.arrow_filesystem(uri)
         try:
-            metadata = pq.read_metadata(path, filesystem=filesystem)
+            with storage.arrow_file(uri) as file:
+                metadata = pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise CorpusError(f"source {uri} is not a readable parquet file ({error}); replace or remove it") from None
         self._columns(metadata.schema.to_arrow_schema(), uri)
@@ -52,8 +52,7 @@ class ParquetReader(Reader):
         return resolve_schema(self.source.columns, schema, f"source {uri}", self.natural)
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        filesystem, path = storage.arrow_filesystem(unit["uri"])
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
+        with storage.arrow_file(unit["uri"]) as opened, pq.ParquetFile(opened) as file:
             columns = self._columns(file.schema_arrow, unit["uri"])
             groups, row = row_groups(file, unit["start"], unit["stop"])
             needed = top_level(file.schema_arrow, columns.values())

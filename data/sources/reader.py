@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from lookalike import storage
@@ -145,6 +147,14 @@ class Reader(ABC):
         found = [f"{count} of {name}" for name, count in self.passed_over.most_common(5)]
         found += [f"{printable(name)}: {reason}, {detail}" for name, reason, detail in self.refused[:3]]
         return f" ({'; '.join(found)})" if found else ""
+
+    def has_table(self) -> bool:
+        """Whether the source is a folder of files that a table in it names, so that some may be left out."""
+        return False
+
+    def left_out(self, keys: npt.NDArray[np.uint64]) -> Counter[str]:
+        """Ending -> files of the source's folder that its table does not name; ``keys``: of the names that it does."""
+        return Counter()
 
     def rest(self) -> Unit | None:
         """What ``files`` and ``units`` met and no other unit stands for; None if there is nothing."""

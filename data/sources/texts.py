@@ -64,7 +64,7 @@ def number_text(value: float | np.floating[Any] | Decimal) -> str | None:
         return None
     if value != int(value):
         return format(value, "f") if isinstance(value, Decimal) else str(value)
-    inexact = not isinstance(value, Decimal) and abs(value) >= _FIRST_INEXACT.get(type(value), 2.0**53)
+    inexact = not isinstance(value, Decimal) and abs(float(value)) >= _FIRST_INEXACT.get(type(value), 2.0**53)
     return None if inexact else str(int(value))
 
 

@@ -79,6 +79,16 @@ def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 
+def arrow_file(uri: str) -> Any:
+    """``uri`` opened for pyarrow, which itself cannot open a name that is no UTF-8."""
+    filesystem, path = arrow_filesystem(uri)
+    return filesystem.open_input_file(path) if path.isascii() or _is_utf8(path) else open(path, "rb")
+
+
+def _is_utf8(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
+
+
 def exists(uri: str) -> bool:
     """Whether the file or folder exists."""
     fs, path = resolve(uri)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
-from lookalike.data.corpus import STAGE, CorpusConfig, merge_quarantine, plan_units, tally
+from lookalike.data.corpus import STAGE, CorpusConfig, count_left_out, merge_quarantine, plan_units, tally
 from lookalike.data.sources.ingest import IDS, UnitFiles, check_unit, drop_repeated, find_repeated
 from lookalike.errors import CorpusError
 from lookalike.stages import execute
@@ -66,7 +66,8 @@ def run_here(config: CorpusConfig, out: str) -> tuple[list[dict[str, Any]], dict
     counts = merge_quarantine(summaries, dropped, places, f"{out}/quarantine.parquet")
     parts = [name for name in storage.list_files(out) if name.startswith("part-")]
     rows = [row for name in parts for row in pq.ParquetFile(f"{out}/{name}").read().to_pylist()]
-    return rows, tally(config, summaries, dropped, counts), pq.read_table(f"{out}/quarantine.parquet").to_pylist()
+    stats = tally(config, summaries, dropped, counts, count_left_out(config, summaries, places))
+    return rows, stats, pq.read_table(f"{out}/quarantine.parquet").to_pylist()
 
 
 @pytest.mark.ray
