@@ -37,8 +37,7 @@ def test_heic_without_its_plugin_names_the_extra() -> None:
 def test_avif_without_its_decoder_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(sink, "AVIF")
-    Image.init()
-    monkeypatch.delitem(Image.OPEN, "AVIF")
+    monkeypatch.setattr("PIL.features.check", lambda name: False)
     with pytest.raises(ImageError, match=r"AVIF, which is not read here; install a Pillow"):
         decode(sink.getvalue())
     assert formats.unusual_formats() == ["AVIF"]
@@ -57,6 +56,24 @@ def test_heic_with_its_plugin() -> None:
         decode(HEIC)
     assert caught.value.reason in {"not_an_image", "damaged", "truncated"}
     assert formats.unusual_formats() == ["HEIF"]
+
+
+def test_an_avif_is_turned_by_its_own_place_for_that_whatever_its_side_items_hold() -> None:
+    picture = Image.new("RGB", (64, 32), "white")
+    picture.paste((255, 0, 0), (0, 0, 32, 32))
+    for exif in (None, b"Exif\x00\x00" + bytes(range(256))):
+        sink = io.BytesIO()
+        settings = {} if exif is None else {"xmp": b"\xff" * 5000}
+        tags = Image.Exif()
+        tags[0x0112] = 6
+        picture.save(sink, "AVIF", exif=tags, quality=90, **settings)
+        image = decode(sink.getvalue())
+        assert image.size == (32, 64)
+        assert image.getpixel((16, 8))[1] < 60 < 200 < image.getpixel((16, 56))[1]  # type: ignore[index,operator]
+    with pytest.raises(ImageError, match="the limit is 100;"):
+        decode(sink.getvalue(), max_pixels=100)
+    with pytest.raises(ImageError):
+        decode(sink.getvalue()[:200])
 
 
 def test_every_ending_of_a_format_that_is_read_is_known() -> None:
