@@ -61,10 +61,9 @@ def test_heic_with_its_plugin() -> None:
 def test_an_avif_is_turned_by_its_own_place_for_that_whatever_its_side_items_hold() -> None:
     picture = Image.new("RGB", (64, 32), "white")
     picture.paste((255, 0, 0), (0, 0, 32, 32))
-    tags = Image.Exif()
-    tags[0x0112] = 6
     for extra in ({}, {"xmp": b"\xff" * 5000}):
-        sink = io.BytesIO()
+        sink, tags = io.BytesIO(), Image.Exif()
+        tags[0x0112] = 6
         picture.save(sink, "AVIF", exif=tags, quality=90, **extra)
         image = decode(sink.getvalue())
         assert image.size == (32, 64)
