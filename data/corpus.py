@@ -39,7 +39,7 @@ from lookalike.data.sources.ingest import (
 )
 from lookalike.data.sources.reader import PASSED_OVER, REFUSED
 from lookalike.data.sources.records import REPAIRED, RecordLimits, count_reasons
-from lookalike.entries import printable
+from lookalike.entries import escaped
 from lookalike.errors import CorpusError
 from lookalike.progress import progress_bar, track
 from lookalike.sampling import stable_keys
@@ -169,7 +169,7 @@ def _write(writer: PartWriter, waiting: list[pa.Table]) -> Counter[str]:
 
 
 def _file_without_records(file: str) -> pa.Table:
-    row = {"source": printable(file), "row": 0, "field": "record", "reason": "no_records", "uri": printable(file)}
+    row = {"source": escaped(file), "row": 0, "field": "record", "reason": "no_records", "uri": escaped(file)}
     return pa.Table.from_pylist([{**row, "detail": "the file holds no record; fill or remove it"}], schema=QUARANTINE)
 
 

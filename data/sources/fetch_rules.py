@@ -87,8 +87,16 @@ def locate(text: str, base: str, rules: FetchRules) -> Place:
     if not (scheme in rules.schemes or is_below_any(uri, [base, *rules.roots]) or _same_bucket(uri, base)):
         if scheme == _scheme(base) or scheme in map(_scheme, rules.roots):
             raise ImageError(OUTSIDE, f"{uri} is not below {base}")
-        raise ImageError(SCHEME, f"{uri} is not below {base}")
+        raise ImageError(SCHEME, f"{uri} is not below {base}{_missing_package(scheme)}")
     return Place(uri, scheme)
+
+
+def _missing_package(scheme: str) -> str:
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        return f"; besides, its package is not installed: {error}"
+    return ""
 
 
 def _scheme(uri: str) -> str:

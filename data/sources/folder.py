@@ -13,7 +13,7 @@ from lookalike.data.sources.delimited import CsvReader
 from lookalike.data.sources.parquet import ParquetReader
 from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, Reader, Record, Unit
 from lookalike.data.sources.tables import JsonlReader
-from lookalike.entries import PROBLEMS, ending, is_hidden, printable, walk
+from lookalike.entries import PROBLEMS, ending, escaped, is_hidden, walk
 from lookalike.errors import CorpusError
 from lookalike.sampling import stable_keys
 
@@ -94,7 +94,7 @@ class FolderReader(Reader):
         counts: Counter[str] = Counter()
         names = (entry.name for entry in walk(*storage.resolve(self.source.uri)) if entry.name not in METADATA)
         while batch := list(islice(names, KEYS_AT_A_TIME)):
-            named = np.isin(stable_keys([printable(name) for name in batch]), keys)
+            named = np.isin(stable_keys([escaped(name) for name in batch]), keys)
             counts.update(ending(name) for name, found in zip(batch, named, strict=True) if not found)
         return counts
 

@@ -1,6 +1,7 @@
 """Fetches images that a source names by URI, a batch at a time, as far as its rules allow."""
 
 import errno
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -68,6 +69,10 @@ def _locate(value: Any, base: str, rules: FetchRules) -> Place:
     relative = text is not None and "://" not in text and not text.startswith("/")
     if not text or problems or (relative and ".." in text.split("/")):
         raise ImageError("bad_uri", f"{value!r:.200} does not name an image; give a URI or a path inside {base}")
+    if relative and isinstance(value, str) and value != text:  # a file's name may begin or end with white space
+        exact = locate(value, base, rules)
+        if exact.scheme == "file" and os.path.isfile(exact.uri):
+            return exact
     return locate(text, base, rules)
 
 

@@ -21,7 +21,7 @@ from lookalike.data.parts import PartWriter, part_name, read_table, write_table
 from lookalike.data.sources.image_fetch import fetch_images
 from lookalike.data.sources.reader import BATCH_ROWS, PASSED_OVER, Reader, Record, Unit
 from lookalike.data.sources.records import ADVICE, RecordLimits, RecordOrigin, check_records
-from lookalike.entries import printable
+from lookalike.entries import escaped
 from lookalike.errors import CorpusError
 from lookalike.sampling import stable_keys
 from lookalike.schemas import CORPUS, QUARANTINE
@@ -103,9 +103,9 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
 
 
 def clean_path(uri: Any) -> str:
-    """A relative path as listings of its folder have it, printable."""
+    """A relative path as listings of its folder have it, escaped."""
     text = uri.decode("utf-8", "surrogateescape") if isinstance(uri, bytes) else str(uri)
-    return printable("/".join(part for part in text.strip().split("/") if part != "."))
+    return escaped("/".join(part for part in text.strip().split("/") if part != "."))
 
 
 def keys_of_names(unit: int, files: UnitFiles) -> npt.NDArray[np.uint64]:
@@ -147,7 +147,7 @@ def drop_repeated(repeated: pa.Table, files: UnitFiles) -> pa.Table:
     unit = repeated["unit"][0].as_py()
     summary: Summary = json.loads(storage.read_bytes(files.of("summaries", unit, "json")))
     problem = {
-        "source": printable(summary["file"]),
+        "source": escaped(summary["file"]),
         "field": "image_id",
         "reason": "duplicate",
         "detail": ADVICE["duplicate"],

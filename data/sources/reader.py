@@ -13,7 +13,7 @@ from lookalike import storage
 from lookalike.config import Config
 from lookalike.data.sources.columns import FIELDS, GATHERED, TEXT
 from lookalike.data.sources.fetch_rules import FetchRules
-from lookalike.entries import PROBLEMS, ending, list_entries, printable
+from lookalike.entries import PROBLEMS, ending, escaped, list_entries
 from lookalike.errors import CorpusError, UsageError
 from lookalike.registry import Registry, nearest
 
@@ -145,7 +145,7 @@ class Reader(ABC):
     def others(self) -> str:
         """What there is instead of files to read, in parentheses."""
         found = [f"{count} of {name}" for name, count in self.passed_over.most_common(5)]
-        found += [f"{printable(name)}: {reason}, {detail}" for name, reason, detail in self.refused[:3]]
+        found += [f"{escaped(name)}: {reason}, {detail}" for name, reason, detail in self.refused[:3]]
         return f" ({'; '.join(found)})" if found else ""
 
     def has_table(self) -> bool:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from lookalike.data.sources.columns import GATHERED, SCORED, TEXT
 from lookalike.data.sources.reader import DETAIL, UNREADABLE, Record, RecordSource
 from lookalike.data.sources.texts import read_attributes, read_scored, read_text, read_words
-from lookalike.entries import printable
+from lookalike.entries import escaped
 from lookalike.schemas import CORPUS, QUARANTINE
 from lookalike.seeds import hash_unit
 from lookalike.vision.images import ImageError, decode
@@ -115,7 +115,7 @@ def _quarantine_row(
     named = record.get("image_uri")
     return {
         "image_id": row["image_id"] or shown(record.get("image_id"), MAX_ID_CHARS),
-        "source": printable(origin.file),
+        "source": escaped(origin.file),
         "row": number,
         "field": problem.field,
         "reason": problem.reason,
@@ -130,7 +130,7 @@ def shown(value: Any, most: int) -> str | None:
         return None
     if isinstance(value, bytes):
         value = value[: 4 * most].decode("utf-8", "surrogateescape")
-    return printable(value if isinstance(value, str) else repr(value), most)
+    return escaped(value if isinstance(value, str) else repr(value), most)
 
 
 def _refuse(

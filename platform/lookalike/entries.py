@@ -1,10 +1,11 @@
 """The entries of a source that someone else wrote: its files, and what stands among them and is no file.
 
 Links to folders are not followed, so a walk ends. Names that are no UTF-8 carry their bytes as lone surrogates, as
-``os.listdir`` gives them; :func:`printable` makes them fit for a message or a table.
+``os.listdir`` gives them; :func:`escaped` makes them fit for a message or a table.
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +13,10 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from lookalike import storage
+from lookalike.telemetry import printable
 
+_BYTE = re.compile("[\udc80-\udcff]")
+"""A byte that was no UTF-8."""
 FOLDER = "folder"
 PROBLEMS = {
     "dangling_link": "its target does not exist; restore it or remove the link",
@@ -101,17 +105,10 @@ def ending(name: str) -> str:
     """What files are counted by: ``.txt``, ``(none)`` or ``(hidden)``."""
     if is_hidden(name):
         return "(hidden)"
-    return printable(os.path.splitext(name)[1].lower()) or "(none)"
+    return escaped(os.path.splitext(name)[1].lower()) or "(none)"
 
 
-def printable(text: str, most: int | None = None) -> str:
-    r"""``text`` with escapes for what no table or terminal must get: ``caf\xe9``, ``a\x1b``; at most ``most`` long."""
-    plain = text if text.isprintable() else "".join(map(_escape, text))
+def escaped(text: str, most: int | None = None) -> str:
+    r"""``text`` as tables and terminals may have it, undecodable bytes as ``\xe9``; at most ``most`` characters."""
+    plain = printable(_BYTE.sub(lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", text))
     return plain if most is None or len(plain) <= most else plain[: most - 3] + "..."
-
-
-def _escape(character: str) -> str:
-    if character.isprintable():
-        return character
-    code = ord(character)
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()

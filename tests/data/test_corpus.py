@@ -140,7 +140,10 @@ def test_of_acceptable_records_with_the_same_id_the_first_stays(
     assert [(row["image_id"], row["image"]) for row in got] == [(name, IMAGES[n]) for name, n in expected.items()]
     refused = [(row["source"][-9:-8], row["row"]) for row in quarantine if not row["reason"].startswith("repaired")]
     lost = sorted(set(range(len(ids))) - set(expected.values()))
-    assert refused == [("1", n) if n < cut else ("2", n - cut) for n in lost]
+    empty = [("1", 0)] * (cut == 0), [("2", 0)] * (cut >= len(ids))  # a file without records has one row
+    assert refused == [*empty[0], *(("1", n) if n < cut else ("2", n - cut) for n in lost), *empty[1]]
+    assert stats["refused"].get("record: no_records", 0) == len(empty[0] + empty[1])
+    assert stats["records"] == len(ids) + len(empty[0] + empty[1])
     assert stats["images"] == len(expected)
     assert stats["repaired"].get("title: empty", 0) == sum(bool(n % 3) for n in expected.values())
     assert sum(sum(splits.values()) for splits in stats["datasets"].values()) == len(expected)
