@@ -3,7 +3,7 @@
 The trainer plans: a step's plan names the slices of row groups it reads (``streams``), without touching a pixel. Any
 process can build: a batch is a pure function of its plan, so the trainer's own process, processes beside it, or actors
 anywhere in the cluster (``decoding``) make the same bytes, and a resumed run reads the batches of an undisturbed run.
-Pixels stay uint8 until they are on the device, where they are normalised (``on_device``).
+Pixels stay uint8 until they are on the device, where they are normalised (``move_images``).
 
 Ray Data's ``streaming_split`` could feed trainers too, but it hands rows out in the order of requests and forgets its
 place when the worker group restarts; plans are exact on resume. Their price: every builder that makes a batch of a row
@@ -32,8 +32,9 @@ from lookalike.vision.transforms import TransformConfig, normalize_pixels
 Batch = dict[str, Any]
 """``images`` uint8 [n, 3, H, W] channels-last (float32 once on the device); ``labels`` int64 [n, K] padded with -1;
 ``category``, ``group``, the attributes that tasks read (``attribute.colour``) and ``row``, int64 [n]; ``row`` is unique
-over all workers' pictures of a step. ``ids``: a list of image ids. With two views of a picture all columns are repeated
-as a whole: row n + i is the other view of row i."""
+over all workers' pictures of a step. ``ids``: a list of image ids. ``place``: stream and number of the batch;
+what a task draws depends on them, not on the worker that computes it. With two views of a picture all columns are
+repeated as a whole: row n + i is the other view of row i."""
 
 Augment = Callable[[Image.Image], Image.Image]
 
@@ -87,6 +88,7 @@ class BatchBuilder:
             "images": torch.from_numpy(images).permute(0, 3, 1, 2),
             **{name: column.repeat(self.views, *[1] * (column.ndim - 1)) for name, column in columns.items()},
             "ids": ids * self.views,
+            "place": (self.rank, plan.step),
         }
 
     def attempt(self, plan: BatchPlan) -> Batch | LookalikeError:
@@ -244,13 +246,17 @@ def raise_errors(batches: Iterable[Batch | LookalikeError]) -> Iterator[Batch]:
         yield batch
 
 
-def on_device(batches: Iterable[Batch], device: torch.device, transform: TransformConfig) -> Iterator[Batch]:
-    """Move batches to ``device`` and normalise the images there, so that pixels travel as uint8."""
-    for batch in batches:
-        moved = {
-            name: move(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-        }
-        yield {**moved, "images": normalize_pixels(moved["images"], transform)}
+def move_labels(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all columns but the images on ``device``."""
+    return {
+        name: move(value, device) if isinstance(value, torch.Tensor) and name != "images" else value
+        for name, value in batch.items()
+    }
+
+
+def move_images(batch: Batch, device: torch.device, transform: TransformConfig) -> Batch:
+    """The batch with its images on ``device``, normalised there, so that pixels travel as uint8."""
+    return {**batch, "images": normalize_pixels(move(batch["images"], device), transform)}
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -127,13 +127,16 @@ def contrastive_loss(
     return masked_mean(others.logsumexp(dim=1) - mean, positives.any(dim=1))
 
 
-def cosine_loss(vectors: torch.Tensor, values: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean of ``1 - cos`` over positive pairs plus mean of ``max(0, cos - margin)`` over negative ones (torch's cosine
-    embedding loss, with the two kinds averaged separately so that the many negatives do not drown the pull)."""
+def cosine_losses(vectors: torch.Tensor, values: torch.Tensor, margin: float) -> torch.Tensor:
+    """Two losses [2]: the mean of ``1 - cos`` over positive pairs, and of ``max(0, cos - margin)`` over negative ones.
+
+    Their sum is torch's cosine embedding loss, with the two kinds averaged separately so that the many negatives do not
+    drown the pull.
+    """
     positives, negatives = relate(values, values)
     unit = unit_rows(vectors)
     cosines = unit @ unit.T
-    return masked_mean(1.0 - cosines, positives) + masked_mean((cosines - margin).relu(), negatives)
+    return torch.stack([masked_mean(1.0 - cosines, positives), masked_mean((cosines - margin).relu(), negatives)])
 
 
 def two_tower_loss(left: torch.Tensor, right: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -1,11 +1,9 @@
 """A training worker's batches: from its settings to tensors on its device."""
 
-from collections.abc import Iterable, Iterator
-
-import torch
+from collections.abc import Iterator
 
 from lookalike.train.feed.decoding import actor_batches
-from lookalike.train.feed.loader import Batch, BatchDataset, build_loader, on_device
+from lookalike.train.feed.loader import Batch, BatchDataset, build_loader
 from lookalike.train.feed.streams import build_streams
 from lookalike.train.run.settings import LoopConfig
 from lookalike.vision.transforms import build_augmentation
@@ -32,12 +30,9 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
     )
 
 
-def feed(dataset: BatchDataset, config: LoopConfig, device: torch.device) -> Iterator[Batch]:
-    """The dataset's batches on ``device``, images normalised, decoded where the settings say."""
+def feed(dataset: BatchDataset, config: LoopConfig) -> Iterator[Batch]:
+    """The dataset's batches, decoded where the settings say."""
     loader = config.train.loader
-    built: Iterable[Batch]
     if loader.actors:
-        built = actor_batches(dataset, loader.actors, num_cpus=loader.actor_cpus, resource=loader.actor_resource)
-    else:
-        built = build_loader(dataset, loader.processes)
-    return on_device(built, device, config.encoder.transform)
+        return iter(actor_batches(dataset, loader.actors, num_cpus=loader.actor_cpus, resource=loader.actor_resource))
+    return iter(build_loader(dataset, loader.processes))

@@ -129,29 +129,34 @@ def stop_if_bad(figures: StepValues, rank: int, last_good: Callable[[], str]) ->
 
 @dataclass
 class Curve:
-    """The loss curve of a run: a bounded number of points, each the mean of the steps since the point before."""
+    """The loss curve of a run: a bounded number of points, each the mean of the steps since the point before.
+
+    A mean is over the finite values, since the gradient of a step that overflowed float16 is not; a point without any
+    leaves the name out.
+    """
 
     total_steps: int
     points: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, figures: StepValues) -> None:
         """Add a step; every ``total_steps / CURVE_POINTS`` steps, and at the end, add a point."""
-        self.steps += 1
         for name, value in figures.values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            if math.isfinite(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
         if figures.step % max(1, self.total_steps // CURVE_POINTS) and figures.step != self.total_steps:
             return
-        means = {name: total / self.steps for name, total in self.sums.items()}
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.points.append({"step": float(figures.step), **means, "lr": figures.values["lr"]})
-        self.sums, self.steps = {}, 0
+        self.sums, self.counts = {}, {}
 
     def state(self) -> dict[str, Any]:
-        return {"points": list(self.points), "sums": dict(self.sums), "steps": self.steps}
+        return {"points": list(self.points), "sums": dict(self.sums), "counts": dict(self.counts)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.points, self.sums, self.steps = list(state["points"]), dict(state["sums"]), state["steps"]
+        self.points, self.sums, self.counts = list(state["points"]), dict(state["sums"]), dict(state["counts"])
 
 
 class Pace:

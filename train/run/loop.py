@@ -23,6 +23,7 @@ from torch import nn
 from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 from lookalike.telemetry import fields, get_logger, setup_logging
+from lookalike.train.feed.loader import move_images, move_labels
 from lookalike.train.run.batches import feed, worker_batches
 from lookalike.train.run.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint
 from lookalike.train.run.curves import Gauges, Pace, StepReader, StepValues, stop_if_bad
@@ -33,6 +34,7 @@ from lookalike.train.run.sharding import clip_gradients, ignore_in_ddp
 from lookalike.train.run.state import Training
 from lookalike.train.run.teacher import Teacher
 from lookalike.train.run.trackers import TrackedRun, Tracker, start_trackers
+from lookalike.train.tasks import MultiTaskModel, Shares
 from lookalike.vision.tuning import recompute_activations
 
 log = get_logger(__name__)
@@ -122,39 +124,61 @@ def agree(checkpoint: Checkpoint | None) -> Checkpoint | None:
     return shared[0]
 
 
+class MicroBatch(NamedTuple):
+    """What one forward pass reads."""
+
+    batch: Batch
+    shares: Shares
+    last: bool
+    """Whether it is the worker's last of the step."""
+
+
 class Feed:
     """A worker's micro-batches on its device, with the teacher's embeddings if a task distils."""
 
-    def __init__(self, place: Place, done: int, pace: Pace) -> None:
+    def __init__(self, place: Place, model: MultiTaskModel, done: int, pace: Pace) -> None:
         config = place.config
-        self.place, self.done, self._pace = place, done, pace
+        self.place, self.done, self._model, self._pace = place, done, model, pace
         start = done * config.train.compute.accumulation
         self._loaders: Mapping[int, Iterator[Batch]] = {
-            stream: feed(worker_batches(config, stream, start), config, place.device) for stream in place.streams
+            stream: feed(worker_batches(config, stream, start), config) for stream in place.streams
         }
         self._teacher = Teacher(config.teacher, config.encoder.transform).to(place.device) if config.teacher else None
 
-    def step(self) -> Iterator[tuple[Batch, bool]]:
-        """Batches of the next step; the flag marks the worker's last batch of the step."""
-        train = self.place.config.train
+    def step(self) -> Iterator[MicroBatch]:
+        """Batches of the next step.
+
+        All are loaded before the first is trained on, because each is told its share of the step (``step_shares``);
+        their pixels wait as uint8 on the host.
+        """
+        train, transform = self.place.config.train, self.place.config.encoder.transform
         rounds = [(stream, part) for stream in self._loaders for part in range(train.compute.accumulation)]
-        for number, (stream, part) in enumerate(rounds, 1):
-            began = time.monotonic()
-            batch = next(self._loaders[stream])
-            self._pace.waited(time.monotonic() - began)
+        batches = [self._load(stream) for stream, _ in rounds]
+        shares = self._model.step_shares(batches)
+        for number, ((stream, part), share) in enumerate(zip(rounds, shares, strict=True), 1):
             # dropout depends on the place in the data, not on how many processes load or train
             torch.manual_seed(derive_seed(train.seed, "forward", stream, self.done * train.compute.accumulation + part))
-            if self._teacher is not None:
-                batch["teacher"] = self._teacher(batch["images"])
-            yield batch, number == len(rounds)
+            batch = move_images(batches.pop(0), self.place.device, transform)
+            yield MicroBatch(batch, share, number == len(rounds))
         self.done += 1
+
+    def _load(self, stream: int) -> Batch:
+        """The next batch of a stream, its images still uint8 on the host."""
+        began = time.monotonic()
+        batch = next(self._loaders[stream])
+        self._pace.waited(time.monotonic() - began)
+        batch = move_labels(batch, self.place.device)
+        if self._teacher is not None:
+            normalized = move_images(batch, self.place.device, self.place.config.encoder.transform)
+            batch["teacher"] = self._teacher(normalized["images"])
+        return batch
 
 
 def run_steps(training: Training, wrapped: nn.Module, place: Place) -> None:
     """Train from the current step to the last, with checkpoints and metrics on the way."""
     train, stop = place.config.train, place.config.total_steps
     pace = Pace(train.batch_size)
-    feed = Feed(place, training.step, pace)
+    feed = Feed(place, training.model, training.step, pace)
     writer = CheckpointWriter(place.folder, place.rank, place.world)
     reader = StepReader(place.device)
     report = Report(training, place, pace)
@@ -169,10 +193,12 @@ def run_steps(training: Training, wrapped: nn.Module, place: Place) -> None:
             if reads:
                 report.take(reader.take(), writer)
             training.update(step)
+            report.count_skipped()
             pace.step()
             if saves:
                 writer.save(step, training.state(place.rank, pace.whole()))
         writer.wait()
+        training.require_progress()
     finally:
         report.close()
         writer.close()
@@ -182,7 +208,7 @@ class StepGradients(NamedTuple):
     """What a step reports beside the gradients themselves."""
 
     losses: dict[str, torch.Tensor]
-    """This worker's shares of the mean losses, scalars."""
+    """This worker's shares of the step's losses, scalars."""
     norm: torch.Tensor
     """Norm of the whole gradient before clipping."""
     ids: list[str]
@@ -190,7 +216,7 @@ class StepGradients(NamedTuple):
 
 
 def forward_backward(
-    training: Training, wrapped: nn.Module, batches: Iterator[tuple[Batch, bool]], place: Place
+    training: Training, wrapped: nn.Module, batches: Iterator[MicroBatch], place: Place
 ) -> StepGradients:
     """Compute and clip the gradients of one step."""
     train, low = place.config.train, place.config.train.compute.dtype
@@ -198,16 +224,15 @@ def forward_backward(
     training.optimizer.zero_grad(set_to_none=True)
     shares: dict[str, torch.Tensor] = {}
     ids: list[str] = []
-    for batch, last in batches:
+    for batch, parts, last in batches:
         ids += batch.get("ids") or []
         with nullcontext() if last or place.world == 1 else wrapped.no_sync():  # type: ignore[operator]
             with torch.autocast(place.device.type, dtype=low, enabled=low is not None):
-                total, losses = wrapped(batch, training.step)
-            # DDP averages over workers; the step wants the mean over parts
-            training.scaler.scale(total * (place.world / train.parts)).backward()
+                total, losses = wrapped(batch, training.step, parts)
+            # DDP averages over workers; the losses are shares of a step's, to be added up
+            training.scaler.scale(total * place.world).backward()
         for name, loss in {"loss": total, **{f"loss_{task}": value for task, value in losses.items()}}.items():
-            share = loss.detach() / train.parts
-            shares[name] = shares[name] + share if name in shares else share
+            shares[name] = shares[name] + loss.detach() if name in shares else loss.detach()
     training.scaler.unscale_(training.optimizer)
     norm = clip_gradients(training.model, train.optimizer.clip_norm or float("inf"))
     return StepGradients(shares, norm, ids)
@@ -218,6 +243,7 @@ class Report:
 
     def __init__(self, training: Training, place: Place, pace: Pace) -> None:
         self._training, self._place, self._pace = training, place, pace
+        self._skipped = training.skipped
         self._trackers: Sequence[Tracker] = ()
         if place.rank == 0:
             config = place.config
@@ -246,6 +272,12 @@ class Report:
             self._gauges.set({"step": float(step), **values})
             for tracker in self._trackers:
                 tracker.log(step, values)
+
+    def count_skipped(self) -> None:
+        """Log the steps that float16 skipped, once for each further one."""
+        if self._training.skipped > self._skipped and not self._place.rank:
+            log.warning("skipped %s", fields(step=self._training.step, skipped=self._training.skipped))
+        self._skipped = self._training.skipped
 
     def _last_good(self) -> str:
         checkpoint = last_checkpoint(self._place.folder)

@@ -4,15 +4,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from lookalike.train.run.checkpoints import Checkpoint, random_state, restore, restore_random_state
-from lookalike.train.run.curves import Curve
+from lookalike.train.run.curves import Curve, NonFiniteLossError
 from lookalike.train.run.optimizer import build_optimizer, build_schedule, freeze
 from lookalike.train.run.settings import TrainConfig
 from lookalike.train.run.sharding import whole_state
 from lookalike.train.tasks import MultiTaskModel
 from lookalike.vision.tuning import averaged
+
+MAX_SKIPPED = 40
+"""Steps in a row that may overflow float16: from its first value of 65,536 the loss scale is by then below 1e-7."""
+REMEDY = "set compute.precision=bfloat16 or float32, or lower optimizer.lr"
+
+
+def build_scaler(device: str, *, enabled: bool) -> torch.amp.GradScaler:  # type: ignore[name-defined]
+    """float16's loss scale. Workers skip a step together, because a shard of proxies may overflow on one alone."""
+    if dist.is_initialized():
+        return ShardedGradScaler(device, enabled=enabled, process_group=dist.group.WORLD)
+    return torch.amp.GradScaler(device, enabled=enabled)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -31,6 +44,9 @@ class Training:
     """timm's moving average of the encoder, or None."""
     curve: Curve
     step: int = 0
+    skipped: int = 0
+    """Steps that changed nothing, because a gradient overflowed float16."""
+    skipped_in_a_row: int = 0
     worlds: list[list[int]] = field(default_factory=list)
     """[step, workers]: number of workers that trained from that step on; one entry per change."""
 
@@ -40,7 +56,8 @@ class Training:
         freeze(model, config.backbone)
         optimizer = build_optimizer(model, config.optimizer)
         schedule = build_schedule(optimizer, config.schedule, config.epochs, total_steps)
-        scaler = torch.amp.GradScaler(enabled=config.compute.precision == "float16")  # type: ignore[attr-defined]
+        device = next(model.parameters()).device.type
+        scaler = build_scaler(device, enabled=config.compute.precision == "float16")
         average = None if config.optimizer.ema_decay is None else averaged(model.encoder, config.optimizer.ema_decay)
         return cls(model, optimizer, schedule, scaler, average, Curve(total_steps))
 
@@ -50,13 +67,34 @@ class Training:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def update(self, step: int) -> None:
-        """Apply the gradients; ``step`` counts from 1."""
+        """Apply the gradients; ``step`` counts from 1. A step that overflows float16 changes only the loss scale.
+
+        Raises ``NonFiniteLossError`` after ``MAX_SKIPPED`` such steps in a row.
+        """
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.step = step
+        if self.scaler.get_scale() < scale:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == MAX_SKIPPED:
+                raise NonFiniteLossError(
+                    f"float16 overflowed in each of the {MAX_SKIPPED} steps up to {step}, down to a loss scale of "
+                    f"{self.scaler.get_scale():g}: the gradient is no number at any scale; {REMEDY}"
+                )
+            return
+        self.skipped_in_a_row = 0
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.model.encoder, step)
-        self.step = step
+
+    def require_progress(self) -> None:
+        """Raise ``NonFiniteLossError`` if float16 overflowed in most steps: the weights are hardly trained."""
+        if self.skipped > self.step / 2:
+            raise NonFiniteLossError(
+                f"float16 overflowed in {self.skipped} of {self.step} steps, which changed nothing; {REMEDY}"
+            )
 
     def join(self, world: int) -> None:
         if not self.worlds or self.worlds[-1][1] != world:
@@ -77,6 +115,7 @@ class Training:
             "average": average,
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": (self.skipped, self.skipped_in_a_row),
             "curve": self.curve.state(),
             "worlds": self.worlds,
             "pace": pace,
@@ -88,6 +127,7 @@ class Training:
         restore(self.model, self.optimizer, state, checkpoint.uri)
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped, self.skipped_in_a_row = state["skipped"]
         self.curve.load(state["curve"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])

@@ -49,6 +49,7 @@ def run_training(run: StageRun[TrainConfig]) -> None:
         images=config.total_steps * run.config.batch_size,
         dims=list(config.encoder.dims),
         workers=state["worlds"],
+        **({"skipped_steps": state["skipped"][0]} if state["skipped"][0] else {}),
         **_rounded(points[-1]),
         **_rounded(state["pace"]),
     )

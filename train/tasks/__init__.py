@@ -6,7 +6,7 @@ A batch holds every task's labels for every row; a row without a task's label gi
 
 from lookalike.train.tasks.base import ATTRIBUTE, CLASS_FIELDS, TASKS, Batch, Task, TaskConfig, form_of
 from lookalike.train.tasks.classes import ClassTask
-from lookalike.train.tasks.model import MultiTaskModel, build_tasks
+from lookalike.train.tasks.model import MultiTaskModel, Shares, build_tasks
 from lookalike.train.tasks.prefixes import PrefixTask
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ClassTask",
     "MultiTaskModel",
     "PrefixTask",
+    "Shares",
     "Task",
     "TaskConfig",
     "build_tasks",

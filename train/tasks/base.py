@@ -115,7 +115,11 @@ class TaskConfig(Config):
 
 
 class Task(nn.Module):
-    """Embeddings [n, D], a batch and the number of the step -> scalar loss, summed over nested dims."""
+    """Embeddings [n, D], a batch and the number of the step -> scalar loss, summed over nested dims.
+
+    A loss is the sum of one or two ``means``, each over ``counts`` rows or pairs. A step that computes a batch in parts
+    gives every part its share of each mean: the part's count over the step's.
+    """
 
     fields: ClassVar[tuple[str, ...]] = CLASS_FIELDS
     """Columns the kind can read."""
@@ -151,8 +155,20 @@ class Task(nn.Module):
         """Zero, with a gradient path to every parameter: DDP also waits for those of dims left out of the step."""
         return sum((parameter.reshape(-1)[:1].sum() * 0.0 for parameter in self.parameters()), torch.zeros(()))
 
-    def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
-        raise AssertionError(f"{type(self).__name__} must define forward")
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """What each of ``means`` is a mean over: numbers of rows or pairs, int64 [t], known before any embedding."""
+        raise AssertionError(f"{type(self).__name__} must define counts")
+
+    def means(self, embedding: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        """The loss as means [t]; zero, with a gradient path, where there is nothing to take a mean over."""
+        raise AssertionError(f"{type(self).__name__} must define means")
+
+    def forward(
+        self, embedding: torch.Tensor, batch: Batch, step: int = 0, shares: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The loss of the batch, or with ``shares`` [t] its part of a step's loss."""
+        means = self.means(embedding, batch, step)
+        return means.sum() if shares is None else (means * shares.to(means)).sum()
 
 
 TASKS: Registry[type[Task]] = Registry("task")

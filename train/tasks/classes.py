@@ -67,22 +67,24 @@ class ClassTask(Task):
         assert isinstance(self.head, NestedHead)
         return self.head.factors(dims, classes)
 
-    def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
+    def counts(self, batch: Batch) -> torch.Tensor:
+        return _labelled(batch[self.config.field]).sum()[None]
+
+    def means(self, embedding: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
         assert isinstance(self.head, NestedHead)
         labels = batch[self.config.field]
-        labelled = (labels >= 0).any(dim=1) if labels.ndim == 2 else labels >= 0
         vectors = self.transform(embedding)
         classes = None
         if self.config.sample_classes is not None and self.config.sample_classes < self.num_classes:
-            classes = choose_classes(
-                gather_labels(labels), self.num_classes, self.config.sample_classes, self.seed, step
-            )
+            # a whole head samples around the batch's own labels, so that the sample does not depend on the workers
+            kept = labels if self.head.shard.whole else gather_labels(labels)
+            classes = choose_classes(kept, self.num_classes, self.config.sample_classes, self.seed, step)
         if not self.head.shard.whole:
             losses = self._over_workers(vectors, labels, classes, step)
         else:
             losses = self._own(vectors, labels, classes, step)
-        loss = masked_mean(losses, labelled)
-        return loss if self.dims_per_step is None else loss + self.touch().to(loss)
+        loss = masked_mean(losses, _labelled(labels))
+        return (loss if self.dims_per_step is None else loss + self.touch().to(loss))[None]
 
     def _own(
         self, vectors: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor | None, step: int
@@ -137,6 +139,11 @@ class ClassTask(Task):
             chunk=self.config.class_chunk,
             total=self.config.label_smoothing > 0,
         )
+
+
+def _labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Mask [n] of the rows of labels [n] or [n, K] that have one."""
+    return (labels >= 0).any(dim=1) if labels.ndim == 2 else labels >= 0
 
 
 def _positions(labels: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:

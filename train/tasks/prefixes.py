@@ -1,11 +1,19 @@
 """Tasks without classes: the loss at a nested dim reads that prefix of the batch's embeddings and how rows relate."""
 
+from typing import cast
+
 import torch
 
 from lookalike.seeds import derive_seed
-from lookalike.train.losses.pairs import contrastive_loss, cosine_loss, triplet_loss
+from lookalike.train.losses.pairs import contrastive_loss, cosine_losses, relate, triplet_loss
 from lookalike.train.losses.proxies import gather_labels, gather_rows, workers
-from lookalike.train.losses.regularizers import embedding_norm_loss, koleo_loss, relational_loss, teacher_cosine_loss
+from lookalike.train.losses.regularizers import (
+    embedding_norm_loss,
+    koleo_loss,
+    relational_loss,
+    teacher_cosine_loss,
+    teacher_known,
+)
 from lookalike.train.tasks.base import ONE_CLASS, TASKS, Batch, Task
 
 RELATIONS = (*ONE_CLASS, "row")
@@ -14,19 +22,26 @@ RELATIONS = (*ONE_CLASS, "row")
 class PrefixTask(Task):
     """A task whose loss at a nested dim is a function of that prefix of all rows; the loss normalises the prefix."""
 
-    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        """Scalar loss at one nested dim; ``values`` is the task's column of the batch."""
+    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
+        """Loss at one nested dim, a scalar or its means [t]; ``values`` is the task's column of the batch. ``seed`` is
+        for random draws; it differs between batches."""
         raise AssertionError(f"{type(self).__name__} must define prefix_loss")
 
-    def forward(self, embedding: torch.Tensor, batch: Batch, step: int = 0) -> torch.Tensor:
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """All rows, for losses without labels."""
+        values = batch[self.config.field]
+        return torch.tensor([len(values)], device=values.device)
+
+    def means(self, embedding: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
         """See ``Task``. Computed in float32 at least, because distances of near rows are differences of large terms."""
         values = batch[self.config.field]
+        seed = derive_seed(self.seed, "draws", step, *cast("tuple[int, ...]", batch.get("place", ())))
         with torch.autocast(embedding.device.type, enabled=False):
             vectors = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
             terms = [
-                c * self.prefix_loss(vectors[:, :m], values, step) for m, c in zip(*self.active(step), strict=True)
+                c * self.prefix_loss(vectors[:, :m], values, seed) for m, c in zip(*self.active(step), strict=True)
             ]
-            return torch.stack(terms).sum()
+            return torch.stack(terms).sum(dim=0).reshape(-1)
 
 
 @TASKS.register("triplet")
@@ -36,9 +51,15 @@ class TripletTask(PrefixTask):
     fields = RELATIONS
     settings = ("mining", "margin", "beta")
 
-    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        config, (rank, _) = self.config, workers()
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "negatives", rank, step))
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """Pairs (anchor, positive) that have a negative; the margin loss is a mean over fewer terms, those above zero,
+        and counts by its pairs."""
+        values = batch[self.config.field]
+        positives, negatives = relate(values, values)
+        return (positives & negatives.any(dim=1, keepdim=True)).sum()[None]
+
+    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
+        config, generator = self.config, torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(prefix), len(prefix), generator=generator).to(prefix.device)
         return triplet_loss(prefix, values, uniform, mining=config.mining, margin=config.margin, beta=config.beta)
 
@@ -50,11 +71,21 @@ class ContrastiveTask(PrefixTask):
     fields = RELATIONS
     settings = ("temperature", "across_workers")
 
-    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        rows, known, offset = prefix, values, 0
-        if self.config.across_workers:
-            rows, known, offset = gather_rows(prefix), gather_labels(values), workers()[0] * len(prefix)
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """Anchors that have a positive."""
+        values = batch[self.config.field]
+        return relate(values, *self._candidates(values)).positives.any(dim=1).sum()[None]
+
+    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
+        rows = gather_rows(prefix) if self.config.across_workers else prefix
+        known, offset = self._candidates(values)
         return contrastive_loss(prefix, values, rows, known, temperature=self.config.temperature, offset=offset)
+
+    def _candidates(self, values: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Values of the candidate rows, and where the worker's own begin."""
+        if not self.config.across_workers:
+            return values, 0
+        return gather_labels(values), workers()[0] * len(values)
 
 
 @TASKS.register("cosine")
@@ -64,8 +95,13 @@ class CosineTask(PrefixTask):
     fields = RELATIONS
     settings = ("margin",)
 
-    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        return cosine_loss(prefix, values, self.config.margin)
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """Positive pairs and negative pairs."""
+        values = batch[self.config.field]
+        return torch.stack([mask.sum() for mask in relate(values, values)])
+
+    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
+        return cosine_losses(prefix, values, self.config.margin)
 
 
 @TASKS.register("distill")
@@ -75,11 +111,16 @@ class DistillTask(PrefixTask):
     fields = ("teacher",)
     settings = ("temperature", "cosine")
 
-    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
-        loss = relational_loss(prefix, values, self.config.temperature)
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """Rows that can be compared with another row, and rows that the teacher embedded."""
+        known = teacher_known(batch[self.config.field]).sum()
+        return torch.stack([torch.where(known > 1, known, 0), known])
+
+    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
+        relations, cosines = relational_loss(prefix, values, self.config.temperature), prefix.sum() * 0.0
         if self.config.cosine and prefix.shape[1] <= values.shape[1]:
-            loss = loss + self.config.cosine * teacher_cosine_loss(prefix, values)
-        return loss
+            cosines = self.config.cosine * teacher_cosine_loss(prefix, values)
+        return torch.stack([relations, cosines])
 
 
 @TASKS.register("koleo")
@@ -89,7 +130,7 @@ class KoLeoTask(PrefixTask):
     fields = ("images",)
     settings = ()
 
-    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
+    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
         return koleo_loss(prefix)
 
 
@@ -100,5 +141,5 @@ class EmbeddingNormTask(PrefixTask):
     fields = ("images",)
     settings = ()
 
-    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, step: int) -> torch.Tensor:
+    def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
         return embedding_norm_loss(prefix)

@@ -17,7 +17,7 @@ from lookalike.errors import ArtifactError, UsageError
 from lookalike.sampling import round_repeats, stable_keys
 from lookalike.seeds import derive_seed
 from lookalike.train.feed.draws import BalanceConfig
-from lookalike.train.feed.loader import BatchDataset, build_loader, on_device
+from lookalike.train.feed.loader import BatchDataset, build_loader, move_images
 from lookalike.train.feed.row_groups import list_row_groups, read_row_group
 from lookalike.train.feed.streams import Stream, build_streams, split_batch
 from lookalike.vision.images import decode
@@ -161,7 +161,8 @@ def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
         assert a.keys() == b.keys()
         assert a["ids"] == b["ids"]
         assert a["images"].stride() == b["images"].stride()
-        assert all(torch.equal(a[name], b[name]) for name in a if name != "ids")
+        assert a["place"] == b["place"]
+        assert all(torch.equal(a[name], b[name]) for name in a if name not in ("ids", "place"))
 
 
 def test_batches_are_those_of_one_picture_after_the_other(tmp_path: Path) -> None:
@@ -169,7 +170,8 @@ def test_batches_are_those_of_one_picture_after_the_other(tmp_path: Path) -> Non
     made = files(tmp_path, repeat=1.5)
     transform = build_train_transform(SIZE, AugmentConfig())
     streams = {name: plain_rows(made[name], name, 3, 1, 2) for name in MIX}
-    for step, batch in enumerate(on_device(make_batches(made, rank=1), torch.device("cpu"), SIZE)):
+    for step, raw in enumerate(make_batches(made, rank=1)):
+        batch = move_images(raw, torch.device("cpu"), SIZE)
         rows = [row for name, count in split_batch(8, MIX).items() for row in islice(streams[name], count)]
         torch.manual_seed(derive_seed(3, "augment", 1, step))
         images = torch.stack([transform(decode(row["image"])) for row in rows])

@@ -11,7 +11,7 @@ from torch.nn import functional
 from lookalike.train.losses.pairs import (
     Mining,
     contrastive_loss,
-    cosine_loss,
+    cosine_losses,
     distance_log_weights,
     draw_negatives,
     relate,
@@ -208,7 +208,7 @@ def test_cosine_is_torch_s_cosine_embedding_loss_on_each_kind_of_pair() -> None:
         for kind, sign in ((same, 1), (other, -1))
     )
     assert isinstance(theirs, torch.Tensor)
-    assert_same(cosine_loss(z, VALUES, 0.3), theirs, z)
+    assert_same(cosine_losses(z, VALUES, 0.3).sum(), theirs, z)
 
 
 def test_two_towers_against_cross_entropy_with_the_diagonal_as_target() -> None:
@@ -236,7 +236,7 @@ def test_unknown_rows_get_no_gradient() -> None:
         triplet_loss(z, VALUES, uniform(), mining=mining, margin=0.2, beta=1.2)
         for mining in ("random", "semi_hard", "distance_weighted")
     ]
-    everything += [contrastive_loss(z, VALUES, z, VALUES, temperature=0.1), cosine_loss(z, VALUES, 0.2)]
+    everything += [contrastive_loss(z, VALUES, z, VALUES, temperature=0.1), cosine_losses(z, VALUES, 0.2).sum()]
     for loss in everything:
         (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
         assert gradient[VALUES < 0].abs().max() == 0.0

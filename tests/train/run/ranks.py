@@ -41,8 +41,8 @@ def train_rank(rank: int, world: int, root: str, folder: str, settings: dict[str
 def _spoil(at: int) -> None:
     forward, calls = MultiTaskModel.forward, iter(range(1, 1000))
 
-    def spoiled(self: MultiTaskModel, batch: Any, step: int) -> Any:
-        total, losses = forward(self, batch, step)
+    def spoiled(self: MultiTaskModel, batch: Any, step: int, shares: Any) -> Any:
+        total, losses = forward(self, batch, step, shares)
         return total * (float("inf") if next(calls) == at else 1.0), losses
 
     MultiTaskModel.forward = spoiled  # type: ignore[method-assign]

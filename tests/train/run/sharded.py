@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lookalike.train.losses.proxies import logsumexp_workers
+from lookalike.train.run.curves import Curve
 from lookalike.train.run.sharding import (
     clip_gradients,
     ignore_in_ddp,
@@ -14,6 +15,7 @@ from lookalike.train.run.sharding import (
     sharded_parameters,
     whole_state,
 )
+from lookalike.train.run.state import Training, build_scaler
 from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 
 DIMS, WEIGHTS, CLASSES, WORLD, STEPS, ROWS = (2, 5, 8), (1.0, 0.5, 2.0), 7, 2, 3, 6
@@ -79,8 +81,9 @@ def run_worker(rank: int, folder: str) -> None:
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
-        total, each = wrapped(make_batch(step, rank), step)
-        total.backward()
+        batch = make_batch(step, rank)
+        total, each = wrapped(batch, step, model.step_shares([batch])[0])
+        (total * WORLD).backward()
         norms.append(clip_gradients(model, 1.0))
         optimizer.step()
         losses.append(each)
@@ -103,3 +106,31 @@ def run_worker(rank: int, folder: str) -> None:
         f"{folder}/end-{rank}.pt",
     )
     dist.destroy_process_group()
+
+
+def overflow_worker(rank: int, folder: str) -> None:
+    """Three updates by float16's scaler; in the second, one proxy of the last worker's shard overflows."""
+    start_group(rank, folder)
+    model = make_model(shard=True).float()
+    model.encoder.requires_grad_(False)
+    training = Training(model, make_optimizer(model), Still(), build_scaler("cpu", enabled=True), None, Curve(STEPS))
+    values = []
+    for step in range(1, STEPS + 1):
+        for name, parameter in model.tasks.named_parameters():
+            parameter.grad = torch.full_like(parameter, 65_536.0)
+            if step == 2 and rank == WORLD - 1 and name == "identity.head.proxies.0":
+                parameter.grad[0] = torch.inf
+        training.scaler.scale(torch.ones(()))  # sets the scale up, as the loss does
+        training.scaler.unscale_(training.optimizer)
+        training.update(step)
+        values.append([parameter.detach().clone() for parameter in model.tasks.parameters()])
+    report = {"values": values, "scale": training.scaler.get_scale(), "skipped": training.skipped}
+    torch.save(report, f"{folder}/overflow-{rank}.pt")
+    dist.destroy_process_group()
+
+
+class Still:
+    """A schedule that does nothing."""
+
+    def step(self) -> None:
+        pass

@@ -1,6 +1,7 @@
 """Sharded heads: two workers with parts of every head train what one process with whole heads trains."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,17 @@ import torch.multiprocessing
 from torch import nn
 
 from lookalike.train.run.sharding import clip_gradients, load_whole_state, sharded_parameters, whole_state
-from tests.train.run.sharded import CLASSES, STEPS, WORLD, configs, make_batch, make_model, make_optimizer, run_worker
+from tests.train.run.sharded import (
+    CLASSES,
+    STEPS,
+    WORLD,
+    configs,
+    make_batch,
+    make_model,
+    make_optimizer,
+    overflow_worker,
+    run_worker,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,34 +35,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """The same by one process with whole heads: the mean of both workers' losses, torch's own clipping."""
+    """The same by one process with whole heads: the rows of both workers in one batch, torch's own clipping."""
     model, losses, norms = make_model(shard=False), [], []
     optimizer = make_optimizer(model)
-    # both workers' classes are drawn from the labels of both: let the task see them all
     for step in range(STEPS):
         batches = [make_batch(step, rank) for rank in range(WORLD)]
-        everyone = torch.cat([batch["group"] for batch in batches])
-        optimizer.zero_grad()
-        parts = []
+        width = max(batch["labels"].shape[1] for batch in batches)
         for batch in batches:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("lookalike.train.tasks.classes.gather_labels", lambda _, seen=everyone: seen)
-                parts.append(model(batch, step))
-        (sum(total for total, _ in parts) / WORLD).backward()
+            batch["labels"] = nn.functional.pad(batch["labels"], (0, width - batch["labels"].shape[1]), value=-1)
+        optimizer.zero_grad()
+        total, each = model({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, step)
+        total.backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
-        losses.append([each for _, each in parts])
+        losses.append(each)
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses, "norms": norms}
 
 
 @pytest.mark.slow
-def test_losses_of_each_worker(trained: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_the_workers_shares_of_each_loss(trained: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for step in range(STEPS):
-        for rank in range(WORLD):
-            for name in configs(shard=True):
-                expected = alone["losses"][step][rank][name]
-                assert torch.allclose(trained[rank]["losses"][step][name], expected, rtol=1e-9), (step, rank, name)
-                assert expected > 0
+        for name in configs(shard=True):
+            shares = torch.stack([state["losses"][step][name] for state in trained])
+            assert torch.allclose(shares.sum(), alone["losses"][step][name], rtol=1e-9), (step, name)
+            assert shares.min() > 0
 
 
 @pytest.mark.slow
@@ -108,6 +115,18 @@ def test_the_random_start_does_not_depend_on_the_workers(trained: list[dict[str,
 def test_a_worker_without_classes_adds_nothing(trained: list[dict[str, Any]]) -> None:
     expected = torch.tensor([1.0, 2.0 + math.log(2.0)])
     assert all(torch.allclose(state["logsumexp"], expected) for state in trained)
+
+
+@pytest.mark.slow
+def test_workers_skip_a_step_together(tmp_path: Path) -> None:
+    """float16 overflows in the shard of one worker: no worker changes a weight or its own loss scale."""
+    torch.multiprocessing.spawn(overflow_worker, args=(str(tmp_path),), nprocs=WORLD, daemon=True)
+    for rank in range(WORLD):
+        report = torch.load(tmp_path / f"overflow-{rank}.pt", weights_only=True)
+        first, second, third = report["values"]
+        assert all(torch.equal(*pair) for pair in zip(first, second, strict=True)), rank
+        assert not any(torch.equal(*pair) for pair in zip(second, third, strict=True)), rank
+        assert (report["scale"], report["skipped"]) == (32_768.0, 1)
 
 
 def test_without_shards_the_gradient_is_clipped_as_torch_does() -> None:

@@ -1,6 +1,7 @@
 """Steps of the training loop in one process: resumption, accumulation, averaged weights, probes, bad losses, curves."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,25 +91,36 @@ def test_old_checkpoints_go(bench: Bench, tmp_path: Path) -> None:
     assert steps == [10, 12]
 
 
-def test_accumulated_parts_give_the_gradient_of_their_mean(bench: Bench, tmp_path: Path) -> None:
-    """Two parts of four rows against the same rows by hand, one part after the other, gradients averaged."""
+def count_labelled(labels: torch.Tensor) -> int:
+    return int((labels >= 0).reshape(len(labels), -1).any(dim=1).sum())
+
+
+def test_accumulated_parts_give_the_gradient_of_the_step(bench: Bench, tmp_path: Path) -> None:
+    """Two parts of four rows against the same rows by hand: each task's sum over its labelled rows, divided once."""
     config = bench.config(compute={"accumulation": 2}, optimizer={"clip_norm": None})
     training = bench.begin(config)
     place = Place(config, 0, 1, torch.device("cpu"), str(tmp_path))
-    batches = list(loop.Feed(place, 0, loop.Pace(8)).step())
-    assert [last for _, last in batches] == [False, True]
-    assert [len(batch["images"]) for batch, _ in batches] == [4, 4]
+    batches = list(loop.Feed(place, training.model, 0, loop.Pace(8)).step())
+    assert [last for _, _, last in batches] == [False, True]
+    assert [len(batch["images"]) for batch, _, _ in batches] == [4, 4]
     shares, norm, _ = loop.forward_backward(training, training.model, iter(batches), place)
     found = {name: p.grad.clone() for name, p in training.model.named_parameters() if p.grad is not None}
     training.model.zero_grad()
-    totals = [training.model(batch)[0] for batch, _ in batches]
-    (sum(totals) / 2).backward()  # type: ignore[union-attr]
+    tasks, total = training.model.tasks, torch.zeros(())
+    counts = {
+        name: [count_labelled(batch[config.train.tasks[name].field]) for batch, _, _ in batches] for name in tasks
+    }
+    for part, (batch, _, _) in enumerate(batches):
+        embedding = training.model.encoder(batch["images"])
+        losses = [tasks[name](embedding, batch) * counts[name][part] / sum(counts[name]) for name in tasks]
+        total = total + torch.stack(losses).sum()
+    total.backward()
     for name, parameter in training.model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
-    assert float(shares["loss"]) == pytest.approx(float(sum(totals) / 2), rel=1e-6)
-    whole = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
-    assert float(norm) == pytest.approx(float(whole), rel=1e-4)
+    assert float(shares["loss"]) == pytest.approx(float(total), rel=1e-6)
+    length = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
+    assert float(norm) == pytest.approx(float(length), rel=1e-4)
     assert float(shares["loss"]) == pytest.approx(sum(float(v) for k, v in shares.items() if k != "loss"), rel=1e-5)
 
 
@@ -188,8 +200,8 @@ def test_a_loss_that_is_no_number_stops_with_step_images_and_checkpoint(
 
     read: list[str] = []
 
-    def spoiled(self: MultiTaskModel, batch: Any, step: int) -> Any:
-        total, losses = forward(self, batch, step)
+    def spoiled(self: MultiTaskModel, batch: Any, step: int, shares: Any) -> Any:
+        total, losses = forward(self, batch, step, shares)
         read[:] = batch["ids"]
         return (Spoil.apply(total) if step == 5 else total), losses  # type: ignore[no-untyped-call]
 
@@ -209,10 +221,11 @@ def test_a_loss_that_is_no_number_stops_with_step_images_and_checkpoint(
 def test_dropout_follows_the_place_in_the_data(bench: Bench, tmp_path: Path) -> None:
     """What a forward pass draws is the same whoever comes to a micro-batch, whatever was drawn before."""
     config = bench.config(workers={"num": 2}, compute={"accumulation": 2}, batch_size=16)
+    model = bench.begin(config).model
 
     def draws(rank: int, world: int, done: int) -> dict[tuple[int, int, int], float]:
         place = Place(config, rank, world, torch.device("cpu"), str(tmp_path))
-        feed, found = loop.Feed(place, done, loop.Pace(16)), {}
+        feed, found = loop.Feed(place, model, done, loop.Pace(16)), {}
         for step in range(done, 3):
             keys = [(step, stream, part) for stream in place.streams for part in (0, 1)]
             for key, _ in zip(keys, feed.step(), strict=True):
@@ -238,20 +251,42 @@ def test_a_scaled_loss_changes_nothing_and_an_overflow_skips_the_step(bench: Ben
     wild.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # type: ignore[attr-defined]
     before = weights(wild.model)
     place = Place(bench.config(), 0, 1, torch.device("cpu"), str(tmp_path))
-    feed = loop.Feed(place, 0, loop.Pace(8))
+    feed = loop.Feed(place, wild.model, 0, loop.Pace(8))
     _, norm, _ = loop.forward_backward(wild, wild.model, feed.step(), place)
     assert not norm.isfinite()
     wild.update(1)
     trained = {name for name, _ in wild.model.named_parameters()}
     assert all(torch.equal(before[name], value) for name, value in wild.model.state_dict().items() if name in trained)
     assert wild.scaler.get_scale() == pytest.approx(5e37)
+    wild.scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-12)  # type: ignore[attr-defined]
     bench.train(bench.config(), tmp_path / "wild", wild)  # the scale comes down and training goes on
+    assert 2 <= wild.skipped < 12
+    assert wild.schedule.last_epoch == 12 - wild.skipped  # it does not advance on a skipped step
+    assert not any(torch.equal(before[name], p) for name, p in wild.model.named_parameters() if "projection" in name)
     found = last_checkpoint(str(tmp_path / "wild"))
     assert found is not None
+    assert found.read()["skipped"] == (wild.skipped, 0)
+    assert all(math.isfinite(value) for point in wild.curve.points for value in point.values())
+    json.dumps(wild.curve.points, allow_nan=False)
     again = bench.begin(bench.config())
     again.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
     again.resume(found, 0, 1)
     assert again.scaler.get_scale() == wild.scaler.get_scale() < 1e37
+
+
+def test_a_run_that_float16_skips_is_not_published(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient that is no number at any scale ends the run; so does a run of which most steps were skipped."""
+    hopeless = bench.begin(bench.config())
+    hopeless.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # type: ignore[attr-defined]
+    with pytest.raises(NonFiniteLossError, match="float16 overflowed in 12 of 12 steps"):
+        bench.train(bench.config(), tmp_path / "hopeless", hopeless)
+    monkeypatch.setattr("lookalike.train.run.state.MAX_SKIPPED", 5)
+    endless = bench.begin(bench.config())
+    endless.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # type: ignore[attr-defined]
+    with pytest.raises(NonFiniteLossError, match=r"each of the 5 steps up to 5, .*compute.precision=bfloat16"):
+        bench.train(bench.config(), tmp_path / "endless", endless)
 
 
 def test_the_progress_says_what_comes_before_the_first_step(bench: Bench) -> None:

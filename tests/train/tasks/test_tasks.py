@@ -10,7 +10,7 @@ from torch.nn import functional
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.train.losses.classes import binarize
-from lookalike.train.losses.pairs import contrastive_loss, cosine_loss
+from lookalike.train.losses.pairs import contrastive_loss, cosine_losses
 from lookalike.train.losses.regularizers import koleo_loss, relational_loss, teacher_cosine_loss
 from lookalike.train.tasks import TASKS, MultiTaskModel, TaskConfig, build_tasks
 
@@ -50,6 +50,70 @@ def test_rows_without_a_label_give_their_task_no_gradient() -> None:
         model.tasks[name](embedding, batch).backward()
         assert embedding.grad is not None
         assert embedding.grad.abs().sum(dim=1).nonzero()[:, 0].tolist() == known
+
+
+def sparse_batch(n: int = 64) -> dict[str, torch.Tensor]:
+    """Rows of which one in sixteen has a category, two in three a group, half have labels; the last quarter none."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(5, (n, 1), generator=generator)
+    labels[::2] = -1
+    category, group = torch.randint(3, (n,), generator=generator), torch.randint(4, (n,), generator=generator)
+    category[torch.arange(n) % 16 != 5], group[torch.arange(n) % 3 == 0] = -1, -1
+    labels[-n // 4 :], category[-n // 4 :], group[-n // 4 :] = -1, -1, -1
+    images = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    return {"images": images, "labels": labels, "category": category, "group": group}
+
+
+@pytest.mark.parametrize("cuts", [[64], [32, 32], [16] * 4, [4] * 16, [1, 40, 23]])
+def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(cuts: list[int]) -> None:
+    """Losses and gradients of parts, added up, against plain cross-entropy of the labelled rows all at once."""
+    model, batch = make_model().double(), sparse_batch()
+    total, _ = model(batch)
+    total.backward()
+    whole = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    known = batch["category"] >= 0
+    scores = model.tasks["category"].head(model.encoder(batch["images"][known]))
+    expected = sum(functional.cross_entropy(values, batch["category"][known]) for values in scores)
+    assert torch.allclose(model(batch)[1]["category"], expected)
+    model.zero_grad()
+    parts = [
+        dict(zip(batch, rows, strict=True))
+        for rows in zip(*(column.split(cuts) for column in batch.values()), strict=True)
+    ]
+    category = 0.0
+    for part, shares in zip(parts, model.step_shares(parts), strict=True):
+        loss, losses = model(part, shares=shares)
+        loss.backward()
+        category += float(losses["category"])
+    assert category == pytest.approx(float(expected), rel=1e-12)
+    for parameter, gradient in zip(model.parameters(), whole, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kind": "triplet", "field": "group", "mining": "random"},
+        {"kind": "contrastive", "field": "group"},
+        {"kind": "cosine", "field": "group"},
+        {"kind": "koleo", "field": "images"},
+    ],
+)
+def test_parts_without_pairs_weigh_nothing(values: dict[str, Any]) -> None:
+    """A part of two rows of one group beside parts with no pair: the step's loss is that part's own."""
+    task, lone = make_task(**values), torch.tensor([[0, 0, 1], [-1, -1, -1], [-1, 2, -1]])
+    model = MultiTaskModel(nn.Linear(6, 8), {"task": task}).double()
+    images = torch.randn(3, 3, 6, dtype=torch.float64)
+    parts = [{"images": images[i], "group": lone[i]} for i in range(3)]
+    shares = [share["task"] for share in model.step_shares(parts)]
+    if values["kind"] == "koleo":
+        assert all(torch.allclose(share, torch.full((1,), 1 / 3, dtype=torch.float64)) for share in shares)
+        return
+    assert [share.tolist() for share in shares] == [
+        [1.0] * len(shares[0]),
+        [0.0] * len(shares[0]),
+        [0.0] * len(shares[0]),
+    ]
 
 
 def test_the_loss_of_a_task_is_the_mean_over_its_rows() -> None:
@@ -199,7 +263,10 @@ def test_binary_scores_the_codes_of_every_prefix() -> None:
             {"kind": "contrastive", "field": "row", "across_workers": True},
             lambda z, b: contrastive_loss(z, b["row"], z, b["row"], temperature=0.05),
         ),
-        ({"kind": "cosine", "field": "category", "margin": 0.4}, lambda z, b: cosine_loss(z, b["category"], 0.4)),
+        (
+            {"kind": "cosine", "field": "category", "margin": 0.4},
+            lambda z, b: cosine_losses(z, b["category"], 0.4).sum(),
+        ),
         (
             {"kind": "distill", "field": "teacher", "temperature": 0.1},
             lambda z, b: relational_loss(z, b["teacher"], 0.1),
