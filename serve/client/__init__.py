@@ -1,7 +1,7 @@
 """The clients. Imports grpcio, protobuf, numpy, ``proto`` and the plain modules of ``wire``, nothing else."""
 
 from lookalike.errors import ArgumentError
-from lookalike.serve.client.client import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES, AsyncClient, Client
+from lookalike.serve.client.client import DEFAULT_ADDRESS, AsyncClient, Client
 from lookalike.serve.client.credentials import ClientTls
 from lookalike.serve.client.requests import Query, SearchSettings, StoredRow
 from lookalike.serve.client.results import (
@@ -12,7 +12,7 @@ from lookalike.serve.client.results import (
     SearchPlan,
     SearchResult,
 )
-from lookalike.serve.wire.errors import RetrievalError
+from lookalike.serve.wire.errors import MAX_MESSAGE_BYTES, RetrievalError
 from lookalike.serve.wire.plans import PlanLike
 
 __all__ = [

@@ -23,6 +23,7 @@ _DEAD = re.compile(
     r"worker (died|crashed)",
     re.IGNORECASE,
 )
+_LARGE_ANSWER = re.compile(r"CLIENT: Received message larger than max|Sent message larger than max")
 _RETRY_AFTER = re.compile(r"retry after (\d+) ms")
 
 
@@ -34,6 +35,8 @@ def to_error(error: grpc.RpcError) -> RetrievalError:
         return RetrievalError(
             grpc.StatusCode.UNAVAILABLE, f"the replica that worked on this is gone ({reason}); try again"
         )
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and _LARGE_ANSWER.search(details):
+        return RetrievalError(code, f"{details}; ask for a smaller k, or fewer queries at once")
     return RetrievalError(code, details)
 
 

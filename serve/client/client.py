@@ -46,10 +46,9 @@ from lookalike.serve.client.results import (
 from lookalike.serve.client.stream import Batches, check_async_batches, check_batches
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc
-from lookalike.serve.wire.errors import RetrievalError
+from lookalike.serve.wire.errors import MAX_MESSAGE_BYTES, RetrievalError
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
-MAX_MESSAGE_BYTES = 64 << 20
 RETRY = """{"methodConfig": [{
     "name": [{"service": "lookalike.v1.RetrievalService"}],
     "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.05s", "maxBackoff": "1s", "backoffMultiplier": 2.0,

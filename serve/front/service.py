@@ -22,7 +22,7 @@ from lookalike.serve.search.router import Floats, Router, SearchOutcome
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.watch.trace import SearchRecord, Trace
 from lookalike.serve.wire.ask import Ask
-from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, StagedLostError, refused
+from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, StagedLostError, check_answer, refused
 from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
     DEFAULT_K,
@@ -32,7 +32,7 @@ from lookalike.serve.wire.requests import (
     check_num,
     read_options,
     read_queries,
-    write_hits,
+    write_results,
 )
 from lookalike.serve.wire.writes import check_ids, check_path, check_rows, check_uris, portions
 
@@ -100,7 +100,7 @@ class Service:
         outcome = outcome._replace(times_ms={**times, **outcome.times_ms})
         own_plan = message.HasField("plan") or message.HasField("min_recall")
         trace.searches.append(SearchRecord(generation, options, vectors, outcome, arm, own_plan))
-        results = [write_hits(outcome.answer, query) for query in range(len(queries))]
+        results = write_results(outcome.answer, len(queries))
         return SearchReply(results, self._info(generation, options, outcome))
 
     async def _search_arms(
@@ -149,6 +149,7 @@ class Service:
     async def embed(self, request: pb.EmbedRequest, trace: Trace) -> pb.EmbedResponse:
         check_num(request.images, "images", self.config.limits)
         images = [check_image(image, self.config.limits) for image in request.images]
+        check_answer(len(images) * 4 * self.current.meta.dim)
         return await self._with_current(self._embed, images, _deadline(trace, self.config.timeout_s), trace.tenant)
 
     async def _embed(
@@ -162,6 +163,7 @@ class Service:
         )
 
     async def describe(self, request: pb.DescribeRequest, trace: Trace) -> pb.DescribeResponse:
+        num_rows = await self._with_current(self._count_rows, _deadline(trace, self.config.timeout_s))
         generation, meta = self.current, self.current.meta
         return pb.DescribeResponse(
             version=lookalike.__version__,
@@ -169,7 +171,7 @@ class Service:
             dim=meta.dim,
             model_fingerprint=meta.model_fingerprint,
             dims=meta.dims,
-            num_rows=meta.num_live,
+            num_rows=num_rows,
             num_shards=len(self.router.shards),
             plan=to_plan(generation.plans.default),
             columns=meta.columns,
@@ -178,6 +180,12 @@ class Service:
             has_encoder=self._can_encode(generation),
             writable=self.writer is not None,
         )
+
+    async def _count_rows(self, generation: Generation, deadline: float) -> int:
+        """Rows that a search may find: those of the index less deleted and replaced ones, and those written since."""
+        if self.writer is None:
+            return generation.meta.num_live
+        return await self.router.count_rows(generation.name, deadline=deadline)
 
     async def upsert(self, request: pb.UpsertRequest, trace: Trace) -> pb.UpsertResponse:
         """Give rows their vectors, and send them to the writer in portions."""

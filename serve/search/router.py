@@ -107,6 +107,12 @@ class Router:
             )
         return [np.frombuffer(vectors[image_id], "<f4") for image_id in image_ids]
 
+    async def count_rows(self, generation: str, *, deadline: float) -> int:
+        """Rows of ``generation`` that a search may find, written ones included; raises as ``search`` does."""
+        calls = [self._repeated(shard, "count_rows", generation, who="shard") for shard in self.shards]
+        counts: list[int] = list(accept(await _outcomes(calls, deadline), allow_partial=False).values())
+        return sum(counts)
+
     async def encode(
         self, generation: str, images: Sequence[bytes], *, deadline: float, tenant: str = ""
     ) -> list[Floats]:

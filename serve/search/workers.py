@@ -100,6 +100,13 @@ class ShardWorker(Follows):
         ask = Ask.unpack(ask) if isinstance(ask, bytes) else ask
         return await asyncio.to_thread(_shortlist, self._get(ask.generation), ask)
 
+    async def count_rows(self, generation: str) -> int:
+        """Rows that a search may find: neither deleted nor replaced, written ones included."""
+        group: ShardGroup = _get(self.generations, generation)
+        written = group.delta.written()
+        stored = sum(shard.num_live for shard in group.shards)
+        return stored if written is None else stored - sum(map(len, written.replaced)) + len(written.alive)
+
     async def vectors(self, generation: str, image_ids: Sequence[str]) -> dict[str, bytes]:
         """The stored vectors of those ids that this group holds."""
         return await asyncio.to_thread(_read_vectors, self._get(generation), image_ids)

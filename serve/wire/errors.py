@@ -8,6 +8,10 @@ from lookalike.errors import LookalikeError
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 """Number on the wire -> gRPC status."""
+MAX_MESSAGE_BYTES = 64 << 20
+"""Largest message that the Python clients take, in bytes."""
+MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - (1 << 20)
+"""Largest hits or vectors of one answer, in bytes: all else in a message has room beside them."""
 MAX_SHOWN = 60
 """Longest text of a caller that a message repeats whole, in characters."""
 
@@ -63,6 +67,16 @@ def invalid(message: str) -> RetrievalError:
 def refused(message: str) -> RetrievalError:
     """Return a FAILED_PRECONDITION error."""
     return RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
+def check_answer(size_bytes: int) -> None:
+    """Raise RESOURCE_EXHAUSTED for an answer that no client could take, and that would end a stream."""
+    if size_bytes > MAX_ANSWER_BYTES:
+        raise RetrievalError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"the answer has more than {MAX_ANSWER_BYTES} bytes; ask for a smaller k, or fewer queries or images at "
+            "once",
+        )
 
 
 def shorten(text: str) -> str:

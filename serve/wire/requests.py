@@ -13,7 +13,7 @@ from lookalike.retrieval.plan import Plan, parse_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits
 from lookalike.serve.wire.answers import Answer
-from lookalike.serve.wire.errors import invalid, refused, shorten
+from lookalike.serve.wire.errors import check_answer, invalid, refused, shorten
 
 DEFAULT_K = 10
 MAX_SESSION = 1024
@@ -208,6 +208,16 @@ def check_num(items: Sequence[object], what: str, limits: RequestLimits) -> None
     """Refuse an empty request and one with too many items."""
     if not 1 <= len(items) <= limits.max_batch:
         raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
+
+
+def write_results(answer: Answer, num_queries: int) -> list[pb.HitList]:
+    """Return the hits of each query; RESOURCE_EXHAUSTED as soon as they are too many for one message."""
+    results, size = list[pb.HitList](), 0
+    for query in range(num_queries):
+        results.append(write_hits(answer, query))
+        size += results[-1].ByteSize()
+        check_answer(size)
+    return results
 
 
 def write_hits(answer: Answer, query: int) -> pb.HitList:

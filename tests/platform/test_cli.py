@@ -190,3 +190,18 @@ def test_an_interruption_exits_130_and_says_how_to_go_on(
     monkeypatch.setattr("lookalike.commands.run.run_stage", interrupt)
     assert main(["encoder"]) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "words"),
+    [("| true", 141, ""), ("2>&1 | true", 141, ""), (">/dev/full", 1, "the output cannot be written (No space left")],
+)
+def test_nobody_reads_the_output(output: str, code: int, words: str) -> None:
+    """A verb whose output is cut off, as by ``| head``, ends without a traceback."""
+    verb = f"{sys.executable} -m lookalike.cli finetune --describe x"
+    slow = f"(sleep 0.2; exec {verb})" if "|" in output else verb  # the reader is gone before the first line
+    script = f"set -o pipefail; {slow} {output}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == code
+    assert "Traceback" not in result.stderr
+    assert words in result.stderr

@@ -108,6 +108,22 @@ def test_a_stream_answers_in_order_and_survives_a_bad_batch(client: Client) -> N
     assert last[0].ids[0] == "img-003"
 
 
+def test_an_answer_too_large_for_a_message_fails_in_its_place(
+    client: Client, world: "World", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lookalike.serve.wire.errors.MAX_ANSWER_BYTES", 1000)
+    one, large, last = client.search_stream([["img-001"], ["img-001"] * 8, ["img-003"]], k=5)
+    assert isinstance(large, RetrievalError)
+    assert large.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "ask for a smaller k, or fewer queries" in large.message
+    assert not isinstance(one, RetrievalError)
+    assert not isinstance(last, RetrievalError)
+    assert last[0].ids[0] == "img-003"
+    for send in (lambda: client.search(image_id="img-001", k=50), lambda: client.embed([world.images["img-000"]] * 8)):
+        with pytest.raises(RetrievalError, match="RESOURCE_EXHAUSTED: the answer has more than 1000 bytes"):
+            send()
+
+
 def test_embed_gives_the_encoders_vectors(client: Client, world: "World") -> None:
     embeddings = client.embed([world.images["img-000"], world.images["img-001"]])
     wanted = np.stack([world.vectors["img-000"], world.vectors["img-001"]])

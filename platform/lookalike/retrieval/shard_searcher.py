@@ -78,6 +78,11 @@ class ShardSearcher:
         """Content of the shard's ``shard.json``."""
         return self.store.meta
 
+    @property
+    def num_live(self) -> int:
+        """Rows that are not deleted."""
+        return self.meta.num_rows if self._all is None else self._all.num_rows
+
     def load(self, dims: Sequence[int] | None = None) -> None:
         """Open the shortlist indexes over ``dims`` (default: all) now, so that no query waits for it."""
         for dim in self.meta.shortlist_dims if dims is None else dims:

@@ -60,6 +60,13 @@ def test_what_would_stop_a_quickstart_at_its_end_stops_it_at_once(
         (["--image", "/no/such.png"], "/no/such.png cannot be read", 2),
         (["--vector", __file__], "is not a .npy file", 2),
         (["--id", "img-000", "-k", "0"], "k=0 is less than 1", 2),
+        (["--id", "img-000", "-k", "99999999999"], "k=99999999999 is more than", 2),
+        (["--id", "\udcff"], "half of a surrogate pair", 2),
+        (["--id", "img-000", "--where", "view=\udcff"], "half of a surrogate pair", 2),
+        (["--id", "img-000", "--timeout", "nan"], "timeout_s=nan", 2),
+        (["--id", "img-000", "--timeout", "1e10"], "timeout_s=10000000000.0", 2),
+        (["--id", "img-000", "--min-recall", "nan"], "min_recall=nan", 2),
+        (["--vector", "/dev/null"], "is not a .npy file", 2),
     ],
 )
 def test_search_explains_mistakes(
@@ -67,6 +74,12 @@ def test_search_explains_mistakes(
 ) -> None:
     assert main(["search", *args, "--local", world.index]) == code
     assert words in capsys.readouterr().err
+
+
+def test_a_file_of_several_arrays_is_no_vector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "q.npz", a=np.ones(3))
+    assert main(["search", "--vector", str(tmp_path / "q.npz")]) == 2
+    assert "holds several arrays" in capsys.readouterr().err
 
 
 def test_search_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:

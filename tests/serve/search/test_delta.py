@@ -84,6 +84,7 @@ def test_any_writes_over_an_index(world: "World", steps: list[tuple[list[int], b
     queries = np.random.default_rng(seed + 1).normal(size=(4, 64)).astype(np.float32)
     conditions = {"view": [view]} if view else {}
     for router in routers(generation, records):
+        assert asyncio.run(count(router, generation.name)) == sum(row is not None for row in final.values())
         for plan in PLANS:
             found = asyncio.run(ask(router, generation.name, queries, plan, conditions))
             for line, query in enumerate(queries):
@@ -98,6 +99,10 @@ async def ask(router, generation, queries, plan, conditions):
     deadline = asyncio.get_running_loop().time() + 30
     outcome = await router.search(Ask(generation, queries, 7, plan, conditions), deadline=deadline, allow_partial=False)
     return outcome.answer
+
+
+async def count(router: Router, generation: str) -> int:
+    return await router.count_rows(generation, deadline=asyncio.get_running_loop().time() + 30)
 
 
 def test_stored_vectors_are_the_newest(world: "World") -> None:
