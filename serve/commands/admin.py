@@ -104,7 +104,7 @@ def _read_row(pair: str) -> tuple[str, bytes]:
     found = [split for split in splits if Path(split[1]).exists()]
     if len(found) > 1:
         paths = " or ".join(repr(path) for _, path in found)
-        raise UsageError(f"{pair!r} may name the file {paths}; give the file another name, or a path with a slash")
+        raise UsageError(f"{pair!r} may name the file {paths}; give the file that is meant another name")
     image_id, path = found[0] if found else splits[0]
     try:
         return image_id, Path(path).read_bytes()

@@ -23,19 +23,19 @@ def test_rows_of_the_command_line(tmp_path: Path) -> None:
 
 def test_ids_and_files_may_hold_equals_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("b.jpg", "x=y.jpg", "y.jpg"):
+    for name in ("b.jpg", "x=y.jpg", "y.jpg", "p=q.jpg"):
         Path(name).write_bytes(name.encode())
-    rows = read_rows(["a=b.jpg", "a=b=b.jpg", "=a==b.jpg", f"k=v={tmp_path}/x=y.jpg"], [])
+    rows = read_rows(["a=b.jpg", "a=b=b.jpg", "=a==b.jpg", f"k=v={tmp_path}/p=q.jpg"], [])
     assert [(row.id, row.content) for row in rows] == [
         ("a", b"b.jpg"),
         ("a=b", b"b.jpg"),
         ("=a=", b"b.jpg"),
-        ("k=v", b"x=y.jpg"),
+        ("k=v", b"p=q.jpg"),
     ]
     with pytest.raises(UsageError, match=r"may name the file 'x=y.jpg' or 'y.jpg'"):
         read_rows(["k=x=y.jpg"], [])
-    with pytest.raises(UsageError, match="'q=r.jpg' cannot be read"):
-        read_rows(["p=q=r.jpg"], [])
+    with pytest.raises(UsageError, match="'s=r.jpg' cannot be read"):
+        read_rows(["p=s=r.jpg"], [])
     with pytest.raises(UsageError, match="'view' is given twice"):
         read_rows(["a=b.jpg"], ["view=icon", "view=top"])
 
