@@ -34,7 +34,7 @@ def test_ids_and_files_may_hold_equals_signs(tmp_path: Path, monkeypatch: pytest
     ]
     with pytest.raises(UsageError, match=r"may name the file 'x=y.jpg' or 'y.jpg'"):
         read_rows(["k=x=y.jpg"], [])
-    with pytest.raises(UsageError, match="'s=r.jpg' cannot be read"):
+    with pytest.raises(UsageError, match=r"'s=r\.jpg' cannot be read"):
         read_rows(["p=s=r.jpg"], [])
     with pytest.raises(UsageError, match="'view' is given twice"):
         read_rows(["a=b.jpg"], ["view=icon", "view=top"])
