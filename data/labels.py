@@ -68,5 +68,5 @@ def _sources(config: LabelsConfig) -> list[str]:
 
 INPUTS = {"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)}
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels", "labels", LabelsConfig, run, resumable=True, version=3, sources=_sources, inputs=INPUTS
+    "labels", "labels", LabelsConfig, run, resumable=True, version=4, sources=_sources, inputs=INPUTS
 )

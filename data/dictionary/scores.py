@@ -22,9 +22,7 @@ from lookalike.data.dictionary.boundary import BoundaryConfig
 from lookalike.data.dictionary.sketch import Sample, SampleConfig
 from lookalike.intervals import wilson_intervals
 
-Z = 1.96
-"""Half width of a 95% interval in standard errors; part of what a dictionary says."""
-FORMAT = 1  # raised when the same samples and settings give other scores, so that earlier scores are not reused
+FORMAT = 2  # raised when the same samples and settings give other scores, so that earlier scores are not reused
 
 DICTIONARY = pa.schema(
     [
@@ -98,7 +96,7 @@ def merge_scores(vocabulary: Mapping[str, int], scores: pa.Table) -> pa.Table:
     places = pc.index_in(terms, value_set=scores["term"].combine_chunks())
     rows = scores.take(places)
     positives, trials, hits = (rows[name].fill_null(0).to_numpy() for name in ("positives", "trials", "hits"))
-    low, high = wilson_intervals(hits, trials, Z)
+    low, high = wilson_intervals(hits, trials)
     ratios = [pa.array(values, pa.float32(), mask=trials == 0) for values in (hits / np.maximum(trials, 1), low, high)]
     images = pa.array([vocabulary[term] for term in terms.to_pylist()], pa.int64())
     columns: list[Any] = [terms, images, positives, trials, hits, *ratios, rows["digest"]]

@@ -1,12 +1,16 @@
 """95% intervals whose width is never zero, even if all trials succeeded, or none."""
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import betaincinv
 
-Z = 1.959964
+LEVEL = 0.95
+"""Probability that an interval holds the truth."""
+Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 """97.5% point of the normal distribution."""
 Interval = tuple[float, float]
 
@@ -32,20 +36,53 @@ def wilson_intervals(
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> Interval:
     """Interval of the mean of independent values in [0, 1], for example the recall of each query; [0, 1] of no values.
 
-    Agresti and Coull's idea, extended to more than two values: add z^2/2 zeros and z^2/2 ones to the sample and take
-    the normal interval of its mean. For zeros and ones this is their interval of a share; values that differ less give
-    a narrower interval. A bootstrap would have no width when all values are 1.
+    Each end is the farther of two. One is the end of the empirical likelihood interval (Owen 2001), which follows the
+    skew of the values and may give weight to a 0 or a 1 that was not seen. The other is Clopper and Pearson's for the
+    share of low (high) values, wherever they are cut off: a sample that missed all of few large losses, or has a single
+    one, says little about their share. So the interval has a width even if all values are 1. For values without rare
+    losses, it is wider than need be below some hundreds of them.
     """
     sample = np.asarray(values, np.float64)
     if not len(sample):
         return 0.0, 1.0
-    size = len(sample) + Z * Z
-    mean = (sample.sum() + Z * Z / 2) / size
-    variance = ((sample - mean) ** 2).sum() + Z * Z / 2 * (mean**2 + (1 - mean) ** 2)
-    half = Z * np.sqrt(variance / size / size)
-    # the interval must contain the measured mean: when all values are 1 the upper end is 1
-    low, high = min(mean - half, float(sample.mean())), max(mean + half, float(sample.mean()))
-    return max(0.0, float(low)), min(1.0, float(high))
+    return _lower_end(sample), 1.0 - _lower_end(1.0 - sample)
+
+
+def _lower_end(sample: npt.NDArray[np.float64]) -> float:
+    values, counts = np.unique(sample, return_counts=True)
+    return max(0.0, min(_likelihood_end(values, counts), _loss_end(values, counts)))
+
+
+def _likelihood_end(values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> float:
+    """Smallest mean of a distribution on [0, 1] that explains the ascending ``values`` nearly as well as their own.
+
+    The weights are proportional to 1 / (shift + value): the smaller the shift, the smaller the mean. At a shift of 0,
+    what is left of the allowed likelihood ratio pays for weight on an unseen 0.
+    """
+    num, allowed = counts.sum(), Z * Z / 2
+
+    def tilt(shift: float) -> tuple[float, float]:
+        """(mean, log likelihood ratio) at ``shift``."""
+        harmonic = num / (counts / (shift + values)).sum()
+        return harmonic - shift, (counts * np.log((shift + values) / harmonic)).sum()
+
+    if values[0] > 0 and (at_zero := tilt(0.0))[1] < allowed:
+        return float(at_zero[0] * np.exp((at_zero[1] - allowed) / num))
+    low, high = -40.0, 40.0
+    for _ in range(45):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tilt(float(np.exp(middle)))[1] > allowed else (low, middle)
+    return float(tilt(float(np.exp(high)))[0])
+
+
+def _loss_end(values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> float:
+    """Smallest mean if only the share of the ascending ``values`` below some cut is unknown, over all cuts."""
+    num, sums = counts.sum(), np.cumsum(values * counts)
+    lost = np.cumsum(counts) - counts
+    lost_sum = sums - values * counts
+    share = betaincinv(lost + 1, num - lost, 0.5 + LEVEL / 2)
+    kept, low = (sums[-1] - lost_sum) / (num - lost), lost_sum / np.maximum(lost, 1)
+    return float((kept - share * (kept - low)).min())
 
 
 def difference(hits: int, trials: int, other_hits: int, other_trials: int) -> Interval:

@@ -70,11 +70,10 @@ def read_arms(config: ServeConfig, served: Generation) -> tuple[Arm, ...]:
     if config.experiment is None:
         return ()
     rails, monitor = config.experiment.guardrails, config.monitor
-    if rails.min_recall is not None and (monitor.share == 0 or rails.min_requests > monitor.window):
+    if rails.min_recall is not None and monitor.share == 0:
         raise UsageError(
-            f"guardrails.min_recall={rails.min_recall:g} is never judged with monitor.share="
-            f"{monitor.share:g}, monitor.window={monitor.window} and guardrails.min_requests="
-            f"{rails.min_requests}; set a share above 0 and min_requests within the window"
+            f"guardrails.min_recall={rails.min_recall:g} is never judged with monitor.share=0, which measures no "
+            "recall; set a share above 0"
         )
     arms = tuple(_read_arm(arm, served) for arm in config.experiment.arms)
     for arm in arms:

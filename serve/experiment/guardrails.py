@@ -1,24 +1,19 @@
 """Guardrails: an arm that provably breaks a limit gets no more traffic. Each replica judges its own answers."""
 
-from collections import deque
 from collections.abc import Callable
 
-from lookalike.intervals import Z, wilson
+from lookalike.serve.experiment.evidence import Evidence
 from lookalike.serve.settings.watching import ExperimentSettings
-from lookalike.serve.watch.recall_monitor import Estimate
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
-WINDOW = 1000
-"""Number of an arm's latest requests that are judged (or ``min_requests``, if that is more)."""
 SERVICE_ERRORS = frozenset(
     ["UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"]
 )
 """Status codes that are not the caller's fault."""
 P99_SHARE = 0.01
-PROOF = 3.0
-"""Standard errors beyond a limit that count as proof. An arm is judged after every request, so chance has many tries:
-at 1.96 (a 95% interval) many arms that keep their limits would be closed in the long run."""
+FALSE_ALARM = 0.01
+"""Highest probability that an arm which keeps a limit is ever closed for it in one replica, however long it runs."""
 
 
 class Guard:
@@ -29,10 +24,16 @@ class Guard:
         self.reasons: dict[str, str] = {}
         """Closed arm -> the limit that it broke."""
         self.closed: Callable[[str, str], None] = lambda arm, reason: None
-        size = max(WINDOW, settings.guardrails.min_requests)
+        limits = settings.guardrails
         names = [arm.name for arm in settings.arms[1:]]  # control is never closed: there is nowhere else to go
-        self._failed: dict[str, deque[bool]] = {name: deque(maxlen=size) for name in names}
-        self._slow: dict[str, deque[bool]] = {name: deque(maxlen=size) for name in names}
+        self._arms = frozenset(names)
+
+        def watch(limit: float | None) -> dict[str, Evidence]:
+            return {} if limit is None else {name: Evidence(limit) for name in names}
+
+        self._failed = watch(limits.max_error_share)
+        self._slow = watch(None if limits.max_p99_ms is None else P99_SHARE)
+        self._lost = watch(None if limits.min_recall is None else 1 - limits.min_recall)
 
     def is_closed(self, arm: str) -> bool:
         """Whether ``arm`` gets no more traffic from this replica."""
@@ -41,29 +42,28 @@ class Guard:
     def count(self, arm: str, code: str, duration_ms: float) -> None:
         """Count one request of ``arm``, answered or failed, and close the arm if that is proof against it."""
         limits = self.settings.guardrails
-        if arm not in self._failed or self.is_closed(arm) or code == "CANCELLED":
+        if arm not in self._arms or self.is_closed(arm) or code == "CANCELLED":
             return
-        failed, slow = self._failed[arm], self._slow[arm]
-        failed.append(code in SERVICE_ERRORS)
-        slow.append(limits.max_p99_ms is not None and duration_ms > limits.max_p99_ms)
-        if len(failed) < limits.min_requests:
-            return
-        if limits.max_error_share is not None and wilson(sum(failed), len(failed), PROOF)[0] > limits.max_error_share:
-            self._close(
-                arm, f"{sum(failed)} of {len(failed)} requests failed, max_error_share is {limits.max_error_share:g}"
-            )
-        elif limits.max_p99_ms is not None and wilson(sum(slow), len(slow), PROOF)[0] > P99_SHARE:
-            self._close(arm, f"{sum(slow)} of {len(slow)} requests took longer than max_p99_ms, {limits.max_p99_ms:g}")
+        if arm in self._failed and self._proves(self._failed[arm], float(code in SERVICE_ERRORS)):
+            failed, num = self._failed[arm].stretch
+            self._close(arm, f"{failed:.0f} of {num} requests failed, max_error_share is {limits.max_error_share:g}")
+        elif limits.max_p99_ms is not None and self._proves(self._slow[arm], float(duration_ms > limits.max_p99_ms)):
+            slow, num = self._slow[arm].stretch
+            self._close(arm, f"{slow:.0f} of {num} requests took longer than max_p99_ms, {limits.max_p99_ms:g}")
 
-    def recall(self, arm: str, estimate: Estimate) -> None:
-        """Close ``arm`` if its latest recall estimate is proof against it."""
-        limits = self.settings.guardrails
-        if arm not in self._failed or self.is_closed(arm) or limits.min_recall is None:
+    def measure(self, arm: str, recall: float) -> None:
+        """Take the measured ``recall`` of one answer of ``arm``, and close the arm if that is proof against it."""
+        if arm not in self._lost or self.is_closed(arm):
             return
-        highest = estimate.recall + PROOF / Z * (estimate.high - estimate.recall)
-        if estimate.queries >= limits.min_requests and highest < limits.min_recall:
-            recall = f"{estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"
-            self._close(arm, f"recall is {recall}, min_recall {limits.min_recall:g}")
+        if self._proves(self._lost[arm], 1 - recall):
+            lost, num = self._lost[arm].stretch
+            limit = self.settings.guardrails.min_recall
+            self._close(arm, f"recall is {1 - lost / num:.4f} over {num} queries, min_recall {limit:g}")
+
+    def _proves(self, evidence: Evidence, value: float) -> bool:
+        evidence.add(value)
+        enough = evidence.num >= self.settings.guardrails.min_requests and evidence.stretch[1] > 0
+        return enough and evidence.capital >= 1 / FALSE_ALARM
 
     def _close(self, arm: str, reason: str) -> None:
         self.reasons[arm] = reason

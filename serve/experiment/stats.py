@@ -10,10 +10,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 
-from lookalike.intervals import Interval, difference, wilson
+from lookalike.intervals import Interval, Z, difference, wilson
 from lookalike.serve.experiment.guardrails import SERVICE_ERRORS
 from lookalike.serve.experiment.log import ExperimentLog, LoggedRequest
 
@@ -21,7 +22,7 @@ LEVEL = 0.05
 """Probability of finding a difference where there is none."""
 MISMATCH = 0.001
 """With a smaller p-value the arms' sizes do not fit their weights."""
-POWER = 1.959964 + 0.841621
+POWER = Z + NormalDist().inv_cdf(0.8)
 """Standard errors of a difference that is found four times in five."""
 
 

@@ -37,6 +37,7 @@ class Observer:
             config.monitor,
             router.for_background(),
             in_flight=lambda: self.in_flight,
+            measured=self._recall_measured,
             changed=self._recall_changed,
             skipped=lambda reason: self._skipped.inc(1, {"reason": reason}),
         )
@@ -135,8 +136,10 @@ class Observer:
         self._recall_high.set(gone if estimate is None else estimate.high, labels)
         if estimate is not None:
             self._sampled.inc(1, {"arm": labels["arm"]})
-            if self.experiment is not None and arm:
-                self.experiment.guard.recall(arm, estimate)
+
+    def _recall_measured(self, arm: str, recall: float) -> None:
+        if self.experiment is not None:
+            self.experiment.guard.measure(arm, recall)
 
     def _arm_closed(self, arm: str, reason: str) -> None:
         self._closed.set(1, {"arm": arm})

@@ -316,6 +316,6 @@ STAGE: Stage[IndexConfig] = Stage(
     config=IndexConfig,
     run=run,
     resumable=True,
-    version=2,
+    version=3,
     inputs={"embeddings": Input("embeddings"), "previous": Input("index", optional=True)},
 )

@@ -41,8 +41,8 @@ class MonitorSettings(Config):
 class Guardrails(Config):
     """Limits of the arms other than control. An arm that provably breaks one gets no more traffic.
 
-    Proof is a share of bad answers whose interval lies above the limit, or a recall whose interval lies below it. The
-    interval spans three standard errors each way (99.7%), because every request is another look.
+    An arm is judged after every request. Proof is evidence that an arm within the limit would ever show with a
+    probability of at most 1%, however long it runs (``experiment/evidence.py``).
     """
 
     max_error_share: float | None = Field(default=None, ge=0.0, lt=1.0)

@@ -54,8 +54,8 @@ Key = tuple[str, str]
 class RecallMonitor:
     """Measures the searches that ``offer`` gives it; ``in_flight`` returns the number of requests in the replica.
 
-    ``changed`` is called with a window's new estimate, or None when the window is dropped; ``skipped`` with the reason
-    why a sample was not measured.
+    ``measured`` is called with the arm and recall of each answer; ``changed`` with a window's new estimate, or None
+    when the window is dropped; ``skipped`` with the reason why a sample was not measured.
     """
 
     def __init__(
@@ -64,11 +64,13 @@ class RecallMonitor:
         router: Router,
         *,
         in_flight: Callable[[], int] = lambda: 0,
+        measured: Callable[[str, float], None] = lambda arm, recall: None,
         changed: Callable[[Key, Estimate | None], None] = lambda key, estimate: None,
         skipped: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.settings = settings
-        self.router, self._in_flight, self._changed, self._skipped = router, in_flight, changed, skipped
+        self.router, self._in_flight = router, in_flight
+        self._measured, self._changed, self._skipped = measured, changed, skipped
         self.random = random.Random()
         self._windows: OrderedDict[Key, deque[float]] = OrderedDict()
         self._waiting: deque[tuple[SearchRecord, int]] = deque()
@@ -143,6 +145,7 @@ class RecallMonitor:
         self._windows.move_to_end(key)
         window.append(recall)
         self._changed(key, self.estimate(*key))
+        self._measured(key[1], recall)
         if len(self._windows) > MAX_WINDOWS:
             oldest, _ = self._windows.popitem(last=False)
             self._changed(oldest, None)

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy import optimize, stats
 
+from lookalike.intervals import mean_interval
 from lookalike.retrieval import costs, native, planner
 from lookalike.retrieval.candidates import calibrate_margins, list_funnels, list_plans
 from lookalike.retrieval.choice import DecideBy, MeasuredPlan, RankBy, cost_of, pareto_front, rank_good
@@ -64,7 +65,7 @@ COPY_BYTES, ROW_BYTES = 256 << 20, 256
 def recalls_of(sample: PlanSample, plan: Plan) -> dict[DecideBy, float]:
     """Recall@10 of a plan: its mean, and the lower end of its interval."""
     recall = planner.per_query_recall(sample.searcher.search(sample.queries, K, plan), sample.exact, same_dim=True)
-    return {"mean": float(recall.mean()), "lower": planner.bootstrap_interval(recall, 1)[0]}
+    return {"mean": float(recall.mean()), "lower": mean_interval(recall)[0]}
 
 
 def make_shard(folder: str, kind: str, data: Floats) -> None:
@@ -395,11 +396,11 @@ def main() -> int:
         }
         nobody = np.full(len(queries), -1)
         halves = [
-            planner.take_sample(searcher, queries[half], K, own_rows=nobody[half], seed=1)
+            planner.take_sample(searcher, queries[half], K, own_rows=nobody[half])
             for half in (slice(0, None, 2), slice(1, None, 2))
         ]
         if arguments.fit:
-            few = planner.take_sample(searcher, halves[0].queries[:60], K, own_rows=nobody[:60], seed=1)
+            few = planner.take_sample(searcher, halves[0].queries[:60], K, own_rows=nobody[:60])
             print(json.dumps(facts | fit(few)))
             return 0
         for row in measure_all(halves[0], halves[1], arguments.plot):

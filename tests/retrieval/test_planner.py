@@ -4,6 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
+from lookalike.intervals import mean_interval
 from lookalike.retrieval import candidates, choice, planner
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Hits
@@ -14,17 +15,17 @@ TWO = Plan(shortlist_dim=4, shortlist_k=50, rerank_dim=32)
 FUNNEL = Plan(shortlist_dim=8, shortlist_k=60, stages=((16, 40),), rerank_dim=32)
 
 
-def sample_of(searcher, queries, *, k=10, seed=1):
-    return planner.take_sample(searcher, queries, k, own_rows=np.full(len(queries), -1), seed=seed)
+def sample_of(searcher, queries, *, k=10):
+    return planner.take_sample(searcher, queries, k, own_rows=np.full(len(queries), -1))
 
 
-def test_the_bootstrap_interval_is_the_normal_one_where_queries_are_many():
-    recall = np.random.default_rng(2).choice([0.6, 0.8, 0.9, 1.0], 400, p=[0.1, 0.2, 0.3, 0.4])
-    half = 1.96 * recall.std() / np.sqrt(400)
-    low, high = planner.bootstrap_interval(recall, 5)
-    assert (recall.mean() - low, high - recall.mean()) == pytest.approx((half, half), rel=0.12)
-    assert planner.bootstrap_interval(recall, 5) == (low, high)
-    assert planner.bootstrap_interval(recall, 6) != (low, high)
+def test_recall_has_the_interval_of_a_mean_and_the_exact_answer_is_exact(graph):
+    queries, _ = make_vectors(100, 32, num_classes=60, seed=3)
+    sample = sample_of(graph, queries)
+    exact, two = planner.measure(sample, [FUNNEL])
+    recall = planner.per_query_recall(graph.search(queries, 10, FUNNEL), sample.exact, same_dim=True)
+    assert (two.recall_low, two.recall_high) == mean_interval(recall)
+    assert (exact.recall_low, exact.recall_high) == (1, 1)
 
 
 def cosines(searcher, queries, rows, dim):
@@ -79,7 +80,7 @@ def test_rows_that_margins_leave_are_counted_and_cost_less(graph):
 
 def test_early_exit_twins_of_the_cheapest_good_plans_keep_recall_on_other_queries(graph):
     queries, _ = make_vectors(800, 32, num_classes=60, seed=3)
-    sample, holdout = sample_of(graph, queries[:400]), sample_of(graph, queries[400:], seed=2)
+    sample, holdout = sample_of(graph, queries[:400]), sample_of(graph, queries[400:])
     plans = candidates.list_plans(graph.meta, k=10, shortlist_ks=[20, 60, 120], efs=[None])
     measured = planner.measure(sample, plans)
     early = planner.measure_early_exit(sample, measured, 0.95, "mean")

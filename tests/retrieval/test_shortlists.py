@@ -105,6 +105,38 @@ def test_sign_codes_are_those_that_the_binary_task_trains():
     assert (np.take_along_axis(differing, rotated, axis=1) > nearest).any()
 
 
+def test_exact_zeros_are_no_ones_in_a_sign_code(tmp_path):
+    """Features behind a ReLU: half of them are zero, none is negative. The oracle is numpy's packing of ``x > 0``."""
+    rng = np.random.default_rng(8)
+    stored = np.maximum(rng.normal(size=(400, 32)), 0).astype(np.float32)
+    queries = stored[:50] * (1 + 0.2 * rng.random((50, 32), np.float32))
+    stored[7] = -0.0
+    unit, asked = normalise(stored), normalise(queries)
+    built = build_shortlist("binary-signs", unit, ShortlistOptions())
+    built.save(str(tmp_path / "index"))
+    loaded = load_shortlist("binary-signs", str(tmp_path / "index"), num_rows=400, dim=32)
+    codes = [np.packbits(rows > 0, axis=1, bitorder="little") for rows in (asked, unit)]
+    np.testing.assert_array_equal(faiss.vector_to_array(loaded.index.codes).reshape(400, -1), codes[1])
+    differing = np.unpackbits(codes[0][:, None] ^ codes[1], axis=2).sum(axis=2)
+    for index in (built, loaded):
+        found = index.search(asked, 10)
+        np.testing.assert_array_equal(np.take_along_axis(differing, found.rows, axis=1), np.sort(differing)[:, :10])
+        assert (found.rows[:, 0] == np.arange(50)).mean() > 0.95
+
+
+def test_signs_of_vectors_without_zeros_are_those_of_indexes_made_before():
+    """faiss alone packs ``x >= 0``: the same bits, so such a stored index keeps its answers."""
+    unit = normalise(STORED)
+    before = faiss.IndexLSH(32, 32, False, False)
+    before.add(unit)
+    now = build_shortlist("binary-signs", unit, ShortlistOptions()).index
+    np.testing.assert_array_equal(*(faiss.vector_to_array(index.codes) for index in (before, now)))
+
+
+def test_ivf_pq_codes_prefixes_and_not_residuals(make_shard):
+    assert not make_shard(STORED, kind="ivf-pq").index_over(16).index.by_residual
+
+
 @pytest.mark.parametrize("kind", ["ivf", "ivf-rabitq", "hnsw-sq8"])
 def test_two_stages_equal_faiss_index_refine_over_the_same_index(make_shard, kind):
     """faiss.IndexRefine over the shard's own index of a truncated prefix, the full vectors flat behind it."""

@@ -29,7 +29,7 @@ class MeasuredPlan(Config):
     recall: float = Field(ge=0, le=1)
     """Mean recall@k against the exact answer."""
     recall_low: float = Field(ge=0, le=1)
-    """Lower end of its 95% interval, bootstrap over queries."""
+    """Lower end of its 95% interval over queries."""
     recall_high: float = Field(ge=0, le=1)
     """Upper end."""
     model_us: float = Field(ge=0)

@@ -106,7 +106,8 @@ def build_ivf(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
 
 @SHORTLISTS.register("ivf-pq")
 def build_ivf_pq(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
-    """Lists of product-quantised residuals (Jegou et al.), 4 bits per code so that tables fit registers."""
+    """Lists of product-quantised prefixes (Jegou et al.), 4 bits per code so that tables fit registers. The codes are
+    those of the prefixes, not of their residuals to a centroid, so one table serves all lists of a query."""
     dim = vectors.shape[1]
     share = max(size for size in range(1, min(options.pq_dims, dim) + 1) if dim % size == 0)
     return _build_lists(vectors, options, f"PQ{dim // share}x4fs")
@@ -122,14 +123,14 @@ def build_ivf_rabitq(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
 @SHORTLISTS.register("binary")
 def build_binary(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     """Sign bits of the rotated prefix (faiss fixes the seed), one per dimension; all are compared."""
-    return _signs(vectors, rotate=True)
+    return _lsh(vectors, rotate=True)
 
 
 @SHORTLISTS.register("binary-signs")
 def build_binary_signs(vectors: Floats, options: ShortlistOptions) -> faiss.Index:
     """Sign bits of the unrotated prefix: the codes that a task of kind ``binary`` trained (Zhai and Wu 2019 binarise at
-    zero too). A rotation would mix the trained dimensions."""
-    return _signs(vectors, rotate=False)
+    zero too): 1 where ``x > 0``. A rotation would mix the trained dimensions."""
+    return _lsh(strict_signs(vectors), rotate=False)
 
 
 def effort_of(kind: str) -> Literal["ef_search", "nprobe"] | None:
@@ -143,7 +144,12 @@ def choose_nlist(num_rows: int, options: ShortlistOptions) -> int:
     return max(1, min(wanted, num_rows // MIN_PER_LIST))
 
 
-def _signs(vectors: Floats, *, rotate: bool) -> faiss.Index:
+def strict_signs(vectors: Floats) -> Floats:
+    """1 where ``vectors`` are above 0, else -1, float32: faiss packs ``x >= 0``, which makes exact zeros ones."""
+    return np.where(vectors > 0, np.float32(1), np.float32(-1))
+
+
+def _lsh(vectors: Floats, *, rotate: bool) -> faiss.Index:
     dim = vectors.shape[1]
     index = faiss.IndexLSH(dim, dim, rotate, False)
     index.add(vectors)

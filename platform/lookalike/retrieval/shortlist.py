@@ -14,7 +14,7 @@ import numpy as np
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.retrieval.filters import Allowed
 from lookalike.retrieval.graph import Graph
-from lookalike.retrieval.index_types import SHORTLISTS, ShortlistOptions
+from lookalike.retrieval.index_types import SHORTLISTS, ShortlistOptions, strict_signs
 from lookalike.retrieval.kernels import faiss_threads
 from lookalike.retrieval.ranking import NO_SCORE, Floats, Hits, empty_hits
 
@@ -52,6 +52,7 @@ class Shortlist:
         self.index = index
         self._turned = isinstance(index, faiss.IndexPreTransform)
         self._inner: Any = index
+        self._signs = isinstance(index, faiss.IndexLSH) and not self._inner.rotate_data
         if isinstance(index, faiss.IndexPreTransform):
             self._inner = faiss.downcast_index(index.index)
 
@@ -115,6 +116,7 @@ class Shortlist:
         wider = widen * (1.0 if allowed is None else 1 / allowed.share)
         ef, probes = math.ceil((ef_search or wanted) * wider), math.ceil((nprobe or NPROBE) * wider)
         settings = self._settings(max(wanted, ef), probes, allowed)
+        queries = strict_signs(queries) if self._signs else queries
         with faiss_threads():
             scores, rows = self.index.search(queries, wanted, params=settings)
         scores[rows < 0] = NO_SCORE

@@ -9,8 +9,8 @@ from lookalike.data.interests.clusters import (
     TermClusterConfig,
     carry_over,
     cluster_terms,
+    kmeans,
     match_sets,
-    spherical_kmeans,
     split_outliers,
 )
 from lookalike.data.interests.taxonomy import InterestClassifier, InterestConfig, choose_interests, read_taxonomy
@@ -34,10 +34,45 @@ def test_kmeans_finds_separate_groups() -> None:
     centres = np.eye(4, 16, dtype=np.float32)
     vectors = np.repeat(centres, 10, axis=0) + rng.normal(0, 0.05, (40, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    labels, similarity = spherical_kmeans(vectors, 4, 3)
+    labels, similarity = kmeans(vectors, 4, 3)
     assert all(len(set(labels[i : i + 10].tolist())) == 1 for i in range(0, 40, 10))
     assert len(set(labels.tolist())) == 4
     assert similarity.min() > 0.9
+
+
+def grouped(num: int, groups: int, noise: float) -> np.ndarray:
+    rng = np.random.default_rng(num)
+    vectors = np.repeat(rng.normal(size=(groups, 24)), num // groups, axis=0) + rng.normal(0, noise, (num, 24))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("num", "groups", "noise", "k"),
+    [
+        (60, 10, 0.1, 10),
+        (200, 20, 0.05, 20),
+        (200, 20, 0.3, 20),
+        (40, 4, 1.0, 20),
+        (226, 1, 5.0, 113),
+        (1000, 50, 0.5, 50),
+    ],
+)
+def test_inertia_is_within_a_hundredth_of_scikit_learns_best_of_ten(
+    num: int, groups: int, noise: float, k: int
+) -> None:
+    from sklearn.cluster import KMeans
+
+    vectors = grouped(num, groups, noise)
+    labels, _ = kmeans(vectors, k, 3)
+    means = [vectors[labels == label].mean(axis=0) for label in range(k)]
+    spread = sum(((vectors[labels == label] - mean) ** 2).sum() for label, mean in enumerate(means))
+    assert spread <= 1.01 * KMeans(k, n_init=10, random_state=0).fit(vectors).inertia_
+
+
+def test_starts_are_the_same_each_time() -> None:
+    vectors = grouped(60, 10, 0.3)
+    first, again = kmeans(vectors, 12, 5), kmeans(vectors, 12, 5)
+    assert [values.tolist() for values in first] == [values.tolist() for values in again]
 
 
 def test_outliers_get_clusters_of_their_own() -> None:

@@ -21,7 +21,6 @@ from lookalike.serve.local import LocalClient
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.watching import ExperimentSettings
 from lookalike.serve.watch.access_log import hash_text
-from lookalike.serve.watch.recall_monitor import Estimate
 from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.conftest import publish_embeddings, publish_index, publish_plan
@@ -265,11 +264,21 @@ def test_guardrail_of_latency() -> None:
 
 def test_guardrail_of_recall() -> None:
     watching = guard(min_recall=0.9, min_requests=50)
-    watching.recall("b", Estimate(0.5, 0.4, 0.6, 49))
-    watching.recall("b", Estimate(0.88, 0.8, 0.95, 100))
+    for _ in range(49):
+        watching.measure("b", 0.5)
     assert not watching.is_closed("b")
-    watching.recall("b", Estimate(0.8, 0.75, 0.85, 100))
-    assert "recall is 0.8000" in watching.reasons["b"]
+    watching.measure("b", 0.5)
+    assert watching.reasons["b"] == "recall is 0.5000 over 50 queries, min_recall 0.9"
+    watching = guard(min_recall=0.9, min_requests=50)
+    for _ in range(100):
+        watching.measure("a", 0.0)  # control
+        watching.measure("", 0.0)  # outside the experiment
+    for number in range(1000):
+        watching.measure("b", 0.8 if number % 2 else 1.0)  # .9, at the limit
+    assert not watching.reasons
+    for number in range(200):
+        watching.measure("b", 0.7 if number % 2 else 0.9)
+    assert watching.reasons["b"].startswith("recall is 0.8")
 
 
 @pytest.mark.parametrize(
