@@ -382,7 +382,7 @@ def main() -> int:
             searcher = open_index(arguments.shard)
             queries = np.load(f"{arguments.shard}/queries.npy").astype(np.float32)
         else:
-            vectors, _ = make_vectors(num + 500, dim, seed=arguments.seed)
+            vectors, _ = make_vectors(num + 2000, dim, seed=arguments.seed)
             make_shard(folder, arguments.kind, vectors[:num])
             searcher, queries = open_index(folder), vectors[num:].copy()
         facts = {

@@ -52,7 +52,7 @@ class Shortlist:
         self.index = index
         self._turned = isinstance(index, faiss.IndexPreTransform)
         self._inner: Any = index
-        self._signs = isinstance(index, faiss.IndexLSH) and not self._inner.rotate_data
+        self._signs = getattr(index, "rotate_data", True) is False  # an IndexLSH over the signs of the prefix itself
         if isinstance(index, faiss.IndexPreTransform):
             self._inner = faiss.downcast_index(index.index)
 
