@@ -274,8 +274,8 @@ def main() -> int:
 
 def summarise(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Ratios of processor time (batch) and of the median of single queries, with the cases compared: the cheapest of
-    each side at recall@10 >= .99, the fastest exact product of faiss, numpy and torch, and ours with at most 60 bytes per
-    row at >= .95."""
+    each side at recall@10 >= .99, the fastest exact product of faiss, numpy and torch, and ours with at most 60 bytes
+    per row at >= .95."""
     ours, full = (_cheapest(rows, start, 0.99) for start in ("ours", "faiss HNSW full"))
     small = _cheapest({name: row for name, row in rows.items() if row.get("bytes_a_row", 61) <= 60}, "ours", 0.95)
     exact = "ours exact float16"
