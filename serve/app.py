@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import socket
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -15,19 +17,22 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
-from lookalike.cluster import ensure_ray
+from lookalike import storage
+from lookalike.cluster import count_cpus, ensure_ray, is_joined
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.serve.experiment.assignment import own_generations, read_arms
 from lookalike.serve.front.ingress import SERVICERS, Ingress
 from lookalike.serve.front.overload import IMAGE_SHARE
 from lookalike.serve.front.tenants import read_tenants
 from lookalike.serve.front.tls import LOOPBACK, check_files
+from lookalike.serve.generations.adoption import adopt
+from lookalike.serve.generations.database import Database
 from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.writer import Writer
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.settings.demand import Demand, check_room, list_demands
 from lookalike.serve.settings.load import ReplicaSettings
-from lookalike.serve.settings.security import Tls
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -36,6 +41,12 @@ UNADMITTED = 100
 """Calls that an ingress replica takes beyond slots and queue: refusals, administration."""
 DRAIN_S = 5.0
 """Seconds that a replaced index is kept beyond the request timeout."""
+HEALTH_CHECKS = {"health_check_period_s": 3.0, "health_check_timeout_s": 5.0}
+"""Serve replaces a replica that has missed three checks in a row: after at most 18 s of silence."""
+WAIT_FOR_STATE_S = 5.0
+"""Seconds that a service which ends may still hold the folder of the next."""
+WAIT_FOR_ROOM_S = 10.0
+"""Seconds that resources of replicas which have ended may still count as taken."""
 
 
 def build(config: ServeConfig) -> serve.Application:
@@ -44,13 +55,16 @@ def build(config: ServeConfig) -> serve.Application:
     Raises ``ArtifactError`` for one that is missing or damaged and ``UsageError`` when plan, encoder and index do not
     belong together.
     """
-    check_guard(config)
     if config.tls.enabled:
         raise UsageError(
             "tls is for `lookalike serve`, a Serve application cannot open it; leave it out and put a "
             "proxy before the gRPC port, as deploy/kuberay/retrieval.yaml does"
         )
-    generation = read_service(config)
+    check_guard(config)
+    return _assemble(config, read_service(config))
+
+
+def _assemble(config: ServeConfig, generation: Generation) -> serve.Application:
     arms = read_arms(config, generation)
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
@@ -58,6 +72,7 @@ def build(config: ServeConfig) -> serve.Application:
         "max_surge_percent": 100,  # an update starts the new replica first: no request is lost
         "ray_actor_options": {"num_cpus": config.cpus_per_replica},
         "logging_config": LoggingConfig(enable_access_log=False),
+        **HEALTH_CHECKS,
     }
     num_groups, kinds, cpus = generation.meta.num_hash_shards, config.deployments, config.cpus_per_replica
     writer, generations = None, [generation, *own_generations(arms, generation)]
@@ -125,7 +140,6 @@ def ingress_bounds(config: ServeConfig) -> dict[str, int]:
 def _writer(shared: dict[str, Any]) -> serve.Deployment:
     """One replica, never two: the old one leaves before a new one comes. Every follower has a call waiting there."""
     alone = {"num_replicas": 1, "max_surge_percent": 0, "max_ongoing_requests": 10_000}
-    alone |= {"health_check_period_s": 5, "health_check_timeout_s": 10}  # often: a writer that hangs holds up writes
     return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 
@@ -161,12 +175,16 @@ def read_service(config: ServeConfig) -> Generation:
 def start(config: ServeConfig) -> str:
     """Serve ``config`` from this machine's Ray (started when there is none) and return ``host:port`` once it answers.
 
-    Port 0 takes a free one. Raises ``UsageError`` for a port in use, or when Serve runs already.
+    Port 0 takes a free one. Raises ``UsageError`` for a port in use, a folder of writes that cannot be used, replicas
+    that find no room, or when Serve runs already; before Ray starts if that can be known.
     """
     port = free_port(config.port)
-    application = build(config.model_copy(update={"tls": Tls()}))
+    check_guard(config)
+    generation = read_service(config)
+    application, demands = _assemble(config, generation), check_start(config, generation)
     ensure_ray()
     _check_no_serve()
+    _check_cluster(demands)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
@@ -187,6 +205,47 @@ def start(config: ServeConfig) -> str:
     return f"127.0.0.1:{port}"
 
 
+def check_start(config: ServeConfig, generation: Generation) -> list[Demand]:
+    """The resources that the service needs; raises what can be known before Ray has started to keep it from running."""
+    demands = list_demands(config, generation.meta.num_hash_shards, has_encoder=generation.encoder is not None)
+    if not is_joined() and not ray.is_initialized():
+        check_room(demands, {"CPU": float(count_cpus())}, "this machine", ["CPU"])
+    folder = config.writes.state and storage.local_path(config.writes.state)
+    if folder and (not is_joined() or os.path.exists(folder)):  # of a cluster it may be a folder of other machines
+        _check_state(config, generation, folder)
+    return demands
+
+
+def _check_state(config: ServeConfig, generation: Generation, folder: str) -> None:
+    """Open the folder of writes as the writer will; raises as the writer would, without its Ray."""
+    try:
+        database = Database(folder, wait_s=WAIT_FOR_STATE_S)
+    except OSError as error:
+        raise UsageError(
+            f"writes.state={folder} cannot be used ({error.strerror or error}); give a folder that this user may "
+            "write to"
+        ) from None
+    try:
+        adopt(config, generation, database)
+    finally:
+        database.close()
+
+
+def _check_cluster(demands: Sequence[Demand]) -> None:
+    """Raise ``UsageError`` if Ray has no room for the replicas."""
+    deadline = time.monotonic() + WAIT_FOR_ROOM_S
+    while True:
+        total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+        where = f"Ray (in all {total.get('CPU', 0.0):g} CPUs, {total.get('GPU', 0.0):g} GPUs) free"
+        try:
+            return check_room(demands, free, where, ["CPU", "GPU", "memory"])
+        except UsageError:
+            check_room(demands, total, "Ray", ["CPU", "GPU", "memory"])
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
 def read_failures() -> str:
     """Errors that made replicas fail to start, as Serve reports them."""
     application = serve.status().applications.get(APP_NAME)
@@ -196,6 +255,20 @@ def read_failures() -> str:
         for name, status in deployments.items()
     }
     return "; ".join(f"{name}: {lines[-1]}" for name, lines in errors.items() if lines)
+
+
+def read_work() -> list[str]:
+    """What Serve is putting right or starting, in words; empty if all runs. May hang as long as Serve does."""
+    status = serve.status()
+    work = [f"proxy {state.value}" for state in status.proxies.values() if state.value != "HEALTHY"]
+    for name, application in status.applications.items():
+        for deployment, each in application.deployments.items():
+            states = ", ".join(f"{num} {state}" for state, num in each.replica_states.items())
+            if each.status.value != "HEALTHY" or set(each.replica_states) - {"RUNNING"}:
+                work.append(f"{deployment} {each.status.value} ({states or 'no replica'})")
+        if not application.deployments:
+            work.append(f"{name} {application.status.value}")
+    return work
 
 
 def _check_no_serve() -> None:

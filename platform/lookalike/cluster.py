@@ -2,6 +2,12 @@
 
 import logging
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lookalike.config import Config, runtime
 from lookalike.telemetry import fields, get_logger
@@ -9,15 +15,116 @@ from lookalike.telemetry import fields, get_logger
 log = get_logger(__name__)
 
 
+ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a silent replica would get 20 s to say goodbye
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "3",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "5",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(65 << 20),  # requests of 64 MiB go on to other replicas
+    "RAY_health_check_period_ms": "1000",  # a lost node is known after 5 failed checks: 5 s, not 15
+}
+"""Environment of the Ray that is started here, unless it is set; ``deploy/kuberay/retrieval.yaml`` sets those for Serve
+and nodes."""
+
+
 class ClusterConfig(Config):
     """Settings of a local Ray. If ``RAY_ADDRESS`` is set, as in a submitted job, that cluster is joined instead."""
 
-    num_cpus: int = runtime(2, ge=1)
-    """CPUs of the local Ray."""
+    num_cpus: int | None = runtime(None, ge=1)
+    """CPUs of the local Ray; None takes all that this process may use."""
     object_store_mb: int = runtime(512, ge=80)
     """Size of the local object store in MiB."""
     progress_bars: bool = runtime(True)
     """Ray Data's own progress bars."""
+
+
+CPU_QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+"""Where a container's share of the CPUs stands: "QUOTA PERIOD", or the quota alone for a period of 0.1 s."""
+
+
+def count_cpus() -> int:
+    """Whole CPUs that this process may use: those of its affinity, or of its container's quota if that is less."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for path in map(Path, CPU_QUOTAS):
+        quota, *period = path.read_text().split() if path.exists() else ["max"]
+        if quota.isdigit():
+            cpus = min(cpus, int(quota) // int(period[0] if period else 100_000))
+    return max(1, cpus)
+
+
+def is_joined() -> bool:
+    """Whether ``ensure_ray`` joins a cluster that others have started, as in a submitted job."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+_is_background: ContextVar[bool] = ContextVar("is_background", default=False)
+
+
+@contextmanager
+def background() -> Iterator[None]:
+    """Work in this block takes CPUs that others leave free, and reserves none: it never waits for room."""
+    token = _is_background.set(True)
+    try:
+        yield
+    finally:
+        _is_background.reset(token)
+
+
+def background_processes() -> int | None:
+    """Number of processes that work here may use, this one included; None outside of ``background``."""
+    import ray
+
+    if not _is_background.get():
+        return None
+    free = ray.available_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    return max(1, int(free.get("CPU", 0.0)))
+
+
+class Part(NamedTuple):
+    """A process without which nothing works, and which nobody starts again."""
+
+    name: str
+    has_ended: bool
+    is_stopped: bool
+    """Whether it stands still, as after SIGSTOP."""
+
+
+def look_at(name: str, process: Any) -> Part:
+    """The state of ``process``, a ``Popen``."""
+    has_ended, letter = process.poll() is not None, ""
+    with suppress(OSError):
+        letter = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return Part(name, has_ended, letter in ("T", "t"))
+
+
+def ray_parts() -> list[Part]:
+    """The raylet and the GCS of the Ray that this process has started."""
+    node = _own_node()
+    processes = {} if node is None else node.all_processes
+    names = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}
+    return [look_at(names[kind], each.process) for kind in names for each in processes.get(kind, [])]
+
+
+def kill_ray() -> None:
+    """Kill the Ray that this process has started, with its workers, which may outlive a lost raylet."""
+    node = _own_node()
+    if node is None:
+        return
+    logs = node.get_logs_dir_path()
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    for process in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError):
+            if process != os.getpid() and os.readlink(f"/proc/{process}/fd/1").startswith(logs):
+                os.kill(process, signal.SIGKILL)
+
+
+def _own_node() -> Any:
+    """The Ray that this process has started; None if it has joined one, or none runs."""
+    import ray
+
+    node = ray._private.worker._global_node  # noqa: SLF001  # nothing public names Ray's processes
+    return node if node is not None and node.head else None
 
 
 def ensure_ray(config: ClusterConfig | None = None) -> None:
@@ -27,9 +134,9 @@ def ensure_ray(config: ClusterConfig | None = None) -> None:
     if ray.is_initialized():
         return
     config = config or ClusterConfig()
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if os.environ.get("RAY_ADDRESS"):
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if is_joined():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         _start_local(config)
@@ -46,7 +153,7 @@ def _start_local(config: ClusterConfig) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=config.num_cpus,
+                num_cpus=config.num_cpus or count_cpus(),
                 object_store_memory=config.object_store_mb << 20,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -67,6 +174,6 @@ def configure_data(config: ClusterConfig) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = config.progress_bars
     context.execution_options.preserve_order = True
-    context.default_hash_shuffle_parallelism = max(2, config.num_cpus)
+    context.default_hash_shuffle_parallelism = max(2, config.num_cpus or count_cpus())
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)

@@ -28,7 +28,10 @@ _RETRY_AFTER = re.compile(r"retry after (\d+) ms")
 
 
 def to_error(error: grpc.RpcError) -> RetrievalError:
-    """Return the error of a failed call; a dead replica, INTERNAL in Serve's words, is UNAVAILABLE."""
+    """Return the error of a failed call; UNAVAILABLE for a replica that died or was stopped.
+
+    In Serve's words these are INTERNAL and CANCELLED.
+    """
     code, details = error.code(), error.details() or "no details"
     if code == grpc.StatusCode.INTERNAL and _DEAD.search(details):
         reason = details.strip().splitlines()[0][:200]
@@ -37,6 +40,10 @@ def to_error(error: grpc.RpcError) -> RetrievalError:
         )
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and _LARGE_ANSWER.search(details):
         return RetrievalError(code, f"{details}; ask for a smaller k, or fewer queries at once")
+    if code == grpc.StatusCode.CANCELLED:  # these clients cancel no call that they wait for
+        return RetrievalError(
+            grpc.StatusCode.UNAVAILABLE, f"the replica was stopped while it worked on this ({details[:200]}); try again"
+        )
     return RetrievalError(code, details)
 
 

@@ -2,7 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
@@ -11,7 +14,11 @@ from lookalike import storage
 from lookalike.errors import UsageError
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, StoredRow, credentials
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.wire.errors import RetrievalError
 from lookalike.telemetry import printable, printable_lines
+
+LONG = frozenset({"switch", "rollback", "compact", "backup"})
+"""Verbs that may take minutes, or wait for one another."""
 
 
 def admin(args: Sequence[str]) -> int:
@@ -19,8 +26,34 @@ def admin(args: Sequence[str]) -> int:
     options = _parse(args)
     token, tls = credentials.read_token(options.token_file), credentials.read_tls(options)
     with Client(options.address, timeout_s=options.timeout, token=token, tls=tls) as client:
-        print(run(client, options))
+        with tell_progress(client) if options.verb in LONG else nullcontext():
+            text = run(client, options)
+        print(text)
     return 0
+
+
+@contextmanager
+def tell_progress(client: Client, every_s: float = 2.0) -> Iterator[None]:
+    """While the block runs, print to stderr what the service is busy with, each time that this changes."""
+    done = threading.Event()
+
+    def follow() -> None:
+        told: list[str] = []
+        while not done.wait(every_s):
+            with suppress(RetrievalError):  # the call itself says what is wrong
+                steps = [f"{each.kind}: {each.step}" for each in client.status().activities]
+                for step in steps:
+                    if step not in told:
+                        print(f"lookalike admin: {step}", file=sys.stderr, flush=True)
+                told = steps
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(every_s)
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
@@ -118,6 +151,9 @@ def render_status(status: pb.StatusResponse) -> str:
     marks = {status.current: "serving", status.previous: "previous"}
     lines = [f"{marks.get(each.name, 'loaded'):9s} {_describe(each)}" for each in status.generations]
     lines.append(f"writes    {status.last_write} in all, {status.pending_rows} rows wait for compaction")
+    lines += [f"under way {each.kind} for {each.seconds:.0f} s: {each.step}" for each in status.activities]
+    if status.compaction_failure:
+        lines.append(f"failed    the last compaction begun by itself: {status.compaction_failure}")
     lines += [f"replicas  {each.role}: {each.current} of {each.replicas} hold the index" for each in status.followers]
     if status.HasField("recall"):
         recall = status.recall

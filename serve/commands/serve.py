@@ -4,11 +4,12 @@ import argparse
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,11 +19,21 @@ from lookalike.recipe import Recipe, read_values
 from lookalike.registry import nearest
 from lookalike.serve.client import MAX_MESSAGE_BYTES
 from lookalike.serve.commands.check_config import IMPORT_PATH, check_file
+from lookalike.serve.commands.supervisor import ServiceLostError, Supervisor
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.telemetry import printable, printable_lines
 
+if TYPE_CHECKING:
+    from lookalike.serve.front.tls import Proxy
+
+END_WITHIN_S = 4.0
+"""Longest time that a lost service in a cluster of others is waited for to end, in seconds."""
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 """Ray's largest gRPC message in bytes, which its processes read when they start; 2 GiB by default."""
+REPLICA_VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+"""The same between replicas; 4 MiB by default."""
+ROOM_BYTES = 1 << 20
+"""What a request gains on its way from one replica to the next, at most."""
 
 
 def serve(args: Sequence[str]) -> int:
@@ -158,17 +169,52 @@ def _serve_until_stopped(config: ServeConfig) -> int:
 
     message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
     os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for Ray's processes, if it starts here
+    os.environ.setdefault(REPLICA_VARIABLE, str(message_bytes + ROOM_BYTES))
     stopped = threading.Event()
     tls = config.tls.model_copy(update={"port": free_port(config.tls.port)}) if config.tls.enabled else None
-    with ExitStack() as stack:
-        address = start(config)
-        stack.callback(stop)
+    address = start(config)
+    try:
         for number in (signal.SIGINT, signal.SIGTERM):  # after start, where Ray sets its own SIGTERM handler
             signal.signal(number, lambda *_: stopped.set())
-        encrypted = None if tls is None else stack.enter_context(proxy(tls, int(address.rpartition(":")[2])))
-        also = "" if encrypted is None else f" and by TLS at {encrypted.address}"
-        print(f"serving {printable(config.index)} at {address}{also}; Ctrl-C stops it", flush=True)
-        while not stopped.wait(0.5):
-            if encrypted is not None:
-                encrypted.check()
+        with nullcontext() if tls is None else proxy(tls, int(address.rpartition(":")[2])) as encrypted:
+            also = "" if encrypted is None else f" and by TLS at {encrypted.address}"
+            print(f"serving {printable(config.index)} at {address}{also}; Ctrl-C stops it", flush=True)
+            _watch(address, encrypted, stopped)
+    except ServiceLostError as lost:
+        print(f"lookalike: {lost}", file=sys.stderr, flush=True)  # first: what follows may take a while
+        _abandon()
+        return lost.exit_code
+    except BaseException:
+        stop()
+        raise
+    stop()
     return 0
+
+
+def _watch(address: str, encrypted: "Proxy | None", stopped: threading.Event) -> None:
+    """Return when the service is told to stop; raises if it cannot go on."""
+    from lookalike.cluster import Part, look_at, ray_parts
+    from lookalike.serve.app import read_work
+
+    def find_parts() -> list[Part]:
+        own = [] if encrypted is None else [look_at("the TLS proxy", encrypted.process)]
+        return [*ray_parts(), *own]
+
+    supervisor = Supervisor(address, find_parts=find_parts, read_work=read_work)
+    while not stopped.wait(0.5):
+        if encrypted is not None:
+            encrypted.check()
+        supervisor.check()
+
+
+def _abandon() -> None:
+    """End what is left of a service, no part of which can be asked to end; each may hang."""
+    from lookalike.cluster import is_joined, kill_ray
+    from lookalike.serve.app import stop
+
+    if not is_joined():
+        kill_ray()
+        return
+    ending = threading.Thread(target=stop, daemon=True)
+    ending.start()
+    ending.join(END_WITHIN_S)

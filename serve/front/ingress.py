@@ -11,6 +11,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from lookalike.serve.experiment.assignment import Arm, own_generations
 from lookalike.serve.front.fused import open_workers
 from lookalike.serve.front.gate import Caller, Gate
+from lookalike.serve.front.overload import read_time_left
 from lookalike.serve.front.service import RPCS, Service
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
@@ -24,6 +25,7 @@ from lookalike.telemetry import get_logger
 log = get_logger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 SERVICERS = [
+    "lookalike.serve.front.deadline.pass_deadlines",
     "lookalike.serve.proto.retrieval_pb2_grpc.add_RetrievalServiceServicer_to_server",
     "lookalike.serve.proto.retrieval_pb2_grpc.add_AdminServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
@@ -108,6 +110,7 @@ class Ingress(Follows):
             with self._observer.watch(rpc) as trace:
                 caller = self._identify(rpc, context)
                 trace.tenant = caller.name
+                trace.allowed_s = read_time_left(context.invocation_metadata())
                 with caller.request(rpc, request):
                     async with self.service.slot(rpc, request, caller.name):
                         return await RPCS[rpc](self.service, request, trace)
@@ -135,11 +138,12 @@ class Ingress(Follows):
         self.service.current = self._generations[name]
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
-        """``grpc.health.v1.Health/Check``: a replica that answers is SERVING."""
+        """``grpc.health.v1.Health/Check``: SERVING while searches of all shards are answered."""
         if request.service not in ("", SERVICE_NAME):
             message = f"no service {shorten(request.service)}; ask for {SERVICE_NAME!r}"
             raise tell(grpc_context, RetrievalError(grpc.StatusCode.NOT_FOUND, message))
-        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.SERVING if await self.service.pulse.is_serving() else states.NOT_SERVING)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> Any:
         """``grpc.health.v1.Health/Watch``: UNIMPLEMENTED, so that clients do without it."""

@@ -8,13 +8,14 @@ plan among the measured ones.
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
 from lookalike.retrieval.plan import Plan
+from lookalike.serve.front.deadline import HEADER
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.load import Degrade
 from lookalike.serve.wire.errors import RetrievalError
@@ -171,3 +172,10 @@ def has_images(request: Any) -> bool:
 def allowed_ms(request: Any) -> int:
     """``timeout_ms`` of a request that has search options, 0 for others."""
     return int(request.options.timeout_ms) if "options" in request.DESCRIPTOR.fields_by_name else 0
+
+
+def read_time_left(metadata: Iterable[tuple[str, str | bytes]]) -> float:
+    """Seconds until the caller's deadline; infinite without one."""
+    given = [str(value) for key, value in metadata if key == HEADER]
+    numbers = [int(text) for text in given if text.isascii() and text.isdigit() and len(text) < 12]
+    return min(numbers, default=math.inf) / 1000

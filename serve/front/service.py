@@ -13,6 +13,7 @@ import numpy as np
 import lookalike
 from lookalike.serve.experiment.arms import SearchReply, choose_routes, interleave
 from lookalike.serve.experiment.assignment import Arm, Experiment, Route
+from lookalike.serve.front.health import SILENT_S, Pulse
 from lookalike.serve.front.observer import Observer
 from lookalike.serve.front.overload import ADMITTED, Admission, ImageAdmission, Ladder, allowed_ms, has_images
 from lookalike.serve.front.stream import answer_in_order
@@ -23,6 +24,7 @@ from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.watch.trace import SearchRecord, Trace
 from lookalike.serve.wire.ask import Ask
 from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, StagedLostError, check_answer, refused
+from lookalike.serve.wire.handles import by_grpc
 from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
     DEFAULT_K,
@@ -55,11 +57,12 @@ class Service:
     def __init__(
         self, config: ServeConfig, current: Generation, router: Router, writer: Any = None, arms: Sequence[Arm] = ()
     ) -> None:
-        self.config, self.current, self.router, self.writer = config, current, router, writer
+        self.config, self.current, self.router, self.writer = config, current, router, by_grpc(writer)
         self.admission = Admission(config.max_ongoing_requests, config.max_queued_requests, config.timeout_s)
         self._image_slots = ImageAdmission(config)
         self._ladder = None if config.degrade is None else Ladder(config.degrade)
         self.observer = Observer(config, router, arms)
+        self.pulse = Pulse(self._search_for_health)
 
     def slot(self, rpc: str, request: Any, tenant: str, *, patient: bool = False) -> AbstractAsyncContextManager[None]:
         """Hold a slot for ``request`` while the block runs, if its method needs one; images have slots of their own."""
@@ -94,14 +97,25 @@ class Service:
     ) -> SearchReply:
         options = self._options(generation, message)
         deadline = _deadline(trace, options.timeout_s)
-        vectors, times = await self._vectors(generation, queries, deadline, trace.tenant)
+        vectors, times = await self._vectors(
+            generation, queries, deadline, trace.tenant, allow_partial=options.allow_partial
+        )
         ask = Ask(generation.meta.generation, vectors, options.k, options.plan, options.filters)
         outcome = await self.router.search(ask, deadline=deadline, allow_partial=options.allow_partial)
+        if outcome.shards_answered == len(self.router.shards):
+            self.pulse.answered = time.monotonic()
         outcome = outcome._replace(times_ms={**times, **outcome.times_ms})
         own_plan = message.HasField("plan") or message.HasField("min_recall")
         trace.searches.append(SearchRecord(generation, options, vectors, outcome, arm, own_plan))
         results = write_results(outcome.answer, len(queries))
         return SearchReply(results, self._info(generation, options, outcome))
+
+    async def _search_for_health(self) -> None:
+        """One search of all shards, as most requests make it."""
+        meta, plan = self.current.meta, self.current.plans.default
+        ask = Ask(meta.generation, np.ones((1, meta.dim), np.float32), 1, plan)
+        deadline = asyncio.get_running_loop().time() + min(SILENT_S, self.config.timeout_s)
+        await self.router.search(ask, deadline=deadline, allow_partial=False)
 
     async def _search_arms(
         self, served: Generation, experiment: Experiment, queries: Queries, options: pb.SearchOptions, trace: Trace
@@ -291,7 +305,7 @@ class Service:
         return await work(self.current, *args, **kwargs)
 
     async def _vectors(
-        self, generation: Generation, queries: Queries, deadline: float, tenant: str
+        self, generation: Generation, queries: Queries, deadline: float, tenant: str, *, allow_partial: bool
     ) -> tuple[Floats, dict[str, float]]:
         read = read_queries(queries, limits=self.config.limits, dim=generation.meta.dim)
         vectors, times = dict(read.vectors), {}
@@ -303,7 +317,10 @@ class Service:
         if read.image_ids:
             start = time.perf_counter()
             ids = list(read.image_ids.values())
-            stored = await self.router.stored_vectors(generation.name, ids, deadline=deadline)
+            groups = [generation.group_of(image_id, len(self.router.shards)) for image_id in ids]
+            stored = await self.router.stored_vectors(
+                generation.name, ids, deadline=deadline, groups=groups, allow_partial=allow_partial
+            )
             vectors.update(zip(read.image_ids, stored, strict=True))
             times["lookup"] = (time.perf_counter() - start) * 1000
         return np.stack([vectors[position] for position in range(len(queries))]), times
@@ -331,8 +348,11 @@ class Service:
 
 
 def _deadline(trace: Trace, timeout_s: float) -> float:
-    """``timeout_s`` after the request's arrival, by the loop's clock: the wait for a slot counts as its time."""
-    return asyncio.get_running_loop().time() - trace.elapsed_s + timeout_s
+    """``timeout_s`` after the request's arrival, by the loop's clock: the wait for a slot counts as its time.
+
+    The caller's own deadline comes first if it is sooner.
+    """
+    return asyncio.get_running_loop().time() - trace.elapsed_s + min(timeout_s, trace.allowed_s)
 
 
 RPCS: dict[str, Callable[[Service, Any, Trace], Awaitable[Any]]] = {

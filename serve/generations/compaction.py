@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import grpc
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,11 +20,12 @@ import pyarrow.parquet as pq
 
 from lookalike import storage
 from lookalike.artifacts import Artifact, Draft, find, hash_json, lineage
+from lookalike.cluster import background
 from lookalike.errors import ArtifactError, LookalikeError, UsageError
 from lookalike.retrieval.index_meta import IndexMeta, read_index_meta, shard_of
 from lookalike.serve.generations.write_record import WriteRecord
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.wire.errors import invalid
+from lookalike.serve.wire.errors import RetrievalError, invalid
 from lookalike.stages import execute, get_stage
 from lookalike.telemetry import fields, get_logger
 
@@ -141,7 +143,8 @@ def _compact(base: Artifact, records: Sequence[WriteRecord], folder: str) -> str
     stage = get_stage("index")
     config = stage.config.model_validate(base.manifest.config)
     inputs = {"embeddings": [merged], "previous": [base]}
-    return execute(stage, config, inputs, storage.join(folder, ROOT), base.manifest.name).uri
+    with background():  # replicas may have reserved every CPU
+        return execute(stage, config, inputs, storage.join(folder, ROOT), base.manifest.name).uri
 
 
 def check_space(base: Artifact, embeddings: Artifact, records: Sequence[WriteRecord], folder: str) -> None:
@@ -239,3 +242,9 @@ async def compact_in_task(index: str, records: Sequence[WriteRecord], folder: st
         if isinstance(error.cause, (LookalikeError, OSError)):
             raise error.cause from None
         raise
+    except ray.exceptions.RayError as error:
+        raise RetrievalError(
+            grpc.StatusCode.UNAVAILABLE,
+            f"not compacted: the process that builds the index is lost ({type(error).__name__}: {str(error)[:200]}); "
+            "nothing has changed, try again",
+        ) from None

@@ -15,6 +15,7 @@ from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.news import News, Poll, Version
 from lookalike.serve.generations.state import GenerationRef
 from lookalike.serve.generations.write_record import WriteRecord
+from lookalike.serve.wire.handles import by_grpc
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -52,7 +53,7 @@ class Follows:
         """Catch up with the writer, and follow it from now on; ``user_config`` has ``role`` and ``drain_s``."""
         if self.writer is not None and self.follower is None:
             member: Any = self
-            self.follower = Follower(member, self.writer, **user_config)
+            self.follower = Follower(member, by_grpc(self.writer), **user_config)
             await self.follower.start()
 
     async def check_health(self) -> None:

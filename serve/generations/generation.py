@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lookalike.artifacts import Artifact, lineage
 from lookalike.errors import ArtifactError, UsageError
-from lookalike.retrieval.index_meta import IndexMeta, read_index_meta
+from lookalike.retrieval.index_meta import IndexMeta, read_index_meta, shard_of
 from lookalike.retrieval.plan import Plan, load_measured, load_plan
 from lookalike.serve.wire.requests import ServicePlans, check_plan
 
@@ -26,6 +26,10 @@ class Generation:
     def name(self) -> str:
         """Fingerprint of the index."""
         return self.meta.generation
+
+    def group_of(self, image_id: str, num_groups: int) -> int:
+        """The worker, of ``num_groups``, that holds ``image_id`` if any does."""
+        return shard_of(image_id, self.meta.num_hash_shards) % num_groups
 
     def folders(self, group: int, num_groups: int) -> list[str]:
         """URIs of the shard folders that worker ``group`` of ``num_groups`` holds, in the order of their rows.

@@ -15,6 +15,7 @@ from ray.util.metrics import Counter, Gauge
 
 from lookalike import storage
 from lookalike.errors import LookalikeError
+from lookalike.serve.generations.activity import Activities, Activity
 from lookalike.serve.generations.adoption import adopt, check_includes
 from lookalike.serve.generations.compaction import check_kept, compact_in_task, held_writes, read_where
 from lookalike.serve.generations.database import Database
@@ -32,6 +33,8 @@ from lookalike.serve.wire.errors import RetrievalError, invalid, refused
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
+SWITCH_S, COMPACT_S = 600.0, 3600.0
+"""Seconds that a switch, and a compaction, may take if the request names none; waiting for its turn is part of it."""
 COMPACT_PAUSE_S = 60.0
 """Seconds before the writer compacts by itself again after that has failed."""
 
@@ -58,7 +61,8 @@ class Writer:
         self._is_changing_model = False
         self._followers = Followers()
         self._staging = Staging()
-        self._moving = asyncio.Lock()
+        self._activities = Activities()
+        self._compaction_failure = ""
         self._compacting: asyncio.Task[None] | None = None
         self._prune_drafts()
         self._compact_after = 0.0
@@ -159,15 +163,18 @@ class Writer:
         except Exception as error:  # noqa: BLE001  # whatever it is, the writer goes on
             self._compact_after = time.monotonic() + COMPACT_PAUSE_S
             self._failures.inc(1)
+            self._compaction_failure = str(error)[:500]
             log.warning("not compacted %s", fields(reason=str(error)[:500], again_after_s=COMPACT_PAUSE_S))
 
     async def switch(self, content: bytes) -> bytes:
         """Serve the index of a ``SwitchRequest``; return the ``Generation`` that answers now."""
         request = pb.SwitchRequest.FromString(content)
-        async with self._moving:
+        allowed_s = request.timeout_s or SWITCH_S
+        async with self._activities.begin("switch", allowed_s) as activity:
             self._check_followers()
             if request.HasField("includes_writes") and request.includes_writes > self._log.last:
                 raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, {self._log.last}")
+            activity.step = f"reads index {request.index}"
             try:
                 includes = request.includes_writes
                 if not request.HasField("includes_writes"):
@@ -182,7 +189,8 @@ class Writer:
             with self._changing_model(generation.meta.model_fingerprint):
                 await self._log.settle()  # no write with vectors can arrive after the check
                 self._check_writes(generation)
-                return _message(await self._serve(GenerationRef.of(generation), request.timeout_s or 600))
+                ref = GenerationRef.of(generation)
+                return _message(await self._serve(ref, allowed_s - activity.seconds, activity))
 
     def _check_writes(self, generation: Generation) -> None:
         """Refuse another model while writes with vectors of the old one would be lost to it."""
@@ -203,17 +211,18 @@ class Writer:
 
     async def rollback(self) -> bytes:
         """Serve the previous generation again."""
-        async with self._moving:
+        async with self._activities.begin("rollback", SWITCH_S) as activity:
             self._check_followers()
             previous = self._state.find(self._state.previous)
             if previous is None:
                 raise refused("there is no previous index to roll back to")
-            return _message(await self._serve(previous, 600))
+            return _message(await self._serve(previous, SWITCH_S, activity))
 
-    async def _serve(self, ref: GenerationRef, timeout_s: float) -> GenerationRef:
+    async def _serve(self, ref: GenerationRef, timeout_s: float, activity: Activity) -> GenerationRef:
         """Have all followers load ``ref``, then let it answer; if that fails, everything stays as it was."""
         if ref == self._state.serving:
             return ref
+        activity.step = f"waits until all replicas have loaded index {ref.name}"
         with self._changing_model(ref.model_fingerprint):
             return await self._load_and_move(ref, time.monotonic() + timeout_s)
 
@@ -245,8 +254,8 @@ class Writer:
 
     async def compact(self, timeout_s: float) -> bytes:
         """Build an index that holds all writes so far, and serve it."""
-        allowed_s = timeout_s or 3600
-        async with self._moving:
+        allowed_s = timeout_s or COMPACT_S
+        async with self._activities.begin("compaction", allowed_s) as activity:
             self._check_followers()
             serving, last = self._state.serving, self._log.last
             records = self._log.after(serving.includes_writes, last)
@@ -257,20 +266,24 @@ class Writer:
                     f"not compacted: {foreign} written rows have vectors of another model than the index; serve an "
                     "index of that model"
                 )
-            generation = await self._compact(records, allowed_s)
+            activity.step = f"builds an index with the writes up to {last}"
+            generation = await self._compact(records, allowed_s, activity)
             try:
-                ref = await self._serve(GenerationRef.of(generation), allowed_s)
+                ref = await self._serve(GenerationRef.of(generation), allowed_s, activity)
             except RetrievalError as error:
                 raise RetrievalError(
                     error.code, f"{error.message}; index {generation.index} holds all writes"
                 ) from None
+            self._compaction_failure = ""
+            activity.step = "removes what earlier ones made"
             await self._prune()
             return _message(ref)
 
-    async def _compact(self, records: Sequence[WriteRecord], allowed_s: float) -> Generation:
+    async def _compact(self, records: Sequence[WriteRecord], allowed_s: float, activity: Activity) -> Generation:
         serving, last = self._state.serving, records[-1].number
         try:
-            index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), allowed_s)
+            left_s = allowed_s - activity.seconds
+            index = await asyncio.wait_for(compact_in_task(serving.index, records, self._folder), left_s)
             return await asyncio.to_thread(
                 read_generation, index, serving.plan, serving.encoder or "none", includes_writes=last, check=False
             )
@@ -281,7 +294,7 @@ class Writer:
             ) from None
         except Exception as error:
             await asyncio.to_thread(self._prune_drafts)
-            if isinstance(error, (LookalikeError, OSError)):
+            if isinstance(error, (LookalikeError, OSError)) and not isinstance(error, RetrievalError):
                 raise refused(f"not compacted: {error}") from None
             raise
 
@@ -302,7 +315,8 @@ class Writer:
 
     async def backup(self, target: str) -> int:
         """Copy the writes and the state to the new file ``target``; return the number of the last write in it."""
-        async with self._moving:  # no compaction runs during the copy
+        async with self._activities.begin("backup", SWITCH_S) as activity:  # no compaction runs during the copy
+            activity.step = f"copies to {target}"
             try:
                 return await self._log.backup(target)
             except (LookalikeError, OSError) as error:
@@ -318,6 +332,8 @@ class Writer:
             last_write=self._log.last,
             pending_rows=self._pending,
             followers=self._followers.count(state.serving),
+            activities=self._activities.messages(),
+            compaction_failure=self._compaction_failure,
         )
         return bytes(response.SerializeToString())
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from lookalike import storage
-from lookalike.cluster import ensure_ray
+from lookalike.cluster import background_processes, ensure_ray
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.progress import track
 from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, read_index_meta
@@ -296,13 +296,24 @@ def _statistics(stage: StageRun[IndexConfig], meta: IndexMeta, shards: list[Shar
 
 
 def map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str) -> list[Any]:
-    """Run ``function`` for each of ``arguments`` as a Ray task; return the results in order, raise our own errors."""
+    """Run ``function`` for each of ``arguments`` as a Ray task; return the results in order, raise our own errors.
+
+    In the background the tasks reserve nothing, and are no more at a time than CPUs were free at the start; if none
+    was, the work is done in this process.
+    """
     import ray
 
+    at_most = background_processes()
+    if at_most == 1:
+        return [function(*values) for values in track(arguments, description)]
     ensure_ray()
-    task = ray.remote(num_cpus=1)(function)
-    references = [task.remote(*values) for values in arguments]
+    task = ray.remote(num_cpus=1 if at_most is None else 0)(function)
+    references: list[Any] = []
     try:
+        for number, values in enumerate(arguments):
+            if at_most is not None and number >= at_most:
+                ray.wait(references, num_returns=number - at_most + 1)
+            references.append(task.remote(*values))
         return [ray.get(reference) for reference in track(references, description)]
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LookalikeError):

@@ -403,7 +403,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("generations", "current", "previous", "last_write", "pending_rows", "followers", "recall")
+    __slots__ = ("generations", "current", "previous", "last_write", "pending_rows", "followers", "recall", "activities", "compaction_failure")
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
@@ -411,6 +411,8 @@ class StatusResponse(_message.Message):
     PENDING_ROWS_FIELD_NUMBER: _ClassVar[int]
     FOLLOWERS_FIELD_NUMBER: _ClassVar[int]
     RECALL_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITIES_FIELD_NUMBER: _ClassVar[int]
+    COMPACTION_FAILURE_FIELD_NUMBER: _ClassVar[int]
     generations: _containers.RepeatedCompositeFieldContainer[Generation]
     current: str
     previous: str
@@ -418,7 +420,19 @@ class StatusResponse(_message.Message):
     pending_rows: int
     followers: _containers.RepeatedCompositeFieldContainer[Followers]
     recall: RecallEstimate
-    def __init__(self, generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., current: _Optional[str] = ..., previous: _Optional[str] = ..., last_write: _Optional[int] = ..., pending_rows: _Optional[int] = ..., followers: _Optional[_Iterable[_Union[Followers, _Mapping]]] = ..., recall: _Optional[_Union[RecallEstimate, _Mapping]] = ...) -> None: ...
+    activities: _containers.RepeatedCompositeFieldContainer[Activity]
+    compaction_failure: str
+    def __init__(self, generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., current: _Optional[str] = ..., previous: _Optional[str] = ..., last_write: _Optional[int] = ..., pending_rows: _Optional[int] = ..., followers: _Optional[_Iterable[_Union[Followers, _Mapping]]] = ..., recall: _Optional[_Union[RecallEstimate, _Mapping]] = ..., activities: _Optional[_Iterable[_Union[Activity, _Mapping]]] = ..., compaction_failure: _Optional[str] = ...) -> None: ...
+
+class Activity(_message.Message):
+    __slots__ = ("kind", "step", "seconds")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    step: str
+    seconds: float
+    def __init__(self, kind: _Optional[str] = ..., step: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Followers(_message.Message):
     __slots__ = ("role", "replicas", "current")

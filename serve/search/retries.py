@@ -24,7 +24,7 @@ from ray.util.metrics import Counter
 
 from lookalike.serve.settings.load import Retries
 from lookalike.serve.wire.backoff import backoff_s
-from lookalike.serve.wire.errors import NotLoadedError
+from lookalike.serve.wire.errors import CallEndedError, NotLoadedError
 
 GONE = (
     RayActorError,
@@ -36,6 +36,7 @@ GONE = (
     ReplicaUnavailableError,
     DeploymentUnavailableError,
     NotLoadedError,
+    CallEndedError,
 )
 """Exceptions after which another replica may succeed."""
 
@@ -120,7 +121,9 @@ async def _first_answered(calls: Sequence[asyncio.Future[Any]]) -> asyncio.Futur
 
 
 def _rank(call: asyncio.Future[Any]) -> int:
-    if call.cancelled() or (error := call.exception()) is None:
+    if call.cancelled():
+        return NOT_TAKEN
+    if (error := call.exception()) is None:
         return 0
     return NOT_TAKEN if is_gone(error) or isinstance(error, BackPressureError) else 1
 

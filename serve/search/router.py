@@ -17,11 +17,13 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from lookalike.serve.search.batching import BatchedShard
+from lookalike.serve.search.patience import SHARE, Patience
 from lookalike.serve.search.retries import Hedges, repeat
 from lookalike.serve.settings.load import Batching, Retries
 from lookalike.serve.wire.answers import Answer, merge, unpack
 from lookalike.serve.wire.ask import Ask
-from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, invalid, shorten
+from lookalike.serve.wire.errors import CallEndedError, NotLoadedError, RetrievalError, invalid, shorten
+from lookalike.serve.wire.handles import by_grpc
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -54,13 +56,17 @@ class Router:
         batching: Batching | None = None,
         decode_s: float = 5.0,
     ) -> None:
-        self.shards, self.reranker, self.encoder = list(shards), reranker, encoder
+        self.shards, self.reranker, self.encoder = (
+            [by_grpc(shard) for shard in shards],
+            by_grpc(reranker),
+            by_grpc(encoder),
+        )
         self.decode_s = decode_s
         self.retries = Retries() if retries is None else retries
-        self._hedges = Hedges(self.retries)
+        self._hedges, self._patience = Hedges(self.retries), Patience(self.retries)
         self._batched: list[BatchedShard] = []
         if batching is not None and reranker is None:
-            self._batched = [BatchedShard(partial(self._search_shard, shard), batching) for shard in shards]
+            self._batched = [BatchedShard(partial(self._search_shard, shard), batching) for shard in self.shards]
 
     def for_background(self) -> "Router":
         """A router to the same workers that makes no second calls and shares none."""
@@ -71,7 +77,8 @@ class Router:
         """The best rows for each query of ``ask``.
 
         Raises UNAVAILABLE or DEADLINE_EXCEEDED if a shard fails or is late; with ``allow_partial`` only if none
-        answered. ``NotLoadedError``: the workers no longer hold the generation.
+        answered, and shards that are silent while others have answered are not waited for to the end (``patience``).
+        ``NotLoadedError``: the workers no longer hold the generation.
         """
         start = time.perf_counter()
         if self.reranker is not None:
@@ -80,7 +87,8 @@ class Router:
             calls = [shard.search(ask) for shard in self._batched]
         else:
             calls = [self._search_shard(shard, ask) for shard in self.shards]
-        by_shard = accept(await _outcomes(calls, deadline), allow_partial=allow_partial)
+        patience = self._patience if allow_partial and len(calls) > 1 else None
+        by_shard = accept(await _outcomes(calls, deadline, patience), allow_partial=allow_partial)
         times = {"shards": _since_ms(start)}
         start = time.perf_counter()
         if self.reranker is not None:
@@ -92,20 +100,55 @@ class Router:
             times["merge"] = _since_ms(start)
         return SearchOutcome(answer, len(by_shard), times)
 
-    async def stored_vectors(self, generation: str, image_ids: Sequence[str], *, deadline: float) -> list[Floats]:
-        """The vectors stored in ``generation`` under ``image_ids``; NOT_FOUND names the first id that is missing."""
-        calls = [self._hedged(shard, "vectors", generation, list(image_ids), who="shard") for shard in self.shards]
-        outcomes = await _outcomes(calls, deadline)
+    async def stored_vectors(
+        self,
+        generation: str,
+        image_ids: Sequence[str],
+        *,
+        deadline: float,
+        groups: Sequence[int] = (),
+        allow_partial: bool = False,
+    ) -> list[Floats]:
+        """The vectors stored in ``generation`` under ``image_ids``; NOT_FOUND names the first id that is missing.
+
+        ``groups`` has for each id the number of the shard that holds it, if anyone does; without it all are asked. A
+        shard that is lost fails only requests for its own ids, and with ``allow_partial`` before the deadline.
+        """
+        asked = {shard: list(image_ids) for shard in range(len(self.shards))}
+        if groups:
+            asked = {shard: [] for shard in groups}
+            for image_id, shard in zip(image_ids, groups, strict=True):
+                asked[shard].append(image_id)
+        now = asyncio.get_running_loop().time()
+        until = now + SHARE * (deadline - now) if allow_partial else deadline
+        calls = [
+            self._hedged(self.shards[shard], "vectors", generation, own, who="shard") for shard, own in asked.items()
+        ]
+        by_shard = dict(zip(asked, await _outcomes(calls, until), strict=True))
         vectors: dict[str, bytes] = {}
-        for outcome in outcomes:
+        for outcome in by_shard.values():
             vectors |= {} if isinstance(outcome, Exception) else outcome
-        missing = [image_id for image_id in image_ids if image_id not in vectors]
-        if missing:
-            accept(outcomes, allow_partial=False)  # a lost shard may hold the id: then this is no NOT_FOUND
-            raise RetrievalError(
-                grpc.StatusCode.NOT_FOUND, f"no image {shorten(missing[0])} in the index; search by the image itself"
-            )
+        for place, image_id in enumerate(image_ids):
+            if image_id not in vectors:
+                holders = [groups[place]] if groups else list(by_shard)
+                self._explain_missing(
+                    image_id, {shard: by_shard[shard] for shard in holders}, is_early=until < deadline
+                )
         return [np.frombuffer(vectors[image_id], "<f4") for image_id in image_ids]
+
+    def _explain_missing(self, image_id: str, by_shard: dict[int, Any], *, is_early: bool) -> None:
+        """Raise NOT_FOUND, or the failure of a shard that may hold ``image_id``: then it is not known to be missing."""
+        late = [shard for shard, outcome in by_shard.items() if isinstance(outcome, TimeoutError)]
+        if late and is_early:
+            raise RetrievalError(
+                grpc.StatusCode.UNAVAILABLE,
+                f"shard {late[0]} of {len(self.shards)}, which would hold {shorten(image_id)}, does not answer; try "
+                "again, or search by the image itself",
+            )
+        accept(list(by_shard.values()), allow_partial=False, numbers=list(by_shard), num_workers=len(self.shards))
+        raise RetrievalError(
+            grpc.StatusCode.NOT_FOUND, f"no image {shorten(image_id)} in the index; search by the image itself"
+        )
 
     async def count_rows(self, generation: str, *, deadline: float) -> int:
         """Rows of ``generation`` that a search may find, written ones included; raises as ``search`` does."""
@@ -160,6 +203,8 @@ async def ask_worker(worker: Worker, method: str, *args: Any) -> Any:
     try:
         return await response
     except asyncio.CancelledError:
+        if (task := asyncio.current_task()) is not None and not task.cancelling():
+            raise CallEndedError(method) from None  # nobody here gave up: the replica did
         response.cancel()
         raise
 
@@ -169,8 +214,13 @@ async def _accepted(call: Coroutine[Any, Any, Any], deadline: float, who: str) -
     return accept(await _outcomes([call], deadline), allow_partial=False, who=who)[0]
 
 
-async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> list[Any]:
-    """For each call its result, the exception it raised, or ``TimeoutError`` if it is not done by ``deadline``."""
+async def _outcomes(
+    calls: Sequence[Coroutine[Any, Any, Any]], deadline: float, patience: Patience | None = None
+) -> list[Any]:
+    """For each call its result, the exception it raised, or ``TimeoutError`` if it is not done in time.
+
+    In time is before ``deadline``, or while ``patience`` lasts.
+    """
     left_s = deadline - asyncio.get_running_loop().time()
     if left_s <= 0:
         for call in calls:
@@ -178,36 +228,52 @@ async def _outcomes(calls: Sequence[Coroutine[Any, Any, Any]], deadline: float) 
         return [TimeoutError("no time left") for _ in calls]
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        await asyncio.wait(tasks, timeout=left_s)
+        if patience is None:
+            await asyncio.wait(tasks, timeout=left_s)
+        else:
+            await patience.wait(tasks, deadline)
     finally:  # late, or the caller has gone
         late = [task.cancel() for task in tasks]
     return [
-        TimeoutError("no answer before the deadline") if was_late else task.exception() or task.result()
+        TimeoutError("no answer before the deadline") if was_late else _outcome_of(task)
         for task, was_late in zip(tasks, late, strict=True)
     ]
 
 
-def accept(outcomes: Sequence[Any], *, allow_partial: bool, who: str = "shard") -> dict[int, Any]:
+def _outcome_of(task: asyncio.Future[Any]) -> Any:
+    return CallEndedError("a worker") if task.cancelled() else task.exception() or task.result()
+
+
+def accept(
+    outcomes: Sequence[Any],
+    *,
+    allow_partial: bool,
+    who: str = "shard",
+    numbers: Sequence[int] | None = None,
+    num_workers: int = 0,
+) -> dict[int, Any]:
     """Successful outcomes by position; raises ``RetrievalError`` if there are too few.
 
-    A worker's own ``RetrievalError`` goes first: it says what is wrong with the request.
+    A worker's own ``RetrievalError`` goes first: it says what is wrong with the request. ``numbers`` are those of the
+    workers that were asked, of ``num_workers`` in all; without them all were asked.
     """
-    good = {position: outcome for position, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)}
-    failed = {position: outcome for position, outcome in enumerate(outcomes) if position not in good}
+    names, total = numbers or range(len(outcomes)), num_workers or len(outcomes)
+    good = {name: outcome for name, outcome in zip(names, outcomes, strict=True) if not isinstance(outcome, Exception)}
+    failed = {name: outcome for name, outcome in zip(names, outcomes, strict=True) if name not in good}
     refusals = [error for error in failed.values() if isinstance(error, RetrievalError)]
-    refusals.sort(key=lambda error: isinstance(error, NotLoadedError))
+    refusals.sort(key=lambda error: isinstance(error, (NotLoadedError, CallEndedError)))
     if refusals and not (allow_partial and good):
         raise refusals[0]
-    for position, error in failed.items():
-        log.warning("failed %s", fields(who=who, number=position, error=repr(error)[:300]))
+    for name, error in failed.items():
+        log.warning("failed %s", fields(who=who, number=name, error=repr(error)[:300]))
     if failed and not (allow_partial and good):
-        raise _failure(failed, len(outcomes), who)
+        raise _failure(failed, total, who)
     return good
 
 
-def _failure(failed: dict[int, Exception], num_calls: int, who: str) -> RetrievalError:
+def _failure(failed: dict[int, Exception], num_workers: int, who: str) -> RetrievalError:
     errors = list(failed.values())
-    names = f"{who} {', '.join(map(str, failed))} of {num_calls}" if num_calls > 1 else who
+    names = f"{who} {', '.join(map(str, failed))} of {num_workers}" if num_workers > 1 else who
     remedy = "or take what is there with allow_partial" if who == "shard" else "or look into the service's log"
     if all(isinstance(error, TimeoutError) for error in errors):
         code = grpc.StatusCode.DEADLINE_EXCEEDED

@@ -1,5 +1,6 @@
 """Facts about one request, collected while it is answered. Whoever answers is handed the trace and adds to it."""
 
+import math
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Trace(Timing):
     method: str
     request_id: str = field(default_factory=lambda: secrets.token_hex(12))
     tenant: str = ""
+    allowed_s: float = math.inf
+    """Seconds until the caller's gRPC deadline, when the request arrived."""
     k: int | None = None
     num_queries: int | None = None
     experiment: str = ""

@@ -53,6 +53,16 @@ class StagedLostError(RetrievalError):
     """Portions of an upsert went with the writer that had received them; it may be sent again from the start."""
 
 
+class CallEndedError(RetrievalError):
+    """A call that the replica's side ended, as when the replica is being replaced; the caller did not cancel it."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__(grpc.StatusCode.UNAVAILABLE, f"the call to {who} was ended there; try again")
+
+    def __reduce__(self) -> tuple[type[RetrievalError], tuple[grpc.StatusCode, str]]:
+        return RetrievalError, (self.code, self.message)
+
+
 def not_loaded(generation: str, held: Collection[str]) -> NotLoadedError:
     """Return the error of a worker that holds the generations ``held`` and not ``generation``."""
     message = f"index {generation} is not loaded here, only {', '.join(sorted(held)) or 'none'}; ask again"
