@@ -46,6 +46,8 @@ class LocalClient(Client):
     def close(self) -> None:
         """End the thread that answers."""
         self.service.observer.close()
+        if self.service.router.encoder is not None:
+            self.service.router.encoder.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

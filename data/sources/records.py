@@ -16,7 +16,8 @@ from lookalike.data.sources.texts import read_attributes, read_scored, read_text
 from lookalike.entries import escaped
 from lookalike.schemas import CORPUS, QUARANTINE
 from lookalike.seeds import hash_unit
-from lookalike.vision.images import ImageError, decode
+from lookalike.vision.decoder import Order, decode_apart
+from lookalike.vision.images import ImageError
 
 REPAIRED = "repaired: "  # prefix of the reasons of accepted records
 MAX_ID_CHARS = 1024
@@ -78,7 +79,7 @@ def check_records(
     acceptable records with the same id the first stays. Reasons of refusal: for the record, those of its reader; for
     the image id, ``null``, ``not_utf8``, ``wrong_type``, ``inexact_number``, ``control_characters``, ``too_long`` and
     ``duplicate``; for the image, ``null``, ``wrong_type``, ``too_many_bytes``, ``too_small`` and those of
-    ``images.decode`` and ``fetch_images``. Repairs: those of ``texts``, an id in ``white_space``, and a title that is
+    ``Decoder.run`` and ``fetch_images``. Repairs: those of ``texts``, an id in ``white_space``, and a title that is
     ``empty``.
     """
     accepted: list[dict[str, Any]] = []
@@ -161,11 +162,11 @@ def _refuse_image(data: Any, row: dict[str, Any], limits: RecordLimits) -> Probl
         reason = "too_many_bytes"
     else:
         try:
-            image = decode(data, max_pixels=limits.max_pixels)
+            image = decode_apart(data, Order(limits.max_pixels))
         except ImageError as error:
             return Problem("image", error.reason, str(error))
-        row["image"], (row["width"], row["height"]) = data, image.size
-        reason = "too_small" if min(image.size) < limits.min_side_px else None
+        row["image"], row["width"], row["height"] = data, image.width, image.height
+        reason = "too_small" if min(image.width, image.height) < limits.min_side_px else None
     return None if reason is None else Problem("image", reason, detail or ADVICE[reason])
 
 

@@ -9,10 +9,10 @@ import grpc
 
 from lookalike.serve.front.tenants import TenantAccount, Tenants
 from lookalike.serve.proto import retrieval_pb2 as pb
-from lookalike.serve.settings.config import ServeConfig
+from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.settings.security import ROLES, Quota
 from lookalike.serve.wire.errors import RetrievalError, invalid
-from lookalike.serve.wire.requests import DEFAULT_K
+from lookalike.serve.wire.requests import DEFAULT_K, count_pixels
 
 ADMIN_RPCS = frozenset(pb.DESCRIPTOR.services_by_name["AdminService"].methods_by_name)
 WRITE_RPCS = frozenset({"Upsert", "Delete"})
@@ -26,13 +26,13 @@ class Gate:
     """The gate of one ingress replica; without ``tenants`` it asks for no token."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._max_bytes = config.limits.max_request_bytes
+        self._limits = config.limits
         self._tenants = None if config.tenants is None else Tenants(config.tenants)
 
     def identify(self, rpc: str, metadata: Sequence[tuple[str, Any]]) -> "Caller":
         """Return the caller of ``rpc``; raises UNAUTHENTICATED (no known token) or PERMISSION_DENIED (role too low)."""
         if self._tenants is None:
-            return Caller(None, self._max_bytes)
+            return Caller(None, self._limits)
         account = self._tenants.find(read_bearer(metadata))
         if account is None:
             raise RetrievalError(
@@ -46,14 +46,14 @@ class Gate:
                 f"{rpc} needs the role {needed!r}, tenant "
                 f"{account.tenant.name!r} has {role!r}; ask for a token of that role",
             )
-        return Caller(account, self._max_bytes)
+        return Caller(account, self._limits)
 
 
 class Caller:
     """An admitted caller, whose requests must keep to size and quota."""
 
-    def __init__(self, account: TenantAccount | None, max_request_bytes: int) -> None:
-        self._account, self._max_bytes = account, max_request_bytes
+    def __init__(self, account: TenantAccount | None, limits: RequestLimits) -> None:
+        self._account, self._limits = account, limits
 
     @property
     def name(self) -> str:
@@ -72,9 +72,9 @@ class Caller:
 
     def check(self, rpc: str, message: Any) -> None:
         """Check and count one request as ``request`` does; for a batch of a stream, which is under way already."""
-        if (size := message.ByteSize()) > self._max_bytes:
+        if (size := message.ByteSize()) > (most := self._limits.max_request_bytes):
             raise invalid(
-                f"the request has {size} bytes, the limit is {self._max_bytes}; send less at once, or raise "
+                f"the request has {size} bytes, the limit is {most}; send less at once, or raise "
                 "limits.max_request_bytes of the service"
             )
         if self._account is None:
@@ -84,7 +84,8 @@ class Caller:
         tenant, meter = self._account
         num_queries = _count(rpc, message)
         _check_bounds(rpc, message, num_queries, tenant.name, tenant.quota)
-        if (refusal := meter.charge(tenant.quota, num_queries, now())) is not None:
+        num_pixels = 0 if tenant.quota.pixels_per_s is None else count_pixels(message, self._limits)
+        if (refusal := meter.charge(tenant.quota, num_queries, now(), num_pixels)) is not None:
             raise _exhausted(tenant.name, refusal)
 
     @contextmanager

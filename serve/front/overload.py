@@ -158,17 +158,6 @@ def find_rungs(plans: ServicePlans, min_recall: float) -> list[Plan]:
     return rungs[::-1]
 
 
-def has_images(request: Any) -> bool:
-    """Whether answering ``request`` means decoding an image."""
-    fields = request.DESCRIPTOR.fields_by_name
-    if "images" in fields:
-        return True
-    if "rows" in fields:
-        return any(row.WhichOneof("content") == "image" for row in request.rows)
-    queries = request.queries if "queries" in fields else [request.query] if "query" in fields else ()
-    return any(query.WhichOneof("kind") == "image" for query in queries)
-
-
 def allowed_ms(request: Any) -> int:
     """``timeout_ms`` of a request that has search options, 0 for others."""
     return int(request.options.timeout_ms) if "options" in request.DESCRIPTOR.fields_by_name else 0

@@ -1,4 +1,4 @@
-"""A tenant's use of one replica, compared with its quota by token buckets of requests and queries."""
+"""A tenant's use of one replica, compared with its quota by token buckets of requests, queries and pixels."""
 
 from lookalike.serve.settings.security import Quota
 
@@ -27,10 +27,13 @@ class Meter:
     """One tenant's use of this replica."""
 
     def __init__(self) -> None:
-        self.requests, self.queries, self.under_way = Bucket(), Bucket(), 0
+        self.requests, self.queries, self.pixels, self.under_way = Bucket(), Bucket(), Bucket(), 0
 
-    def charge(self, quota: Quota, num_queries: int, now: float) -> str | None:
-        """Count a request of ``num_queries``; if it exceeds a quota, return the rule and when to retry instead."""
+    def charge(self, quota: Quota, num_queries: int, now: float, num_pixels: int = 0) -> str | None:
+        """Count a request of ``num_queries`` with images of ``num_pixels`` together.
+
+        If it exceeds a quota, it does not count; return the rule and when to retry.
+        """
         waits = {}
         if quota.requests_per_s is not None:
             wait = self.requests.wait_s(1, rate=quota.requests_per_s, size=quota.burst, now=now)
@@ -39,6 +42,10 @@ class Meter:
             size = max(1.0, quota.queries_per_s)
             wait = self.queries.wait_s(num_queries, rate=quota.queries_per_s, size=size, now=now)
             waits[f"{quota.queries_per_s:g} queries a second"] = wait
+        if quota.pixels_per_s is not None and num_pixels:
+            rate = quota.pixels_per_s
+            wait = self.pixels.wait_s(num_pixels, rate=rate, size=max(1.0, rate), now=now)
+            waits[f"{rate:g} pixels of images a second"] = wait
         rule, wait = max(waits.items(), key=lambda item: item[1], default=("", 0.0))
         if wait > 0:
             return f"{rule}; retry after {max(1, round(wait * 1000))} ms"
@@ -46,4 +53,6 @@ class Meter:
             self.requests.take(1)
         if quota.queries_per_s is not None:
             self.queries.take(num_queries)
+        if quota.pixels_per_s is not None:
+            self.pixels.take(num_pixels)
         return None

@@ -15,7 +15,7 @@ from lookalike.serve.experiment.arms import SearchReply, choose_routes, interlea
 from lookalike.serve.experiment.assignment import Arm, Experiment, Route
 from lookalike.serve.front.health import SILENT_S, Pulse
 from lookalike.serve.front.observer import Observer
-from lookalike.serve.front.overload import ADMITTED, Admission, ImageAdmission, Ladder, allowed_ms, has_images
+from lookalike.serve.front.overload import ADMITTED, Admission, ImageAdmission, Ladder, allowed_ms
 from lookalike.serve.front.stream import answer_in_order
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
@@ -32,6 +32,7 @@ from lookalike.serve.wire.requests import (
     check_feedback,
     check_image,
     check_num,
+    has_images,
     read_options,
     read_queries,
     write_results,

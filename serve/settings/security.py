@@ -24,6 +24,9 @@ class Quota(Config):
     queries_per_s: float | None = Field(default=None, gt=0, le=1e9)
     """Average queries, images, rows or ids per second; a batch counts each of its items, and one second's worth may
     come at once. A larger batch passes after a second without use, and the next request waits until it is paid off."""
+    pixels_per_s: float | None = Field(default=None, gt=0, le=1e12)
+    """Average pixels of images per second, as their headers say, charged before any is decoded. One second's worth may
+    come at once; more passes after a second without use, as for queries."""
     max_k: int | None = Field(default=None, ge=1)
     """Hits a query may ask for, if lower than limits.max_k."""
     max_batch: int | None = Field(default=None, ge=1)

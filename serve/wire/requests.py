@@ -1,8 +1,8 @@
 """Check requests: bytes become arrays and plans, or raise INVALID_ARGUMENT with value, rule and remedy."""
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits
 from lookalike.serve.wire.answers import Answer
 from lookalike.serve.wire.errors import check_answer, invalid, refused, shorten
+from lookalike.vision.containers import read_size
 
 DEFAULT_K = 10
 MAX_SESSION = 1024
@@ -191,6 +192,37 @@ def check_image(data: bytes, limits: RequestLimits) -> bytes:
     if len(data) > limits.max_image_bytes:
         raise invalid(f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes}; send a smaller file")
     return data
+
+
+def has_images(request: Any) -> bool:
+    """Whether answering ``request`` means decoding an image."""
+    if isinstance(request, pb.EmbedRequest):
+        return True
+    return any(item.WhichOneof(kind) == "image" for item, kind in _items(request))
+
+
+def count_pixels(request: Any, limits: RequestLimits) -> int:
+    """Return the pixels of the images of ``request``, as their headers say.
+
+    An image that the limits refuse counts none, and neither does one whose header says nothing: it is not decoded, or
+    has at most as many pixels as bytes.
+    """
+    if isinstance(request, pb.EmbedRequest):
+        images = iter(request.images)
+    else:
+        images = (item.image for item, kind in _items(request) if item.WhichOneof(kind) == "image")
+    sizes = (read_size(image) for image in images)
+    return sum(width * height for width, height in sizes if width * height <= limits.max_pixels)
+
+
+def _items(request: Any) -> Iterator[tuple[Any, str]]:
+    """The parts of a request that may be images, each with the name of its choice."""
+    if isinstance(request, pb.UpsertRequest):
+        yield from ((row, "content") for row in request.rows)
+    elif isinstance(request, pb.SearchRequest):
+        yield request.query, "kind"
+    elif isinstance(request, pb.SearchBatchRequest):
+        yield from ((query, "kind") for query in request.queries)
 
 
 def check_id(image_id: str, limits: RequestLimits) -> str:

@@ -19,6 +19,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lookalike.errors import LookalikeError
 from lookalike.vision.images import MAX_PIXELS, MAX_SCANS, ImageError, ImageLimits, check_header, decode_container
 from lookalike.vision.squares import Square
 
@@ -59,7 +60,7 @@ class Reply(NamedTuple):
     """uint8 [3, size, size] if a square was asked for."""
 
 
-class DecoderLostError(Exception):
+class DecoderLostError(LookalikeError):
     """The decoder ended for another reason than the picture's: it was told to, or could not start."""
 
 
@@ -156,6 +157,15 @@ class Decoder:
         return process.wait()
 
 
+_OWN, _TURN = Decoder(), threading.Lock()
+
+
+def decode_apart(data: bytes, order: Order) -> Reply:
+    """Decode ``data`` in a decoder that this process keeps; raises as ``Decoder.run`` does."""
+    with _TURN:
+        return _OWN.run(data, order)
+
+
 def _write_order(pipe: IO[bytes], data: bytes, order: Order) -> None:
     square = order.square or Square("", 0, 1.0)
     fit = ("", "pad", "crop").index(square.fit)
@@ -208,6 +218,7 @@ def serve() -> None:
             return
         replies.write(answer(data, order))
         replies.flush()
+        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)  # for the next picture's bytes
 
 
 def answer(data: bytes, order: Order) -> bytes:
@@ -232,7 +243,9 @@ def answer(data: bytes, order: Order) -> bytes:
 
 def _limit(what: int, value: int) -> None:
     hard = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    if hard != resource.RLIM_INFINITY:
+        value = hard if value == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(what, (value, hard))
 
 
 def _address_space() -> int:
