@@ -105,23 +105,32 @@ class Decoders:
             if waiting:
                 self._lanes[lane] = waiting  # its next turn comes after the other lanes'
             job.begun, job.decoder = True, self._idle.pop()
-            work = job.reply.get_loop().run_in_executor(self._threads, job.decoder.run, job.data, job.order)
+            work = job.reply.get_loop().run_in_executor(self._threads, _run, job.decoder, job.data, job.order)
             work.add_done_callback(partial(self._finish, job, job.decoder, monotonic()))
 
-    def _finish(self, job: "_Job", decoder: Decoder, start: float, work: "asyncio.Future[Reply]") -> None:
+    def _finish(self, job: "_Job", decoder: Decoder, start: float, work: "asyncio.Future[Reply | Exception]") -> None:
         self._mean_s += SMOOTHING * (monotonic() - start - self._mean_s)
         job.decoder = None
         self._idle.append(decoder)
-        error = work.exception()
-        if not job.reply.done():
-            if error is None:
-                job.reply.set_result(work.result())
-            elif isinstance(error, DecoderLostError):
-                message = f"{error}; try again, or look into the service's log"
-                job.reply.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, message))
-            else:
-                job.reply.set_exception(error)
+        reply = DecoderLostError("the decoders end") if work.cancelled() else work.result()
+        if job.reply.done():
+            pass  # given up
+        elif isinstance(reply, Reply):
+            job.reply.set_result(reply)
+        elif isinstance(reply, DecoderLostError):
+            message = f"{reply}; try again, or look into the service's log"
+            job.reply.set_exception(RetrievalError(grpc.StatusCode.UNAVAILABLE, message))
+        else:
+            job.reply.set_exception(reply)
         self._dispatch()
+
+
+def _run(decoder: Decoder, data: bytes, order: Order) -> Reply | Exception:
+    """What ``decoder`` makes of a picture; an exception is returned, as nobody may be left to be told of it."""
+    try:
+        return decoder.run(data, order)
+    except Exception as error:  # noqa: BLE001
+        return error
 
 
 class _Job:

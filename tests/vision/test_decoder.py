@@ -63,7 +63,12 @@ def decoder() -> Iterator[Decoder]:
 def test_the_pixels_are_those_of_the_evaluation_transform(decoder: Decoder, fit: str) -> None:
     transform = TransformConfig(size=48, fit=fit)  # type: ignore[arg-type]
     large = smooth(1600, 900)
-    pictures = [SMALL, jpeg(large), jpeg(large, progressive=True), *(to_bytes(smooth(90, 40, m)) for m in ("L", "RGBA"))]
+    pictures = [
+        SMALL,
+        jpeg(large),
+        jpeg(large, progressive=True),
+        *(to_bytes(smooth(90, 40, m)) for m in ("L", "RGBA")),
+    ]
     pictures += [to_bytes(smooth(70, 50), form) for form in ("WEBP", "GIF", "TIFF", "BMP", "PPM")]
     for picture in pictures:
         reply = decoder.run(picture, Order(square=transform.square))
@@ -117,7 +122,17 @@ def test_a_picture_beyond_its_processor_time_ends_its_decoder_and_the_next_is_de
 def test_a_picture_of_more_memory_than_its_header_says_is_refused(decoder: Decoder) -> None:
     head = struct.pack("<H", 9) + b"".join(
         struct.pack("<HHII", tag, 4, 1, value)
-        for tag, value in [(256, 8), (257, 8), (258, 8), (259, 8), (262, 1), (322, 9600), (323, 9600), (324, 200), (325, 9)]
+        for tag, value in [
+            (256, 8),
+            (257, 8),
+            (258, 8),
+            (259, 8),
+            (262, 1),
+            (322, 9600),
+            (323, 9600),
+            (324, 200),
+            (325, 9),
+        ]
     )
     data = b"II*\0" + struct.pack("<I", 8) + head + bytes(200)
     with pytest.raises(ImageError):
@@ -165,7 +180,9 @@ def test_a_decoder_ends_with_its_parent() -> None:
         "sys.stdout.flush(); os.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], input=SMALL, capture_output=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=SMALL, capture_output=True, env=environment, check=False
+    )
     child = int(done.stdout.split()[-1])
     until = time.monotonic() + 30
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split():

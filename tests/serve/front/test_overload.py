@@ -14,12 +14,12 @@ from lookalike.serve.app import ingress_bounds, read_service
 from lookalike.serve.client import SearchPlan
 from lookalike.serve.client.results import from_response
 from lookalike.serve.front.ingress import Ingress
-from lookalike.serve.front.overload import Admission, Ladder, ShedError, find_rungs
+from lookalike.serve.front.overload import Admission, ImageAdmission, Ladder, ShedError, find_rungs
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.load import Degrade
 from lookalike.serve.wire.errors import RetrievalError
-from lookalike.serve.wire.requests import ServicePlans
+from lookalike.serve.wire.requests import ServicePlans, has_images
 from tests.serve.test_placements import Context
 
 if TYPE_CHECKING:
@@ -88,6 +88,54 @@ def test_waiting_ends_with_the_time_that_a_request_may_take() -> None:
         first.cancel()
 
     asyncio.run(run())
+
+
+def test_requests_with_images_have_slots_of_their_own_and_a_tenant_at_most_half() -> None:
+    async def run() -> None:
+        config = ServeConfig(index="x", max_ongoing_requests=16, max_queued_requests=16)
+        slots, until, begun = ImageAdmission(config), asyncio.Event(), list[str]()
+
+        async def hold_image(tenant: str) -> None:
+            async with slots.slot(tenant):
+                begun.append(tenant)
+                await until.wait()
+
+        held = [asyncio.create_task(hold_image("a")) for _ in range(4)]
+        await settle()
+        assert begun == ["a", "a"]  # half of a quarter; two more wait
+        with pytest.raises(ShedError, match=r"retry after \d+ ms"):
+            await hold_image("a")
+        held += [asyncio.create_task(hold_image(tenant)) for tenant in ("b", "c", "c", "c")]
+        await settle()
+        assert sorted(begun) == ["a", "a", "b", "c"]
+        with pytest.raises(ShedError, match="8 requests with images"):
+            await hold_image("d")
+        for task in held[:2]:
+            task.cancel()
+        until.set()
+        await asyncio.gather(*held, return_exceptions=True)
+        assert len(begun) == 8
+        async with slots.slot("d"):
+            pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (pb.EmbedRequest(images=[b"x"]), True),
+        (pb.SearchRequest(query=pb.Query(image=b"x")), True),
+        (pb.SearchRequest(query=pb.Query(image_id="x")), False),
+        (pb.SearchBatchRequest(queries=[pb.Query(vector=b"x"), pb.Query(image=b"x")]), True),
+        (pb.SearchBatchRequest(queries=[pb.Query(vector=b"x")]), False),
+        (pb.UpsertRequest(rows=[pb.Row(id="a", vector=b"x"), pb.Row(id="b", image=b"x")]), True),
+        (pb.UpsertRequest(rows=[pb.Row(id="a", vector=b"x")]), False),
+        (pb.DeleteRequest(ids=["a"]), False),
+    ],
+)
+def test_requests_with_images_are_known(request_: Any, expected: bool) -> None:
+    assert has_images(request_) == expected
 
 
 def test_patient_calls_wait_where_others_are_shed() -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from lookalike.cli import main
 from lookalike.errors import UsageError
@@ -21,6 +22,7 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.settings.security import Quota
 from lookalike.serve.wire.errors import RetrievalError
+from lookalike.vision.encoder import to_bytes
 
 READER, WRITER, ADMIN = "reader-token", "writer-token", "admin-token"
 
@@ -134,6 +136,25 @@ def test_a_batch_counts_its_queries_and_what_is_refused_counts_nothing(tmp_path:
     clock[0] += 1.5
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "retry after 10 ms"):
         caller.check("Search", pb.SearchRequest())
+
+
+def test_images_are_charged_by_the_pixels_of_their_headers(tmp_path: Path, clock: list[float]) -> None:
+    caller = make_gate(tmp_path, entry("r", READER, pixels_per_s=1000)).identify("Search", bearer(READER))
+    large = to_bytes(Image.new("RGB", (40, 20)))  # 800 pixels
+    caller.check("Embed", pb.EmbedRequest(images=[large]))
+    for request in (
+        pb.SearchRequest(query=pb.Query(image=large)),
+        pb.SearchBatchRequest(queries=[pb.Query(vector=b"x"), pb.Query(image=large)]),
+        pb.UpsertRequest(rows=[pb.Row(id="a", image=large)]),
+        pb.SearchStreamRequest(batch=pb.SearchBatchRequest(queries=[pb.Query(image=large)])),
+    ):
+        rpc = type(request).__name__.removesuffix("Request")
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "1000 pixels of images a second; retry after 600 ms"):
+            caller.check(rpc, request)
+    caller.check("Search", pb.SearchRequest(query=pb.Query(image_id="x")))  # without an image nothing is charged
+    caller.check("Embed", pb.EmbedRequest(images=[b"no image", large[:20]]))
+    clock[0] += 0.6
+    caller.check("Embed", pb.EmbedRequest(images=[large]))
 
 
 def test_requests_under_way_are_counted_however_they_end(tmp_path: Path) -> None:
