@@ -71,8 +71,8 @@ def decode(
     65,535; floats as shares of white if all are from 0 to 1. Other values have no known white.
 
     Raises ``ImageError`` with reason ``empty`` (zero bytes), ``not_an_image``, ``format_not_installed`` (HEIF without
-    its plug-in), ``too_large`` (more than ``max_pixels``:
-    a decompression bomb), ``too_many_scans``, ``too_many_parts``, ``no_value_range`` (values of 32 bits without a known
+    its plug-in), ``too_large`` (more than ``max_pixels``: a decompression bomb), ``too_many_scans``,
+    ``no_value_range`` (values of 32 bits without a known
     white), ``truncated`` or ``damaged``.
     """
     limits = ImageLimits(max_pixels, max_scans)
@@ -107,9 +107,7 @@ def check_header(data: bytes, limits: ImageLimits) -> Container:
     try:
         container = examine(data)
     except PartsError:
-        raise ImageError(
-            "too_many_parts", "the image's file has more parts than any picture needs; save it anew"
-        ) from None
+        raise ImageError("damaged", "the image's file has more parts than any picture needs; save it anew") from None
     if container is None:
         if (needed := missing_format(data)) is not None:
             raise ImageError("format_not_installed", f"the image is {needed}")

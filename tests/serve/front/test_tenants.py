@@ -153,7 +153,7 @@ def test_images_are_charged_by_the_pixels_of_their_headers(tmp_path: Path, clock
             caller.check(rpc, request)
     caller.check("Search", pb.SearchRequest(query=pb.Query(image_id="x")))  # without an image nothing is charged
     caller.check("Embed", pb.EmbedRequest(images=[b"no image", large[:20]]))
-    clock[0] += 0.6
+    clock[0] += 0.61
     caller.check("Embed", pb.EmbedRequest(images=[large]))
 
 
