@@ -32,6 +32,8 @@ WALL_FACTOR = 12.0
 ORDER = struct.Struct("<QQIdBId")
 REPLY = struct.Struct("<BIIQ")
 FAILED, SIZE, PIXELS = range(3)
+NICE = 10
+"""Decoders step back where the rest of a service needs the processor."""
 PROGRAM = "from lookalike.vision.decoder import serve; serve()"
 
 
@@ -205,6 +207,7 @@ def _read(pipe: IO[bytes], size: int) -> bytes:
 def serve() -> None:
     """The decoder process: answer orders from standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the parent
+    os.nice(NICE)
     _prefer_for_oom()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     orders, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
