@@ -15,8 +15,9 @@ class Retries(Config):
     max_pause_ms: float = Field(default=500.0, ge=0.0, le=60_000.0)
     """Longest pause, in milliseconds."""
     hedge_ms: float | None = Field(default=1000.0, gt=0.0, le=3_600_000.0)
-    """Time after which a search of a shard, a re-rank or an encoding is sent to a second replica as well, in
-    milliseconds, so that a replica that hangs fails no call. None never asks a second one."""
+    """Time after which a search of a shard or a re-rank is sent to a second replica as well, in milliseconds, so that a
+    replica that hangs fails no call. An encoding is given up and sent to another one, after ``max_decode_s`` more for
+    each image. None never asks a second one."""
     hedge_share: float = Field(default=0.05, ge=0.0, le=1.0)
     """Largest share of calls that may be made twice: when all are slow, more calls would make them slower."""
 

@@ -246,4 +246,5 @@ STAGE = Stage(
     run=embed,
     resumable=True,
     inputs={"corpus": Input("corpus"), "encoder": Input("encoder")},
+    version=2,
 )

@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import AvifImagePlugin
 
 from lookalike.errors import LookalikeError
 from lookalike.vision.images import MAX_PIXELS, MAX_SCANS, ImageError, ImageLimits, check_header, decode_container
@@ -77,7 +78,7 @@ class Decoder:
         """Start the process unless it runs; it is ready some tenths of a second later."""
         if self._process is None or self._process.poll() is not None:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # a thread reserves address space
+            environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, "-s", "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
@@ -209,6 +210,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the parent
     os.nice(NICE)
     _prefer_for_oom()
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as above: each thread reserves address space, and other work needs CPUs
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     orders, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     quiet = os.open(os.devnull, os.O_WRONLY)
