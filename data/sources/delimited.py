@@ -112,8 +112,12 @@ class Table:
         place = self.columns.get("image_uri")
         for line in self._lines.taken[1:]:
             cells = self._split(line)
-            picture = place is not None and len(cells) > place and cells[place].lower().endswith(IMAGE_SUFFIXES)
-            if len(cells) == len(self.header) and (picture or not fits):
+            if len(cells) != len(self.header):
+                continue
+            if not fits:
+                return True
+            named = place is not None and cells[place].lower().endswith(IMAGE_SUFFIXES)
+            if named and '"' not in "".join(cells):  # else it is the end of a cell, and the beginning of others
                 return True
         return False
 
@@ -162,7 +166,7 @@ def _read_header(lines: Lines, reader: Reader, uri: str) -> tuple[list[str], str
     lines.begin()
     mapped = set(reader.source.columns.values())
     usual = "\t" if ".tsv" in uri.lower()[-7:] else ","
-    failures: list[tuple[int, CorpusError]] = []
+    failures: list[tuple[float, CorpusError]] = []
     for delimiter in (usual, *(other for other in DELIMITERS if other != usual)):
         lines.give_back(0)
         try:
@@ -173,7 +177,7 @@ def _read_header(lines: Lines, reader: Reader, uri: str) -> tuple[list[str], str
             return header, delimiter
         except csv.Error as error:
             told = f"source {uri}, line {len(lines.taken)}: the header is no CSV ({error}); correct it"
-            failures.append((0, CorpusError(told)))
+            failures.append((1.5 if delimiter == usual else 0, CorpusError(told)))
         except CorpusError as error:
             note = "" if delimiter == usual else f" (cells separated by {delimiter!r})"
             failures.append((len(header), CorpusError(f"{error}{note}")))

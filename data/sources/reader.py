@@ -73,7 +73,7 @@ class RecordSource(Config):
     def _known_encoding(cls, value: str | None) -> str | None:
         if value is not None:
             try:
-                b"".decode(value)
+                b"a".decode(value, "ignore")
             except LookupError:
                 raise UsageError("not an encoding that Python knows; use cp1252, utf-16, shift_jis ...") from None
         return value
