@@ -4,7 +4,9 @@ import csv
 import gzip
 import io
 import json
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,7 @@ from lookalike.data.sources.image_fetch import fetch_images
 from lookalike.data.sources.parquet import cut_groups
 from lookalike.data.sources.reader import UNREADABLE, Reader
 from lookalike.data.sources.tables import open_buffered, read_lines
+from lookalike.data.sources.webdataset import group_members, read_members
 from lookalike.entries import walk
 from lookalike.errors import CorpusError, UsageError
 from lookalike.vision.images import ImageError
@@ -468,3 +471,78 @@ def test_an_unpackable_file_is_an_error_of_its_own(root: str) -> None:
     uri = put(f"{root}/a.jsonl.gz", b"not gzip")
     with pytest.raises(CorpusError, match="cannot be read"), open_buffered(uri) as file:
         file.read()
+
+
+def test_several_images_of_a_key_are_refused_until_one_is_mapped(root: str) -> None:
+    members = [("a.jpg", b"jpg"), ("a.png", b"png"), ("a.txt", b"t"), ("b.png", b"one"), ("b.mask.png", b"mask")]
+    uri = put(f"{root}/a.tar", write_tar(members))
+    several, single = read(uri, "webdataset")
+    assert (several["image"].reason, single["image"]) == ("several_images", b"one")
+    assert "map one, for example columns: {image: jpg}" in str(several["image"])
+    assert [r["image"] for r in read(uri, "webdataset", columns={"image": "png"})] == [b"png", b"one"]
+    (told,) = read(put(f"{root}/b.tar", write_tar([("a.png", b"1"), ("a.png", b"2")])), "webdataset")
+    assert (told[UNREADABLE], told["image_id"]) == ("repeated_member", "a")
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.permutations([(f"{n}.{kind}", f"{n}{kind}".encode()) for n in "abc" for kind in ("png", "txt")]))
+def test_members_in_any_order_give_a_caption_to_its_image_or_say_so(members: list[tuple[str, bytes]]) -> None:
+    records = list(group_members(read_members(io.BytesIO(write_tar(members)), 1000, Counter())))
+    whole = [record for record in records if UNREADABLE not in record]
+    for record in whole:
+        key = record["__key__"]
+        assert record.get("image", f"{key}png".encode()) == f"{key}png".encode()
+        assert record.get("txt", f"{key}txt".encode()) == f"{key}txt".encode()
+    assert {record["__key__"] for record in whole if "image" in record} == set("abc")
+    captioned = sum("txt" in record and "image" in record for record in whole)
+    alone = [record for record in records if UNREADABLE in record or "image" not in record]
+    assert len(alone) == 3 - captioned
+    assert {record[UNREADABLE] for record in alone if UNREADABLE in record} <= {"scattered_key"}
+    assert all("tar --sort=name" in record["detail"] for record in alone if UNREADABLE in record)
+
+
+def test_links_devices_and_hidden_members_of_a_tar_are_accounted_for(root: str) -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for name, kind in (
+            ("a.png", tarfile.LNKTYPE),
+            ("b.png", tarfile.FIFOTYPE),
+            ("._c.png", None),
+            ("d", tarfile.DIRTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind or tarfile.REGTYPE, "x.png"
+            tar.addfile(member)
+    opened = reader(put(f"{root}/a.tar", sink.getvalue()), "webdataset")
+    records = list(opened.read({"uri": f"{root}/a.tar"}))
+    assert [(r[UNREADABLE], r["image_id"]) for r in records] == [("not_a_file", "a"), ("not_a_file", "b")]
+    assert opened.passed_over == {"(hidden)": 1}
+
+
+def test_files_of_other_endings_and_odd_entries_of_a_folder_of_tables_are_counted(tmp_path: Path) -> None:
+    images(str(tmp_path))
+    (tmp_path / "rows.jsonl").write_bytes(write_jsonl(table_rows()))
+    (tmp_path / ".hidden").write_bytes(b"")
+    os.symlink("nowhere", tmp_path / "old.jsonl")
+    opened = reader(str(tmp_path), "jsonl", columns={"image_uri": "file_name"})
+    assert opened.files() == [f"{tmp_path}/rows.jsonl"]
+    assert opened.passed_over == {".png": len(ROWS), "(hidden)": 1}
+    (told,) = opened.records(json.loads(json.dumps(opened.rest())))
+    assert (told[UNREADABLE], told["image_id"], told["image_uri"]) == (
+        "dangling_link",
+        "old.jsonl",
+        f"{tmp_path}/old.jsonl",
+    )
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(
+        CorpusError, match=r"has no jsonl file .37 of .png; 1 of .hidden.; old.jsonl: dangling_link, its"
+    ):
+        reader(str(tmp_path), "jsonl").files()
+
+
+def test_a_file_named_in_white_space_is_read_itself(tmp_path: Path) -> None:
+    (tmp_path / " a.png").write_bytes(b"exact")
+    (tmp_path / "a.png").write_bytes(b"other")
+    records: list[dict[str, Any]] = [{"image_uri": name} for name in (" a.png", "a.png", " a.png ")]
+    fetch_images(records, str(tmp_path), 20)
+    assert [record["image"] for record in records] == [b"exact", b"other", b"other"]
