@@ -1,7 +1,7 @@
 """Attributes of records (colour, material) as classes: which values are frequent enough, and the class of each row."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 COUNTS = pa.schema([("name", pa.string()), ("value", pa.string()), ("images", pa.int64())])
 """Number of images with a value of an attribute."""
 Pairs = list[tuple[str, str]]
-AttributeClasses = Mapping[str, Sequence[str]]
+AttributeClasses = Mapping[str, list[str]]
 """Attribute -> those of its values that are classes; both in order."""
 
 

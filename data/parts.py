@@ -66,7 +66,7 @@ def collect(dataset: Any, schema: pa.Schema) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
 
 
-def add_up(blocks: Iterable[pa.Table], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
+def add_up(blocks: Iterable[pa.Table], keys: list[str], schema: pa.Schema) -> pa.Table:
     """One row per key, sorted by ``keys``, with the sums of the other columns of ``schema``.
 
     Tables are folded as they arrive: memory grows with the distinct keys, not with the tables.
@@ -81,7 +81,7 @@ def add_up(blocks: Iterable[pa.Table], keys: Sequence[str], schema: pa.Schema) -
     return _sum([total, *pending], keys, schema).sort_by([(key, "ascending") for key in keys])
 
 
-def _sum(tables: Sequence[pa.Table], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
+def _sum(tables: Sequence[pa.Table], keys: list[str], schema: pa.Schema) -> pa.Table:
     values = [name for name in schema.names if name not in keys]
     summed = pa.concat_tables(tables).group_by(list(keys)).aggregate([(name, "sum") for name in values])
     renamed = summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names])
@@ -89,7 +89,7 @@ def _sum(tables: Sequence[pa.Table], keys: Sequence[str], schema: pa.Schema) -> 
 
 
 def sum_images(
-    counts: Any, keys: Sequence[str], partitions: int, keep: Callable[[pa.Table], pa.Table], schema: pa.Schema
+    counts: Any, keys: list[str], partitions: int, keep: Callable[[pa.Table], pa.Table], schema: pa.Schema
 ) -> pa.Table:
     """The sums of ``images`` per key of the dataset ``counts``, by a shuffle; only rows that ``keep`` returns."""
     from ray.data.aggregate import Sum
@@ -111,12 +111,12 @@ def part_name(number: int, suffix: str = "parquet") -> str:
     return f"part-{number:06d}.{suffix}"
 
 
-def part_items(files: Iterable[str]) -> list[Item]:
+def part_items(files: list[str]) -> list[Item]:
     """An item for each file: its number, in the given order, and its URI."""
     return [{"number": number, "uri": uri} for number, uri in enumerate(files)]
 
 
-def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Read a parquet file, or some of its columns."""
     filesystem, path = storage.arrow_filesystem(uri)
     return pq.ParquetFile(path, filesystem=filesystem).read(columns=None if columns is None else list(columns))

@@ -13,7 +13,6 @@ The paper takes the boundary with the best pretraining. Two cheaper criteria sta
 
 import csv
 import io
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -88,7 +87,7 @@ def read_words(uri: str) -> dict[str, bool]:
     return words
 
 
-def ranking_auc(dictionary: pa.Table, concrete: Sequence[str], abstract: Sequence[str]) -> float:
+def ranking_auc(dictionary: pa.Table, concrete: list[str], abstract: list[str]) -> float:
     """Share of (concrete, abstract) pairs that concreteness ranks in the right order; a tie counts half.
 
     ``dictionary`` needs ``term`` and ``concreteness``. Words without a score are left out; NaN if a side has none left.
@@ -99,7 +98,7 @@ def ranking_auc(dictionary: pa.Table, concrete: Sequence[str], abstract: Sequenc
     return float(((high[:, None] > low).mean() + (high[:, None] >= low).mean()) / 2)
 
 
-def _scores_of(dictionary: pa.Table, words: Sequence[str]) -> NDArray[np.float32]:
+def _scores_of(dictionary: pa.Table, words: list[str]) -> NDArray[np.float32]:
     scores = dict(zip(dictionary["term"].to_pylist(), dictionary["concreteness"].to_pylist(), strict=True))
     return np.array([scores[word] for word in words if scores.get(word) is not None], np.float32)
 
@@ -129,7 +128,7 @@ def _curve(dictionary: pa.Table, at: NDArray[np.float64], values: NDArray[np.flo
 
 
 def choose_by_retrieval(
-    dictionary: pa.Table, pools: Pools, vectors: NDArray[Any], labels: Sequence[str], ridge: float
+    dictionary: pa.Table, pools: Pools, vectors: NDArray[Any], labels: list[str], ridge: float
 ) -> BoundaryChoice:
     """The smallest candidate whose P@1 is within one standard error of the best.
 

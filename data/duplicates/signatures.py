@@ -121,7 +121,7 @@ def running_spans(sizes: Sequence[int], files: Sequence[tuple[str, int]]) -> lis
     return spans
 
 
-def bucket_of(ids: Sequence[str], buckets: int) -> NDArray[np.int64]:
+def bucket_of(ids: list[str], buckets: int) -> NDArray[np.int64]:
     """Bucket [n], below ``buckets``, of each image id, by its hash."""
     return (stable_keys(ids) % np.uint64(buckets)).astype(np.int64)
 

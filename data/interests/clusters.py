@@ -46,11 +46,11 @@ class TermClusterConfig(Config):
 
 
 def cluster_terms(
-    terms: Sequence[str],
+    terms: list[str],
     vectors: NDArray[np.float32],
     interests_of: Sequence[Sequence[int]],
     *,
-    interests: Sequence[str],
+    interests: list[str],
     config: TermClusterConfig,
     seed: int,
 ) -> pa.Table:

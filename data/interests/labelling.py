@@ -5,7 +5,7 @@ of the terms in the visual dictionary, and the latter restricted to the interest
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,7 +86,7 @@ def _by_term(clusters: pa.Table) -> dict[str, list[int]]:
     return grouped
 
 
-def terms_of_images(annotations: pa.Table, image_ids: Sequence[str]) -> list[dict[str, float]]:
+def terms_of_images(annotations: pa.Table, image_ids: list[str]) -> list[dict[str, float]]:
     """Term -> score of each image, the highest score if a term has several."""
     frame = pl.DataFrame(annotations.select(["image_id", "term", "score"]))
     best = frame.group_by("image_id", "term").agg(pl.col("score").max())
@@ -112,7 +112,7 @@ def assign_part(annotations: pa.Table, rows: pa.Table, tables: LabelTables) -> t
         restricted = restrict(visual, tables.interest_of, own)
         for variant, clusters in zip(VARIANTS, (everything, visual, restricted), strict=True):
             counts[variant].update(clusters)
-        names, senses = [tables.interests[i] for i in own], senses_of(terms, own, tables)
+        names, senses = [tables.interests[i] for i in own], senses_of(list(terms), own, tables)
         assigned.append({"image_id": image_id, "clusters": restricted, "interests": names, "senses": senses})
     counted = [
         {"variant": variant, "cluster": cluster, "images": images}
@@ -130,7 +130,7 @@ def _interests(terms: dict[str, float], signals: list[dict[str, Any]] | None, ta
     return image_interests([*terms.items(), *evidence], tables.voting, config.share)
 
 
-def senses_of(terms: Iterable[str], own: NDArray[np.int64], tables: LabelTables) -> list[dict[str, Any]]:
+def senses_of(terms: list[str], own: NDArray[np.int64], tables: LabelTables) -> list[dict[str, Any]]:
     """Each polysemous term of an image, with the interests that term and image share."""
     image = set(own.tolist())
     return [

@@ -55,7 +55,7 @@ def interaction_evidence(
     return sorted(weights.items())
 
 
-def map_clusters(terms: Sequence[str], clusters: Mapping[str, Sequence[int]]) -> list[int]:
+def map_clusters(terms: list[str], clusters: Mapping[str, Sequence[int]]) -> list[int]:
     """Sorted cluster ids of ``terms``."""
     return sorted({cluster for term in terms for cluster in clusters.get(term, ())})
 

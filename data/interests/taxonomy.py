@@ -3,7 +3,7 @@
 A word may have several senses ("jaguar": animals, transport), so a term may belong to several interests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 
 import numpy as np
@@ -57,7 +57,7 @@ def read_taxonomy(uri: str | None) -> dict[str, list[str]]:
 class InterestClassifier:
     """One logistic classifier per interest, on term embeddings: several interests may apply."""
 
-    def __init__(self, taxonomy: Mapping[str, Sequence[str]], embedder: str) -> None:
+    def __init__(self, taxonomy: Mapping[str, list[str]], embedder: str) -> None:
         from sklearn.linear_model import LogisticRegression
         from sklearn.multiclass import OneVsRestClassifier
 
@@ -69,7 +69,7 @@ class InterestClassifier:
         self._model = OneVsRestClassifier(model).fit(embed_terms(embedder, terms), target)
         self._seeds = {term: row for term, row in zip(terms, target, strict=True)}
 
-    def probabilities(self, terms: Sequence[str], vectors: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def probabilities(self, terms: list[str], vectors: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Probabilities [n, interests]; those of a seed term are 1 for the interests that list it.
 
         ``vectors`` [n, d]: embeddings of the terms; None: they are computed.

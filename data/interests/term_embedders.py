@@ -4,7 +4,7 @@
 seventy times as fast. Both come inside packages: nothing is downloaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,20 +20,20 @@ from lookalike.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-TermEmbedder = Callable[[Sequence[str]], NDArray[np.float32]]
+TermEmbedder = Callable[[list[str]], NDArray[np.float32]]
 """Terms to unit vectors [n, d]; except for rounding, a vector must not depend on the other terms."""
 TERM_EMBEDDERS: Registry[TermEmbedder] = Registry("term_embedder")
 _BATCH = 64
 
 
-def embed_terms(name: str, terms: Sequence[str]) -> NDArray[np.float32]:
+def embed_terms(name: str, terms: list[str]) -> NDArray[np.float32]:
     """Unit vectors [n, d] of ``terms`` by the embedder ``name``; an unknown name raises ``UsageError``."""
     embedder = TERM_EMBEDDERS.get(name)
     return embedder(terms) if len(terms) else np.zeros((0, 1), np.float32)
 
 
 @TERM_EMBEDDERS.register("wordllama")
-def embed_with_wordllama(terms: Sequence[str]) -> NDArray[np.float32]:
+def embed_with_wordllama(terms: list[str]) -> NDArray[np.float32]:
     """Unit vectors [n, 256] by wordllama's packaged static word vectors (MIT)."""
     vectors = np.asarray(_wordllama().embed(list(terms)), dtype=np.float32).reshape(len(terms), -1)
     return unit_rows(vectors)
@@ -48,7 +48,7 @@ def _wordllama() -> Any:
 
 
 @TERM_EMBEDDERS.register("minilm")
-def embed_with_minilm(terms: Sequence[str]) -> NDArray[np.float32]:
+def embed_with_minilm(terms: list[str]) -> NDArray[np.float32]:
     """Unit vectors [n, 384] by all-MiniLM-L6-v2 (Apache-2.0): mean of the token states of its last layer."""
     import torch
 

@@ -36,9 +36,7 @@ class Sheet(NamedTuple):
     caption: str
 
 
-def pick_part(
-    labels: pa.Table, annotations: pa.Table, assigned: pa.Table, *, keys: Sequence[str], count: int
-) -> pa.Table:
+def pick_part(labels: pa.Table, annotations: pa.Table, assigned: pa.Table, *, keys: list[str], count: int) -> pa.Table:
     """``_PICKS`` of a part: for each key the ``count`` images of smallest hash; parts merge."""
     labelled = pl.DataFrame(labels.select(["image_id", "labels"])).explode("labels")
     named = pl.DataFrame(annotations.select(["image_id", "term", "split"])).filter(pl.col("split") == "train")
@@ -59,7 +57,7 @@ def smallest(frame: pl.DataFrame, count: int) -> pa.Table:
     return ranked.to_arrow().cast(_PICKS)
 
 
-def pick_images(items: Sequence[Item], keys: Sequence[str], count: int) -> dict[str, list[str]]:
+def pick_images(items: Sequence[Item], keys: list[str], count: int) -> dict[str, list[str]]:
     """Key -> ids of its pictures; ``items`` name the files ``labels``, ``text`` and ``assigned`` of each part."""
 
     def task(item: Item) -> pa.Table:
@@ -77,7 +75,7 @@ def pick_images(items: Sequence[Item], keys: Sequence[str], count: int) -> dict[
     return picks
 
 
-def fetch_images(corpus: Artifact, image_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def fetch_images(corpus: Artifact, image_ids: list[str]) -> dict[str, dict[str, Any]]:
     """Image id -> its corpus row (picture, creator, licence), for the few images that are shown."""
     wanted = broadcast(pa.array(image_ids, pa.string()))
 

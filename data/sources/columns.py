@@ -1,6 +1,6 @@
 """Which column of a source holds which corpus field, and the raw values of Arrow columns."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def candidates(columns: Mapped, natural: Mapping[str, str]) -> dict[str, list[st
 
 
 def resolve(
-    columns: Mapped, present: Sequence[str], where: str, natural: Mapping[str, str] | None = None
+    columns: Mapped, present: list[str], where: str, natural: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Corpus field -> the one of the ``present`` columns that holds it; only fields that the source has.
 
@@ -71,7 +71,7 @@ def resolve(
     return resolved
 
 
-def _listed(names: Sequence[str], most: int = 40) -> str:
+def _listed(names: list[str], most: int = 40) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -85,7 +85,7 @@ def pick(record: Any, path: str) -> Any:
     return pick(record.get(head), rest) if rest else None
 
 
-def pick_fields(record: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def pick_fields(record: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> dict[str, Any]:
     """The corpus fields of a record without a schema; ``wanted`` as :func:`candidates` gives it."""
     values = {
         field: next((v for name in names if (v := pick(record, name)) is not None), None)
@@ -184,7 +184,7 @@ def arrow_records(table: pa.Table, columns: Mapping[str, str]) -> Iterator[dict[
         yield {field: cells[index] for field, cells in values.items()}
 
 
-def top_level(schema: pa.Schema, paths: Iterable[str]) -> list[str]:
+def top_level(schema: pa.Schema, paths: list[str]) -> list[str]:
     """The top-level columns that hold the dotted ``paths``."""
     return sorted({path if path in schema.names else path.partition(".")[0] for path in paths})
 

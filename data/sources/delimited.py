@@ -7,7 +7,7 @@ turns out to be none, only its first line is refused and the others are read aga
 import csv
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, BinaryIO
@@ -153,7 +153,7 @@ def _is_double(cell: str) -> bool:
         return False
 
 
-def _are_doubles(cells: Sequence[str]) -> bool:
+def _are_doubles(cells: list[str]) -> bool:
     given = [cell for cell in cells if cell]
     return bool(given) and all(map(_is_double, given))
 

@@ -7,7 +7,6 @@ addresses. A refusal is an ``ImageError`` whose reason tells the rule and the se
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -115,7 +114,7 @@ def _local(uri: str, base: str, rules: FetchRules) -> str:
     return path
 
 
-def is_below_any(uri: str, roots: Sequence[str]) -> bool:
+def is_below_any(uri: str, roots: list[str]) -> bool:
     """Whether ``uri`` is below one of ``roots``, compared as texts."""
     return any(uri.startswith(f"{root.rstrip('/')}/") for root in roots)
 
@@ -140,7 +139,7 @@ class HostCheck:
         """Whether the recipe itself names a prefix of ``url``, whatever addresses its host has."""
         return ".." not in urlsplit(url).path.split("/") and is_below_any(url, self._roots)
 
-    def allowed(self, host: str, addresses: Sequence[str]) -> list[str]:
+    def allowed(self, host: str, addresses: list[str]) -> list[str]:
         """Those of the ``addresses`` of ``host`` that may be connected to."""
         host = host.lower().rstrip(".")
         parents = {f"*.{host.split('.', n)[n]}" for n in range(host.count(".") + 1)}

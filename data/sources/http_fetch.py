@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -25,12 +24,12 @@ HEADERS = {
 }
 
 
-def fetch_urls(urls: Sequence[str], base: str, rules: FetchRules, max_bytes: int) -> list[bytes | ImageError]:
+def fetch_urls(urls: list[str], base: str, rules: FetchRules, max_bytes: int) -> list[bytes | ImageError]:
     """The first ``max_bytes`` + 1 bytes behind each URL, or why there are none."""
     return asyncio.run(_fetch_all(urls, base, rules, max_bytes))
 
 
-async def _fetch_all(urls: Sequence[str], base: str, rules: FetchRules, max_bytes: int) -> list[bytes | ImageError]:
+async def _fetch_all(urls: list[str], base: str, rules: FetchRules, max_bytes: int) -> list[bytes | ImageError]:
     places, check = asyncio.Semaphore(CONNECTIONS), HostCheck(base, rules)
     async with _session(aiohttp.ThreadedResolver()) as trusted, _session(_Resolver(check)) as others:
         fetch = _Fetch(base, rules, check, max_bytes, {True: trusted, False: others})

@@ -32,7 +32,7 @@ class LanceReader(Reader):
         dataset = _open(unit["uri"], unit["version"])
         columns = resolve_schema(self.source.columns, dataset.schema, f"source {unit['uri']}", self.natural)
         scanner = dataset.scanner(
-            columns=top_level(dataset.schema, columns.values()),
+            columns=top_level(dataset.schema, list(columns.values())),
             offset=unit["start"],
             limit=unit["stop"] - unit["start"],
             batch_size=BATCH_ROWS,

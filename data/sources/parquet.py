@@ -55,7 +55,7 @@ class ParquetReader(Reader):
         with storage.arrow_file(unit["uri"]) as opened, pq.ParquetFile(opened) as file:
             columns = self._columns(file.schema_arrow, unit["uri"])
             groups, row = row_groups(file, unit["start"], unit["stop"])
-            needed = top_level(file.schema_arrow, columns.values())
+            needed = top_level(file.schema_arrow, list(columns.values()))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=needed):
                 begin, end = max(unit["start"] - row, 0), min(unit["stop"] - row, batch.num_rows)
                 row += batch.num_rows

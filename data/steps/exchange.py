@@ -64,7 +64,7 @@ def exchange(
         pass
 
 
-def return_rows(job: LabelJob, source: str, kind: str, rows: int, columns: Sequence[str] | None = None) -> None:
+def return_rows(job: LabelJob, source: str, kind: str, rows: int, columns: list[str] | None = None) -> None:
     """Write the rows of the work folder ``source`` to ``kind``, one file per corpus part, in the order of the corpus.
 
     ``rows``: about how many there are; ``columns``: all, or ``row`` and some others.

@@ -134,7 +134,7 @@ def _match(job: LabelJob, parts: list[Item], rows: int) -> None:
         return with_key(pa.table(columns, schema=schema), bucket_of(ids.to_pylist(), buckets))
 
     items = [{**item, "kind": "corpus"} for item in parts]
-    items += [{**item, "kind": "vectors"} for item in part_items(uri for uri, _ in _sizes(job.embeddings))]
+    items += [{**item, "kind": "vectors"} for item in part_items([uri for uri, _ in _sizes(job.embeddings)])]
     exchange(job, items, spread, match_vectors, kind="matched", rows=2 * rows)
     _refuse_missing(job, job.work_items("matched"))
     return_rows(job, "matched", "vectors", rows, ["row", "vector"])

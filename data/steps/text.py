@@ -92,7 +92,7 @@ def read_text(uri: str) -> Iterator[pa.Table]:
 def annotate_all(job: LabelJob) -> dict[str, Any]:
     """Write ``annotations.parquet/part-*``; return the number of annotations."""
     folder, config = storage.join(job.out.uri, "annotations.parquet"), job.config.annotations
-    shared = broadcast(Vocabulary(job.vocabulary(), config.lists().aliases))
+    shared = broadcast(Vocabulary(list(job.vocabulary()), config.lists().aliases))
 
     def task(item: Item) -> pa.Table:
         annotator, vocabulary = make_annotator(config), shared()

@@ -6,7 +6,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from functools import reduce
 from operator import mul
 
@@ -59,7 +58,9 @@ class Lexical(Annotator):
 
     def candidates(self, records: pa.Table) -> pa.Table:
         """Terms of the fields that can make an annotation by themselves."""
-        names = [name for name, weight in self.config.field_weights.items() if weight >= self.config.min_score]
+        names: list[str] = [
+            name for name, weight in self.config.field_weights.items() if weight >= self.config.min_score
+        ]
         entries, owners, terms = self._read(records, names)
         proposals = entries.join(terms, on="text").filter(pl.when(IS_FREE).then("within").otherwise("whole"))
         own = owners.join(terms.filter("within"), on="text")
@@ -68,7 +69,7 @@ class Lexical(Annotator):
     def annotate(self, records: pa.Table, vocabulary: Vocabulary) -> pa.Table:
         """Noisy-or over the fields, in the order of the settings."""
         weights = self.config.field_weights
-        entries, owners, terms = self._read(records, weights)
+        entries, owners, terms = self._read(records, list(weights))
         matches = terms.join(vocabulary.spellings, on="term")
         within, whole = matches.filter("within"), matches.filter("whole").select("text", "position")
         free = longest(within).select("text", position="ends").explode("position")
@@ -83,7 +84,7 @@ class Lexical(Annotator):
         scored = hits.group_by("row", "position").agg(strength).with_columns(score=score)
         return scored.select("row", vocabulary.terms.gather(scored["position"]).alias("term"), "score").to_arrow()
 
-    def _read(self, records: pa.Table, names: Iterable[str]) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    def _read(self, records: pa.Table, names: list[str]) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
         """Entries of the named fields that may be read, names of owners, and the ``spans`` of their distinct texts.
 
         A category is read in any language: it comes from its source's taxonomy.

@@ -5,7 +5,6 @@ takes one text; here all texts of a batch walk the automaton in step, and one sp
 results.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -66,7 +65,7 @@ def language_of(locale: str | None) -> str | None:
     return tag if tag in _model().languages else None
 
 
-def identify(texts: Sequence[str]) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
+def identify(texts: list[str]) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
     """Language and confidence of each text [n], as py3langid gives them for its first ``IDENTIFY_CHARACTERS``."""
     model = _model()
     encoded = [_encode(text[:IDENTIFY_CHARACTERS]) for text in texts]

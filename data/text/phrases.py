@@ -3,7 +3,6 @@
 What polars cannot do alike, Python does: it cuts a text into tokens, and describes each distinct token once.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -23,7 +22,7 @@ def _describe(token: str) -> tuple[str, str | None, str, bool, bool]:
     return token, word, singular(word or ""), inner, inner and word not in STOP_WORDS
 
 
-def _words(texts: Sequence[str]) -> pl.DataFrame:
+def _words(texts: list[str]) -> pl.DataFrame:
     """One row per word of ``texts``, in order: ``text`` (index), ``phrase`` (number), and the columns of ``_TOKEN``."""
     tokens = [[*tokens_of(text), "\n"] for text in texts]
     text = np.repeat(np.arange(len(texts)), np.fromiter(map(len, tokens), np.int64, len(tokens)))
@@ -33,7 +32,7 @@ def _words(texts: Sequence[str]) -> pl.DataFrame:
     return frame.with_columns(phrase=pl.col("word").is_null().cum_sum()).filter(pl.col("word") != "")
 
 
-def spans(texts: Sequence[str]) -> pl.DataFrame:
+def spans(texts: list[str]) -> pl.DataFrame:
     """One row per term of adjacent words in ``texts``.
 
     ``text`` is the index of the text, ``term`` the canonical term, ``at`` the number of its first word, ``length`` its

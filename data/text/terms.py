@@ -6,9 +6,10 @@ These functions take one text; ``phrases`` takes many at once, and is tested aga
 
 import re
 import unicodedata
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping, Set
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 from lookalike.plain_yaml import parse_yaml
 
@@ -135,7 +136,7 @@ def ngrams(text: str) -> set[str]:
     return terms
 
 
-def match_terms(text: str, vocabulary: Container[str]) -> set[str]:
+def match_terms(text: str, vocabulary: Set[str] | Mapping[str, Any]) -> set[str]:
     """Vocabulary terms that ``text`` names: the longest at each place, and the shorter terms that it ends in.
 
     "office chair" names a chair, because English puts the head last; it does not name an office.
@@ -148,7 +149,7 @@ def match_terms(text: str, vocabulary: Container[str]) -> set[str]:
     return terms
 
 
-def _match_at(phrase: list[str], start: int, vocabulary: Container[str], terms: set[str]) -> int:
+def _match_at(phrase: list[str], start: int, vocabulary: Set[str] | Mapping[str, Any], terms: set[str]) -> int:
     """Add what is named at word ``start`` to ``terms``; return where to read on."""
     for end in range(min(start + MAX_WORDS, len(phrase)), start, -1):
         term = join_words(tuple(phrase[start:end]))

@@ -1,7 +1,5 @@
 """Text fields of corpus records as rows: which record says which text, and how strongly."""
 
-from collections.abc import Iterable
-
 import polars as pl
 import pyarrow as pa
 
@@ -11,7 +9,7 @@ SCORES = {"interactions": "weight", "annotations": "score"}
 """Fields that are lists of scored terms, and the name of the score."""
 
 
-def read_fields(records: pa.Table, names: Iterable[str]) -> pl.DataFrame:
+def read_fields(records: pa.Table, names: list[str]) -> pl.DataFrame:
     """One row per entry of the named fields: ``row`` of the record, ``field``, ``text``, ``strength``, ``locale``.
 
     Each part of the path in ``category`` is an entry. ``strength`` is a score cut to [0, 1], and 1 where the field has

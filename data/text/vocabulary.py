@@ -1,6 +1,6 @@
 """The terms that annotations may have, as a table that spans of text are joined with."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import polars as pl
 
@@ -10,7 +10,7 @@ from lookalike.data.text.terms import endings
 class Vocabulary:
     """The canonical terms that annotations may have; an alias is matched as the term it stands for."""
 
-    def __init__(self, terms: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(self, terms: list[str], aliases: Mapping[str, str] | None = None) -> None:
         self.terms = pl.Series(sorted(set(terms)), dtype=pl.String)
         positions = {term: position for position, term in enumerate(self.terms.to_list())}
         self._positions = positions | {a: positions[term] for a, term in (aliases or {}).items() if term in positions}

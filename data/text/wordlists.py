@@ -6,7 +6,7 @@ A list is a text file with one term per line and ``#`` for comments; aliases are
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -49,7 +49,7 @@ def load_lists(
     *,
     sensitive: str | None,
     packaged_sensitive: bool,
-    stop_terms: Iterable[str],
+    stop_terms: tuple[str, ...],
     aliases: Mapping[str, str] | str,
     vocabulary: str | None,
     latin: bool,
