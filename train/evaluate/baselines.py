@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lookalike.seeds import derive_seed
 
 Floats = npt.NDArray[np.float32]
+GRID_ROWS = 16_384
 
 
 def normalize_prefix(vectors: Floats, dim: int) -> Floats:
@@ -25,16 +26,34 @@ def normalize_prefix(vectors: Floats, dim: int) -> Floats:
     return result
 
 
+def grid_prefix(vectors: Floats, dim: int) -> Floats:
+    """The first ``dim`` values of each row, L2-normalised, in whole multiples of 2^-24: those multiples, float32 [n, dim].
+
+    Products and sums of these whole numbers are exact in float64 (a sum of products is at most 2^48), so the order of
+    rows by their inner product does not depend on block size, number of threads or processor. The grid is as fine as
+    float32; a zero prefix stays zero.
+    """
+    result = np.empty((len(vectors), dim), np.float32)
+    for start in range(0, len(vectors), GRID_ROWS):
+        prefix = vectors[start : start + GRID_ROWS, :dim].astype(np.float64)
+        # one after the other: a sum by pairs or blocks rounds as the processor likes
+        norms = np.sqrt(np.cumsum(prefix**2, axis=1)[:, -1:])
+        result[start : start + GRID_ROWS] = np.rint(prefix / np.where(norms > 0, norms, 1) * 2.0**24)
+    return result
+
+
 def svd_directions(vectors: Floats) -> Floats:
     """Right singular vectors [D, D] of the normalised training rows [n, D], strongest first."""
-    _, _, directions = np.linalg.svd(normalize_prefix(vectors, vectors.shape[1]), full_matrices=False)
+    unit = normalize_prefix(vectors, vectors.shape[1]).astype(np.float64)
+    _, _, directions = np.linalg.svd(unit, full_matrices=False)
     result: Floats = directions.astype(np.float32)
     return result
 
 
 def project(vectors: Floats, directions: Floats) -> Floats:
     """Coordinates [n, r] of the normalised rows along ``directions`` [r, D]; prefixes of these are the SVD baseline."""
-    result: Floats = normalize_prefix(vectors, vectors.shape[1]) @ directions.T
+    unit = normalize_prefix(vectors, vectors.shape[1]).astype(np.float64)
+    result: Floats = (unit @ directions.T.astype(np.float64)).astype(np.float32)
     return result
 
 

@@ -3,6 +3,9 @@
 The first embeddings artifact is the subject; the others are compared with it. Each is measured at its prefixes (plain
 truncation, if it was not trained nested) and, if the settings name it, reduced by SVD, by a random choice of features
 and by random projection.
+
+Ranks follow one rule: cosines of vectors rounded to multiples of 2^-24, computed exactly, and of equal cosines the row
+with the smaller ``image_id`` first. So figures do not depend on the order of the rows, on blocks or on the processor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -24,11 +28,11 @@ from lookalike.progress import track
 from lookalike.registry import nearest
 from lookalike.retrieval import metrics
 from lookalike.stages import Input, Stage, StageConfig, StageRun
-from lookalike.train.evaluate.baselines import REDUCTIONS, Floats, normalize_prefix
+from lookalike.train.evaluate.baselines import REDUCTIONS, Floats, grid_prefix
 from lookalike.train.evaluate.embed import select_rows
 
 K = 10
-QUERY_BLOCK = 512
+QUERY_BLOCK, BASE_BLOCK = 512, 65_536
 
 
 class RetrievalTask(Config):
@@ -96,18 +100,48 @@ def row_indices(table: pa.Table, where: Mapping[str, list[str]], what: str) -> n
     return rows
 
 
-def nearest_rows(queries: Floats, database: Floats, same: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
-    """Exact ``k`` best database rows of each query by inner product, int64 [q, k].
+def sort_by_id(table: pa.Table, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The numbers ``rows`` of rows of ``table``, in order of their ``image_id``."""
+    order = pc.array_sort_indices(table["image_id"].combine_chunks().take(pa.array(rows)))
+    return rows[order.to_numpy()]
 
-    ``same`` [q]: the database row that is the query itself and is left out, or -1.
+
+def nearest_rows(queries: Floats, database: Floats, same: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """The ``k`` best database rows of each query by inner product, of equal ones the smaller row, int64 [q, k].
+
+    Exact for rows of ``grid_prefix``. ``same`` [q]: the database row that is the query itself and comes last, or -1.
     """
-    blocks = []
-    for start in range(0, len(queries), QUERY_BLOCK):
-        scores = queries[start : start + QUERY_BLOCK] @ database.T
-        own = same[start : start + QUERY_BLOCK]
-        scores[np.flatnonzero(own >= 0), own[own >= 0]] = -np.inf
-        blocks.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
-    return np.concatenate(blocks)
+    return np.concatenate(
+        [
+            _nearest_in_blocks(queries[start : start + QUERY_BLOCK], database, same[start : start + QUERY_BLOCK], k)
+            for start in range(0, len(queries), QUERY_BLOCK)
+        ]
+    )
+
+
+def _nearest_in_blocks(queries: Floats, database: Floats, same: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    wide, rows, best = queries.astype(np.float64), np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0))
+    for first in range(0, len(database), BASE_BLOCK):
+        scores = wide @ database[first : first + BASE_BLOCK].T.astype(np.float64)
+        own = np.flatnonzero((same >= first) & (same < first + BASE_BLOCK))
+        scores[own, same[own] - first] = -np.inf
+        found = _largest(scores, k)
+        rows = np.hstack([rows, found + first])
+        best = np.hstack([best, np.take_along_axis(scores, found, axis=1)])
+        order = np.argsort(-best, axis=1, kind="stable")[:, :k]  # rows of earlier blocks stand first, and are smaller
+        rows, best = np.take_along_axis(rows, order, axis=1), np.take_along_axis(best, order, axis=1)
+    return rows
+
+
+def _largest(scores: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
+    """Columns of the ``k`` largest of each line, falling, of equal ones the smaller column first."""
+    k = min(k, scores.shape[1])
+    kth = np.partition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k]
+    found = np.empty((len(scores), k), np.int64)
+    for number, line in enumerate(scores):
+        columns = np.flatnonzero(line >= kth[number])
+        found[number] = columns[np.argsort(-line[columns], kind="stable")[:k]]
+    return found
 
 
 def neighbour_labels(
@@ -123,8 +157,8 @@ def measure_task(
     embedded: EmbeddingTable, vectors: Floats, dims: list[int], task: RetrievalTask
 ) -> Iterator[dict[str, Any]]:
     """One row of figures per dim for prefixes of ``vectors`` [n, D], each normalised after truncation."""
-    query_rows = row_indices(embedded.table, task.queries, "queries")
-    base_rows = row_indices(embedded.table, task.database, "database")
+    query_rows = sort_by_id(embedded.table, row_indices(embedded.table, task.queries, "queries"))
+    base_rows = sort_by_id(embedded.table, row_indices(embedded.table, task.database, "database"))
     if task.label not in embedded.table.column_names:
         valid = embedded.table.column_names
         raise UsageError(
@@ -132,8 +166,9 @@ def measure_task(
             f"{', '.join(valid)}"
         )
     column = embedded.table[task.label].to_pylist()
-    classes = {value: i for i, value in enumerate(sorted({str(v) for v in column if v is not None}))}
-    labels = np.array([-1 if value is None else classes[str(value)] for value in column], np.int64)
+    names = ["" if value is None else str(value) for value in column]
+    classes = {name: i for i, name in enumerate(sorted(set(names) - {""}))}
+    labels = np.array([classes.get(name, -1) for name in names], np.int64)  # an empty label is no class
     query_rows = query_rows[labels[query_rows] >= 0]  # nothing is right or wrong for a query without a label
     if not len(query_rows):
         raise UsageError(f"no query of {dict(task.queries)} has a {task.label!r}; choose another label")
@@ -142,7 +177,7 @@ def measure_task(
     relevant = metrics.count_relevant(labels[base_rows], labels[query_rows])
     relevant = relevant - (same >= 0)  # the query itself is no answer
     for dim in dims:
-        unit = normalize_prefix(vectors, dim)
+        unit = grid_prefix(vectors, dim)
         hits = neighbour_labels(unit[query_rows], unit[base_rows], same, labels[base_rows])
         p1 = metrics.precision_at_k(hits, labels[query_rows], 1)
         yield {
@@ -163,7 +198,7 @@ def measure(embedded: EmbeddingTable, config: EvaluateConfig) -> list[dict[str, 
     coordinates = {"prefix": embedded.vectors}
     fit = embedded.vectors[:0]
     if embedded.name in config.svd_of:
-        fit = embedded.vectors[row_indices(embedded.table, config.svd_fit, "svd_fit")]
+        fit = embedded.vectors[sort_by_id(embedded.table, row_indices(embedded.table, config.svd_fit, "svd_fit"))]
     for method, names in config.reduced.items():
         if embedded.name in names:
             coordinates[method] = REDUCTIONS[method](embedded.vectors, fit, config.seed)
@@ -240,5 +275,6 @@ STAGE = Stage(
     kind="report",
     config=EvaluateConfig,
     run=evaluate,
+    version=2,
     inputs={"embeddings": Input("embeddings", many=True)},
 )

@@ -38,15 +38,20 @@ def relevance(neighbours: Labels, labels: Labels, k: int) -> npt.NDArray[np.bool
         raise UsageError(f"neighbours {neighbours.shape} and labels {labels.shape} must be [n, k] and [n]")
     if not 1 <= k <= neighbours.shape[1]:
         raise UsageError(f"k is {k}, the neighbours go to {neighbours.shape[1]}; retrieve more or lower k")
-    known = labels != "" if labels.dtype.kind == "U" else labels.astype(np.int64) >= 0
-    return np.asarray((neighbours[:, :k] == labels[:, None]) & known[:, None])
+    return np.asarray((neighbours[:, :k] == labels[:, None]) & _is_known(labels)[:, None])
+
+
+def _is_known(labels: Labels) -> npt.NDArray[np.bool_]:
+    return np.asarray(labels != "" if labels.dtype.kind == "U" else labels.astype(np.int64) >= 0)
 
 
 def count_relevant(database: Labels, labels: Labels) -> npt.NDArray[np.int64]:
-    """R: the number of database items with each query's label, int64 [n]."""
+    """R: the number of database items with each query's label, 0 for an unknown label, int64 [n]."""
     values, counts = np.unique(database, return_counts=True)
     place = np.minimum(np.searchsorted(values, labels), max(0, len(values) - 1))
-    return np.where(values[place] == labels, counts[place], 0) if len(values) else np.zeros(len(labels), np.int64)
+    if not len(values):
+        return np.zeros(len(labels), np.int64)
+    return np.where((values[place] == labels) & _is_known(labels), counts[place], 0)
 
 
 def per_query_precision(neighbours: Labels, labels: Labels, k: int) -> Scores:
