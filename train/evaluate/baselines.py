@@ -27,7 +27,7 @@ def normalize_prefix(vectors: Floats, dim: int) -> Floats:
 
 
 def grid_prefix(vectors: Floats, dim: int) -> Floats:
-    """The first ``dim`` values of each row, L2-normalised, in whole multiples of 2^-24: those multiples, float32 [n, dim].
+    """The first ``dim`` values of each row, L2-normalised, as whole multiples of 2^-24 (float32 [n, dim]).
 
     Products and sums of these whole numbers are exact in float64 (a sum of products is at most 2^48), so the order of
     rows by their inner product does not depend on block size, number of threads or processor. The grid is as fine as
