@@ -103,7 +103,8 @@ def row_indices(table: pa.Table, where: Mapping[str, list[str]], what: str) -> n
 def sort_by_id(table: pa.Table, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The numbers ``rows`` of rows of ``table``, in order of their ``image_id``."""
     order = pc.array_sort_indices(table["image_id"].combine_chunks().take(pa.array(rows)))
-    return rows[order.to_numpy()]
+    result: npt.NDArray[np.int64] = rows[order.to_numpy()]
+    return result
 
 
 def nearest_rows(queries: Floats, database: Floats, same: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
