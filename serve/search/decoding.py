@@ -1,12 +1,12 @@
 """The decoders of an image encoder: a few processes, whose time callers share by turns.
 
-Pictures wait in a lane for each tenant, and lanes take turns, so a tenant whose pictures are slow waits for itself. A
-picture whose request is given up leaves its lane, or takes its decoder's process with it.
+Pictures wait in a lane for each tenant, and lanes take turns. A lane whose pictures are slow leaves one decoder to the
+others. A picture whose request is given up leaves its lane, or takes its decoder's process with it.
 """
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,8 +21,10 @@ MAX_WAITING = 256
 """Pictures that may wait when a request with pictures begins; half as many of one tenant."""
 WINDOW = 8
 """Pictures of one request that wait or are decoded at a time."""
-SMOOTHING = 0.1
-"""Weight of the newest picture in the moving average of decoding time."""
+SMOOTHING = 0.2
+"""Weight of the newest picture in the moving average of a lane's decoding time."""
+SLOW_S = 0.5
+"""Mean time of a picture from which a lane is slow; photographs take some hundredths."""
 FIRST_MEAN_S = 0.02
 
 
@@ -33,7 +35,9 @@ class Decoders:
     """
 
     def __init__(self, num: int) -> None:
-        self._num, self._mean_s = num, FIRST_MEAN_S
+        self._num = num
+        self._mean_s = defaultdict[str, float](lambda: FIRST_MEAN_S)
+        self._under_way = Counter[str]()
         self._idle = [Decoder() for _ in range(num)]
         self._all = tuple(self._idle)
         self._threads = ThreadPoolExecutor(num, "decoder")
@@ -50,7 +54,7 @@ class Decoders:
         """Raise RESOURCE_EXHAUSTED if too many pictures wait, in all lanes or in this one."""
         own, every = len(self._lanes.get(lane, ())), self.num_waiting
         if own >= MAX_WAITING // 2 or every >= MAX_WAITING:
-            retry_ms = math.ceil(1000 * self._mean_s * (own + 1) * max(1, len(self._lanes)) / self._num)
+            retry_ms = math.ceil(1000 * self._mean_s[lane] * (own + 1) * max(1, len(self._lanes)) / self._num)
             raise RetrievalError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{every} images wait to be decoded, {own} of this caller; retry after {retry_ms} ms",
@@ -72,7 +76,7 @@ class Decoders:
 
     async def decode(self, data: bytes, order: Order, lane: str) -> Reply:
         """Decode a picture when it is its turn; cancel it to give up. Raises as ``Decoder.run`` does."""
-        job = _Job(data, order, asyncio.get_running_loop().create_future())
+        job = _Job(data, order, lane, asyncio.get_running_loop().create_future())
         self._lanes.setdefault(lane, deque()).append(job)
         self._dispatch()
         try:
@@ -98,18 +102,22 @@ class Decoders:
             self._lanes.pop(lane, None)
 
     def _dispatch(self) -> None:
-        while self._idle and self._lanes:
-            lane = next(iter(self._lanes))
+        while self._idle and (lane := next(filter(self._may_begin, self._lanes), None)) is not None:
             waiting = self._lanes.pop(lane)
             job = waiting.popleft()
             if waiting:
                 self._lanes[lane] = waiting  # its next turn comes after the other lanes'
             job.begun, job.decoder = True, self._idle.pop()
+            self._under_way[lane] += 1
             work = job.reply.get_loop().run_in_executor(self._threads, _run, job.decoder, job.data, job.order)
             work.add_done_callback(partial(self._finish, job, job.decoder, monotonic()))
 
+    def _may_begin(self, lane: str) -> bool:
+        return self._mean_s[lane] < SLOW_S or self._under_way[lane] < max(1, self._num - 1)
+
     def _finish(self, job: "_Job", decoder: Decoder, start: float, work: "asyncio.Future[Reply | Exception]") -> None:
-        self._mean_s += SMOOTHING * (monotonic() - start - self._mean_s)
+        self._mean_s[job.lane] += SMOOTHING * (monotonic() - start - self._mean_s[job.lane])
+        self._under_way[job.lane] -= 1
         job.decoder = None
         self._idle.append(decoder)
         reply = DecoderLostError("the decoders end") if work.cancelled() else work.result()
@@ -136,7 +144,7 @@ def _run(decoder: Decoder, data: bytes, order: Order) -> Reply | Exception:
 class _Job:
     """A picture that waits, or is decoded."""
 
-    def __init__(self, data: bytes, order: Order, reply: "asyncio.Future[Reply]") -> None:
-        self.data, self.order, self.reply = data, order, reply
+    def __init__(self, data: bytes, order: Order, lane: str, reply: "asyncio.Future[Reply]") -> None:
+        self.data, self.order, self.lane, self.reply = data, order, lane, reply
         self.begun = False
         self.decoder: Decoder | None = None

@@ -93,6 +93,29 @@ def test_tenants_take_turns(fakes: type[FakeDecoder]) -> None:
     asyncio.run(run())
 
 
+def test_a_lane_of_slow_pictures_leaves_a_decoder_to_others(
+    fakes: type[FakeDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        decoders, gate = Decoders(2), threading.Event()
+        monkeypatch.setattr(decoding, "SLOW_S", 0.02)
+        fakes.gates[b"first"] = threading.Event()
+        first = asyncio.create_task(decoders.decode(b"first", ORDER, "slow"))
+        await asyncio.sleep(0.3)
+        fakes.gates[b"first"].set()
+        await first
+        fakes.gates[b"more"] = gate
+        more = [asyncio.create_task(decoders.decode(b"more", ORDER, "slow")) for _ in range(3)]
+        await until(lambda: fakes.begun.count(b"more") == 1)
+        assert (await decoders.decode(b"other", ORDER, "other")).width == 5
+        assert fakes.begun.count(b"more") == 1
+        gate.set()
+        await asyncio.gather(*more)
+        decoders.close()
+
+    asyncio.run(run())
+
+
 def test_what_is_given_up_leaves_its_lane_or_stops_its_decoder(fakes: type[FakeDecoder]) -> None:
     async def run() -> None:
         decoders = Decoders(1)
