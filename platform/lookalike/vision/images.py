@@ -83,8 +83,7 @@ def decode_container(container: Container, limits: ImageLimits, square: Square |
     """``decode`` of a file whose header was checked."""
     image = _open(container, limits.max_pixels)
     try:
-        if square is not None and container.kind == "JPEG":
-            factor = square.reduction(*image.size)
+        if square is not None and container.kind == "JPEG" and (factor := square.reduction(*image.size)) > 1:
             image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
         image.load()
         upright = _to_rgb(image, container)

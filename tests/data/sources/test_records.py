@@ -16,7 +16,9 @@ from lookalike.data.sources.columns import arrow_records, resolve, resolve_schem
 from lookalike.data.sources.records import RecordLimits, RecordOrigin, check_records, count_reasons
 from lookalike.data.sources.texts import read_attributes, read_scored, read_text, read_words
 from lookalike.errors import CorpusError
+from lookalike.vision.encoder import to_bytes
 from lookalike.vision.images import ImageError
+from tests.vision.test_decoder import scans_of
 
 LIMITS = RecordLimits(max_bytes=100_000, max_pixels=1_000_000, min_side_px=4, max_text_chars=1000)
 
@@ -32,6 +34,7 @@ def png(size: tuple[int, int] = (16, 12)) -> bytes:
 
 
 PNG = png()
+FLOATS_BEYOND_ONE = to_bytes(Image.new("F", (8, 8), 1.5), "TIFF")
 
 
 def bomb() -> bytes:
@@ -64,6 +67,8 @@ def check(table: pa.Table, **settings: Any) -> tuple[list[dict[str, Any]], list[
         (bomb(), "too_large"),
         (b"x" * 100_001, "too_many_bytes"),
         (png((20, 2)), "too_small"),
+        (scans_of(64, 200), "too_many_scans"),
+        (FLOATS_BEYOND_ONE, "no_value_range"),
     ],
 )
 def test_bad_images_are_quarantined_with_the_reason(data: bytes | None, reason: str) -> None:
