@@ -130,6 +130,8 @@ def resolve_schema(
     paths = paths_of_schema(schema)
     resolved = resolve(columns, list(paths), where, natural)
     for field, column in resolved.items():
+        if schema.names.count(column) > 1:
+            raise CorpusError(f"{where}: there are several columns {column!r}, mapped to {field!r}; rename all but one")
         wanted = _wanted_type(field, paths[column])
         if wanted is not None:
             raise CorpusError(

@@ -126,7 +126,7 @@ def parse_object(line: bytes | None) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return unreadable("not_json", f"{error}, in {text[:100]!r}; correct it")
+        return unreadable("not_json", f"{error}, in {text[:100]!r}; a line holds one whole object")
     return _object(value)
 
 

@@ -1,34 +1,48 @@
 """WebDataset: tar files in which the members of a record share their name up to the first dot."""
 
+import gzip
+import io
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby, islice
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, cast
 
 from lookalike import storage
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
 from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit, unreadable
-from lookalike.data.sources.tables import parse_object
+from lookalike.data.sources.tables import BUFFER_BYTES, parse_object
 from lookalike.entries import ending
 from lookalike.vision.images import ImageError
 
 SAMPLE_RECORDS = 100
+MAX_ZEROS = 1 << 16  # empty blocks in a row
 MAX_TEXT_BYTES = 64 << 20  # of a member that is not an image
 SORTED = "members of a key must follow each other: `tar --sort=name`"
 SCATTERED = f"members of the key, an image not among them, come after other keys and were not read; {SORTED}"
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Raises an error for a damaged or cut header, which tarfile takes for the end of the archive."""
+    """Raises an error for a damaged or cut header, which tarfile takes for the end of the archive.
+
+    Empty blocks end an archive; another one may follow, as ``cat`` joins them. ``zeros`` counts those just before.
+    """
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        zeros = getattr(tar, "zeros", 0)
+        tar.zeros = 0  # type: ignore[attr-defined]
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            if zeros == MAX_ZEROS:
+                raise tarfile.ReadError(f"more than {MAX_ZEROS} empty blocks") from None
+            tar.zeros = zeros + 1  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
+            if zeros and isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+                raise  # the end of the last archive
             raise tarfile.ReadError(str(error)) from None
 
 
@@ -46,10 +60,14 @@ class TarMember(NamedTuple):
 def read_members(file: IO[bytes], max_image_bytes: int, hidden: Counter[str]) -> Iterator[TarMember]:
     """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1. ``hidden`` counts others.
 
-    Raises ``tarfile.ReadError`` if the stream is not a tar, is damaged or ends too early.
+    The stream may be packed by gzip, also in pieces, and hold several archives. Raises ``tarfile.ReadError`` if it is no
+    tar, is damaged or ends too early.
     """
     try:
-        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as tar:
+        buffered = io.BufferedReader(cast(io.RawIOBase, file), BUFFER_BYTES)
+        packed = buffered.peek(2)[:2] == b"\x1f\x8b"
+        plain = gzip.GzipFile(fileobj=buffered) if packed else buffered
+        with tarfile.open(fileobj=plain, mode="r|*", tarinfo=_StrictHeader, ignore_zeros=True) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                 folder, _, name = member.name.rpartition("/")
@@ -71,7 +89,7 @@ def read_members(file: IO[bytes], max_image_bytes: int, hidden: Counter[str]) ->
                 if len(data) < min(member.size, most):
                     raise tarfile.ReadError("unexpected end of data")
                 yield TarMember(key, extension.lower(), data)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise tarfile.ReadError(str(error)) from None
 
 
@@ -149,5 +167,7 @@ class WebDatasetReader(Reader):
             picked = pick_fields(record, wanted)
             if picked.get("image") is None and picked.get("image_uri") is None:
                 members = ", ".join(f".{name}" for name, value in record.items() if isinstance(value, bytes))
-                picked["image"] = ImageError("null", f"none of its members ({members}) is its image; {SORTED}")
+                picked["image"] = ImageError(
+                    "null", f"none of its members ({members}) is its image; map one that is, {SORTED}"
+                )
             yield picked

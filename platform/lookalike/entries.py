@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from lookalike import storage
+from lookalike.errors import UsageError
 from lookalike.telemetry import printable
 
 _BYTE = re.compile("[\udc80-\udcff]")
@@ -22,7 +23,7 @@ PROBLEMS = {
     "dangling_link": "its target does not exist; restore it or remove the link",
     "link_to_folder": "links to folders are not followed; give the folder itself as a source",
     "not_a_file": "it is a pipe, a socket or a device; remove it",
-    "unreadable_folder": "it cannot be listed; give this user the right to read it",
+    "unreadable_folder": "it cannot be listed; restore it, or give this user the right to read it",
 }
 """Reason -> why an entry is no file, and the remedy."""
 
@@ -47,7 +48,11 @@ def walk(fs: Any, root: str, first: str | None = None, last: str | None = None) 
     def below(folder: str, parts: tuple[str, ...]) -> Iterator[Entry]:
         try:
             kinds = _list(fs, folder)
-        except PermissionError:
+        except OSError as error:
+            if not parts:
+                raise UsageError(
+                    f"the folder {escaped(root)} cannot be listed ({error.strerror}); restore it"
+                ) from None
             yield Entry("/".join(parts), "unreadable_folder")
             return
         for name in sorted(kinds):

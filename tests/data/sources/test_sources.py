@@ -501,6 +501,16 @@ def test_members_in_any_order_give_a_caption_to_its_image_or_say_so(members: lis
     assert all("tar --sort=name" in record["detail"] for record in alone if UNREADABLE in record)
 
 
+def test_a_column_that_occurs_twice_is_refused_if_it_is_read(root: str) -> None:
+    columns = [pa.array(["a"]), pa.array([b"x"]), pa.array(["b"]), pa.array(["c"])]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, names=["image_id", "image", "x", "x"]), sink)
+    assert [r["image_id"] for r in read(put(f"{root}/a.parquet", sink.getvalue()), "parquet")] == [b"a"]
+    pq.write_table(pa.table(columns, names=["image_id", "image", "x", "image_id"]), sink := io.BytesIO())
+    with pytest.raises(CorpusError, match="there are several columns 'image_id', mapped to 'image_id'; rename"):
+        read(put(f"{root}/a.parquet", sink.getvalue()), "parquet")
+
+
 def test_links_devices_and_hidden_members_of_a_tar_are_accounted_for(root: str) -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w") as tar:
@@ -517,6 +527,22 @@ def test_links_devices_and_hidden_members_of_a_tar_are_accounted_for(root: str) 
     records = list(opened.read({"uri": f"{root}/a.tar"}))
     assert [(r[UNREADABLE], r["image_id"]) for r in records] == [("not_a_file", "a"), ("not_a_file", "b")]
     assert opened.passed_over == {"(hidden)": 1}
+
+
+@pytest.mark.parametrize("pack", ["plain", "whole", "each", "pieces"])
+def test_archives_joined_by_cat_are_read_to_the_last(root: str, pack: str) -> None:
+    archives = [write_tar([(f"{n}.png", bytes([n]) * 600), (f"{n}.cls", b"7")]) for n in range(4)]
+    joined = b"".join(archives)
+    content = {
+        "plain": joined,
+        "whole": gzip.compress(joined),
+        "each": b"".join(map(gzip.compress, archives)),
+        "pieces": b"".join(gzip.compress(joined[at : at + 5000]) for at in range(0, len(joined), 5000)),
+    }[pack]
+    records = read(put(f"{root}/a.tar", content), "webdataset")
+    assert [(text(r["image_id"]), r["image"]) for r in records] == [(str(n), bytes([n]) * 600) for n in range(4)]
+    cut = read(put(f"{root}/b.tar", content[:-100] if pack != "plain" else joined + b"x" * 512), "webdataset")
+    assert [r.get(UNREADABLE) for r in cut][-1] == "damaged_archive"
 
 
 def test_files_of_other_endings_and_odd_entries_of_a_folder_of_tables_are_counted(tmp_path: Path) -> None:
