@@ -60,8 +60,8 @@ class TarMember(NamedTuple):
 def read_members(file: IO[bytes], max_image_bytes: int, hidden: Counter[str]) -> Iterator[TarMember]:
     """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1. ``hidden`` counts others.
 
-    The stream may be packed by gzip, also in pieces, and hold several archives. Raises ``tarfile.ReadError`` if it is no
-    tar, is damaged or ends too early.
+    The stream may be packed by gzip, also in pieces, and hold several archives. Raises ``tarfile.ReadError`` if it is
+    no tar, is damaged or ends too early.
     """
     try:
         buffered = io.BufferedReader(cast(io.RawIOBase, file), BUFFER_BYTES)

@@ -1,4 +1,4 @@
-"""A str is a sequence of letters: no public function of data/ takes one where several are meant."""
+"""A str is a sequence of letters: no function of data/ has an argument that may be one where several are meant."""
 
 import ast
 from collections.abc import Iterator
