@@ -21,10 +21,9 @@ from lookalike import storage
 from lookalike.cluster import count_cpus, ensure_ray, is_joined
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.serve.experiment.assignment import own_generations, read_arms
+from lookalike.serve.front.guard import check_guard, check_tokens
 from lookalike.serve.front.ingress import SERVICERS, Ingress
 from lookalike.serve.front.overload import IMAGE_SHARE
-from lookalike.serve.front.tenants import read_tenants
-from lookalike.serve.front.tls import LOOPBACK, check_files
 from lookalike.serve.generations.adoption import adopt
 from lookalike.serve.generations.database import Database
 from lookalike.serve.generations.generation import Generation, read_generation
@@ -61,6 +60,7 @@ def build(config: ServeConfig) -> serve.Application:
             "proxy before the gRPC port, as deploy/kuberay/retrieval.yaml does"
         )
     check_guard(config)
+    check_tokens(config)
     return _assemble(config, read_service(config))
 
 
@@ -143,30 +143,6 @@ def _writer(shared: dict[str, Any]) -> serve.Deployment:
     return serve.deployment(name="writer", **{**shared, **alone})(Writer)
 
 
-def check_guard(config: ServeConfig) -> None:
-    """Raise ``UsageError`` if the access settings contradict each other or their files are missing."""
-    if config.loopback_only and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        raise UsageError(
-            "loopback_only=true cannot hold behind HAProxy, where every caller looks local; set "
-            "serve.loopback_only=false and guard the port by network policy"
-        )
-    if config.tenants is not None:
-        read_tenants(config.tenants)
-    if config.writes.state is not None and not config.loopback_only and config.tenants is None:
-        raise UsageError(
-            "writes.state lets whoever reaches the port write and switch indexes, and loopback_only=false "
-            "admits every machine; set serve.tenants, so that it takes a token"
-        )
-    check_files(config.tls)
-    guarded = config.tenants is not None or config.tls.client_ca is not None
-    if config.tls.enabled and config.tls.host not in LOOPBACK and config.loopback_only and not guarded:
-        raise UsageError(
-            f"tls.host={config.tls.host} admits callers from other machines, who look local to "
-            "loopback_only=true; set serve.tenants or tls.client_ca, or loopback_only=false to admit "
-            "everyone"
-        )
-
-
 def read_service(config: ServeConfig) -> Generation:
     """The generation that ``config`` names; raises as ``build`` does."""
     return read_generation(config.index, config.plan, config.encoder)
@@ -183,6 +159,7 @@ def start(config: ServeConfig) -> str:
     generation = read_service(config)
     application, demands = _assemble(config, generation), check_start(config, generation)
     ensure_ray()
+    check_tokens(config)
     _check_no_serve()
     _check_cluster(demands)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

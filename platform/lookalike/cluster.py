@@ -127,6 +127,27 @@ def _own_node() -> Any:
     return node if node is not None and node.head else None
 
 
+def keep_on_loopback() -> None:
+    """Have a local Ray listen on 127.0.0.1 alone; call it before Ray is imported. A cluster that is joined stays as is.
+
+    By its name the variable is for other systems; on all of them it decides whether Ray takes the machine's address.
+    """
+    if not is_joined():
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def token_file() -> Path:
+    """Ray's token on this machine; who reads it runs code in the clusters that accept it."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def warn_of_token() -> None:
+    """Warn if other users may read Ray's token, which Ray writes with the process's umask."""
+    path = token_file()
+    if path.exists() and path.stat().st_mode & 0o077:
+        log.warning("other users may read Ray's token and run code with it %s", fields(remedy=f"chmod 600 {path}"))
+
+
 def ensure_ray(config: ClusterConfig | None = None) -> None:
     """Join the cluster of ``RAY_ADDRESS``, keep a running session, or start a local one."""
     import ray
@@ -140,6 +161,7 @@ def ensure_ray(config: ClusterConfig | None = None) -> None:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         _start_local(config)
+    warn_of_token()
     configure_data(config)
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     nodes = ray.nodes()  # type: ignore[no-untyped-call]

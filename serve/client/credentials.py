@@ -48,7 +48,8 @@ def _read(path: PathLike | None) -> bytes | None:
         if "-----BEGIN" in str(path):
             raise UsageError("the content of a PEM file was given; give its path") from None
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UsageError(f"{show(path)} cannot be read ({reason}); give the path of a PEM file") from None
+        name = path if isinstance(path, (str, Path)) else show(path)
+        raise UsageError(f"{name} cannot be read ({reason}); give the path of a PEM file") from None
 
 
 def open_channel(grpc_module: Any, address: str, tls: ClientTls | None, options: Sequence[tuple[str, Any]]) -> Any:

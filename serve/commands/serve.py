@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lookalike.cluster import keep_on_loopback
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.recipe import Recipe, read_values
@@ -62,6 +63,8 @@ def serve(args: Sequence[str]) -> int:
     if options.check_config:
         print(printable_lines(check_file(options.check_config)))
         return 0
+    if not (options.emit_config or options.dry_run):
+        keep_on_loopback()  # before anything imports Ray
     config = resolve(options.recipe, options.overrides, options.index, in_cluster=options.emit_config)
     if options.emit_config:
         print(emit_config(config), end="")
@@ -92,8 +95,9 @@ def resolve(
     if in_cluster:
         values.setdefault("loopback_only", False)
     config = parse_config(ServeConfig, values, "serve")
-    from lookalike.serve.app import check_guard, read_service
+    from lookalike.serve.app import read_service
     from lookalike.serve.experiment.assignment import read_arms
+    from lookalike.serve.front.guard import check_guard
 
     check_guard(config)
     read_arms(config, read_service(config))
@@ -165,8 +169,10 @@ def emit_config(config: ServeConfig) -> str:
 
 def _serve_until_stopped(config: ServeConfig) -> int:
     from lookalike.serve.app import free_port, start, stop
+    from lookalike.serve.front.guard import close_files
     from lookalike.serve.front.tls import proxy
 
+    close_files()
     message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
     os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for Ray's processes, if it starts here
     os.environ.setdefault(REPLICA_VARIABLE, str(message_bytes + ROOM_BYTES))

@@ -24,6 +24,7 @@ from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.news import News, Poll
 from lookalike.serve.generations.pruning import prune, prune_drafts
 from lookalike.serve.generations.staging import Staging
+from lookalike.serve.generations.roots import artifact_roots, backup_roots, check_below
 from lookalike.serve.generations.state import GenerationRef, State
 from lookalike.serve.generations.write_log import WriteLog
 from lookalike.serve.generations.write_record import WriteKind, WriteRecord, count_foreign
@@ -45,6 +46,8 @@ class Writer:
     def __init__(self, config: ServeConfig, generation: Generation) -> None:
         assert config.writes.state is not None, "without a folder there is nothing to write to"
         self._config, self._folder = config, storage.local_path(config.writes.state)
+        self._roots = artifact_roots(config, generation)
+        """Where ``switch`` finds artifacts."""
         database = Database(self._folder)
         try:
             self._state = adopt(config, generation, database)
@@ -172,6 +175,8 @@ class Writer:
         allowed_s = request.timeout_s or SWITCH_S
         async with self._activities.begin("switch", allowed_s) as activity:
             self._check_followers()
+            given = (request.index, request.plan or None, request.encoder or None)
+            check_below("artifact", [uri for uri in given if uri not in ("auto", "none")], self._roots)
             if request.HasField("includes_writes") and request.includes_writes > self._log.last:
                 raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, {self._log.last}")
             activity.step = f"reads index {request.index}"
@@ -186,6 +191,7 @@ class Writer:
                 )
             except (LookalikeError, OSError) as error:
                 raise refused(f"not switched: {error}") from None
+            check_below("encoder", [generation.encoder], self._roots)
             with self._changing_model(generation.meta.model_fingerprint):
                 await self._log.settle()  # no write with vectors can arrive after the check
                 self._check_writes(generation)
@@ -316,6 +322,7 @@ class Writer:
     async def backup(self, target: str) -> int:
         """Copy the writes and the state to the new file ``target``; return the number of the last write in it."""
         async with self._activities.begin("backup", SWITCH_S) as activity:  # no compaction runs during the copy
+            check_below("backup", [target], backup_roots(self._config))
             activity.step = f"copies to {target}"
             try:
                 return await self._log.backup(target)

@@ -63,6 +63,9 @@ class Writes(Config):
     """Folder of this service alone for its writes, the name of the served index, and the indexes that compaction
     builds. It must be on a disk that syncs and locks files, shared if replicas run on several machines. None: searches
     only."""
+    roots: tuple[str, ...] = ()
+    """Folders and URI prefixes below which ``switch`` may name artifacts and ``backup`` may write, besides the folder
+    ``state`` and, for artifacts, the roots of the configured index, plan and encoder."""
     compact_rows: int | None = Field(default=20_000, ge=1)
     """Compact once this many written and deleted rows wait; None leaves compaction to the operator."""
     keep_hours: float | None = Field(default=24.0, ge=0.0)
@@ -70,6 +73,14 @@ class Writes(Config):
     may be rolled back to, needs them. None removes nothing."""
     max_pending_rows: int = Field(default=200_000, ge=1)
     """Written and deleted rows that may wait for compaction; further writes are RESOURCE_EXHAUSTED."""
+
+    @field_validator("roots")
+    @classmethod
+    def _not_everything(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
+        for root in roots:
+            if not root.rpartition("://")[2].strip("/"):
+                raise ValueError(f"writes.roots has {root!r}, which is everything; name a folder")
+        return roots
 
     @field_validator("state")
     @classmethod

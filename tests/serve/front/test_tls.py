@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from lookalike.errors import LookalikeError, UsageError
-from lookalike.serve.app import build, check_guard, free_port
+from lookalike.serve.app import build, free_port
 from lookalike.serve.client import AsyncClient, Client, ClientTls
 from lookalike.serve.commands.serve import emit_config, is_setting
+from lookalike.serve.front.guard import check_guard
 from lookalike.serve.front.tls import check_files, proxy, render
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc

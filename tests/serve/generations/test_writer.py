@@ -219,9 +219,15 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(config: ServeConfig, world: 
 def test_a_service_goes_on_from_a_restored_backup(config: ServeConfig, world: "World", tmp_path: Path) -> None:
     model, restored = world.encoder.fingerprint, tmp_path / "restored"
     restored.mkdir()
+    roots = config.writes.model_copy(update={"roots": (str(restored),)})
+    config = config.model_copy(update={"writes": roots})
 
     async def work() -> None:
         writer = open_writer(config)
+        with pytest.raises(RetrievalError, match="PERMISSION_DENIED: backup .* is not below"):
+            await writer.backup(str(tmp_path / FILE))
+        with pytest.raises(RetrievalError, match="PERMISSION_DENIED: artifact '/etc' is not below"):
+            await writer.switch(pb.SwitchRequest(index="/etc").SerializeToString())
         await writer.upsert(upsert("new-000", model=model))
         await writer.compact(0)
         await writer.upsert(upsert("new-001", model=model))
