@@ -23,8 +23,8 @@ from lookalike.serve.generations.followers import Followers
 from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.news import News, Poll
 from lookalike.serve.generations.pruning import prune, prune_drafts
-from lookalike.serve.generations.staging import Staging
 from lookalike.serve.generations.roots import artifact_roots, backup_roots, check_below
+from lookalike.serve.generations.staging import Staging
 from lookalike.serve.generations.state import GenerationRef, State
 from lookalike.serve.generations.write_log import WriteLog
 from lookalike.serve.generations.write_record import WriteKind, WriteRecord, count_foreign
