@@ -31,10 +31,10 @@ from lookalike.vision.transforms import TransformConfig, normalize_pixels
 
 Batch = dict[str, Any]
 """``images`` uint8 [n, 3, H, W] channels-last (float32 once on the device); ``labels`` int64 [n, K] padded with -1;
-``category``, ``group``, the attributes that tasks read (``attribute.colour``) and ``row``, int64 [n]; ``row`` is unique
-over all workers' pictures of a step. ``ids``: a list of image ids. ``place``: stream and number of the batch;
-what a task draws depends on them, not on the worker that computes it. With two views of a picture all columns are
-repeated as a whole: row n + i is the other view of row i."""
+``category``, ``group``, the attributes that tasks read (``attribute.colour``) and ``row``, int64 [n]; ``row`` is a
+picture's own number, the same wherever the picture stands twice. ``ids``: a list of image ids. ``place``: stream and
+number of the batch; what a task draws depends on them, not on the worker that computes it. With two views of a picture
+all columns are repeated as a whole: row n + i is the other view of row i."""
 
 Augment = Callable[[Image.Image], Image.Image]
 
@@ -78,12 +78,15 @@ class BatchBuilder:
         with torch.random.fork_rng(devices=[]):  # leaves the trainer's own random state alone
             torch.default_generator.manual_seed(derive_seed(self.seed, "augment", self.rank, plan.step))
             pixels = [[np.asarray(self.augment(picture)) for _ in range(self.views)] for picture in pictures]
-        n, images = len(pixels), np.stack([each[v] for v in range(self.views) for each in pixels])
+        images = np.stack([each[v] for v in range(self.views) for each in pixels])
+        ids = [image_id for _, table in tables for image_id in table["image_id"].to_pylist()]
+        names = [
+            piece.dataset for piece, (_, table) in zip(plan.slices, tables, strict=True) for _ in range(len(table))
+        ]
         columns = {
-            "row": torch.arange(self.rank * n, (self.rank + 1) * n),
+            "row": torch.tensor([derive_seed(0, *picture) for picture in zip(names, ids, strict=True)]),
             **label_columns([table for _, table in tables], self.stated),
         }
-        ids = [image_id for _, table in tables for image_id in table["image_id"].to_pylist()]
         return {
             "images": torch.from_numpy(images).permute(0, 3, 1, 2),
             **{name: column.repeat(self.views, *[1] * (column.ndim - 1)) for name, column in columns.items()},

@@ -8,17 +8,20 @@ import torch
 from lookalike.train.losses.classes import masked_mean, unit_rows
 
 
-def koleo_loss(vectors: torch.Tensor) -> torch.Tensor:
-    """Spread of the normalised rows [n, m]: minus the mean log distance to the nearest other row (Sablayrolles et al.
-    2019, equation 2, the Kozachenko-Leonenko estimate of entropy). A single row gives zero."""
-    if len(vectors) < 2:
-        return vectors.sum() * 0.0
+def koleo_loss(vectors: torch.Tensor, pictures: torch.Tensor | None = None) -> torch.Tensor:
+    """Spread of the normalised rows [n, m]: minus the mean log distance to the nearest row of another picture
+    (Sablayrolles et al. 2019, equation 2, the Kozachenko-Leonenko estimate of entropy).
+
+    ``pictures`` int64 [n]: rows of equal value show the same picture; None: all differ. Rows without another picture
+    are left out; none at all gives zero.
+    """
     unit = unit_rows(vectors)
+    pictures = torch.arange(len(vectors), device=vectors.device) if pictures is None else pictures
+    others = pictures[:, None] != pictures[None]
     with torch.no_grad():
-        cosines = unit @ unit.T
-        nearest = cosines.fill_diagonal_(-2.0).argmax(dim=1)
+        nearest = torch.where(others, unit @ unit.T, -2.0).argmax(dim=1)
     distances = (unit - unit[nearest]).square().sum(dim=1).clamp_min(1e-12).sqrt()
-    return -distances.log().mean()
+    return masked_mean(-distances.log(), others.any(dim=1))
 
 
 def embedding_norm_loss(vectors: torch.Tensor) -> torch.Tensor:

@@ -139,10 +139,14 @@ class Curve:
     points: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+    """Names of losses that were not exactly 0 in some step."""
 
     def add(self, figures: StepValues) -> None:
         """Add a step; every ``total_steps / CURVE_POINTS`` steps, and at the end, add a point."""
         for name, value in figures.values.items():
+            if value:
+                self.trained.add(name)
             if math.isfinite(value):
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
@@ -153,10 +157,16 @@ class Curve:
         self.sums, self.counts = {}, {}
 
     def state(self) -> dict[str, Any]:
-        return {"points": list(self.points), "sums": dict(self.sums), "counts": dict(self.counts)}
+        return {
+            "points": list(self.points),
+            "sums": dict(self.sums),
+            "counts": dict(self.counts),
+            "trained": sorted(self.trained),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.points, self.sums, self.counts = list(state["points"]), dict(state["sums"]), dict(state["counts"])
+        self.trained = set(state["trained"])
 
 
 class Pace:

@@ -39,7 +39,8 @@ def freeze(model: MultiTaskModel, config: BackboneConfig) -> None:
 
 
 def _freeze_stages(backbone: nn.Module, stages: int) -> None:
-    prefixes = ["conv_stem", "bn1", "patch_embed", "stem", "cls_token", "pos_embed", "conv1"]
+    prefixes = ["conv_stem", "bn1", "patch_embed", "stem", "conv1", "norm_pre"]
+    prefixes += ["cls_token", "reg_token", "dist_token", "pos_embed"]
     prefixes += [f"{name}.{i}" for name in ("blocks", "stages") for i in range(stages)]
     prefixes += [f"layer{i + 1}" for i in range(stages)]
     frozen = [
@@ -62,12 +63,14 @@ def _freeze_stages(backbone: nn.Module, stages: int) -> None:
 
 
 def set_train_mode(model: MultiTaskModel, config: BackboneConfig) -> None:
-    """Set training mode, except for a probe's backbone and batch-norm layers whose statistics stay."""
+    """Set training mode, except for frozen layers, which drop nothing, and batch-norm layers whose statistics stay."""
     model.train()
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
-    if config.trainable == "probe":
-        backbone.eval()
+    for module in backbone.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
     for module in model.modules():
         if isinstance(module, BATCH_NORM):
             frozen = module.weight is not None and not module.weight.requires_grad
@@ -104,7 +107,16 @@ def parameter_groups(model: MultiTaskModel, config: OptimizerConfig) -> list[dic
     ]
     if config.kind != "adamw":
         groups[-1]["momentum"] = config.momentum if config.proxy_momentum is None else config.proxy_momentum
+    if config.kind == "lars":
+        groups = [part for group in groups for part in _adapt_matrices(group)]
     return [group for group in groups if group["params"]]
+
+
+def _adapt_matrices(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group's matrices, which LARS adapts whatever their weight decay, and its vectors, which it leaves to SGD."""
+    matrices = [p for p in group["params"] if p.ndim > 1]
+    vectors = [p for p in group["params"] if p.ndim <= 1]
+    return [{**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0}]
 
 
 def _group(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
@@ -119,7 +131,8 @@ def is_proxy(name: str) -> bool:
 def _backbone_groups(backbone: nn.Module, config: OptimizerConfig) -> Iterator[dict[str, Any]]:
     if config.layer_decay is not None:
         for group in layer_groups(backbone, config.weight_decay, config.layer_decay):
-            yield {"name": "backbone", **group, "lr": config.lr * group["lr_scale"]}
+            # the layer above the backbone, a classifier in BEiT and MAE, is here the projection or the heads
+            yield {"name": "backbone", **group, "lr": config.lr * group["lr_scale"] * config.layer_decay}
         return
     excluded = undecayed(backbone)
     trained = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]

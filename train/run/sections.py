@@ -1,5 +1,6 @@
 """The groups of ``TrainConfig``: backbone, initialise, optimizer, schedule, loader, compute, workers."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -9,6 +10,18 @@ from lookalike.config import Config, runtime
 from lookalike.train.feed.draws import BalanceConfig
 
 _DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def refuse_idle(config: Config, read: Mapping[str, set[str]]) -> None:
+    """Raise ``ValueError`` if a setting was changed that ``config.kind`` does not read.
+
+    ``read``: kind -> what it reads, of the settings that only some kinds read.
+    """
+    kind = str(config.kind)  # type: ignore[attr-defined]
+    for name in sorted(set().union(*read.values()) - read[kind]):
+        if getattr(config, name) != type(config).model_fields[name].default:
+            readers = ", ".join(other for other, names in read.items() if name in names)
+            raise ValueError(f"kind {kind} does not read {name} ({readers} does); drop it, or set another kind")
 
 
 class BackboneConfig(Config):
@@ -69,8 +82,8 @@ class OptimizerConfig(Config):
     proxy_weight_decay: float = Field(0.0, ge=0.0)
     """Weight decay of proxies."""
     layer_decay: float | None = Field(None, gt=0.0, le=1.0)
-    """Factor of the learning rate from each layer of the backbone to the one below it, the top one at ``lr``; None
-    gives all the same."""
+    """Factor of the learning rate from each layer to the one below it: projection and heads stand above the backbone,
+    whose top layer is at ``lr`` times the factor, as in BEiT and MAE. None gives all the same."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     """Momentum of SGD and LARS."""
     proxy_momentum: float | None = Field(None, ge=0.0, lt=1.0)
@@ -80,7 +93,7 @@ class OptimizerConfig(Config):
     betas: tuple[_DecayRate, _DecayRate] = (0.9, 0.999)
     """AdamW's decay rates of the first and the second moment."""
     trust_coefficient: float = Field(0.001, gt=0.0)
-    """LARS: share of a matrix's norm that one step at learning rate 1 may change."""
+    """LARS: share of a matrix's norm that one step at learning rate 1 may change, with or without weight decay."""
     clip_norm: float | None = Field(5.0, gt=0.0)
     """Largest norm of the whole gradient; None does not clip."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
@@ -93,6 +106,11 @@ class OptimizerConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
+        momentum = {"momentum", "proxy_momentum", "nesterov"}
+        refuse_idle(
+            self,
+            {"adamw": {"betas"}, "sgd": momentum, "lars": {*momentum, "trust_coefficient"}},
+        )
         momenta = (self.momentum, self.momentum if self.proxy_momentum is None else self.proxy_momentum)
         if self.nesterov and min(momenta) == 0.0:
             raise ValueError("nesterov needs a momentum above 0, for proxies too")
@@ -120,6 +138,10 @@ class ScheduleConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
+        warmup = {"warmup_fraction", "warmup_steps"}
+        drops = {"drop_epochs", "drop_factor"}
+        own = {"polynomial": {*warmup, "power"}, "step": {*warmup, *drops}, "cyclic": {"peak_epoch"}}
+        refuse_idle(self, {**dict.fromkeys(("cosine", "linear", "constant"), warmup), **own})
         epochs = list(self.drop_epochs)
         if (self.kind == "step") != bool(epochs):
             raise ValueError(

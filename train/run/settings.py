@@ -22,7 +22,7 @@ from lookalike.train.run.sections import (
     WorkersConfig,
 )
 from lookalike.train.run.trackers import TRACKERS
-from lookalike.train.tasks import CLASS_FIELDS, TaskConfig, form_of
+from lookalike.train.tasks import CLASS_FIELDS, TASKS, PrefixTask, TaskConfig, form_of
 from lookalike.vision.encoder import EncoderConfig, check_dims
 from lookalike.vision.transforms import AugmentConfig
 
@@ -102,6 +102,12 @@ class TrainConfig(StageConfig):
             raise ValueError(
                 f"compute.accumulation {accumulation} does not divide a worker's {share} rows (batch_size "
                 f"{self.batch_size} over workers.num {num})"
+            )
+        lone = [name for name, task in self.tasks.items() if issubclass(TASKS.get(task.kind), PrefixTask)]
+        if self.micro_batch == 1 and lone:
+            raise ValueError(
+                f"task {lone[0]!r} compares rows, and a forward pass holds one (batch_size {self.batch_size} in "
+                f"{self.parts} parts); raise batch_size, or lower compute.accumulation or workers.num"
             )
         if self.micro_batch % self.loader.views:
             raise ValueError(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+from lookalike.errors import LookalikeError
 from lookalike.train.run.checkpoints import Checkpoint, random_state, restore, restore_random_state
 from lookalike.train.run.curves import Curve, NonFiniteLossError
 from lookalike.train.run.optimizer import build_optimizer, build_schedule, freeze
@@ -90,7 +91,15 @@ class Training:
             self.average.update(self.model.encoder, step)
 
     def require_progress(self) -> None:
-        """Raise ``NonFiniteLossError`` if float16 overflowed in most steps: the weights are hardly trained."""
+        """Raise ``LookalikeError`` if the run must not be published, because a task learned nothing, or because float16
+        overflowed in most steps."""
+        idle = [name for name in self.model.tasks if f"loss_{name}" not in self.curve.trained]
+        if idle and self.curve.trained:
+            raise LookalikeError(
+                f"task {idle[0]!r} learned nothing: its loss was 0 in all {self.step} steps, as no row had a label, "
+                "or no forward pass held two rows of one label; read other shards, make row groups hold classes whole "
+                "(shards.together, loader.balance), use larger batches, or drop the task"
+            )
         if self.skipped > self.step / 2:
             raise NonFiniteLossError(
                 f"float16 overflowed in {self.skipped} of {self.step} steps, which changed nothing; {REMEDY}"

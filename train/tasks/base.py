@@ -37,7 +37,7 @@ class TaskConfig(Config):
     """Loss and head: a name of the registry ``task`` (see train/README.md)."""
     field: str
     """Column of the batch that the task reads: class ids (``labels``, several per row; ``category``; ``group``;
-    ``attribute.colour`` or any other attribute of the shards), ``row`` (the same number for all views of a picture),
+    ``attribute.colour`` or any other attribute of the shards), ``row`` (a picture's number, the same for its views),
     ``teacher`` (its embedding), or ``images`` for tasks without labels."""
     weight: float = Field(1.0, gt=0.0)
     """Weight of the task's loss in the sum."""

@@ -23,9 +23,13 @@ class PrefixTask(Task):
     """A task whose loss at a nested dim is a function of that prefix of all rows; the loss normalises the prefix."""
 
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
-        """Loss at one nested dim, a scalar or its means [t]; ``values`` is the task's column of the batch. ``seed`` is
+        """Loss at one nested dim, a scalar or its means [t]; ``values`` is what ``values`` returns. ``seed`` is
         for random draws; it differs between batches."""
         raise AssertionError(f"{type(self).__name__} must define prefix_loss")
+
+    def values(self, batch: Batch) -> torch.Tensor:
+        """What ``prefix_loss`` reads of the batch: the task's column."""
+        return batch[self.config.field]
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """All rows, for losses without labels."""
@@ -34,7 +38,7 @@ class PrefixTask(Task):
 
     def means(self, embedding: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
         """See ``Task``. Computed in float32 at least, because distances of near rows are differences of large terms."""
-        values = batch[self.config.field]
+        values = self.values(batch)
         seed = derive_seed(self.seed, "draws", step, *cast("tuple[int, ...]", batch.get("place", ())))
         with torch.autocast(embedding.device.type, enabled=False):
             vectors = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
@@ -125,13 +129,22 @@ class DistillTask(PrefixTask):
 
 @TASKS.register("koleo")
 class KoLeoTask(PrefixTask):
-    """Regulariser: spreads the batch over the sphere."""
+    """Regulariser: spreads the batch's pictures over the sphere; views of one picture are not pushed apart."""
 
     fields = ("images",)
     settings = ()
 
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """Rows that have a row of another picture."""
+        values = self.values(batch)
+        return (values[:, None] != values[None]).any(dim=1).sum()[None]
+
+    def values(self, batch: Batch) -> torch.Tensor:
+        """The pictures of the rows, int64 [n]; each row its own where the batch does not say."""
+        return batch["row"] if "row" in batch else torch.arange(len(batch["images"]))
+
     def prefix_loss(self, prefix: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
-        return koleo_loss(prefix)
+        return koleo_loss(prefix, values.to(prefix.device))
 
 
 @TASKS.register("embedding_norm")

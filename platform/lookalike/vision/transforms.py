@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from lookalike.vision.squares import Square, crop_to_square, pad_to_square  # no
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
+_Deviation = Annotated[float, Field(gt=0.0)]
+
+
 class TransformConfig(Config):
     """From an RGB image to the tensor that a backbone reads."""
 
@@ -28,7 +31,7 @@ class TransformConfig(Config):
     """Share of the short side that ``crop`` keeps."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Channel means in the backbone's training, of values in [0, 1]."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[_Deviation, _Deviation, _Deviation] = (0.5, 0.5, 0.5)
     """Channel standard deviations in the backbone's training."""
 
     @property

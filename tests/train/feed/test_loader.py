@@ -201,7 +201,22 @@ def test_what_a_batch_holds(tmp_path: Path) -> None:
     assert {name: batch[name].dtype for name in names} == dict.fromkeys(names, torch.int64)
     assert batch["labels"].shape[0] == 8
     assert batch["labels"].min() == -1
-    assert batch["row"].tolist() == list(range(8, 16))
+    assert len(set(batch["row"].tolist())) == len(set(batch["ids"]))
+
+
+def test_a_picture_has_one_number_wherever_it_stands(tmp_path: Path) -> None:
+    """Resampling and small row groups put a picture into a batch twice: it must not be its own negative."""
+    made = files(tmp_path, repeat=3.0)
+    seen: dict[str, set[int]] = {}
+    repeated = 0
+    for rank in (0, 1):
+        for batch in make_batches(made, rank=rank):
+            repeated += len(batch["ids"]) - len(set(batch["ids"]))
+            for image_id, number in zip(batch["ids"], batch["row"].tolist(), strict=True):
+                seen.setdefault(image_id, set()).add(number)
+    assert repeated > 0
+    assert all(len(numbers) == 1 for numbers in seen.values())
+    assert len(set().union(*seen.values())) == len(seen)
 
 
 def test_two_views_are_the_one_and_another_with_the_same_labels(tmp_path: Path) -> None:

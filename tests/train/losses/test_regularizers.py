@@ -93,3 +93,17 @@ def test_without_a_teacher_there_is_a_gradient_path_and_no_gradient() -> None:
     (gradient,) = torch.autograd.grad(loss, z)
     assert loss.item() == 0.0
     assert gradient.abs().max() == 0.0
+
+
+def test_koleo_does_not_push_the_views_of_a_picture_apart() -> None:
+    """Two views of each of six pictures, against a loop over the rows of the other pictures."""
+    z = functional.normalize(torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+    pictures = torch.arange(12) % 6
+    z[6:] = z[:6] + 0.001
+    unit = functional.normalize(z)
+    expected = -sum(
+        math.log(min(float((unit[i] - unit[j]).norm()) for j in range(12) if i % 6 != j % 6)) for i in range(12)
+    )
+    assert koleo_loss(z, pictures).item() == pytest.approx(expected / 12, rel=1e-9)
+    assert koleo_loss(z).item() > koleo_loss(z, pictures).item() + 1.0
+    assert koleo_loss(z, torch.zeros(12)).item() == 0.0

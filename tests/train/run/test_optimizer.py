@@ -22,6 +22,8 @@ from lookalike.train.tasks import MultiTaskModel, TaskConfig, build_tasks
 from lookalike.vision.backbones import create_backbone
 from lookalike.vision.encoder import EmbeddingModel
 
+import timm.optim  # isort: skip  # after lookalike.vision, which makes torchvision importable
+
 TASKS = {
     "identity": TaskConfig(kind="normalized_softmax", field="group"),
     "category": TaskConfig(kind="softmax", field="category"),
@@ -50,6 +52,12 @@ def make_model(architecture: str = "test_efficientnet", projection: int | None =
             1,
             ["patch_embed", "cls_token", "pos_embed", "blocks.0"],
             ["blocks.1", "blocks.10", "blocks.11", "norm"],
+        ),
+        (
+            "test_vit4",
+            1,
+            ["patch_embed", "reg_token", "pos_embed", "blocks.0"],
+            ["blocks.1"],
         ),
         ("test_resnet", 1, ["conv1", "bn1", "layer1"], ["layer2", "layer3"]),
     ],
@@ -97,7 +105,13 @@ def test_every_trained_parameter_is_in_one_group_with_its_own_settings(
     decays = {"weight_decay": 0.05, "head_weight_decay": 0.02, "proxy_weight_decay": 0.01}
     config = parse_config(
         OptimizerConfig,
-        {"kind": optimizer, "proxy_momentum": 0.4, "layer_decay": layer_decay, **rates, **decays},
+        {
+            "kind": optimizer,
+            "proxy_momentum": None if optimizer == "adamw" else 0.4,
+            "layer_decay": layer_decay,
+            **rates,
+            **decays,
+        },
         "optimizer",
     )
     freeze(model, BackboneConfig(frozen_stages=1))
@@ -138,9 +152,44 @@ def test_layers_learn_the_slower_the_lower_they_are() -> None:
     blocks = sorted({int(name.split(".")[1]) for name in rates if name.startswith("blocks.")})
     for block in blocks:
         (rate,) = {rates[name] for name in rates if name.startswith(f"blocks.{block}.")}
-        assert rate == pytest.approx(0.5 ** (len(blocks) - 1 - block))  # the top one, with the norm, at lr
-    assert {rates[name] for name in rates if name.startswith("patch_embed.")} == {0.5 ** len(blocks)}
-    assert {rates[name] for name in rates if name.startswith(("norm.", "fc_norm."))} <= {1.0}
+        assert rate == pytest.approx(0.5 ** (len(blocks) - block))  # the head above them is at lr
+    assert {rates[name] for name in rates if name.startswith("patch_embed.")} == {0.5 ** (len(blocks) + 1)}
+    assert {rates[name] for name in rates if name.startswith(("norm.", "fc_norm."))} <= {0.5}
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_efficientnet", "test_resnet"])
+def test_layer_decay_is_timm_s_for_the_same_backbone_with_a_classifier(architecture: str) -> None:
+    model = make_model(architecture, projection=None)
+    home = {
+        id(p): group["lr"]
+        for group in parameter_groups(model, OptimizerConfig(layer_decay=0.7, lr=1.0))
+        for p in group["params"]
+    }
+    classifier = timm.create_model(architecture, num_classes=3)
+    theirs = {
+        id(p): group["lr_scale"]
+        for group in timm.optim.param_groups_layer_decay(classifier, layer_decay=0.7)
+        for p in group["params"]
+    }
+    expected = {name: theirs[id(p)] for name, p in classifier.named_parameters()}
+    backbone = model.encoder.backbone
+    assert isinstance(backbone, nn.Module)
+    ours = {name: home[id(p)] for name, p in backbone.named_parameters()}
+    assert ours == pytest.approx({name: expected[name] for name in ours})
+
+
+def test_frozen_stages_drop_nothing() -> None:
+    """Stochastic depth and dropout are off where nothing trains, and on above."""
+    model = make_model("test_vit")
+    backbone = model.encoder.backbone
+    assert isinstance(backbone, nn.Module)
+    config = BackboneConfig(frozen_stages=2)
+    freeze(model, config)
+    set_train_mode(model, config)
+    modes = {name: module.training for name, module in backbone.named_modules() if name.startswith("blocks.")}
+    still = {name for name, training in modes.items() if not training}
+    assert still == {name for name in modes if name.split(".")[1] in ("0", "1")}
+    assert len(still) < len(modes)
 
 
 def test_position_embeddings_and_class_tokens_do_not_decay() -> None:
@@ -159,7 +208,7 @@ def test_position_embeddings_and_class_tokens_do_not_decay() -> None:
 
 
 def test_lars_scales_a_step_by_the_ratio_of_norms() -> None:
-    """One step by You et al. 2017, equation 6, for matrices that decay; vectors and heads take plain SGD's."""
+    """One step by You et al. 2017, equation 6, for all matrices, with or without decay; vectors take plain SGD's."""
     model = make_model()
     optimizer = build_optimizer(
         model, OptimizerConfig(kind="lars", lr=0.5, head_lr=0.1, weight_decay=0.01, momentum=0.0)
@@ -171,12 +220,17 @@ def test_lars_scales_a_step_by_the_ratio_of_norms() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         old, gradient = before[name], parameter.grad
-        if parameter.ndim > 1 and not name.startswith("tasks."):
-            trust = 0.001 * old.norm() / (gradient.norm() + 0.01 * old.norm() + 1e-8) if old.norm() > 0 else 1.0
-            rate = 1e-3 if ".projection." in name else 0.5
-            expected = old - rate * trust * (gradient + 0.01 * old)
-        else:
-            expected = old - (0.1 if name.startswith("tasks.") else 0.5) * gradient
+        rate, decay = 0.5, 0.01
+        if name.startswith("tasks."):
+            rate, decay = 0.1, 0.0
+        elif ".projection." in name:
+            rate = 1e-3
+        expected = old - rate * gradient
+        if parameter.ndim > 1 and old.norm() > 0:
+            trust = 0.001 * old.norm() / (gradient.norm() + decay * old.norm() + 1e-8)
+            expected = old - rate * trust * (gradient + decay * old)
+            moved = (parameter.detach() - old).norm() / old.norm()
+            assert moved <= 0.001 * rate * 1.001  # what trust_coefficient promises
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-7)
 
 

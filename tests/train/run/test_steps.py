@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lookalike.errors import LookalikeError
 from lookalike.train.run import loop
 from lookalike.train.run.checkpoints import Checkpoint, find_checkpoints, last_checkpoint
 from lookalike.train.run.curves import CURVE_POINTS, Curve, NonFiniteLossError, StepValues
@@ -314,3 +315,15 @@ def test_a_curve_has_a_bounded_number_of_points() -> None:
     assert len(curve.points) == CURVE_POINTS + 1
     assert curve.points[0] == {"step": 12.0, "loss": 6.5, "lr": 1 / 12}
     assert curve.points[-1]["step"] == total
+
+
+def test_a_run_that_taught_a_task_nothing_is_not_published(bench: Bench, tmp_path: Path) -> None:
+    """One view of each picture leaves a loss of views without a pair from the first step to the last."""
+    pairs = {"kind": "contrastive", "field": "row", "temperature": 0.1}
+    loader = {"views": 2, "resample": False}
+    config = bench.config(tasks={"category": {"kind": "softmax", "field": "category"}, "pairs": pairs}, loader=loader)
+    bench.train(config, tmp_path / "two")
+    one_view = config.train.loader.model_copy(update={"views": 1})  # which settings refuse
+    lone = config.model_copy(update={"train": config.train.model_copy(update={"loader": one_view})})
+    with pytest.raises(LookalikeError, match=r"task 'pairs' learned nothing: its loss was 0 in all .* drop the task"):
+        bench.train(lone, tmp_path / "one")

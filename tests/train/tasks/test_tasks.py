@@ -278,7 +278,7 @@ def test_binary_scores_the_codes_of_every_prefix() -> None:
                 + (2.0 * teacher_cosine_loss(z, b["teacher"]) if z.shape[1] <= 5 else 0.0)
             ),
         ),
-        ({"kind": "koleo", "field": "images"}, lambda z, b: koleo_loss(z)),
+        ({"kind": "koleo", "field": "images"}, lambda z, b: koleo_loss(z, b["row"])),
         ({"kind": "embedding_norm", "field": "images"}, lambda z, b: (z**2).sum(dim=1).mean()),
     ],
 )
