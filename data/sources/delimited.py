@@ -6,6 +6,7 @@ turns out to be none, only its first line is refused and the others are read aga
 
 import csv
 import io
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from lookalike.errors import CorpusError
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
+UNQUOTED = "or set quoted: false if its quotes are characters like others"
 DELIMITERS = (",", ";", "\t", "|")
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')  # which Excel writes above the header
 
 
 class Lines:
@@ -64,7 +67,8 @@ class Table:
 
     def __init__(self, lines: Lines, reader: Reader, uri: str) -> None:
         self._lines = lines
-        self.header, self.delimiter = _read_header(lines, reader, uri)
+        self._quoting: Any = csv.QUOTE_MINIMAL if reader.source.quoted else csv.QUOTE_NONE
+        self.header, self.delimiter = _read_header(lines, reader, uri, self._quoting)
         names = resolve(reader.source.columns, self.header, f"source {uri}", reader.natural) if self.header else {}
         self.columns = {field: self.header.index(name) for field, name in names.items()}
         self.repeated = sorted({name for name in names.values() if self.header.count(name) > 1})
@@ -88,7 +92,7 @@ class Table:
     def _rows(self) -> Iterator[list[str] | Record]:
         """The cells of each row, or the record that stands for a row that cannot be read."""
         lines = self._lines
-        rows = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        rows = csv.reader(lines, delimiter=self.delimiter, quoting=self._quoting, strict=True)
         while True:
             lines.begin()
             try:
@@ -128,9 +132,9 @@ class Table:
         lines.give_back()
         if count < 2 and "unexpected end" not in error:
             reason = "too_long" if "more than" in error or "larger than" in error else "not_csv"
-            return unreadable(reason, f"line {first}: {error}; correct it", **key)
+            return unreadable(reason, f"line {first}: {error}; correct it, {UNQUOTED}", **key)
         told = f"the quote that opens in line {first} took {count} lines, up to line {first + count - 1} ({error})"
-        return unreadable("open_quote", f"{told}; close it. The other lines were read as rows", **key)
+        return unreadable("open_quote", f"{told}; close it, {UNQUOTED}. The other lines were read as rows", **key)
 
     def _key(self) -> dict[str, Any]:
         """Id and image of a row that cannot be read, as far as its first line shows them."""
@@ -140,7 +144,7 @@ class Table:
 
     def _split(self, line: str) -> list[str]:
         try:
-            return next(csv.reader([line], delimiter=self.delimiter), [])
+            return next(csv.reader([line], delimiter=self.delimiter, quoting=self._quoting), [])
         except csv.Error:
             return []
 
@@ -158,7 +162,7 @@ def _are_doubles(cells: list[str]) -> bool:
     return bool(given) and all(map(_is_double, given))
 
 
-def _read_header(lines: Lines, reader: Reader, uri: str) -> tuple[list[str], str]:
+def _read_header(lines: Lines, reader: Reader, uri: str, quoting: Any) -> tuple[list[str], str]:
     """The names in the first row that is not blank, and the delimiter under which the columns are found there.
 
     Raises ``CorpusError`` if there is none; its message is about the delimiter that makes the most cells.
@@ -170,7 +174,8 @@ def _read_header(lines: Lines, reader: Reader, uri: str) -> tuple[list[str], str
     for delimiter in (usual, *(other for other in DELIMITERS if other != usual)):
         lines.give_back(0)
         try:
-            row = next((row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row), [])
+            rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+            row = next((row for row in rows if row and not _SEPARATOR_LINE.fullmatch(lines.taken[-1])), [])
             header = [name if name in mapped else name.strip() for name in row]
             if header:
                 resolve(reader.source.columns, header, f"source {uri}", reader.natural)

@@ -59,6 +59,9 @@ class RecordSource(Config):
     encoding: str | None = None
     """Encoding of the text of CSV and JSON lines, such as ``cp1252``; None: UTF-8, or UTF-16 or UTF-32 where the first
     bytes of a file say so."""
+    quoted: bool = True
+    """Whether cells of a CSV may stand in quotes; false: a quote is a character like others, as in many exports to TSV,
+    and every line is a row."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of groups (of images, where there is no group) that is held out if a row does not name its split."""
 

@@ -146,6 +146,21 @@ def odd_csv(root: Path, num: int) -> OddSource:
     return OddSource(settings, {key: names[name] for key, name in good.items()}, len(lines) - 1)
 
 
+def odd_table_folder(root: Path, num: int) -> OddSource:
+    """A folder with a table, which names some of its files and some that are not there."""
+    names = image_folder(root / "listed", num)
+    rows = [f'"{name}",t' for name in names]
+    odd = [f'"{name}",t' for name in ODD_IMAGES]
+    odd += [f"gone{number},t" for number in range(num // 2)]
+    for number in range(num - len(odd)):
+        (root / "listed" / f"beside{number}.{('png', 'txt', '')[number % 3]}").write_bytes(picture(1))
+    lines = ["file_name,title", *interleave(rows, odd)]
+    (root / "listed" / "metadata.csv").write_text("\n".join(lines))
+    entries = [os.path.join(where, name) for where, _, files in os.walk(root / "listed") for name in files]
+    named = {f"{root}/listed/{name}" for name in (*names, *ODD_IMAGES)} | {f"{root}/listed/metadata.csv"}
+    return OddSource({"uri": f"{root}/listed", "format": "folder"}, names, len(lines) - 1 + len({*entries} - named))
+
+
 ODD_LINES = [
     *(
         '{"image_id": "%d"}',
@@ -249,4 +264,12 @@ def odd_tar(root: Path, num: int) -> OddSource:
     return OddSource({"uri": f"{root}/tar", "format": "webdataset"}, good, len(list(itertools.groupby(keys))))
 
 
-SOURCES: list[Callable[[Path, int], OddSource]] = [odd_folder, odd_csv, odd_jsonl, odd_parquet, odd_lance, odd_tar]
+SOURCES: list[Callable[[Path, int], OddSource]] = [
+    odd_folder,
+    odd_table_folder,
+    odd_csv,
+    odd_jsonl,
+    odd_parquet,
+    odd_lance,
+    odd_tar,
+]

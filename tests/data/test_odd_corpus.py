@@ -39,6 +39,24 @@ def test_200_odd_entries_among_200_good_pictures(tmp_path: Path, build: Callable
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
+def test_a_table_that_cannot_be_read_is_exit_2_with_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text('"image_id" ,"image_uri"\na,b\n')
+    step = {
+        "stage": "corpus",
+        "settings": {"sources": [{"uri": f"{tmp_path}/rows.csv", "format": "csv", "dataset": "d"}]},
+    }
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"name": "r", "root": f"{tmp_path}/root", "steps": {"c": step}})
+    )
+    assert main(["corpus", f"{tmp_path}/recipe.yaml", "--dry-run"]) == 0
+    assert main(["corpus", f"{tmp_path}/recipe.yaml"]) == 2
+    assert "rows.csv, line 1: the header is no CSV" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_the_command_line_runs_over_an_odd_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = odd_folder(tmp_path, 26)
     step = {"stage": "corpus", "settings": {"sources": [{**source.settings, "dataset": "d"}]}}

@@ -118,6 +118,28 @@ def test_a_header_that_cannot_be_used_is_told_with_file_and_line(tmp_path: Path,
         read(tmp_path / "a.csv", content)
 
 
+def test_quotes_that_are_characters_like_others(tmp_path: Path) -> None:
+    lines = [
+        "image_id\timage_uri\ttitle",
+        'a\t1.jpg\t"two" words',
+        'b\t2.jpg\t12" wide',
+        'c\t3.jpg\t"open',
+        "d\t4.jpg\tt",
+    ]
+    content = "\n".join(lines).encode()
+    quoted = read(tmp_path / "a.tsv", content)
+    assert [record.get(UNREADABLE) for record in quoted] == ["not_csv", None, "open_quote", None]
+    assert all("quoted: false" in record[DETAIL] for record in quoted if UNREADABLE in record)
+    titles = [record["title"] for record in read(tmp_path / "a.tsv", content, quoted=False)]
+    assert titles == ['"two" words', '12" wide', '"open', "t"]
+
+
+def test_the_line_that_excel_writes_above_the_header(tmp_path: Path) -> None:
+    for line in ("sep=;", '"sep=;"'):
+        records = read(tmp_path / "a.csv", f"{line}\r\nimage_id;image_uri\r\na;b,c\r\n".encode("utf-16"))
+        assert records == [{"image_id": "a", "image_uri": "b,c"}]
+
+
 def test_names_of_columns_in_white_space_and_repeated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read(tmp_path / "a.csv", b" image_id , image_uri ,x,x\na,b,1,2\n") == [{"image_id": "a", "image_uri": "b"}]
     assert "repeated" not in caplog.text
