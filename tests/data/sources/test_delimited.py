@@ -16,7 +16,7 @@ from lookalike.data.sources import SOURCE_FORMATS, RecordSource
 from lookalike.data.sources.reader import DETAIL, UNREADABLE
 from lookalike.errors import CorpusError
 
-HYPOTHESIS = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HYPOTHESIS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 words = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=12)
 cells = words.filter(lambda text: re.fullmatch(r"-?\d+\.\d+|inf|nan", text) is None) | st.sampled_from(
     ['say "hi"', "a, b", "x; y", "t\tab", "two\nlines", "", "12|3", "'", "1.0 m", "-"]
