@@ -251,6 +251,13 @@ def run(num: int = 200, placement: str = "fused") -> Iterator[Row]:
             ray.shutdown()
 
 
+def watch_quiet(client: Client, vector: np.ndarray) -> float:
+    """The 99th percentile of searches alone, in ms."""
+    searches = Probe(lambda: client.search(vector=vector), 0.01)
+    time.sleep(QUIET_S)
+    return searches.stop().p99_ms()
+
+
 def _watch(address: str, num: int) -> Iterator[Row]:
     other = Client(address, token="other" * 4, timeout_s=30)
     health = health_pb2_grpc.HealthStub(grpc.insecure_channel(address))
@@ -260,9 +267,7 @@ def _watch(address: str, num: int) -> Iterator[Row]:
         other.search(vector=vector)
     memory = Memory()
     before_mb, whole_mb = memory.replica(), memory.whole()
-    searches = Probe(lambda: other.search(vector=vector), 0.01)
-    time.sleep(QUIET_S)
-    quiet_ms = searches.stop().p99_ms()
+    quiet = [watch_quiet(other, vector)]
     searches = Probe(lambda: other.search(vector=vector), 0.01)
     images = Probe(lambda: other.search(image=good), 0.2)
     checks = Probe(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=5), 0.1)
@@ -270,6 +275,8 @@ def _watch(address: str, num: int) -> Iterator[Row]:
     for probe in (searches, images, checks):
         probe.stop()
     memory.stop()
+    quiet.append(watch_quiet(other, vector))  # the larger counts: other work comes and goes on the machine
+    quiet_ms = max(quiet)
     codes = dict(ends.codes)
     yield Row("answers", f"each request ends as one of {', '.join(sorted(ANSWERS))}", str(codes), set(codes) <= ANSWERS)
     yield Row("deadline", "no request takes 15 s (timeout_s: 10)", f"{ends.slowest_s:.1f} s", ends.slowest_s < 15)
@@ -277,7 +284,7 @@ def _watch(address: str, num: int) -> Iterator[Row]:
     yield Row(
         "other tenant's vector searches",
         "p99 at most 3 times its quiet value, none fails",
-        f"{quiet_ms:.1f} ms quiet, {loud_ms:.1f} ms beside the pictures, {len(searches.times_s)} searches, "
+        f"{quiet[0]:.1f} ms before, {quiet[1]:.1f} ms after, {loud_ms:.1f} ms beside the pictures, {len(searches.times_s)} searches, "
         f"{dict(searches.failures)} failed",
         loud_ms <= bound_ms and not searches.failures,
     )

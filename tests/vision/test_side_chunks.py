@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 import zlib
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lookalike.vision.containers import read_size
-from lookalike.vision.images import decode
+from lookalike.vision.images import ImageError, decode
 
 PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (24, 40, 3), np.uint8))
 RANDOM = np.random.default_rng(6).bytes(3000)
@@ -215,3 +216,67 @@ def test_the_size_in_the_header(image_format: str) -> None:
     assert read_size(encode(image_format)) == PICTURE.size
     assert read_size(encode(image_format)[:8]) == (0, 0)
     assert read_size(b"no picture") == (0, 0)
+
+
+def tiff_of_tags(number: int, values: int) -> bytes:
+    """65,535 tags of one number, each of many values."""
+    entry = struct.pack("<HHII", number, 3, values, 8)
+    return b"II*\0" + struct.pack("<I", 1 << 20) + bytes((1 << 20) - 8) + b"\xff\xff" + entry * 65_535
+
+
+HEADERS: dict[str, Callable[[], bytes]] = {
+    "jpeg of fill bytes": lambda: b"\xff\xd8\xff" + b"\xff" * 10_000_000,
+    "jpeg of small segments": lambda: b"\xff\xd8" + b"\xff\xe3\0\x02" * 2_500_000,
+    "jpeg of small EXIF": lambda: b"\xff\xd8" + (b"\xff\xe1\0\x99" + b"Exif\0\0" + bytes(145)) * 64_000,
+    "jpeg of a long prefix": lambda: b"\xff\xd8" + (b"\xff\xe1\xff\xfe" + b"Exif\0\0" * 10_922) * 150,
+    "jpeg of scans": lambda: b"\xff\xd8" + b"\xff\xda\0\x02" * 2_500_000,
+    "png of small chunks": lambda: encode("PNG")[:33] + png_chunk(b"tEXt", b"") * 800_000,
+    "png of packed texts": lambda: encode("PNG")[:33] + png_chunk(b"zTXt", RAW_PROFILE[:23] + BOMB) * 1000,
+    "gif of small blocks": lambda: encode("GIF", "P")[:13] + b"\x21\xfe" + b"\1\0" * 4_000_000,
+    "webp of empty chunks": lambda: b"RIFF\xff\xff\xff\0WEBP" + b"none\0\0\0\0" * 1_200_000,
+    "tiff of orientations": lambda: tiff_of_tags(274, 250_000),
+    "tiff of widths": lambda: tiff_of_tags(256, 250_000),
+    "tiff of strips": lambda: tiff_of_tags(273, 250_000),
+    "ppm of a comment": lambda: b"P6\n#" + b"x" * 10_000_000,
+}
+"""Files of up to 10 MB whose headers are long."""
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_costs_little(case: str) -> None:
+    data = HEADERS[case]()
+    start = time.process_time()
+    read_size(data)
+    assert time.process_time() - start < 0.7
+    with pytest.raises(ImageError):
+        decode(data)
+    assert time.process_time() - start < 2.5
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(
+        [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF....WEBP", b"II*\0\x08\0\0\0", b"MM\0+", b"BM"]
+    ),
+    st.binary(max_size=200),
+)
+def test_any_bytes_have_a_size_or_none(start: bytes, rest: bytes) -> None:
+    assert min(read_size(start + rest)) >= 0
+
+
+def test_what_lies_between_the_segments_of_a_jpeg_does_not_matter() -> None:
+    data = encode("JPEG", quality=90)
+    table = data.index(b"\xff\xdb")
+    for filling in (b"\xff", b"\xff" * 100_000, b"junk", bytes(1000)):
+        assert same(data[:table] + filling + data[table:], data)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_comments_of_a_ppm(mode: str) -> None:
+    data = encode("PPM", mode)
+    magic, size, rest = data.split(b"\n", 2)
+    for comment in (b"# 1 2 3\n", b"#\n" * 9, b"#" + b"x" * 9_000_000 + b"\r"):
+        commented = magic + b"\n" + comment + size.replace(b" ", b"\n" + comment) + b"\n" + rest
+        assert same(commented, data)
+    black = b"P6\n1 1\n255\n###"
+    assert decode(black).getpixel((0, 0)) == (35, 35, 35)

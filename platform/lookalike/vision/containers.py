@@ -19,13 +19,18 @@ from lookalike.vision.tiff import (
     examine_tiff,
     orientation_in_xmp,
     read_orientation,
+    read_tiff_size,
 )
 
 MAX_PARTS = 1 << 16
 """Most chunks, segments or blocks of a file; a PNG of 50 million pixels has some thousand."""
+MAX_TEXTS = 16
+"""Most segments or chunks that are looked at for an orientation; EXIF of a JPEG may be cut into some."""
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """A marker of a JPEG; within a scan 0xff is followed by 0, or by a restart marker."""
+PPM_HEADER = re.compile(rb"P(?:[14]|\w+\s+\d{1,10}(?=\s))\s+\d{1,10}\s+[\d.+-]{1,10}\s")
+"""A header without comments: magic, width and height, and but for bitmaps the white value."""
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 LEAST_TRNS = {0: 2, 2: 6, 3: 0}
 """PNG colour type -> fewest bytes of a tRNS chunk."""
@@ -104,15 +109,16 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 def _examine_png(data: bytes) -> Container:
     kept, place, orientation, colour, name = list[bytes](), 0, 1, data[25], b""
-    has_pixels, end = False, 8
+    has_pixels, end, num_texts = False, 8, 0
     for name, start, end in _png_chunks(data):
         has_pixels = has_pixels or name == b"IDAT"
         if not name[0] & 0x20 or (name == b"tRNS" and not has_pixels and _is_good_trns(data[start:end], colour)):
             continue
         kept.append(data[place:start])
         place = end
-        if orientation == 1:
-            orientation = _png_orientation(name, data[start + 8 : end - 4])
+        if orientation == 1 and num_texts < MAX_TEXTS:
+            found = _png_orientation(name, data[start + 8 : end - 4])
+            orientation, num_texts = found or 1, num_texts + (found is not None)
     if has_pixels and name != b"IEND" and data[end + 4 : end + 8] != b"IDAT":  # broken off in what follows the pixels
         kept.append(data[place:end])
         place = len(data)
@@ -144,7 +150,8 @@ def _is_good_trns(chunk: bytes, colour: int) -> bool:
     return zlib.crc32(chunk[4:-4]) == crc and len(body) >= LEAST_TRNS.get(colour, 1 << 31)
 
 
-def _png_orientation(name: bytes, body: bytes) -> int:
+def _png_orientation(name: bytes, body: bytes) -> int | None:
+    """The orientation that a chunk states, 1 if it should and does not; None for a chunk of another purpose."""
     if name == b"eXIf":
         return read_orientation(body)
     if name == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0"):
@@ -156,7 +163,7 @@ def _png_orientation(name: bytes, body: bytes) -> int:
             return read_orientation(bytes.fromhex(digits))
         except ValueError:
             return 1
-    return 1
+    return None
 
 
 def _inflate(packed: bytes) -> bytes:
@@ -205,10 +212,14 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _examine_jpeg(data: bytes) -> Container:
     kept, place, scans, size = list[bytes](), 0, 0, (0, 0)
-    exif, xmp, dropped = b"", b"", False
+    exif, xmp, dropped = list[bytes](), b"", False
+    last = 2
     for code, start, end in _jpeg_segments(data):
-        if code == 0xDA:
-            scans += 1
+        scans += code == 0xDA
+        if start > last and scans < 2:  # fill bytes, or none of a segment
+            kept.append(data[place:last])
+            place, dropped = start, True
+        last = end
         if scans:
             continue  # Pillow and libjpeg read texts between scans without keeping them
         if _is_frame(code):
@@ -220,10 +231,10 @@ def _examine_jpeg(data: bytes) -> Container:
         place, dropped = end, True
         body = data[start + 4 : end]
         if code == 0xE1 and body.startswith(EXIF):
-            exif += body[6:] if exif else body
+            exif.append(body[6:])
         elif code == 0xE1 and body.startswith(XMP) and not xmp:
             xmp = body
-    orientation = read_orientation(exif)
+    orientation = read_orientation(b"".join(exif[:MAX_TEXTS]))
     return Container(
         "JPEG",
         *size,
@@ -339,8 +350,7 @@ def _examine_gif(data: bytes) -> Container:
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
-    facts = examine_tiff(data)
-    return facts.width, facts.height
+    return read_tiff_size(data)
 
 
 def _examine_tiff(data: bytes) -> Container:
@@ -379,6 +389,16 @@ def _ppm_size(data: bytes) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+def _examine_ppm(data: bytes) -> Container:
+    """Without the comments in the header, which Pillow reads byte by byte."""
+    for _ in range(MAX_TEXTS):
+        if PPM_HEADER.match(data) or (start := data.find(b"#", 0, 100)) < 0:
+            break
+        end = min((place for stop in (b"\n", b"\r") if (place := data.find(stop, start)) >= 0), default=len(data))
+        data = data[:start] + data[end + 1 :]
+    return Container("PPM", *_ppm_size(data), data=data)
+
+
 def _plain(kind: str, size: Callable[[bytes], tuple[int, int]]) -> Callable[[bytes], Container]:
     return lambda data: Container(kind, *size(data), data=data)
 
@@ -397,7 +417,7 @@ EXAMINERS: dict[str, Callable[[bytes], Container]] = {
     "GIF": _examine_gif,
     "TIFF": _examine_tiff,
     "BMP": _plain("BMP", _bmp_size),
-    "PPM": _plain("PPM", _ppm_size),
+    "PPM": _examine_ppm,
     "AVIF": _examine_heif("AVIF"),
     "HEIF": _examine_heif("HEIF"),
 }

@@ -23,6 +23,8 @@ MAX_SCANS = 64
 """Most scans of a JPEG; progressive ones have about ten."""
 MAX_PASSES = 16
 """Most scans x pixels of a JPEG, in times ``max_pixels``: so a picture half as large may have twice as many scans."""
+STATING = ("JPEG", "PNG")
+"""Formats without whose size in the header no decoder begins."""
 BAND_PIXELS = 1 << 20
 """Pixels that are laid on white, or scaled to 8 bits, at a time."""
 TRANSPOSES = {
@@ -112,6 +114,8 @@ def check_header(data: bytes, limits: ImageLimits) -> Container:
             raise ImageError("format_not_installed", f"the image is {needed}")
         listed = ", ".join(readable_formats())
         raise ImageError("not_an_image", f"{len(data)} bytes are no image (unknown format); send one of {listed}")
+    if container.kind in STATING and not container.width * container.height:
+        raise ImageError("not_an_image", f"the image is a {container.kind} without a size; send the complete file")
     _check_size(container.width, container.height, limits.max_pixels)
     if container.coded_pixels > 2 * limits.max_pixels:
         raise ImageError(

@@ -18,6 +18,8 @@ PIXEL_TAGS = frozenset(
     | {*OFFSETS, *SIZES, 332, 334, 338, 339, 347, *range(512, 522), *range(529, 533), 50674}
 )
 """Tags that decide about pixels: layout, compression and its tables, colours."""
+STATED = frozenset({WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, TILE_WIDTH, TILE_HEIGHT, ORIENTATION})
+"""Tags that are read here."""
 JPEG_COMPRESSIONS = (6, 7)
 SIZE_OF = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Type of a tag's values -> bytes of each."""
@@ -27,8 +29,8 @@ MAX_VALUES = 1 << 18
 """Most values of a tag: colours of a palette (3 x 65,536), strips or tiles."""
 MAX_XMP_BYTES = 1 << 20
 ORIENTATIONS = range(1, 9)
-MAX_TAGS = 64
-"""Most tags that decide about pixels; there are some forty."""
+MAX_TAGS = 1 << 16
+"""Most tags that are looked at."""
 
 
 class PartsError(ValueError):
@@ -81,8 +83,10 @@ class TiffFacts(NamedTuple):
 
 def read_orientation(exif: bytes) -> int:
     """Return the orientation in EXIF, 1 to 8; 1 if there is none or it cannot be read."""
-    while exif.startswith(b"Exif\0\0"):
-        exif = exif[6:]
+    start = 0
+    while exif.startswith(b"Exif\0\0", start):
+        start += 6
+    exif = exif[start:]
     try:
         values = (_numbers(exif, _layout(exif), tag) for tag in _tags(exif) if tag.number == ORIENTATION)
         return next((value[0] for value in values if value and value[0] in ORIENTATIONS), 1)
@@ -97,15 +101,12 @@ def examine_tiff(data: bytes) -> TiffFacts:
     """
     layout = _layout(data)
     tags = list(_tags(data))
-    kept = [tag for tag in tags if tag.number in PIXEL_TAGS]
-    if len(kept) > MAX_TAGS or any(tag.num_values > MAX_VALUES for tag in kept):
+    first_tags = {tag.number: tag for tag in reversed(tags)}
+    kept = [tag for tag in tags if tag.number in PIXEL_TAGS and tag is first_tags[tag.number]]
+    if any(tag.num_values > MAX_VALUES for tag in kept):
         raise PartsError
-    numbers = {
-        tag.number: values
-        for tag in tags
-        if tag.number in PIXEL_TAGS or tag.number == ORIENTATION
-        if (values := _numbers(data, layout, tag))
-    }
+    numbers = {number: _numbers(data, layout, tag) for number, tag in first_tags.items() if number in STATED}
+    numbers = {number: values for number, values in numbers.items() if values}
 
     def first(number: int, default: int) -> int:
         return numbers.get(number, (default,))[0]
@@ -117,17 +118,27 @@ def examine_tiff(data: bytes) -> TiffFacts:
         coded = -(-width // across) * across * (-(-height // down) * down)
     pieces = set[tuple[int, int]]()
     if first(COMPRESSION, 1) in JPEG_COMPRESSIONS:
-        for offsets, sizes in zip(OFFSETS, SIZES, strict=True):
-            pieces |= set(zip(numbers.get(offsets, ()), numbers.get(sizes, ()), strict=False))
+        for pair in zip(OFFSETS, SIZES, strict=True):
+            if all(number in first_tags for number in pair):
+                pieces |= set(zip(*(_numbers(data, layout, first_tags[number]) for number in pair), strict=False))
     orientation = first(ORIENTATION, 1)
     if orientation not in ORIENTATIONS:
         orientation = 1
     if ORIENTATION not in numbers:
-        orientation = next((orientation_in_xmp(_bytes(data, tag)) for tag in tags if tag.number == XMP), 1)
+        orientation = orientation_in_xmp(_bytes(data, first_tags[XMP])) if XMP in first_tags else 1
     return TiffFacts(
         width, height, coded, orientation, first(BITS, 1), first(PHOTOMETRIC, 0) == 0, sorted(pieces),
         _without_others(data, layout, kept),
     )  # fmt: skip
+
+
+def read_tiff_size(data: bytes) -> tuple[int, int]:
+    """Return width and height, 0 if a tag is missing; raises as ``examine_tiff`` does."""
+    layout, sizes = _layout(data), {WIDTH: 0, HEIGHT: 0}
+    for tag in _tags(data):
+        if tag.number in sizes and tag.num_values == 1 and not sizes[tag.number]:
+            sizes[tag.number] = next(iter(_numbers(data, layout, tag)), 0)
+    return sizes[WIDTH], sizes[HEIGHT]
 
 
 def orientation_in_xmp(xmp: bytes) -> int:
@@ -156,7 +167,7 @@ def _tags(data: bytes) -> Iterator[Tag]:
     head, offset = struct.Struct(layout.order + layout.head), struct.Struct(layout.order + layout.offset)
     place, num = _folder(data, layout)
     length = head.size + offset.size
-    for number in range(min(num, (len(data) - place) // length)):
+    for number in range(min(num, MAX_TAGS, (len(data) - place) // length)):
         start = place + number * length
         tag, kind, count = head.unpack_from(data, start)
         if kind not in SIZE_OF:
@@ -170,6 +181,8 @@ def _tags(data: bytes) -> Iterator[Tag]:
 def _folder(data: bytes, layout: Layout) -> tuple[int, int]:
     """Where the first folder's tags begin, and their number."""
     start = struct.unpack_from(layout.order + layout.offset, data, layout.first)[0]
+    if start > len(data):
+        raise ValueError("the folder of tags lies beyond the file")
     num = struct.unpack_from(layout.order + layout.counter, data, start)[0]
     return start + struct.calcsize(layout.order + layout.counter), num
 
