@@ -59,8 +59,9 @@ def test_extras_are_the_projects() -> None:
 
 
 def test_python_is_the_supported_one_and_user_is_not_root() -> None:
-    bases = [text for name, text in INSTRUCTIONS if name == "FROM"]
-    assert all(base.split()[0] in {"python:3.11", "python:3.11-slim"} for base in bases)
+    given = dict(text.partition("=")[::2] for name, text in INSTRUCTIONS if name == "ARG")
+    bases = [text.split()[0].strip("${}") for name, text in INSTRUCTIONS if name == "FROM"]
+    assert [given[base] for base in bases] == ["python:3.11", "python:3.11-slim"]  # or what --build-arg names
     users = [text for name, text in INSTRUCTIONS if name == "USER"]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])  # a number: runAsNonRoot can check it
 
@@ -72,7 +73,7 @@ def test_environment_holds_the_serve_flags() -> None:
 
 def test_recipes_and_their_data_lie_where_recipes_say() -> None:
     (workdir,) = [text for name, text in INSTRUCTIONS if name == "WORKDIR"][1:]
-    manifests = [yaml.safe_load(path.read_text()) for path in (ROOT / "deploy/kuberay").glob("raycluster.yaml")]
+    manifests = [next(yaml.safe_load_all(path.read_text())) for path in (ROOT / "deploy/kuberay").glob("raycluster.yaml")]
     assert workdir == manifests[0]["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["workingDir"]
     recipe = yaml.safe_load((ROOT / "deploy/recipes/quickstart.yaml").read_text())
     same_place = [source for group, target in copies() for source in group if target == source]
@@ -84,3 +85,15 @@ def test_recipes_and_their_data_lie_where_recipes_say() -> None:
 @pytest.mark.parametrize("name", ["torch", "torchvision", "ray", "faiss-cpu", "grpcio"])
 def test_versions_are_pinned(name: str) -> None:
     assert re.search(rf"^{name}==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+
+def test_haproxys_admin_socket_lies_in_a_folder_of_the_user() -> None:
+    text = DOCKERFILE.read_text()
+    (folder,) = re.findall(r"install --directory --mode=700 --owner=ray --group=ray (\S+)", text)
+    environment = dict(word.split("=", 1) for name, text in INSTRUCTIONS if name == "ENV" for word in shlex.split(text))
+    places = {name: value for name, value in environment.items() if name.startswith("RAY_SERVE_HAPROXY_")}
+    assert set(places) == {
+        f"RAY_SERVE_HAPROXY_{part}"
+        for part in ("CONFIG_FILE_LOC", "SOCKET_PATH", "METRICS_SOCKET_PATH", "SERVER_STATE_BASE", "SERVER_STATE_FILE")
+    }
+    assert all(f"{value}/".startswith(f"{folder}/") for value in places.values())

@@ -41,6 +41,15 @@ def only(kind: str) -> Document:
     return document
 
 
+def policy(name: str) -> Document:
+    (document,) = [
+        copy.deepcopy(document)
+        for _, document in DOCUMENTS
+        if document["kind"] == "NetworkPolicy" and document["metadata"]["name"] == name
+    ]
+    return document
+
+
 def trim_crds() -> ModuleType:
     spec = importlib.util.spec_from_file_location("trim_crds", Path(__file__).with_name("trim_crds.py"))
     assert spec is not None
@@ -150,8 +159,10 @@ def test_clients_reach_the_tls_proxy_alone() -> None:
     (port,) = [port["containerPort"] for port in proxy["ports"]]
     service = spec["serveService"]["spec"]
     assert service["clusterIP"] == "None"
-    assert [one["port"] for one in service["ports"]] == [8000, port]
-    last = only("NetworkPolicy")["spec"]["ingress"][-1]
+    assert [(one["name"], one["port"]) for one in service["ports"]] == [("serve", port)]
+    head = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert "serve" not in [one["name"] for one in head["ports"]]  # KubeRay would publish that one in its place
+    last = policy("lookalike-retrieval")["spec"]["ingress"][-1]
     assert [one["port"] for one in last["ports"]] == [port]
     assert spec["excludeHeadPodFromServeSvc"]  # the head has no proxy
 
@@ -194,9 +205,9 @@ def test_selectors_meet_the_pods() -> None:
     budget = only("PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
     assert budget.items() <= worker.items()
     assert not budget.items() <= head.items()
-    policy = only("NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
-    assert policy.items() <= worker.items()
-    assert policy.items() <= head.items()
+    selected = policy("lookalike-retrieval")["spec"]["podSelector"]["matchLabels"]
+    assert selected.items() <= worker.items()
+    assert selected.items() <= head.items()
 
 
 def test_every_ray_pod_has_both_serve_flags() -> None:
@@ -235,8 +246,8 @@ BAD_RESOURCES = [
     ("RayJob", put("spec.entrypointNumCpus", "2")),
     ("RayJob", put("spec.entryPoint", "lookalike corpus")),
     ("RayJob", put("spec.clusterSelector", {"ray.io/cluster": 1})),
-    ("RayService", put("spec.serveService.spec.ports.1.appProtocol", 2)),
-    ("RayService", put("spec.serveService.spec.ports.1.appProtokol", "h2c")),
+    ("RayService", put("spec.serveService.spec.ports.0.appProtocol", 2)),
+    ("RayService", put("spec.serveService.spec.ports.0.appProtokol", "h2c")),
     ("RayService", put("spec.rayClusterConfig.workerGroupSpecs.0.template.spec.topologySpreadConstraints.0.skew", 1)),
     ("PodDisruptionBudget", put("spec.maxUnavailible", 1)),
     ("NetworkPolicy", put("spec.ingress.2.ports.0.protocol", 6)),
@@ -246,7 +257,10 @@ BAD_RESOURCES = [
 
 @pytest.mark.parametrize(("kind", "mutate"), BAD_RESOURCES)
 def test_damaged_manifest_is_refused(kind: str, mutate: Callable[[Document], None], check: Check) -> None:
-    document = copy.deepcopy(JOBS["lookalike-plan"]) if kind == "RayJob" else only(kind)
+    if kind == "NetworkPolicy":
+        document = policy("lookalike-retrieval")
+    else:
+        document = copy.deepcopy(JOBS["lookalike-plan"]) if kind == "RayJob" else only(kind)
     check(document)
     mutate(document)
     with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
@@ -286,3 +300,99 @@ def test_damaged_serve_config_is_refused(mutate: Callable[[Document], None], che
     service["spec"]["serveConfigV2"] = yaml.safe_dump(document)
     with pytest.raises(UsageError):
         check(service)
+
+
+def pods() -> dict[str, Document]:
+    """Every pod template by a name."""
+    templates = {name: job["spec"]["submitterPodTemplate"] for name, job in JOBS.items()}
+    for kind, spec in (
+        ("jobs", only("RayCluster")["spec"]),
+        ("service", only("RayService")["spec"]["rayClusterConfig"]),
+    ):
+        templates[f"{kind} head"] = spec["headGroupSpec"]["template"]
+        templates |= {f"{kind} {group['groupName']}": group["template"] for group in spec["workerGroupSpecs"]}
+    return templates
+
+
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+@pytest.mark.parametrize("name", pods())
+def test_pods_pass_pod_security_restricted(name: str) -> None:
+    """The rules of Kubernetes' Pod Security Standard ``restricted``, for every container."""
+    pod = pods()[name]["spec"]
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+    assert all(set(volume) - {"name"} <= VOLUMES for volume in pod.get("volumes", []))
+    shared = pod["securityContext"]
+    assert shared["runAsNonRoot"] is True
+    assert shared["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert shared.get("runAsUser", 1000) != 0
+    contexts = [container["securityContext"] for container in pod["containers"]]
+    if name == "jobs head":  # KubeRay adds the autoscaler
+        contexts.append(only("RayCluster")["spec"]["autoscalerOptions"]["securityContext"])
+        assert "automountServiceAccountToken" not in pod
+    else:
+        assert pod["automountServiceAccountToken"] is False
+    for context in contexts:
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert not {"privileged", "runAsUser", "procMount", "seLinuxOptions"} & set(context)
+
+
+def admits(policy_name: str, labels: Document, namespace: str, port: int) -> bool:
+    """Whether a pod with ``labels`` in ``namespace`` (empty: the manifests' own) reaches ``port``."""
+    for rule in policy(policy_name)["spec"]["ingress"]:
+        ports = any(one["port"] <= port <= one.get("endPort", one["port"]) for one in rule["ports"])
+        for peer in rule["from"]:
+            place = peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name", "")
+            if ports and place == namespace and peer["podSelector"]["matchLabels"].items() <= labels.items():
+                return True
+    return False
+
+
+PORTS = {"dashboard": 8265, "gcs": 6379, "client": 10001, "metrics": 8080, "http": 8000, "grpc": 9000, "tls": 9443}
+OPERATOR = {"app.kubernetes.io/component": "kuberay-operator"}
+PROMETHEUS = {"app.kubernetes.io/name": "prometheus"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "namespace", "service", "jobs"),
+    [
+        ({"lookalike-client": "true"}, "", {"tls"}, set()),
+        ({"lookalike-client": "true"}, "elsewhere", set(), set()),
+        ({"app": "anything"}, "", set(), set()),
+        (OPERATOR, "kuberay-system", {"dashboard", "http"}, {"dashboard"}),
+        (OPERATOR, "elsewhere", set(), set()),
+        (PROMETHEUS, "monitoring", {"metrics"}, {"metrics"}),
+        (PROMETHEUS, "", set(), set()),
+        ({"app.kubernetes.io/name": "lookalike-submitter"}, "", set(), {"dashboard"}),
+        ({"app.kubernetes.io/name": "lookalike-jobs"}, "", set(), set(PORTS)),
+        ({"app.kubernetes.io/name": "lookalike-retrieval"}, "", set(PORTS), set()),
+    ],
+)
+def test_who_reaches_which_port(labels: Document, namespace: str, service: set[str], jobs: set[str]) -> None:
+    for name, wanted in (("lookalike-retrieval", service), ("lookalike-jobs", jobs)):
+        assert {port for port, number in PORTS.items() if admits(name, labels, namespace, number)} == wanted
+        for haproxy in (8404, 9101):
+            assert admits(name, labels, namespace, haproxy) == (len(wanted) == len(PORTS))
+
+
+def test_every_pod_has_a_policy() -> None:
+    selectors = [
+        policy(name)["spec"]["podSelector"]["matchLabels"] for name in ("lookalike-retrieval", "lookalike-jobs")
+    ]
+    for name, template in pods().items():
+        labels = template["metadata"]["labels"]
+        assert name in JOBS or any(selector.items() <= labels.items() for selector in selectors)
+
+
+def test_the_heads_publish_what_others_need() -> None:
+    for spec in (only("RayCluster")["spec"], only("RayService")["spec"]["rayClusterConfig"]):
+        (container,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+        assert [one["name"] for one in container["ports"]] == ["gcs-server", "dashboard", "metrics"]
+
+
+def test_secrets_are_read_by_their_user_alone() -> None:
+    for template in pods().values():
+        for volume in template["spec"].get("volumes", []):
+            assert "secret" not in volume or volume["secret"]["defaultMode"] == 0o440
