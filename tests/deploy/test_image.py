@@ -73,7 +73,9 @@ def test_environment_holds_the_serve_flags() -> None:
 
 def test_recipes_and_their_data_lie_where_recipes_say() -> None:
     (workdir,) = [text for name, text in INSTRUCTIONS if name == "WORKDIR"][1:]
-    manifests = [next(yaml.safe_load_all(path.read_text())) for path in (ROOT / "deploy/kuberay").glob("raycluster.yaml")]
+    manifests = [
+        next(yaml.safe_load_all(path.read_text())) for path in (ROOT / "deploy/kuberay").glob("raycluster.yaml")
+    ]
     assert workdir == manifests[0]["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["workingDir"]
     recipe = yaml.safe_load((ROOT / "deploy/recipes/quickstart.yaml").read_text())
     same_place = [source for group, target in copies() for source in group if target == source]
