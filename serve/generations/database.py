@@ -302,7 +302,10 @@ class Database:
             execute("PRAGMA shrink_memory")
             if marks(self.path) != self._files:
                 log.warning("compared %s", fields(file=str(self.path), reason="another program changed it"))
-                self._compare_all()
+                try:
+                    self._compare_all()
+                except (LookalikeError, sqlite3.Error) as error:
+                    raise self._replaced() from error
             checkpoint(self._connection)
             _sync(wal_of(self.path))
             if execute("SELECT max(number) FROM writes").fetchone()[0] not in (None, self.last):
