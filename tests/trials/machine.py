@@ -402,28 +402,37 @@ class WritePath(RuleBasedStateMachine):
 
     @running
     @healthy
-    @precondition(lambda self: self.copy is not None and self.tasks)
     @rule(ids=IDS)
     def go_back_while_followers_run(self, ids: list[str]) -> None:
         """An operator restores an older copy, and has it accepted: followers that know more are not passed over."""
-        assert self.copy is not None
+        self.follow()
+        old = self._files()
+        self.upsert(ids, 1)
+        self._check()
         self._end()
         good = self._files()
-        self._put({name: content for name, content in self.copy[0].items() if name != acknowledged.FILE})
+        self._put({name: content for name, content in old.items() if name != acknowledged.FILE})
         self.handle.target = Writer(self.config, self.world.read_generation("i0", None))
-        if self.copy[1] < len(self.model.writes):
 
-            async def late() -> None:
-                await asyncio.sleep(5)
-                await self.writer.upsert(self._upsert(ids, 1))
+        async def late() -> None:
+            await asyncio.sleep(5)
+            await self.writer.upsert(self._upsert(ids, 1))
 
-            with suppress(LookalikeError):
-                self._do(late())
-                raise AssertionError("a write that followers pass over was acknowledged")
+        with suppress(LookalikeError):
+            self._do(late())
+            raise AssertionError("a write that followers pass over was acknowledged")
         self._end_followers()
         self._end()
         self._put(good)
         self._start()
+
+    @running
+    @healthy
+    @rule(ids=IDS, first=st.integers(1, 6), fault=st.sampled_from(FAULTS), luck=SEEDS, is_power_cut=st.booleans())
+    def fail_once_and_crash(self, ids: list[str], first: int, fault: Fault, luck: int, is_power_cut: bool) -> None:
+        self.fail(first, 1, fault)
+        self.upsert(ids, 1)
+        self.crash(luck, is_power_cut)
 
 
 def _fields(message: bytes) -> dict[str, Any]:
