@@ -4,12 +4,15 @@ from pathlib import Path
 
 from lookalike import storage
 from lookalike.artifacts import MANIFEST, Artifact
-from lookalike.errors import UsageError
+from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.generations.compaction import ROOT, held_writes
 from lookalike.serve.generations.database import Database
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.state import GenerationRef, State
 from lookalike.serve.settings.config import ServeConfig
+from lookalike.telemetry import fields, get_logger
+
+log = get_logger(__name__)
 
 
 def adopt(config: ServeConfig, generation: Generation, database: Database) -> State:
@@ -26,7 +29,7 @@ def adopt(config: ServeConfig, generation: Generation, database: Database) -> St
 def _choose(config: ServeConfig, generation: Generation, database: Database) -> State:
     state, configured = database.load_state(), (config.index, config.plan, config.encoder)
     if state is not None and state.configured == configured:
-        return state
+        return _without_damage(state)
     includes = held_writes(generation.index, storage.local_path(config.writes.state or ""))
     ref = GenerationRef.of(generation).model_copy(update={"includes_writes": includes})
     if state is None:
@@ -39,6 +42,29 @@ def _choose(config: ServeConfig, generation: Generation, database: Database) -> 
             "writes that wait; compact them first, or switch while the service runs"
         )
     return state.holding(ref).serving_now(ref.name).trimmed().model_copy(update={"configured": configured})
+
+
+def _without_damage(state: State) -> State:
+    """Return ``state``; if its index is damaged, one with the index before, whose lacking writes the log has."""
+    if not (problem := find_damage(state.serving.index)):
+        return state
+    previous = state.find(state.previous)
+    if previous is None or find_damage(previous.index):
+        raise ArtifactError(
+            f"{problem}; it is the index that answers, and there is no other: restore it from a copy, or start with "
+            "another index that holds its writes"
+        )
+    log.error("damaged index %s", fields(problem=problem, served=previous.index, effect="writes since are in the log"))
+    return state.model_copy(update={"held": (previous,), "current": previous.name, "previous": None})
+
+
+def find_damage(index: str) -> str:
+    """Why an index cannot be served, by the sizes of its files and, up to ``FULL_CHECK_BYTES``, their contents."""
+    try:
+        Artifact.open(index, "index")
+    except ArtifactError as error:
+        return str(error)
+    return ""
 
 
 def check_includes(index: str, includes: int, first: int, serving: str) -> None:

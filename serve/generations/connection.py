@@ -45,6 +45,7 @@ def prepare(connection: sqlite3.Connection) -> None:
     if (mode := execute("PRAGMA journal_mode=WAL").fetchone()[0]) != "wal":
         raise sqlite3.OperationalError(f"journal_mode stays {mode}")
     execute("PRAGMA synchronous=FULL")
+    execute("PRAGMA cell_size_check=ON")
     execute("PRAGMA secure_delete=OFF")  # it would write what it deletes once more
     execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
     if (problem := execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":

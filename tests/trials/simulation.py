@@ -145,6 +145,7 @@ def simulate(loop: SimulatedLoop, world: World) -> ExitStack:
         (follower, "read_generation", world.read_generation),
         (writer, "held_writes", world.held_writes),
         (adoption, "held_writes", world.held_writes),
+        (adoption, "find_damage", lambda index: ""),
         (writer, "compact_in_task", world.compact),
         (writer, "read_where", lambda index: {}),
         (compaction, "read_where", lambda index: {}),

@@ -9,10 +9,10 @@ import pytest
 
 from lookalike import storage
 from lookalike.artifacts import Artifact
-from lookalike.errors import LookalikeError
+from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.serve.front.fused import open_workers
 from lookalike.serve.front.service import Service
-from lookalike.serve.generations import compaction
+from lookalike.serve.generations import adoption, compaction
 from lookalike.serve.generations import writer as module
 from lookalike.serve.generations.acknowledged import FILE as ACKNOWLEDGED
 from lookalike.serve.generations.compaction import COMPACTING, ROOT, check_space, compact, estimate_bytes
@@ -202,3 +202,31 @@ def test_a_compaction_without_room_does_not_begin(
     with pytest.raises(LookalikeError, match=r"compaction needs about \d+ MiB.*has 16 MiB; free some"):
         compact(world.index, few, folder)
     assert published(folder) == set()
+
+
+def test_a_service_whose_compacted_index_is_damaged_goes_on_from_the_one_before(
+    config: ServeConfig, world: "World", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "compact_in_task", compact_here)
+
+    async def work() -> None:
+        writer = open_writer(config)
+        await writer.upsert(upsert("new-000", model=world.encoder.fingerprint))
+        compacted = pb.Generation.FromString(await writer.compact(0))
+        await writer.upsert(upsert("new-001", model=world.encoder.fingerprint))
+        writer.close()
+        path = Path(compacted.index, "shard-00000", "norms.npy")
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        writer = open_writer(config)
+        worker, now = await follow(Handle(writer)), await status(writer)
+        assert (now.current, len(now.generations), now.last_write) == (world.searcher.meta.generation, 1, 2)
+        assert {"new-000", "new-001"} <= set(await ids(worker, now.current, 3))
+        await writer.switch(pb.SwitchRequest(index=config.index, encoder="none").SerializeToString())
+        writer.close()
+        damaged = Artifact.open(world.index, check=False)
+        monkeypatch.setattr(adoption, "find_damage", lambda index: f"{damaged.uri} is damaged")
+        with pytest.raises(ArtifactError, match=r"is damaged; it is the index that answers, .*restore it from a copy"):
+            open_writer(config)
+
+    run(work)
