@@ -137,6 +137,9 @@ def test_reading_takes_its_time_and_ends_with_the_worker(copied: Generation, mon
 
 @pytest.mark.usefixtures("soon")
 def test_a_damaged_index_is_not_switched_to_and_not_started_with(config: ServeConfig, copied: Generation) -> None:
+    roots = (str(Path(copied.index).parents[2]),)
+    config = config.model_copy(update={"writes": config.writes.model_copy(update={"roots": roots})})
+
     async def work() -> None:
         writer = open_writer(config)
         worker = await follow(Handle(writer))
