@@ -284,8 +284,8 @@ def _watch(address: str, num: int) -> Iterator[Row]:
     yield Row(
         "other tenant's vector searches",
         "p99 at most 3 times its quiet value, none fails",
-        f"{quiet[0]:.1f} ms before, {quiet[1]:.1f} ms after, {loud_ms:.1f} ms beside the pictures, {len(searches.times_s)} searches, "
-        f"{dict(searches.failures)} failed",
+        f"{quiet[0]:.1f} ms before, {quiet[1]:.1f} ms after, {loud_ms:.1f} ms beside the pictures "
+        f"({len(searches.times_s)} searches, {dict(searches.failures)} failed)",
         loud_ms <= bound_ms and not searches.failures,
     )
     slowest_s = max(images.times_s)
