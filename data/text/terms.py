@@ -23,6 +23,16 @@ _WORDS = parse_yaml(files("lookalike.data.text").joinpath("english.yaml").read_b
 STOP_WORDS = frozenset(_WORDS["stop_words"])
 _IRREGULAR: dict[str, str] = _WORDS["irregular"]
 _UNCHANGED = frozenset(_WORDS["unchanged"])
+_LEARNED = (
+    ("men", "man"),
+    ("theses", "thesis"),
+    ("gnoses", "gnosis"),
+    ("alyses", "alysis"),
+    ("eaux", "eau"),
+    ("ae", "a"),
+    ("ii", "ius"),
+)
+"""Ending of a plural that does not end in s and es by the common rules -> ending of its singular."""
 ALIASES: dict[str, str] = _WORDS["aliases"]
 """Other spelling of a term -> the term."""
 
@@ -40,33 +50,61 @@ _INVISIBLE = [
 _APOSTROPHES = dict.fromkeys([0x60, 0xB4, 0x2BC, 0x2018, 0x2019, 0x2032], "'")
 _BEFORE = {code: None for first, last in _INVISIBLE for code in range(first, last + 1)} | _APOSTROPHES
 _BEFORE |= dict.fromkeys([0xA9, 0xAE, 0x2117, 0x2120, 0x2122])  # trade marks, which NFKC would turn into letters
+_PLAIN = dict(zip("\u0131\u00f8\u0142\u0111\u00e6\u0153", ("i", "o", "l", "d", "ae", "oe"), strict=True))
+"""Letters that do not decompose -> how they are written without their stroke."""
 _AFTER = dict.fromkeys([*range(0x300, 0x370), *range(0x20D0, 0x2100)]) | {ord("_"): " ", ord("`"): "'"}
 """Removes combining marks that no composed letter took up."""
 
 
 @lru_cache(maxsize=200_000)
 def singular(word: str) -> str:
-    """The singular of an English noun by rule; a word that fits no rule stays."""
-    word = word.removesuffix("'s")
+    """The singular of an English noun by rule; a word that fits no rule stays, as does a singular that is no term."""
+    single, shorter = word, _strip_plural(word)
+    while shorter != single:
+        single, shorter = shorter, _strip_plural(shorter)
+    return word if single in STOP_WORDS or not has_letter(single) else single
+
+
+def _strip_plural(word: str) -> str:
+    word = word.removesuffix("'s").strip("'")
     if word in _IRREGULAR:
         return _IRREGULAR[word]
-    if word in _UNCHANGED or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is", "'s")):
+    if word in _UNCHANGED or len(word) < 4:
         return word
+    for ending, instead in _LEARNED:
+        if word.endswith(ending) and len(word) > 4:
+            return word.removesuffix(ending) + instead
+    return word if word.endswith(("ss", "us", "is")) else _strip_s(word)
+
+
+def _strip_s(word: str) -> str:
     if word.endswith("ies"):
-        return word[:-3] + "y"
+        return word[:-1] if len(word) == 4 else word[:-3] + "y"
     if word.endswith(("ches", "shes", "xes", "sses", "zzes", "tzes")):
         return word[:-2]
     if word.endswith("uses") and len(word) > 5 and not word.endswith(("auses", "ouses")):
         return word[:-2]
-    return word[:-1]
+    return word.removesuffix("s")
 
 
 def normalise(text: str) -> str:
-    """``text`` in NFKC with case folded, without invisible characters, stray combining marks and trade marks."""
+    """``text`` in NFKC with case folded, without accents, invisible characters and trade marks.
+
+    Accents go from Latin letters, so that a word has one spelling; letters of other scripts keep what belongs to them.
+    """
     if text.isascii():
         return text.lower().translate(_AFTER) if "_" in text or "`" in text else text.lower()
     folded = unicodedata.normalize("NFKC", text.translate(_BEFORE)).casefold()
-    return unicodedata.normalize("NFKC", folded).translate(_AFTER)
+    folded = unicodedata.normalize("NFKC", folded).translate(_AFTER)
+    return folded if folded.isascii() else "".join(map(_without_accent, folded))
+
+
+@lru_cache(maxsize=10_000)
+def _without_accent(letter: str) -> str:
+    if letter in _PLAIN:
+        return _PLAIN[letter]
+    base = unicodedata.normalize("NFD", letter)[0]
+    return _PLAIN.get(base, base) if "a" <= base <= "z" or base in _PLAIN else letter
 
 
 def tokens_of(text: str) -> list[str]:
@@ -118,10 +156,9 @@ def has_letter(word: str) -> bool:
 
 @lru_cache(maxsize=200_000)
 def is_latin(word: str) -> bool:
-    """Whether every letter of ``word`` is Latin. A look-alike letter of another script shows that it is not English."""
-    return word.isascii() or all(
-        c.isascii() or not c.isalpha() or unicodedata.name(c, "").startswith("LATIN") for c in word
-    )
+    """Whether every sign of ``word`` belongs to Latin text. A look-alike of another script, of phonetic notation or a
+    digit that is not 0 to 9 shows that it is not English."""
+    return word.isascii() or all(c.isascii() or "\u00c0" <= c <= "\u024f" or "\u1e00" <= c <= "\u1eff" for c in word)
 
 
 def ngrams(text: str) -> set[str]:
