@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, BinaryIO
 
+from lookalike.data.sources.bounds import UnpackedError
 from lookalike.data.sources.columns import resolve
 from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, Reader, Record, Unit, unreadable
-from lookalike.data.sources.tables import MAX_LINE_BYTES, SAMPLE_ROWS, open_buffered
+from lookalike.data.sources.tables import SAMPLE_ROWS, open_buffered
 from lookalike.errors import CorpusError
 from lookalike.telemetry import fields, get_logger
 
@@ -28,7 +29,8 @@ _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')  # which Excel writes above the 
 class Lines:
     """The lines of a text, with their ends; those of the current row can be given back."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, most: int) -> None:
+        self._most = self._room = most  # characters of a row, and what is left of them
         self._text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
         self._waiting: deque[str] = deque()
         self.taken: list[str] = []
@@ -40,20 +42,24 @@ class Lines:
         """A row begins at the next line."""
         self.before += len(self.taken)
         self.taken = []
+        self._room = self._most
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._waiting.popleft() if self._waiting else self._text.readline(MAX_LINE_BYTES)
+        line = self._waiting.popleft() if self._waiting else self._text.readline(self._most)
         if not line:
             raise StopIteration
-        if len(line) == MAX_LINE_BYTES and line[-1] not in "\r\n":
-            while (piece := self._text.readline(MAX_LINE_BYTES)) and piece[-1] not in "\r\n":
+        if len(line) == self._most and line[-1] not in "\r\n":
+            while (piece := self._text.readline(self._most)) and piece[-1] not in "\r\n":
                 pass
             self.taken.append("")
-            raise csv.Error(f"the line has more than {MAX_LINE_BYTES} characters")
+            raise csv.Error(f"the line has more than {self._most} characters")
         self.taken.append(line)
+        self._room -= len(line)
+        if self._room < 0:
+            raise csv.Error(f"the row has more than {self._most} characters")
         return line
 
     def give_back(self, keep: int = 1) -> None:
@@ -132,7 +138,8 @@ class Table:
         lines.give_back()
         if count < 2 and "unexpected end" not in error:
             reason = "too_long" if "more than" in error or "larger than" in error else "not_csv"
-            return unreadable(reason, f"line {first}: {error}; correct it, {UNQUOTED}", **key)
+            remedy = f"correct it, {UNQUOTED}" if reason == "not_csv" else "cut it, or raise bounds.max_record_bytes"
+            return unreadable(reason, f"line {first}: {error}; {remedy}", **key)
         told = f"the quote that opens in line {first} took {count} lines, up to line {first + count - 1} ({error})"
         return unreadable("open_quote", f"{told}; close it, {UNQUOTED}. The other lines were read as rows", **key)
 
@@ -207,11 +214,12 @@ class CsvReader(Reader):
 
     @contextmanager
     def _table(self, uri: str) -> Iterator[Table]:
-        csv.field_size_limit(MAX_LINE_BYTES)
+        most = self.source.bounds.max_record_bytes
+        csv.field_size_limit(most)
         lines = None
         try:
-            with open_buffered(uri, self.source.encoding) as file:
-                lines = Lines(file)
+            with open_buffered(uri, self.source.encoding, self.source.bounds) as file:
+                lines = Lines(file, most)
                 yield Table(lines, self, uri)
         except CorpusError as error:
             at = 0 if lines is None else lines.before + len(lines.taken)
@@ -219,4 +227,7 @@ class CsvReader(Reader):
 
     def read(self, unit: Unit) -> Iterator[Record]:
         with self._table(unit["uri"]) as table:
-            yield from table.records()
+            try:
+                yield from table.records()
+            except UnpackedError as error:
+                yield unreadable(error.reason, str(error))

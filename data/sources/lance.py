@@ -6,9 +6,12 @@ from typing import Any
 import pyarrow as pa
 
 from lookalike import storage
+from lookalike.data.sources.bounds import FREE_BYTES, UnpackedError, claim_of_rows
 from lookalike.data.sources.columns import arrow_records, resolve_schema, top_level
-from lookalike.data.sources.reader import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
+from lookalike.data.sources.reader import SOURCE_FORMATS, Reader, Record, Unit, unreadable
 from lookalike.errors import CorpusError, UsageError
+
+PIECE_ROWS = 8  # decoded at a time: Lance has no bound of memory, and one value may stand in many rows
 
 
 @SOURCE_FORMATS.register("lance")
@@ -24,22 +27,39 @@ class LanceReader(Reader):
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
         dataset = _open(uri)
         resolve_schema(self.source.columns, dataset.schema, f"source {uri}", self.natural)
-        rows = dataset.count_rows()
+        rows, version = dataset.count_rows(), dataset.version
+        size = sum(file.file_size_bytes or 0 for part in dataset.get_fragments() for file in part.data_files())
+        if claim := claim_of_rows(rows, size, self.source.bounds):
+            yield {"uri": uri, "claim": claim}
+            return
         for start in range(0, rows, rows_per_part):
-            yield {"uri": uri, "version": dataset.version, "start": start, "stop": min(start + rows_per_part, rows)}
+            stop = min(start + rows_per_part, rows)
+            yield {"uri": uri, "version": version, "start": start, "stop": stop, "size_bytes": size}
 
     def read(self, unit: Unit) -> Iterator[Record]:
+        if "claim" in unit:
+            yield unreadable("claims_too_many_rows", unit["claim"])
+            return
         dataset = _open(unit["uri"], unit["version"])
         columns = resolve_schema(self.source.columns, dataset.schema, f"source {unit['uri']}", self.natural)
         scanner = dataset.scanner(
             columns=top_level(dataset.schema, list(columns.values())),
             offset=unit["start"],
             limit=unit["stop"] - unit["start"],
-            batch_size=BATCH_ROWS,
+            batch_size=PIECE_ROWS,
+            batch_readahead=1,
             scan_in_order=True,
         )
+        decoded, most = 0, FREE_BYTES + self.source.bounds.max_ratio * unit["size_bytes"]
+        row = unit["start"]
         for batch in scanner.to_batches():
+            decoded += batch.nbytes
+            if decoded > most:
+                break
             yield from arrow_records(pa.Table.from_batches([batch]), columns)
+            row += batch.num_rows
+        for _ in range(row, unit["stop"]):
+            yield unreadable(UnpackedError.reason, str(UnpackedError(self.source.bounds)))
 
 
 def _open(uri: str, version: int | None = None) -> Any:

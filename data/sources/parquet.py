@@ -7,9 +7,13 @@ import pyarrow.parquet as pq
 
 from lookalike import storage
 from lookalike.data.parts import row_groups
+from lookalike.data.sources.bounds import claim_of_rows, limited_memory
 from lookalike.data.sources.columns import arrow_records, resolve_schema, top_level
-from lookalike.data.sources.reader import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit
+from lookalike.data.sources.reader import BATCH_ROWS, SOURCE_FORMATS, Reader, Record, Unit, unreadable
 from lookalike.errors import CorpusError
+
+FEW_ROWS = 8
+READ_BYTES = 8 << 20  # of a column at a time; else all of it in a row group
 
 
 def cut_groups(sizes: Sequence[int], rows_per_part: int) -> Iterator[tuple[int, int]]:
@@ -38,12 +42,16 @@ class ParquetReader(Reader):
     suffixes = (".parquet",)
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
+        """See ``Reader``; a file that claims more rows than its size can hold is one unreadable record."""
         try:
             with storage.arrow_file(uri) as file:
                 metadata = pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise CorpusError(f"source {uri} is not a readable parquet file ({error}); replace or remove it") from None
         self._columns(metadata.schema.to_arrow_schema(), uri)
+        if claim := claim_of_rows(metadata.num_rows, storage.size_bytes(uri), self.source.bounds):
+            yield {"uri": uri, "claim": claim}
+            return
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         for start, stop in cut_groups(sizes, rows_per_part):
             yield {"uri": uri, "start": start, "stop": stop}
@@ -52,12 +60,37 @@ class ParquetReader(Reader):
         return resolve_schema(self.source.columns, schema, f"source {uri}", self.natural)
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        with storage.arrow_file(unit["uri"]) as opened, pq.ParquetFile(opened) as file:
+        if "claim" in unit:
+            yield unreadable("claims_too_many_rows", unit["claim"])
+            return
+        row = unit["start"]
+        for rows in (BATCH_ROWS, FEW_ROWS, 1):
+            try:
+                for records in self._pieces({**unit, "start": row}, rows):
+                    yield from records
+                    row += len(records)
+                return
+            except MemoryError:  # the rest in smaller pieces
+                continue
+        megabytes = self.source.bounds.max_memory_bytes >> 20
+        told = f"row {row} needs more than {megabytes} MiB, and what follows it in its row group is not reached"
+        for _ in range(row, unit["stop"]):
+            yield unreadable("needs_too_much_memory", f"{told}; replace it, or raise bounds.max_memory_bytes")
+
+    def _pieces(self, unit: Unit, rows: int) -> Iterator[list[Record]]:
+        """Records of up to ``rows`` rows at a time; ``MemoryError`` where these need more than the bound."""
+        with storage.arrow_file(unit["uri"]) as opened, pq.ParquetFile(opened, buffer_size=READ_BYTES) as file:
             columns = self._columns(file.schema_arrow, unit["uri"])
             groups, row = row_groups(file, unit["start"], unit["stop"])
             needed = top_level(file.schema_arrow, list(columns.values()))
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=needed):
-                begin, end = max(unit["start"] - row, 0), min(unit["stop"] - row, batch.num_rows)
-                row += batch.num_rows
-                if begin < end:
-                    yield from arrow_records(pa.Table.from_batches([batch.slice(begin, end - begin)]), columns)
+            batches = file.iter_batches(rows, row_groups=groups, columns=needed, use_threads=False)
+            while True:
+                with limited_memory(self.source.bounds):
+                    batch = next(batches, None)
+                    if batch is None:
+                        return
+                    begin, end = max(unit["start"] - row, 0), min(unit["stop"] - row, batch.num_rows)
+                    row += batch.num_rows
+                    piece = pa.Table.from_batches([batch.slice(begin, max(end - begin, 0))])
+                    records = list(arrow_records(piece, columns))
+                yield records

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from lookalike import storage
 from lookalike.config import Config
+from lookalike.data.sources.bounds import ReadBounds
 from lookalike.data.sources.columns import FIELDS, GATHERED, TEXT
 from lookalike.data.sources.fetch_rules import FetchRules
 from lookalike.entries import PROBLEMS, ending, escaped, list_entries
@@ -54,6 +55,8 @@ class RecordSource(Config):
     """Folder of relative image URIs; None: the folder of the source."""
     fetch: FetchRules = FetchRules()
     """What a row may name besides files below the base, and for how long an image may be fetched."""
+    bounds: ReadBounds = ReadBounds()
+    """How much the source may unpack to."""
     id_prefix: str = Field("", max_length=100)
     """Prefix of every image id, for ids that would collide with those of another source."""
     encoding: str | None = None

@@ -4,23 +4,27 @@ import codecs
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from typing import Any, BinaryIO, cast
 
 from lookalike import storage
+from lookalike.data.sources.bounds import (
+    BUFFER_BYTES,
+    DAMAGED,
+    MAX_RECORD_BYTES,
+    ReadBounds,
+    UnpackedError,
+    open_unpacked,
+)
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
 from lookalike.data.sources.reader import SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit, unreadable
 from lookalike.errors import CorpusError
 
-MAX_LINE_BYTES = 64 << 20  # a longer line or cell is refused instead of held in memory
 _BETWEEN = re.compile(r"[\s,]*")
 SAMPLE_ROWS = 1000  # lines from which columns and the mean length of a line are read
 SAMPLE_BYTES = 4 << 20
-BUFFER_BYTES = 1 << 20
-
 
 BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -72,56 +76,56 @@ def sniff_encoding(start: bytes) -> str | None:
 
 
 @contextmanager
-def open_buffered(uri: str, encoding: str | None = None) -> Iterator[BinaryIO]:
+def open_buffered(uri: str, encoding: str | None = None, bounds: ReadBounds | None = None) -> Iterator[BinaryIO]:
     """A file's bytes, unpacked when its name ends in ``.gz``; a text of another ``encoding`` as UTF-8.
 
     Without ``encoding`` UTF-16 and UTF-32 are recognised. Recoded text cannot be sought. Raises ``CorpusError`` if the
-    file is damaged.
+    file is damaged, ``UnpackedError`` where it unpacks to more than ``bounds`` allow.
     """
-    fs, path = storage.resolve(uri)
-    compression = "gzip" if uri.lower().endswith(".gz") else None
     try:
-        with fs.open(path, "rb", compression=compression) as file, io.BufferedReader(file, BUFFER_BYTES) as buffered:
+        with open_unpacked(uri, bounds or ReadBounds()) as buffered:
             name = sniff_encoding(buffered.peek(4)[:4]) if encoding is None else codecs.lookup(encoding).name
             plain = name in {None, "utf-8", "utf-8-sig", "ascii"}
             text = buffered if plain else io.BufferedReader(_Recoded(buffered, str(name)), BUFFER_BYTES)
             yield cast(BinaryIO, text)
-    except (EOFError, OSError, zlib.error) as error:
+    except DAMAGED as error:
         raise CorpusError(f"source {uri} cannot be read ({error}); replace or remove it") from None
 
 
-def read_lines(file: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
-    """The lines whose first byte lies in [start, stop), without line ends; None for a line that is too long.
+def read_lines(
+    file: BinaryIO, start: int = 0, stop: int | None = None, most: int = MAX_RECORD_BYTES
+) -> Iterator[bytes | None]:
+    """The lines whose first byte lies in [start, stop), without line ends; None for one of more than ``most`` bytes.
 
     Adjacent ranges yield every line of a file once, wherever the cuts fall.
     """
     position = start
     if start:
         file.seek(start - 1)
-        position += sum(len(piece) for piece in _rest_of_line(file)) - 1
+        position += sum(len(piece) for piece in _rest_of_line(file, most)) - 1
     while stop is None or position < stop:
-        line = file.readline(MAX_LINE_BYTES)
+        line = file.readline(most)
         if not line:
             return
         position += len(line)
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            position += sum(len(piece) for piece in _rest_of_line(file))
+        if len(line) == most and not line.endswith(b"\n"):
+            position += sum(len(piece) for piece in _rest_of_line(file, most))
             yield None
         else:
             yield line.rstrip(b"\r\n")
 
 
-def _rest_of_line(file: BinaryIO) -> Iterator[bytes]:
-    while piece := file.readline(MAX_LINE_BYTES):
+def _rest_of_line(file: BinaryIO, most: int) -> Iterator[bytes]:
+    while piece := file.readline(most):
         yield piece
         if piece.endswith(b"\n"):
             return
 
 
-def parse_object(line: bytes | None) -> dict[str, Any]:
+def parse_object(line: bytes | None, most: int = MAX_RECORD_BYTES) -> dict[str, Any]:
     """The JSON object in a line, or an ``unreadable`` record. Invalid UTF-8 becomes lone surrogates."""
     if line is None:
-        return unreadable("too_long", f"a line has more than {MAX_LINE_BYTES} bytes; cut it")
+        return unreadable("too_long", f"a line has more than {most} bytes; cut it, or raise bounds.max_record_bytes")
     text = line.decode("utf-8-sig", "surrogateescape")
     try:
         value = json.loads(text)
@@ -140,7 +144,7 @@ def _begins_array(start: bytes) -> bool:
     return re.match(rb"\s*\[\s*([{\]]|$)", start.removeprefix(codecs.BOM_UTF8)) is not None
 
 
-def read_array(file: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
+def read_array(file: BinaryIO, uri: str, most: int = MAX_RECORD_BYTES) -> Iterator[dict[str, Any]]:
     """The objects of a file that is one JSON array, read as a stream; ``unreadable`` records for other values.
 
     Raises ``CorpusError`` with the line at which the array is no JSON.
@@ -155,7 +159,7 @@ def read_array(file: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
         try:
             value, place = decoder.raw_decode(waiting, place)
         except (ValueError, RecursionError) as error:
-            more = text.read(BUFFER_BYTES) if len(waiting) - place < MAX_LINE_BYTES else ""
+            more = text.read(BUFFER_BYTES) if len(waiting) - place < most else ""
             if not more:
                 lines += waiting.count("\n", 0, getattr(error, "pos", place))
                 raise CorpusError(f"source {uri}, line {lines}: the array is no JSON ({error}); correct it") from None
@@ -172,15 +176,18 @@ class JsonlReader(Reader):
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        with open_buffered(uri, self.source.encoding) as file:
+        bounds = self.source.bounds
+        most = bounds.max_record_bytes
+        with open_buffered(uri, self.source.encoding, bounds) as file:
             whole, array = (
                 uri.lower().endswith(".gz") or not file.seekable(),
                 _begins_array(cast(io.BufferedReader, file).peek()),
             )
-            lines = [line for line in islice(read_lines(file, 0, SAMPLE_BYTES), SAMPLE_ROWS) if line and line.strip()]
+            sample = islice(read_lines(file, 0, SAMPLE_BYTES, most), SAMPLE_ROWS)
+            lines = [line for line in sample if line and line.strip()]
         if array and (len(lines) < 2 or parse_object(lines[0])[UNREADABLE] == "not_json"):
-            with open_buffered(uri, self.source.encoding) as file:
-                self._resolve(islice(read_array(file, uri), SAMPLE_ROWS), uri)
+            with open_buffered(uri, self.source.encoding, bounds) as file:
+                self._resolve(islice(read_array(file, uri, most), SAMPLE_ROWS), uri)
             yield {"uri": uri, "array": True}
             return
         self._resolve((parse_object(line) for line in lines), uri)
@@ -204,14 +211,17 @@ class JsonlReader(Reader):
             yield record if UNREADABLE in record else pick_fields(record, wanted)
 
     def _objects(self, unit: Unit) -> Iterator[dict[str, Any]]:
-        number = 0
+        number, bounds = 0, self.source.bounds
+        most = bounds.max_record_bytes
         try:
-            with open_buffered(unit["uri"], self.source.encoding) as file:
+            with open_buffered(unit["uri"], self.source.encoding, bounds) as file:
                 if "array" in unit:
-                    yield from read_array(file, unit["uri"])
+                    yield from read_array(file, unit["uri"], most)
                     return
-                for number, line in enumerate(read_lines(file, unit["start"], unit["stop"]), 1):  # noqa: B007
+                for number, line in enumerate(read_lines(file, unit["start"], unit["stop"], most), 1):  # noqa: B007
                     if line is None or line.strip():
-                        yield parse_object(line)
+                        yield parse_object(line, most)
+        except UnpackedError as error:
+            yield unreadable(error.reason, str(error))
         except CorpusError as error:  # of a packed file, whose lines are counted from its start
             raise CorpusError(f"{error} (line {number + 1})" if number else str(error)) from None

@@ -1,24 +1,22 @@
 """WebDataset: tar files in which the members of a record share their name up to the first dot."""
 
-import gzip
-import io
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby, islice
-from typing import IO, Any, NamedTuple, Self, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
-from lookalike import storage
+from lookalike.data.sources.bounds import DAMAGED, MAX_RECORD_BYTES, UnpackedError, open_unpacked
 from lookalike.data.sources.columns import candidates, paths_of_records, pick_fields, resolve
 from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit, unreadable
-from lookalike.data.sources.tables import BUFFER_BYTES, parse_object
+from lookalike.data.sources.tables import parse_object
 from lookalike.entries import ending
 from lookalike.vision.images import ImageError
 
 SAMPLE_RECORDS = 100
 MAX_ZEROS = 1 << 16  # empty blocks in a row
-MAX_TEXT_BYTES = 64 << 20  # of a member that is not an image
+MAX_HEADER_BYTES = 1 << 20  # of a member; long names are headers too
+MAX_MEMBERS = 1000  # of a record
 SORTED = "members of a key must follow each other: `tar --sort=name`"
 SCATTERED = f"members of the key, an image not among them, come after other keys and were not read; {SORTED}"
 
@@ -39,6 +37,8 @@ class _StrictHeader(tarfile.TarInfo):
             if zeros == MAX_ZEROS:
                 raise tarfile.ReadError(f"more than {MAX_ZEROS} empty blocks") from None
             tar.zeros = zeros + 1  # type: ignore[attr-defined]
+            if hasattr(tar, "metered"):
+                tar.metered.left = MAX_HEADER_BYTES
             raise
         except tarfile.HeaderError as error:
             if zeros and isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
@@ -55,21 +55,41 @@ class TarMember(NamedTuple):
     """Lower case."""
     content: bytes | None
     """None if it is a link or a device."""
+    cut: bool = False
+    """Whether there is more of it than is read."""
 
 
-def read_members(file: IO[bytes], max_image_bytes: int, hidden: Counter[str]) -> Iterator[TarMember]:
-    """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1. ``hidden`` counts others.
+class _Metered:
+    """A stream of which tarfile may read ``left`` more bytes, because it holds headers of any size."""
 
-    The stream may be packed by gzip, also in pieces, and hold several archives. Raises ``tarfile.ReadError`` if it is
-    no tar, is damaged or ends too early.
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.left = file, MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise tarfile.ReadError(f"a header has more than {MAX_HEADER_BYTES} bytes")
+        return data
+
+
+def read_members(
+    file: BinaryIO, max_image_bytes: int, hidden: Counter[str], most: int = MAX_RECORD_BYTES
+) -> Iterator[TarMember]:
+    """The files of a tar stream in order; images are cut to ``max_image_bytes`` + 1, others to ``most``.
+
+    ``hidden`` counts what is no member of a record. The stream may hold several archives. Raises ``tarfile.ReadError``
+    if it is no tar, is damaged or ends too early.
     """
     try:
-        buffered = io.BufferedReader(cast(io.RawIOBase, file), BUFFER_BYTES)
-        packed = buffered.peek(2)[:2] == b"\x1f\x8b"
-        plain = gzip.GzipFile(fileobj=buffered) if packed else buffered
-        with tarfile.open(fileobj=plain, mode="r|*", tarinfo=_StrictHeader, ignore_zeros=True) as tar:
+        metered = _Metered(file)
+        with tarfile.open(fileobj=cast(BinaryIO, metered), mode="r|", tarinfo=_StrictHeader, ignore_zeros=True) as tar:
+            tar.metered = metered  # type: ignore[attr-defined]
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
+                if member.issparse():
+                    raise tarfile.ReadError("a file is sparse")
+                metered.left = MAX_HEADER_BYTES + (member.size if member.isfile() else 0)
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if member.isdir():
@@ -84,38 +104,49 @@ def read_members(file: IO[bytes], max_image_bytes: int, hidden: Counter[str]) ->
                 image = f".{extension.lower()}" in IMAGE_SUFFIXES
                 content = tar.extractfile(member)
                 assert content is not None
-                most = max_image_bytes + 1 if image else MAX_TEXT_BYTES
-                data = content.read(most)
-                if len(data) < min(member.size, most):
+                size = min(member.size, max_image_bytes + 1 if image else most)
+                data = content.read(size)
+                if len(data) < size:
                     raise tarfile.ReadError("unexpected end of data")
-                yield TarMember(key, extension.lower(), data)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                yield TarMember(key, extension.lower(), data, cut=size < member.size)
+    except (tarfile.TarError, *DAMAGED) as error:
         raise tarfile.ReadError(str(error)) from None
 
 
-def group_members(members: Iterator[TarMember]) -> Iterator[dict[str, Any]]:
+def group_members(members: Iterator[TarMember], most: int = MAX_RECORD_BYTES) -> Iterator[dict[str, Any]]:
     """One mapping per key: ``__key__``, the content of a ``.json``, the members by extension, and the ``image``.
 
     ``image`` is the only member that is an image, or an ``ImageError`` if there are several. Members without an image
-    that stand apart from others of their key are unreadable (``scattered_key``). If the archive is damaged, the record
-    at that place is unreadable (``damaged_archive``) and the last.
+    that stand apart from others of their key are unreadable (``scattered_key``), as are those of more than ``most``
+    bytes of text (``too_long``). If the archive is damaged, the record at that place is unreadable
+    (``damaged_archive``) and the last.
     """
     seen: set[str] = set()
     try:
         for key, group in groupby(members, key=lambda member: member.key):
-            record = _join(key, group)
+            record = _join(key, group, most)
             alone = UNREADABLE not in record and not isinstance(record.get("image"), (bytes, ImageError))
             yield unreadable("scattered_key", SCATTERED, image_id=key) if alone and key in seen else record
             seen.add(key)
     except tarfile.ReadError as error:
         yield unreadable("damaged_archive", f"{error}; what comes before it is read, replace the archive for the rest")
+    except UnpackedError as error:
+        yield unreadable(error.reason, str(error))
 
 
-def _join(key: str, members: Iterator[TarMember]) -> dict[str, Any]:
+def _join(key: str, members: Iterator[TarMember], most: int) -> dict[str, Any]:
     """The record of members that follow each other; a member wins over a field of its ``.json`` with the same name."""
     parts: dict[str, bytes] = {}
-    problem = None
-    for member in members:
+    problem, texts = None, 0
+    for number, member in enumerate(members):
+        image = f".{member.extension}" in IMAGE_SUFFIXES
+        texts += 0 if image else len(member.content or b"")
+        if (member.cut and not image) or texts > most or number >= MAX_MEMBERS:
+            told = f"its members have more than {most} bytes of text, or are more than {MAX_MEMBERS}"
+            problem = ("too_long", f"{told}; shorten them, or raise bounds.max_record_bytes")
+            parts.clear()
+        if problem is not None:
+            continue
         if member.content is None:
             problem = ("not_a_file", f".{member.extension} is a link or a device; use tar -h --hard-dereference")
         elif member.extension in parts:
@@ -154,9 +185,9 @@ class WebDatasetReader(Reader):
         yield {"uri": uri}
 
     def _records(self, uri: str) -> Iterator[dict[str, Any]]:
-        fs, path = storage.resolve(uri)
-        with fs.open(path, "rb") as file:
-            yield from group_members(read_members(file, self.max_bytes, self.passed_over))
+        most = self.source.bounds.max_record_bytes
+        with open_unpacked(uri, self.source.bounds, sniff=True) as file:
+            yield from group_members(read_members(cast(BinaryIO, file), self.max_bytes, self.passed_over, most), most)
 
     def read(self, unit: Unit) -> Iterator[Record]:
         wanted = candidates(self.source.columns, self.natural)

@@ -127,14 +127,15 @@ def _require_regular(path: str, mode: int) -> None:
         raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
-def _open(uri: str) -> Any:
+def open_file(uri: str) -> Any:
+    """A regular file, open for reading bytes."""
     fs, path = resolve(uri)
     return open_regular(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
 
 
 def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
     """The whole content of a regular file; ``OSError`` if it has more than ``most_bytes``."""
-    with _open(uri) as file:
+    with open_file(uri) as file:
         content = bytes(file.read() if most_bytes is None else file.read(most_bytes + 1))
     if most_bytes is not None and len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", uri)
@@ -340,7 +341,7 @@ def sha256(uri: str) -> str:
 
 
 def _chunks(uri: str) -> Iterator[bytes]:
-    with _open(uri) as file:
+    with open_file(uri) as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 

@@ -283,14 +283,13 @@ def test_row_groups_are_cut_without_gap_or_overlap(sizes: list[int], rows_per_pa
     assert all(0 < stop - start <= 2 * rows_per_part for start, stop in ranges)
 
 
-def test_broken_lines_are_records_with_a_reason(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lookalike.data.sources.tables.MAX_LINE_BYTES", 100)
+def test_broken_lines_are_records_with_a_reason(root: str) -> None:
     good = b'{"image_id": "a", "image_uri": "x"}'
     deep = b"[" * 90
     lines = [good, b"{not json", b"[1, 2]", b"", b"   ", b'{"image_id": "' + b"y" * 1000 + b'"}', deep, good]
     for kept in range(2):
         uri = put(f"{root}/{kept}.jsonl", b"\n".join(lines) + b"\r\n" * kept)
-        records = read(uri, "jsonl", rows_per_part=1)
+        records = read(uri, "jsonl", rows_per_part=1, bounds={"max_record_bytes": 100})
         assert [r.get(UNREADABLE) for r in records] == [None, "not_json", "not_an_object", "too_long", "not_json", None]
 
 
