@@ -28,7 +28,7 @@ class ReadBounds(Config):
 
     max_record_bytes: int = Field(MAX_RECORD_BYTES, ge=100)
     """Most bytes of a record's text: a line, the cells of a row, the members of an archive that are no image."""
-    max_ratio: float = Field(200.0, gt=1)
+    max_ratio: float = Field(100.0, gt=1)
     """Most unpacked bytes of a compressed file per packed byte, beyond its first 64 MiB."""
     max_memory_bytes: int = Field(1 << 30, ge=64 << 20)
     """Most memory that decoding a piece of a columnar file may add to its task, bytes. Pieces that need more are
@@ -53,8 +53,8 @@ class UnpackedError(Exception):
 
     def __init__(self, bounds: ReadBounds) -> None:
         super().__init__(
-            f"it unpacks to more than {bounds.max_ratio:g} bytes per packed byte; what comes before is read, replace it "
-            "or raise bounds.max_ratio"
+            f"it unpacks to more than {bounds.max_ratio:g} bytes per packed byte; what comes before is read, replace "
+            "it or raise bounds.max_ratio"
         )
 
 

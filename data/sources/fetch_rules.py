@@ -18,12 +18,15 @@ from lookalike.config import Config
 from lookalike.errors import UsageError
 from lookalike.vision.images import ImageError
 
-OUTSIDE = "outside_base (a row names what lies below its base; fetch.roots allows more)"
-SCHEME = "scheme_not_allowed (http and https, and the scheme of the base; fetch.schemes allows more)"
-HOST = "host_not_allowed (hosts with public addresses; fetch.hosts allows others)"
-SLOW = "too_slow (an image takes at most fetch.timeout_s)"
-REDIRECTS = "too_many_redirects (at most fetch.max_redirects)"
-IRREGULAR = "not_a_regular_file (FIFOs, devices and sockets are never read)"
+RULES = {
+    "outside_base": "a row names what lies below its base; fetch.roots allows more",
+    "scheme_not_allowed": "rows name http, https and the scheme of their base; fetch.schemes allows more",
+    "host_not_allowed": "rows name hosts by their public addresses; fetch.hosts allows others",
+    "too_slow": "an image takes at most fetch.timeout_s",
+    "too_many_redirects": "an image takes at most fetch.max_redirects",
+    "not_a_regular_file": "FIFOs, devices and sockets are never read",
+}
+"""Reason of a refusal -> the rule, and the setting that widens it."""
 HTTP = ("http", "https")
 BUCKET_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "r2", "oss", "obs", "oci", "tos", "memory")
 """Schemes whose URIs begin with a bucket; a row may name what lies in the bucket of its base."""
@@ -31,6 +34,11 @@ PUBLIC = "public"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _INWARD = [ipaddress.ip_network(text) for text in ("168.63.129.16/32", "192.0.0.0/24", "3fff::/20", "fec0::/10")]
 """Metadata services of clouds, documentation and old private ranges that some Pythons call public."""
+
+
+def refusal(reason: str, found: str) -> ImageError:
+    """The error for what was found, with the rule of ``reason``."""
+    return ImageError(reason, f"{found}; {RULES[reason]}")
 
 
 class FetchRules(Config):
@@ -85,8 +93,8 @@ def locate(text: str, base: str, rules: FetchRules) -> Place:
         raise ImageError("bad_uri", f"{text!r:.200} leads upwards; give the URI of the image itself")
     if not (scheme in rules.schemes or is_below_any(uri, [base, *rules.roots]) or _same_bucket(uri, base)):
         if scheme == _scheme(base) or scheme in map(_scheme, rules.roots):
-            raise ImageError(OUTSIDE, f"{uri} is not below {base}")
-        raise ImageError(SCHEME, f"{uri} is not below {base}{_missing_package(scheme)}")
+            raise refusal("outside_base", f"{uri} is not below {base}")
+        raise refusal("scheme_not_allowed", f"{uri} is not below {base}{_missing_package(scheme)}")
     return Place(uri, scheme)
 
 
@@ -110,7 +118,7 @@ def _local(uri: str, base: str, rules: FetchRules) -> str:
     if "\0" in path:
         raise ImageError("bad_uri", f"{uri!r:.200} has a null byte; correct it")
     if "file" not in rules.schemes and not any(storage.is_below(path, folder) for folder in folders):
-        raise ImageError(OUTSIDE, f"{uri} leads to {path}, which is not below {' or '.join(folders) or base}")
+        raise refusal("outside_base", f"{uri} leads to {path}, which is not below {' or '.join(folders) or base}")
     return path
 
 

@@ -9,7 +9,7 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 import lookalike
-from lookalike.data.sources.fetch_rules import HOST, HTTP, REDIRECTS, SCHEME, SLOW, FetchRules, HostCheck, is_below_any
+from lookalike.data.sources.fetch_rules import HTTP, FetchRules, HostCheck, is_below_any, refusal
 from lookalike.vision.images import ImageError
 
 CONNECTIONS = 8  # at a time in one task
@@ -22,23 +22,6 @@ HEADERS = {
     "Accept": "image/*, */*;q=0.1",
     "Accept-Encoding": "identity",  # what arrives is what counts against the bound
 }
-
-
-def fetch_urls(urls: list[str], base: str, rules: FetchRules, max_bytes: int) -> list[bytes | ImageError]:
-    """The first ``max_bytes`` + 1 bytes behind each URL, or why there are none."""
-    return asyncio.run(_fetch_all(urls, base, rules, max_bytes))
-
-
-async def _fetch_all(urls: list[str], base: str, rules: FetchRules, max_bytes: int) -> list[bytes | ImageError]:
-    places, check = asyncio.Semaphore(CONNECTIONS), HostCheck(base, rules)
-    async with _session(aiohttp.ThreadedResolver()) as trusted, _session(_Resolver(check)) as others:
-        fetch = _Fetch(base, rules, check, max_bytes, {True: trusted, False: others})
-
-        async def one(url: str) -> bytes | ImageError:
-            async with places:
-                return await fetch.image(url)
-
-        return list(await asyncio.gather(*map(one, urls)))
 
 
 def _session(resolver: AbstractResolver) -> aiohttp.ClientSession:
@@ -62,42 +45,47 @@ class _Resolver(AbstractResolver):
         found = await self._resolver.resolve(host, port, family)
         kept = set(self._check.allowed(host, [entry["host"] for entry in found]))
         if found and not kept:
-            raise ImageError(HOST, f"{host} has the address {found[0]['host']}")
+            raise refusal("host_not_allowed", f"{host} has the address {found[0]['host']}")
         return [entry for entry in found if entry["host"] in kept]
 
     async def close(self) -> None:
         await self._resolver.close()
 
 
-class _Fetch:
-    """Fetches the images of one batch."""
+class HttpFetch:
+    """Fetches the images of one batch; an asynchronous context manager."""
 
-    def __init__(
-        self,
-        base: str,
-        rules: FetchRules,
-        check: HostCheck,
-        max_bytes: int,
-        sessions: dict[bool, aiohttp.ClientSession],
-    ) -> None:
-        self._base, self._rules, self._check, self._max_bytes, self._sessions = base, rules, check, max_bytes, sessions
+    def __init__(self, base: str, rules: FetchRules, max_bytes: int) -> None:
+        self._base, self._rules, self._max_bytes = base, rules, max_bytes
+        self._check = HostCheck(base, rules)
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+
+    async def __aenter__(self) -> "HttpFetch":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for session in self._sessions.values():
+            await session.close()
 
     async def image(self, url: str) -> bytes | ImageError:
-        """The bytes behind ``url``, tried again while its server or network fails and time is left."""
+        """The first bytes behind ``url``, up to ``max_bytes`` + 1, or why there are none.
+
+        Tried again while its server or network fails and time is left.
+        """
         problem: object = None
         try:
             async with asyncio.timeout(self._rules.timeout_s):
                 for _ in range(TRIES):
                     try:
                         return await self._follow(url)
-                    except ImageError as refusal:
-                        return refusal
+                    except ImageError as refused:
+                        return refused
                     except (aiohttp.InvalidURL, ValueError) as error:
                         return ImageError("bad_uri", f"{url} is no URL: {error}; correct it")
                     except (aiohttp.ClientError, OSError) as error:
                         problem = error
         except TimeoutError:
-            return ImageError(SLOW, f"{url} took more than {self._rules.timeout_s:g} s: {problem}")
+            return refusal("too_slow", f"{url} took more than {self._rules.timeout_s:g} s: {problem}")
         return ImageError("unreachable", f"{url} could not be read in {TRIES} tries: {problem}")
 
     async def _follow(self, url: str) -> bytes:
@@ -107,7 +95,7 @@ class _Fetch:
                 if answer.status not in REDIRECT:
                     return await self._read(answer)
                 place = place.join(URL(answer.headers.get("Location", "")))
-        raise ImageError(REDIRECTS, f"{url} was redirected more than {self._rules.max_redirects} times")
+        raise refusal("too_many_redirects", f"{url} was redirected more than {self._rules.max_redirects} times")
 
     def _session_of(self, place: URL) -> aiohttp.ClientSession:
         """The session that may fetch ``place``; raises ``ImageError`` if the rules refuse its scheme or its address."""
@@ -116,14 +104,16 @@ class _Fetch:
         if place.scheme not in HTTP or not (
             trusted or place.scheme in self._rules.schemes or is_below_any(url, [self._base])
         ):
-            raise ImageError(SCHEME, f"{url} has the scheme {place.scheme!r}")
+            raise refusal("scheme_not_allowed", f"{url} has the scheme {place.scheme!r}")
         if not trusted and (":" in host or host.replace(".", "").isdigit()):  # no name, so no resolver sees it
             try:
                 allowed = self._check.allowed(host, [host])
             except ValueError:  # such as 127.1, which the system takes for 127.0.0.1
                 allowed = []
             if not allowed:
-                raise ImageError(HOST, f"{url} names the address {host}")
+                raise refusal("host_not_allowed", f"{url} names the address {host}")
+        if trusted not in self._sessions:
+            self._sessions[trusted] = _session(aiohttp.ThreadedResolver() if trusted else _Resolver(self._check))
         return self._sessions[trusted]
 
     async def _read(self, answer: aiohttp.ClientResponse) -> bytes:

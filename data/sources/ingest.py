@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from lookalike import storage
 from lookalike.data.parts import PartWriter, part_name, read_table, write_table
-from lookalike.data.sources.image_fetch import fetch_images
+from lookalike.data.sources.image_fetch import BATCH_BYTES, fetch_images
 from lookalike.data.sources.reader import BATCH_ROWS, PASSED_OVER, Reader, Record, Unit
 from lookalike.data.sources.records import ADVICE, RecordLimits, RecordOrigin, check_records
 from lookalike.entries import escaped
@@ -78,13 +78,9 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
         PartWriter(lambda _: files.of("ids", number), IDS) as ids,
         PartWriter(lambda _: files.of("quarantine", number), QUARANTINE) as refused,
     ):
-        for records in _batches(reader, unit):
-            named = [record.get("image_uri") for record in records]
-            fetch_images(records, reader.base, checks.limits.max_bytes, reader.source.fetch)
-            for record, uri in zip(records, named, strict=True):
-                record["image_uri"] = uri  # for the quarantine
+        for records in _batches(reader, unit, checks.limits.max_bytes):
             if has_table:
-                names += [clean_path(uri) for uri in named if uri is not None]
+                names += [clean_path(uri) for record in records if (uri := record.get("image_uri")) is not None]
             origin = RecordOrigin(unit["uri"], row, reader.source, checks.seed)
             checked = check_records(records, origin, limits=checks.limits, accepted_ids=accepted_ids)
             parts.write(checked.accepted)
@@ -114,17 +110,33 @@ def keys_of_names(unit: int, files: UnitFiles) -> npt.NDArray[np.uint64]:
     return np.asarray(read_table(uri)["key"]) if storage.exists(uri) else np.empty(0, np.uint64)
 
 
-def _batches(reader: Reader, unit: Unit) -> Iterator[list[Record]]:
+def _batches(reader: Reader, unit: Unit, max_bytes: int) -> Iterator[list[Record]]:
+    """Records with their images: up to ``BATCH_ROWS``, fewer where their images are large."""
     records = reader.records(unit)
     try:
-        while batch := list(islice(records, BATCH_ROWS)):
-            yield batch
+        while batch := list(take_records(records)):
+            while batch:
+                fetched = fetch_images(batch, reader.base, max_bytes, reader.source.fetch)
+                yield batch[:fetched]
+                batch = batch[fetched:]
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise CorpusError(
             f"{unit['uri']} cannot be read ({reason}); replace or remove it, or run again if its store "
             "was out of reach: what is finished is kept"
         ) from None
+
+
+def take_records(records: Iterator[Record]) -> Iterator[Record]:
+    """The next ``BATCH_ROWS`` records; no more once they hold ``BATCH_BYTES`` of images."""
+    size = 0
+    for record in islice(records, BATCH_ROWS):
+        yield record
+        image = record.get("image")
+        data = image.get("bytes") if isinstance(image, dict) else image
+        size += len(data) if isinstance(data, bytes) else 0
+        if size >= BATCH_BYTES:
+            return
 
 
 def _ids(accepted: pa.Table, unit: int, rows: list[int]) -> pa.Table:
