@@ -206,11 +206,16 @@ class CsvReader(Reader):
     suffixes = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        with self._table(uri) as table:
-            if table.repeated:
-                log.warning("repeated columns %s", fields(file=uri, columns=table.repeated, read="the first of each"))
-            if table.header:
-                yield {"uri": uri}
+        try:
+            with self._table(uri) as table:
+                header, repeated = table.header, table.repeated
+        except UnpackedError:  # told when it is read
+            yield {"uri": uri}
+            return
+        if repeated:
+            log.warning("repeated columns %s", fields(file=uri, columns=repeated, read="the first of each"))
+        if header:
+            yield {"uri": uri}
 
     @contextmanager
     def _table(self, uri: str) -> Iterator[Table]:
@@ -226,8 +231,8 @@ class CsvReader(Reader):
             raise CorpusError(f"{error} (after line {at})" if "cannot be read" in str(error) else str(error)) from None
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        with self._table(unit["uri"]) as table:
-            try:
+        try:
+            with self._table(unit["uri"]) as table:
                 yield from table.records()
-            except UnpackedError as error:
-                yield unreadable(error.reason, str(error))
+        except UnpackedError as error:
+            yield unreadable(error.reason, str(error))

@@ -5,7 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice, pairwise
 from typing import Any, BinaryIO, cast
 
@@ -169,6 +169,16 @@ def read_array(file: BinaryIO, uri: str, most: int = MAX_RECORD_BYTES) -> Iterat
         yield _object(value)
 
 
+def _sample(lines: Iterator[bytes | None]) -> list[bytes]:
+    """The first lines that are not blank; fewer if their file unpacks too far."""
+    kept: list[bytes] = []
+    with suppress(UnpackedError):
+        for line in islice(lines, SAMPLE_ROWS):
+            if line and line.strip():
+                kept.append(line)
+    return kept
+
+
 @SOURCE_FORMATS.register("jsonl")
 class JsonlReader(Reader):
     """A unit is a range of bytes, with the lines that begin in it. A packed file is one unit."""
@@ -183,8 +193,7 @@ class JsonlReader(Reader):
                 uri.lower().endswith(".gz") or not file.seekable(),
                 _begins_array(cast(io.BufferedReader, file).peek()),
             )
-            sample = islice(read_lines(file, 0, SAMPLE_BYTES, most), SAMPLE_ROWS)
-            lines = [line for line in sample if line and line.strip()]
+            lines = _sample(read_lines(file, 0, SAMPLE_BYTES, most))
         if array and (len(lines) < 2 or parse_object(lines[0])[UNREADABLE] == "not_json"):
             with open_buffered(uri, self.source.encoding, bounds) as file:
                 self._resolve(islice(read_array(file, uri, most), SAMPLE_ROWS), uri)

@@ -7,7 +7,6 @@ of resident memory above that before.
 """
 
 import json
-import resource
 import sys
 from collections import Counter
 from typing import Any
@@ -26,7 +25,7 @@ def read_all(uri: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     details: dict[str, str] = {}
     ids: list[str] = []
     records, error = 0, None
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb()
     try:
         for file in reader.files():
             for unit in reader.units(file, 2048):
@@ -40,9 +39,14 @@ def read_all(uri: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
                             details[record[UNREADABLE]] = record[DETAIL][:300]
     except CorpusError as problem:
         error = str(problem)[:300]
-    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     found = {"records": records, "reasons": dict(reasons), "details": details, "error": error, "last": ids[-1:]}
-    return {**found, "growth_mb": round(growth)}
+    return {**found, "growth_mb": peak_mb() - before}
+
+
+def peak_mb() -> int:
+    """Most resident memory so far, MB; unlike ``ru_maxrss`` not that of the process before ``exec``."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) >> 10 for line in file if line.startswith("VmHWM"))
 
 
 def _text(value: Any) -> str:
