@@ -128,15 +128,22 @@ def _batches(reader: Reader, unit: Unit, max_bytes: int) -> Iterator[list[Record
 
 
 def take_records(records: Iterator[Record]) -> Iterator[Record]:
-    """The next ``BATCH_ROWS`` records; no more once they hold ``BATCH_BYTES`` of images."""
+    """The next ``BATCH_ROWS`` records; no more once they hold ``BATCH_BYTES``."""
     size = 0
     for record in islice(records, BATCH_ROWS):
         yield record
-        image = record.get("image")
-        data = image.get("bytes") if isinstance(image, dict) else image
-        size += len(data) if isinstance(data, bytes) else 0
+        size += sum(map(_size, record.values()))
         if size >= BATCH_BYTES:
             return
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a raw value has; of a list or mapping, about what its entries take."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return 64 * len(value) if isinstance(value, (list, tuple)) else 0
 
 
 def _ids(accepted: pa.Table, unit: int, rows: list[int]) -> pa.Table:

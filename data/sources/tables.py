@@ -195,7 +195,7 @@ class JsonlReader(Reader):
             )
             lines = _sample(read_lines(file, 0, SAMPLE_BYTES, most))
         if array and (len(lines) < 2 or parse_object(lines[0])[UNREADABLE] == "not_json"):
-            with open_buffered(uri, self.source.encoding, bounds) as file:
+            with suppress(UnpackedError), open_buffered(uri, self.source.encoding, bounds) as file:
                 self._resolve(islice(read_array(file, uri, most), SAMPLE_ROWS), uri)
             yield {"uri": uri, "array": True}
             return

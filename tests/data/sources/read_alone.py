@@ -9,6 +9,7 @@ of resident memory above that before.
 import json
 import sys
 from collections import Counter
+from importlib import import_module
 from typing import Any
 
 from lookalike.data.sources import SOURCE_FORMATS, RecordSource
@@ -25,6 +26,8 @@ def read_all(uri: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     details: dict[str, str] = {}
     ids: list[str] = []
     records, error = 0, None
+    if kind == "lance":
+        import_module("lance")
     before = peak_mb()
     try:
         for file in reader.files():
