@@ -71,7 +71,7 @@ class ParquetReader(Reader):
                     row += len(records)
                 return
             except MemoryError:  # the rest in smaller pieces
-                continue
+                pa.default_memory_pool().release_unused()
         megabytes = self.source.bounds.max_memory_bytes >> 20
         told = f"row {row} needs more than {megabytes} MiB, and what follows it in its row group is not reached"
         for _ in range(row, unit["stop"]):

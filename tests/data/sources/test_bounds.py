@@ -40,16 +40,16 @@ def test_a_file_of_more_rows_than_it_can_hold_is_one_record(tmp_path: Path) -> N
 
 
 def test_rows_that_need_too_much_memory_are_read_apart_or_refused(tmp_path: Path) -> None:
-    """256 rows of 512 kB each fit a few at a time; one row of 8 million texts does not."""
+    """256 rows of 1.5 MB each fit a few at a time; one row of 8 million texts does not."""
     for name, write, megabytes, records, reasons in (
-        ("together.parquet", parquet_dictionary, 128, 256, {}),
+        ("together.parquet", parquet_dictionary, 384, 256, {}),
         ("alone.parquet", parquet_list, 128, 3, {"needs_too_much_memory": 2}),
     ):
         kind, settings = write(tmp_path / name, megabytes)
         done = _alone(tmp_path / name, kind, {**settings, "bounds": SMALL})
         assert done["records"] == records
         assert done["reasons"] == reasons
-        assert done["growth_mb"] < 300
+        assert done["growth_mb"] < 400
     assert "raise bounds.max_memory_bytes" in done["details"]["needs_too_much_memory"]
 
 
