@@ -22,7 +22,8 @@ from lookalike.cluster import count_cpus, ensure_ray, is_joined
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.serve.experiment.assignment import own_generations, read_arms
 from lookalike.serve.front.guard import check_guard, check_tokens
-from lookalike.serve.front.ingress import SERVICERS, Ingress
+from lookalike.serve.front.ingress import Ingress
+from lookalike.serve.front.listener import SERVICERS
 from lookalike.serve.front.overload import IMAGE_SHARE
 from lookalike.serve.generations.adoption import adopt
 from lookalike.serve.generations.database import Database
@@ -133,7 +134,7 @@ def replica_options(
 def ingress_bounds(config: ServeConfig) -> dict[str, int]:
     """Serve's own bound for the ingress, above that of ``overload.py``, which tells callers when to come back."""
     bound = config.max_ongoing_requests + config.max_queued_requests
-    bound += bound // IMAGE_SHARE + UNADMITTED
+    bound += bound // IMAGE_SHARE + config.max_streams + UNADMITTED
     return {"max_ongoing_requests": 100_000 if config.max_queued_requests < 0 else bound}
 
 

@@ -152,7 +152,7 @@ def emit_config(config: ServeConfig) -> str:
 
     In a cluster callers come from other machines, so ``loopback_only`` is false unless it was set on purpose.
     """
-    from lookalike.serve.front.ingress import SERVICERS
+    from lookalike.serve.front.listener import SERVICERS
 
     args = config.model_dump(mode="json", exclude_defaults=True, exclude={"port", "tls"})
     args["loopback_only"] = config.loopback_only and "loopback_only" in config.model_fields_set

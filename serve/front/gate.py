@@ -7,17 +7,19 @@ from typing import Any
 
 import grpc
 
+from lookalike.serve.front.listener import ListenerSettings
 from lookalike.serve.front.tenants import TenantAccount, Tenants
-from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits, ServeConfig
-from lookalike.serve.settings.security import ROLES, Quota
+from lookalike.serve.settings.security import Quota
 from lookalike.serve.wire.errors import RetrievalError, invalid
-from lookalike.serve.wire.requests import DEFAULT_K, count_pixels
+from lookalike.serve.wire.requests import DEFAULT_K, REQUEST_ID, count_pixels
 
-ADMIN_RPCS = frozenset(pb.DESCRIPTOR.services_by_name["AdminService"].methods_by_name)
-WRITE_RPCS = frozenset({"Upsert", "Delete"})
 COUNTED = {"SearchBatch": "queries", "Embed": "images", "Upsert": "rows", "Delete": "ids"}
 """RPC -> the request field whose items count as queries of a quota."""
+HITS_PER_QUERY = 100
+"""A query for more hits counts as several in a quota."""
+MOST_CALLS, MOST_MESSAGES = 100_000, 4
+"""Calls under way where queues have no bound; the largest messages that one tenant may have under way."""
 RETRY_MS = 100
 """Pause suggested to a caller with too many requests under way, in milliseconds."""
 
@@ -26,39 +28,36 @@ class Gate:
     """The gate of one ingress replica; without ``tenants`` it asks for no token."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._limits = config.limits
+        self._limits, self._share = config.limits, tenant_share(config)
         self._tenants = None if config.tenants is None else Tenants(config.tenants)
 
     def identify(self, rpc: str, metadata: Sequence[tuple[str, Any]]) -> "Caller":
         """Return the caller of ``rpc``; raises UNAUTHENTICATED (no known token) or PERMISSION_DENIED (role too low)."""
         if self._tenants is None:
             return Caller(None, self._limits)
-        account = self._tenants.find(read_bearer(metadata))
-        if account is None:
-            raise RetrievalError(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "the token is unknown here; send a valid one as `authorization: Bearer TOKEN`",
-            )
-        needed, role = role_for(rpc), account.tenant.role
-        if ROLES.index(role) < ROLES.index(needed):
-            raise RetrievalError(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"{rpc} needs the role {needed!r}, tenant "
-                f"{account.tenant.name!r} has {role!r}; ask for a token of that role",
-            )
-        return Caller(account, self._limits)
+        share = None if self._tenants.num == 1 else self._share
+        return Caller(self._tenants.identify(rpc, metadata), self._limits, share)
 
 
 class Caller:
     """An admitted caller, whose requests must keep to size and quota."""
 
-    def __init__(self, account: TenantAccount | None, limits: RequestLimits) -> None:
-        self._account, self._limits = account, limits
+    def __init__(self, account: TenantAccount | None, limits: RequestLimits, share: int | None = None) -> None:
+        self._account, self._limits, self._share = account, limits, share
 
     @property
     def name(self) -> str:
         """The tenant's name; empty without tenants."""
         return "" if self._account is None else self._account.tenant.name
+
+    @property
+    def max_streams(self) -> int | None:
+        """The quota's bound of open streams."""
+        return None if self._account is None else self._account.tenant.quota.streams
+
+    def sign(self, request_id: str) -> str:
+        """Return ``request_id`` so that feedback on its answer is taken from this tenant alone."""
+        return request_id if self._account is None else self._account.sign(request_id)
 
     @contextmanager
     def request(self, rpc: str, message: Any) -> Iterator[None]:
@@ -81,12 +80,22 @@ class Caller:
             return
         if rpc == "SearchStream":
             rpc, message = "SearchBatch", message.batch
-        tenant, meter = self._account
-        num_queries = _count(rpc, message)
-        _check_bounds(rpc, message, num_queries, tenant.name, tenant.quota)
+        tenant, meter, _ = self._account
+        if rpc == "Feedback":
+            self._check_own(message.request_id)
+        _check_bounds(rpc, message, _num_items(rpc, message), tenant.name, tenant.quota)
         num_pixels = 0 if tenant.quota.pixels_per_s is None else count_pixels(message, self._limits)
-        if (refusal := meter.charge(tenant.quota, num_queries, now(), num_pixels)) is not None:
+        if (refusal := meter.charge(tenant.quota, _count(rpc, message), now(), num_pixels)) is not None:
             raise _exhausted(tenant.name, refusal)
+
+    def _check_own(self, request_id: str) -> None:
+        assert self._account is not None
+        if REQUEST_ID.fullmatch(request_id) and not self._account.owns(request_id):
+            raise RetrievalError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"request_id={request_id!r} names no answer that tenant {self.name!r} was given with a token that is "
+                "still valid; send SearchInfo.request_id of its own answers",
+            )
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -94,8 +103,8 @@ class Caller:
         if self._account is None:
             yield
             return
-        tenant, meter = self._account
-        allowed = tenant.quota.concurrent
+        tenant, meter, _ = self._account
+        allowed = self._share if tenant.quota.concurrent is None else tenant.quota.concurrent
         if allowed is not None and meter.under_way >= allowed:
             raise _exhausted(tenant.name, f"{allowed} requests under way; retry after {RETRY_MS} ms")
         meter.under_way += 1
@@ -105,30 +114,41 @@ class Caller:
             meter.under_way -= 1
 
 
-def role_for(rpc: str) -> str:
-    """Return the lowest role that may call ``rpc``."""
-    if rpc in ADMIN_RPCS:
-        return "admin"
-    return "write" if rpc in WRITE_RPCS else "read"
+def tenant_share(config: ServeConfig) -> int | None:
+    """Requests that one of several tenants may have under way in a replica: half of its slots and its queue."""
+    if config.max_queued_requests < 0:
+        return None
+    return max(1, (config.max_ongoing_requests + config.max_queued_requests) // 2)
 
 
-def read_bearer(metadata: Sequence[tuple[str, Any]]) -> str:
-    """Return the token of a call; raises UNAUTHENTICATED unless exactly one header holds one."""
-    headers = [value for key, value in metadata if key.lower() == "authorization"]
-    scheme, _, token = str(headers[0]).partition(" ") if len(headers) == 1 else ("", "", "")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise RetrievalError(
-            grpc.StatusCode.UNAUTHENTICATED,
-            "this service asks for a token; send one "
-            "`authorization: Bearer TOKEN` (Client(token=...), lookalike search --token-file)",
-        )
-    return token.strip()
+def listener_settings(config: ServeConfig) -> ListenerSettings:
+    """What the guard of a listener, which may stand before all ingress replicas, needs of ``config``."""
+    scaling = config.deployments.ingress.autoscaling
+    num_replicas = config.num_replicas if scaling is None else scaling.max_replicas
+    share = tenant_share(config)
+    return ListenerSettings(
+        tenants=config.tenants,
+        loopback_only=config.loopback_only,
+        max_calls=MOST_CALLS if share is None else 2 * num_replicas * (share + config.max_streams),
+        max_bytes=MOST_MESSAGES * config.limits.max_request_bytes,
+    )
 
 
 def _count(rpc: str, message: Any) -> int:
+    """Queries, images, rows or ids; a query counts once for each ``HITS_PER_QUERY`` hits that it asks for."""
+    if rpc in ("Search", "SearchBatch"):
+        return _num_items(rpc, message) * max(1, -(-_k(message) // HITS_PER_QUERY))
+    return _num_items(rpc, message)
+
+
+def _num_items(rpc: str, message: Any) -> int:
     if rpc in COUNTED:
         return len(getattr(message, COUNTED[rpc]))
     return 1 if rpc == "Search" else 0
+
+
+def _k(message: Any) -> int:
+    return int(message.options.k) if message.options.HasField("k") else DEFAULT_K
 
 
 def _check_bounds(rpc: str, message: Any, num_queries: int, name: str, quota: Quota) -> None:
@@ -137,10 +157,8 @@ def _check_bounds(rpc: str, message: Any, num_queries: int, name: str, quota: Qu
             f"{num_queries} {COUNTED[rpc]} in one request, tenant {name!r} may send {quota.max_batch}; send "
             "fewer at a time"
         )
-    if quota.max_k is not None and rpc in ("Search", "SearchBatch"):
-        k = message.options.k if message.options.HasField("k") else DEFAULT_K
-        if k > quota.max_k:
-            raise invalid(f"k={k} exceeds the {quota.max_k} of tenant {name!r}; ask for fewer")
+    if quota.max_k is not None and rpc in ("Search", "SearchBatch") and (k := _k(message)) > quota.max_k:
+        raise invalid(f"k={k} exceeds the {quota.max_k} of tenant {name!r}; ask for fewer")
 
 
 def _exhausted(name: str, rule: str) -> RetrievalError:

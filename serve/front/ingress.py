@@ -10,9 +10,13 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from lookalike.serve.experiment.assignment import Arm, own_generations
 from lookalike.serve.front.fused import open_workers
-from lookalike.serve.front.gate import Caller, Gate
+from lookalike.serve.front.gate import Caller, Gate, listener_settings
+from lookalike.serve.front.listener import check_local
+from lookalike.serve.front.log_limit import limit_serve_log
+from lookalike.serve.front.memory import start_trimming
 from lookalike.serve.front.overload import read_time_left
 from lookalike.serve.front.service import RPCS, Service
+from lookalike.serve.front.stream import Streams, check_idle
 from lookalike.serve.generations.follower import Follows
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.write_record import WriteRecord
@@ -24,13 +28,12 @@ from lookalike.telemetry import get_logger
 
 log = get_logger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
-SERVICERS = [
-    "lookalike.serve.front.deadline.pass_deadlines",
-    "lookalike.serve.proto.retrieval_pb2_grpc.add_RetrievalServiceServicer_to_server",
-    "lookalike.serve.proto.retrieval_pb2_grpc.add_AdminServiceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-]
-"""The servicers of Serve's gRPC listener (``grpc_options.grpc_servicer_functions``)."""
+RESPONSES = {
+    method.name: getattr(pb, method.output_type.name)
+    for service in pb.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+"""RPC -> type of its response."""
 Handles = tuple[list[Worker], Worker | None, Worker | None]
 """Serve handles of the shards, the re-ranker and the encoder."""
 MAX_DETAILS = 2000
@@ -72,7 +75,11 @@ class Ingress(Follows):
         self.service = Service(config, generation, router, writer, arms)
         self._observer = self.service.observer
         self._gate = Gate(config)
+        self._streams, self._stream_idle_s = Streams(config.max_streams), config.stream_idle_s
         self._loopback_only = config.loopback_only
+        listener_settings(config).publish()
+        limit_serve_log()
+        start_trimming()
 
     def __del__(self) -> None:
         """Write the lines that wait for the access log; Serve calls this when a replica is stopped."""
@@ -87,9 +94,9 @@ class Ingress(Follows):
         try:
             caller = self._identify("SearchStream", grpc_context)
             tenant = caller.name
-            with caller.under_way():
-                check = partial(caller.check, "SearchStream")
-                async for response in self.service.search_stream(requests, check, tenant):
+            with caller.under_way(), self._streams.hold(tenant, caller.max_streams):
+                check, look = partial(caller.check, "SearchStream"), partial(self._look, grpc_context)
+                async for response in self.service.search_stream(requests, check, tenant, look, caller.sign):
                     yield response
             if requests.is_cancelled():  # so Serve ends a stream whose caller left, or whose bytes are no message
                 raise invalid("the stream broke off: it ended, or went on with bytes that are no SearchStreamRequest")
@@ -98,6 +105,11 @@ class Ingress(Follows):
             self._observer.count("SearchStream", failure.code.name, tenant)
             raise tell(grpc_context, failure) from None
 
+    def _look(self, context: RayServegRPCContext, idle_s: float) -> None:
+        """Raise to end an open stream: it is idle, or its token is no longer valid."""
+        check_idle(idle_s, self._stream_idle_s)
+        self._identify("SearchStream", context)
+
     Search, SearchBatch, Embed = _answering("Search"), _answering("SearchBatch"), _answering("Embed")
     Describe, Feedback = _answering("Describe"), _answering("Feedback")
     Upsert, Delete = _answering("Upsert"), _answering("Delete")
@@ -105,17 +117,21 @@ class Ingress(Follows):
     Status, Backup = _answering("Status"), _answering("Backup")
 
     async def answer(self, rpc: str, request: Any, context: RayServegRPCContext) -> Any:
-        """The response of ``rpc``; a failure sets the status of ``context`` and raises its ``RetrievalError``."""
+        """The response of ``rpc``; a failure sets the status of ``context``, and the empty response is not sent.
+
+        Nothing is raised, because Serve logs a traceback for each exception.
+        """
         try:
             with self._observer.watch(rpc) as trace:
                 caller = self._identify(rpc, context)
-                trace.tenant = caller.name
+                trace.tenant, trace.request_id = caller.name, caller.sign(trace.request_id)
                 trace.allowed_s = read_time_left(context.invocation_metadata())
                 with caller.request(rpc, request):
                     async with self.service.slot(rpc, request, caller.name):
                         return await RPCS[rpc](self.service, request, trace)
         except Exception as error:  # noqa: BLE001
-            raise tell(context, as_retrieval_error(error)) from None
+            tell(context, as_retrieval_error(error))
+            return RESPONSES[rpc]()
 
     def open(self, generation: Generation) -> list[Any]:
         return [worker.open(generation) for worker in self._local]
@@ -141,7 +157,8 @@ class Ingress(Follows):
         """``grpc.health.v1.Health/Check``: SERVING while searches of all shards are answered."""
         if request.service not in ("", SERVICE_NAME):
             message = f"no service {shorten(request.service)}; ask for {SERVICE_NAME!r}"
-            raise tell(grpc_context, RetrievalError(grpc.StatusCode.NOT_FOUND, message))
+            tell(grpc_context, RetrievalError(grpc.StatusCode.NOT_FOUND, message))
+            return health_pb2.HealthCheckResponse()
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if await self.service.pulse.is_serving() else states.NOT_SERVING)
 
@@ -152,12 +169,8 @@ class Ingress(Follows):
         yield
 
     def _identify(self, rpc: str, context: RayServegRPCContext) -> Caller:
-        peer = context.peer()
-        if self._loopback_only and not peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")):
-            raise RetrievalError(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"caller {peer} is on another machine; set serve.loopback_only=false to admit it",
-            )
+        if self._loopback_only:
+            check_local(context.peer())
         return self._gate.identify(rpc, context.invocation_metadata())
 
 

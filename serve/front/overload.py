@@ -8,6 +8,7 @@ plan among the measured ones.
 import asyncio
 import math
 import time
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,6 +27,8 @@ ADMITTED = frozenset({"Search", "SearchBatch", "SearchStream", "Embed", "Upsert"
 SMOOTHING = 0.1
 """Weight of the newest request in the moving average of request time."""
 FIRST_MEAN_S = 0.02
+TENANT_SHARE, ACTIVE_S = 4, 10.0
+"""One tenant may hold a slot in ``TENANT_SHARE``, if another one came in the last ``ACTIVE_S`` seconds."""
 IMAGE_SHARE = 4
 """Slots of a replica, and places of its queue, for each one that requests with images have."""
 
@@ -35,13 +38,19 @@ class ShedError(RetrievalError):
 
 
 class Admission:
-    """The slots of one replica and the queue before them."""
+    """The slots of one replica and the queue before them, from which tenants are served in turn.
+
+    While another tenant is active, one may hold ``TENANT_SHARE`` of the slots, so that the other's requests wait behind
+    few of them.
+    """
 
     def __init__(self, max_ongoing: int, max_queued: int, timeout_s: float) -> None:
         self.max_ongoing, self.max_queued, self._timeout_s = max_ongoing, max_queued, timeout_s
         self.ongoing, self.waiting = 0, 0
         self._mean_s = FIRST_MEAN_S
-        self._slots = asyncio.Semaphore(max_ongoing)
+        self._held, self._seen = Counter[str](), dict[str, float]()
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
+        """Tenant -> its waiting requests; the tenant whose turn it is comes first."""
 
     @property
     def share(self) -> float:
@@ -54,36 +63,66 @@ class Admission:
         return math.ceil(1000 * self._mean_s * (self.waiting + 1) / self.max_ongoing)
 
     @asynccontextmanager
-    async def slot(self, timeout_ms: int = 0, *, patient: bool = False) -> AsyncIterator[None]:
+    async def slot(self, timeout_ms: int = 0, *, patient: bool = False, tenant: str = "") -> AsyncIterator[None]:
         """Hold a slot while the block runs.
 
         Raises ``ShedError`` if the queue is full, unless ``patient``, and DEADLINE_EXCEEDED if no slot comes free in
         the time that the request (``timeout_ms``; 0: any time) and the service allow.
         """
-        if self._slots.locked() and not patient and 0 <= self.max_queued <= self.waiting:
-            raise ShedError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self.ongoing} requests are worked on and {self.waiting} wait; retry after {self.retry_after_ms} ms",
-            )
-        await self._wait(min(timeout_ms / 1000 or self._timeout_s, self._timeout_s))
+        self._seen[tenant] = time.monotonic()
+        if tenant not in self._queues and self._is_free(tenant):
+            self._begin(tenant)
+        else:
+            if not patient and 0 <= self.max_queued <= self.waiting:
+                raise ShedError(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"{self.ongoing} requests are worked on and {self.waiting} wait; "
+                    f"retry after {self.retry_after_ms} ms",
+                )
+            await self._wait(tenant, min(timeout_ms / 1000 or self._timeout_s, self._timeout_s))
         start = time.perf_counter()
-        self.ongoing += 1
         try:
             yield
         finally:
-            self.ongoing -= 1
-            self._slots.release()
+            self._end(tenant)
             self._mean_s += SMOOTHING * (time.perf_counter() - start - self._mean_s)
 
-    async def _wait(self, timeout_s: float) -> None:
-        if not self._slots.locked():
-            await self._slots.acquire()
-            return
+    def _is_free(self, tenant: str) -> bool:
+        """Whether a request of ``tenant`` may begin."""
+        if self.ongoing >= self.max_ongoing:
+            return False
+        if self._held[tenant] < max(1, self.max_ongoing // TENANT_SHARE):
+            return True
+        since = time.monotonic() - ACTIVE_S
+        return all(seen < since for other, seen in self._seen.items() if other != tenant)
+
+    def _begin(self, tenant: str) -> None:
+        self.ongoing += 1
+        self._held[tenant] += 1
+
+    def _end(self, tenant: str) -> None:
+        self.ongoing -= 1
+        self._held[tenant] -= 1
+        while (name := next(filter(self._is_free, self._queues), None)) is not None:
+            queue = self._queues.pop(name)
+            if not (turn := queue.popleft()).done():  # its caller may have left
+                self._begin(name)
+                turn.set_result(None)
+            if queue:
+                self._queues[name] = queue  # behind the other tenants
+
+    async def _wait(self, tenant: str, timeout_s: float) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(tenant, deque()).append(turn)
         self.waiting += 1
         try:
             async with asyncio.timeout(timeout_s):
-                await self._slots.acquire()
-        except TimeoutError:
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # the slot came at the same moment
+                self._end(tenant)
+            if not isinstance(error, TimeoutError):
+                raise
             raise RetrievalError(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 f"the request waited {timeout_s:g} s for its turn; slow down, or add replicas",

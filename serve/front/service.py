@@ -16,7 +16,7 @@ from lookalike.serve.experiment.assignment import Arm, Experiment, Route
 from lookalike.serve.front.health import SILENT_S, Pulse
 from lookalike.serve.front.observer import Observer
 from lookalike.serve.front.overload import ADMITTED, Admission, ImageAdmission, Ladder, allowed_ms
-from lookalike.serve.front.stream import answer_in_order
+from lookalike.serve.front.stream import Look, answer_in_order
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Floats, Router, SearchOutcome
@@ -32,6 +32,7 @@ from lookalike.serve.wire.requests import (
     check_feedback,
     check_image,
     check_num,
+    check_num_hits,
     has_images,
     read_options,
     read_queries,
@@ -71,7 +72,7 @@ class Service:
             return nullcontext()
         if has_images(request):
             return self._image_slots.slot(tenant, allowed_ms(request), patient=patient)
-        return self.admission.slot(allowed_ms(request), patient=patient)
+        return self.admission.slot(allowed_ms(request), patient=patient, tenant=tenant)
 
     async def search(self, request: pb.SearchRequest, trace: Trace) -> pb.SearchResponse:
         reply = await self._search([request.query], request.options, trace)
@@ -97,6 +98,7 @@ class Service:
         self, generation: Generation, queries: Queries, message: pb.SearchOptions, trace: Trace, arm: str = ""
     ) -> SearchReply:
         options = self._options(generation, message)
+        check_num_hits(len(queries), options.k, self.config.limits)
         deadline = _deadline(trace, options.timeout_s)
         vectors, times = await self._vectors(
             generation, queries, deadline, trace.tenant, allow_partial=options.allow_partial
@@ -108,7 +110,7 @@ class Service:
         outcome = outcome._replace(times_ms={**times, **outcome.times_ms})
         own_plan = message.HasField("plan") or message.HasField("min_recall")
         trace.searches.append(SearchRecord(generation, options, vectors, outcome, arm, own_plan))
-        results = write_results(outcome.answer, len(queries))
+        results = await write_results(outcome.answer, len(queries), deadline)
         return SearchReply(results, self._info(generation, options, outcome))
 
     async def _search_for_health(self) -> None:
@@ -134,19 +136,33 @@ class Service:
         return interleave(replies, routes, options.session, trace)
 
     def search_stream(
-        self, requests: AsyncIterator[pb.SearchStreamRequest], check: Check | None = None, tenant: str = ""
+        self,
+        requests: AsyncIterator[pb.SearchStreamRequest],
+        check: Check | None = None,
+        tenant: str = "",
+        look: Look = lambda idle_s: None,
+        sign: Callable[[str], str] = str,
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        """Answer the batches of a stream, at most ``stream_window`` at a time; ``check`` may refuse a batch first."""
-        answer = partial(self.stream_one, check=check, tenant=tenant)
-        return answer_in_order(requests, answer, self.config.stream_window)
+        """Answer the batches of a stream, at most ``stream_window`` at a time.
+
+        ``check`` may refuse a batch first; ``look`` may end the stream, also one that is idle; ``sign`` makes request
+        ids the tenant's.
+        """
+        answer = partial(self.stream_one, check=check, tenant=tenant, sign=sign)
+        return answer_in_order(requests, answer, self.config.stream_window, look)
 
     async def stream_one(
-        self, request: pb.SearchStreamRequest, check: Check | None = None, tenant: str = ""
+        self,
+        request: pb.SearchStreamRequest,
+        check: Check | None = None,
+        tenant: str = "",
+        sign: Callable[[str], str] = str,
     ) -> pb.SearchStreamResponse:
         """The answer to one batch of a stream, or why there is none. It waits for a slot, however long the queue is."""
         response = pb.SearchStreamResponse(tag=request.tag)
         try:
             with self.observer.watch("SearchStream", tenant) as trace:
+                trace.request_id = sign(trace.request_id)
                 if check is not None:
                     check(request)
                 async with self.slot("SearchStream", request.batch, tenant, patient=True):

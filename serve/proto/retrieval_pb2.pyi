@@ -212,7 +212,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_k", "max_batch", "max_image_bytes", "max_pixels", "max_shortlist_k", "max_filter_values", "max_request_bytes", "max_id_bytes", "max_metadata_bytes", "max_scans", "max_decode_s")
+    __slots__ = ("max_k", "max_batch", "max_image_bytes", "max_pixels", "max_shortlist_k", "max_filter_values", "max_request_bytes", "max_id_bytes", "max_metadata_bytes", "max_scans", "max_decode_s", "max_hits", "max_filter_bytes")
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,8 @@ class Limits(_message.Message):
     MAX_METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SCANS_FIELD_NUMBER: _ClassVar[int]
     MAX_DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_HITS_FIELD_NUMBER: _ClassVar[int]
+    MAX_FILTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_k: int
     max_batch: int
     max_image_bytes: int
@@ -235,7 +237,9 @@ class Limits(_message.Message):
     max_metadata_bytes: int
     max_scans: int
     max_decode_s: float
-    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ..., max_filter_values: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_id_bytes: _Optional[int] = ..., max_metadata_bytes: _Optional[int] = ..., max_scans: _Optional[int] = ..., max_decode_s: _Optional[float] = ...) -> None: ...
+    max_hits: int
+    max_filter_bytes: int
+    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_shortlist_k: _Optional[int] = ..., max_filter_values: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_id_bytes: _Optional[int] = ..., max_metadata_bytes: _Optional[int] = ..., max_scans: _Optional[int] = ..., max_decode_s: _Optional[float] = ..., max_hits: _Optional[int] = ..., max_filter_bytes: _Optional[int] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
     __slots__ = ("version", "index_generation", "model_fingerprint", "dim", "dims", "num_rows", "num_shards", "plan", "placement", "limits", "has_encoder", "columns", "writable")

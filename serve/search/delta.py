@@ -7,12 +7,13 @@ deleted. Written rows are compared one by one, which is exact; compaction keeps 
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lookalike.retrieval.filters import FILTERS_KEPT, Conditions
+from lookalike.retrieval.filters import FILTER_BYTES, FILTERS_KEPT, Conditions
 from lookalike.retrieval.index_meta import IndexMeta, shard_of
 from lookalike.retrieval.ranking import NO_ROW, Floats, Hits, Rows, empty_hits, from_keys, merge_hits, sort_keys
 from lookalike.retrieval.shard_searcher import ShardSearcher
@@ -65,7 +66,7 @@ class WrittenRows:
     entries: Sequence[RowContent]
     replaced: Sequence[Rows]
     """For each shard the rows (numbered within it, rising) that were replaced or deleted."""
-    masks: dict[tuple[int, str], npt.NDArray[np.bool_]] = field(default_factory=dict)
+    masks: dict[tuple[int, bytes], npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     def search(self, ask: Ask) -> Hits:
         """The best written rows by cosine at the plan's re-rank dim: the exact answer."""
@@ -115,12 +116,13 @@ class WrittenRows:
         return np.isin(local, self.replaced[position])
 
     def _mask(self, position: int, shard: ShardSearcher, conditions: Conditions) -> npt.NDArray[np.bool_]:
-        key = (position, repr(sorted(conditions.items())))
+        key = (position, blake2b(repr(sorted(conditions.items())).encode("utf-8", "surrogatepass")).digest())
         mask = self.masks.get(key)
         if mask is None:
             mask = shard.match(conditions)
             mask[self.replaced[position]] = False
-            if len(self.masks) >= FILTERS_KEPT * len(self.replaced):
+            size = sum(each.nbytes for each in self.masks.copy().values()) + mask.nbytes
+            if len(self.masks) >= FILTERS_KEPT * len(self.replaced) or size > FILTER_BYTES:
                 self.masks.clear()
             self.masks[key] = mask
         return mask

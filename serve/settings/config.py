@@ -18,6 +18,8 @@ class RequestLimits(Config):
     """Hits a query may ask for."""
     max_batch: int = Field(default=256, ge=1, le=65_536)
     """Queries or images in one request."""
+    max_hits: int = Field(default=65_536, ge=1, le=1 << 31)
+    """Hits that a request may ask for: its queries times k."""
     max_image_bytes: int = Field(default=10_000_000, ge=1)
     """Encoded size of one image in bytes."""
     max_pixels: int = Field(default=50_000_000, ge=1)
@@ -31,6 +33,8 @@ class RequestLimits(Config):
     """Candidates in each shard's shortlist."""
     max_filter_values: int = Field(default=1000, ge=1, le=1_000_000)
     """Values in all filters of a request together."""
+    max_filter_bytes: int = Field(default=1 << 20, ge=1, le=(1 << 31) - 1)
+    """Characters of these values together, in bytes of UTF-8."""
     max_request_bytes: int = Field(default=64 << 20, ge=1024, le=(1 << 31) - 1)
     """Encoded size of one request, or of one batch of a stream, in bytes."""
     max_id_bytes: int = Field(default=512, ge=1, le=65_536)
@@ -129,6 +133,10 @@ class ServeConfig(Config):
     """Cheaper plans under load; None never changes a plan."""
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
+    max_streams: int = Field(default=64, ge=1, le=100_000)
+    """Streams open in an ingress replica at a time; with tenants one may have half of them."""
+    stream_idle_s: float = Field(default=60.0, gt=0.0, le=3600.0)
+    """Seconds without a batch after which a stream is ended."""
     encoder_replicas: EncoderReplicas = EncoderReplicas()
     access_log: AccessLogSettings = AccessLogSettings()
     monitor: MonitorSettings = MonitorSettings()

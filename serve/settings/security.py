@@ -13,17 +13,21 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class Quota(Config):
-    """A tenant's bounds in one ingress replica; None is no bound."""
+    """A tenant's bounds in one ingress replica; None is no bound, but where a default is named."""
 
     requests_per_s: float | None = Field(default=None, gt=0, le=1e6)
     """Average requests per second; each batch of a stream counts as one."""
     burst: int = Field(default=10, ge=1, le=1_000_000)
     """Requests that may come at once after a pause."""
     concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Requests under way at a time; a stream counts as one."""
+    """Requests under way at a time; a stream counts as one. None: with several tenants half of the replica's slots and
+    queue."""
+    streams: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Streams open at a time. None: half of ``max_streams``."""
     queries_per_s: float | None = Field(default=None, gt=0, le=1e9)
-    """Average queries, images, rows or ids per second; a batch counts each of its items, and one second's worth may
-    come at once. A larger batch passes after a second without use, and the next request waits until it is paid off."""
+    """Average queries, images, rows or ids per second; a batch counts each of its items, a query once for each
+    hundred hits that it asks for, and one second's worth may come at once. A larger batch passes after a second without
+    use, and the next request waits until it is paid off."""
     pixels_per_s: float | None = Field(default=None, gt=0, le=1e12)
     """Average pixels of images per second, as their headers say, charged before any is decoded. One second's worth may
     come at once; more passes after a second without use, as for queries."""

@@ -1,9 +1,11 @@
 """Check requests: bytes become arrays and plans, or raise INVALID_ARGUMENT with value, rule and remedy."""
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +15,7 @@ from lookalike.retrieval.plan import Plan, parse_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits
 from lookalike.serve.wire.answers import Answer
-from lookalike.serve.wire.errors import check_answer, invalid, refused, shorten
+from lookalike.serve.wire.errors import RetrievalError, check_answer, invalid, refused, shorten
 from lookalike.vision.containers import read_size
 
 DEFAULT_K = 10
@@ -21,6 +23,8 @@ MAX_SESSION = 1024
 """Longest session name, in characters."""
 MAX_HIT_ID = 1024
 """Longest hit id in feedback, in characters."""
+SLICE_HITS = 250
+"""Hits written before other requests get their turn: some milliseconds with ten columns."""
 REQUEST_ID = re.compile(r"[0-9a-f]{24}")
 FEEDBACK_KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -90,7 +94,7 @@ def read_options(
 
 
 def read_filters(filters: Sequence[pb.Filter], *, limits: RequestLimits, meta: IndexMeta) -> dict[str, list[str]]:
-    """Return conditions by column; refuse unknown or repeated columns and too many values."""
+    """Return conditions by column; refuse unknown or repeated columns and too many or too long values."""
     conditions: dict[str, list[str]] = {}
     for condition in filters:
         if condition.column not in meta.columns:
@@ -103,6 +107,12 @@ def read_filters(filters: Sequence[pb.Filter], *, limits: RequestLimits, meta: I
         raise invalid(
             f"{num} filter values; send at most {limits.max_filter_values}, or raise "
             "limits.max_filter_values of the service"
+        )
+    size = sum(len(value.encode()) for values in conditions.values() for value in values)
+    if size > limits.max_filter_bytes:
+        raise invalid(
+            f"the filter values have {size} bytes; send at most {limits.max_filter_bytes}, or raise "
+            "limits.max_filter_bytes of the service"
         )
     return conditions
 
@@ -242,28 +252,53 @@ def check_num(items: Sequence[object], what: str, limits: RequestLimits) -> None
         raise invalid(f"{len(items)} {what} in one request; send 1 to {limits.max_batch}")
 
 
-def write_results(answer: Answer, num_queries: int) -> list[pb.HitList]:
-    """Return the hits of each query; RESOURCE_EXHAUSTED as soon as they are too many for one message."""
-    results, size = list[pb.HitList](), 0
+async def write_results(answer: Answer, num_queries: int, deadline: float) -> list[pb.HitList]:
+    """Return the hits of each query of ``answer``, best first; RESOURCE_EXHAUSTED if they exceed a message.
+
+    Other requests get their turn every ``SLICE_HITS`` hits; DEADLINE_EXCEEDED once the loop's clock passes
+    ``deadline``.
+    """
+    results, written, size, loop = list[pb.HitList](), 0, 0, asyncio.get_running_loop()
+    k = answer.hits.rows.shape[1]
     for query in range(num_queries):
-        results.append(write_hits(answer, query))
-        size += results[-1].ByteSize()
+        message = pb.HitList()
+        for first in range(0, k, SLICE_HITS):
+            if written >= SLICE_HITS:
+                await asyncio.sleep(0)
+                written = 0
+                if loop.time() > deadline:
+                    raise RetrievalError(
+                        grpc.StatusCode.DEADLINE_EXCEEDED,
+                        f"{query} of {num_queries} answers were written in time; ask for fewer hits or allow more time",
+                    )
+            written += min(SLICE_HITS, k - first)
+            write_hits(message, answer, query, first)
+        results.append(message)
+        size += message.ByteSize()
         check_answer(size)
     return results
 
 
-def write_hits(answer: Answer, query: int) -> pb.HitList:
-    """Return the hits of one query of ``answer``, best first."""
-    message = pb.HitList()
-    add, others = message.hits.add, list(enumerate(answer.names))[1:]
-    for row, score in zip(answer.hits.rows[query].tolist(), answer.hits.scores[query].tolist(), strict=True):
+def write_hits(message: pb.HitList, answer: Answer, query: int, first: int = 0) -> None:
+    """Add to ``message`` the hits of one query of ``answer``, at most ``SLICE_HITS`` from place ``first`` on."""
+    add, others, part = message.hits.add, list(enumerate(answer.names))[1:], slice(first, first + SLICE_HITS)
+    hits = answer.hits
+    for row, score in zip(hits.rows[query, part].tolist(), hits.scores[query, part].tolist(), strict=True):
         if row >= 0:
             entry = answer.entries[row]
             metadata = add(id=entry[0], score=score).metadata  # filled in place: a copy takes twice as long
             for place, name in others:
                 if (value := entry[place]) is not None:
                     metadata[name] = value
-    return message
+
+
+def check_num_hits(num_queries: int, k: int, limits: RequestLimits) -> None:
+    """Refuse a request for too many hits."""
+    if num_queries * k > limits.max_hits:
+        raise invalid(
+            f"{num_queries} queries with k={k} ask for {num_queries * k} hits, a request may for {limits.max_hits}; "
+            "send fewer queries at once, or raise limits.max_hits of the service"
+        )
 
 
 def check_feedback(request: pb.FeedbackRequest, *, has_log: bool) -> None:

@@ -161,3 +161,30 @@ def test_a_mask_over_all_shards_is_cut_at_their_borders(open_shard, index_of, tm
     np.testing.assert_array_equal(shared.rows, brute_force(icons, 10))
     with pytest.raises(UsageError, match="give bool"):
         searcher.search(QUERIES, 10, allowed=mask)
+
+
+def test_kept_filters_are_bounded_by_bytes(monkeypatch):
+    from lookalike.retrieval import filters
+
+    made = []
+
+    def evaluate(key):
+        made.append(key)
+        return filters.Allowed(np.arange(80_000) % 2 == 0)
+
+    cache = filters.FilterCache(evaluate)
+    long = [((("view", ("x" * (10 << 20), str(number))),)) for number in range(6)]
+    for key in [*long, *long]:
+        cache.find(key)
+    assert len(made) == 12  # two fit beside each other
+    assert cache.size_bytes <= filters.FILTER_BYTES
+    cache.find((("view", ("x" * (100 << 20),)),))
+    assert cache.size_bytes == 0  # it does not fit alone
+    short = [((("view", (str(number),)),)) for number in range(filters.FILTERS_KEPT)]
+    made.clear()
+    for key in [*short, *short]:
+        cache.find(key).rows.sum()
+    assert made == short
+    monkeypatch.setattr(filters, "FILTER_BYTES", 1_000_000)  # listed rows count: 320 kB each
+    cache.find((("view", ("more",)),))
+    assert 0 < cache.size_bytes <= 1_000_000

@@ -5,7 +5,9 @@ it never meets allowed rows that lie together and far from the query. So a few a
 which is exact; only if there are many is the index searched, with a wider beam.
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import faiss
@@ -31,8 +33,41 @@ SCAN_GRAPH, SCAN_LISTS = 20, 5
 A scan costs about 80 ns per row. A walk of a graph meets about 12 / share nodes per row wanted and so costs 1.6 us /
 share: 20 scanned rows / share. Lists cost about a quarter of a graph. Measured by
 ``tests/benchmarks/retrieval_filters.py``."""
-FILTERS_KEPT = 16
-"""Evaluated filters that a shard caches, each 1/8 byte per row, and 8 bytes per allowed row if it is scanned."""
+FILTERS_KEPT, FILTER_BYTES = 16, 64 << 20
+"""Evaluated filters that a shard caches, and bytes of all of them: 1/8 byte per row, 8 bytes per allowed row if it is
+scanned, and their conditions. A larger one is evaluated each time."""
+VALUE_BYTES = 60
+"""Memory of a value besides its characters."""
+
+
+class FilterCache:
+    """The last filters, at most ``FILTERS_KEPT`` and ``FILTER_BYTES``. Calls may come from several threads."""
+
+    def __init__(self, evaluate: Callable[[Key], "Allowed"]) -> None:
+        self._evaluate, self._lock = evaluate, threading.Lock()
+        self._kept: OrderedDict[Key, Allowed] = OrderedDict()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the filters that are kept."""
+        return sum(_key_bytes(key) + allowed.size_bytes for key, allowed in self._kept.items())
+
+    def find(self, key: Key) -> "Allowed":
+        """The rows that meet ``key``, from the cache if they are there."""
+        with self._lock:
+            if (allowed := self._kept.get(key)) is not None:
+                self._kept.move_to_end(key)
+                return allowed
+        allowed = self._evaluate(key)
+        with self._lock:
+            self._kept[key] = allowed
+            while len(self._kept) > FILTERS_KEPT or self.size_bytes > FILTER_BYTES:
+                self._kept.popitem(last=False)
+        return allowed
+
+
+def _key_bytes(key: Key) -> int:
+    return sum(VALUE_BYTES + 4 * len(value) for _, values in key for value in values)
 
 
 class Allowed:
@@ -53,6 +88,11 @@ class Allowed:
         """Whether scanning the allowed rows is cheaper than finding ``wanted`` of them by a ``graph``, or by lists."""
         factor = SCAN_GRAPH if graph else SCAN_LISTS
         return self.num_rows <= SCAN_ROWS or self.num_rows * self.share <= factor * wanted
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its arrays, which grow when its rows are listed."""
+        return self.bits.nbytes + 8 * self.num_rows * ("rows" in self.__dict__)
 
     @cached_property
     def rows(self) -> Rows:

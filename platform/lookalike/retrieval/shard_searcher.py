@@ -14,10 +14,9 @@ import pyarrow as pa
 from lookalike import storage
 from lookalike.errors import UsageError
 from lookalike.retrieval.filters import (
-    FILTERS_KEPT,
     Allowed,
     Conditions,
-    Key,
+    FilterCache,
     RowFilter,
     check_mask,
     filter_key,
@@ -55,9 +54,7 @@ class ShardSearcher:
         )
         live = store.live
         self._all = None if live is None else Allowed(live)
-        self._matching: Callable[[Key], Allowed] = lru_cache(FILTERS_KEPT)(
-            lambda key: match_rows(store.table, key, live)
-        )
+        self._filters = FilterCache(lambda key: match_rows(store.table, key, live))
 
     @classmethod
     def open(cls, uri: str) -> "ShardSearcher":
@@ -162,7 +159,7 @@ class ShardSearcher:
         if isinstance(rows, np.ndarray):
             mask = check_mask(rows, self.meta.num_rows)
             return Allowed(mask if live is None else mask & live)
-        return self._matching(filter_key(rows, self.store.table.column_names)) if rows else self._all
+        return self._filters.find(filter_key(rows, self.store.table.column_names)) if rows else self._all
 
     def _find(self, vectors: Floats, k: int, plan: Plan, allowed: Allowed | None) -> Hits:
         wanted = min(max(k, plan.shortlist_k), self.meta.num_rows if allowed is None else allowed.num_rows)

@@ -15,9 +15,9 @@ from lookalike.cli import main
 from lookalike.errors import UsageError
 from lookalike.serve.front import gate as gates
 from lookalike.serve.front import tenants
-from lookalike.serve.front.gate import Gate, read_bearer, role_for
+from lookalike.serve.front.gate import Gate
 from lookalike.serve.front.quota import Bucket, Meter
-from lookalike.serve.front.tenants import Tenants, hash_token, read_tenants
+from lookalike.serve.front.tenants import Tenants, hash_token, read_bearer, read_tenants, role_for
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.settings.security import Quota
@@ -205,7 +205,9 @@ def test_tokens_rotate_and_a_broken_file_changes_nothing(
     registry = Tenants(write(path, both))
     first = registry.find(READER)
     assert first is not None
-    assert registry.find("next") == first
+    other = registry.find("next")
+    assert other is not None
+    assert other[:2] == first[:2]
     for broken in ("tenants: [", "tenants: []", json.dumps({"tenants": [{"name": "r", "token": READER}]}), "- 1"):
         path.write_text(broken)
         registry.refresh()
