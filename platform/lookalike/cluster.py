@@ -43,6 +43,12 @@ CPU_QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 """Where a container's share of the CPUs stands: "QUOTA PERIOD", or the quota alone for a period of 0.1 s."""
 
 
+def set_environment() -> None:
+    """Set ``ENVIRONMENT`` for Ray's processes that are started from here."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def count_cpus() -> int:
     """Whole CPUs that this process may use: those of its affinity, or of its container's quota if that is less."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -155,8 +161,7 @@ def ensure_ray(config: ClusterConfig | None = None) -> None:
     if ray.is_initialized():
         return
     config = config or ClusterConfig()
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     if is_joined():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:

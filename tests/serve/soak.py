@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from lookalike.artifacts import Artifact
+from lookalike.cluster import set_environment
 from lookalike.serve.client import Client
 from lookalike.serve.settings.config import ServeConfig, Writes
 from lookalike.serve.settings.load import Autoscaling, Deployments, ReplicaSettings
@@ -145,6 +146,7 @@ def cluster_of_two() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    set_environment()  # as a cluster's manifests do
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 3, "object_store_memory": 150 << 20, "include_dashboard": False},
