@@ -214,9 +214,8 @@ def _check_cluster(demands: Sequence[Demand]) -> None:
     deadline = time.monotonic() + WAIT_FOR_ROOM_S
     while True:
         total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
-        where = f"Ray (in all {total.get('CPU', 0.0):g} CPUs, {total.get('GPU', 0.0):g} GPUs) free"
         try:
-            return check_room(demands, free, where, ["CPU", "GPU", "memory"])
+            return check_room(demands, free, "Ray beside other work", ["CPU", "GPU", "memory"])
         except UsageError:
             check_room(demands, total, "Ray", ["CPU", "GPU", "memory"])
             if time.monotonic() > deadline:

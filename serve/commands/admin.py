@@ -44,7 +44,7 @@ def tell_progress(client: Client, every_s: float = 2.0) -> Iterator[None]:
                 steps = [f"{each.kind}: {each.step}" for each in client.status().activities]
                 for step in steps:
                     if step not in told:
-                        print(f"lookalike admin: {step}", file=sys.stderr, flush=True)
+                        print(f"lookalike admin: {printable(step)}", file=sys.stderr, flush=True)
                 told = steps
 
     thread = threading.Thread(target=follow, daemon=True)

@@ -1,13 +1,16 @@
 """What ``lookalike admin`` reads and prints."""
 
+import threading
 from argparse import Namespace
 from pathlib import Path
 
+import grpc
 import pytest
 
 from lookalike.errors import UsageError
-from lookalike.serve.commands.admin import read_rows, render_status, run
+from lookalike.serve.commands.admin import read_rows, render_status, run, tell_progress
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.wire.errors import RetrievalError
 
 
 def test_rows_of_the_command_line(tmp_path: Path) -> None:
@@ -70,11 +73,41 @@ def test_status_in_words() -> None:
         pending_rows=2,
         followers=followers,
         recall=recall,
+        activities=[
+            pb.Activity(kind="compaction", step="builds an index with the writes up to 5", seconds=12.4),
+            pb.Activity(kind="switch", step="waits for its turn", seconds=3),
+        ],
+        compaction_failure="No space left",
     )
     assert render_status(status).splitlines() == [
         "serving   f00: 7 rows, writes up to 3, /i, plan /p",
         "previous  old: 0 rows, writes up to 0, /o, exact",
         "writes    5 in all, 2 rows wait for compaction",
+        "under way compaction for 12 s: builds an index with the writes up to 5",
+        "under way switch for 3 s: waits for its turn",
+        "failed    the last compaction begun by itself: No space left",
         "replicas  ingress: 1 of 2 hold the index",
         "recall    0.9700 (0.9500 to 0.9800, 40 queries)",
     ]
+
+
+def test_a_long_verb_says_once_what_the_service_is_busy_with(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = threading.Semaphore(0)
+
+    class Busy:
+        """A client of a service that compacts, then is gone for a moment, then loads."""
+
+        steps = iter(["compaction: builds", "compaction: builds", "", "compaction: loads"])
+
+        def status(self) -> pb.StatusResponse:
+            asked.release()
+            if not (text := next(self.steps, "compaction: loads")):
+                raise RetrievalError(grpc.StatusCode.UNAVAILABLE, "no writer")
+            kind, _, step = text.partition(": ")
+            return pb.StatusResponse(activities=[pb.Activity(kind=kind, step=step)])
+
+    with tell_progress(Busy(), every_s=0.01):  # type: ignore[arg-type]
+        for _ in range(6):
+            assert asked.acquire(timeout=10)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["lookalike admin: compaction: builds", "lookalike admin: compaction: loads"]
