@@ -94,8 +94,9 @@ def kmeans(vectors: NDArray[np.float32], k: int, seed: int) -> tuple[NDArray[np.
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    if k >= len(vectors):
-        return np.arange(len(vectors), dtype=np.int64), np.ones(len(vectors), np.float32)
+    _, first, same = np.unique(vectors, axis=0, return_index=True, return_inverse=True)
+    if k >= len(first):  # a cluster for each distinct vector, in order of appearance
+        return np.searchsorted(np.sort(first), first[same.ravel()]), np.ones(len(vectors), np.float32)
     data = vectors.astype(np.float64)
     starts = int(np.clip(PRODUCTS / (data.size * k), 3, 100))
     with threadpool_limits(1):  # the order of sums is fixed: the same clusters on every machine

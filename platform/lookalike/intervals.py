@@ -30,7 +30,8 @@ def wilson_intervals(
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     empty = np.asarray(trials) == 0
-    return np.where(empty, 0.0, np.maximum(centre - half, 0)), np.where(empty, 1.0, np.minimum(centre + half, 1))
+    low, high = np.clip(centre - half, 0, p), np.clip(centre + half, p, 1)  # rounding may put 1 of 1 outside
+    return np.where(empty, 0.0, low), np.where(empty, 1.0, high)
 
 
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> Interval:

@@ -20,6 +20,14 @@ def test_arrays_have_the_intervals_of_their_elements() -> None:
     assert list(ends) == [wilson(*pair) for pair in zip(hits.tolist(), trials.tolist(), strict=True)]
 
 
+def test_an_interval_holds_its_share_to_the_last_bit() -> None:
+    """Rounding puts the end of 38 of 38 beside 1 (statsmodels 7386 clipped it above 1; below 1 is as wrong)."""
+    trials = np.repeat(np.arange(1, 120), np.arange(2, 121))
+    hits = np.concatenate([np.arange(n + 1) for n in range(1, 120)])
+    low, high = wilson_intervals(hits, trials)
+    assert ((low >= 0) & (low <= hits / trials) & (hits / trials <= high) & (high <= 1)).all()
+
+
 def test_nothing_known_is_everything_possible() -> None:
     assert wilson(0, 0) == mean_interval([]) == (0.0, 1.0)
 

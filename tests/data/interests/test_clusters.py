@@ -69,6 +69,15 @@ def test_inertia_is_within_a_hundredth_of_scikit_learns_best_of_ten(
     assert spread <= 1.01 * KMeans(k, n_init=10, random_state=0).fit(vectors).inertia_
 
 
+def test_fewer_distinct_vectors_than_centres_are_a_cluster_each(recwarn: pytest.WarningsRecorder) -> None:
+    vectors = np.repeat(np.eye(3, 8, dtype=np.float32)[[2, 0, 1]], 5, axis=0)
+    labels, similarity = kmeans(vectors, 6, 1)
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert similarity.tolist() == [1.0] * 15
+    assert kmeans(vectors[:1], 3, 1)[0].tolist() == [0]
+    assert not recwarn.list
+
+
 def test_starts_are_the_same_each_time() -> None:
     vectors = grouped(60, 10, 0.3)
     first, again = kmeans(vectors, 12, 5), kmeans(vectors, 12, 5)
