@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 from pydantic import Field
 
 from lookalike import storage
@@ -109,6 +110,8 @@ def limited_memory(bounds: ReadBounds) -> Iterator[None]:
     other.
     """
     with _limit_lock:
+        pool = pa.default_memory_pool()
+        pa.set_memory_pool(pa.system_memory_pool())  # the others keep a gigabyte of addresses to themselves
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         wanted = _address_space_bytes() + bounds.max_memory_bytes
         known = [limit for limit in (soft, hard, wanted) if limit != resource.RLIM_INFINITY]
@@ -117,6 +120,7 @@ def limited_memory(bounds: ReadBounds) -> Iterator[None]:
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+            pa.set_memory_pool(pool)
 
 
 def _address_space_bytes() -> int:

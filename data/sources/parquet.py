@@ -71,7 +71,7 @@ class ParquetReader(Reader):
                     row += len(records)
                 return
             except MemoryError:  # the rest in smaller pieces
-                pa.default_memory_pool().release_unused()
+                continue
         megabytes = self.source.bounds.max_memory_bytes >> 20
         told = f"row {row} needs more than {megabytes} MiB, and what follows it in its row group is not reached"
         for _ in range(row, unit["stop"]):
@@ -79,11 +79,13 @@ class ParquetReader(Reader):
 
     def _pieces(self, unit: Unit, rows: int) -> Iterator[list[Record]]:
         """Records of up to ``rows`` rows at a time; ``MemoryError`` where these need more than the bound."""
-        with storage.arrow_file(unit["uri"]) as opened, pq.ParquetFile(opened, buffer_size=READ_BYTES) as file:
-            columns = self._columns(file.schema_arrow, unit["uri"])
-            groups, row = row_groups(file, unit["start"], unit["stop"])
-            needed = top_level(file.schema_arrow, list(columns.values()))
-            batches = file.iter_batches(rows, row_groups=groups, columns=needed, use_threads=False)
+        with storage.arrow_file(unit["uri"]) as opened:
+            with limited_memory(self.source.bounds):
+                file = pq.ParquetFile(opened, buffer_size=READ_BYTES)
+                columns = self._columns(file.schema_arrow, unit["uri"])
+                groups, row = row_groups(file, unit["start"], unit["stop"])
+                needed = top_level(file.schema_arrow, list(columns.values()))
+                batches = file.iter_batches(rows, row_groups=groups, columns=needed, use_threads=False)
             while True:
                 with limited_memory(self.source.bounds):
                     batch = next(batches, None)
