@@ -83,7 +83,7 @@ def locate(text: str, base: str, rules: FetchRules) -> Place:
     relative = scheme == "file" and "://" not in text and not text.startswith("/")
     uri = storage.join(base, *(part for part in text.split("/") if part != ".")) if relative else text
     scheme = _scheme(uri)
-    if "::" in uri and scheme not in ("file", *HTTP):
+    if storage.is_chain(uri) and scheme not in ("file", *HTTP):
         raise ImageError("bad_uri", f"{text!r:.200} chains file systems; give the URI of the image itself")
     if scheme == "file":
         return Place(_local(uri, base, rules), scheme)

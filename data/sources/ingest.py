@@ -80,7 +80,8 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
     ):
         for records in _batches(reader, unit, checks.limits.max_bytes):
             if has_table:
-                names += [clean_path(uri) for record in records if (uri := record.get("image_uri")) is not None]
+                named = [uri for record in records if (uri := record.get("image_uri")) is not None]
+                names += [clean_path(uri, reader.base) for uri in named]
             origin = RecordOrigin(unit["uri"], row, reader.source, checks.seed)
             checked = check_records(records, origin, limits=checks.limits, accepted_ids=accepted_ids)
             parts.write(checked.accepted)
@@ -98,10 +99,12 @@ def check_unit(number: int, unit: Unit, reader: Reader, files: UnitFiles, checks
     return summary
 
 
-def clean_path(uri: Any) -> str:
-    """A relative path as listings of its folder have it, escaped."""
+def clean_path(uri: Any, base: str) -> str:
+    """A path below ``base`` as listings of that folder have it, escaped."""
     text = uri.decode("utf-8", "surrogateescape") if isinstance(uri, bytes) else str(uri)
-    return escaped("/".join(part for part in text.strip().split("/") if part != "."))
+    return escaped(
+        "/".join(part for part in text.strip().removeprefix(f"{base.rstrip('/')}/").split("/") if part != ".")
+    )
 
 
 def keys_of_names(unit: int, files: UnitFiles) -> npt.NDArray[np.uint64]:

@@ -30,7 +30,7 @@ TEMPORARY = ".tmp"  # suffix of a file being written; listings leave it out
 
 def resolve(uri: str) -> tuple[Any, str]:
     """The fsspec file system of ``uri`` and the path in it; ``UsageError`` if there is no such file system."""
-    plain = "::" in uri and not _is_chain(uri)
+    plain = "::" in uri and not is_chain(uri)
     try:  # NUL, which no path holds, keeps fsspec from taking :: in a name for a chain
         fs, path = fsspec.core.url_to_fs(uri.replace("::", "\0") if plain else uri)
     except (ValueError, ImportError) as error:  # a protocol unknown to fsspec, or one whose package is not installed
@@ -41,11 +41,11 @@ def resolve(uri: str) -> tuple[Any, str]:
     return fs, path.replace("\0", "::") if plain else path
 
 
-def _is_chain(uri: str) -> bool:
+def is_chain(uri: str) -> bool:
     """Whether ``::`` joins file systems, as in ``zip://a.csv::s3://bucket/a.zip``, and is not part of a file's name."""
     *wrappers, _ = uri.split("::")
     known = fsspec.available_protocols()
-    return all(wrapper in known or wrapper.partition("://")[0] in WRAPPERS for wrapper in wrappers)
+    return bool(wrappers) and all(wrapper in known or wrapper.partition("://")[0] in WRAPPERS for wrapper in wrappers)
 
 
 def is_local(uri: str) -> bool:

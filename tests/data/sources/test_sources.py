@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lookalike import storage
 from lookalike.data.sources import SOURCE_FORMATS, RecordSource
 from lookalike.data.sources.image_fetch import fetch_images
 from lookalike.data.sources.parquet import cut_groups
@@ -51,7 +52,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def put(uri: str, content: bytes) -> str:
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = storage.resolve(uri)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
     fs.pipe_file(path, content)
     return uri
@@ -231,7 +232,7 @@ def test_lance_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: 
 
 
 def test_a_folder_without_a_table_is_its_images(root: str) -> None:
-    for name in ("b/2.jpg", "a/x/1.PNG", "c.gif", "a-b/0.webp", "notes.txt", ".hidden/3.jpg", "a/.4.jpg"):
+    for name in ("b/2.jpg", "a/x/1.PNG", "c.gif", "a-b/0.webp", "d::e.jpg", "notes.txt", ".hidden/3.jpg", "a/.4.jpg"):
         put(f"{root}/{name}", name.encode())
     for rows_per_part in (1, 2, 100):
         records = read(root, "folder", rows_per_part)
@@ -240,6 +241,7 @@ def test_a_folder_without_a_table_is_its_images(root: str) -> None:
             ("a-b/0.webp", "a-b", "a-b/0.webp"),
             ("b/2.jpg", "b", "b/2.jpg"),
             ("c.gif", None, "c.gif"),
+            ("d::e.jpg", None, "d::e.jpg"),
         ]
     mapped = read(root, "folder", columns={"group": "folder"})
     assert [r["group"] for r in mapped if "group" in r] == ["a/x", "a-b", "b"]
