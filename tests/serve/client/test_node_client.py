@@ -92,6 +92,12 @@ def answers(address: str, installed: Path, world: "World") -> dict[str, Any]:
     return printed
 
 
+def test_names_that_the_contract_lacks_are_refused(answers: dict[str, Any]) -> None:
+    name, letters = answers["misspelt"]
+    assert "SearchOptions has no field top_k; it has k, plan" in name
+    assert "array expected" in json.dumps(letters)  # the library's own, not the letters of the id
+
+
 def test_searches_are_those_of_the_packaged_client(answers: dict[str, Any], address: str, world: "World") -> None:
     reply = answers["search"]
     with Client(address) as client:

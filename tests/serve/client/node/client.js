@@ -17,7 +17,7 @@ const standard = grpc.loadPackageDefinition(loader.loadFileDescriptorSetFromBuff
   fs.readFileSync(setup.descriptors), choices));
 
 const credentials = grpc.credentials.createInsecure();
-const options = { "grpc.enable_http_proxy": 0 };
+const options = { "grpc.enable_http_proxy": 0, "grpc.max_receive_message_length": 64 << 20 }; // by default 4 MiB
 const retrieval = new ours.lookalike.v1.RetrievalService(address, credentials, options);
 const health = new standard.grpc.health.v1.Health(address, credentials, options);
 const reflection = new standard.grpc.reflection.v1alpha.ServerReflection(address, credentials, options);
@@ -26,8 +26,21 @@ const bytes = (base64) => Buffer.from(base64, "base64");
 const ids = (answer) => answer.hits.map((hit) => hit.id);
 const inTime = (seconds) => ({ deadline: Date.now() + seconds * 1000 });
 
+// proto-loader drops names that it does not know, and a misspelt `k` would ask for 10 hits: they are refused here.
+function checkNames(type, message) {
+  const fields = new Map(type.field.map((field) => [field.name, field]));
+  for (const [name, value] of Object.entries(message)) {
+    if (!fields.has(name)) {
+      throw new TypeError(`${type.name} has no field ${name}; it has ${[...fields.keys()].join(", ")}`);
+    }
+    const inner = ours.lookalike.v1[fields.get(name).typeName];
+    if (inner) [value].flat().forEach((one) => checkNames(inner.type, one));
+  }
+}
+
 // The answer to a unary call; an error as { code, details }.
 function ask(client, method, request, deadline = inTime(60)) {
+  if (client === retrieval) checkNames(client.constructor.service[method].requestType.type, request);
   return new Promise((resolve) => {
     client[method](request, deadline, (error, answer) =>
       resolve(error ? { code: error.code, details: error.details } : answer));
@@ -98,6 +111,16 @@ function refused() {
     [name, await ask(retrieval, "Search", request)]));
 }
 
+// What a misspelt name leads to.
+async function misspelt() {
+  const wrong = [["Search", { query: { image_id: "a" }, options: { top_k: 64 } }], ["Delete", { ids: "12" }]];
+  const said = [];
+  for (const [method, request] of wrong) {
+    try { said.push(await ask(retrieval, method, request)); } catch (error) { said.push(String(error)); }
+  }
+  return said;
+}
+
 async function standards() {
   const call = reflection.ServerReflectionInfo(inTime(60));
   const file = setup.service;
@@ -115,7 +138,8 @@ async function standards() {
 
 async function main() {
   const answers = { search: await search(), stream: await stream(), cancel: await cancel(),
-    refused: Object.fromEntries(await refused()), standards: await standards() };
+    refused: Object.fromEntries(await refused()), standards: await standards(),
+    misspelt: await misspelt() };
   const image = bytes(setup.image);
   answers.late = await ask(retrieval, "Search", { query: { image } }, inTime(0.002));
   process.stdout.write(JSON.stringify(answers));
