@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToDict  # type: ignore[import-unt
 
 from lookalike import storage
 from lookalike.errors import UsageError
+from lookalike.flags import Parser
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, StoredRow, credentials
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.wire.errors import RetrievalError
@@ -57,13 +58,13 @@ def tell_progress(client: Client, every_s: float = 2.0) -> Iterator[None]:
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the service (default: %(default)s)")
     shared.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     credentials.add_arguments(shared)
     description = "Show or change what a running service serves; it must have writes.state."
-    parser = argparse.ArgumentParser(prog="lookalike admin", description=description)
+    parser = Parser(prog="lookalike admin", description=description)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from lookalike.artifacts import Artifact
 from lookalike.commands.run import DEFAULT_RECIPE, print_dry_run
 from lookalike.config import parse_config
 from lookalike.errors import UsageError
+from lookalike.flags import Parser
 from lookalike.recipe import Recipe, run_steps
 from lookalike.serve.commands import tour
 from lookalike.serve.commands.tour import TourAnswer, TourConfig
@@ -31,7 +32,7 @@ QUERY_FACTS = ("image_id", "title", "group", "view", "category")
 
 def quickstart(args: Sequence[str]) -> int:
     """Run a recipe from end to end and report the result."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lookalike quickstart",
         description="Run every step of a recipe, serve its index, query it over gRPC and "
         "write report.html and report.json under the recipe's root.",

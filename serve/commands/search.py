@@ -11,13 +11,14 @@ import grpc
 import numpy as np
 
 from lookalike.errors import UsageError
+from lookalike.flags import Parser
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, RetrievalError, SearchResult, credentials
 from lookalike.telemetry import printable_lines
 
 
 def search(args: Sequence[str]) -> int:
     """Query a running service, or an index on disk."""
-    parser = argparse.ArgumentParser(prog="lookalike search", description="Find the stored images nearest to a query.")
+    parser = Parser(prog="lookalike search", description="Find the stored images nearest to a query.")
     queries = parser.add_mutually_exclusive_group(required=True)
     queries.add_argument("--image", type=Path, help="image file")
     queries.add_argument("--vector", type=Path, help=".npy file of one vector")

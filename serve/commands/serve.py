@@ -1,6 +1,5 @@
 """``lookalike serve``."""
 
-import argparse
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import yaml
 from lookalike.cluster import keep_on_loopback
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.flags import Parser
 from lookalike.recipe import Recipe, read_values
 from lookalike.registry import nearest
 from lookalike.serve.client import MAX_MESSAGE_BYTES
@@ -39,7 +39,7 @@ ROOM_BYTES = 1 << 20
 
 def serve(args: Sequence[str]) -> int:
     """Serve an index from this machine until Ctrl-C or SIGTERM; or check and print settings."""
-    parser = argparse.ArgumentParser(prog="lookalike serve", description="Serve an index over gRPC.")
+    parser = Parser(prog="lookalike serve", description="Serve an index over gRPC.")
     parser.add_argument("recipe", nargs="?", help="recipe YAML; its serve: section holds the settings")
     parser.add_argument(
         "overrides",

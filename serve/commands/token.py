@@ -1,6 +1,5 @@
 """``lookalike token``: make a bearer token of a tenant."""
 
-import argparse
 import os
 import secrets
 import sys
@@ -11,13 +10,14 @@ import yaml
 from pydantic import ValidationError
 
 from lookalike.errors import UsageError
+from lookalike.flags import Parser
 from lookalike.serve.front.tenants import hash_token
 from lookalike.serve.settings.security import ROLES, Tenant
 
 
 def token(args: Sequence[str]) -> int:
     """Make a token: its tenants entry goes to stdout, the token itself once to stderr or a file."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lookalike token",
         description="Make a bearer token for a tenant. Its entry goes to stdout: "
         "`lookalike token NAME >> tenants.yaml` adds it to a file that begins with the line `tenants:`.",

@@ -1,11 +1,11 @@
 """``lookalike experiment``: report on an experiment from its access logs, in figures and in words."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lookalike.flags import Parser
 from lookalike.serve.experiment.log import ExperimentLog, read_experiment_log
 from lookalike.serve.experiment.stats import (
     MISMATCH,
@@ -30,7 +30,7 @@ WHY_FORCED = {
 def experiment(args: Sequence[str]) -> int:
     """Print a report on an experiment."""
     description = "Compare the arms of an experiment by the access logs of all replicas."
-    parser = argparse.ArgumentParser(prog="lookalike experiment", description=description)
+    parser = Parser(prog="lookalike experiment", description=description)
     parser.add_argument("folder", help="folder with access logs, also in folders below it")
     parser.add_argument("--experiment", metavar="NAME", help="its name, if the logs hold several")
     parser.add_argument("--kind", help="count only feedback of this kind, as in click (default: every kind)")

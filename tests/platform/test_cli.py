@@ -205,3 +205,23 @@ def test_nobody_reads_the_output(output: str, code: int, words: str) -> None:
     assert result.returncode == code
     assert "Traceback" not in result.stderr
     assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["search", "--id", "x", "--wheer", "view=icon"], "did you mean '--where'"),
+        (["search", "--id", "x", "--min-recal", "0.9"], "did you mean '--min-recall'"),  # no flag is guessed
+        (["search", "--id", "x", "--filter=view"], "unrecognized arguments: --filter=view"),
+        (["serve", "r.yaml", "--dryrun"], "did you mean '--dry-run'"),
+        (["show", "x", "--jsn"], "did you mean '--json'"),
+        (["labels", "r.yaml", "--stp", "x"], "did you mean '--step'"),
+    ],
+)
+def test_unknown_flags_are_refused_with_the_nearest(
+    args: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err

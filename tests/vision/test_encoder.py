@@ -1,5 +1,6 @@
 """The encoder: dims are checked, a saved one loads bitwise, and vectors do not depend on the batch."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,18 @@ def test_an_encoder_goes_on_at_another_resolution(tmp_path: Path) -> None:
     same, model = read_encoder(artifact, size=64)
     assert same == config
     assert np.array_equal(Encoder(same, model, "same").encode(pictures(3)), original.encode(pictures(3)))
+
+
+def test_one_image_is_a_list_of_one_and_a_path_is_none(tmp_path: Path) -> None:
+    _, encoder = publish(str(tmp_path), EncoderConfig.model_validate({**BACKBONE, "dims": (16, 256)}))
+    (image,) = pictures(1)
+    wanted = encoder.encode([image])
+    for one in (image, bytearray(image), memoryview(image), Image.open(io.BytesIO(image)), (image,), iter([image])):
+        np.testing.assert_array_equal(encoder.encode(one), wanted)
+    assert encoder.encode([]).shape == (0, 256)
+    for wrong in ("chair.jpg", ["chair.jpg"], [Path("chair.jpg")], {image}, np.zeros((2, 2, 3), np.uint8), None):
+        with pytest.raises(UsageError, match="images"):
+            encoder.encode(wrong)  # type: ignore[arg-type]
 
 
 def test_bad_bytes_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lookalike import hub, storage
 from lookalike.artifacts import MANIFEST, Artifact, describe_file, lineage, write_manifest
 from lookalike.errors import UsageError
+from lookalike.flags import Parser
 from lookalike.telemetry import fields, get_logger, printable
 from lookalike.train.feed.row_groups import list_row_groups, read_row_group
 from lookalike.train.publish.cards import describe_lineage, model_card, report_figures
@@ -50,7 +51,7 @@ def export(args: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = "Write an encoder as a folder or a hub repository that others load: weights, configuration, card, ONNX."
-    parser = argparse.ArgumentParser(prog="lookalike export", description=about)
+    parser = Parser(prog="lookalike export", description=about)
     parser.add_argument("encoder", help="an artifact's folder, an exported one, or hf://owner/name[@revision]")
     parser.add_argument("--to", required=True, help="folder (any fsspec URI) or hf://owner/name[@branch]")
     parser.add_argument("--onnx", action="store_true", help="add model.onnx, compared with the encoder on pictures")

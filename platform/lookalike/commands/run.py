@@ -7,6 +7,7 @@ from typing import Any
 
 from lookalike import cluster
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.flags import Parser
 from lookalike.recipe import Recipe, run_steps
 from lookalike.stages import get_stage
 from lookalike.telemetry import printable, setup_logging
@@ -16,7 +17,7 @@ DEFAULT_RECIPE = "deploy/recipes/quickstart.yaml"
 
 def recipe_arguments(verb: str, description: str) -> argparse.ArgumentParser:
     """Arguments shared by all commands that take a recipe."""
-    parser = argparse.ArgumentParser(prog=f"lookalike {verb}", description=description)
+    parser = Parser(prog=f"lookalike {verb}", description=description)
     parser.add_argument("recipe", help=f"recipe YAML, for example {DEFAULT_RECIPE}")
     parser.add_argument(
         "overrides",

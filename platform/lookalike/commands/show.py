@@ -1,11 +1,11 @@
 """``lookalike show``: one artifact, with its lineage back to the raw corpus."""
 
-import argparse
 import json
 from collections.abc import Sequence
 
 from lookalike.artifacts import Artifact, lineage
 from lookalike.errors import ArtifactError, ForeignArtifactError
+from lookalike.flags import Parser
 from lookalike.telemetry import printable, printable_lines
 
 
@@ -14,7 +14,7 @@ def show(args: Sequence[str]) -> int:
 
     Ancestors in other stores are named and not opened, unless ``--root`` allows it.
     """
-    parser = argparse.ArgumentParser(prog="lookalike show", description="Print an artifact with its lineage.")
+    parser = Parser(prog="lookalike show", description="Print an artifact with its lineage.")
     parser.add_argument("uri", help="folder of an artifact, for example runs/quickstart/index/index/<fingerprint>")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
     parser.add_argument("--verify", action="store_true", help="compare every file by SHA-256, even in large artifacts")

@@ -4,20 +4,20 @@ Opening an artifact compares only sizes if it is larger than ``artifacts.FULL_CH
 files do not notice a flipped bit. This command does, for any kind of artifact and any store.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from lookalike import storage
 from lookalike.artifacts import MANIFEST, Artifact
 from lookalike.errors import ArtifactError
+from lookalike.flags import Parser
 from lookalike.progress import progress_bar
 from lookalike.telemetry import printable
 
 
 def verify(args: Sequence[str]) -> int:
     """Print a line for each artifact and each damaged file; exit 3 if a file is damaged."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lookalike verify",
         description="Compare every file of artifacts with their manifests by SHA-256; exit 3 if one is damaged.",
     )

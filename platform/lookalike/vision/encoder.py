@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from lookalike import hub, storage
+from lookalike.arguments import check_image, list_items
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import Config, parse_config
 from lookalike.errors import UsageError
@@ -155,12 +156,22 @@ class Encoder:
         return cls(config, model, artifact.manifest.fingerprint, precision=precision)
 
     def encode(
-        self, images: Sequence[bytes | Image.Image], *, batch_size: int = 32, max_pixels: int = MAX_PIXELS
+        self,
+        images: bytes | Image.Image | Sequence[bytes | Image.Image],
+        *,
+        batch_size: int = 32,
+        max_pixels: int = MAX_PIXELS,
     ) -> npt.NDArray[np.float32]:
-        """Vectors float32 [n, dim], not normalised; ``ImageError`` for bad bytes."""
-        if not images:
+        """Vectors float32 [n, dim] of one or many images, not normalised; ``ImageError`` for bad bytes."""
+        needed = "a list of images, encoded or decoded"
+        items = list_items("images", images, (bytes, bytearray, memoryview, Image.Image), needed)
+        items = [
+            item if isinstance(item, Image.Image) else check_image(f"images[{place}]", item)
+            for place, item in enumerate(items)
+        ]
+        if not items:
             return np.empty((0, self.dim), np.float32)
-        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        batches = (items[i : i + batch_size] for i in range(0, len(items), batch_size))
         return np.concatenate(
             [self.encode_pixels(read_pixels(batch, self.config.transform, max_pixels=max_pixels)) for batch in batches]
         )
