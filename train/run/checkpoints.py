@@ -6,8 +6,10 @@ crash cannot leave a false checkpoint, and no worker waits for another. A thread
 training continues; the next checkpoint waits until the copy is written.
 """
 
+import pickle
 import random
 import re
+import zipfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +22,10 @@ from torch import nn
 
 from lookalike import storage
 from lookalike.errors import LookalikeError
+from lookalike.telemetry import fields, get_logger
 from lookalike.train.run.sharding import load_whole_state
 
+log = get_logger(__name__)
 KEEP = 2
 """Checkpoints kept: the last, and the one before it until the last is complete."""
 _FILE = re.compile(r"step-(\d+)/rank-(\d+)-of-(\d+)\.pt")
@@ -41,10 +45,29 @@ class Checkpoint:
 
     def read(self, rank: int = 0) -> dict[str, Any]:
         """Content of one worker's file: tensors on the CPU, and plain values."""
-        uri = storage.join(self.uri, f"rank-{rank:05d}-of-{self.world:05d}.pt")
-        with fsspec.open(uri, "rb") as file:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        uri = self.file(rank)
+        try:
+            with fsspec.open(uri, "rb") as file:
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise LookalikeError(
+                f"checkpoint {uri} is damaged ({reason}); remove the folder {self.uri} and run the step again: it "
+                "goes on from the checkpoint before"
+            ) from None
         return state
+
+    def file(self, rank: int) -> str:
+        """URI of one worker's file."""
+        return storage.join(self.uri, f"rank-{rank:05d}-of-{self.world:05d}.pt")
+
+    def cut_file(self) -> str | None:
+        """URI of a file that has no end, as when the disk lost part of it; None if all are whole."""
+        for rank in range(self.world):
+            with fsspec.open(self.file(rank), "rb") as file:
+                if not zipfile.is_zipfile(file):
+                    return self.file(rank)
+        return None
 
 
 def find_checkpoints(folder: str) -> list[Checkpoint]:
@@ -61,6 +84,16 @@ def find_checkpoints(folder: str) -> list[Checkpoint]:
 def last_checkpoint(folder: str) -> Checkpoint | None:
     """The newest complete checkpoint, or None at a run's beginning."""
     return next(reversed(find_checkpoints(folder)), None)
+
+
+def sound_checkpoint(folder: str) -> Checkpoint | None:
+    """The newest complete checkpoint whose files are whole, or None; those that are not are named in the log."""
+    for checkpoint in reversed(find_checkpoints(folder)):
+        cut = checkpoint.cut_file()
+        if cut is None:
+            return checkpoint
+        log.warning("checkpoint passed over %s", fields(file=cut, reason="it is cut short"))
+    return None
 
 
 class CheckpointWriter:

@@ -25,10 +25,10 @@ from lookalike.seeds import derive_seed
 from lookalike.telemetry import fields, get_logger, setup_logging
 from lookalike.train.feed.loader import move_images, move_labels
 from lookalike.train.run.batches import feed, worker_batches
-from lookalike.train.run.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint
+from lookalike.train.run.checkpoints import Checkpoint, CheckpointWriter, last_checkpoint, sound_checkpoint
 from lookalike.train.run.curves import Gauges, Pace, StepReader, StepValues, stop_if_bad
 from lookalike.train.run.initialise import build_multitask_model
-from lookalike.train.run.optimizer import hasten_batch_norm, set_train_mode
+from lookalike.train.run.optimizer import hasten_batch_norm, require_batch_norm_rows, set_train_mode
 from lookalike.train.run.settings import LoopConfig, TrainConfig
 from lookalike.train.run.sharding import clip_gradients, ignore_in_ddp
 from lookalike.train.run.state import Training
@@ -82,13 +82,14 @@ def train_worker(values: dict[str, Any]) -> None:
     require_even_rounds(train, place.world)
     torch.set_num_threads(train.workers.cpus)
     torch.manual_seed(derive_seed(train.seed, "model"))
-    checkpoint = agree(last_checkpoint(place.folder))
+    checkpoint = agree(sound_checkpoint(place.folder))
     announce(place, checkpoint)
     model = build_multitask_model(place.config, initialise=checkpoint is None)
     if train.compute.activation_checkpointing:
         recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
     hasten_batch_norm(model, place.config.total_steps)
     training = Training.begin(model.to(place.device), train, place.config.total_steps)
+    require_batch_norm_rows(model, train)
     if checkpoint is not None:
         training.resume(checkpoint, place.rank, place.world)
     training.join(place.world)

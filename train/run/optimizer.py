@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 
 from lookalike.errors import UsageError
 from lookalike.train.run.sections import BackboneConfig, OptimizerConfig, ScheduleConfig
+from lookalike.train.run.settings import TrainConfig
 from lookalike.train.tasks import MultiTaskModel
 from lookalike.vision.encoder import EmbeddingModel
 from lookalike.vision.tuning import lars, layer_groups, undecayed
@@ -76,6 +77,16 @@ def set_train_mode(model: MultiTaskModel, config: BackboneConfig) -> None:
             frozen = module.weight is not None and not module.weight.requires_grad
             if config.freeze_batch_norm or frozen:
                 module.eval()
+
+
+def require_batch_norm_rows(model: MultiTaskModel, train: TrainConfig) -> None:
+    """Raise ``UsageError`` if a batch norm that trains would see a single row, of which it can take no statistics."""
+    set_train_mode(model, train.backbone)
+    if train.micro_batch == 1 and any(m.training for m in model.modules() if isinstance(m, BATCH_NORM)):
+        raise UsageError(
+            f"a forward pass holds one row (batch_size {train.batch_size} in {train.parts} parts), and batch norm "
+            "needs two; raise batch_size, lower compute.accumulation, or set backbone.freeze_batch_norm=true"
+        )
 
 
 def hasten_batch_norm(model: nn.Module, num_steps: int) -> None:

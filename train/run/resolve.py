@@ -109,6 +109,12 @@ def _may_hold(uri: str, field: str) -> bool:
 def resolve_encoder(train: TrainConfig, base: EncoderConfig) -> EncoderConfig:
     """Configuration of the encoder that training makes from ``base``."""
     size = {} if train.backbone.image_size is None else {"size": train.backbone.image_size}
+    if train.initialise.method == "data" and (train.embedding_dim or 0) > base.num_features:
+        raise UsageError(
+            f"embedding_dim {train.embedding_dim} is wider than the backbone's {base.num_features} features, and a "
+            f"projection by PCA has no more directions; set embedding_dim={base.num_features} or less, or "
+            "initialise.method=random"
+        )
     return EncoderConfig(
         backbone=base.backbone,
         num_features=base.num_features,

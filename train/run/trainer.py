@@ -77,7 +77,7 @@ def fit(config: LoopConfig, folder: str, progress: Any) -> None:
             name="ray",
             storage_path=os.path.abspath(path) if storage.is_local(folder) else path,
             storage_filesystem=filesystem,
-            callbacks=[StopAtOwnErrors()],  # type: ignore[list-item]
+            callbacks=[StopAtOwnErrors(train.workers.num)],  # type: ignore[list-item]
             failure_config=FailureConfig(max_failures=train.workers.max_failures),
         ),
     )
@@ -107,14 +107,28 @@ def check_resources(train: TrainConfig) -> None:
         log.warning("waiting %s", fields(reason=message))
 
 
+LASTING = (TypeError, ValueError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
+"""Errors of code and input, which a restart would meet again; a lost worker or connection is none of them."""
+
+
 class StopAtOwnErrors(UserCallback):  # type: ignore[misc]
-    """Ends the run at a ``LookalikeError`` (wrong input, a loss that is not finite): a restart would meet it again."""
+    """Ends the run at an error that a restart would meet again: a ``LookalikeError`` (wrong input, a loss that is not
+    finite), or the same one of ``LASTING`` on all ``num`` workers. When a worker dies the others fail otherwise."""
+
+    def __init__(self, num: int) -> None:
+        self._num = num
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train's controller calls this when workers have failed."""
         for failure in worker_exceptions.values():
             if (error := _own(failure)) is not None:
                 raise error
+        causes = [cause for failure in worker_exceptions.values() if (cause := _find(failure, LASTING)) is not None]
+        if len(causes) == self._num and len({(type(cause), str(cause)) for cause in causes}) == 1:
+            raise LookalikeError(
+                f"training failed on all {self._num} workers: {type(causes[0]).__name__}: {causes[0]}; their logs say "
+                "where; a restart would meet it again"
+            )
 
 
 def own_error(error: BaseException) -> LookalikeError | None:
@@ -124,9 +138,15 @@ def own_error(error: BaseException) -> LookalikeError | None:
 
 
 def _own(failure: BaseException) -> LookalikeError | None:
+    found = _find(failure, (LookalikeError,))
+    return found if isinstance(found, LookalikeError) else None
+
+
+def _find(failure: BaseException, kinds: tuple[type[Exception], ...]) -> Exception | None:
+    """The exception of one of ``kinds`` that Ray has wrapped in ``failure``, or None."""
     for name in ("", "_base_exc", "cause", "__cause__"):
         candidate = getattr(failure, name, None) if name else failure
-        if isinstance(candidate, LookalikeError):
+        if isinstance(candidate, kinds):
             return candidate
     return None
 

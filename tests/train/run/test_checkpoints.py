@@ -20,6 +20,7 @@ from lookalike.train.run.checkpoints import (
     random_state,
     restore,
     restore_random_state,
+    sound_checkpoint,
 )
 from lookalike.train.run.sharding import whole_state
 
@@ -151,3 +152,25 @@ def test_a_checkpoint_of_another_model_is_explained() -> None:
     with pytest.raises(LookalikeError, match="does not fit the model"):
         restore(*make(4), {"model": weights, "optimizer": more}, "here/step-5")
     assert len(other) == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_that_the_disk_cut_short_is_passed_over(
+    tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sound one before it is taken, and the file is named; reading the cut one names it too."""
+    write(tmp_path, 10, 2)
+    write(tmp_path, 20, 2)
+    cut = tmp_path / "step-00000020" / f"rank-0000{rank}-of-00002.pt"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    sound = sound_checkpoint(str(tmp_path))
+    assert sound is not None
+    assert sound.step == 10
+    assert str(cut) in caplog.text
+    last = last_checkpoint(str(tmp_path))
+    assert last is not None
+    with pytest.raises(LookalikeError, match=rf"checkpoint {cut} is damaged .*goes on from the checkpoint before"):
+        last.read(rank)
+    for path in tmp_path.glob("*/*.pt"):
+        path.write_bytes(b"")
+    assert sound_checkpoint(str(tmp_path)) is None

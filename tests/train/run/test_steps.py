@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from lookalike.errors import LookalikeError
+from lookalike.errors import LookalikeError, UsageError
 from lookalike.train.run import loop
 from lookalike.train.run.checkpoints import Checkpoint, find_checkpoints, last_checkpoint
 from lookalike.train.run.curves import CURVE_POINTS, Curve, NonFiniteLossError, StepValues
 from lookalike.train.run.loop import Place
+from lookalike.train.run.optimizer import require_batch_norm_rows
 from lookalike.train.run.settings import LoopConfig
 from lookalike.train.run.state import Training, export_weights
 from lookalike.train.tasks import MultiTaskModel
@@ -327,3 +328,20 @@ def test_a_run_that_taught_a_task_nothing_is_not_published(bench: Bench, tmp_pat
     lone = config.model_copy(update={"train": config.train.model_copy(update={"loader": one_view})})
     with pytest.raises(LookalikeError, match=r"task 'pairs' learned nothing: its loss was 0 in all .* drop the task"):
         bench.train(lone, tmp_path / "one")
+
+
+def test_a_projection_wider_than_the_features_has_no_start_by_pca(bench: Bench, tmp_path: Path) -> None:
+    wide: dict[str, Any] = {"embedding_dim": 512, "dims": [8, 512]}
+    with pytest.raises(UsageError, match=r"embedding_dim 512 is wider than the backbone's 256 features.*method=random"):
+        bench.config(**wide, initialise={"method": "data"})
+    assert bench.train(bench.config(**wide, initialise={"method": "random"}), tmp_path).step == 12
+
+
+def test_batch_norm_that_trains_needs_two_rows(bench: Bench) -> None:
+    tasks = {"category": {"kind": "softmax", "field": "category"}}
+    alone: dict[str, Any] = {"tasks": tasks, "mix": {"catalogue": 1}, "batch_size": 4, "compute": {"accumulation": 4}}
+    moving = bench.config(**alone, backbone={"freeze_batch_norm": False})
+    with pytest.raises(UsageError, match=r"one row \(batch_size 4 in 4 parts\), and batch norm needs two"):
+        require_batch_norm_rows(bench.begin(moving).model, moving.train)
+    still = bench.config(**alone)
+    require_batch_norm_rows(bench.begin(still).model, still.train)

@@ -85,7 +85,9 @@ def test_a_worker_puts_the_teachers_embeddings_into_the_batch(
     teacher = publish_teacher(bench.root)
     train = settings(tasks=distill, workers={"num": 1}, embedding_dim=8)
     config = resolve(bench.run(train, teacher=teacher))
-    ((batch, _),) = Feed(Place(config, 0, 1, torch.device("cpu"), str(tmp_path)), 0, Pace(8)).step()
+    place, model = Place(config, 0, 1, torch.device("cpu"), str(tmp_path)), bench.begin(config).model
+    ((batch, shares, _),) = Feed(place, model, 0, Pace(8)).step()
+    assert shares["learn"].tolist() == [1.0, 1.0]
     assert batch["teacher"].shape == (8, 6)
     expected = Teacher(teacher.uri, config.encoder.transform)(batch["images"])
     assert torch.equal(batch["teacher"], expected)
@@ -116,10 +118,16 @@ def test_too_few_cpus_or_no_gpu_are_explained_on_one_machine(monkeypatch: pytest
 def test_an_error_of_ours_ends_the_run_and_others_are_tried_again() -> None:
     bad = NonFiniteLossError("the loss is not finite")
     wrapped = SimpleNamespace(_base_exc=bad)
-    stop = StopAtOwnErrors()
+    stop = StopAtOwnErrors(2)
     stop.after_exception(None, {0: RuntimeError("connection reset")})
     with pytest.raises(NonFiniteLossError, match="the loss is not finite"):
         stop.after_exception(None, {0: RuntimeError("connection reset"), 1: wrapped})  # type: ignore[dict-item]
+
+    fault = ValueError("Expected more than 1 value per channel when training")
+    stop.after_exception(None, {0: fault, 1: RuntimeError("connection reset")})
+    stop.after_exception(None, {0: fault})
+    with pytest.raises(LookalikeError, match="failed on all 2 workers: ValueError: Expected more than 1 value"):
+        stop.after_exception(None, {0: fault, 1: ValueError(str(fault))})
 
     class WorkersFailed(Exception):
         worker_failures = {0: RuntimeError("reset"), 1: wrapped}
