@@ -109,3 +109,9 @@ def test_a_dark_picture_of_16_bits_stays_dark() -> None:
     dark = np.full((4, 64), 200, np.uint16)
     for image_format in ("PNG", "PPM", "TIFF"):
         assert decode(to_bytes(Image.fromarray(dark), image_format)).getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_a_layout_that_is_not_read_is_named() -> None:
+    with pytest.raises(ImageError, match=r"a TIFF, which cannot be read \(unknown pixel mode\)") as caught:
+        decode(tiff(RAMP, 64, 3))
+    assert caught.value.reason == "not_an_image"

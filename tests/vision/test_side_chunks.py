@@ -5,6 +5,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ BOMB = zlib.compress(bytes(8 << 20), 9)
 """8 MiB of zeros."""
 
 
+@cache
 def encode(image_format: str, mode: str = "RGB", **options: object) -> bytes:
     buffer = io.BytesIO()
     PICTURE.convert(mode).save(buffer, image_format, **options)  # type: ignore[arg-type]
@@ -98,8 +100,13 @@ def tiff_with(tag: int, kind: int, count: int, offset: int, compression: str | N
     return data[:4] + struct.pack("<I", len(data)) + data[8:] + folder
 
 
+@cache
+def pixels_of(plain: bytes) -> np.ndarray:
+    return np.asarray(decode(plain))
+
+
 def same(data: bytes, plain: bytes) -> bool:
-    return np.array_equal(np.asarray(decode(data)), np.asarray(decode(plain)))
+    return np.array_equal(np.asarray(decode(data)), pixels_of(plain))
 
 
 @pytest.mark.parametrize("code", [0xE0, 0xE1, 0xE2, 0xE3, 0xEC, 0xED, 0xEE, 0xFE])
@@ -115,7 +122,7 @@ def test_segments_of_a_jpeg(code: int, prefix: bytes) -> None:
         assert same(jpeg_with(code, (prefix + body)[:65_000]), encode("JPEG", quality=90)), name
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 @pytest.mark.parametrize(
     "name", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"acTL", b"fcTL", b"prVt"]
 )
@@ -163,7 +170,7 @@ def test_tags_of_a_tiff(tag: int, compression: str | None) -> None:
             assert same(data, encode("TIFF", compression=compression)), (kind, count, offset)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["jpeg", "png", "webp", "gif"]), st.binary(max_size=400), st.integers(0, 255))
 def test_any_side_chunk(container: str, body: bytes, choice: int) -> None:
     name = [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"sBIT", b"hIST", b"tIME", b"abCd"][choice % 8]
@@ -253,7 +260,7 @@ def test_a_header_costs_little(case: str) -> None:
     assert time.process_time() - start < 2.5
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(
         [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF....WEBP", b"II*\0\x08\0\0\0", b"MM\0+", b"BM"]

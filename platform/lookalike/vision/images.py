@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lookalike.errors import UsageError
 from lookalike.vision.containers import Container, examine
@@ -148,7 +148,7 @@ def _open(container: Container, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"{error}; the limit is {max_pixels} pixels, scale the image down") from None
     except Exception as error:  # noqa: BLE001  (as in decode)
-        detail = str(error) if not str(error).startswith("cannot identify") else "its header cannot be read"
+        detail = _why_unknown(container) if isinstance(error, UnidentifiedImageError) else str(error)
         raise ImageError(
             "not_an_image",
             f"the image's first bytes are those of a {container.kind}, which cannot be read ({detail}); send one of "
@@ -156,6 +156,15 @@ def _open(container: Container, max_pixels: int) -> Image.Image:
         ) from None
     _check_size(*image.size, max_pixels)
     return image
+
+
+def _why_unknown(container: Container) -> str:
+    """What its format's own reader says of a file that Pillow knows not; ``Image.open`` keeps it to itself."""
+    try:
+        Image.OPEN[container.kind][0](io.BytesIO(container.data), "")
+    except Exception as error:  # noqa: BLE001  (as in decode)
+        return str(error) or type(error).__name__
+    return "its header cannot be read"
 
 
 def _to_rgb(image: Image.Image, container: Container) -> Image.Image:
