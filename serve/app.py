@@ -31,7 +31,7 @@ from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.generations.writer import Writer
 from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.settings.demand import Demand, check_room, list_demands
+from lookalike.serve.settings.demand import Demand, check_largest, check_room, list_demands
 from lookalike.serve.settings.load import ReplicaSettings
 from lookalike.telemetry import fields, get_logger
 
@@ -211,6 +211,8 @@ def _check_state(config: ServeConfig, generation: Generation, folder: str) -> No
 
 def _check_cluster(demands: Sequence[Demand]) -> None:
     """Raise ``UsageError`` if Ray has no room for the replicas."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    check_largest(demands, nodes, ["CPU", "GPU", "memory"])
     deadline = time.monotonic() + WAIT_FOR_ROOM_S
     while True:
         total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]

@@ -16,6 +16,8 @@ from lookalike.serve.wire.errors import RetrievalError
 
 MAX_ATTEMPTS = 5
 """Most attempts of a call, including the first."""
+AT_DEADLINE_S = 0.05
+"""Seconds before the deadline from which a call that the service cancelled has met it: HTTP/2 has no word for that."""
 PAUSE_S = 0.05
 """Pause after the first lost attempt, in seconds; it doubles each time."""
 _DEAD = re.compile(
@@ -62,6 +64,8 @@ class Attempts:
         """Return the seconds to wait before the next attempt; raise the call's error if there is none."""
         self._num_failed += 1
         reason = to_error(error)
+        if error.code() == grpc.StatusCode.CANCELLED and self.left_s < AT_DEADLINE_S:  # the service's clock was first
+            reason = RetrievalError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
         pause_s = self._pause_s(error, reason)
         if pause_s is None or self._num_failed >= MAX_ATTEMPTS or pause_s >= self.left_s:
             raise reason from None

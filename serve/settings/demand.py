@@ -52,6 +52,18 @@ def _demand(
     return Demand(name, replicas if scaling is None else scaling.max_replicas, each)
 
 
+def check_largest(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]], resources: Sequence[str]) -> None:
+    """Raise ``UsageError`` for a replica that fits on none of the ``nodes``, however much they have together."""
+    for resource in resources:
+        largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        for demand in demands:
+            if demand.each[resource] > largest + TOLERANCE:
+                raise UsageError(
+                    f"a replica of {demand.name} reserves {demand.each[resource]:g} {UNITS[resource]} and the largest "
+                    f"node has {largest:g}; let it reserve less (cpus_per_replica, deployments), or add larger nodes"
+                )
+
+
 def check_room(demands: Sequence[Demand], room: Mapping[str, float], where: str, resources: Sequence[str]) -> None:
     """Raise ``UsageError`` with the sum if ``room``, what ``where`` has of each of ``resources``, does not suffice."""
     for resource in resources:

@@ -15,7 +15,7 @@ from lookalike.serve.app import start
 from lookalike.serve.generations.database import Database
 from lookalike.serve.index.build import map_tasks
 from lookalike.serve.settings.config import EncoderReplicas, ServeConfig, Writes
-from lookalike.serve.settings.demand import check_room, list_demands
+from lookalike.serve.settings.demand import check_largest, check_room, list_demands
 from lookalike.serve.settings.load import Autoscaling, Deployments, ReplicaSettings
 
 if TYPE_CHECKING:
@@ -72,6 +72,14 @@ def test_a_sum_counts_what_replicas_may_grow_to() -> None:
     for resource, words in (("CPU", "needs 7 CPUs"), ("GPU", "needs 1.5 GPUs"), ("memory", "bytes of memory")):
         with pytest.raises(UsageError, match=words):
             check_room(demands, {**room, resource: 0.9 * room[resource]}, "Ray", ["CPU", "GPU", "memory"])
+
+
+def test_a_replica_larger_than_every_node_is_refused() -> None:
+    large = Deployments(ingress=ReplicaSettings(num_cpus=3))
+    demands = list_demands(ServeConfig(index="x", deployments=large), 1, has_encoder=False)
+    check_largest(demands, [{"CPU": 2.0}, {"CPU": 3.0}], ["CPU"])
+    with pytest.raises(UsageError, match="a replica of ingress reserves 3 CPUs and the largest node has 2; let it"):
+        check_largest(demands, [{"CPU": 2.0}] * 3, ["CPU"])
 
 
 def test_a_folder_of_another_service_or_that_is_none_is_refused(world: "World", tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Hits
-from lookalike.serve.client.attempts import to_error
+from lookalike.serve.client.attempts import Attempts, to_error
 from lookalike.serve.search import patience
 from lookalike.serve.search.retries import is_gone
 from lookalike.serve.search.router import Router, SearchOutcome
@@ -149,3 +149,6 @@ def test_a_client_repeats_a_call_that_the_service_cancelled() -> None:
         code=lambda: grpc.StatusCode.CANCELLED, details=lambda: "Client for request x disconnected."
     )
     assert to_error(error).code == grpc.StatusCode.UNAVAILABLE  # type: ignore[arg-type]
+    assert Attempts(10).failed(error) < 1  # type: ignore[arg-type]
+    with pytest.raises(RetrievalError, match="DEADLINE_EXCEEDED"):  # both ends watch the deadline, and HTTP/2 just ends
+        Attempts(0.01).failed(error)  # type: ignore[arg-type]
