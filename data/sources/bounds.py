@@ -31,7 +31,7 @@ class ReadBounds(Config):
     """Most bytes of a record's text: a line, the cells of a row, the members of an archive that are no image."""
     max_ratio: float = Field(100.0, gt=1)
     """Most unpacked bytes of a compressed file per packed byte, beyond its first 64 MiB."""
-    max_memory_bytes: int = Field(1 << 30, ge=64 << 20)
+    max_memory_bytes: int = Field(512 << 20, ge=64 << 20)
     """Most memory that decoding a piece of a columnar file may add to its task, bytes. Pieces that need more are
     read a row at a time, and refused if one row still does."""
 

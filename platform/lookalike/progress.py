@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from lookalike.telemetry import printable
+
 T = TypeVar("T")
 
 
@@ -16,7 +18,7 @@ def progress_bar(description: str, total: int | None, unit: str = "it") -> "tqdm
     interactive = sys.stderr.isatty()
     return tqdm(
         total=total,
-        desc=description,
+        desc=printable(description),
         unit=unit,
         file=sys.stderr,
         mininterval=0.2 if interactive else 10.0,
