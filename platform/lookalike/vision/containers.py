@@ -31,6 +31,8 @@ MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """A marker of a JPEG; within a scan 0xff is followed by 0, or by a restart marker."""
 PPM_HEADER = re.compile(rb"P(?:[14]|\w+\s+\d{1,10}(?=\s))\s+\d{1,10}\s+[\d.+-]{1,10}\s")
 """A header without comments: magic, width and height, and but for bitmaps the white value."""
+SEQUENTIAL = (0xC0, 0xC1, 0xC9)
+"""Frames of a JPEG that is not progressive."""
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 LEAST_TRNS = {0: 2, 2: 6, 3: 0}
 """PNG colour type -> fewest bytes of a tRNS chunk."""
@@ -213,18 +215,21 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _examine_jpeg(data: bytes) -> Container:
     kept, place, scans, size = list[bytes](), 0, 0, (0, 0)
     exif, xmp, dropped = list[bytes](), b"", False
-    last = 2
+    last, frame, channels = 2, 0, 0
     for code, start, end in _jpeg_segments(data):
         scans += code == 0xDA
         if start > last and scans < 2:  # fill bytes, or none of a segment
             kept.append(data[place:last])
             place, dropped = start, True
         last = end
+        if scans and frame in SEQUENTIAL and data[start + 4] == channels:
+            break  # all channels at once: decoders read no further scan
         if scans:
             continue  # Pillow and libjpeg read texts between scans without keeping them
         if _is_frame(code):
             height, width = struct.unpack_from(">HH", data, start + 5)
             size = max(size, (width, height), key=lambda pair: pair[0] * pair[1])
+            frame, channels = code, data[start + 9]
         if not _is_side_segment(code, data[start + 4 : end]) or end > len(data):
             continue
         kept.append(data[place:start])
