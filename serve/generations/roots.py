@@ -6,12 +6,10 @@ user, or its machine, can reach.
 
 from collections.abc import Iterable, Sequence
 
-import grpc
-
 from lookalike import storage
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.settings.config import ServeConfig
-from lookalike.serve.wire.errors import RetrievalError, shorten
+from lookalike.serve.wire.errors import refused, shorten
 
 
 def artifact_roots(config: ServeConfig, generation: Generation) -> list[str]:
@@ -26,13 +24,15 @@ def backup_roots(config: ServeConfig) -> list[str]:
 
 
 def check_below(what: str, uris: Iterable[str | None], roots: Sequence[str]) -> None:
-    """Raise PERMISSION_DENIED unless each of ``uris`` that is not None lies below one of ``roots``."""
+    """Raise FAILED_PRECONDITION unless each of ``uris`` that is not None lies below one of ``roots``.
+
+    The message does not tell whether there is anything: an administrator of the service need not know the machine.
+    """
     for uri in uris:
         if uri is not None and not any(_is_below(uri, root) for root in roots):
-            raise RetrievalError(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"{what} {shorten(uri)} is not below {' or '.join(dict.fromkeys(map(shorten, roots)))}; put it there, "
-                "or add its root to writes.roots of the service",
+            raise refused(
+                f"{what} {shorten(uri)}: for this service it is not there, because it looks only below "
+                f"{' or '.join(dict.fromkeys(map(shorten, roots)))}; put it there, or add its root to writes.roots"
             )
 
 

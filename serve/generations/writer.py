@@ -176,7 +176,7 @@ class Writer:
         async with self._activities.begin("switch", allowed_s) as activity:
             self._check_followers()
             given = (request.index, request.plan or None, request.encoder or None)
-            check_below("artifact", [uri for uri in given if uri not in ("auto", "none")], self._roots)
+            check_below("not switched: artifact", [uri for uri in given if uri not in ("auto", "none")], self._roots)
             if request.HasField("includes_writes") and request.includes_writes > self._log.last:
                 raise invalid(f"includes_writes={request.includes_writes} is beyond the last write, {self._log.last}")
             activity.step = f"reads index {request.index}"
@@ -191,7 +191,7 @@ class Writer:
                 )
             except (LookalikeError, OSError) as error:
                 raise refused(f"not switched: {error}") from None
-            check_below("encoder", [generation.encoder], self._roots)
+            check_below("not switched: encoder", [generation.encoder], self._roots)
             with self._changing_model(generation.meta.model_fingerprint):
                 await self._log.settle()  # no write with vectors can arrive after the check
                 self._check_writes(generation)
@@ -322,7 +322,7 @@ class Writer:
     async def backup(self, target: str) -> int:
         """Copy the writes and the state to the new file ``target``; return the number of the last write in it."""
         async with self._activities.begin("backup", SWITCH_S) as activity:  # no compaction runs during the copy
-            check_below("backup", [target], backup_roots(self._config))
+            check_below("no backup was made:", [target], backup_roots(self._config))
             activity.step = f"copies to {target}"
             try:
                 return await self._log.backup(target)

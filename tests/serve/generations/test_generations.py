@@ -33,7 +33,7 @@ def service(request: pytest.FixtureRequest, ray_session: None, world: "World", t
         port=0,
         timeout_s=5.0,
         cpus_per_replica=0.1,
-        writes=Writes(state=str(tmp_path / "state")),
+        writes=Writes(state=str(tmp_path / "state"), roots=(str(tmp_path),)),
     )
 
 
@@ -82,6 +82,8 @@ def test_writes_generations_and_a_restart(
         assert (info.ids, info.info.generation) == (["new"], other.manifest.fingerprint)  # writes go along
         assert client.rollback().name == first
         assert client.search(image_id="drawn", k=1).info.generation == first
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*it is not there"):
+            client.switch(f"{world.root}/nowhere/at/all")
         with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION.*it is not there"):
             client.switch("/nowhere/at/all")
         assert client.status().current == first

@@ -55,9 +55,9 @@ def test_what_lies_elsewhere_is_refused(uri: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (root / "link").symlink_to("/etc")
-    with pytest.raises(RetrievalError, match=r"is not below .*writes\.roots") as caught:
+    with pytest.raises(RetrievalError, match=r"it looks only below .*writes\.roots") as caught:
         check_below("backup", [uri.format(root=root)], [str(root), "s3://bucket/run"])
-    assert caught.value.code == grpc.StatusCode.PERMISSION_DENIED
+    assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_what_lies_below_is_allowed(tmp_path: Path) -> None:

@@ -224,9 +224,11 @@ def test_a_service_goes_on_from_a_restored_backup(config: ServeConfig, world: "W
 
     async def work() -> None:
         writer = open_writer(config)
-        with pytest.raises(RetrievalError, match=r"PERMISSION_DENIED: backup .* is not below"):
+        with pytest.raises(RetrievalError, match=r"FAILED_PRECONDITION: no backup was made: .* looks only below"):
             await writer.backup(str(tmp_path / FILE))
-        with pytest.raises(RetrievalError, match=r"PERMISSION_DENIED: artifact '/etc' is not below"):
+        with pytest.raises(
+            RetrievalError, match=r"FAILED_PRECONDITION: not switched: artifact '/etc': .* looks only below"
+        ):
             await writer.switch(pb.SwitchRequest(index="/etc").SerializeToString())
         await writer.upsert(upsert("new-000", model=model))
         await writer.compact(0)
