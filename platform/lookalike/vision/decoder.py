@@ -33,7 +33,7 @@ WALL_FACTOR = 12.0
 ORDER = struct.Struct("<QQIdBId")
 REPLY = struct.Struct("<BIIQ")
 FAILED, SIZE, PIXELS = range(3)
-NICE = 5
+NICE = 10
 """Decoders step back where the rest of a service needs the processor."""
 PROGRAM = "from lookalike.vision.decoder import serve; serve()"
 
