@@ -67,7 +67,10 @@ class Ingress(Follows):
         if workers is None:
             generations = [generation, *own_generations(arms, generation)] if writer is None else []
             router = open_workers(config, generation, generations)
-            self._local = [*router.shards, *([router.encoder] if router.encoder is not None else [])]
+            self._local = list(router.shards)
+            if router.encoder is not None:
+                router.encoder.warm_up()
+                self._local.append(router.encoder)
         else:
             batching = config.batching if config.batching.enabled else None
             decode_s = config.limits.max_decode_s

@@ -42,6 +42,9 @@ class Decoders:
         self._all = tuple(self._idle)
         self._threads = ThreadPoolExecutor(num, "decoder")
         self._lanes: dict[str, deque[_Job]] = {}
+
+    def start(self) -> None:
+        """Start the processes, so that the first pictures do not wait for that."""
         for decoder in self._all:
             decoder.start()
 

@@ -88,6 +88,10 @@ class EncoderWorker(Follows):
                 return [*vectors, *(b"" for _ in pixels), str(error)]
         return vectors
 
+    def warm_up(self) -> None:
+        """Start the decoders, for a service; whoever may never send an image does without."""
+        self._decoders.start()
+
     def close(self) -> None:
         """End the decoders."""
         self._decoders.close()
@@ -107,6 +111,7 @@ class BatchingEncoder(EncoderWorker):
         batching: Any = self._join  # the type does not know what @serve.batch adds
         batching.set_max_batch_size(config.encoder_replicas.max_batch)
         batching.set_batch_wait_timeout_s(config.encoder_replicas.batch_wait_ms / 1000)
+        self.warm_up()
 
     async def _forward(self, model: str, pixels: Sequence[Pixels]) -> list[bytes]:
         return list(await asyncio.gather(*(self._join((model, picture)) for picture in pixels)))
