@@ -23,6 +23,7 @@ from lookalike.serve.generations.acknowledged import NOTHING, Acknowledged, Ackn
 from lookalike.serve.generations.connection import FULL, checkpoint, error_name, explained, hold_lock
 from lookalike.serve.generations.database_files import (
     FILE,
+    FileMark,
     Usage,
     check_files,
     damage,
@@ -249,14 +250,16 @@ class Database:
 
     def _change(self, work: Callable[[], object]) -> None:
         """Run ``work`` in a transaction. It counts only while the files stand in their folder, as they were left."""
-        self._check_present()
+        before = self._check_present()
         if not self._is_complete:
             self.check_complete()
-        if self._suspicion or marks(self.path) != self._files:
+        if self._suspicion or before != self._files:
             self._settle()
         try:
-            self._transact(work)
+            self._files = self._transact(work)
         except (LookalikeError, OSError) as error:
+            if same_files(now := marks(self.path), self._files):
+                self._files = now
             if not self._suspicion:
                 raise
             try:
@@ -265,11 +268,8 @@ class Database:
                 log.error("not settled %s", fields(file=str(self.path), reason=str(reason)[:500]))
                 raise UncertainError(str(error)) from error
             raise
-        finally:
-            if same_files(now := marks(self.path), self._files):
-                self._files = now
 
-    def _transact(self, work: Callable[[], object]) -> None:
+    def _transact(self, work: Callable[[], object]) -> list[FileMark | None]:
         execute = self._connection.execute
         with explained(self.path):
             execute("BEGIN IMMEDIATE")
@@ -278,7 +278,7 @@ class Database:
                 self._check_present()
                 self._suspicion = "a commit failed"
                 execute("COMMIT")
-                self._check_present()
+                after = self._check_present()
                 self._suspicion = ""
             except BaseException as error:
                 with suppress(sqlite3.Error):
@@ -288,6 +288,7 @@ class Database:
                         self._suspicion = ""
                         checkpoint(self._connection)  # may give back what the frames before took
                 raise
+        return after
 
     def _settle(self) -> None:
         """See that the files hold what was acknowledged, and nothing else, after a failure or a change from outside.
@@ -323,9 +324,10 @@ class Database:
         if len(records) != self.last - self.first + 1 and self.last:
             raise self._replaced()
 
-    def _check_present(self) -> None:
-        if not same_files(marks(self.path), self._files):
+    def _check_present(self) -> list[FileMark | None]:
+        if not same_files(now := marks(self.path), self._files):
             raise self._replaced()
+        return now
 
     def _replaced(self) -> FileNotFoundError:
         return FileNotFoundError(

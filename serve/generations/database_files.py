@@ -51,7 +51,7 @@ class FileMark(NamedTuple):
 def marks(path: Path) -> list[FileMark | None]:
     """The database and its log as they stand in their folder; None for a missing one."""
     found: list[FileMark | None] = []
-    for each in (path, wal_of(path)):
+    for each in (name := str(path), f"{name}-wal"):
         try:
             status = os.stat(each)
             found.append(FileMark(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))

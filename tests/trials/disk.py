@@ -42,20 +42,19 @@ def find_compiler() -> str | None:
     return shutil.which("cc") or shutil.which("gcc")
 
 
-def preload(module: str, arguments: list[str], timeout_s: float = 3600) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m module`` with the disk preloaded."""
+def preload(module: str, arguments: list[str], *, output: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module`` with the disk preloaded; ``output`` is for its standard output and errors."""
     compiler = find_compiler()
     assert compiler is not None, "there is no C compiler"
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/disk.so"
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, str(SOURCE), "-ldl"], check=True)
-        environment = os.environ | {"LD_PRELOAD": library}
         return subprocess.run(
             [sys.executable, "-m", module, *arguments],
-            env=environment,
-            capture_output=True,
+            env=os.environ | {"LD_PRELOAD": library},
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
             text=True,
-            timeout=timeout_s,
             check=False,
         )
 

@@ -83,7 +83,7 @@ def forgotten_acknowledgements() -> Iterator[None]:
 def unseen_replacement() -> Iterator[None]:
     """Writes go into whatever file is open."""
     with (
-        patch.object(Database, "_check_present", lambda self: None),
+        patch.object(Database, "_check_present", lambda self: []),
         patch.object(database, "marks", lambda path: []),
         patch.object(connection, "marks", lambda path: []),
     ):

@@ -1,5 +1,7 @@
 """The write path keeps its promises on a disk that fails; see ``storage.py`` and ``machine.py``."""
 
+import subprocess
+
 import pytest
 
 from tests.trials.disk import find_compiler, preload
@@ -9,8 +11,8 @@ pytestmark = pytest.mark.skipif(find_compiler() is None, reason="the disk that f
 
 
 def run(module: str, *arguments: str) -> str:
-    done = preload(f"tests.trials.{module}", list(arguments))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    done = preload(f"tests.trials.{module}", list(arguments), output=subprocess.PIPE)
+    assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
 

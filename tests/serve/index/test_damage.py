@@ -1,6 +1,8 @@
 """Damage of an index: any file, any kind of it, is told by the file's name before a wrong answer can be given."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from lookalike import storage
 from lookalike.artifacts import MANIFEST, Artifact, Draft
 from lookalike.cli import main
-from lookalike.errors import ArtifactError
+from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.retrieval.searcher import Searcher
 from lookalike.serve.index.build import STAGE, IndexConfig
 from lookalike.stages import execute
@@ -151,3 +153,17 @@ def test_an_index_of_the_first_format_opens_and_answers(index):
     searcher = Searcher.open(index.uri)
     assert searcher.find(["i0003", "i0290"]).tolist()[1] == -1
     assert searcher.ids(searcher.search(DATA[3], 1).rows[0]) == ["i0003"]
+
+
+def test_a_full_disk_is_told_before_mapped_memory_is_written(sound, tmp_path, monkeypatch):
+    """A write into a map for which the disk has no page would end the process with SIGBUS."""
+
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    database = publish_embeddings(
+        str(tmp_path), "db", DATA[:50], {"image_id": [f"i{row}" for row in range(50)]}, dims=[8, 16]
+    )
+    with pytest.raises(LookalikeError, match=r"no space left to write .*\.npy; free some"):
+        execute(STAGE, IndexConfig(shortlist_dims=(8,)), {"embeddings": [database]}, str(tmp_path), "i")
