@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -134,11 +135,11 @@ def _own_node() -> Any:
 
 
 def keep_on_loopback() -> None:
-    """Have a local Ray listen on 127.0.0.1 alone; call it before Ray is imported. A cluster that is joined stays as is.
+    """Have a local Ray listen on 127.0.0.1 alone, unless Ray is imported already or a cluster is joined.
 
     By its name the variable is for other systems; on all of them it decides whether Ray takes the machine's address.
     """
-    if not is_joined():
+    if not is_joined() and "ray" not in sys.modules:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 

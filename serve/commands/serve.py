@@ -72,7 +72,10 @@ def serve(args: Sequence[str]) -> int:
     if options.dry_run:
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return 0
-    return _serve_until_stopped(config)
+    from lookalike.serve.front.guard import private_files
+
+    with private_files():
+        return _serve_until_stopped(config)
 
 
 def resolve(
@@ -169,10 +172,8 @@ def emit_config(config: ServeConfig) -> str:
 
 def _serve_until_stopped(config: ServeConfig) -> int:
     from lookalike.serve.app import free_port, start, stop
-    from lookalike.serve.front.guard import close_files
     from lookalike.serve.front.tls import proxy
 
-    close_files()
     message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
     os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for Ray's processes, if it starts here
     os.environ.setdefault(REPLICA_VARIABLE, str(message_bytes + ROOM_BYTES))

@@ -6,6 +6,8 @@ import os
 import ssl
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -132,12 +134,17 @@ def check_tokens(config: ServeConfig) -> None:
     log.warning("Ray asks for no token: whoever reaches its ports runs code as the service %s", fields(mode=mode))
 
 
-def close_files() -> None:
-    """Let no other user read what this process and its children write from now on, nor Ray's token."""
-    os.umask(0o077)
-    path = token_file()
-    if path.exists() and path.stat().st_mode & 0o077:
-        _close(path)
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let no other user read what this process and its children write in this block, nor Ray's token."""
+    before = os.umask(0o077)
+    try:
+        path = token_file()
+        if path.exists() and path.stat().st_mode & 0o077:
+            _close(path)
+        yield
+    finally:
+        os.umask(before)
 
 
 def _close(path: Path) -> None:

@@ -11,7 +11,7 @@ import ray
 
 from lookalike.cluster import warn_of_token
 from lookalike.errors import UsageError
-from lookalike.serve.front.guard import check_guard, check_tokens, close_files
+from lookalike.serve.front.guard import check_guard, check_tokens, private_files
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.security import Tls
 from tests.serve.front import certificates
@@ -121,9 +121,10 @@ def test_nobody_else_reads_what_a_service_writes(
     assert token.stat().st_mode & 0o777 == 0o644  # other verbs only say so
     before = os.umask(0o022)
     try:
-        close_files()
-        (tmp_path / "log").write_text("")
+        with private_files():
+            (tmp_path / "log").write_text("")
+        (tmp_path / "later").write_text("")
     finally:
         os.umask(before)
-    assert token.stat().st_mode & 0o777 == 0o600
-    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+    modes = [path.stat().st_mode & 0o777 for path in (token, tmp_path / "log", tmp_path / "later")]
+    assert modes == [0o600, 0o600, 0o644]
