@@ -107,3 +107,17 @@ def test_dead_replicas_and_full_queues(
                     way(address)
                 assert caught.value.code == code
         assert servicer.calls == calls
+
+
+def test_an_answer_too_large_for_the_client_says_what_to_ask_for() -> None:
+    class Wordy(Flaky):
+        def Describe(self, request: Any, context: Any) -> Any:
+            return pb.DescribeResponse(version="x" * 1000)
+
+    with served(Wordy(0, grpc.StatusCode.OK)) as address:
+        narrow = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", 100)])
+        with (
+            Client(address, channel=narrow) as client,
+            pytest.raises(RetrievalError, match=r"RESOURCE_EXHAUSTED.*larger than max.*ask for a smaller k"),
+        ):
+            client.describe()
