@@ -127,10 +127,12 @@ def _require_regular(path: str, mode: int) -> None:
         raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
-def open_file(uri: str) -> Any:
+@contextmanager
+def open_file(uri: str) -> Iterator[Any]:
     """A regular file, open for reading bytes."""
-    fs, path = resolve(uri)
-    return open_regular(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
+    fs, path = resolve(uri)  # kept until the end: the file system of an archive closes it when it is collected
+    with open_regular(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb") as file:
+        yield file
 
 
 def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
