@@ -6,9 +6,10 @@ import threading
 
 CHECK_S = 5.0
 """Pause between two looks, in seconds."""
-GROWTH_BYTES = 64 << 20
-"""Growth of the process's memory since the last trim, or since the start, from which the next one is worth its time
-(some milliseconds)."""
+LONGEST_S = 20.0
+"""Longest pause, while looks find nothing to return."""
+GROWTH = 1.05
+"""Memory of the process per byte of its least so far, from which a trim is worth its time (some milliseconds)."""
 PAGE_BYTES = 4096
 
 
@@ -31,9 +32,11 @@ def start_trimming() -> threading.Thread:
 
 def _trim_from_time_to_time() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    never, kept = threading.Event(), resident_bytes()
-    while trim is not None and not never.wait(CHECK_S):
-        if resident_bytes() > kept + GROWTH_BYTES:
+    never, least, pause_s = threading.Event(), resident_bytes(), CHECK_S
+    while trim is not None and not never.wait(pause_s):
+        before = resident_bytes()
+        if before > least * GROWTH:
             trim(0)
-            kept = resident_bytes()
-        kept = min(kept, resident_bytes())
+            gained = before - resident_bytes() > before * (GROWTH - 1)
+            pause_s = CHECK_S if gained else min(2 * pause_s, LONGEST_S)  # what is left is in use
+        least = min(least, resident_bytes())

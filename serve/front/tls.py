@@ -33,6 +33,10 @@ PREFACE_BYTES = 24
 """Length of the bytes that open every HTTP/2 connection."""
 FILES_PER_CONNECTION, SPARE_FILES = 4, 200
 """Open files that HAProxy needs for each connection, and besides."""
+OPEN_PATHS, OPEN_BYTES_PER_S = "/grpc.health. /grpc.reflection. /ray.serve.", 65_536
+"""Services that need no token, and the bytes per second that are read of a call to one; it must not be compressed."""
+UNPACKED = 'status 200 hdr grpc-status 12 hdr grpc-message "send it uncompressed"'
+"""The answer to a compressed one: UNIMPLEMENTED, as gRPC says it without a body."""
 CALLS_PER_CONNECTION = 100
 """Calls under way on one connection; the client keeps further ones until some have ended."""
 END_WITH_PARENT = """import ctypes, os, sys
@@ -138,6 +142,11 @@ frontend grpc
     timeout http-request {QUIET_S}s
     timeout http-keep-alive {UNUSED_S}s
     http-request set-header x-forwarded-for %[src]
+    acl open path_beg {OPEN_PATHS}
+    acl packed req.hdr(grpc-encoding) gzip deflate
+    filter bwlim-in open default-limit {OPEN_BYTES_PER_S} default-period 1s
+    http-request set-bandwidth-limit open if open
+    http-request return {UNPACKED} if open packed
     default_backend grpc
 
 backend grpc

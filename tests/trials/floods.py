@@ -9,8 +9,10 @@ notice from 127.0.0.1. Each case is measured against the quiet time just before 
 import argparse
 import asyncio
 import hashlib
+import json
 import ssl
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -180,13 +182,13 @@ def resident_mb() -> dict[str, float]:
     return found
 
 
-def measure(case: str, service: Service, size: Size, attack: Callable[[float], str]) -> Iterator[Row]:
-    """Rows of one attack, which lasts until a time of the monotonic clock and says what became of it."""
+def measure(case: str, service: Service, size: Size) -> Iterator[Row]:
+    """Rows of one attack, made by another process."""
     with Watch(service) as quiet:
         time.sleep(size.seconds / 2)
     before = resident_mb()
-    with Watch(service) as under:
-        said = attack(time.monotonic() + size.seconds)
+    with attacker(case, service, size) as process, Watch(service) as under:
+        said = process.stdout.readline().strip() if process.stdout is not None else ""
         peak = resident_mb()
     allowed = max(3 * quiet.p99_ms, FLOOR_MS)
     seen = f"{under.p99_ms:.0f} ms, quiet {quiet.p99_ms:.0f}; {len(under.errors)} errors {under.errors[:1]}; {said}"
@@ -199,6 +201,29 @@ def measure(case: str, service: Service, size: Size, attack: Callable[[float], s
     parts = ", ".join(f"{name} {before[name]:.0f}, {peak.get(name, 0):.0f}, {after[name]:.0f}" for name in before)
     kept = all(after[name] <= max(1.3 * before[name], before[name] + 30) for name in before)
     yield Row(case, f"memory back to 1.3 times within {size.back_s:g} s", f"{back_s:.0f} s; MB {parts}", kept)
+
+
+@contextmanager
+def attacker(case: str, service: Service, size: Size) -> Iterator["subprocess.Popen[str]"]:
+    """A process that attacks from the begin of the block, and at the end writes what became of it."""
+    given = json.dumps([case, [service.host, service.port, service.authority, str(service.tenants)], size])
+    command = [sys.executable, "-m", "tests.trials.floods", "--attack", given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def attack(given: str) -> None:
+    """Be the attacker."""
+    case, (host, port, authority, tenants), numbers = json.loads(given)
+    size = Size(*numbers)
+    made = ATTACKS[case](Service(host, port, authority, Path(tenants)), size)
+    print("begun", flush=True)
+    print(made(time.monotonic() + size.seconds), flush=True)
 
 
 def wait_for_memory(before: dict[str, float], seconds: float) -> tuple[float, dict[str, float]]:
@@ -396,19 +421,25 @@ def count_log_bytes(service: Service, num: int) -> Row:
     return Row("logs of refused calls", "less than 300 bytes a call", f"{grown / num:.0f} bytes", grown < 300 * num)
 
 
+PLAIN, GZIP = grpc.Compression.NoCompression, grpc.Compression.Gzip
+ATTACKS: dict[str, Callable[[Service, Size], Callable[[float], str]]] = {
+    "quiet TCP connections": lambda service, size: flood_connections(service, size, encrypted=False),
+    "quiet TLS connections": lambda service, size: flood_connections(service, size, encrypted=True),
+    "messages without a token": lambda service, size: flood_messages(service, size, None, PLAIN),
+    "messages without a token, gzip": lambda service, size: flood_messages(service, size, None, GZIP),
+    "messages with a token": lambda service, size: flood_messages(service, size, "a", PLAIN),
+    "messages with a token, gzip": lambda service, size: flood_messages(service, size, "a", GZIP),
+    "idle streams": flood_streams,
+    "answers of 256 x k=250": lambda service, size: flood_answers(service, size, k=250),
+    "answers of 256 x k=1000": lambda service, size: flood_answers(service, size, k=1000),
+}
+
+
 def run(size: Size) -> Iterator[Row]:
     """Rows of all attacks."""
     with tempfile.TemporaryDirectory() as root, serve(root, size) as service:
-        for encrypted, case in ((False, "quiet TCP connections"), (True, "quiet TLS connections")):
-            yield from measure(case, service, size, flood_connections(service, size, encrypted=encrypted))
-        for token in (None, "a"):
-            for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
-                case = f"messages {'without a token' if token is None else 'with a token'}, {compression.name}"
-                attack = flood_messages(service, size, token, compression)
-                yield from measure(case, service, size, attack)
-        yield from measure("idle streams", service, size, flood_streams(service, size))
-        yield from measure("answers of 256 x k=250", service, size, flood_answers(service, size, k=250))
-        yield from measure("answers of 256 x k=1000", service, size, flood_answers(service, size, k=1000))
+        for case in ATTACKS:
+            yield from measure(case, service, size)
         yield count_log_bytes(service, 40 * size.messages)
         yield give_feedback(service)
         yield revoke(service)
@@ -419,7 +450,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seconds", type=float, help="length of each attack")
+    parser.add_argument("--attack", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.attack is not None:
+        attack(options.attack)
+        return 0
     size = QUICK if options.quick else FULL
     if options.seconds is not None:
         size = size._replace(seconds=options.seconds)

@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookalike.serve.app import free_port
 from lookalike.serve.client import Client, ClientTls
@@ -39,6 +41,13 @@ class Backend(pb_grpc.RetrievalServiceServicer):
             yield pb.SearchStreamResponse(tag=request.tag, batch=pb.SearchBatchResponse())
 
 
+class Health(health_pb2_grpc.HealthServicer):
+    """Always serving."""
+
+    def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> Any:
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("certificates"), "authority")
@@ -53,6 +62,7 @@ def address(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
     tls = Tls(**files, port=free_port(), max_connections=60, source_connections=20, source_connections_per_s=50)
     server = grpc.server(ThreadPoolExecutor(4))
     pb_grpc.add_RetrievalServiceServicer_to_server(Backend(), server)  # type: ignore[no-untyped-call]
+    health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with proxy(tls, port) as running:
@@ -141,3 +151,20 @@ def test_slow_answers_and_streams_that_pause_are_left_alone(address: tuple[str, 
             yield [VECTOR]
 
         assert len(list(client.search_stream(batches()))) == 2
+
+
+def test_without_a_token_large_and_compressed_messages_do_not_arrive(
+    address: tuple[str, int], authority: Authority
+) -> None:
+    credentials = grpc.ssl_channel_credentials(Path(authority.path).read_bytes())
+    with grpc.secure_channel(f"{address[0]}:{address[1]}", credentials) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        small, large = (health_pb2.HealthCheckRequest(service="x" * size) for size in (100, 1 << 20))
+        assert stub.Check(small, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(large, timeout=2)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(large, timeout=5, compression=grpc.Compression.Gzip)
+        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNIMPLEMENTED, "send it uncompressed")
+        assert stub.Check(small, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
