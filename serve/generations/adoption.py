@@ -7,6 +7,7 @@ from lookalike.artifacts import MANIFEST, Artifact
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.generations.compaction import ROOT, held_writes
 from lookalike.serve.generations.database import Database
+from lookalike.serve.generations.database_files import damage
 from lookalike.serve.generations.generation import Generation
 from lookalike.serve.generations.state import GenerationRef, State
 from lookalike.serve.settings.config import ServeConfig
@@ -33,6 +34,8 @@ def _choose(config: ServeConfig, generation: Generation, database: Database) -> 
     includes = held_writes(generation.index, storage.local_path(config.writes.state or ""))
     ref = GenerationRef.of(generation).model_copy(update={"includes_writes": includes})
     if state is None:
+        if database.last:
+            raise damage(database.path, "it has writes, and no state")
         return State(configured=configured, held=(ref,), current=ref.name)
     serving = state.serving
     check_includes(config.index, includes, database.first, serving.index)

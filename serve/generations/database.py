@@ -17,14 +17,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lookalike import storage
-from lookalike.errors import ArtifactError, LookalikeError, UsageError
+from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.serve.generations import acknowledged, connection
 from lookalike.serve.generations.acknowledged import NOTHING, Acknowledged, AcknowledgedFile
+from lookalike.serve.generations.backup import copy_database
 from lookalike.serve.generations.connection import FULL, checkpoint, error_name, explained, hold_lock
 from lookalike.serve.generations.database_files import (
     FILE,
     FileMark,
-    Usage,
     check_files,
     damage,
     marks,
@@ -220,33 +220,9 @@ class Database:
                 log.warning("not noted %s", fields(file=acknowledged.FILE, number=self.last, error=repr(error)[:200]))
 
     def backup(self, target: str) -> int:
-        """Copy the database to the new file ``target`` and return the number of the last write in it.
-
-        The file is whole or not there; a folder that holds it alone, as ``writes.sqlite``, is a folder to start from.
-        """
-        path = Path(target)
-        if path.exists():
-            raise UsageError(f"{path} exists; name a new file for the backup")
-        part = path.with_name(path.name + storage.TEMPORARY)
-        part.unlink(missing_ok=True)
-        try:
-            self._copy_to(part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        storage.sync_directory(str(path.parent))
+        """Copy the database to the new file ``target`` and return the number of the last write in it."""
+        copy_database(self._connection, Path(target))
         return self.last
-
-    def _copy_to(self, path: Path) -> None:
-        with explained(path):
-            copy = sqlite3.connect(path, isolation_level=None)
-            try:
-                copy.execute("PRAGMA locking_mode=EXCLUSIVE")
-                self._connection.backup(copy)
-                copy.execute("PRAGMA journal_mode=DELETE")  # in one file, without a log
-                copy.execute(f"PRAGMA user_version={Usage.CLOSED}")
-            finally:
-                copy.close()
 
     def _change(self, work: Callable[[], object]) -> None:
         """Run ``work`` in a transaction. It counts only while the files stand in their folder, as they were left."""
