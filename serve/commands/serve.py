@@ -1,5 +1,6 @@
 """``lookalike serve``."""
 
+import atexit
 import json
 import os
 import signal
@@ -190,6 +191,7 @@ def _serve_until_stopped(config: ServeConfig) -> int:
     except ServiceLostError as lost:
         print(f"lookalike: {lost}", file=sys.stderr, flush=True)  # first: what follows may take a while
         _abandon()
+        atexit.register(_end_at_once, lost.exit_code)
         return lost.exit_code
     except BaseException:
         stop()
@@ -212,6 +214,13 @@ def _watch(address: str, encrypted: "Proxy | None", stopped: threading.Event) ->
         if encrypted is not None:
             encrypted.check()
         supervisor.check()
+
+
+def _end_at_once(exit_code: int) -> None:
+    """End this process without what Ray does at its end: that waits for the parts that are lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _abandon() -> None:

@@ -1,11 +1,16 @@
 """When a service is lost, and when it is being put right."""
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -146,9 +151,6 @@ def cause(world: World, trouble: str) -> None:
 
 
 def test_the_state_of_a_process() -> None:
-    import signal
-    import subprocess
-
     with subprocess.Popen(["sleep", "60"]) as process:
         assert look_at("it", process) == Part("it", has_ended=False, is_stopped=False)
         process.send_signal(signal.SIGSTOP)
@@ -157,3 +159,30 @@ def test_the_state_of_a_process() -> None:
         process.kill()
         process.wait()
         assert look_at("it", process).has_ended
+
+
+KILL = """
+import signal, subprocess, sys, types
+from lookalike import cluster
+
+logs, log = sys.argv[1], open(sys.argv[1] + "/worker.out", "w")
+sleep = "import time; time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", sleep])
+frozen = subprocess.Popen([sys.executable, "-c", sleep])
+frozen.send_signal(signal.SIGSTOP)
+orphan = subprocess.run(["sh", "-c", "sleep 60 & echo $! >&2"], stdout=log, stderr=subprocess.PIPE, text=True)
+cluster._own_node = lambda: types.SimpleNamespace(get_logs_dir_path=lambda: logs)
+cluster.kill_ray()
+print(child.wait(10), frozen.wait(10), orphan.stderr.strip())
+"""
+
+
+def test_nothing_is_left_of_a_lost_ray(tmp_path: Path) -> None:
+    """Children, though they stand still, and workers that have lost their parent but not their log."""
+    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path)], capture_output=True, text=True, check=True)
+    child, frozen, orphan = done.stdout.split()
+    assert (child, frozen) == ("-9", "-9")
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(int(orphan)) and psutil.Process(int(orphan)).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
