@@ -22,7 +22,7 @@ RULES = {
     "outside_base": "a row names what lies below its base; fetch.roots allows more",
     "scheme_not_allowed": "rows name http, https and the scheme of their base; fetch.schemes allows more",
     "host_not_allowed": "rows name hosts by their public addresses; fetch.hosts allows others",
-    "too_slow": "an image takes at most fetch.timeout_s",
+    "fetch_too_slow": "an image takes at most fetch.timeout_s",
     "too_many_redirects": "an image takes at most fetch.max_redirects",
     "not_a_regular_file": "FIFOs, devices and sockets are never read",
 }

@@ -85,7 +85,7 @@ class HttpFetch:
                     except (aiohttp.ClientError, OSError) as error:
                         problem = error
         except TimeoutError:
-            return refusal("too_slow", f"{url} took more than {self._rules.timeout_s:g} s: {problem}")
+            return refusal("fetch_too_slow", f"{url} took more than {self._rules.timeout_s:g} s: {problem}")
         return ImageError("unreachable", f"{url} could not be read in {TRIES} tries: {problem}")
 
     async def _follow(self, url: str) -> bytes:

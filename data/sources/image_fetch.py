@@ -131,4 +131,4 @@ def _read_object(uri: str, max_bytes: int, timeout_s: float) -> bytes:
     try:
         return bytes(sync(fs.loop, fs._cat_file, path, start=0, end=max_bytes + 1, timeout=timeout_s))  # noqa: SLF001
     except FSTimeoutError:
-        raise refusal("too_slow", f"{uri} took more than {timeout_s:g} s") from None
+        raise refusal("fetch_too_slow", f"{uri} took more than {timeout_s:g} s") from None

@@ -95,7 +95,7 @@ def servers(folder: Path) -> Iterator[Row]:
             start = time.monotonic()
             reason = fetch(f"{server.url}/{path}", str(folder), timeout_s=1, **LOOPBACK)
             seconds = time.monotonic() - start
-            kept = reason == "too_slow" and seconds < 5
+            kept = reason == "fetch_too_slow" and seconds < 5
             yield Row(
                 f"{path}: no end in sight", "left after fetch.timeout_s (1 s)", f"{reason}, {seconds:.1f} s", kept
             )

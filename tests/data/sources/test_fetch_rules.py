@@ -197,7 +197,7 @@ def test_a_name_is_judged_by_the_address_it_has(server: HostileServer, monkeypat
 
     monkeypatch.setattr(socket, "getaddrinfo", rebind)
     reason = fetch(f"http://rebind.example:{server.port}/image", "/base", timeout_s=2)
-    assert reason in ("too_slow", "unreachable", "host_not_allowed")
+    assert reason in ("fetch_too_slow", "unreachable", "host_not_allowed")
     assert server.requests["/image"] == 0
     assert asked[0] == "93.184.215.14"
 
@@ -253,7 +253,7 @@ def test_reading_stops_at_the_bound_whatever_the_server_sends(server: HostileSer
 @pytest.mark.parametrize("path", ["drip", "drip_head", "silent"])
 def test_a_server_that_never_ends_is_left(server: HostileServer, path: str) -> None:
     start = time.monotonic()
-    assert fetch(f"{server.url}/{path}", "/base", timeout_s=0.5, **LOOPBACK) == "too_slow"
+    assert fetch(f"{server.url}/{path}", "/base", timeout_s=0.5, **LOOPBACK) == "fetch_too_slow"
     assert time.monotonic() - start < 5
 
 
