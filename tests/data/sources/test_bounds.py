@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,14 @@ def test_batches_hold_so_many_bytes_of_images(tmp_path: Path, monkeypatch: pytes
     assert done == 40
     assert all(4 <= count <= 12 for count in counts[:-1])
     assert all(record["image"] == b"y" * 300 for record in records)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_claims_more_than_is_there_costs_nothing(tmp_path: Path, kind: bytes) -> None:
+    """512 bytes that claim a long name of a terabyte; tarfile would read it at once."""
+    claim = tarfile.TarInfo("a")
+    claim.type, claim.size = kind, 1 << 40
+    (tmp_path / "a.tar").write_bytes(claim.tobuf(format=tarfile.GNU_FORMAT))
+    found = read_all(str(tmp_path / "a.tar"), "webdataset", {})
+    assert found["reasons"] == {"damaged_archive": 1}
+    assert found["growth_mb"] < 20
