@@ -122,7 +122,7 @@ def _batches(reader: Reader, unit: Unit, max_bytes: int) -> Iterator[list[Record
                 fetched = fetch_images(batch, reader.base, max_bytes, reader.source.fetch)
                 yield batch[:fetched]
                 batch = batch[fetched:]
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise CorpusError(
             f"{unit['uri']} cannot be read ({reason}); replace or remove it, or run again if its store "

@@ -46,9 +46,10 @@ class ParquetReader(Reader):
         try:
             with storage.arrow_file(uri) as file:
                 metadata = pq.read_metadata(file)
-        except (pa.ArrowInvalid, OSError) as error:
+                schema = metadata.schema.to_arrow_schema()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a column's name may be no UTF-8
             raise CorpusError(f"source {uri} is not a readable parquet file ({error}); replace or remove it") from None
-        self._columns(metadata.schema.to_arrow_schema(), uri)
+        self._columns(schema, uri)
         if claim := claim_of_rows(metadata.num_rows, storage.size_bytes(uri), self.source.bounds):
             yield {"uri": uri, "claim": claim}
             return

@@ -421,6 +421,12 @@ def test_a_wrong_recipe_is_explained(settings: dict[str, Any], words: str) -> No
         ("a.csv", b"id,m.title\n1,2\n", "csv", "no column for the required field 'image_id'; the file has id, m.title"),
         ("a.tar", write_tar([("1.jpg", b"")]), "webdataset", "'m.title', mapped to 'title', is absent"),
         ("a.parquet", b"nonsense", "parquet", "not a readable parquet file"),
+        (
+            "a.parquet",
+            write_parquet([{"image_id": "a"}]).replace(b"image_id", b"image\xff\xfed"),
+            "parquet",
+            "not a readable parquet file .*codec",
+        ),
         ("a.txt", b"", "jsonl", "has no jsonl file.*names end in .jsonl"),
     ],
 )
