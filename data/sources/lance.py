@@ -1,6 +1,7 @@
 """Lance data sets, read by the ``pylance`` package (extra ``lance``)."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ from lookalike import storage
 from lookalike.data.sources.bounds import FREE_BYTES, UnpackedError, claim_of_rows
 from lookalike.data.sources.columns import arrow_records, resolve_schema, top_level
 from lookalike.data.sources.reader import SOURCE_FORMATS, Reader, Record, Unit, unreadable
-from lookalike.errors import CorpusError, UsageError
+from lookalike.errors import CorpusError, LookalikeError, UsageError
 
 PIECE_ROWS = 8  # decoded at a time: Lance has no bound of memory, and one value may stand in many rows
 
@@ -25,6 +26,10 @@ class LanceReader(Reader):
         return [storage.absolute(self.source.uri)]
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
+        with _damage_told(uri):
+            yield from self._units(uri, rows_per_part)
+
+    def _units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
         dataset = _open(uri)
         resolve_schema(self.source.columns, dataset.schema, f"source {uri}", self.natural)
         rows, version = dataset.count_rows(), dataset.version
@@ -37,6 +42,10 @@ class LanceReader(Reader):
             yield {"uri": uri, "version": version, "start": start, "stop": stop, "size_bytes": size}
 
     def read(self, unit: Unit) -> Iterator[Record]:
+        with _damage_told(unit["uri"]):
+            yield from self._read(unit)
+
+    def _read(self, unit: Unit) -> Iterator[Record]:
         if "claim" in unit:
             yield unreadable("claims_too_many_rows", unit["claim"])
             return
@@ -67,7 +76,19 @@ def _open(uri: str, version: int | None = None) -> Any:
         import lance
     except ImportError:
         raise UsageError("sources of format 'lance' need the package pylance: pip install 'lookalike[lance]'") from None
+    return lance.dataset(uri, version=version)
+
+
+@contextmanager
+def _damage_told(uri: str) -> Iterator[None]:
+    """Raise ``CorpusError`` for what Lance raises where its files are damaged."""
     try:
-        return lance.dataset(uri, version=version)
-    except (ValueError, OSError) as error:
-        raise CorpusError(f"source {uri} is not a readable Lance data set ({error}); replace or remove it") from None
+        yield
+    except LookalikeError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of Lance's Rust code, which derives from BaseException
+        if not panic and not isinstance(error, (ValueError, OSError, pa.ArrowException)):
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise CorpusError(f"source {uri} is not a readable Lance data set ({told}); replace or remove it") from None

@@ -225,6 +225,22 @@ def test_lance(tmp_path: Path) -> None:
         read(f"{tmp_path}/absent.lance", "lance")
 
 
+def test_a_damaged_lance_data_set_is_told_whatever_its_library_raises(tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    uri = f"{tmp_path}/rows.lance"
+    lance.write_dataset(pa.Table.from_pylist(ROWS), uri)
+    for file in sorted(path for path in Path(uri).rglob("*") if path.is_file()):
+        whole = file.read_bytes()
+        for damage in (b"", whole[:-20], whole[:-24] + b"\x99" * 8 + whole[-16:], b"\xff" * len(whole)):
+            file.write_bytes(damage)
+            try:
+                read(uri, "lance")
+            except CorpusError as error:
+                assert "not a readable Lance data set" in str(error)  # noqa: PT017
+        file.write_bytes(whole)
+    assert len(read(uri, "lance")) == len(ROWS)
+
+
 def test_lance_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lance", None)
     with pytest.raises(UsageError, match=r"pip install 'lookalike\[lance\]'"):
