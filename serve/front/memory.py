@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gc
 import threading
 
 CHECK_S = 5.0
@@ -36,6 +37,7 @@ def _trim_from_time_to_time() -> None:
     while trim is not None and not never.wait(pause_s):
         before = resident_bytes()
         if before > least * GROWTH:
+            gc.collect()  # failed requests may be held by their tracebacks
             trim(0)
             gained = before - resident_bytes() > before * (GROWTH - 1)
             pause_s = CHECK_S if gained else min(2 * pause_s, LONGEST_S)  # what is left is in use

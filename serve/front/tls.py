@@ -151,6 +151,7 @@ frontend grpc
 
 backend grpc
     mode http
+    http-reuse never # on a shared connection one caller's large message would hold up the others
     server service {backend} proto h2
 """
 
