@@ -157,7 +157,7 @@ class WritePath(RuleBasedStateMachine):
         return member
 
     def _write(self, kind: int, contents: list[bytes], *, is_staged: bool) -> None:
-        writes = [(kind, content) for content in contents]
+        writes, was_dead = [(kind, content) for content in contents], self.disk.is_dead
         try:
             if kind == DELETE:
                 self._do(self.writer.delete(contents[0]))
@@ -168,7 +168,7 @@ class WritePath(RuleBasedStateMachine):
             else:
                 self._do(self.writer.upsert(contents[0]))
         except (LookalikeError, OSError) as error:
-            if "may be kept" in str(error) or self.disk.is_dead:
+            if "may be kept" in str(error) or (self.disk.is_dead and not was_dead):
                 self.model.maybe = writes
             if not self.is_armed:
                 raise AssertionError("refused without a fault") from error
