@@ -9,6 +9,7 @@ from ray import serve
 
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.app import build
+from lookalike.serve.front.listener import check_local
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import RetrievalError
@@ -70,6 +71,7 @@ def test_same_answers_as_the_searcher(ingress: Any, world: "World", plan: Plan) 
 def test_callers_from_elsewhere_are_refused(ingress: Any, world: "World") -> None:
     context = Context(peer="ipv4:10.0.0.7:50000")
     request = pb.SearchRequest(query=pb.Query(image_id="img-000"))
-    with pytest.raises(RetrievalError, match="loopback_only=false"):
-        ingress.Search.remote(request, grpc_context=context).result()
+    assert not ingress.Search.remote(request, grpc_context=context).result().hits  # the status is not sent in this mode
+    with pytest.raises(RetrievalError, match=r"PERMISSION_DENIED.*loopback_only=false"):
+        check_local(context.peer())
     assert ingress.Search.remote(request, grpc_context=Context(peer="ipv6:[::1]:50000")).result().hits
