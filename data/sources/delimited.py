@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from lookalike.data.sources.bounds import UnpackedError
 from lookalike.data.sources.columns import resolve
 from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, Reader, Record, Unit, unreadable
-from lookalike.data.sources.tables import SAMPLE_ROWS, open_buffered
+from lookalike.data.sources.tables import SAMPLE_BYTES, SAMPLE_ROWS, open_buffered
 from lookalike.errors import CorpusError
 from lookalike.telemetry import fields, get_logger
 
@@ -82,7 +82,7 @@ class Table:
     def records(self) -> Iterator[Record]:
         """The rows as records, as written: whole doubles in a column of doubles become floats."""
         rows = self._rows()
-        sample = list(islice(rows, SAMPLE_ROWS))
+        sample = _sample(rows)
         cells = [row for row in sample if isinstance(row, list)]
         doubles = {field for field, place in self.columns.items() if _are_doubles([row[place] for row in cells])}
         for row in chain(sample, rows):
@@ -154,6 +154,18 @@ class Table:
             return next(csv.reader([line], delimiter=self.delimiter, quoting=self._quoting), [])
         except csv.Error:
             return []
+
+
+def _sample(rows: Iterator[list[str] | Record]) -> list[list[str] | Record]:
+    """The next ``SAMPLE_ROWS`` rows; fewer once they have ``SAMPLE_BYTES`` characters."""
+    kept: list[list[str] | Record] = []
+    size = 0
+    for row in islice(rows, SAMPLE_ROWS):
+        kept.append(row)
+        size += sum(map(len, row)) + 8 * len(row) if isinstance(row, list) else 0
+        if size >= SAMPLE_BYTES:
+            break
+    return kept
 
 
 def _is_double(cell: str) -> bool:

@@ -14,6 +14,7 @@ from lookalike.entries import ending
 from lookalike.vision.images import ImageError
 
 SAMPLE_RECORDS = 100
+SAMPLE_PATHS = 10_000
 MAX_ZEROS = 1 << 16  # empty blocks in a row
 MAX_HEADER_BYTES = 1 << 20  # of a member; long names are headers too
 MAX_MEMBERS = 1000  # of a record
@@ -177,10 +178,13 @@ class WebDatasetReader(Reader):
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
         """See ``Reader``; the first records of the first file with any show whether the columns fit."""
         if not self._columns_seen:
-            sample = [record for record in islice(self._records(uri), SAMPLE_RECORDS) if UNREADABLE not in record]
+            paths: dict[str, None] = {}
+            for record in islice(self._records(uri), SAMPLE_RECORDS):
+                if UNREADABLE not in record and len(paths) < SAMPLE_PATHS:
+                    paths |= dict.fromkeys(paths_of_records([record]))
             self.passed_over.clear()  # counted when the file is read
-            if sample:
-                resolve(self.source.columns, paths_of_records(sample), f"source {uri}", self.natural)
+            if paths:
+                resolve(self.source.columns, list(paths), f"source {uri}", self.natural)
                 self._columns_seen = True
         yield {"uri": uri}
 

@@ -33,6 +33,15 @@ def csv_quote(path: Path, megabytes: int) -> Written:
     return "csv", {}
 
 
+def csv_rows(path: Path, megabytes: int) -> Written:
+    """Rows of 4 MB each."""
+    with gzip.open(path, "wb", 1) as file:
+        file.write(b"image_id,image_uri,title\n")
+        for number in range(megabytes // 4):
+            file.write(b"%d,x.png,%s\n" % (number, b"t" * (4 * BLOCK - 100)))
+    return "csv", {}
+
+
 def csv_header(path: Path, megabytes: int) -> Written:
     """A first line without end."""
     with gzip.open(path, "wb", 1) as file:
@@ -66,6 +75,14 @@ def tar_texts(path: Path, megabytes: int) -> Written:
         for number in range(megabytes // 8):
             _member(tar, f"a.t{number}", bytes(8 * BLOCK))
         _member(tar, "last.png", b"x")
+    return "webdataset", {}
+
+
+def tar_images(path: Path, megabytes: int) -> Written:
+    """Images of 16 MB each."""
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for number in range(megabytes // 16):
+            _member(tar, f"{number}.png", bytes(16 * BLOCK))
     return "webdataset", {}
 
 
@@ -127,9 +144,11 @@ BOMBS: dict[str, Callable[[Path, int], Written]] = {
     "cells.csv.gz": csv_cells,
     "quote.csv.gz": csv_quote,
     "header.csv.gz": csv_header,
+    "rows.csv.gz": csv_rows,
     "line.jsonl.gz": json_line,
     "array.jsonl.gz": json_array,
     "texts.tar.gz": tar_texts,
+    "images.tar.gz": tar_images,
     "header.tar.gz": tar_header,
     "dictionary.parquet": parquet_dictionary,
     "list.parquet": parquet_list,
