@@ -50,6 +50,11 @@ def show(value: object) -> str:
     return f"{'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}{shape}"
 
 
+def reason(error: Exception) -> str:
+    """Return the beginning of another library's message, in ASCII."""
+    return str(error)[:200].encode("ascii", "backslashreplace").decode()
+
+
 def check_text(name: str, value: object, remedy: str = "give a str") -> str:
     """Return ``value`` if it is a str that UTF-8 can carry."""
     if not isinstance(value, str):
@@ -146,7 +151,7 @@ def check_array(name: str, value: Any) -> npt.NDArray[Any]:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ArgumentError(f"{name} is {show(value)}, no array of numbers ({str(error)[:200]})") from None
+        raise ArgumentError(f"{name} is {show(value)}, no array of numbers ({reason(error)})") from None
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise ArgumentError(f"{name} is an array with masked numbers; fill them in, or leave the vector out")
     if array.dtype.kind not in "fiu":

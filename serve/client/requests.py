@@ -135,7 +135,7 @@ def to_filters(where: Any) -> list[pb.Filter]:
     return [
         pb.Filter(
             column=arguments.check_text("a column in where", column, "columns have names of type str"),
-            values=arguments.list_texts(f"where[{column!r}]", values, "a str or a list of str"),
+            values=arguments.list_texts(f"where[{column!a}]", values, "a str or a list of str"),
         )
         for column, values in where.items()
     ]
@@ -146,7 +146,7 @@ def _plan(plan: Any) -> pb.Plan:
         return to_plan(plan)
     except (AttributeError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"plan is {arguments.show(plan)}, no usable plan ({str(error)[:200]}); give a SearchPlan of whole numbers"
+            f"plan is {arguments.show(plan)}, no usable plan ({arguments.reason(error)}); give a SearchPlan of whole numbers"
         ) from None
 
 

@@ -390,7 +390,7 @@ REQUIRED = {"search_batch": {"queries": "a"}, "search_stream": {"batches": ["a"]
 SEVERAL = ("queries", "images", "rows", "ids")
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(slot=st.sampled_from(SLOTS), value=anything)
 def test_anything_is_sent_as_meant_or_refused(slot: tuple[str, str], value: Any) -> None:
     method, name = slot
