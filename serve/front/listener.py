@@ -42,6 +42,8 @@ OPEN_READ_S, READ_S = 2.0, 60.0
 """Seconds in which the message of a call must arrive: without a token, and with one."""
 READS = 8
 """Messages of one tenant, and of all callers without one, that are read at a time."""
+READ_BYTES_PER_S = 64 << 20
+"""Bytes per second that are read of one tenant's messages, on average: reading takes the loop's time from others."""
 RETRY_MS = 100
 SUMMARY_S = 10.0
 """Pause between two log lines about refused calls, in seconds."""
@@ -101,6 +103,8 @@ class Guard:
         self.refused = Counter[tuple[str, str]]()
         """Calls refused since the last line in the log, by method and status."""
         self._reads: dict[str, asyncio.Semaphore] = {}
+        self._paid: dict[str, float] = {}
+        """Time of the loop's clock until which the messages read so far take up a tenant's share."""
         self._requests = metrics.Counter(
             "lookalike_requests_total", "Requests by status.", ("method", "code", "tenant")
         )
@@ -196,10 +200,12 @@ class Guard:
 
     async def _read(self, method: str, tenant: str, requests: AsyncIterator[Any]) -> Any:
         """The one message of a call; raises for one that is late, or too large for a method without tokens."""
-        is_open = _is_open(method)
+        is_open, clock = _is_open(method), asyncio.get_running_loop().time
         seconds, key = OPEN_READ_S if is_open else READ_S, "" if is_open else f"tenant {tenant}"
         try:
             async with self._reads.setdefault(key, asyncio.Semaphore(READS)), asyncio.timeout(seconds):
+                if (wait_s := self._paid.get(key, 0.0) - clock()) > 0:
+                    await asyncio.sleep(wait_s)
                 request = await anext(aiter(requests))
         except TimeoutError:
             raise RetrievalError(
@@ -207,6 +213,7 @@ class Guard:
             ) from None
         except StopAsyncIteration:
             raise invalid("the call ended without a request; send one") from None
+        self._paid[key] = max(clock(), self._paid.get(key, 0.0)) + request.ByteSize() / READ_BYTES_PER_S
         if is_open and request.ByteSize() > OPEN_BYTES:
             raise invalid(f"the request has {request.ByteSize()} bytes; this method takes {OPEN_BYTES}")
         return request
