@@ -4,10 +4,13 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
+from PIL import Image
 
 from lookalike.serve.local import LocalClient
 from lookalike.serve.search import decoding
@@ -17,6 +20,7 @@ from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.settings.load import Retries
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.vision.decoder import DecoderLostError, Order, Reply
+from lookalike.vision.encoder import to_bytes
 from lookalike.vision.images import ImageError
 from tests.vision.test_decoder import SMALL, scans_of
 
@@ -261,3 +265,22 @@ def fastest(call: Callable[[], object], num: int = 5) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def test_large_pictures_take_no_memory_of_the_service(client: LocalClient) -> None:
+    frame = bytearray(to_bytes(Image.new("P", (5000, 5000)), "GIF"))
+    frame[6:10] = b"\1\0\1\0"  # a screen of one pixel
+    process, ended, seen = psutil.Process(), threading.Event(), list[int]()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            seen.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with suppress(RetrievalError):  # of their time, on a busy machine
+        client.embed([bytes(frame)] * 4)
+    ended.set()
+    watcher.join()
+    assert max(seen) - before < 60 << 20  # one alone is 75 MB
