@@ -146,7 +146,7 @@ def _plan(plan: Any) -> pb.Plan:
         return to_plan(plan)
     except (AttributeError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"plan is {arguments.show(plan)}, no usable plan ({arguments.reason(error)}); give a SearchPlan of whole numbers"
+            f"plan is {arguments.show(plan)}, no usable plan ({arguments.reason(error)}); give a SearchPlan"
         ) from None
 
 
