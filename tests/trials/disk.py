@@ -159,12 +159,12 @@ class Disk:
 
 
 def _mix(old: bytes, now: bytes, rng: random.Random) -> bytes:
-    """Sectors of either; the length of either, or between them."""
+    """Sectors of either; the length of either, or between them. What was only cut off comes back as it was."""
     size = rng.choice([len(old), len(now), rng.randint(min(len(old), len(now)), max(len(old), len(now)))])
     share = rng.choice([0.0, 0.5, 1.0])
     sectors = []
     for start in range(0, size, SECTOR):
         stop = min(start + SECTOR, size)
-        chosen = now if rng.random() < share else old
+        chosen = now if start < len(now) and rng.random() < share else old
         sectors.append(chosen[start:stop].ljust(stop - start, b"\0"))
     return b"".join(sectors)
