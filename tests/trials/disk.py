@@ -159,8 +159,9 @@ class Disk:
 
 
 def _mix(old: bytes, now: bytes, rng: random.Random) -> bytes:
-    """Sectors of either; the length of either, or between them. What was only cut off comes back as it was."""
-    size = rng.choice([len(old), len(now), rng.randint(min(len(old), len(now)), max(len(old), len(now)))])
+    """Sectors of either. A file that grew may have grown in part; one that was cut is cut, or as it was."""
+    grown = [rng.randint(len(old), len(now))] if len(now) > len(old) else []
+    size = rng.choice([len(old), len(now), *grown])
     share = rng.choice([0.0, 0.5, 1.0])
     sectors = []
     for start in range(0, size, SECTOR):
