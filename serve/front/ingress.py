@@ -11,7 +11,6 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from lookalike.serve.experiment.assignment import Arm, own_generations
 from lookalike.serve.front.fused import open_workers
 from lookalike.serve.front.gate import Caller, Gate, listener_settings
-from lookalike.serve.front.listener import check_local
 from lookalike.serve.front.log_limit import limit_serve_log
 from lookalike.serve.front.memory import start_trimming
 from lookalike.serve.front.overload import read_time_left
@@ -24,6 +23,7 @@ from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.search.router import Router, Worker
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import RetrievalError, invalid, shorten
+from lookalike.serve.wire.requests import check_local
 from lookalike.telemetry import get_logger
 
 log = get_logger(__name__)

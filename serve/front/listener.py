@@ -29,6 +29,7 @@ from lookalike.serve.front.memory import start_trimming
 from lookalike.serve.front.tenants import CHECK_S, Tenants
 from lookalike.serve.proto import retrieval_pb2_grpc
 from lookalike.serve.wire.errors import RetrievalError, invalid
+from lookalike.serve.wire.requests import check_local
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -233,15 +234,6 @@ class Guard:
             yield
         finally:
             self.sizes[tenant] -= size
-
-
-def check_local(peer: str) -> None:
-    """Raise PERMISSION_DENIED unless ``peer``, as gRPC names it, is on this machine."""
-    if not peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")):
-        raise RetrievalError(
-            grpc.StatusCode.PERMISSION_DENIED,
-            f"caller {peer} is on another machine; set serve.loopback_only=false to admit it",
-        )
 
 
 def _is_open(method: str) -> bool:

@@ -23,12 +23,13 @@ from lookalike.serve.search.router import Floats, Router, SearchOutcome
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.watch.trace import SearchRecord, Trace
 from lookalike.serve.wire.ask import Ask
-from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, StagedLostError, check_answer, refused
+from lookalike.serve.wire.errors import NotLoadedError, RetrievalError, StagedLostError, refused
 from lookalike.serve.wire.handles import by_grpc
 from lookalike.serve.wire.plans import to_plan
 from lookalike.serve.wire.requests import (
     DEFAULT_K,
     Options,
+    check_answer,
     check_feedback,
     check_image,
     check_num,

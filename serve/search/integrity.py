@@ -99,7 +99,7 @@ class Integrity:
 
     def __init__(self) -> None:
         self._files: dict[str, list[StoredFile]] = {}
-        self._damage: dict[str, str] = {}
+        self.damage: dict[str, str] = {}
         """Generation -> what is damaged."""
         self._stop, self._now = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -136,12 +136,12 @@ class Integrity:
     def forget(self, name: str) -> None:
         """Stop with a generation that is no longer held."""
         self._files.pop(name, None)
-        if self._damage.pop(name, None):
+        if self.damage.pop(name, None):
             _damaged().set(0, {"index": name})
 
     def require_sound(self, name: str) -> None:
         """Raise ``RetrievalError`` if a file of that generation is damaged."""
-        if self._damage and (problem := self._damage.get(name)):
+        if problem := self.damage.get(name):
             raise RetrievalError(grpc.StatusCode.UNAVAILABLE, f"index {name} is damaged: {problem}; {REMEDY}")
 
     def read_all(self, pause: Pause | None = None) -> None:
@@ -153,15 +153,15 @@ class Integrity:
                     break
                 if file.find_problem(pause=pause):  # once more: a copy may just be put in its place
                     problem = file.find_problem(pause=pause)
-            if name in self._files and problem != self._damage.get(name, ""):
+            if name in self._files and problem != self.damage.get(name, ""):
                 self._note(name, problem)
 
     def _note(self, name: str, problem: str) -> None:
         if problem:
-            self._damage[name] = problem
+            self.damage[name] = problem
             log.error("damaged %s", fields(index=name, problem=problem, effect="not answered from", remedy=REMEDY))
         else:
-            del self._damage[name]
+            del self.damage[name]
             log.info("whole again %s", fields(index=name))
         _damaged().set(int(bool(problem)), {"index": name})
 

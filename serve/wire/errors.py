@@ -79,16 +79,6 @@ def refused(message: str) -> RetrievalError:
     return RetrievalError(grpc.StatusCode.FAILED_PRECONDITION, message)
 
 
-def check_answer(size_bytes: int) -> None:
-    """Raise RESOURCE_EXHAUSTED for an answer that no client could take, and that would end a stream."""
-    if size_bytes > MAX_ANSWER_BYTES:
-        raise RetrievalError(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"the answer has more than {MAX_ANSWER_BYTES} bytes; ask for a smaller k, or fewer queries or images at "
-            "once",
-        )
-
-
 def shorten(text: str) -> str:
     """Return ``text`` quoted, in ASCII and without its middle if it is long: safe to put into any message."""
     cut = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 10]}...{text[-7:]}"

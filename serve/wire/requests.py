@@ -15,7 +15,7 @@ from lookalike.retrieval.plan import Plan, parse_plan
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import RequestLimits
 from lookalike.serve.wire.answers import Answer
-from lookalike.serve.wire.errors import RetrievalError, check_answer, invalid, refused, shorten
+from lookalike.serve.wire.errors import MAX_ANSWER_BYTES, RetrievalError, invalid, refused, shorten
 from lookalike.vision.containers import read_size
 
 DEFAULT_K = 10
@@ -277,6 +277,25 @@ async def write_results(answer: Answer, num_queries: int, deadline: float) -> li
         size += message.ByteSize()
         check_answer(size)
     return results
+
+
+def check_local(peer: str) -> None:
+    """Raise PERMISSION_DENIED unless ``peer``, as gRPC names it, is on this machine."""
+    if not peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")):
+        raise RetrievalError(
+            grpc.StatusCode.PERMISSION_DENIED,
+            f"caller {peer} is on another machine; set serve.loopback_only=false to admit it",
+        )
+
+
+def check_answer(size_bytes: int) -> None:
+    """Raise RESOURCE_EXHAUSTED for an answer that no client could take, and that would end a stream."""
+    if size_bytes > MAX_ANSWER_BYTES:
+        raise RetrievalError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"the answer has more than {MAX_ANSWER_BYTES} bytes; ask for a smaller k, or fewer queries or images at "
+            "once",
+        )
 
 
 def write_hits(message: pb.HitList, answer: Answer, query: int, first: int = 0) -> None:

@@ -9,11 +9,11 @@ from ray import serve
 
 from lookalike.retrieval.plan import Plan
 from lookalike.serve.app import build
-from lookalike.serve.front.listener import check_local
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.wire.errors import RetrievalError
 from lookalike.serve.wire.plans import to_plan
+from lookalike.serve.wire.requests import check_local
 
 if TYPE_CHECKING:
     from tests.serve.conftest import World

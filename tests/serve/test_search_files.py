@@ -1,5 +1,6 @@
 """The files of serve/ that one search passes, as serve/README.md lists them."""
 
+import logging
 import re
 import sys
 import threading
@@ -51,6 +52,7 @@ def test_a_search_passes_the_files_that_the_page_lists(world: "World", placement
     request = pb.SearchRequest(query=pb.Query(vector=world.vectors["img-004"].tobytes()))
     with files_entered() as entered:
         ingress = serve.run(build(config), name=placement, _local_testing_mode=True)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # as ``lookalike serve`` does
         entered.clear()
         ingress.Search.remote(request, grpc_context=Context()).result()
         passed = [str(Path(name).relative_to(SERVE)) for name in entered]
