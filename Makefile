@@ -7,14 +7,14 @@ export RAY_USAGE_STATS_ENABLED := 0
 # pip passes on a note about editable installs in general; nothing here is in its way
 PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 
-.PHONY: quickstart test test-fast test-soak test-histories test-fresh lint bench-retrieval bench-learning proto help clean
+.PHONY: quickstart test test-fast test-soak test-nightly test-fresh lint bench-retrieval bench-learning proto help clean
 
 help:
 	@echo "make quickstart   set up, then run the whole platform on the sample corpus (report: runs/quickstart/report.html)"
 	@echo "make test         set up, then linters, type checks and tests"
 	@echo "make test-fast    the tests that need neither Ray nor minutes"
 	@echo "make test-soak    what takes minutes: the smoke recipe from end to end, killed workers and nodes, full disks"
-	@echo "make test-histories  nightly: every fault of the disk, and 100,000 random histories of the write path; a C compiler"
+	@echo "make test-nightly nothing beside it: floods, hostile images, killed parts; every fault of the disk; random histories"
 	@echo "make test-fresh   both commands on fresh Debian systems, for hours; needs root and debootstrap"
 	@echo "make lint         ruff (rules and format), mypy, import-linter, buf"
 	@echo "make bench-NAME   tests/benchmarks/NAME.py (ARGS=--quick for a short one): retrieval, learning, labels, training ..."
@@ -56,14 +56,15 @@ test: lint
 	$(BIN)/python -m pytest tests -m 'not soak' $(ARGS)
 
 test-soak: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -m soak -vv --durations=20 $(ARGS)
+	$(BIN)/python -m pytest tests -m 'soak and not nightly' -vv --durations=20 $(ARGS)
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m 'not slow and not ray and not soak' $(ARGS)
 
-test-histories: $(VENV)/.dev
-	$(BIN)/python -m tests.trials.storage $(ARGS)
-	$(BIN)/python -m tests.trials.machine --num 100000 $(ARGS)
+test-nightly: $(VENV)/.dev
+	$(BIN)/python -m pytest tests -m nightly -vv
+	$(BIN)/python -m tests.trials.storage
+	$(BIN)/python -m tests.trials.machine --num 100000
 
 test-fresh: $(VENV)/.dev
 	$(BIN)/python -m tests.fresh_system $(ARGS)

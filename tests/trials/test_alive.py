@@ -4,7 +4,7 @@ import pytest
 
 from tests.trials.alive import run
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.soak, pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
 def test_a_service_answers_or_ends() -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.soak, pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
 def test_one_callers_flood_leaves_the_others_alone() -> None:

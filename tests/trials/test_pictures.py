@@ -5,7 +5,7 @@ import pytest
 from tests.trials import print_rows
 from tests.trials.pictures import run
 
-pytestmark = [pytest.mark.soak, pytest.mark.ray]
+pytestmark = [pytest.mark.soak, pytest.mark.nightly, pytest.mark.ray]
 
 
 def test_pictures_of_one_tenant_stop_nobody() -> None:

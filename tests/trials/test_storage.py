@@ -27,4 +27,4 @@ def test_faults_at_each_call_lose_nothing() -> None:
 
 @pytest.mark.soak
 def test_planted_faults_are_found() -> None:
-    assert run("machine", "--num", "400", "--plant", "all").count(": found") == len(PLANTS)
+    assert run("machine", "--num", "3000", "--plant", "all").count(": found") == len(PLANTS)
