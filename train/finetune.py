@@ -12,5 +12,6 @@ STAGE = Stage(
     run=run_training,
     resumable=True,
     preview=preview,
+    version=2,
     inputs={**INPUTS, "teacher": Input("encoder", optional=True)},
 )

@@ -22,4 +22,5 @@ STAGE: Stage[TrainConfig] = Stage(
     inputs=INPUTS,
     resumable=True,
     preview=preview,
+    version=2,
 )

@@ -388,9 +388,11 @@ def revoke(service: Service) -> Row:
         seconds = time.monotonic() - begun
         ended.set()
     return Row(
-        "stream of a revoked token", "UNAUTHENTICATED within 5 s", f"{code} after {seconds:.1f} s",
+        "stream of a revoked token",
+        "UNAUTHENTICATED within 5 s",
+        f"{code} after {seconds:.1f} s",
         code == "UNAUTHENTICATED" and seconds < 5,
-    )  # fmt: skip
+    )
 
 
 def give_feedback(service: Service) -> Row:

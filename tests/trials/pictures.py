@@ -243,7 +243,7 @@ def run(num: int = 200, placement: str = "fused") -> Iterator[Row]:
         try:
             config = ServeConfig(
                 index=publish_world(root), tenants=str(tenants), port=0, placement=placement, cpus_per_replica=0.1
-            )  # fmt: skip
+            )
             address = start(config)
             yield from _watch(address, num)
         finally:

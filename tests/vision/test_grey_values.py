@@ -18,9 +18,17 @@ def tiff(values: npt.NDArray[np.generic], bits: int, sample_format: int, photome
     """An uncompressed TIFF of one channel, whose bytes are those of ``values``."""
     body = values.tobytes()
     tags = [
-        (256, 64), (257, 4), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 4),
-        (279, len(body)), (339, sample_format),
-    ]  # fmt: skip
+        (256, 64),
+        (257, 4),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 4),
+        (279, len(body)),
+        (339, sample_format),
+    ]
     folder = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + folder + bytes(4)
 

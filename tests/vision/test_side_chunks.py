@@ -112,9 +112,19 @@ def same(data: bytes, plain: bytes) -> bool:
 @pytest.mark.parametrize("code", [0xE0, 0xE1, 0xE2, 0xE3, 0xEC, 0xED, 0xEE, 0xFE])
 @pytest.mark.parametrize(
     "prefix",
-    [b"", b"JFIF\0", b"Exif\0\0", b"Exif\0\0Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0", b"MPF\0",
-     b"Photoshop 3.0\x008BIM", b"Adobe", b"FPXR\0"],
-)  # fmt: skip
+    [
+        b"",
+        b"JFIF\0",
+        b"Exif\0\0",
+        b"Exif\0\0Exif\0\0",
+        b"http://ns.adobe.com/xap/1.0/\0",
+        b"ICC_PROFILE\0",
+        b"MPF\0",
+        b"Photoshop 3.0\x008BIM",
+        b"Adobe",
+        b"FPXR\0",
+    ],
+)
 def test_segments_of_a_jpeg(code: int, prefix: bytes) -> None:
     for name, body in SIDES.items():
         if (code == 0xE0 and prefix == b"JFIF\0") or (code == 0xEE and prefix == b"Adobe"):

@@ -68,7 +68,7 @@ def set_train_mode(model: MultiTaskModel, config: BackboneConfig) -> None:
     model.train()
     backbone = model.encoder.backbone
     assert isinstance(backbone, nn.Module)
-    for module in backbone.modules():
+    for module in backbone.modules() if config.trainable == "probe" or config.frozen_stages else ():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()

@@ -127,9 +127,15 @@ def examine_tiff(data: bytes) -> TiffFacts:
     if ORIENTATION not in numbers:
         orientation = orientation_in_xmp(_bytes(data, first_tags[XMP])) if XMP in first_tags else 1
     return TiffFacts(
-        width, height, coded, orientation, first(BITS, 1), first(PHOTOMETRIC, 0) == 0, sorted(pieces),
+        width,
+        height,
+        coded,
+        orientation,
+        first(BITS, 1),
+        first(PHOTOMETRIC, 0) == 0,
+        sorted(pieces),
         _without_others(data, layout, kept),
-    )  # fmt: skip
+    )
 
 
 def read_tiff_size(data: bytes) -> tuple[int, int]:

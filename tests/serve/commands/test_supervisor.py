@@ -170,7 +170,8 @@ sleep = "import time; time.sleep(60)"
 child = subprocess.Popen([sys.executable, "-c", sleep])
 frozen = subprocess.Popen([sys.executable, "-c", sleep])
 frozen.send_signal(signal.SIGSTOP)
-orphan = subprocess.run(["sh", "-c", "sleep 60 2>/dev/null & echo $! >&2"], stdout=log, stderr=subprocess.PIPE, text=True)
+leave = ["sh", "-c", "sleep 60 2>/dev/null & echo $! >&2"]
+orphan = subprocess.run(leave, stdout=log, stderr=subprocess.PIPE, text=True)
 cluster._own_node = lambda: types.SimpleNamespace(get_logs_dir_path=lambda: logs)
 cluster.kill_ray()
 print(child.wait(10), frozen.wait(10), orphan.stderr.strip())
