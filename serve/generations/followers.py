@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 
@@ -24,9 +24,9 @@ class FollowerStatus:
     """A follower's last poll, and when it came (seconds of the monotonic clock)."""
 
     poll: Poll
-    conflict: str = ""
+    conflict: str
     """Why its writes are not those of the log; empty if they are."""
-    at: float = field(default_factory=time.monotonic)
+    at: float
 
     def holds(self, ref: GenerationRef) -> bool:
         """Whether it can answer for ``ref``."""
@@ -53,7 +53,7 @@ class Followers:
             log.error("follower and log differ %s", fields(reason=conflict))
         if poll.id not in self._status:
             self._drop_silent()  # only as many are known as there are replicas, however many come and go
-        self._status[poll.id] = FollowerStatus(poll, conflict)
+        self._status[poll.id] = FollowerStatus(poll, conflict, at=time.monotonic())
         self._progress.set()
         if poll.version == self.version and poll.last_write >= last_write and poll.wait_s:
             await _wait(self._changed, poll.wait_s)
