@@ -138,7 +138,7 @@ def explained(path: Path) -> Iterator[None]:
             "SQLITE_CANTOPEN": "allow writing to the folder",
         }
         name = "_".join(error_name(error).split("_")[:2])
-        if name == "SQLITE_ERROR":  # our statements are sound: it is the schema that is not
+        if name in ("SQLITE_ERROR", ""):  # our statements are sound: the schema is not, or a text is no UTF-8
             raise damage(path, str(error)) from error
         remedy = remedies.get(name, "see that the disk has space, takes writes and locks files")
         raise LookalikeError(f"{path}: {error}; {remedy}") from error

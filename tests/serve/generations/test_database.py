@@ -118,9 +118,9 @@ def test_a_write_cut_by_a_crash_is_dropped(tmp_path: Path, cut: int) -> None:
     assert reopened(folder) == [(1, UPSERT, b"first"), (2, UPSERT, b"third")]
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, place: int, bit: int = 1) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[place] ^= bit
     path.write_bytes(data)
 
 
@@ -164,9 +164,10 @@ def test_a_damaged_write_is_named(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=rf"{words}.*restore it from a backup"):
             damaged.load_state() and damaged.read()
         damaged.close()
-    for place in (18, 100 + 3, 4096 + 1, 2 * 4096 + 5):
+    no_text = whole.index(b'"current":"g"') + 2
+    for place, bit in ((18, 1), (100 + 3, 1), (4096 + 1, 1), (2 * 4096 + 5, 1), (no_text, 128)):
         path.write_bytes(whole)
-        flip(path, place)
+        flip(path, place, bit)
         with pytest.raises(ArtifactError, match=f"{FILE} is damaged.*restore it from a backup"):
             read_all(tmp_path)
     path.write_bytes(b"something else altogether")
