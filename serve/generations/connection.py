@@ -138,7 +138,8 @@ def explained(path: Path) -> Iterator[None]:
             "SQLITE_CANTOPEN": "allow writing to the folder",
         }
         name = "_".join(error_name(error).split("_")[:2])
-        if name in ("SQLITE_ERROR", ""):  # our statements are sound: the schema is not, or a text is no UTF-8
+        is_no_text = "decode to UTF-8" in str(error)  # Python's own, without a name
+        if name == "SQLITE_ERROR" or is_no_text:  # our statements are sound: it is the schema that is not
             raise damage(path, str(error)) from error
         remedy = remedies.get(name, "see that the disk has space, takes writes and locks files")
         raise LookalikeError(f"{path}: {error}; {remedy}") from error
