@@ -40,6 +40,7 @@ COMMANDS = {
     "verify": ("compare every file of artifacts with their manifests", "commands.verify:verify"),
     "run": ("run every step of a recipe", "commands.run:run"),
     "variants": ("run a recipe of variants: label counts beside retrieval (Table 2)", "commands.variants:variants"),
+    "doctor": ("look at this machine: what would fail, and how to mend it", "commands.doctor:doctor"),
     "quickstart": ("run a whole recipe, serve it, query it, write a report", "serve.commands.quickstart:quickstart"),
 }
 """Verb -> (help, object below the package ``lookalike``)."""

@@ -21,6 +21,7 @@ FLAGS = {
     "export": {"--help", "--to", "--onnx", "--images", "--report", "--licence", "--public"},
     "show": {"--help", "--json", "--verify", "--root"},
     "quickstart": {"--help", "--dry-run"},
+    "doctor": {"--help", "--root", "--port", "--json"},
     "experiment": {"--help", "--experiment", "--kind", "--json"},
     "serve": {"--help", "--index", "--dry-run", "--emit-config", "--check-config"},
 }
