@@ -111,7 +111,7 @@ def test_a_stream_answers_in_order_and_survives_a_bad_batch(client: Client) -> N
 def test_an_answer_too_large_for_a_message_fails_in_its_place(
     client: Client, world: "World", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lookalike.serve.wire.errors.MAX_ANSWER_BYTES", 1000)
+    monkeypatch.setattr("lookalike.serve.wire.requests.MAX_ANSWER_BYTES", 1000)
     one, large, last = client.search_stream([["img-001"], ["img-001"] * 8, ["img-003"]], k=5)
     assert isinstance(large, RetrievalError)
     assert large.code == grpc.StatusCode.RESOURCE_EXHAUSTED
