@@ -16,6 +16,7 @@ from pydantic import Field
 from lookalike.config import Config
 from lookalike.data.duplicates.pdq import HASH_BITS
 from lookalike.data.features import unit_rows, vectors_of
+from lookalike.retrieval.metrics import recall_at_precision
 
 COLOURS = 8 * 8 * 3  # bytes: RGB in cells
 
@@ -159,15 +160,6 @@ def rule_margin(pairs: PairDistances, config: DedupConfig) -> NDArray[np.float64
     framed = np.minimum(config.trimmed_bits - pairs.trimmed_bits, config.max_colour - pairs.colour) / HASH_BITS
     near = np.where(pairs.sharp, near, -np.inf)
     return np.asarray(np.maximum(np.maximum(near, sure), framed), np.float64)
-
-
-def recall_at_precision(duplicate: NDArray[np.bool_], score: NDArray[np.float64], least: float) -> float:
-    """Largest recall of ``score >= t`` over all t with a precision of at least ``least``; 0 if there is no such t."""
-    order = np.argsort(-score, kind="stable")
-    hits = np.cumsum(duplicate[order])
-    last = np.append(score[order][1:] != score[order][:-1], True)  # a threshold takes all pairs of equal score
-    fine = last & (hits >= least * np.arange(1, len(score) + 1))
-    return float(hits[fine].max(initial=0) / max(int(duplicate.sum()), 1))
 
 
 def judge_pairs(

@@ -24,6 +24,7 @@ from lookalike.retrieval.choice import MeasuredPlan, PlanLimits
 from lookalike.retrieval.machine import machine_facts
 from lookalike.retrieval.plan import Plan
 from lookalike.retrieval.ranking import Floats, Rows
+from lookalike.retrieval.relevance import judge_labels
 from lookalike.retrieval.searcher import Searcher
 from lookalike.seeds import derive_seed, hash_unit
 from lookalike.serve.index.plan_plot import plot
@@ -126,8 +127,9 @@ def check_map(
     for name, candidate in (("exact", Plan.exact(searcher.meta.dim)), ("plan", plan)):
         hits = planner.search_without(searcher, queries[labelled], k, candidate, own_rows)
         labels = np.array([row.get(label, "") for row in searcher.metadata(hits.rows)]).reshape(hits.rows.shape)
-        figures[f"{name}_map_at_{k}_by_k"] = metrics.map_at_k_by_k(labels, truth, k)
-        figures[f"{name}_top1"] = metrics.precision_at_k(labels, truth, 1)
+        judged = judge_labels(labels, truth)
+        figures[f"{name}_map_at_{k}_by_k"] = metrics.mean(metrics.ap_by_k(judged, k))
+        figures[f"{name}_top1"] = metrics.mean(metrics.precision(judged, 1))
     gap = figures[f"plan_map_at_{k}_by_k"] - figures[f"exact_map_at_{k}_by_k"]
     return figures | {"difference_points": 100 * gap}
 

@@ -1,11 +1,14 @@
 """Intervals: against scipy where it has them, and by how often they hold the truth."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from scipy.optimize import brentq
 from scipy.stats import binomtest
 
-from lookalike.intervals import difference, mean_interval, wilson, wilson_intervals
+from lookalike import intervals
+from lookalike.intervals import bootstrap, difference, group_means, mean_interval, wilson, wilson_intervals
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 1), (0, 50), (3, 7), (50, 50), (999, 1000)])
@@ -112,3 +115,64 @@ def test_the_lower_end_knows_queries_that_are_lost_now_and_then(lost: float, siz
     values = np.where(rng.random(100_000) < lost, 0.0, np.where(rng.random(100_000) < 0.05, 0.9, 1.0))
     below, _ = misses(values, size, 300)
     assert below <= 0.045
+
+
+def covers(truth: float, draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]], rounds: int) -> float:
+    """Share of ``rounds`` samples (values, groups) whose interval holds ``truth``."""
+    random, hits = np.random.default_rng(8), 0
+    for seed in range(rounds):
+        values, groups = draw(random)
+        ((low, high),) = group_means(values[:, None], groups, seed=seed, resamples=300)
+        hits += low <= truth <= high
+    return hits / rounds
+
+
+@pytest.mark.parametrize("num_groups", [12, 60])
+def test_pictures_of_one_product_do_not_narrow_the_interval_of_its_mean(num_groups: int) -> None:
+    """All ten pictures of a product succeed together or not: what counts is the number of products."""
+    groups = np.repeat(np.arange(num_groups), 10)
+
+    def draw(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return np.repeat((random.random(num_groups) < 0.6).astype(float), 10), groups
+
+    assert covers(0.6, draw, 300) > 0.91
+    assert covers(0.6, lambda random: (draw(random)[0], np.arange(len(groups))), 100) < 0.7  # the trap
+
+
+def test_many_groups_have_the_interval_of_the_normal_approximation() -> None:
+    values = np.repeat(np.random.default_rng(2).random((4000, 2)), 2, axis=0)
+    values[:2000, 1] = np.nan  # these do not count
+    found = group_means(values, np.repeat(np.arange(4000), 2), seed=1, resamples=2000)
+    for column, (low, high) in enumerate(found):
+        known = values[::2][~np.isnan(values[::2, column]), column]
+        half = 1.96 * known.std() / np.sqrt(len(known))
+        assert (low, high) == pytest.approx((known.mean() - half, known.mean() + half), abs=half / 8)
+
+
+def test_queries_that_are_each_a_group_have_the_interval_of_independent_values() -> None:
+    values = np.random.default_rng(2).random((50, 2))
+    values[:20, 1] = np.nan
+    wanted = [mean_interval(values[:, 0]), mean_interval(values[20:, 1])]
+    assert group_means(values, np.arange(50), seed=0) == wanted
+
+
+def test_groups_that_are_all_alike_leave_room_for_what_was_not_seen() -> None:
+    groups = np.repeat(np.arange(50), 3)
+    assert group_means(np.ones((150, 1)), groups, seed=0)[0] == mean_interval(np.ones(50))
+    assert group_means(np.ones((3, 1)), np.zeros(3, int), seed=0)[0] == mean_interval([1.0])
+    assert group_means(np.full((3, 1), np.nan), np.arange(3), seed=0)[0] == (0.0, 1.0)
+
+
+def test_few_groups_widen_the_ends_and_one_says_nothing() -> None:
+    """Of three values the percentile interval spans nearly the range; Student's t says even more."""
+    low, high = bootstrap(3, lambda drawn: drawn @ np.array([[0.0], [0.5], [1.0]]) / 3, seed=4)
+    assert (low[0], high[0]) == (0.0, 1.0)
+    assert bootstrap(1, lambda drawn: drawn, seed=4) == (0.0, 1.0)
+
+
+def test_the_same_seed_gives_the_same_ends_however_many_draws_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, groups = np.random.default_rng(2).random((90, 1)), np.repeat(np.arange(45), 2)
+    wanted = group_means(values, groups, seed=5)
+    monkeypatch.setattr(intervals, "DRAWS_AT_ONCE", 400)
+    assert group_means(values, groups, seed=5) == wanted
+    assert group_means(values, groups, seed=6) != wanted

@@ -27,6 +27,7 @@ from lookalike.plots import create_figure, to_png
 from lookalike.progress import track
 from lookalike.registry import nearest
 from lookalike.retrieval import metrics
+from lookalike.retrieval.relevance import count_equal, judge_labels
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.train.evaluate.baselines import REDUCTIONS, Floats, grid_prefix
 from lookalike.train.evaluate.embed import select_rows
@@ -175,20 +176,21 @@ def measure_task(
         raise UsageError(f"no query of {dict(task.queries)} has a {task.label!r}; choose another label")
     place = {int(row): i for i, row in enumerate(base_rows)}
     same = np.array([place.get(int(row), -1) for row in query_rows], np.int64)
-    relevant = metrics.count_relevant(labels[base_rows], labels[query_rows])
+    relevant = count_equal(labels[base_rows], labels[query_rows])
     relevant = relevant - (same >= 0)  # the query itself is no answer
     for dim in dims:
         unit = grid_prefix(vectors, dim)
         hits = neighbour_labels(unit[query_rows], unit[base_rows], same, labels[base_rows])
-        p1 = metrics.precision_at_k(hits, labels[query_rows], 1)
+        judged = judge_labels(hits, labels[query_rows], relevant)
+        p1 = metrics.mean(metrics.precision(judged, 1))
         yield {
             "dim": dim,
             "queries": len(query_rows),
             "database": len(base_rows),
             "p_at_1": p1,
             "p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(query_rows))),
-            "map_at_10_by_k": metrics.map_at_k_by_k(hits, labels[query_rows], K),
-            "recall_at_10": metrics.recall_at_k(hits, labels[query_rows], K, num_relevant=relevant),
+            "map_at_10_by_k": metrics.mean(metrics.ap_by_k(judged, K)),
+            "recall_at_10": metrics.mean(metrics.recall(judged, K)),
         }
 
 

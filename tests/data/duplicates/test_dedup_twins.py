@@ -18,9 +18,9 @@ from lookalike.data.duplicates.twins import (
     look_alike,
     measure,
     pictures_of,
-    recall_at_precision,
     rule_margin,
 )
+from lookalike.retrieval.metrics import recall_at_precision
 from lookalike.schemas import CORPUS
 from tests.data.conftest import make_rows
 

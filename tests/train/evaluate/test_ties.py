@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lookalike.retrieval import metrics
 from lookalike.train.evaluate import evaluate
 from lookalike.train.evaluate.baselines import grid_prefix, normalize_prefix
 from lookalike.train.evaluate.evaluate import EmbeddingTable, EvaluateConfig, RetrievalTask, measure, nearest_rows
@@ -102,5 +101,3 @@ def test_an_empty_label_is_no_class() -> None:
         for column in (groups, nulls)
     )
     assert measure(empty, CONFIG) == measure(null, CONFIG)
-    assert metrics.count_relevant(np.array(["", "", "a"]), np.array(["", "a"])).tolist() == [0, 1]
-    assert metrics.count_relevant(np.array([-1, -1, 3]), np.array([-1, 3])).tolist() == [0, 1]
