@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-import sys
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "5",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(65 << 20),  # requests of 64 MiB go on to other replicas
     "RAY_health_check_period_ms": "1000",  # a lost node is known after 5 failed checks: 5 s, not 15
+    "RAY_kill_worker_timeout_milliseconds": "1000",  # a frozen replica would keep its CPUs for 5 s after its end
 }
 """Environment of the Ray that is started here, unless it is set; ``deploy/kuberay/retrieval.yaml`` sets those for Serve
 and nodes."""
@@ -40,6 +41,8 @@ class ClusterConfig(Config):
     """Ray Data's own progress bars."""
 
 
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Whether the Ray that is started here takes this machine's address ("1"), so that other machines may join it."""
 CPU_QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 """Where a container's share of the CPUs stands: "QUOTA PERIOD", or the quota alone for a period of 0.1 s."""
 
@@ -123,13 +126,23 @@ def kill_ray() -> None:
     for process in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with suppress(OSError):
             parents[process] = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-            if os.readlink(f"/proc/{process}/fd/1").startswith(logs):
+            if _writes_below(process, logs):
                 doomed.add(process)
     while more := {process for process, parent in parents.items() if parent in doomed} - doomed:
         doomed |= more
     for process in doomed - {os.getpid()}:
         with suppress(OSError):
             os.kill(process, signal.SIGKILL)
+
+
+def _writes_below(process: int, folder: str) -> bool:
+    """Whether ``process`` has a file below ``folder`` open for writing: Ray's agents write to pipes and to logs."""
+    for number in os.listdir(f"/proc/{process}/fd"):
+        path = f"/proc/{process}/fd/{number}"
+        with suppress(OSError):  # closed meanwhile
+            if os.readlink(path).startswith(folder) and os.lstat(path).st_mode & stat.S_IWUSR:
+                return True
+    return False
 
 
 def _own_node() -> Any:
@@ -140,13 +153,16 @@ def _own_node() -> Any:
     return node if node is not None and node.head else None
 
 
-def keep_on_loopback() -> None:
-    """Have a local Ray listen on 127.0.0.1 alone, unless Ray is imported already or a cluster is joined.
+def _keep_on_loopback() -> None:
+    """Have the Ray that starts here listen on 127.0.0.1 alone, unless the user has set otherwise.
 
     By its name the variable is for other systems; on all of them it decides whether Ray takes the machine's address.
     """
-    if not is_joined() and "ray" not in sys.modules:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    is_open = os.environ.setdefault(LOOPBACK_VARIABLE, "0").lower() in ("1", "true")  # for Ray's processes
+    constants = ray._private.ray_constants  # noqa: SLF001  # this process may have read the variable when it imported Ray
+    constants.ENABLE_RAY_CLUSTER = is_open
 
 
 def token_file() -> Path:
@@ -183,6 +199,7 @@ def ensure_ray(config: ClusterConfig | None = None) -> None:
 def _start_local(config: ClusterConfig) -> None:
     import ray
 
+    _keep_on_loopback()
     for last in (False, True):  # on a busy machine a start may exceed Ray's own limit of half a minute
         try:
             ray.init(

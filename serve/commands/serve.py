@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lookalike.cluster import keep_on_loopback
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.flags import Parser
@@ -64,8 +63,6 @@ def serve(args: Sequence[str]) -> int:
     if options.check_config:
         print(printable_lines(check_file(options.check_config)))
         return 0
-    if not (options.emit_config or options.dry_run):
-        keep_on_loopback()  # before anything imports Ray
     config = resolve(options.recipe, options.overrides, options.index, in_cluster=options.emit_config)
     if options.emit_config:
         print(emit_config(config), end="")

@@ -174,13 +174,14 @@ def freeze_shard(service: ServiceProcess) -> Iterator[Row]:
         dark = wait_for(lambda: service.health() == "NOT_SERVING", 20)
         yield Row("a shard is stopped", "health NOT_SERVING within 20 s", f"{dark:.0f} s", dark < 20)
 
-        found_s = wait_for(lambda: not frozen.is_running(), 60) + time.monotonic() - begun
+        wait_for(lambda: not frozen.is_running(), 60)
+        found_s = time.monotonic() - begun
         promised = f"found and killed within {FOUND_WITHIN_S:g} s"
         yield Row("a shard is stopped", promised, f"{found_s:.0f} s", found_s < FOUND_WITHIN_S)
 
         def is_whole() -> bool:
             try:
-                return client.search(vector=VECTOR, k=3, allow_partial=True).info.coverage == (2, 2)
+                return client.search(vector=VECTOR, k=3, allow_partial=True).info.coverage == 1.0
             except RetrievalError:
                 return False
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from lookalike import storage
 from lookalike.errors import LookalikeError, UsageError
@@ -18,6 +18,7 @@ from lookalike.stages import Input, StageRun
 from lookalike.telemetry import fields, get_logger
 from lookalike.train.run.checkpoints import last_checkpoint
 from lookalike.train.run.loop import train_worker
+from lookalike.train.run.rendezvous import torch_config
 from lookalike.train.run.resolve import resolve
 from lookalike.train.run.settings import LoopConfig, TrainConfig
 from lookalike.train.run.state import export_weights
@@ -67,7 +68,7 @@ def fit(config: LoopConfig, folder: str, progress: Any) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"loop": config.model_dump(mode="json"), "folder": folder, "progress": progress},
-        torch_config=TorchConfig(backend="nccl" if train.workers.use_gpu else "gloo", timeout_s=600),
+        torch_config=torch_config(use_gpu=train.workers.use_gpu),
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]
             use_gpu=train.workers.use_gpu,

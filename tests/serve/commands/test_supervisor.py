@@ -165,25 +165,35 @@ KILL = """
 import signal, subprocess, sys, types
 from lookalike import cluster
 
-logs, log = sys.argv[1], open(sys.argv[1] + "/worker.out", "w")
+logs = sys.argv[1]
 sleep = "import time; time.sleep(60)"
 child = subprocess.Popen([sys.executable, "-c", sleep])
 frozen = subprocess.Popen([sys.executable, "-c", sleep])
 frozen.send_signal(signal.SIGSTOP)
-leave = ["sh", "-c", "sleep 60 2>/dev/null & echo $! >&2"]
-orphan = subprocess.run(leave, stdout=log, stderr=subprocess.PIPE, text=True)
+orphans = []
+for files in (">worker.out 2>/dev/null", ">/dev/null 2>&1 7>agent.log", ">/dev/null 2>&1 <worker.out"):
+    leave = ["sh", "-c", f"sleep 60 {files} & echo $!"]
+    orphans.append(subprocess.run(leave, cwd=logs, stdout=subprocess.PIPE, text=True).stdout.strip())
 cluster._own_node = lambda: types.SimpleNamespace(get_logs_dir_path=lambda: logs)
 cluster.kill_ray()
-print(child.wait(10), frozen.wait(10), orphan.stderr.strip())
+print(child.wait(10), frozen.wait(10), *orphans)
 """
 
 
 def test_nothing_is_left_of_a_lost_ray(tmp_path: Path) -> None:
-    """Children, though they stand still, and workers that have lost their parent but not their log."""
+    """Children, though they stand still, workers and agents that have lost their parent but not their logs.
+
+    Who reads a log is left alone.
+    """
     done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path)], capture_output=True, text=True, check=True)
-    child, frozen, orphan = done.stdout.split()
-    assert (child, frozen) == ("-9", "-9")
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(int(orphan)) and psutil.Process(int(orphan)).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    child, frozen, worker, agent, reader = done.stdout.split()
+    try:
+        assert (child, frozen) == ("-9", "-9")
+        deadline = time.monotonic() + 5
+        for orphan in (int(worker), int(agent)):
+            while psutil.pid_exists(orphan) and psutil.Process(orphan).status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert psutil.Process(int(reader)).status() == psutil.STATUS_SLEEPING
+    finally:
+        psutil.Process(int(reader)).kill()
