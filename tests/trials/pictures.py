@@ -29,6 +29,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
+from lookalike.cluster import ClusterConfig, ensure_ray
 from lookalike.serve.app import start, stop
 from lookalike.serve.client import Client
 from lookalike.serve.front.tenants import hash_token
@@ -254,7 +255,7 @@ def run(num: int = 200, placement: str = "fused") -> Iterator[Row]:
         names = ("hostile", "other")
         entries = [{"name": name, "role": "read", "token_sha256": [hash_token(name * 4)]} for name in names]
         tenants.write_text(yaml.safe_dump({"tenants": entries}))
-        ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+        ensure_ray(ClusterConfig(num_cpus=2, object_store_mb=200, progress_bars=False))
         try:
             config = ServeConfig(
                 index=publish_world(root), tenants=str(tenants), port=0, placement=placement, cpus_per_replica=0.1

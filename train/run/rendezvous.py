@@ -65,7 +65,7 @@ def open_store() -> int:
     """Serve a store on loopback from this process, and return its port."""
     listener = socket.create_server((LOOPBACK, 0))
     port = int(listener.getsockname()[1])
-    settings = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+    settings: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
     _kept[:] = [dist.TCPStore(LOOPBACK, port, **settings)]  # type: ignore[attr-defined]
     return port
 
