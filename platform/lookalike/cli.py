@@ -25,6 +25,7 @@ STAGE_HELP = {
     "pretrain": "train a backbone on weak labels (multi-label softmax, Ray Train DDP)",
     "finetune": "train the multi-task Matryoshka embedding",
     "embed": "embed a corpus with an encoder",
+    "vectors": "take in vectors made elsewhere (.npy, parquet, Arrow, Lance, FAISS); --serve serves them",
     "evaluate": "measure retrieval per dimension against baselines",
     "index": "build the sharded prefix index",
     "plan": "measure shortlist and re-rank plans and choose one",
@@ -44,6 +45,8 @@ COMMANDS = {
     "quickstart": ("run a whole recipe, serve it, query it, write a report", "serve.commands.quickstart:quickstart"),
 }
 """Verb -> (help, object below the package ``lookalike``)."""
+WITHOUT_RECIPE = {"vectors": "serve.commands.vectors:vectors"}
+"""Stage verbs that also take files in place of a recipe -> the command that does."""
 EXTRAS = {
     **dict.fromkeys(("wordllama", "py3langid", "sklearn"), "labels"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
@@ -113,18 +116,25 @@ def _run(args: list[str]) -> int:
 def _dispatch(args: list[str]) -> int:
     verb = args[0] if args else ""
     plugins = {point.name: point for point in entry_points(group="lookalike.command")}
-    if verb in STAGE_HELP:
+    if verb in STAGE_HELP and not _takes_files(verb, args[1:]):
         from lookalike.commands.run import run_stage
 
         return run_stage(verb, f"{STAGE_HELP[verb].capitalize()}.", args[1:])
-    if verb in COMMANDS or verb in plugins:
+    if verb in STAGE_HELP or verb in COMMANDS or verb in plugins:
         from lookalike.stages import load_object
         from lookalike.telemetry import setup_logging
 
         setup_logging()
-        command = load_object(f"lookalike.{COMMANDS[verb][1]}") if verb in COMMANDS else plugins[verb].load()
+        own = WITHOUT_RECIPE.get(verb) or COMMANDS.get(verb, ("", ""))[1]
+        command = load_object(f"lookalike.{own}") if own else plugins[verb].load()
         return int(command(args[1:]))
     return _top_level(args, plugins)
+
+
+def _takes_files(verb: str, args: list[str]) -> bool:
+    """Whether a stage verb is called with files of data: no recipe is among its arguments."""
+    recipe = "--describe" in args or any(text.endswith((".yaml", ".yml")) for text in args)
+    return verb in WITHOUT_RECIPE and not recipe
 
 
 def _top_level(args: list[str], plugins: dict[str, Any]) -> int:

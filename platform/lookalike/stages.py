@@ -88,6 +88,7 @@ BUILT_IN = {
     "pretrain": "lookalike.train.pretrain:STAGE",
     "finetune": "lookalike.train.finetune:STAGE",
     "embed": "lookalike.train.evaluate.embed:STAGE",
+    "vectors": "lookalike.data.vectors:STAGE",
     "evaluate": "lookalike.train.evaluate.evaluate:STAGE",
     "index": "lookalike.serve.index.build:STAGE",
     "plan": "lookalike.serve.index.plan_stage:STAGE",

@@ -350,6 +350,12 @@ class Service:
     async def _encode(
         self, generation: Generation, images: Sequence[bytes], deadline: float, tenant: str
     ) -> list[Floats]:
+        if generation.meta.encoder.external:
+            model = generation.meta.encoder.name
+            raise refused(
+                f"the vectors of this index were made elsewhere, by {model!r}, and there is no encoder for pictures; "
+                "send a vector of that model, or a stored id"
+            )
         if not self._can_encode(generation):
             raise refused("this service runs without an encoder; send vectors, or set serve.encoder")
         return await self.router.encode(generation.name, images, deadline=deadline, tenant=tenant)

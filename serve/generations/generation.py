@@ -71,10 +71,10 @@ def read_plans(uri: str | None, meta: IndexMeta) -> ServicePlans:
 def find_encoder(wanted: str, index: str, meta: IndexMeta) -> str | None:
     """URI of the encoder that made the index's vectors, or None when none is wanted.
 
-    ``auto`` follows the lineage; an encoder that is gone raises ``ArtifactError``, one of another fingerprint
-    ``UsageError``.
+    ``auto`` follows the lineage, and finds none for vectors that were made elsewhere; an encoder that is gone raises
+    ``ArtifactError``, one of another fingerprint ``UsageError``.
     """
-    if wanted == "none":
+    if wanted == "none" or (wanted == "auto" and meta.encoder.external):
         return None
     uri = _encoder_of_lineage(index, meta.model_fingerprint) if wanted == "auto" else wanted
     encoder = Artifact.open(uri, "encoder", check=False)

@@ -244,7 +244,7 @@ def run(stage: StageRun[IndexConfig]) -> None:
     source = read_source(embeddings, config.where)
     same: dict[str, Any] = {"dtype": config.dtype, "shortlist": config.shortlist}
     same |= {"dims": dims, "shortlist_dims": shortlist_dims}
-    encoder = EncoderRef(**{key: str(facts["encoder"].get(key, "")) for key in ("fingerprint", "name", "uri")})
+    encoder = EncoderRef(**{key: facts["encoder"][key] for key in EncoderRef.model_fields if key in facts["encoder"]})
     shards = tuple(f"shard-{shard:05d}" for shard in range(config.num_shards))
     meta = IndexMeta(num_rows=0, shards=shards, shard_rows=(0,) * len(shards), columns=COLUMNS, encoder=encoder, **same)
     previous, reason = find_previous(stage, meta)
@@ -264,7 +264,8 @@ def run(stage: StageRun[IndexConfig]) -> None:
             "hash_shards": tuple(segment.shard for segment in segments),
         }
     )
-    stage.out.write_json(INDEX_META, meta.model_dump(mode="json", exclude={"generation"}))
+    left_out: dict[str, Any] = {"generation": True} | ({} if encoder.external else {"encoder": {"external"}})
+    stage.out.write_json(INDEX_META, meta.model_dump(mode="json", exclude=left_out))
     kinds = [change.kind for change in changes]
     stage.out.stats |= _statistics(stage, meta, built) | {f"shards_{kind}": kinds.count(kind) for kind in KINDS}
     stage.out.stats |= {"nothing_kept_because": reason} if reason else {}

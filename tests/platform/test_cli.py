@@ -23,6 +23,10 @@ FLAGS = {
     "quickstart": {"--help", "--dry-run"},
     "doctor": {"--help", "--root", "--port", "--json"},
     "experiment": {"--help", "--experiment", "--kind", "--json"},
+    "vectors": {
+        *("--help", "--table", "--id-column", "--vector-column", "--array", "--column", "--model", "--licence"),
+        *("--nested", "--on-bad", "--root", "--set", "--serve", "--dry-run"),
+    },
     "serve": {"--help", "--index", "--dry-run", "--emit-config", "--check-config"},
 }
 
@@ -61,6 +65,7 @@ def test_every_stage_has_a_verb() -> None:
         "pretrain",
         "finetune",
         "embed",
+        "vectors",
         "evaluate",
         "index",
         "plan",

@@ -22,6 +22,8 @@ class EncoderRef(Config):
     """Name of the artifact, for people."""
     uri: str = ""
     """Place of its artifact when the vectors were made."""
+    external: bool = False
+    """The model lies elsewhere: the vectors were taken in by the stage ``vectors``, and there is no encoder."""
 
 
 class IndexMeta(Config):
