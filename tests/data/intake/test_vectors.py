@@ -251,8 +251,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_next_unit(
         take_in(tmp_path, uri, concurrency=1)
     table = read(take_in(tmp_path, uri, concurrency=1))
     assert begun[:3] == [0, 300, 600]
-    assert begun[-2:] == [600, 900]
-    assert begun.count(0) == begun.count(300) == 1
+    assert (begun.count(0), begun.count(300), begun.count(600)) == (1, 1, 2)
     assert np.allclose(matrix(table), unit(numbers), atol=1e-6)
 
 
