@@ -33,10 +33,17 @@ from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig
 from lookalike.serve.settings.demand import Demand, check_largest, check_room, list_demands
 from lookalike.serve.settings.load import ReplicaSettings
+from lookalike.serve.wire.errors import MAX_MESSAGE_BYTES
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
 APP_NAME = "lookalike"
+MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+"""Ray's largest gRPC message in bytes, which its processes read when they start; 2 GiB by default."""
+REPLICA_VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+"""The same between replicas; 4 MiB by default."""
+ROOM_BYTES = 1 << 20
+"""What a request gains on its way from one replica to the next, at most."""
 UNADMITTED = 100
 """Calls that an ingress replica takes beyond slots and queue: refusals, administration."""
 DRAIN_S = 5.0
@@ -159,6 +166,9 @@ def start(config: ServeConfig) -> str:
     check_guard(config)
     generation = read_service(config)
     application, demands = _assemble(config, generation), check_start(config, generation)
+    message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
+    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for Ray's processes, if it starts here
+    os.environ.setdefault(REPLICA_VARIABLE, str(message_bytes + ROOM_BYTES))
     ensure_ray()
     check_tokens(config)
     _check_no_serve()

@@ -18,7 +18,6 @@ from lookalike.errors import ArtifactError, UsageError
 from lookalike.flags import Parser
 from lookalike.recipe import Recipe, read_values
 from lookalike.registry import nearest
-from lookalike.serve.client import MAX_MESSAGE_BYTES
 from lookalike.serve.commands.check_config import IMPORT_PATH, check_file
 from lookalike.serve.commands.supervisor import ServiceLostError, Supervisor
 from lookalike.serve.settings.config import ServeConfig
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
 
 END_WITHIN_S = 4.0
 """Longest time that a lost service in a cluster of others is waited for to end, in seconds."""
-MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
-"""Ray's largest gRPC message in bytes, which its processes read when they start; 2 GiB by default."""
-REPLICA_VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
-"""The same between replicas; 4 MiB by default."""
-ROOM_BYTES = 1 << 20
-"""What a request gains on its way from one replica to the next, at most."""
 
 
 def serve(args: Sequence[str]) -> int:
@@ -172,9 +165,6 @@ def _serve_until_stopped(config: ServeConfig) -> int:
     from lookalike.serve.app import free_port, start, stop
     from lookalike.serve.front.tls import proxy
 
-    message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
-    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for Ray's processes, if it starts here
-    os.environ.setdefault(REPLICA_VARIABLE, str(message_bytes + ROOM_BYTES))
     stopped = threading.Event()
     tls = config.tls.model_copy(update={"port": free_port(config.tls.port)}) if config.tls.enabled else None
     address = start(config)

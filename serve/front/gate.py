@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from lookalike.serve.front.listener import ListenerSettings
+from lookalike.serve.front.messages import message_bounds
 from lookalike.serve.front.tenants import TenantAccount, Tenants
 from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.serve.settings.security import Quota
@@ -131,6 +132,7 @@ def listener_settings(config: ServeConfig) -> ListenerSettings:
         loopback_only=config.loopback_only,
         max_calls=MOST_CALLS if share is None else 2 * num_replicas * (share + config.max_streams),
         max_bytes=MOST_MESSAGES * config.limits.max_request_bytes,
+        max_message=message_bounds(config.limits),
     )
 
 

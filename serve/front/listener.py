@@ -1,21 +1,23 @@
 """The guard of Serve's gRPC listener: refuses calls by their metadata, before their messages are read.
 
 The listener is Serve's proxy, in throughput mode each ingress replica. It calls ``add_services``, which puts the guard
-around every method. A call without a valid token, of a role too low, or beyond its tenant's calls is refused unread;
-messages of one tenant are read a few at a time, and their bytes are bounded until they are answered. The gate of the
-ingress checks every call again: the guard saves what the gate would come too late for. Until the first ingress replica
-has published ``ListenerSettings``, and without tenants, all callers count as one.
+around every method. A call without a valid token, of a role too low, or beyond its tenant's calls is refused unread. A
+message has a bound of its method and is parsed only if it keeps to it; the bytes of a caller's messages are bounded
+from before they are read until they are answered. The gate of the ingress checks every call again: the guard saves what
+the gate would come too late for. Until the first ingress replica has published ``ListenerSettings``, and without
+tenants, callers count by their address.
 """
 
 import asyncio
 import json
 import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import grpc
+from google.protobuf.descriptor import Descriptor  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2_grpc
 from ray.experimental.internal_kv import (  # Ray has no public one
     _internal_kv_get,  # noqa: PLC2701
@@ -26,10 +28,14 @@ from ray.util import metrics
 
 from lookalike.serve.front.log_limit import limit_serve_log
 from lookalike.serve.front.memory import start_trimming
+from lookalike.serve.front.messages import MOST_PARTS, SMALL_BYTES, count_parts, message_bounds
+from lookalike.serve.front.share import Share
 from lookalike.serve.front.tenants import CHECK_S, Tenants
+from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc
+from lookalike.serve.settings.config import RequestLimits
 from lookalike.serve.wire.errors import RetrievalError, invalid
-from lookalike.serve.wire.requests import check_local
+from lookalike.serve.wire.requests import LOCAL_PEERS, check_local
 from lookalike.telemetry import fields, get_logger
 
 log = get_logger(__name__)
@@ -41,11 +47,10 @@ OPEN_BYTES = 4096
 """Largest message to a service that needs no token."""
 OPEN_READ_S, READ_S = 2.0, 60.0
 """Seconds in which the message of a call must arrive: without a token, and with one."""
-READS = 8
-"""Messages of one tenant, and of all callers without one, that are read at a time."""
-READ_BYTES_PER_S = 64 << 20
-"""Bytes per second that are read of one tenant's messages, on average: reading takes the loop's time from others."""
-RETRY_MS = 100
+MOST_SHARES = 1000
+"""Callers that are remembered at a time; beyond them those with nothing under way are forgotten."""
+MOST_ADDRESS = 64
+"""Characters of an address that are looked at."""
 SUMMARY_S = 10.0
 """Pause between two log lines about refused calls, in seconds."""
 KEY, NAMESPACE = "listener", "lookalike"
@@ -62,7 +67,9 @@ class ListenerSettings(NamedTuple):
     max_calls: int = 10_000
     """Calls of one tenant under way in one listener."""
     max_bytes: int = 256 << 20
-    """Bytes of one tenant's messages that are being answered."""
+    """Bytes of one tenant's messages that are being read or answered."""
+    max_message: Mapping[str, int] = message_bounds(RequestLimits())
+    """Largest message of each method, in bytes."""
 
     def publish(self) -> None:
         """Tell all listeners of the cluster."""
@@ -99,13 +106,10 @@ class Guard:
     def __init__(self, look_up: Callable[[], ListenerSettings | None]) -> None:
         self._look_up, self.settings = look_up, ListenerSettings()
         self._tenants: Tenants | None = None
-        self.calls, self.sizes = Counter[str](), Counter[str]()
-        """Calls under way and bytes of their messages, by tenant."""
+        self.shares: dict[str, Share] = {}
+        """What each caller has under way."""
         self.refused = Counter[tuple[str, str]]()
         """Calls refused since the last line in the log, by method and status."""
-        self._reads: dict[str, asyncio.Semaphore] = {}
-        self._paid: dict[str, float] = {}
-        """Time of the loop's clock until which the messages read so far take up a tenant's share."""
         self._requests = metrics.Counter(
             "lookalike_requests_total", "Requests by status.", ("method", "code", "tenant")
         )
@@ -142,102 +146,193 @@ class Guard:
 
     def unary(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         """``handler`` of a method with one request, as one that reads the request itself."""
+        kind = _Kind.of(method, handler)
 
-        async def answer(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
-            async with self._admitted(method, context) as tenant:
-                with self._held(tenant, request := await self._read(method, tenant, requests)):
-                    return await handler.unary_unary(request, context)
+        async def answer(_: Any, context: grpc.aio.ServicerContext) -> Any:
+            call = _Call(self, kind, context)
+            try:
+                return await handler.unary_unary(await call.read_one(), context)
+            except RetrievalError as error:
+                await call.refuse(error)
+            finally:
+                call.leave()
 
-        async def answer_stream(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
-            async with self._admitted(method, context) as tenant:
-                request = await self._read(method, tenant, requests)
-                async for response in handler.unary_stream(request, context):
+        async def answer_stream(_: Any, context: grpc.aio.ServicerContext) -> Any:
+            call = _Call(self, kind, context)
+            try:
+                async for response in handler.unary_stream(await call.read_one(), context):
                     yield response
+            except RetrievalError as error:
+                await call.refuse(error)
+            finally:
+                call.leave()
 
-        made = {"request_deserializer": handler.request_deserializer, "response_serializer": None}
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(answer_stream, **made)
-        return grpc.stream_unary_rpc_method_handler(answer, **made)
+            return grpc.stream_stream_rpc_method_handler(answer_stream)
+        return grpc.stream_unary_rpc_method_handler(answer)
 
     def stream(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         """``handler`` of a method with a stream of requests, admitted once, at its start."""
+        kind = _Kind.of(method, handler)
 
-        async def answer(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
-            async with self._admitted(method, context):
-                async for response in handler.stream_stream(requests, context):
+        async def answer(_: Any, context: grpc.aio.ServicerContext) -> Any:
+            call = _Call(self, kind, context)
+            try:
+                call.enter()
+                async for response in handler.stream_stream(call.read_all(), context):
+                    call.answered()
                     yield response
+                if call.failure is not None:
+                    raise call.failure
+            except RetrievalError as error:
+                await call.refuse(error)
+            finally:
+                call.leave()
 
-        return handler._replace(stream_stream=answer)
+        return grpc.stream_stream_rpc_method_handler(answer)
 
-    @asynccontextmanager
-    async def _admitted(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
-        """Count a call as under way during the block, which gets the tenant's name; refuse it with its status."""
-        tenant, rpc = "", method.rpartition("/")[2]
+    def identify(self, kind: "_Kind", context: grpc.aio.ServicerContext) -> str:
+        """Return the tenant's name, empty without tenants; raises its status for a caller who may not call."""
+        if self.settings.loopback_only:
+            check_local(context.peer())
+        if self._tenants is None or kind.is_open:
+            return ""
+        return self._tenants.identify(kind.rpc, context.invocation_metadata() or ()).tenant.name
+
+    def share_of(self, tenant: str, kind: "_Kind", context: grpc.aio.ServicerContext) -> Share:
+        """What this caller has under way; those without a tenant count by their address."""
+        name = f"tenant {tenant!r}" if tenant else f"{_source(context)}{' (health)' if kind.is_open else ''}"
+        if (share := self.shares.get(name)) is None:
+            if len(self.shares) >= MOST_SHARES:
+                self.shares = {name: each for name, each in self.shares.items() if not each.is_idle}
+            share = self.shares[name] = Share(name)
+        return share
+
+    def count_refused(self, rpc: str, code: str, tenant: str) -> None:
+        """Count a refused call for the metrics and the log."""
+        self.refused[rpc, code] += 1
+        self._requests.inc(1, {"method": rpc, "code": code, "tenant": tenant})
+
+
+class _Kind(NamedTuple):
+    """A method, as the guard sees it."""
+
+    rpc: str
+    is_open: bool
+    """Whether it needs no token."""
+    parse: Callable[[bytes], Any]
+    descriptor: Descriptor | None
+    """Type of its requests; None for services of others."""
+
+    @classmethod
+    def of(cls, method: str, handler: grpc.RpcMethodHandler) -> "_Kind":
+        service, _, rpc = method.strip("/").rpartition("/")
+        own = pb.DESCRIPTOR.services_by_name.get(service.rpartition(".")[2])
+        descriptor = None if own is None else own.methods_by_name[rpc].input_type
+        return cls(rpc, service == OPEN_SERVICE, handler.request_deserializer, descriptor)
+
+
+class _Call:
+    """One call in a listener."""
+
+    def __init__(self, guard: Guard, kind: _Kind, context: grpc.aio.ServicerContext) -> None:
+        self._guard, self._kind, self._context = guard, kind, context
+        self._share: Share | None = None
+        self._tenant, self._held = "", 0
+        self._unanswered: deque[int] = deque()
+        """Bytes of each batch of a stream that has no answer yet."""
+        self.failure: RetrievalError | None = None
+        """What ended the requests of a stream."""
+
+    def enter(self) -> Share:
+        """Count the call as under way; raises its status if the caller may not call."""
+        self._tenant = self._guard.identify(self._kind, self._context)
+        share = self._guard.share_of(self._tenant, self._kind, self._context)
+        share.enter(self._guard.settings.max_calls)
+        self._share = share
+        return share
+
+    def leave(self) -> None:
+        """End the call."""
+        if self._share is not None:
+            self._share.leave(self._held)
+
+    async def refuse(self, error: RetrievalError) -> None:
+        """Give the caller the status of ``error``."""
+        self._guard.count_refused(self._kind.rpc, error.code.name, self._tenant)
+        await self._context.abort(error.code, error.message)
+
+    async def read_one(self) -> Any:
+        """The one message of a call; raises for one that is late, too large, or beside too many others."""
+        share, most = self.enter(), self._most
+        await share.reserve(most, self._guard.settings.max_bytes)
+        self._held = most
+        seconds = OPEN_READ_S if self._kind.is_open else READ_S
         try:
-            if self.settings.loopback_only:
-                check_local(context.peer())
-            if self._tenants is not None and not _is_open(method):
-                tenant = self._tenants.identify(rpc, context.invocation_metadata() or ()).tenant.name
-            with self._counted(tenant, _is_open(method)):
-                yield tenant
-        except RetrievalError as error:
-            self.refused[rpc, error.code.name] += 1
-            self._requests.inc(1, {"method": rpc, "code": error.code.name, "tenant": tenant})
-            await context.abort(error.code, error.message)
-
-    @contextmanager
-    def _counted(self, tenant: str, is_open: bool) -> Iterator[None]:
-        key, allowed = "" if is_open else f"tenant {tenant}", self.settings.max_calls
-        if self.calls[key] >= allowed:
-            raise RetrievalError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{allowed} calls of {tenant or 'all callers'} are under way; retry after {RETRY_MS} ms",
-            )
-        self.calls[key] += 1
-        try:
-            yield
-        finally:
-            self.calls[key] -= 1
-
-    async def _read(self, method: str, tenant: str, requests: AsyncIterator[Any]) -> Any:
-        """The one message of a call; raises for one that is late, or too large for a method without tokens."""
-        is_open, clock = _is_open(method), asyncio.get_running_loop().time
-        seconds, key = OPEN_READ_S if is_open else READ_S, "" if is_open else f"tenant {tenant}"
-        try:
-            async with self._reads.setdefault(key, asyncio.Semaphore(READS)), asyncio.timeout(seconds):
-                if (wait_s := self._paid.get(key, 0.0) - clock()) > 0:
-                    await asyncio.sleep(wait_s)
-                request = await anext(aiter(requests))
+            async with asyncio.timeout(seconds):
+                data = await self._context.read()
         except TimeoutError:
             raise RetrievalError(
                 grpc.StatusCode.DEADLINE_EXCEEDED, f"the request did not arrive within {seconds:g} s; send it faster"
             ) from None
-        except StopAsyncIteration:
-            raise invalid("the call ended without a request; send one") from None
-        self._paid[key] = max(clock(), self._paid.get(key, 0.0)) + request.ByteSize() / READ_BYTES_PER_S
-        if is_open and request.ByteSize() > OPEN_BYTES:
-            raise invalid(f"the request has {request.ByteSize()} bytes; this method takes {OPEN_BYTES}")
-        return request
+        if data is grpc.aio.EOF:
+            raise invalid("the call ended without a request; send one")
+        share.release(most - len(data))
+        self._held = len(data)
+        return await self._parse(share, data)
 
-    @contextmanager
-    def _held(self, tenant: str, request: Any) -> Iterator[None]:
-        """Count the bytes of ``request`` during the block; raises RESOURCE_EXHAUSTED beside too many others."""
-        size, held = request.ByteSize(), self.sizes[tenant]
-        if held and held + size > self.settings.max_bytes:
-            raise RetrievalError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{held} bytes of requests of {tenant or 'all callers'} are under way, at most "
-                f"{self.settings.max_bytes} may be; retry after {RETRY_MS} ms",
-            )
-        self.sizes[tenant] += size
+    async def read_all(self) -> AsyncIterator[Any]:
+        """The batches of a stream; each waits until there is room for its bytes."""
+        assert self._share is not None
         try:
-            yield
-        finally:
-            self.sizes[tenant] -= size
+            while (data := await self._context.read()) is not grpc.aio.EOF:
+                await self._share.reserve(len(data), self._guard.settings.max_bytes)
+                self._held += len(data)
+                self._unanswered.append(len(data))
+                yield await self._parse(self._share, data)
+        except RetrievalError as error:
+            self.failure = error  # Serve would hide it
+            raise
+
+    def answered(self) -> None:
+        """Give back the bytes of the oldest batch of a stream, which has its answer."""
+        if self._unanswered and self._share is not None:
+            size = self._unanswered.popleft()
+            self._held -= size
+            self._share.release(size)
+
+    @property
+    def _most(self) -> int:
+        return OPEN_BYTES if self._kind.is_open else self._guard.settings.max_message.get(self._kind.rpc, SMALL_BYTES)
+
+    async def _parse(self, share: Share, data: bytes) -> Any:
+        """The message in ``data``. For a large one, others get their turn between the steps that hold up the loop."""
+        kind = self._kind
+        if len(data) > (most := self._most):
+            raise invalid(
+                f"the request has {len(data)} bytes, the limit is {most} for {kind.rpc}; send less at once, or raise "
+                "the limits of the service (max_image_bytes, max_request_bytes)"
+            )
+        if len(data) > SMALL_BYTES:
+            await share.pay(len(data))
+            if kind.descriptor is not None:
+                num = await asyncio.to_thread(count_parts, data, kind.descriptor)
+                if num > MOST_PARTS:
+                    raise invalid(f"the request has more than {MOST_PARTS} fields; send fewer items at once")
+        try:
+            return kind.parse(data)
+        except DecodeError as error:
+            raise invalid(f"the bytes are no request of {kind.rpc} ({error}); send what its contract says") from None
 
 
-def _is_open(method: str) -> bool:
-    return method.startswith(f"/{OPEN_SERVICE}/")
+def _source(context: grpc.aio.ServicerContext) -> str:
+    """The caller's address, which proxies on this machine tell."""
+    peer = str(context.peer()).rpartition(":")[0]
+    if peer.startswith(LOCAL_PEERS):
+        for key, value in context.invocation_metadata() or ():
+            if key == "x-forwarded-for":
+                return f"source {str(value)[:MOST_ADDRESS]}"
+    return f"source {peer}"
 
 
 class _GuardedServer:

@@ -36,7 +36,7 @@ class RequestLimits(Config):
     max_filter_bytes: int = Field(default=1 << 20, ge=1, le=(1 << 31) - 1)
     """Characters of these values together, in bytes of UTF-8."""
     max_request_bytes: int = Field(default=64 << 20, ge=1024, le=(1 << 31) - 1)
-    """Encoded size of one request, or of one batch of a stream, in bytes."""
+    """Encoded size of one request in bytes; a batch of a stream may have a quarter of it, or the size of a search."""
     max_id_bytes: int = Field(default=512, ge=1, le=65_536)
     """Length of an id in bytes of UTF-8; none is empty."""
     max_metadata_bytes: int = Field(default=16_384, ge=0, le=16 << 20)

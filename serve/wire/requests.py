@@ -25,6 +25,8 @@ MAX_HIT_ID = 1024
 """Longest hit id in feedback, in characters."""
 SLICE_HITS = 250
 """Hits written before other requests get their turn: some milliseconds with ten columns."""
+LOCAL_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
+"""Begin of the names that gRPC gives to callers on this machine."""
 REQUEST_ID = re.compile(r"[0-9a-f]{24}")
 FEEDBACK_KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -281,7 +283,7 @@ async def write_results(answer: Answer, num_queries: int, deadline: float) -> li
 
 def check_local(peer: str) -> None:
     """Raise PERMISSION_DENIED unless ``peer``, as gRPC names it, is on this machine."""
-    if not peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")):
+    if not peer.startswith(LOCAL_PEERS):
         raise RetrievalError(
             grpc.StatusCode.PERMISSION_DENIED,
             f"caller {peer} is on another machine; set serve.loopback_only=false to admit it",

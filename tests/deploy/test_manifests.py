@@ -16,7 +16,8 @@ import yaml
 from lookalike.cli import STAGE_HELP
 from lookalike.errors import UsageError
 from lookalike.recipe import Recipe
-from lookalike.serve.commands.serve import MESSAGE_VARIABLE, emit_config
+from lookalike.serve.app import MESSAGE_VARIABLE
+from lookalike.serve.commands.serve import emit_config
 from lookalike.serve.front.tls import render
 from lookalike.serve.settings.config import RequestLimits, ServeConfig
 from lookalike.stages import BUILT_IN, load_object

@@ -18,12 +18,14 @@ from ray.serve._private.grpc_util import gRPCGenericServer  # noqa: PLC2701
 from ray.serve._private.proxy_request_response import gRPCStreamingType  # noqa: PLC2701
 
 from lookalike.serve.front import listener as front_listener
+from lookalike.serve.front import share as front_share
 from lookalike.serve.front.listener import Guard, ListenerSettings, add_guarded
 from lookalike.serve.front.tenants import hash_token
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc as pb_grpc
 
 LARGE = 24 << 20
+OK = grpc.StatusCode.OK
 UNLIMITED = [("grpc.max_send_message_length", -1)]
 
 
@@ -75,6 +77,18 @@ def bearer(token: str) -> dict[str, Any]:
     return {"metadata": [("authorization", f"Bearer {token}")], "timeout": 10}
 
 
+def wait_for(listener: Listener, num: int) -> None:
+    """Wait until ``num`` messages have come through."""
+    while len(listener.received) < num:
+        time.sleep(0.01)
+
+
+def wait_until_free(listener: Listener) -> None:
+    """Wait until nothing is counted any more: a caller has its status a moment before."""
+    while any(each.calls or each.size_bytes for each in listener.guard.shares.values()):
+        time.sleep(0.01)
+
+
 def code_of(call: Any) -> grpc.StatusCode:
     try:
         call()
@@ -85,13 +99,20 @@ def code_of(call: Any) -> grpc.StatusCode:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> ListenerSettings:
-    tenants = [{"name": name, "token_sha256": [hash_token(name)], "role": "read"} for name in ("a", "b")]
+    tenants = [
+        {"name": name, "token_sha256": [hash_token(name)], "role": role}
+        for name, role in (("a", "read"), ("b", "read"), ("w", "write"))
+    ]
     (tmp_path / "tenants.yaml").write_text(yaml.safe_dump({"tenants": tenants}))
     return ListenerSettings(tenants=str(tmp_path / "tenants.yaml"), max_calls=3, max_bytes=LARGE)
 
 
 def image(size: int) -> pb.SearchRequest:
     return pb.SearchRequest(query=pb.Query(image=bytes(size)))
+
+
+def images(*sizes: int) -> pb.SearchBatchRequest:
+    return pb.SearchBatchRequest(queries=[pb.Query(image=bytes(size)) for size in sizes])
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
@@ -101,17 +122,17 @@ def test_the_message_of_a_caller_without_a_token_is_not_read(
     with listen(settings) as (listener, channel):
         stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
         admin = pb_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
-        large = image(LARGE)
+        large = images(LARGE)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for metadata in ([], [("authorization", "Bearer c")]):
-            call = lambda given=metadata: stub.Search(large, metadata=given, compression=compression)  # noqa: E731
+            call = lambda given=metadata: stub.SearchBatch(large, metadata=given, compression=compression)  # noqa: E731
             assert code_of(call) == grpc.StatusCode.UNAUTHENTICATED
         assert code_of(lambda: admin.Status(pb.StatusRequest(), **bearer("a"))) == grpc.StatusCode.PERMISSION_DENIED
         assert code_of(lambda: list(stub.SearchStream(iter([]), timeout=5))) == grpc.StatusCode.UNAUTHENTICATED
         assert listener.received == []
         copies = 3 if compression == grpc.Compression.NoCompression else 2  # the client's own
         assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < copies * LARGE
-        assert code_of(lambda: stub.Search(large, **bearer("a"))) == grpc.StatusCode.OK
+        assert code_of(lambda: stub.SearchBatch(large, **bearer("a"))) == grpc.StatusCode.OK
         assert len(listener.received) == 1
 
 
@@ -124,30 +145,136 @@ def test_health_needs_no_token_and_takes_small_messages(settings: ListenerSettin
         assert len(listener.received) == 1
 
 
-def test_calls_and_bytes_of_a_tenant_are_bounded_and_leave_others_alone(settings: ListenerSettings) -> None:
+def test_calls_of_a_tenant_are_bounded_and_leave_others_alone(settings: ListenerSettings) -> None:
     with listen(settings) as (listener, channel):
         stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
         listener.released.clear()
-        held = [stub.Search.future(image(LARGE // 3), **bearer("a")) for _ in range(2)]
-        while len(listener.received) < 2:
-            time.sleep(0.01)
-        exhausted = grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert code_of(lambda: stub.Search(image(LARGE // 2), **bearer("a"))) == exhausted  # bytes
-        held.append(stub.Search.future(image(1), **bearer("a")))
-        while len(listener.received) < 3:
-            time.sleep(0.01)
-        assert code_of(lambda: stub.Search(image(1), **bearer("a"))) == exhausted  # calls
-        other = stub.Search.future(image(LARGE), **bearer("b"))
-        while len(listener.received) < 4:
-            time.sleep(0.01)
+        held = [stub.Search.future(image(1), **bearer("a")) for _ in range(3)]
+        wait_for(listener, 3)
+        assert code_of(lambda: stub.Search(image(1), **bearer("a"))) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        other = stub.Search.future(image(1), **bearer("b"))
+        wait_for(listener, 4)
         health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
         checked = health.Check.future(health_pb2.HealthCheckRequest())
         listener.loop.call_soon_threadsafe(listener.released.set)
         for call in (*held, other, checked):
             call.result(10)
-        assert code_of(lambda: stub.Search(image(LARGE), **bearer("a"))) == grpc.StatusCode.OK
-        assert listener.guard.calls.total() == listener.guard.sizes.total() == 0
-        assert listener.guard.refused == {("Search", "RESOURCE_EXHAUSTED"): 2}
+        wait_until_free(listener)
+        assert listener.guard.refused == {("Search", "RESOURCE_EXHAUSTED"): 1}
+
+
+def test_bytes_of_a_tenant_are_bounded_and_small_messages_do_not_wait(
+    settings: ListenerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_share, "WAIT_S", 0.3)
+    bounds = {"Search": LARGE // 2}
+    with listen(settings._replace(max_calls=9, max_message=bounds)) as (listener, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        listener.released.clear()
+        held = [stub.Search.future(image(LARGE // 2 - 100), **bearer("a"))]
+        wait_for(listener, 1)
+        held.append(stub.Search.future(image(1000), **bearer("a")))  # counted as the largest, until it is read
+        wait_for(listener, 2)
+        third = [stub.Search.future(image(LARGE // 2 - 100), **bearer("a")) for _ in range(2)]
+        assert {call.code() for call in third} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        held.append(stub.Describe.future(pb.DescribeRequest(), **bearer("a")))
+        held.append(stub.Search.future(image(LARGE // 2 - 100), **bearer("b")))
+        wait_for(listener, 4)
+        waiting = stub.Search.future(image(LARGE // 2 - 100), **bearer("a"))
+        time.sleep(0.1)
+        listener.loop.call_soon_threadsafe(listener.released.set)
+        for call in (*held, waiting):
+            call.result(10)
+        wait_until_free(listener)
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_a_message_too_large_for_its_method_is_refused_unparsed(
+    settings: ListenerSettings, compression: grpc.Compression
+) -> None:
+    with listen(settings) as (listener, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Search(image(LARGE), compression=compression, **bearer("a"))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+        given = image(LARGE).ByteSize()
+        said = caught.value.details()  # type: ignore[attr-defined]
+        assert f"{given} bytes, the limit is {settings.max_message['Search']} for Search; send less" in said
+        many = pb.DeleteRequest(ids=["i" * 500] * 1000)
+        assert code_of(lambda: stub.Delete(many, **bearer("w"))) == grpc.StatusCode.INVALID_ARGUMENT
+        assert listener.received == []
+
+
+def test_large_honest_requests_pass(settings: ListenerSettings) -> None:
+    with listen(settings._replace(max_bytes=1 << 28)) as (_, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        assert code_of(lambda: stub.SearchBatch(images(*[5_000_000] * 8), **bearer("a"))) == grpc.StatusCode.OK
+        assert code_of(lambda: stub.Embed(pb.EmbedRequest(images=[bytes(5 << 20)] * 8), **bearer("a"))) == OK
+        vectors = pb.SearchBatchRequest(queries=[pb.Query(vector=bytes(4 * 2048))] * 256)
+        assert code_of(lambda: stub.SearchBatch(vectors, **bearer("a"))) == OK
+        filters = [pb.Filter(column="c", values=["v" * 1000] * 1000)]
+        full = pb.SearchRequest(query=pb.Query(image=bytes(10_000_000)), options=pb.SearchOptions(filters=filters))
+        assert code_of(lambda: stub.Search(full, **bearer("a"))) == OK
+        batches = [pb.SearchStreamRequest(batch=vectors)] * 20
+        assert len(list(stub.SearchStream(iter(batches), **bearer("a")))) == 20
+        rows = [
+            pb.Row(id=str(row), vector=bytes(8192), metadata=dict.fromkeys(map(str, range(200)), "x" * 30))
+            for row in range(256)
+        ]
+        assert code_of(lambda: stub.Upsert(pb.UpsertRequest(rows=rows), **bearer("w"))) == OK
+
+
+def test_a_message_of_very_many_parts_is_refused_unparsed(settings: ListenerSettings) -> None:
+    with listen(settings) as (listener, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        empty = pb.SearchBatchRequest(queries=[pb.Query()] * 300_000)
+        values = [pb.Filter(column="c", values=["v"] * 300_000)]
+        filters = pb.SearchBatchRequest(options=pb.SearchOptions(filters=values))
+        for request in (empty, filters):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.SearchBatch(request, **bearer("a"))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+            assert "more than 200000 fields; send fewer" in caught.value.details()  # type: ignore[attr-defined]
+        assert listener.received == []
+
+
+def test_bytes_that_are_no_message_are_invalid(settings: ListenerSettings) -> None:
+    with listen(settings) as (_, channel):
+        send = channel.unary_unary("/lookalike.v1.RetrievalService/Search")
+        for content in (b"\xff" * 10, b"\x0a\xff\xff\xff\xff\x0f", b"\xff" * 100_000, b"\x0b" * 100_000):
+            with pytest.raises(grpc.RpcError) as caught:
+                send(content, **bearer("a"))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+            assert "no request of Search" in caught.value.details()  # type: ignore[attr-defined]
+
+
+def test_a_stream_with_a_batch_too_large_says_so(settings: ListenerSettings) -> None:
+    with listen(settings) as (listener, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        batches = [pb.SearchStreamRequest(batch=images(size)) for size in (1, settings.max_message["SearchStream"])]
+        call = stub.SearchStream(iter(batches), **bearer("a"))
+        next(call)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+        assert "for SearchStream; send less" in caught.value.details()  # type: ignore[attr-defined]
+        wait_until_free(listener)
+
+
+def test_without_tenants_callers_count_by_their_address() -> None:
+    settings = ListenerSettings(max_calls=2)
+    with listen(settings) as (listener, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        listener.released.clear()
+        one, other = ({"metadata": [("x-forwarded-for", source)], "timeout": 10} for source in ("10.0.0.1", "10.0.0.2"))
+        held = [stub.Search.future(image(1), **one) for _ in range(2)]
+        wait_for(listener, 2)
+        assert code_of(lambda: stub.Search(image(1), **one)) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        held.append(stub.Search.future(image(1), **other))
+        wait_for(listener, 3)
+        listener.loop.call_soon_threadsafe(listener.released.set)
+        for call in held:
+            call.result(10)
 
 
 def test_a_call_that_sends_no_message_ends(settings: ListenerSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,9 @@ import psutil
 import pytest
 
 from lookalike.cli import main
-from lookalike.serve.app import free_port
+from lookalike.serve.app import MESSAGE_VARIABLE, free_port
 from lookalike.serve.client import Client, ClientTls
 from lookalike.serve.client.credentials import TOKEN_VARIABLE
-from lookalike.serve.commands.serve import MESSAGE_VARIABLE
 from lookalike.serve.wire.errors import RetrievalError
 from tests.serve.front.certificates import Authority
 
