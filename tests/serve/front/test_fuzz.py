@@ -158,7 +158,7 @@ INVALID = {
     "long unicode id": (search(pb.Query(image_id="\u56fe" * 171)), "has 513 bytes"),
     "10 MB id": (search(pb.Query(image_id="\u56fe\x00\n" * 2_000_000)), "for Search; send less"),
     "1 MB id": (search(pb.Query(image_id="\u56fe\x00\n" * 200_000)), "has 1000000 bytes"),
-    "huge request": (search(pb.Query(image_id="x" * 20_000_001)), "has 20000012 bytes, the limit is"),
+    "huge request": (search(pb.Query(image_id="x" * 20_000_001)), "bytes, the limit is 1330112 for Search; send less"),
     "unnamed column": (search(filters=[pb.Filter(values=["red"])]), "filter on ''"),
     "1 MB column": (search(filters=[pb.Filter(column="\u56fe" * 350_000)]), "the index has the columns"),
     "column twice": (search(filters=[pb.Filter(column="view"), pb.Filter(column="view")]), "two filters on 'view'"),
@@ -185,7 +185,7 @@ def test_other_statuses_are_exact(service: Service) -> None:
     assert refuse(service, search(pb.Query(image_id="img-999")))[0] == Code.NOT_FOUND
     code, details = refuse(service, search(pb.Query(image_id="\u56fe\u7247\x00\n")))
     assert (code, "no image '\\u56fe\\u7247\\x00\\n'" in details) == (Code.NOT_FOUND, True), details
-    code, details = refuse(service, search(model_fingerprint="\u56fe" * 1_000_000))
+    code, details = refuse(service, search(model_fingerprint="\u56fe" * 300_000))
     assert (code, "the query is of model" in details, len(details) < 1000) == (Code.FAILED_PRECONDITION, True, True)
     assert refuse(service, search(timeout_ms=1), timeout=30)[0] in (Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
     assert refuse(service, search(), timeout=1e-9)[0] == Code.DEADLINE_EXCEEDED
