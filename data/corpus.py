@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from lookalike import storage
+from lookalike.artifacts import Artifact
 from lookalike.cluster import ensure_ray
 from lookalike.config import runtime
 from lookalike.data.parts import Item, PartWriter, blocks_of, map_parts, num_partitions, write_table
@@ -39,8 +40,10 @@ from lookalike.data.sources.ingest import (
 )
 from lookalike.data.sources.reader import PASSED_OVER, REFUSED
 from lookalike.data.sources.records import REPAIRED, RecordLimits, count_reasons
+from lookalike.data.sources.survey import survey_corpus, survey_sources
 from lookalike.entries import escaped
 from lookalike.errors import CorpusError
+from lookalike.outlook import Outlook
 from lookalike.progress import progress_bar, track
 from lookalike.sampling import stable_keys
 from lookalike.schemas import QUARANTINE
@@ -270,6 +273,13 @@ def _sources(config: CorpusConfig) -> list[str]:
     return [source.uri for source in config.sources]
 
 
+def foresee(config: CorpusConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
+    """See ``Stage.foresee``: what the corpus holds, or what its sources do, as far as that is told soon."""
+    if made is not None:
+        return survey_corpus(made)
+    return survey_sources([config.reader(source) for source in range(len(config.sources))])
+
+
 STAGE: Stage[CorpusConfig] = Stage(
     "corpus",
     "corpus",
@@ -278,5 +288,6 @@ STAGE: Stage[CorpusConfig] = Stage(
     sources=_sources,
     environment=unusual_formats,
     resumable=True,
+    foresee=foresee,
     version=4,
 )

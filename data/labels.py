@@ -4,12 +4,17 @@
 although the paper lists them last, so that copies of one picture cannot vouch for a term on both sides of a hold-out.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+from lookalike.artifacts import Artifact
 from lookalike.cluster import ensure_ray
 from lookalike.data.report.page import write_report
 from lookalike.data.steps import dictionary, duplicates, interests, signing, text
 from lookalike.data.steps.job import LabelJob, LabelsConfig
+from lookalike.errors import UsageError
+from lookalike.outlook import Outlook, listed, require_values
+from lookalike.schemas import CORPUS
 from lookalike.stages import Input, Stage, StageRun
 
 
@@ -66,7 +71,22 @@ def _sources(config: LabelsConfig) -> list[str]:
     return [*(uri for uri in uris if uri is not None), *config.annotations.sources()]
 
 
+def foresee(config: LabelsConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
+    """See ``Stage.foresee``: labels need training rows, and a boundary by retrieval its validation split."""
+    (corpus,) = given["corpus"].values()
+    if not corpus.get("split", {"train": 1}).get("train"):
+        raise UsageError(
+            "labels are made from rows whose split is 'train', and no row of the corpus will have it; there will be "
+            f"{listed(corpus['split'])}; rename the split in the source, map another column (columns: {{split: ...}}), "
+            "or set columns: {split: null} for training on every row"
+        )
+    boundary = config.dictionary.boundary_from
+    if boundary is not None and boundary.criterion == "retrieval":
+        require_values(corpus, "dictionary.boundary_from", {"split": [boundary.split]}, CORPUS.names)
+    return {}
+
+
 INPUTS = {"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)}
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels", "labels", LabelsConfig, run, resumable=True, version=4, sources=_sources, inputs=INPUTS
+    "labels", "labels", LabelsConfig, run, resumable=True, version=4, sources=_sources, inputs=INPUTS, foresee=foresee
 )

@@ -7,18 +7,18 @@ but no images.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
 from lookalike import storage
+from lookalike.artifacts import Artifact
 from lookalike.cluster import ensure_ray
 from lookalike.config import runtime
 from lookalike.data import attributes
@@ -35,26 +35,20 @@ from lookalike.data.parts import (
     sum_images,
 )
 from lookalike.data.report.charts import plot_zipf
+from lookalike.data.shard_files import write_shard
+from lookalike.data.sources.survey import GROUPED
 from lookalike.errors import ArtifactError
+from lookalike.outlook import Outlook
 from lookalike.sampling import image_repeat, label_repeats, mix_keys, stable_keys
 from lookalike.schemas import SHARD
 from lookalike.stages import Input, Stage, StageConfig, StageRun
-from lookalike.telemetry import get_logger, timed
+from lookalike.telemetry import fields, get_logger, timed
 
 log = get_logger(__name__)
 
 _CENSUS = pa.schema([("kind", pa.string()), ("name", pa.string()), ("images", pa.int64())])
 _PLACED = pa.schema(
     [*SHARD, pa.field("place", pa.string()), pa.field("bundle", pa.uint64()), pa.field("key", pa.uint64())]
-)
-_WRITTEN = pa.schema(
-    [
-        ("file", pa.string()),
-        ("rows", pa.int64()),
-        ("epoch", pa.float64()),
-        ("label_epoch", pa.list_(pa.float64())),
-        ("attributes", pa.list_(pa.int64())),
-    ]
 )
 LIGHT = ["image_id", "dataset", "category", "group", "attributes"]
 """Columns of the corpus that name the classes of a row."""
@@ -71,8 +65,9 @@ class ShardsConfig(StageConfig):
     """t in r(h) = max(1, sqrt(t / f(h))): labels on a smaller share of the labelled images are repeated."""
     max_repeat: float = Field(8.0, ge=1)
     """Upper bound of r(I)."""
-    categories: Literal["grouped", "all", "none"] = "grouped"
-    """Rows whose category is a class of the category task: rows with a group (a catalogue), all rows, or none."""
+    categories: Literal["grouped", "all", "none"] = "all"
+    """Rows whose category is a class of the category task: all rows, those with a group (a catalogue), or none.
+    Rows that are left out are counted and logged."""
     min_images_per_category: int = Field(5, ge=1)
     """Fewest training images of a category that is a class; others are -1."""
     min_images_per_attribute: int = Field(5, ge=1)
@@ -115,6 +110,8 @@ def take_census(rows: pa.Table, rule: str) -> pa.Table:
             counts[("group", row["group"])] += 1
         if (category := category_of(row, rule)) is not None:
             counts[("category", category)] += 1
+        elif row["category"]:
+            counts[("left out", "no_group" if rule == "grouped" else "categories_none")] += 1
     if stated := sum(bool(pairs) for pairs in attributes.pairs_of(rows)):
         counts[("attributes", "")] = stated
     keys = sorted(counts)
@@ -193,48 +190,6 @@ class Classes:
         texts = [f"{name}/{cut}" for name, cut in zip(names, (keys % cuts).tolist(), strict=True)]
         shared = mix_keys(stable_keys(texts), self.seed, "shuffle")
         return np.where([name is None for name in names], keys, shared)
-
-
-def write_shard(rows: pa.Table, out: str, rows_per_group: int, num_labels: int) -> pa.Table:
-    """Write the rows of one ``place`` in the order of their keys; return ``_WRITTEN``."""
-    name = rows["place"][0].as_py()
-    shard = rows.sort_by([("bundle", "ascending"), ("key", "ascending"), ("image_id", "ascending")])
-    table = shard.select(SHARD.names).cast(SHARD)
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, SHARD, compression="none") as writer:
-        for start, stop in pack_groups(shard["bundle"].to_numpy(), rows_per_group):
-            writer.write_table(table.slice(start, stop - start))
-    storage.write_atomic(storage.join(out, name), sink.getvalue().to_pybytes())
-    repeat = shard["repeat"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
-    label_epoch = copies_of_labels(shard["labels"], repeat, num_labels).tolist()
-    known = attributes.count_known(shard["attributes"]).tolist()
-    return pa.table([[name], [shard.num_rows], [float(repeat.sum())], [label_epoch], [known]], schema=_WRITTEN)
-
-
-def pack_groups(bundles: NDArray[np.uint64], rows_per_group: int) -> list[tuple[int, int]]:
-    """Row groups [start, stop) of at most ``rows_per_group`` rows, of rows sorted by ``bundles`` [n].
-
-    Only a bundle larger than a row group is cut; a row group is closed when the next bundle does not fit.
-    """
-    starts = np.flatnonzero(np.diff(bundles)) + 1
-    groups: list[tuple[int, int]] = []
-    first = 0
-    for start, stop in pairwise([0, *starts.tolist(), len(bundles)]):
-        if stop - first > rows_per_group and start > first:
-            groups.append((first, start))
-            first = start
-        while stop - first > rows_per_group:
-            groups.append((first, first + rows_per_group))
-            first += rows_per_group
-    return [*groups, (first, len(bundles))] if first < len(bundles) else groups
-
-
-def copies_of_labels(labels: pa.ChunkedArray, repeat: NDArray[np.floating], num_labels: int) -> NDArray[np.float64]:
-    """Expected copies per epoch of the images of each label [num_labels]: the sum of r(I) over its images."""
-    lists = labels.combine_chunks()
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
-    flat = lists.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(np.bincount(flat, weights=np.repeat(repeat, lengths), minlength=num_labels), np.float64)
 
 
 def _read(item: Item, columns: list[str]) -> pa.Table:
@@ -317,6 +272,7 @@ def run(run: StageRun[ShardsConfig]) -> None:
         counts = count_classes(items, config)
     stated = count_attributes(items, config) if ("attributes", "") in counts else {}
     classes = Classes(counts, len(names), config, config.seed, stated)
+    left_out = categories_left_out(counts, classes)
     with timed(log, "shuffle", shards=sum(classes.shards.values())):
         totals = write_shards(items, classes, run.out.uri, len(names))
     run.out.write_json(
@@ -330,10 +286,23 @@ def run(run: StageRun[ShardsConfig]) -> None:
         },
     )
     assert sum(totals.rows.values()) == sum(n for (kind, _), n in counts.items() if kind == "dataset")
-    run.out.stats = _stats(counts, classes, totals)
+    run.out.stats = {**_stats(counts, classes, totals), "categories_left_out": left_out}
     images = classes.label_frequency * counts.get(("labelled", ""), 0)
     chart = plot_zipf({"images": images.tolist(), "expected copies an epoch": totals.label_epoch.tolist()})
     storage.write_atomic(run.out.path("resampling.png"), chart)
+
+
+def categories_left_out(counts: dict[tuple[str, str], int], classes: Classes) -> dict[str, int]:
+    """Reason -> rows whose category is no class, and a log line with the remedy if there are any."""
+    out = {name: n for (kind, name), n in sorted(counts.items()) if kind == "left out"}
+    few = sum(n for (kind, _), n in counts.items() if kind == "category") - sum(
+        counts[("category", name)] for name in classes.categories
+    )
+    out |= {"too_few_images": few} if few else {}
+    if out:
+        remedy = "categories: all keeps rows without a group; min_images_per_category keeps rare categories"
+        log.warning("rows whose category is no class %s", fields(**out, classes=len(classes.categories), remedy=remedy))
+    return out
 
 
 def _stats(counts: dict[tuple[str, str], int], classes: Classes, totals: ShardTotals) -> dict[str, Any]:
@@ -364,6 +333,41 @@ def _share(images: NDArray[np.floating]) -> float:
     return round(float(images.min() / max(images.sum(), 1)), 6) if len(images) else 0.0
 
 
+def foresee(config: ShardsConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
+    """See ``Stage.foresee``: the classes that training may find, by what the corpus holds or what was made of it."""
+    if made is not None:
+        names, rows = made.read_json("classes.json"), made.stats["images"]
+        fields_of = {f"attribute.{name}": values for name, values in names["attributes"].items()}
+        fields_of |= {
+            "attribute": list(names["attributes"]),
+            **{key: names[key] for key in ("labels", "category", "group")},
+        }
+        return {"dataset": made.stats["datasets"]} | {key: dict.fromkeys(some, rows) for key, some in fields_of.items()}
+    (corpus,) = given["corpus"].values()
+    outlook = {name: corpus[name] for name in ("dataset", "group") if name in corpus}
+    source = {"all": "category", "grouped": GROUPED, "none": ""}[config.categories]
+    if not source or source in corpus:
+        outlook["category"] = _frequent(corpus.get(source, {}), config.min_images_per_category)
+    if "attribute" in corpus:
+        values = {key: known for key, known in corpus.items() if key.startswith("attribute.")}
+        classes = {key: _frequent(known, config.min_images_per_attribute) for key, known in values.items()}
+        outlook |= classes
+        outlook["attribute"] = {
+            key.partition(".")[2]: sum(some.values()) for key, some in classes.items() if len(some) > 1
+        }
+    return outlook
+
+
+def _frequent(images: Mapping[str, int], least: int) -> dict[str, int]:
+    return {name: most for name, most in images.items() if most >= least}
+
+
 STAGE: Stage[ShardsConfig] = Stage(
-    "shards", "shards", ShardsConfig, run, version=3, inputs={"corpus": Input("corpus"), "labels": Input("labels")}
+    "shards",
+    "shards",
+    ShardsConfig,
+    run,
+    version=4,
+    inputs={"corpus": Input("corpus"), "labels": Input("labels")},
+    foresee=foresee,
 )

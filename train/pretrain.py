@@ -1,6 +1,7 @@
 """``lookalike pretrain``: a backbone on weak labels by multi-label softmax (Beal et al. 2021, section 3.4)."""
 
 from lookalike.stages import Stage
+from lookalike.train.run.foresight import foresee
 from lookalike.train.run.resolve import preview
 from lookalike.train.run.settings import TrainConfig
 from lookalike.train.run.trainer import INPUTS, run_training
@@ -22,5 +23,6 @@ STAGE: Stage[TrainConfig] = Stage(
     inputs=INPUTS,
     resumable=True,
     preview=preview,
+    foresee=foresee,
     version=2,
 )

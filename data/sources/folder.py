@@ -67,7 +67,11 @@ class FolderReader(Reader):
 
     def _table(self, uri: str) -> Reader | None:
         kind = METADATA.get(uri.rpartition("/")[2])
-        return None if kind is None else kind(self.source, self.max_bytes)
+        if kind is None:
+            return None
+        table = kind(self.source, self.max_bytes)
+        table.only = self.only
+        return table
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
         if (table := self._table(uri)) is not None:

@@ -50,7 +50,9 @@ class LanceReader(Reader):
             yield unreadable("claims_too_many_rows", unit["claim"])
             return
         dataset = _open(unit["uri"], unit["version"])
-        columns = resolve_schema(self.source.columns, dataset.schema, f"source {unit['uri']}", self.natural)
+        columns = self.wanted(
+            resolve_schema(self.source.columns, dataset.schema, f"source {unit['uri']}", self.natural)
+        )
         scanner = dataset.scanner(
             columns=top_level(dataset.schema, list(columns.values())),
             offset=unit["start"],

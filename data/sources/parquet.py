@@ -58,7 +58,7 @@ class ParquetReader(Reader):
             yield {"uri": uri, "start": start, "stop": stop}
 
     def _columns(self, schema: pa.Schema, uri: str) -> dict[str, str]:
-        return resolve_schema(self.source.columns, schema, f"source {uri}", self.natural)
+        return self.wanted(resolve_schema(self.source.columns, schema, f"source {uri}", self.natural))
 
     def read(self, unit: Unit) -> Iterator[Record]:
         if "claim" in unit:

@@ -125,6 +125,8 @@ class Reader(ABC):
         """At most this many bytes of an image are read, and one more, by which ``records`` knows what to refuse."""
         self.refused: list[tuple[str, str, str]] = []
         """(name, reason, detail) of entries of the source's folder that are no files."""
+        self.only: frozenset[str] | None = None
+        """Corpus fields that are wanted; columnar formats read no others. None: all."""
         self.passed_over: Counter[str] = Counter()
         """Ending -> files of the source's folder that this format does not read."""
 
@@ -184,6 +186,14 @@ class Reader(ABC):
     def accepts(self, name: str) -> bool:
         """Whether to read a file of the source's folder, given its relative name."""
         return name.lower().endswith(self.suffixes)
+
+    def wanted(self, columns: Mapping[str, str]) -> dict[str, str]:
+        """Those of the ``columns`` (corpus field -> column) whose field is wanted."""
+        return {
+            field: column
+            for field, column in columns.items()
+            if self.only is None or field.partition(".")[0] in self.only
+        }
 
     @property
     def base(self) -> str:

@@ -6,7 +6,7 @@ that differs from another in a few settings, such as a smoke twin, has ``extends
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr
@@ -16,6 +16,7 @@ from lookalike.artifacts import Artifact, Draft, find
 from lookalike.cluster import ClusterConfig
 from lookalike.config import Config, apply_overrides, parse_config
 from lookalike.errors import ArtifactError, UsageError
+from lookalike.outlook import Outlook
 from lookalike.plain_yaml import parse_yaml
 from lookalike.registry import nearest
 from lookalike.stages import (
@@ -61,6 +62,7 @@ class Recipe(Config):
     demo: dict[str, Any] = {}
     """Settings of the tour that ``lookalike quickstart`` ends with."""
     _artifacts: dict[str, Artifact] = PrivateAttr(default_factory=dict)
+    _outlooks: dict[str, Outlook] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, path: str, overrides: list[str] | None = None) -> "Recipe":
@@ -103,6 +105,39 @@ class Recipe(Config):
                         f"step {name!r}: stage {stage.name!r} takes an artifact of kind {wanted!r} as "
                         f"{key!r}, step {source!r} makes one of kind {made!r}"
                     )
+
+    def foresee(self, names: Iterable[str] | None = None) -> None:
+        """Raise ``UsageError`` if a step needs what its inputs will not hold: a label, a split, a data set.
+
+        ``names``: the steps to check, with all that they read; None: every step. What is not known yet passes.
+        """
+        needed = set(self.steps if names is None else names)
+        for name in reversed(self.steps):
+            if name in needed:
+                needed.update(source for sources in self.steps[name].inputs.values() for source in _as_list(sources))
+        outlooks: dict[str, Outlook] = {}
+        for name in [name for name in self.steps if name in needed]:
+            outlooks[name] = self._foresee(name, outlooks)
+
+    def _foresee(self, name: str, outlooks: Mapping[str, Outlook]) -> Outlook:
+        foresee, inputs = self.stage(name).foresee, self.steps[name].inputs
+        if foresee is None:
+            return {}
+        made = self._made(name)
+        if not inputs and made is None and name in self._outlooks:  # sources are read once
+            return self._outlooks[name]
+        given = {key: {source: outlooks.get(source, {}) for source in _as_list(some)} for key, some in inputs.items()}
+        try:
+            self._outlooks[name] = foresee(self.config(name), given, made)
+        except UsageError as error:
+            raise UsageError(f"step {name!r}: {error}") from None
+        return self._outlooks[name]
+
+    def _made(self, name: str) -> Artifact | None:
+        try:
+            return self.published(name)
+        except ArtifactError:  # of an input that is not published
+            return None
 
     def stage(self, name: str) -> Stage[Any]:
         """The stage of a step."""
@@ -209,6 +244,8 @@ def run_steps(recipe: Recipe) -> tuple[dict[str, Artifact], list[dict[str, Any]]
         mark = "published already, skipped" if skipped else "running"
         print(f"[{number}/{len(recipe.steps)}] {name} ({printable(stage)}): {mark}", file=sys.stderr, flush=True)
         artifacts[name] = recipe.run_step(name)
+        if not skipped:
+            recipe.foresee()  # more is known now
         seconds = artifacts[name].manifest.duration_s
         stages.append({"step": name, "stage": stage, "skipped": skipped, "seconds": seconds})
     return artifacts, stages

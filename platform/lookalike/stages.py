@@ -17,6 +17,7 @@ from lookalike.artifacts import Artifact, Draft, find, hash_json
 from lookalike.config import Config
 from lookalike.entries import list_entries
 from lookalike.errors import UsageError
+from lookalike.outlook import Outlook
 from lookalike.registry import Registry, nearest
 from lookalike.telemetry import fields, get_logger
 
@@ -75,6 +76,9 @@ class Stage(Generic[C]):
     """The stage continues an earlier attempt's draft; otherwise it starts from an empty draft."""
     preview: Callable[[StageRun[C]], list[str]] | None = None
     """Lines for a dry run about a step that would run, such as what it will need; writes nothing."""
+    foresee: Callable[[C, Mapping[str, Mapping[str, Outlook]], Artifact | None], Outlook] | None = None
+    """What the artifact will hold, given for each input what its artifacts (by name of their step or URI) will hold,
+    and the artifact itself if it is published. Raises ``UsageError`` for a setting that cannot work with the inputs."""
     version: int = 1
     """Raised whenever the stage computes a different result from the same configuration."""
 

@@ -56,6 +56,7 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
 
     config = parse_config(TourConfig, recipe.demo, "demo")
     start = time.monotonic()
+    recipe.foresee()
     ensure_ray(recipe.cluster)
     artifacts, stages = run_steps(recipe)
     serving = time.monotonic()

@@ -11,15 +11,17 @@ that are new to the index once to compare them, and the row groups with rows to 
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from lookalike import storage
+from lookalike.artifacts import Artifact
 from lookalike.cluster import background_processes, ensure_ray
 from lookalike.errors import LookalikeError, UsageError
+from lookalike.outlook import Outlook, require_values
 from lookalike.progress import track
 from lookalike.retrieval.index_meta import INDEX_META, EncoderRef, IndexMeta, read_index_meta
 from lookalike.retrieval.index_types import SHORTLISTS, ShortlistOptions
@@ -322,11 +324,19 @@ def map_tasks(function: Any, arguments: list[tuple[Any, ...]], description: str)
         raise
 
 
+def foresee(config: IndexConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
+    """See ``Stage.foresee``: rows that ``where`` keeps."""
+    for outlook in given["embeddings"].values():
+        require_values(outlook, "where", config.where, COLUMNS)
+    return {}
+
+
 STAGE: Stage[IndexConfig] = Stage(
     name="index",
     kind="index",
     config=IndexConfig,
     run=run,
+    foresee=foresee,
     resumable=True,
     version=3,
     inputs={"embeddings": Input("embeddings"), "previous": Input("index", optional=True)},

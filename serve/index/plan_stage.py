@@ -6,6 +6,7 @@ holds the plan, every candidate with its cost, its times and the limits that it 
 of one stage with several, and the mAP check; ``plan.png`` shows recall over cost (``serve/index/plan_plot.py``).
 """
 
+from collections.abc import Mapping
 from math import ceil, log
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from lookalike.artifacts import Artifact
 from lookalike.config import runtime
 from lookalike.errors import UsageError
 from lookalike.intervals import LEVEL, mean_interval
+from lookalike.outlook import Outlook, require_values
 from lookalike.retrieval import choice, metrics, planner
 from lookalike.retrieval.candidates import list_plans
 from lookalike.retrieval.choice import MeasuredPlan, PlanLimits
@@ -28,7 +30,7 @@ from lookalike.retrieval.relevance import judge_labels
 from lookalike.retrieval.searcher import Searcher
 from lookalike.seeds import derive_seed, hash_unit
 from lookalike.serve.index.plan_plot import plot
-from lookalike.serve.index.rows import EmbeddingRows, read_source
+from lookalike.serve.index.rows import COLUMNS, EmbeddingRows, read_source
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.telemetry import fields, get_logger
 
@@ -269,11 +271,19 @@ def run(stage: StageRun[PlanConfig]) -> None:
     logger.info("plan %s", fields(plan=chosen.plan.describe(), recall=chosen.recall, us=chosen.query_us))
 
 
+def foresee(config: PlanConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
+    """See ``Stage.foresee``: rows that ``where`` keeps."""
+    for outlook in given["queries"].values():
+        require_values(outlook, "where", config.where, COLUMNS)
+    return {}
+
+
 STAGE: Stage[PlanConfig] = Stage(
     name="plan",
     kind="plan",
     config=PlanConfig,
     run=run,
+    foresee=foresee,
     version=2,
     inputs={"index": Input("index"), "queries": Input("embeddings")},
 )

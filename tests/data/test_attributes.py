@@ -20,7 +20,8 @@ from lookalike.data.attributes import (
     frequent_values,
 )
 from lookalike.data.parts import part_name, write_table
-from lookalike.data.shards import STAGE, Classes, ShardsConfig, take_census, write_shard
+from lookalike.data.shard_files import write_shard
+from lookalike.data.shards import STAGE, Classes, ShardsConfig, take_census
 from lookalike.schemas import CORPUS, SHARD
 from lookalike.stages import execute
 from tests.data.conftest import make_rows, publish_corpus

@@ -159,13 +159,23 @@ def test_embeddings_of_another_corpus_are_refused(built: list[dict[str, Artifact
         execute(labels.STAGE, labels.LabelsConfig.model_validate(SETTINGS), given, root, "other")
 
 
-def test_categories_of_rows_without_a_group_are_no_classes() -> None:
-    rows = pa.table({"dataset": ["d", "d"], "category": ["sofa", "cat"], "group": ["p", None], "labels": [[0], []]})
-    census = {(r["kind"], r["name"]): r["images"] for r in shards.take_census(rows, "grouped").to_pylist()}
-    assert census == {
-        ("dataset", "d"): 2,
-        ("labelled", ""): 1,
-        ("label", "0"): 1,
-        ("group", "p"): 1,
-        ("category", "sofa"): 1,
+def test_categories_that_are_no_classes_are_counted_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    columns = {"category": ["sofa", "sofa", "cat", "cat", "cat", None], "group": ["p", "q", None, None, None, None]}
+    rows = pa.table({"dataset": ["d"] * 6, **columns, "labels": [[0], [], [], [], [], []]})
+    expected = {  # rule, least images -> classes, rows left out
+        ("all", 1): (["cat", "sofa"], {}),
+        ("all", 3): (["cat"], {"too_few_images": 2}),
+        ("grouped", 1): (["sofa"], {"no_group": 3}),
+        ("grouped", 3): ([], {"no_group": 3, "too_few_images": 2}),
+        ("none", 1): ([], {"categories_none": 5}),
     }
+    assert shards.ShardsConfig().categories == "all"
+    for (rule, least), (names, left_out) in expected.items():
+        census = {(r["kind"], r["name"]): r["images"] for r in shards.take_census(rows, rule).to_pylist()}
+        config = shards.ShardsConfig.model_validate({"categories": rule, "min_images_per_category": least})
+        classes = shards.Classes(census, 1, config, 1)
+        caplog.clear()
+        assert (classes.categories, shards.categories_left_out(census, classes)) == (names, left_out)
+        assert bool(left_out) == ("categories: all keeps rows without a group" in caplog.text)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lookalike.data.shards import Classes, ShardsConfig, copies_of_labels, pack_groups, take_census, write_shard
+from lookalike.data.shard_files import copies_of_labels, pack_groups, write_shard
+from lookalike.data.shards import Classes, ShardsConfig, take_census
 from lookalike.schemas import SHARD
 
 

@@ -22,6 +22,7 @@ from lookalike import schemas, storage
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import runtime
 from lookalike.errors import ArtifactError, LookalikeError, UsageError
+from lookalike.outlook import Outlook, require_values
 from lookalike.progress import follow_remote
 from lookalike.registry import nearest
 from lookalike.stages import Input, Stage, StageConfig, StageRun
@@ -225,6 +226,17 @@ def _warn_without_cpus(needed: int) -> None:
         )
 
 
+def foresee(config: EmbedConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
+    """See ``Stage.foresee``: rows that ``where`` keeps, with the columns that embeddings carry."""
+    (corpus,) = given["corpus"].values()
+    require_values(corpus, "where", config.where, schemas.CORPUS.names)
+    return {
+        column: {value: n for value, n in corpus[column].items() if value in config.where.get(column, corpus[column])}
+        for column in schemas.CARRIED
+        if column in corpus
+    }
+
+
 def _describe(run: StageRun[EmbedConfig], encoder: Artifact) -> None:
     facts = read_config(encoder)
     parts = [name for name in storage.list_files(run.out.uri) if name.startswith("part-")]
@@ -245,6 +257,7 @@ STAGE = Stage(
     config=EmbedConfig,
     run=embed,
     resumable=True,
+    foresee=foresee,
     inputs={"corpus": Input("corpus"), "encoder": Input("encoder")},
     version=2,
 )

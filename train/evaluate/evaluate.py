@@ -8,7 +8,7 @@ Ranks follow one rule: cosines of vectors rounded to multiples of 2^-24, compute
 with the smaller ``image_id`` first. So figures do not depend on the order of the rows, on blocks or on the processor.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from lookalike import storage
+from lookalike import schemas, storage
 from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import UsageError
+from lookalike.outlook import Outlook, require_column, require_values
 from lookalike.plots import create_figure, to_png
 from lookalike.progress import track
 from lookalike.registry import nearest
@@ -216,12 +217,20 @@ def measure(embedded: EmbeddingTable, config: EvaluateConfig) -> list[dict[str, 
     return rows
 
 
+def require_names(config: EvaluateConfig, embeddings: Sequence[str]) -> None:
+    """Raise ``UsageError`` if an embedding to reduce is none of ``embeddings``."""
+    for method, names in config.reduced.items():
+        if unknown := sorted(set(names) - set(embeddings)):
+            raise UsageError(
+                f"{method}_of names {unknown}{nearest(unknown[0], list(embeddings))}; the embeddings are "
+                f"{list(embeddings)}; name some of these, or add the step to inputs.embeddings"
+            )
+
+
 def evaluate(run: StageRun[EvaluateConfig]) -> None:
     """Measure every embedding and write ``report.json`` and a plot per task."""
     config, artifacts = run.config, run.many("embeddings")
-    for method, names in config.reduced.items():
-        if unknown := sorted(set(names) - {artifact.manifest.name for artifact in artifacts}):
-            raise UsageError(f"{method}_of names {unknown}; the embeddings are {[a.manifest.name for a in artifacts]}")
+    require_names(config, [artifact.manifest.name for artifact in artifacts])
     rows: list[dict[str, Any]] = []
     for artifact in track(artifacts, "evaluate", len(artifacts), unit="embedding"):
         rows += measure(load(artifact), config)
@@ -273,11 +282,32 @@ def plot_by_dim(rows: list[dict[str, Any]], title: str) -> bytes:
     return to_png(figure)
 
 
+def foresee(config: EvaluateConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
+    """See ``Stage.foresee``: queries, a database and labels in every embedding, and the names of those to reduce."""
+    columns, embeddings = ("image_id", *schemas.CARRIED), given["embeddings"]
+    if not any("/" in source for source in embeddings):  # an artifact of elsewhere is opened later, and has any name
+        require_names(config, list(embeddings))
+    for outlook in embeddings.values():
+        for name, task in config.tasks.items():
+            require_values(outlook, f"tasks.{name}.queries", task.queries, columns)
+            require_values(outlook, f"tasks.{name}.database", task.database, columns)
+            require_column(f"tasks.{name}.label", task.label, columns)
+            if outlook.get(task.label) == {}:
+                raise UsageError(
+                    f"tasks.{name}.label is {task.label!r}, and no row will have a {task.label}; map the source's "
+                    f"column to the corpus field {task.label}, or choose another label of {', '.join(columns)}"
+                )
+        if config.svd_of:
+            require_values(outlook, "svd_fit", config.svd_fit, columns)
+    return {}
+
+
 STAGE = Stage(
     name="evaluate",
     kind="report",
     config=EvaluateConfig,
     run=evaluate,
+    foresee=foresee,
     version=2,
     inputs={"embeddings": Input("embeddings", many=True)},
 )

@@ -20,6 +20,12 @@ from lookalike.train.tasks import ATTRIBUTE
 from lookalike.vision.encoder import EncoderConfig, read_config
 
 LABEL_FIELDS = ("labels", "category", "group")
+REMEDIES = {
+    "labels": "give the records titles or keywords, or lower min_images_per_label in the labels step",
+    "category": "map the source's column to the corpus field category, and in the shards step set categories: all "
+    "(grouped counts only rows with a group) or lower min_images_per_category",
+    "group": "map the source's column of products to the corpus field group",
+}
 DISTILL = "distill"
 """Kind of the tasks that learn from the teacher."""
 
@@ -46,6 +52,13 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
         num_classes=num_classes,
         attributes=tuple(shards.read_json("classes.json")["attributes"]) if reads_attributes else (),
         rows_per_epoch=expected_rows(files[first], train.loader.resample),
+    )
+
+
+def remedy(field: str) -> str:
+    """What gives a field of the shards more classes."""
+    return REMEDIES.get(field) or (
+        "map the source's column to the corpus field attributes, or lower min_images_per_attribute in the shards step"
     )
 
 
@@ -86,8 +99,8 @@ def require_labels(train: TrainConfig, files: Mapping[str, Sequence[str]]) -> No
             _may_hold(uri, task.field) for uris in files.values() for uri in uris
         ):
             raise UsageError(
-                f"task {name!r} reads {task.field!r}, and no row of {', '.join(files)} has one; drop the "
-                "task, or add a dataset with labels to mix"
+                f"task {name!r} reads {task.field!r}, and no row of {', '.join(files)} has one; "
+                f"{remedy(task.field)}; or drop the task, or add a dataset with labels to mix"
             )
 
 
@@ -135,7 +148,7 @@ def count_classes(train: TrainConfig, shards: Artifact, teacher: Artifact | None
         if counts.get(task.field, 2) < 2:  # a field that holds no classes has no count
             raise UsageError(
                 f"task {name!r} reads {task.field!r}, and the shards have {counts[task.field]} classes of it; "
-                "a task needs two"
+                f"a task needs two; {remedy(task.field)}, or drop the task"
             )
     return counts if teacher is None else {**counts, "teacher": read_config(teacher).dim}
 

@@ -63,6 +63,7 @@ def run(args: Sequence[str]) -> int:
     if options.dry_run:
         print_dry_run(recipe, recipe.steps)
         return 0
+    recipe.foresee()
     cluster.ensure_ray(recipe.cluster)
     artifacts, _ = run_steps(recipe)
     for name, artifact in artifacts.items():
@@ -71,7 +72,8 @@ def run(args: Sequence[str]) -> int:
 
 
 def print_dry_run(recipe: Recipe, names: Iterable[str]) -> None:
-    """Print ``describe_step`` of each step as JSON."""
+    """Print ``describe_step`` of each step as JSON; raises the ``UsageError`` that would stop the run later."""
+    recipe.foresee(names)
     print(json.dumps([describe_step(recipe, name) for name in names], indent=1))
 
 

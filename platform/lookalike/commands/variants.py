@@ -45,6 +45,7 @@ def variants(args: Sequence[str]) -> int:
     if options.dry_run:
         print(json.dumps(recipe.steps[evaluation].inputs, indent=1))
         return 0
+    recipe.foresee()
     cluster.ensure_ray(recipe.cluster)
     artifacts, _ = run_steps(recipe)
     rows = table_of(artifacts[evaluation])
