@@ -76,7 +76,7 @@ def test_a_task_without_a_label_in_the_mix_is_refused(tmp_path: Path, encoder: A
     draft.write_json("classes.json", {name: ["a", "b", "c", "d", "e"] for name in ("labels", "category", "group")})
     bare = draft.publish(config={}, parents={}, stage_version=1, duration_s=0.0)
     tasks = {"t": {"kind": "multilabel_softmax" if field == "labels" else "softmax", "field": field}}
-    with pytest.raises(UsageError, match=rf"task 't' reads '{field}', no row of catalogue has one; .* drop the task"):
+    with pytest.raises(UsageError, match=rf"task 't' reads '{field}', and no row of catalogue has one; .*; or drop"):
         settle(bare, encoder, tasks)
     assert set(settle(bare, encoder, tasks, mix={"catalogue": 1, "full": 1}).files) == {"catalogue", "full"}
 
