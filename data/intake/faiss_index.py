@@ -23,7 +23,8 @@ class FaissFile(VectorFile):
         super().__init__(uri)
         if not storage.is_local(uri):
             raise UsageError(f"{escaped(uri)}: an index of FAISS is read from a disk only; copy it to one")
-        self._index, ids = _open(uri)
+        self._owner = _read(uri)
+        self._index, ids = _unwrap(self._owner, uri)
         self.num_rows, self.dim = int(self._index.ntotal), int(self._index.d)
         self._ids = ids
         if ids is not None:
@@ -44,21 +45,24 @@ for _ending in ("faiss", "index"):
     FORMATS.register(_ending)(FaissFile)
 
 
-def _open(uri: str) -> tuple[Any, Any]:
-    """(index that reconstructs its rows by place, ids of the places or None)."""
+def _read(uri: str) -> Any:
     import faiss
 
     try:
-        index = faiss.read_index(storage.local_path(uri), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        return faiss.read_index(storage.local_path(uri), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
         told = str(error).strip().splitlines()[-1][:200]
         raise UsageError(f"{escaped(uri)} is not a whole index of FAISS ({told}); write it with write_index") from None
+
+
+def _unwrap(index: Any, uri: str) -> tuple[Any, Any]:
+    """(index that reconstructs its rows by place, ids of the places or None); the first one must be kept alive."""
+    import faiss
+
     ids = None
     if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
         ids = faiss.vector_to_array(index.id_map)
-        inner: Any = faiss.downcast_index(index.index)
-        inner.outer = index  # which owns it
-        index = inner
+        index = faiss.downcast_index(index.index)
     if type(index) in (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP, faiss.IndexFlat1D):
         return index, ids
     if type(index) is faiss.IndexIVFFlat:
