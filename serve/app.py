@@ -166,9 +166,7 @@ def start(config: ServeConfig) -> str:
     check_guard(config)
     generation = read_service(config)
     application, demands = _assemble(config, generation), check_start(config, generation)
-    message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
-    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))  # for Ray's processes, if it starts here
-    os.environ.setdefault(REPLICA_VARIABLE, str(message_bytes + ROOM_BYTES))
+    allow_messages(config)
     ensure_ray()
     check_tokens(config)
     _check_no_serve()
@@ -191,6 +189,13 @@ def start(config: ServeConfig) -> str:
         raise
     log.info("serving %s", fields(address=f"127.0.0.1:{port}", placement=config.placement, index=config.index))
     return f"127.0.0.1:{port}"
+
+
+def allow_messages(config: ServeConfig) -> None:
+    """Have the Ray that starts here take messages as large as ``config`` allows."""
+    message_bytes = max(config.limits.max_request_bytes, MAX_MESSAGE_BYTES)
+    os.environ.setdefault(MESSAGE_VARIABLE, str(message_bytes))
+    os.environ.setdefault(REPLICA_VARIABLE, str(message_bytes + ROOM_BYTES))
 
 
 def check_start(config: ServeConfig, generation: Generation) -> list[Demand]:

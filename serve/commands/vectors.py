@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from lookalike import cluster, storage
+from lookalike import storage
 from lookalike.commands.run import print_dry_run
 from lookalike.config import apply_overrides, parse_config
 from lookalike.errors import UsageError
 from lookalike.flags import Parser
 from lookalike.recipe import Recipe, run_steps
 from lookalike.serve.commands.serve import is_setting, serve
+from lookalike.serve.settings.config import ServeConfig
 from lookalike.telemetry import printable
 
 RECIPE = "recipe.yaml"
@@ -39,7 +40,7 @@ def vectors(args: Sequence[str]) -> int:
         print_dry_run(recipe, ["vectors"])
         return 0
     if options.serve:
-        cluster.keep_on_loopback()  # before anything imports Ray
+        prepare_service(recipe)
     embeddings = recipe.run_step("vectors")
     settings = values["steps"]["index"].setdefault("settings", {})
     settings.setdefault("shortlist_dims", choose_shortlists(**_facts(embeddings.read_json("meta.json"))))
@@ -112,6 +113,15 @@ def read_recipe(values: dict[str, Any]) -> Recipe:
     recipe = recipe.model_copy(update={"root": storage.absolute(recipe.root)})
     recipe.check_steps()
     return recipe
+
+
+def prepare_service(recipe: Recipe) -> None:
+    """Check the settings of the service, and that its port is free, before the index that it waits for is built."""
+    config = parse_config(ServeConfig, {"index": "built by then", **recipe.serve}, "serve")
+    from lookalike.serve.app import allow_messages, free_port
+
+    allow_messages(config)
+    free_port(config.port)
 
 
 def choose_shortlists(dims: Sequence[int], *, nested: bool) -> list[int]:
