@@ -4,11 +4,11 @@
 
 An empty folder gets ``vectors.npy`` and ``columns.parquet``. Ours is `lookalike vectors vectors.npy --table
 columns.parquet --serve`: checked, indexed, planned and served over gRPC, asked by a client in another process. The
-others are libraries: a process reads the file, builds the index with the settings of ``engines_stores.py`` and asks it;
-they neither check rows nor measure a plan nor serve. ``first_answer_s`` is wall time from the start of the first process
-(for the others without Python's own start); ``recall`` is against the exact answer, over queries that are not stored.
-Vectors are rotated, so that prefixes of them are no embeddings, as with most models. One JSON object per line; an engine
-that is not installed is a row that says so.
+others are libraries: a process reads the file, builds the index with the settings of ``engines_stores.py`` and asks
+it; they neither check rows nor measure a plan nor serve. ``first_answer_s`` is wall time from the start (for the
+others without Python's own); ``recall`` is against the exact answer, over queries that are not stored. Vectors are
+rotated, so that prefixes of them are no embeddings, as with most models. One JSON object per line; an engine that is
+not installed is a row that says so.
 """
 
 import argparse
