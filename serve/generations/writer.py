@@ -75,6 +75,10 @@ class Writer:
         """Let another writer open the folder; writes that have begun are stored first."""
         self._log.close()
 
+    async def check_health(self) -> None:
+        """Answer in the loop that answers calls: without this method Serve answers in another one, and would replace a
+        writer whose own loop stands still after a quarter of an hour."""
+
     async def follow(self, poll: Poll) -> News:
         """The answer to a follower; see ``follower.py``."""
         await self._followers.hear(poll, self._log.last, self._explain_conflict(poll))

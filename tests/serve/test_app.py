@@ -1,5 +1,6 @@
 """What ``build`` refuses before anything is served."""
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,11 @@ from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.serve.app import build, free_port
 from lookalike.serve.commands.serve import emit_config
+from lookalike.serve.front.ingress import Ingress
 from lookalike.serve.generations.generation import find_encoder
+from lookalike.serve.generations.writer import Writer
+from lookalike.serve.search.encoding import BatchingEncoder
+from lookalike.serve.search.workers import RerankWorker, ShardWorker
 from lookalike.serve.settings.config import ServeConfig, Writes
 
 if TYPE_CHECKING:
@@ -32,6 +37,12 @@ def test_placement_decides_the_deployments(
 ) -> None:
     build(parse_config(ServeConfig, {"index": world.index, "placement": placement}, "serve"))
     assert set(deployed) == wanted
+
+
+@pytest.mark.parametrize("kind", [Ingress, ShardWorker, RerankWorker, BatchingEncoder, Writer])
+def test_health_is_asked_in_the_loop_that_answers_calls(kind: type[Any]) -> None:
+    """Else Serve answers in another loop, which lives on (https://github.com/ray-project/ray/issues/61263)."""
+    assert inspect.iscoroutinefunction(kind.check_health)
 
 
 def test_unknown_settings_are_refused_with_the_nearest() -> None:
