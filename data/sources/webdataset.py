@@ -2,7 +2,7 @@
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 
@@ -11,6 +11,7 @@ from lookalike.data.sources.columns import candidates, paths_of_records, pick_fi
 from lookalike.data.sources.reader import IMAGE_SUFFIXES, SOURCE_FORMATS, UNREADABLE, Reader, Record, Unit, unreadable
 from lookalike.data.sources.tables import parse_object
 from lookalike.entries import ending
+from lookalike.errors import CorpusError
 from lookalike.vision.images import ImageError
 
 SAMPLE_RECORDS = 100
@@ -167,6 +168,17 @@ def _join(key: str, members: Iterator[TarMember], most: int) -> dict[str, Any]:
     return {**record, **parts, "__key__": key}
 
 
+def explain_dots(members: Iterable[str]) -> str | None:
+    """What to do about members such as ``05.png`` of ``22.05.png``; None if there is none."""
+    dotted = [name for name in members if "." in name and f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    if not dotted:
+        return None
+    return (
+        f"a key ends at the first dot of a file's name, so .{dotted[0]} is a member; if it is part of the name, "
+        f"rename such files, else map it: columns: {{image: {dotted[0]}}}"
+    )
+
+
 @SOURCE_FORMATS.register("webdataset")
 class WebDatasetReader(Reader):
     """A unit is a tar file, read as a stream from its start to its end; ``.txt`` is a title, ``.cls`` a category."""
@@ -184,7 +196,10 @@ class WebDatasetReader(Reader):
                     paths |= dict.fromkeys(paths_of_records([record]))
             self.passed_over.clear()  # counted when the file is read
             if paths:
-                resolve(self.source.columns, list(paths), f"source {uri}", self.natural)
+                try:
+                    resolve(self.source.columns, list(paths), f"source {uri}", self.natural)
+                except CorpusError as error:
+                    raise CorpusError("; ".join(filter(None, [str(error), explain_dots(paths)]))) from None
                 self._columns_seen = True
         yield {"uri": uri}
 
@@ -201,8 +216,8 @@ class WebDatasetReader(Reader):
                 continue
             picked = pick_fields(record, wanted)
             if picked.get("image") is None and picked.get("image_uri") is None:
-                members = ", ".join(f".{name}" for name, value in record.items() if isinstance(value, bytes))
-                picked["image"] = ImageError(
-                    "null", f"none of its members ({members}) is its image; map one that is, {SORTED}"
-                )
+                names = [name for name, value in record.items() if isinstance(value, bytes)]
+                remedy = explain_dots(names) or f"map one that is, {SORTED}"
+                members = ", ".join(f".{name}" for name in names)
+                picked["image"] = ImageError("null", f"none of its members ({members}) is its image; {remedy}")
             yield picked

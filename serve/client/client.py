@@ -136,7 +136,7 @@ class Client(_Connection):
         self, sent: Batches, batches: Iterable[Sequence[Query] | FloatArray]
     ) -> Iterator[list[SearchResult] | RetrievalError]:
         try:
-            yield from map(sent.read, self._stream(sent.write_all(batches)))
+            yield from map(sent.read, self._stream(sent.write_all(batches, self.describe)))
         except grpc.RpcError as error:
             raise to_error(error) from None
         sent.check()
@@ -294,7 +294,7 @@ class AsyncClient(_Connection):
     async def _read_stream(
         self, sent: Batches, batches: AsyncIterable[Sequence[Query] | FloatArray]
     ) -> AsyncIterator[list[SearchResult] | RetrievalError]:
-        call = self._stub.SearchStream(sent.write_async(batches), metadata=self._metadata)
+        call = self._stub.SearchStream(sent.write_async(batches, self.describe), metadata=self._metadata)
         try:
             async for reply in call:
                 yield sent.read(reply)

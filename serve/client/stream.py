@@ -1,14 +1,19 @@
-"""The batches of one stream, as a client sends them and reads their answers."""
+"""The batches of one stream, as a client sends them and reads their answers.
+
+A batch above the service's bound would end the stream there, so it is refused here, in its place. The bound is asked of
+the service when a batch is first large enough for it to matter.
+"""
 
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 from lookalike import arguments
 from lookalike.errors import ArgumentError
 from lookalike.serve.client.requests import BYTES, SearchSettings, to_options, to_queries
-from lookalike.serve.client.results import SearchResult, from_stream
+from lookalike.serve.client.results import Description, SearchResult, from_stream
 from lookalike.serve.proto import retrieval_pb2 as pb
+from lookalike.serve.wire.bounds import SMALL_BYTES, stream_bytes
 from lookalike.serve.wire.errors import RetrievalError, invalid
 
 NEEDED = "an iterable of batches, each a list of queries"
@@ -23,6 +28,7 @@ class Batches:
         """For each batch without an answer so far, why it was not sent."""
         self.failure: Exception | None = None
         """What the caller's own iterator raised; it ends the stream after the answers to what came before."""
+        self._most: int | None = None
 
     def write(self, queries: Any) -> pb.SearchStreamRequest:
         """Return the message of one batch."""
@@ -34,20 +40,45 @@ class Batches:
         self._refusals.append(refusal)
         return pb.SearchStreamRequest(batch=batch)
 
-    def write_all(self, batches: Iterable[Any]) -> Iterator[pb.SearchStreamRequest]:
+    def write_all(
+        self, batches: Iterable[Any], describe: Callable[[], Description]
+    ) -> Iterator[pb.SearchStreamRequest]:
         """Yield the messages of all batches."""
         try:
-            yield from map(self.write, batches)
+            for queries in batches:
+                request = self.write(queries)
+                if self._is_large(request) and self._most is None:
+                    self._most = stream_bytes(describe().limits)
+                yield self._bounded(request)
         except Exception as error:  # noqa: BLE001  (gRPC would lose it)
             self.failure = error
 
-    async def write_async(self, batches: AsyncIterable[Any]) -> AsyncIterator[pb.SearchStreamRequest]:
+    async def write_async(
+        self, batches: AsyncIterable[Any], describe: Callable[[], Awaitable[Description]]
+    ) -> AsyncIterator[pb.SearchStreamRequest]:
         """Yield the messages of all batches of an asynchronous iterable."""
         try:
             async for queries in batches:
-                yield self.write(queries)
+                request = self.write(queries)
+                if self._is_large(request) and self._most is None:
+                    self._most = stream_bytes((await describe()).limits)
+                yield self._bounded(request)
         except Exception as error:  # noqa: BLE001  (gRPC would lose it)
             self.failure = error
+
+    @staticmethod
+    def _is_large(request: pb.SearchStreamRequest) -> bool:
+        return bool(request.ByteSize() > SMALL_BYTES)
+
+    def _bounded(self, request: pb.SearchStreamRequest) -> pb.SearchStreamRequest:
+        """Return the message, or an empty one for a batch above the service's bound."""
+        if self._most is None or (size := request.ByteSize()) <= self._most:
+            return request
+        self._refusals[-1] = invalid(
+            f"the batch has {size} bytes, the limit of the service is {self._most} for a batch of a stream; send fewer "
+            "queries at once, or raise its limits.max_request_bytes"
+        )
+        return pb.SearchStreamRequest(batch=pb.SearchBatchRequest())
 
     def read(self, reply: pb.SearchStreamResponse) -> "list[SearchResult] | RetrievalError":
         """Return the answer to the next batch."""

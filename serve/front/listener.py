@@ -28,12 +28,13 @@ from ray.util import metrics
 
 from lookalike.serve.front.log_limit import limit_serve_log
 from lookalike.serve.front.memory import start_trimming
-from lookalike.serve.front.messages import MOST_PARTS, SMALL_BYTES, count_parts, message_bounds
+from lookalike.serve.front.messages import MOST_PARTS, count_parts, message_bounds
 from lookalike.serve.front.share import Share
 from lookalike.serve.front.tenants import CHECK_S, Tenants
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.proto import retrieval_pb2_grpc
 from lookalike.serve.settings.config import RequestLimits
+from lookalike.serve.wire.bounds import SMALL_BYTES
 from lookalike.serve.wire.errors import RetrievalError, invalid
 from lookalike.serve.wire.requests import LOCAL_PEERS, check_local
 from lookalike.telemetry import fields, get_logger

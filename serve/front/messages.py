@@ -10,31 +10,22 @@ from collections.abc import Mapping
 from google.protobuf.descriptor import Descriptor  # type: ignore[import-untyped]
 
 from lookalike.serve.settings.config import RequestLimits
+from lookalike.serve.wire.bounds import ENTRY_BYTES, SMALL_BYTES, search_bytes, stream_bytes
 
-SMALL_BYTES = 64 << 10
-"""Largest message of a method without a bound of its own; parts of messages up to this size are not counted."""
 MOST_PARTS = 200_000
 """Most fields in a message and all messages within it: 256 rows with 250 columns each."""
-ENTRY_BYTES = 16
-"""Most bytes that an id or value takes beside its own."""
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 """Wire types (protobuf's encoding)."""
 VARINT_BYTES = 10
 
 
 def message_bounds(limits: RequestLimits) -> dict[str, int]:
-    """Largest message of each method, in bytes; of one that is not named ``SMALL_BYTES``.
-
-    A search has one query, so it is at most an image and its options. A stream stays open with a message half read, so
-    its batches are at most a quarter of ``max_request_bytes``, or one image.
-    """
-    most = limits.max_request_bytes
-    options = limits.max_filter_bytes + ENTRY_BYTES * limits.max_filter_values + SMALL_BYTES
-    single = min(most, limits.max_image_bytes + options)
+    """Largest message of each method, in bytes; of one that is not named ``SMALL_BYTES``."""
+    most, named = limits.max_request_bytes, limits.model_dump()
     ids = limits.max_batch * (limits.max_id_bytes + ENTRY_BYTES) + SMALL_BYTES
     return {
-        "Search": single,
-        "SearchStream": max(single, most // 4),
+        "Search": search_bytes(named),
+        "SearchStream": stream_bytes(named),
         **dict.fromkeys(["SearchBatch", "Embed", "Upsert"], most),
         "Delete": min(most, ids),
     }

@@ -5,7 +5,7 @@ from collections import deque
 
 import grpc
 
-from lookalike.serve.front.messages import SMALL_BYTES
+from lookalike.serve.wire.bounds import SMALL_BYTES
 from lookalike.serve.wire.errors import RetrievalError
 
 WAIT_S = 2.0

@@ -45,6 +45,10 @@ class Recorder(pb_grpc.RetrievalServiceServicer):
         for request in requests:
             yield self.answer("SearchStream", request)
 
+    def Describe(self, request: Any, context: Any) -> pb.DescribeResponse:
+        limits = {"max_request_bytes": 1 << 20, "max_image_bytes": 64 << 10, "max_filter_values": 4}
+        return pb.DescribeResponse(limits=pb.Limits(**limits, max_filter_bytes=1024))
+
 
 for _name in ("Search", "SearchBatch", "Embed", "Feedback", "Upsert", "Delete"):
     setattr(Recorder, _name, lambda self, request, context, name=_name: self.answer(name, request))
@@ -284,6 +288,38 @@ def test_a_wrong_batch_has_its_error_in_its_place(ask: Ask, recorder: Recorder) 
     assert "queries[0] has shape ()" in str(wrong)
     assert "queries[0] is a PosixPath" in str(picture)
     assert [len(request.batch.queries) for request in recorder.seen] == [2, 0, 0, 1]
+
+
+def test_a_batch_above_the_bound_of_the_service_has_its_error_in_its_place(recorder: Recorder) -> None:
+    def in_bytes(size: int) -> list[bytes]:
+        return [bytes(1000)] * (size // 1003)
+
+    sizes = [1 << 16, (1 << 18) - 4096, (1 << 18) + 4096, 1 << 21, 1 << 10]
+    for kind in ("blocking", "asyncio"):
+        for answers in asked_by(kind, recorder, map(in_bytes, sizes)):
+            *small, refused, large, last = answers
+            assert [len(batch) for batch in (*small, last)] == [len(in_bytes(sizes[n])) for n in (0, 1, 4)]
+            assert refused.code == large.code == INVALID
+            assert "the limit of the service is 262144 for a batch of a stream; send fewer queries" in str(refused)
+
+
+def asked_by(kind: str, recorder: Recorder, batches: Iterator[list[bytes]]) -> Iterator[list[Any]]:
+    """The answers to a stream of the client of this kind."""
+    server = grpc.server(ThreadPoolExecutor(3))
+    pb_grpc.add_RetrievalServiceServicer_to_server(recorder, server)  # type: ignore[no-untyped-call]
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+
+    async def asynchronously() -> list[Any]:
+        async with AsyncClient(address, timeout_s=20) as client:
+            return [answer async for answer in client.search_stream(batches)]
+
+    if kind == "asyncio":
+        yield asyncio.run(asynchronously())
+    else:
+        with Client(address, timeout_s=20) as client:
+            yield list(client.search_stream(batches))
+    server.stop(None)
 
 
 def test_what_the_callers_iterator_raises_is_raised_after_the_answers(ask: Ask) -> None:
