@@ -3,7 +3,7 @@
 ``carry`` is the one place that decides which columns an embeddings artifact takes, and as which types.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ def check_columns(mapping: Mapping[str, str | None]) -> None:
             )
 
 
-def sources_of(names: Sequence[str], mapping: Mapping[str, str | None], where: str) -> dict[str, str]:
+def sources_of(names: list[str], mapping: Mapping[str, str | None], where: str) -> dict[str, str]:
     """Carried column -> column of a table with ``names``: as mapped, else the one of that name; null takes none."""
     found = {}
     for name in CARRIED:
@@ -117,7 +117,7 @@ class Metadata:
         ids, problems = read_ids(table[ID]) if self.has_ids else (None, {})
         return Joined(ids, _columns(table), [], problems)
 
-    def of_ids(self, ids: Sequence[str]) -> Joined:
+    def of_ids(self, ids: list[str]) -> Joined:
         """The rows of these ids."""
         keys = stable_keys(ids)
         places = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
@@ -156,7 +156,7 @@ def _id_texts(column: pa.ChunkedArray) -> pa.Array:
     return pa.array([text or None for text in read_ids(column)[0]], pa.string())
 
 
-def find_id_column(names: Sequence[str], wanted: str | None, where: str) -> str | None:
+def find_id_column(names: list[str], wanted: str | None, where: str) -> str | None:
     """The column of ids of a table with ``names``."""
     if wanted is not None and wanted not in names:
         has = ", ".join(escaped(name) for name in names)

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class TableFile(Protocol):
     schema: pa.Schema
     num_rows: int
 
-    def read(self, start: int, stop: int, rows: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:
         """``columns`` of the rows ``start`` to ``stop``, at most ``rows`` at a time."""
 
 
@@ -60,7 +60,7 @@ class ParquetTable:
             metadata = pq.ParquetFile(opened)
             self.schema, self.num_rows = metadata.schema_arrow, metadata.metadata.num_rows
 
-    def read(self, start: int, stop: int, rows: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:
         with damage_told(self.uri, "parquet"), storage.arrow_file(self.uri) as opened:
             file = pq.ParquetFile(opened, buffer_size=READ_BYTES)
             groups, row = row_groups(file, start, stop)
@@ -90,7 +90,7 @@ class ArrowTable:
             opened.seek(0)
             yield pa.ipc.open_file(opened) if magic == b"ARROW1" else pa.ipc.open_stream(opened)
 
-    def read(self, start: int, stop: int, rows: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:
         ends = np.cumsum(self._sizes, dtype=np.int64)
         first = int(np.searchsorted(ends, start, side="right"))
         row = int(ends[first - 1]) if first else 0
@@ -133,7 +133,7 @@ class DatasetFolder:
         self._files = [ArrowTable(storage.join(uri, name)) for name in names]
         self.schema, self.num_rows = self._files[0].schema, sum(file.num_rows for file in self._files)
 
-    def read(self, start: int, stop: int, rows: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:
         row = 0
         for file in self._files:
             begin, end = max(start - row, 0), min(stop - row, file.num_rows)
@@ -156,7 +156,7 @@ class LanceTable:
             self._dataset = lance.dataset(uri)
             self.schema, self.num_rows = self._dataset.schema, self._dataset.count_rows()
 
-    def read(self, start: int, stop: int, rows: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:
         with damage_told(self.uri, "as a Lance data set"):
             scanner = self._dataset.scanner(
                 columns=list(columns), offset=start, limit=stop - start, batch_size=rows, scan_in_order=True

@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ class _TextTable:
     def rows(self) -> Iterator[Row]:
         raise NotImplementedError
 
-    def read(self, start: int, stop: int, rows: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:
         """``columns`` as strings, at most ``rows`` rows at a time."""
         wanted = itertools.islice(self.rows(), start, stop)
         while batch := list(itertools.islice(wanted, rows)):

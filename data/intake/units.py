@@ -145,7 +145,7 @@ def check_piece(
     return table.cast(schema), good, Refused(problems, ids), checked.norms[good]
 
 
-def quarantine_rows(uri: str, first_row: int, *, table_ids: Sequence[str], problems: Problems) -> pa.Table:
+def quarantine_rows(uri: str, first_row: int, *, table_ids: list[str], problems: Problems) -> pa.Table:
     """``QUARANTINE`` rows of the problems of a piece that begins with row ``first_row`` of its file."""
     rows = [
         {

@@ -2,7 +2,7 @@
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby, islice
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 
@@ -168,7 +168,7 @@ def _join(key: str, members: Iterator[TarMember], most: int) -> dict[str, Any]:
     return {**record, **parts, "__key__": key}
 
 
-def explain_dots(members: Iterable[str]) -> str | None:
+def explain_dots(members: list[str]) -> str | None:
     """What to do about members such as ``05.png`` of ``22.05.png``; None if there is none."""
     dotted = [name for name in members if "." in name and f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES]
     if not dotted:
@@ -199,7 +199,7 @@ class WebDatasetReader(Reader):
                 try:
                     resolve(self.source.columns, list(paths), f"source {uri}", self.natural)
                 except CorpusError as error:
-                    raise CorpusError("; ".join(filter(None, [str(error), explain_dots(paths)]))) from None
+                    raise CorpusError("; ".join(filter(None, [str(error), explain_dots(list(paths))]))) from None
                 self._columns_seen = True
         yield {"uri": uri}
 

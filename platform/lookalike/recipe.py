@@ -65,13 +65,13 @@ class Recipe(Config):
     _outlooks: dict[str, Outlook] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def load(cls, path: str, overrides: list[str] | None = None) -> "Recipe":
+    def load(cls, path: str, overrides: str | list[str] | None = None) -> "Recipe":
         """Read ``path``, apply dotted overrides and check every step against its stage.
 
         Overrides: ``seed=3``, ``steps.pretrain.settings.epochs=2`` or, shorter, ``pretrain.epochs=2``.
         """
         values = read_values(path)
-        full = [_expand(override, values.get("steps") or {}) for override in overrides or []]
+        full = [_expand(override, values.get("steps") or {}) for override in _as_list(overrides or [])]
         recipe = parse_config(cls, apply_overrides(values, full), path)
         recipe = recipe.model_copy(update={"root": storage.absolute(recipe.root)})
         recipe.check_steps()
@@ -106,12 +106,12 @@ class Recipe(Config):
                         f"{key!r}, step {source!r} makes one of kind {made!r}"
                     )
 
-    def foresee(self, names: Iterable[str] | None = None) -> None:
+    def foresee(self, names: str | Iterable[str] | None = None) -> None:
         """Raise ``UsageError`` if a step needs what its inputs will not hold: a label, a split, a data set.
 
         ``names``: the steps to check, with all that they read; None: every step. What is not known yet passes.
         """
-        needed = set(self.steps if names is None else names)
+        needed = set(self.steps if names is None else [names] if isinstance(names, str) else names)
         for name in reversed(self.steps):
             if name in needed:
                 needed.update(source for sources in self.steps[name].inputs.values() for source in _as_list(sources))
