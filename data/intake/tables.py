@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lookalike import storage
@@ -179,11 +180,11 @@ class TableVectors(VectorFile):
         self.dim = list_size(kind) or self._first_size()
 
     def _first_size(self) -> int:
-        """Size of the first list that is none of the unfit ones: not null, not empty."""
+        """The most frequent size above 0 of the first lists that are not all null or empty; 0 if all are."""
         for table in self._table.read(0, self.num_rows, 1024, [self._vector]):
-            for value in table[self._vector]:
-                if value.is_valid and len(value):
-                    return len(value)
+            sizes = np.asarray(pc.fill_null(pc.list_value_length(table[self._vector]), 0), np.int64)
+            if sizes.any():
+                return int(np.bincount(sizes[sizes > 0]).argmax())
         return 0
 
     def pieces(self, start: int, stop: int, rows: int) -> Iterator[Piece]:

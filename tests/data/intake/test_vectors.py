@@ -176,6 +176,15 @@ def test_lists_of_other_sizes_nulls_and_bad_ids_are_named(numbers: Numbers, tmp_
     assert "row 0 of" in rows[4]["detail"]
 
 
+def test_the_size_of_most_lists_counts_and_not_that_of_the_first(numbers: Numbers, tmp_path: Path) -> None:
+    lists = [[], numbers[0, :4].tolist(), *(row.tolist() for row in numbers[1:9])]
+    pq.write_table(pa.table({"v": pa.array(lists, pa.list_(pa.float64()))}), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match=r"row 0: vector wrong_size: it has 0 numbers, the others have 24.*row 1"):
+        take_in(tmp_path, str(tmp_path / "x.parquet"))
+    table = read(take_in(tmp_path, str(tmp_path / "x.parquet"), on_bad="quarantine"))
+    assert np.allclose(matrix(table), unit(numbers[1:9]), atol=1e-6)
+
+
 def test_an_id_in_two_files_is_named_with_both_rows(numbers: Numbers, tmp_path: Path) -> None:
     uris = []
     for number, ids in enumerate((["a", "b", "c"], ["d", "b"])):
