@@ -151,8 +151,8 @@ class Memory:
     """Resident memory of the service's processes, in MB."""
 
     def __init__(self) -> None:
-        everyone = list(psutil.process_iter(["cmdline", "name"]))
-        self.replicas = [p for p in everyone if "ServeReplica:lookalike" in " ".join(p.info["cmdline"] or [""])]
+        own = psutil.Process().children(recursive=True)
+        self.replicas = [each for each in own if "ServeReplica:lookalike" in " ".join(each.cmdline())]
         self.peak, self._end = 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
