@@ -7,7 +7,9 @@ file, is memory-mapped. An array of an ``.npz`` is unpacked once into the draft'
 import hashlib
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,6 +19,8 @@ from lookalike.data.intake.files import FORMATS, Numbers, Piece, VectorFile, Whe
 from lookalike.entries import escaped
 from lookalike.errors import UsageError
 
+DAMAGE = (ValueError, EOFError, OverflowError, TypeError, KeyError, SyntaxError, RecursionError, TokenError)
+"""What NumPy raises, as it parses a header, where that is damaged."""
 SAVE_AGAIN = "write it again with numpy.save"
 
 
@@ -26,8 +30,9 @@ def read_header(file: Any, uri: str) -> tuple[tuple[int, ...], bool, np.dtype[An
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except (ValueError, EOFError, OverflowError) as error:
-        raise UsageError(f"{escaped(uri)} is not a whole .npy file ({error}); {SAVE_AGAIN}") from None
+    except DAMAGE as error:
+        told = escaped(" ".join(str(error).split()), 200)
+        raise UsageError(f"{escaped(uri)} is not a whole .npy file ({told}); {SAVE_AGAIN}") from None
     return shape, fortran, dtype
 
 
@@ -84,7 +89,8 @@ def open_npz(uri: str, where: Where, work: str | None) -> VectorFile:
     """The array ``where.array`` of an ``.npz``, or its only one; unpacked below ``work``, or only looked at."""
     try:
         with storage.open_file(uri) as file, zipfile.ZipFile(file) as archive:
-            name = _array_name([entry.removesuffix(".npy") for entry in archive.namelist()], where.array, uri)
+            arrays = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
+            name = _array_name(arrays, where.array, uri)
             shown = f"{uri}:{name}"
             with archive.open(f"{name}.npy") as member:
                 shape, _, dtype = read_header(member, shown)
@@ -97,7 +103,7 @@ def open_npz(uri: str, where: Where, work: str | None) -> VectorFile:
                 with archive.open(f"{name}.npy") as member, storage.open_atomic(target) as unpacked:
                     shutil.copyfileobj(member, unpacked, 1 << 20)
             return NpyFile(target, where, work, shown)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
         raise UsageError(
             f"{escaped(uri)} is not a whole .npz file ({error}); write it again with numpy.savez"
         ) from None

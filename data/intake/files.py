@@ -162,5 +162,5 @@ def check_shape(shape: tuple[int, ...], uri: str) -> None:
             f"{escaped(uri)} holds one list of {shape[0]} numbers, and vectors are [rows, dim]; save "
             "x.reshape(1, -1) if it is one vector, or x.reshape(-1, dim)"
         )
-    if len(shape) != 2 or shape[1] == 0:
+    if len(shape) != 2 or shape[0] < 0 or shape[1] < 1:
         raise UsageError(f"{escaped(uri)} has shape {shape}, and vectors are [rows, dim]; save x.reshape(len(x), -1)")

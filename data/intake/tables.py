@@ -102,6 +102,8 @@ class ArrowTable:
                 begin, end = max(start - row, 0), min(stop - row, batch.num_rows)
                 row += batch.num_rows
                 table = pa.Table.from_batches([batch]).select(list(columns))
+                if end > begin:
+                    table.validate(full=True)  # offsets of a damaged file would lead out of its buffers
                 for place in range(begin, end, rows):
                     yield table.slice(place, min(rows, end - place))
 

@@ -112,6 +112,57 @@ def test_an_array_of_an_npz_is_taken_in(save: Any, order: str, numbers: Numbers,
     assert np.allclose(vectors, numbers, atol=1e-6)
 
 
+def write_npy(path: Path, table: pa.Table) -> Path:
+    np.save(path, np.stack(table["vec"].to_pylist()).astype(np.float32))
+    return path
+
+
+def write_npz(path: Path, table: pa.Table) -> Path:
+    np.savez_compressed(path, x=np.stack(table["vec"].to_pylist()).astype(np.float32))
+    return path
+
+
+def write_parquet(path: Path, table: pa.Table) -> Path:
+    pq.write_table(table, path, row_group_size=200)
+    return path
+
+
+DAMAGED: dict[str, Callable[[Path, pa.Table], Path]] = {
+    "x.npy": write_npy,
+    "x.npz": write_npz,
+    "x.parquet": write_parquet,
+    "x.arrow": write_file,
+    "x.feather": write_feather,
+    "stream.arrow": write_arrow_stream,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_refused_by_name_or_leaves_vectors(name: str, numbers: Numbers, tmp_path: Path) -> None:
+    """Bytes changed at random and files cut off end in an error for users, never in one of a library."""
+    path = DAMAGED[name](tmp_path / name, as_table(numbers))
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    told = 0
+    for number in range(25):
+        content = bytearray(whole)
+        if number % 3 == 0:
+            del content[int(generator.integers(len(content))) :]
+        else:
+            region = (
+                len(content) if number % 3 == 1 else min(400, len(content))
+            )  # headers and footers, half of the time
+            for place in generator.integers(0, region, 4).tolist():
+                content[-place - 1 if number % 2 else place] = int(generator.integers(256))
+        path.write_bytes(bytes(content))
+        try:
+            _, vectors, _ = read(take_in(tmp_path, path, name=f"v{number}"))
+        except UsageError as error:
+            told += name in str(error)
+            continue
+        told += bool(np.isfinite(vectors).all())
+    assert told == 25
+
+
 def flat(numbers: Numbers) -> Any:
     index = faiss.IndexFlatIP(DIM)
     index.add(numbers)
