@@ -186,7 +186,7 @@ def rules_of(config: VectorsConfig, files: Sequence[VectorFile]) -> UnitRules:
     sources: dict[str, str] = {}
     if config.table is None:
         for file in files:
-            sources = sources_of(file.columns, config.columns, escaped(file.uri))
+            sources = sources_of(list(file.columns), config.columns, escaped(file.uri))
     return UnitRules(files[0].dim, config.dtype, config.normalize, sources)
 
 
