@@ -33,7 +33,7 @@ def run(run: StageRun[LabelsConfig]) -> None:
     # annotations, lent -> borrowed (annotations of the dropped copies)
     job.once("borrowed", duplicates.lend, dropped["reasons"])
     # signatures, duplicates, annotations, vocabulary -> dictionary
-    scored = job.once("dictionary", dictionary.score, signed["splits"])
+    scored = job.once("dictionary", dictionary.score, signed["splits"], annotated["spellings"])
     # dictionary, vocabulary -> clusters, votes of terms for interests
     clustered = job.once("clusters", interests.cluster)
     # corpus, duplicates, annotations, borrowed, clusters, votes -> image_labels, classes.json, assigned
@@ -88,5 +88,5 @@ def foresee(config: LabelsConfig, given: Mapping[str, Mapping[str, Outlook]], ma
 
 INPUTS = {"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)}
 STAGE: Stage[LabelsConfig] = Stage(
-    "labels", "labels", LabelsConfig, run, resumable=True, version=4, sources=_sources, inputs=INPUTS, foresee=foresee
+    "labels", "labels", LabelsConfig, run, resumable=True, version=5, sources=_sources, inputs=INPUTS, foresee=foresee
 )

@@ -129,7 +129,8 @@ def ranked_terms(dictionary: pa.Table, count: int) -> tuple[list[dict[str, Any]]
 def explain_term(row: Mapping[str, Any]) -> str:
     """A scored term in words."""
     return (
-        f"{row['term']} - held-out accuracy {row['concreteness']:.2f} ({row['low']:.2f} to {row['high']:.2f}), "
+        f"{row.get('spelling') or row['term']} - held-out accuracy {row['concreteness']:.2f} "
+        f"({row['low']:.2f} to {row['high']:.2f}), "
         f"{_images(row['images'])}"
     )
 

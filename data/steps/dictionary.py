@@ -50,10 +50,11 @@ ROW_BYTES = 400  # what `exchange` expects of a row
 _VALID = pa.schema([("image_id", pa.string()), ("label", pa.string())])
 
 
-def score(job: LabelJob, splits: dict[str, int]) -> dict[str, Any]:
+def score(job: LabelJob, splits: dict[str, int], spellings: dict[str, str]) -> dict[str, Any]:
     """Write ``dictionary.parquet``, the concreteness of every term; return counts by status and the boundary.
 
-    ``splits``: rows of each split. The driver holds the dictionary, about 150 bytes a term.
+    ``splits``: rows of each split; ``spellings``: term -> how it is written with accents. The driver holds the
+    dictionary, about 150 bytes a term.
     """
     vocabulary = job.vocabulary()
     buckets = job.once("sketch", _sketch, vocabulary, sum(splits.values()))["buckets"]
@@ -63,7 +64,8 @@ def score(job: LabelJob, splits: dict[str, int]) -> dict[str, Any]:
     choice = None if config.boundary_from is None else _choose_boundary(job, scored, config.boundary_from, buckets)
     boundary = config.boundary if choice is None else choice.boundary
     table = decide(scored, boundary)
-    write_table(job.out.path("dictionary.parquet"), table)
+    shown = pa.array([spellings.get(term, term) for term in table["term"].to_pylist()], pa.string())
+    write_table(job.out.path("dictionary.parquet"), table.append_column("spelling", shown))
     counts = table.group_by("status").aggregate([([], "count_all")]).to_pylist()
     reused = int(pc.sum(scores["reused"]).as_py() or 0)
     stats = {

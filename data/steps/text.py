@@ -32,6 +32,7 @@ from lookalike.data.text.annotations import (
     most_frequent,
 )
 from lookalike.data.text.annotators import Annotator
+from lookalike.data.text.spellings import SPELLINGS, common_spellings, count_spellings
 from lookalike.data.text.vocabulary import Vocabulary
 from lookalike.errors import UsageError
 
@@ -92,22 +93,26 @@ def read_text(uri: str) -> Iterator[pa.Table]:
 def annotate_all(job: LabelJob) -> dict[str, Any]:
     """Write ``annotations.parquet/part-*``; return the number of annotations."""
     folder, config = storage.join(job.out.uri, "annotations.parquet"), job.config.annotations
+    spellings = job.out.work("spellings")
     shared = broadcast(Vocabulary(list(job.vocabulary()), config.lists().aliases))
 
     def task(item: Item) -> pa.Table:
         annotator, vocabulary = make_annotator(config), shared()
-        rows = [_annotate_part(part, folder, annotator, vocabulary) for part in item["parts"]]
+        rows = [_annotate_part(part, (folder, spellings), annotator, vocabulary) for part in item["parts"]]
         return pa.table([rows], schema=_DONE)
 
     rows = sum(sum(block["annotations"].to_pylist()) for block in blocks_of(job.map(_groups(job.parts), task)))
-    return {"annotations": rows}
+    counted = add_up((read_table(part["uri"]) for part in job.work_items("spellings")), ["term", "spelling"], SPELLINGS)
+    return {"annotations": rows, "spellings": common_spellings(counted.to_pylist(), job.vocabulary())}
 
 
-def _annotate_part(part: Item, folder: str, annotator: Annotator, vocabulary: Vocabulary) -> int:
-    """Write the annotations of a part unless an earlier attempt did; return their number."""
-    uri = storage.join(folder, part_name(part["number"]))
+def _annotate_part(part: Item, folders: tuple[str, str], annotator: Annotator, vocabulary: Vocabulary) -> int:
+    """Write the spellings and the annotations of a part unless an earlier attempt did; return their number."""
+    uri, spellings = (storage.join(folder, part_name(part["number"])) for folder in folders)
     if storage.exists(uri):
         return int(read_table(uri, ["score"]).num_rows)
+    counted = [count_spellings(records, vocabulary, annotator.config) for records in read_text(part["uri"])]
+    write_table(spellings, add_up(counted, ["term", "spelling"], SPELLINGS))
     tables = [annotate(records, annotator, vocabulary) for records in read_text(part["uri"])]
     table = pa.concat_tables([ANNOTATIONS.empty_table(), *tables])
     write_table(uri, table)

@@ -6,7 +6,7 @@ These functions take one text; ``phrases`` takes many at once, and is tested aga
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -92,11 +92,16 @@ def normalise(text: str) -> str:
 
     Accents go from Latin letters, so that a word has one spelling; letters of other scripts keep what belongs to them.
     """
+    folded = with_accents(text)
+    return folded if folded.isascii() else "".join(map(_without_accent, folded))
+
+
+def with_accents(text: str) -> str:
+    """``normalise(text)``, but with its accents."""
     if text.isascii():
         return text.lower().translate(_AFTER) if "_" in text or "`" in text else text.lower()
     folded = unicodedata.normalize("NFKC", text.translate(_BEFORE)).casefold()
-    folded = unicodedata.normalize("NFKC", folded).translate(_AFTER)
-    return folded if folded.isascii() else "".join(map(_without_accent, folded))
+    return unicodedata.normalize("NFKC", folded).translate(_AFTER)
 
 
 @lru_cache(maxsize=10_000)
@@ -120,10 +125,10 @@ def word_of(token: str) -> str | None:
     return word if word.strip("+&") else ""
 
 
-def words_of(text: str) -> list[list[str]]:
+def words_of(text: str, normalised: Callable[[str], str] = normalise) -> list[list[str]]:
     """Phrases of ``text`` (cut at punctuation and symbols) as lists of normalised words."""
     phrases: list[list[str]] = [[]]
-    for token in tokens_of(text):
+    for token in _TOKEN.findall(normalised(text)):
         word = word_of(token)
         if word is None:
             phrases.append([])

@@ -68,6 +68,7 @@ def test_visible_words_become_labels_and_the_others_do_not(built: list[dict[str,
     status = {row["term"]: row["status"] for row in content(made, "dictionary")}
     assert all(status[term] == "kept" for term in ("circle", "square", "triangle", "red", "green", "blue"))
     assert status["magick"] == "abstract"
+    assert all(row["spelling"] == row["term"] for row in content(made, "dictionary"))
     terms = {term for entry in made.read_json("classes.json") for term in entry["terms"]}
     assert {"circle", "square", "triangle"} <= terms
     assert "magick" not in terms

@@ -35,7 +35,7 @@ def splits_of(job: LabelJob) -> dict[str, int]:
 
 
 def score(job: LabelJob) -> dict[str, Any]:
-    return dictionary.score(job, splits_of(job))
+    return dictionary.score(job, splits_of(job), {})
 
 
 @pytest.fixture(scope="module")
