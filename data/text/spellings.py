@@ -24,10 +24,9 @@ SPELLINGS = pa.schema([("term", pa.string()), ("spelling", pa.string()), ("image
 
 def count_spellings(records: pa.Table, vocabulary: Vocabulary, config: AnnotationConfig) -> pa.Table:
     """``SPELLINGS`` of a part of the corpus, sorted; parts add up."""
-    precomputed = config.annotator == "precomputed"
-    names = (
-        [config.scores_from] if precomputed else [n for n, w in config.field_weights.items() if w >= config.min_score]
-    )
+    names: list[str] = [name for name, weight in config.field_weights.items() if weight >= config.min_score]
+    if config.annotator == "precomputed":
+        names = [config.scores_from]
     entries = read_fields(records.filter(pc.equal(records["split"], "train")), names)
     entries = entries.filter(pl.col("text").str.len_bytes() != pl.col("text").str.len_chars())
     if config.language is not None and len(entries):
