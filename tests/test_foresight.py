@@ -158,6 +158,16 @@ def test_evaluation_of_a_label_that_no_row_has_and_rows_without_a_group(tmp_path
         recipe(tmp_path, {**same, "shards.categories": "grouped"}, rows).foresee()
 
 
+RECIPES = Path(__file__).parents[1] / "deploy" / "recipes"
+WITH_DATA = ["quickstart", "learning", "openclipart", "table2", *(path.stem for path in RECIPES.glob("*smoke.yaml"))]
+
+
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_recipes_over_the_sample_corpora_pass(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parents[1])
+    Recipe.load(str(RECIPES / f"{name}.yaml"), f"root={tmp_path}").foresee()
+
+
 def test_the_command_line_refuses_with_exit_2_in_a_dry_run_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
