@@ -49,7 +49,7 @@ def _read(uri: str) -> Any:
     import faiss
 
     try:
-        return faiss.read_index(storage.local_path(uri), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        return faiss.read_index(storage.local_path(uri), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         told = str(error).strip().splitlines()[-1][:200]
         raise UsageError(f"{escaped(uri)} is not a whole index of FAISS ({told}); write it with write_index") from None
