@@ -132,6 +132,7 @@ def listener_settings(config: ServeConfig) -> ListenerSettings:
         loopback_only=config.loopback_only,
         max_calls=MOST_CALLS if share is None else 2 * num_replicas * (share + config.max_streams),
         max_bytes=MOST_MESSAGES * config.limits.max_request_bytes,
+        bytes_per_s=config.caller_bytes_per_s,
         max_message=message_bounds(config.limits),
     )
 

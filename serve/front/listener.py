@@ -69,6 +69,8 @@ class ListenerSettings(NamedTuple):
     """Calls of one tenant under way in one listener."""
     max_bytes: int = 256 << 20
     """Bytes of one tenant's messages that are being read or answered."""
+    bytes_per_s: int = 16 << 20
+    """Bytes per second of one tenant's large messages, on average: they take the loop's time from others."""
     max_message: Mapping[str, int] = message_bounds(RequestLimits())
     """Largest message of each method, in bytes."""
 
@@ -265,12 +267,15 @@ class _Call:
 
     async def read_one(self) -> Any:
         """The one message of a call; raises for one that is late, too large, or beside too many others."""
-        share, most = self.enter(), self._most
-        await share.reserve(most, self._guard.settings.max_bytes)
+        share, most, max_bytes = self.enter(), self._most, self._guard.settings.max_bytes
+        if share.is_watched and most > SMALL_BYTES:
+            most = max_bytes  # beside no other
+        await share.reserve(most, max_bytes)
         self._held = most
         seconds = OPEN_READ_S if self._kind.is_open else READ_S
         try:
             async with asyncio.timeout(seconds):
+                await share.wait_if_watched()
                 data = await self._context.read()
         except TimeoutError:
             raise RetrievalError(
@@ -307,23 +312,34 @@ class _Call:
         return OPEN_BYTES if self._kind.is_open else self._guard.settings.max_message.get(self._kind.rpc, SMALL_BYTES)
 
     async def _parse(self, share: Share, data: bytes) -> Any:
-        """The message in ``data``. For a large one, others get their turn between the steps that hold up the loop."""
-        kind = self._kind
-        if len(data) > (most := self._most):
+        """The message in ``data``; others get their turn between the steps that hold up the loop for a large one."""
+        try:
+            self._check_size(len(data))
+            if len(data) > SMALL_BYTES:
+                await share.pay(len(data), self._guard.settings.bytes_per_s)
+                await self._check_parts(data)
+            return self._kind.parse(data)
+        except DecodeError as error:
+            share.watch(len(data), self._guard.settings.bytes_per_s)
             raise invalid(
-                f"the request has {len(data)} bytes, the limit is {most} for {kind.rpc}; send less at once, or raise "
+                f"the bytes are no request of {self._kind.rpc} ({error}); send what its contract says"
+            ) from None
+        except RetrievalError:
+            share.watch(len(data), self._guard.settings.bytes_per_s)
+            raise
+
+    def _check_size(self, size: int) -> None:
+        if size > (most := self._most):
+            raise invalid(
+                f"the request has {size} bytes, the limit is {most} for {self._kind.rpc}; send less at once, or raise "
                 "the limits of the service (max_image_bytes, max_request_bytes)"
             )
-        if len(data) > SMALL_BYTES:
-            await share.pay(len(data))
-            if kind.descriptor is not None:
-                num = await asyncio.to_thread(count_parts, data, kind.descriptor)
-                if num > MOST_PARTS:
-                    raise invalid(f"the request has more than {MOST_PARTS} fields; send fewer items at once")
-        try:
-            return kind.parse(data)
-        except DecodeError as error:
-            raise invalid(f"the bytes are no request of {kind.rpc} ({error}); send what its contract says") from None
+
+    async def _check_parts(self, data: bytes) -> None:
+        if self._kind.descriptor is None:
+            return
+        if await asyncio.to_thread(count_parts, data, self._kind.descriptor) > MOST_PARTS:
+            raise invalid(f"the request has more than {MOST_PARTS} fields; send fewer items at once")
 
 
 def _source(context: grpc.aio.ServicerContext) -> str:

@@ -10,8 +10,11 @@ from lookalike.serve.wire.errors import RetrievalError
 
 WAIT_S = 2.0
 """Longest wait for room for a message, in seconds; then the caller is told to come back."""
-READ_BYTES_PER_S = 64 << 20
-"""Bytes per second of one caller's messages that are passed on, on average: they take the loop's time from others."""
+WATCHED_S = 10.0
+"""Seconds for which a caller has one call at a time, of the methods that take large messages, after a message beyond a
+bound."""
+REFUSED_COST = 4
+"""Times that a second one counts in the caller's bytes per second."""
 RETRY_MS = 100
 
 
@@ -25,8 +28,9 @@ class Share:
     def __init__(self, name: str) -> None:
         self.name, self.calls, self.size_bytes = name, 0, 0
         self._most = 0
-        self._paid = 0.0
-        """Time of the loop's clock until which the messages read so far take up the caller's bytes per second."""
+        self._paid, self._watched = 0.0, 0.0
+        """Times of the loop's clock until which the messages read so far take up the caller's bytes per second, and
+        until which one is read at a time."""
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
 
     @property
@@ -83,9 +87,26 @@ class Share:
                 turn.set_result(None)
             self._waiting.popleft()
 
-    async def pay(self, size: int) -> None:
-        """Wait until the caller's earlier messages have taken up their time at ``READ_BYTES_PER_S``."""
+    @property
+    def is_watched(self) -> bool:
+        """Whether a message of this caller was beyond a bound a short while ago."""
+        return self._watched > 0 and asyncio.get_running_loop().time() < self._watched
+
+    def watch(self, size: int, bytes_per_s: int) -> None:
+        """Take one message at a time for a while, since one of ``size`` bytes was beyond a bound; later ones cost."""
         now = asyncio.get_running_loop().time()
-        wait_s, self._paid = self._paid - now, max(now, self._paid) + size / READ_BYTES_PER_S
+        if self.is_watched:
+            self._paid = max(now, self._paid) + REFUSED_COST * size / bytes_per_s
+        self._watched = now + WATCHED_S
+
+    async def wait_if_watched(self) -> None:
+        """Wait until what was refused is paid off."""
+        if self.is_watched and (wait_s := self._paid - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(wait_s)
+
+    async def pay(self, size: int, bytes_per_s: int) -> None:
+        """Wait until the caller's earlier messages have taken up their time at ``bytes_per_s``."""
+        now = asyncio.get_running_loop().time()
+        wait_s, self._paid = self._paid - now, max(now, self._paid) + size / bytes_per_s
         if wait_s > 0:
             await asyncio.sleep(wait_s)

@@ -95,6 +95,7 @@ def render(
     call is closed after ``UNUSED_S``.
     """
     settings = Tls() if tls is None else tls
+    calls = settings.source_calls_per_s
     verify = f" ca-file {folder}/{CLIENT_CA} verify required" if mutual else ""
     return f"""\
 # written by lookalike.serve.front.tls.render
@@ -141,6 +142,9 @@ frontend grpc
     timeout client 1h # the service ends streams that pause; see stream_idle_s
     timeout http-request {QUIET_S}s
     timeout http-keep-alive {UNUSED_S}s
+    stick-table type ipv6 size 100k expire 60s store http_req_rate(1s)
+    http-request track-sc1 src
+    http-request return {_too_many(calls)} if {{ sc1_http_req_rate gt {calls} }}
     http-request set-header x-forwarded-for %[src]
     acl open path_beg {OPEN_PATHS}
     acl packed req.hdr(grpc-encoding) gzip deflate
@@ -154,6 +158,12 @@ backend grpc
     http-reuse never # on a shared connection one caller's large message would hold up the others
     server service {backend} proto h2
 """
+
+
+def _too_many(calls_per_s: int) -> str:
+    """The answer to a call beyond its source's bound: RESOURCE_EXHAUSTED."""
+    message = f"this address made more than {calls_per_s} calls in a second; slow down, and retry after 1000 ms"
+    return f'status 200 hdr grpc-status 8 hdr grpc-message "{message}"'
 
 
 class Proxy(NamedTuple):

@@ -95,6 +95,8 @@ class Tls(Config):
     """Connections of one address at a time; further ones are closed at once. Raise it if callers share an address."""
     source_connections_per_s: int = Field(default=200, ge=1, le=1_000_000)
     """New connections of one address in a second; further ones are closed at once."""
+    source_calls_per_s: int = Field(default=2000, ge=1, le=10_000_000)
+    """Calls of one address in a second, those that it takes back included; further ones are RESOURCE_EXHAUSTED."""
 
     @model_validator(mode="after")
     def _check_pair(self) -> "Tls":

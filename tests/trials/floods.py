@@ -178,14 +178,17 @@ class Watch:
 
 
 def resident_mb() -> dict[str, float]:
-    """Resident memory of the proxy, the ingress and HAProxy, in MB."""
+    """Resident memory of the proxy, the ingress and HAProxy, in MB; without Ray's object store, whose pages, of a size
+    that is set, every process counts that has touched them, and without files that processes share.
+    """
     found: dict[str, float] = {}
     for process in psutil.Process().children(recursive=True):
         try:
             name = " ".join(process.cmdline()[:1])
             for part in ("ProxyActor", "ingress", "haproxy"):
                 if part in name:
-                    found[part] = found.get(part, 0.0) + process.memory_info().rss / 1e6
+                    memory = process.memory_info()
+                    found[part] = found.get(part, 0.0) + (memory.rss - memory.shared) / 1e6
         except psutil.Error:
             continue
     return found

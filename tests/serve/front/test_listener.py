@@ -206,7 +206,7 @@ def test_a_message_too_large_for_its_method_is_refused_unparsed(
 
 
 def test_large_honest_requests_pass(settings: ListenerSettings) -> None:
-    with listen(settings._replace(max_bytes=1 << 28)) as (_, channel):
+    with listen(settings._replace(max_bytes=1 << 28, bytes_per_s=1 << 28)) as (_, channel):
         stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
         assert code_of(lambda: stub.SearchBatch(images(*[5_000_000] * 8), **bearer("a"))) == grpc.StatusCode.OK
         assert code_of(lambda: stub.Embed(pb.EmbedRequest(images=[bytes(5 << 20)] * 8), **bearer("a"))) == OK
@@ -218,10 +218,43 @@ def test_large_honest_requests_pass(settings: ListenerSettings) -> None:
         batches = [pb.SearchStreamRequest(batch=vectors)] * 20
         assert len(list(stub.SearchStream(iter(batches), **bearer("a")))) == 20
         rows = [
-            pb.Row(id=str(row), vector=bytes(8192), metadata=dict.fromkeys(map(str, range(200)), "x" * 30))
+            pb.Row(id=str(row), vector=bytes(8192), metadata=dict.fromkeys(map(str, range(100)), "x" * 30))
             for row in range(256)
         ]
         assert code_of(lambda: stub.Upsert(pb.UpsertRequest(rows=rows), **bearer("w"))) == OK
+
+
+def test_large_messages_of_one_caller_are_passed_on_at_a_pace(settings: ListenerSettings) -> None:
+    with listen(settings._replace(max_calls=9, max_bytes=1 << 28, bytes_per_s=20 << 20)) as (listener, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        start = time.monotonic()
+        large = [stub.Search.future(image(10_000_000), **bearer("a")) for _ in range(4)]
+        for call in [stub.Search.future(image(1000), **bearer(name)) for name in ("a", "b") * 3]:
+            call.result(5)
+        small_s = time.monotonic() - start
+        for call in large:
+            call.result(10)
+        assert time.monotonic() - start > 1.4 > small_s
+        assert len(listener.received) == 10
+
+
+def test_after_a_message_beyond_a_bound_a_caller_has_one_call_at_a_time(
+    settings: ListenerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_share, "WAIT_S", 0.3)
+    with listen(settings._replace(max_calls=9, bytes_per_s=1 << 28)) as (listener, channel):
+        stub = pb_grpc.RetrievalServiceStub(channel)  # type: ignore[no-untyped-call]
+        assert code_of(lambda: stub.Search(image(LARGE), **bearer("a"))) == grpc.StatusCode.INVALID_ARGUMENT
+        listener.released.clear()
+        held = [stub.Search.future(image(1), **bearer("a"))]
+        wait_for(listener, 1)
+        assert code_of(lambda: stub.Search(image(1), **bearer("a"))) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        held += [stub.Search.future(image(1), **bearer("b")), stub.Describe.future(pb.DescribeRequest(), **bearer("a"))]
+        wait_for(listener, 3)
+        listener.loop.call_soon_threadsafe(listener.released.set)
+        for call in held:
+            call.result(10)
+        assert code_of(lambda: stub.Search(image(1), **bearer("a"))) == OK
 
 
 def test_a_message_of_very_many_parts_is_refused_unparsed(settings: ListenerSettings) -> None:
@@ -234,7 +267,7 @@ def test_a_message_of_very_many_parts_is_refused_unparsed(settings: ListenerSett
             with pytest.raises(grpc.RpcError) as caught:
                 stub.SearchBatch(request, **bearer("a"))
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
-            assert "more than 200000 fields; send fewer" in caught.value.details()  # type: ignore[attr-defined]
+            assert "more than 100000 fields; send fewer" in caught.value.details()  # type: ignore[attr-defined]
         assert listener.received == []
 
 
