@@ -69,7 +69,7 @@ class ListenerSettings(NamedTuple):
     """Calls of one tenant under way in one listener."""
     max_bytes: int = 256 << 20
     """Bytes of one tenant's messages that are being read or answered."""
-    bytes_per_s: int = 16 << 20
+    bytes_per_s: int = 32 << 20
     """Bytes per second of one tenant's large messages, on average: they take the loop's time from others."""
     max_message: Mapping[str, int] = message_bounds(RequestLimits())
     """Largest message of each method, in bytes."""

@@ -10,6 +10,8 @@ from lookalike.serve.wire.errors import RetrievalError
 
 WAIT_S = 2.0
 """Longest wait for room for a message, in seconds; then the caller is told to come back."""
+PACED_BYTES = 4 << 20
+"""Smaller messages go on at once: 256 vectors of 2048 floats, most pictures."""
 WATCHED_S = 10.0
 """Seconds for which a caller has one call at a time, of the methods that take large messages, after a message beyond a
 bound."""
@@ -105,7 +107,9 @@ class Share:
             await asyncio.sleep(wait_s)
 
     async def pay(self, size: int, bytes_per_s: int) -> None:
-        """Wait until the caller's earlier messages have taken up their time at ``bytes_per_s``."""
+        """Wait until the caller's earlier messages above ``PACED_BYTES`` have had their time at ``bytes_per_s``."""
+        if size <= PACED_BYTES:
+            return
         now = asyncio.get_running_loop().time()
         wait_s, self._paid = self._paid - now, max(now, self._paid) + size / bytes_per_s
         if wait_s > 0:

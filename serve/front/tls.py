@@ -162,7 +162,7 @@ backend grpc
 
 def _too_many(calls_per_s: int) -> str:
     """The answer to a call beyond its source's bound: RESOURCE_EXHAUSTED."""
-    message = f"this address made more than {calls_per_s} calls in a second; slow down, and retry after 1000 ms"
+    message = f"this address made more than {calls_per_s} calls in a second; slow down, and retry after 2000 ms"
     return f'status 200 hdr grpc-status 8 hdr grpc-message "{message}"'
 
 

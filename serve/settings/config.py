@@ -133,8 +133,8 @@ class ServeConfig(Config):
     """Cheaper plans under load; None never changes a plan."""
     stream_window: int = Field(default=8, ge=1, le=1024)
     """Batches of one stream that are worked on at a time."""
-    caller_bytes_per_s: int = Field(default=16 << 20, ge=1 << 10, le=1 << 40)
-    """Average bytes per second of one tenant's messages above 64 KiB, or of an address without tenants; the first comes
+    caller_bytes_per_s: int = Field(default=32 << 20, ge=1 << 10, le=1 << 40)
+    """Average bytes per second of one tenant's messages above 4 MiB, or of an address without tenants; the first comes
     at once. A message of 60 MB takes a process some tenths of a second from all others: raise it where cores abound."""
     max_streams: int = Field(default=64, ge=1, le=100_000)
     """Streams open in an ingress replica at a time; with tenants one may have half of them."""

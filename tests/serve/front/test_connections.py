@@ -59,8 +59,7 @@ def address(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
     monkeypatch.setattr(front_tls, "QUIET_S", QUIET_S)
     certificate, key = authority.issue("server")
     files = {"certificate": str(certificate), "key": str(key)}
-    bounds = {"source_connections": 20, "source_connections_per_s": 50, "source_calls_per_s": 200}
-    tls = Tls(**files, port=free_port(), max_connections=60, **bounds)
+    tls = Tls(**files, port=free_port(), max_connections=60, source_connections=20, source_connections_per_s=50)
     server = grpc.server(ThreadPoolExecutor(4))
     pb_grpc.add_RetrievalServiceServicer_to_server(Backend(), server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
