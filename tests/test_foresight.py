@@ -158,6 +158,15 @@ def test_evaluation_of_a_label_that_no_row_has_and_rows_without_a_group(tmp_path
         recipe(tmp_path, {**same, "shards.categories": "grouped"}, rows).foresee()
 
 
+def test_a_task_that_compares_rows_needs_a_class_with_two(tmp_path: Path) -> None:
+    alone = [{**row, "group": f"g{number}"} for number, row in enumerate(ROWS)]
+    changes = {"finetune.tasks": {"t": {"kind": "triplet", "field": "group"}}}
+    with pytest.raises(UsageError, match=r"tasks.t compares rows of one group, and each of the 30 will have one row"):
+        recipe(tmp_path, changes, alone).foresee()
+    recipe(tmp_path, {**changes, "finetune.loader": {"views": 2}}, alone).foresee()
+    recipe(tmp_path, changes, [*alone[1:], {**alone[0], "group": "g1"}]).foresee()
+
+
 RECIPES = Path(__file__).parents[1] / "deploy" / "recipes"
 WITH_DATA = ["quickstart", "learning", "openclipart", "table2", *(path.stem for path in RECIPES.glob("*smoke.yaml"))]
 

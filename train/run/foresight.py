@@ -8,7 +8,7 @@ from lookalike.outlook import Outlook, listed
 from lookalike.registry import nearest
 from lookalike.train.run.resolve import LABEL_FIELDS, remedy
 from lookalike.train.run.settings import TrainConfig
-from lookalike.train.tasks import ATTRIBUTE
+from lookalike.train.tasks import ATTRIBUTE, TASKS, PrefixTask
 
 
 def foresee(train: TrainConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
@@ -23,6 +23,8 @@ def foresee(train: TrainConfig, given: Mapping[str, Mapping[str, Outlook]], made
             )
     for name, task in train.tasks.items():
         _require_classes(name, task.field, shards)
+        if train.loader.views == 1 and issubclass(TASKS.get(task.kind), PrefixTask):
+            _require_pair(name, task.field, shards)
     return {}
 
 
@@ -40,4 +42,14 @@ def _require_classes(task: str, field: str, shards: Outlook) -> None:
         raise UsageError(
             f"tasks.{task}.field is {field!r}, and the shards will have {len(classes)} classes of it "
             f"({listed(classes)}); a task needs two; {remedy(field)}, or drop the task"
+        )
+
+
+def _require_pair(task: str, field: str, shards: Outlook) -> None:
+    """Raise ``UsageError`` if a task compares rows of one class, and no class will have two rows."""
+    classes = shards.get(field) if field in LABEL_FIELDS else None
+    if classes and max(classes.values()) < 2:
+        raise UsageError(
+            f"tasks.{task} compares rows of one {field}, and each of the {len(classes)} will have one row; map a "
+            f"column that several rows share to {field}, set loader.views=2, or drop the task"
         )
