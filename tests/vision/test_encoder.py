@@ -83,16 +83,52 @@ def test_an_encoder_goes_on_at_another_resolution(tmp_path: Path) -> None:
     assert np.array_equal(Encoder(same, model, "same").encode(pictures(3)), original.encode(pictures(3)))
 
 
-def test_one_image_is_a_list_of_one_and_a_path_is_none(tmp_path: Path) -> None:
+def test_one_image_is_a_list_of_one_and_a_path_is_read(tmp_path: Path) -> None:
     _, encoder = publish(str(tmp_path), EncoderConfig.model_validate({**BACKBONE, "dims": (16, 256)}))
     (image,) = pictures(1)
+    path = tmp_path / "chair \N{SNOWMAN}::1.png"
+    path.write_bytes(image)
     wanted = encoder.encode([image])
-    for one in (image, bytearray(image), memoryview(image), Image.open(io.BytesIO(image)), (image,), iter([image])):
+    opened = Image.open(io.BytesIO(image))
+    for one in (image, bytearray(image), memoryview(image), opened, (image,), iter([image]), path, str(path), [path]):
         np.testing.assert_array_equal(encoder.encode(one), wanted)
     assert encoder.encode([]).shape == (0, 256)
-    for wrong in ("chair.jpg", ["chair.jpg"], [Path("chair.jpg")], {image}, np.zeros((2, 2, 3), np.uint8), None):
+    for wrong in ({image}, np.zeros((2, 2, 3), np.uint8), None, [None], [3], {"a": image}):
         with pytest.raises(UsageError, match="images"):
             encoder.encode(wrong)  # type: ignore[arg-type]
+    for lost in ("chair.jpg", tmp_path, "chair\0.jpg", "x" * 5000, "http://127.0.0.1/chair.jpg"):
+        with pytest.raises(UsageError, match=r"images\[1\] is .*no file that can be read"):
+            encoder.encode([image, lost])
+
+
+@pytest.mark.parametrize("kind", ["turned", "see-through", "palette", "16 bits", "floats", "CMYK", "1 bit"])
+def test_a_picture_that_was_opened_elsewhere_is_the_file_s(tmp_path: Path, kind: str) -> None:
+    """Pillow's own conversion would leave it turned, put it on black, or clip it to white."""
+    _, encoder = publish(str(tmp_path), EncoderConfig.model_validate({**BACKBONE, "dims": (256,)}))
+    rgb, file = Image.open(io.BytesIO(pictures(1)[0])).convert("RGB"), io.BytesIO()
+    grey = np.asarray(rgb.convert("L")).astype(np.uint16) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = rgb.copy()
+    clear.putalpha(rgb.convert("L"))
+    save, settings = {
+        "turned": (rgb, {"format": "PNG", "exif": exif}),
+        "see-through": (clear, {"format": "PNG"}),
+        "palette": (rgb.quantize(16), {"format": "PNG", "transparency": 3}),
+        "16 bits": (Image.fromarray(grey), {"format": "PNG"}),
+        "floats": (Image.fromarray(grey.astype(np.float32) / 65535), {"format": "TIFF"}),
+        "CMYK": (rgb.convert("CMYK"), {"format": "TIFF"}),
+        "1 bit": (rgb.convert("1"), {"format": "PNG"}),
+    }[kind]
+    save.save(file, **settings)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(encoder.encode(Image.open(file)), encoder.encode(file.getvalue()))
+
+
+def test_a_picture_without_pixels_or_a_known_white_is_refused(tmp_path: Path) -> None:
+    _, encoder = publish(str(tmp_path), EncoderConfig.model_validate({**BACKBONE, "dims": (256,)}))
+    for picture in (Image.new("RGB", (0, 5)), Image.fromarray(np.full((8, 8), 300.5, np.float32))):
+        with pytest.raises(ImageError):
+            encoder.encode(picture)
 
 
 def test_bad_bytes_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ reads, after truncation.
 """
 
 import io
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,18 +21,20 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from lookalike import hub, storage
-from lookalike.arguments import check_image, list_items
+from lookalike.arguments import check_image, list_items, show
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import Config, parse_config
-from lookalike.errors import UsageError
+from lookalike.errors import ArgumentError, UsageError
 from lookalike.vision.backbones import Pooling, create_backbone
-from lookalike.vision.images import MAX_PIXELS, decode
+from lookalike.vision.images import MAX_PIXELS, decode, normalize
 from lookalike.vision.resolution import resize_input
 from lookalike.vision.transforms import TransformConfig, normalize_pixels, to_pixels
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
+"""The path of a file, its content, or a decoded picture."""
 Precision = Literal["float32", "bfloat16", "float16"]
 """Precision of an encoder's matrix products; weights and vectors stay float32."""
 
@@ -157,24 +161,26 @@ class Encoder:
 
     def encode(
         self,
-        images: bytes | Image.Image | Sequence[bytes | Image.Image],
+        images: ImageLike | Sequence[ImageLike],
         *,
         batch_size: int = 32,
         max_pixels: int = MAX_PIXELS,
     ) -> npt.NDArray[np.float32]:
-        """Vectors float32 [n, dim] of one or many images, not normalised; ``ImageError`` for bad bytes."""
-        needed = "a list of images, encoded or decoded"
-        items = list_items("images", images, (bytes, bytearray, memoryview, Image.Image), needed)
-        items = [
-            item if isinstance(item, Image.Image) else check_image(f"images[{place}]", item)
-            for place, item in enumerate(items)
-        ]
+        """Vectors float32 [n, dim] of one or many images, not normalised.
+
+        An image is the path of a file, a file's content, or a picture of Pillow's. Raises ``ImageError`` for one that
+        cannot be decoded, and ``ArgumentError`` for what is none.
+        """
+        single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+        items = list_items("images", images, single, "a list of paths, of files' contents or of Pillow's pictures")
         if not items:
             return np.empty((0, self.dim), np.float32)
-        batches = (items[i : i + batch_size] for i in range(0, len(items), batch_size))
-        return np.concatenate(
-            [self.encode_pixels(read_pixels(batch, self.config.transform, max_pixels=max_pixels)) for batch in batches]
-        )
+        named = [(f"images[{place}]", item) for place, item in enumerate(items)]
+        vectors = []
+        for start in range(0, len(named), batch_size):
+            batch = [_read_image(name, item) for name, item in named[start : start + batch_size]]
+            vectors.append(self.encode_pixels(read_pixels(batch, self.config.transform, max_pixels=max_pixels)))
+        return np.concatenate(vectors)
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Vectors float32 [n, dim] of a batch of pixels, uint8 [n, 3, size, size]."""
@@ -186,14 +192,25 @@ class Encoder:
         return result
 
 
+def _read_image(name: str, image: ImageLike) -> bytes | Image.Image:
+    """The content of a file, or the picture; paths are read."""
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, (str, os.PathLike)):
+        return check_image(name, image)
+    try:
+        return Path(image).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArgumentError(f"{name} is {show(image)}, no file that can be read ({reason}); give its path") from None
+
+
 def read_pixels(
     images: Sequence[bytes | Image.Image], transform: TransformConfig, *, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[np.uint8]:
     """Images decoded and scaled to the transform's size, uint8 [n, 3, size, size]; ``ImageError`` for bad bytes."""
     pictures = (
-        decode(image, max_pixels=max_pixels, square=transform.square)
-        if isinstance(image, bytes)
-        else image.convert("RGB")
+        decode(image, max_pixels=max_pixels, square=transform.square) if isinstance(image, bytes) else normalize(image)
         for image in images
     )
     return np.stack([to_pixels(picture, transform) for picture in pictures])

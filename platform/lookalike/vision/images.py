@@ -101,6 +101,21 @@ def decode_container(container: Container, limits: ImageLimits, square: Square |
     return upright if turn is None else upright.transpose(turn)
 
 
+def normalize(image: Image.Image) -> Image.Image:
+    """A picture that was decoded elsewhere as ``decode`` would give it: upright, 8 bits, transparent parts on white.
+
+    Raises ``ImageError`` as ``decode`` does, but for what only a file can have.
+    """
+    if not image.width * image.height:
+        raise ImageError("empty", f"the picture has {image.width} x {image.height} pixels; give one that has some")
+    try:
+        turn = TRANSPOSES.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  # an EXIF that cannot be read turns nothing
+        turn = None
+    upright = _to_rgb(image, Container(image.format or "TIFF"))
+    return upright if turn is None else upright.transpose(turn)
+
+
 def check_header(data: bytes, limits: ImageLimits) -> Container:
     """Return what is known of a picture before it is decoded; raises ``ImageError`` as ``decode`` does."""
     if not data:
