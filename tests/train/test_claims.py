@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
-from lookalike.retrieval.metrics import map_at_k_by_k
+from lookalike.retrieval import metrics
+from lookalike.retrieval.relevance import judge_labels
 from lookalike.train.evaluate.baselines import Floats, normalize_prefix, project, svd_directions
 from lookalike.train.evaluate.evaluate import nearest_rows
 from lookalike.train.losses.matryoshka import NestedLinear, Nesting, nested_loss
@@ -60,7 +61,7 @@ def measure(vectors: Floats, dim: int) -> float:
 def score(unit: Floats) -> float:
     labels = digits()[1].numpy()
     found = nearest_rows(unit[900:], unit[:900], np.full(len(unit) - 900, -1), 10)
-    return 100 * map_at_k_by_k(labels[:900][found], labels[900:], 10)
+    return 100 * metrics.mean(metrics.ap_by_k(judge_labels(labels[:900][found], labels[900:]), 10))
 
 
 def nested(dim: int, nesting: Nesting = "mrl") -> float:
