@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -8,6 +10,9 @@ from hypothesis import HealthCheck, settings
 # how long an example takes says more about the machine than about the code
 settings.register_profile("lookalike", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lookalike")
+
+# pytorch-metric-learning, an oracle, imports this module, which replaces methods of faiss' indexes by others
+sys.modules.setdefault("faiss.contrib.torch_utils", ModuleType("faiss.contrib.torch_utils"))
 
 
 @pytest.fixture(scope="session")
