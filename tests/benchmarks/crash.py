@@ -22,7 +22,7 @@ from lookalike.artifacts import Artifact
 from lookalike.recipe import Recipe
 
 TIMED = {"plan"}  # its files hold measured times
-STARTED = re.compile(r"start step=(\S+)")
+BEGUN = re.compile(r"(start|skip) step=(\S+)")
 
 
 def command(recipe: str, root: Path) -> list[str]:
@@ -31,18 +31,24 @@ def command(recipe: str, root: Path) -> list[str]:
 
 
 def run_until_killed(recipe: str, root: Path, step: str, delay_s: float) -> dict[str, Any]:
-    """Start a run, kill its driver ``delay_s`` after ``step`` starts, and return a JSON row."""
+    """Start a run, kill its driver ``delay_s`` after ``step`` starts, and return a JSON row.
+
+    A run that skips the step, which another has published before its kill came, is killed at once and not counted.
+    """
+    is_new = False
     with subprocess.Popen(command(recipe, root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         for line in run.stderr:
-            started = STARTED.search(line)
-            if started and started.group(1) == step:
-                time.sleep(delay_s)
+            begun = BEGUN.search(line)
+            if begun and begun.group(2) == step:
+                is_new = begun.group(1) == "start"
+                time.sleep(delay_s if is_new else 0)
                 run.send_signal(signal.SIGKILL)
                 break
         run.stderr.close()
         code = run.wait()
-    return {"bench": "crash", "case": step, "delay_s": round(delay_s, 1), "exit_code": code}
+    fired = is_new and code == -signal.SIGKILL
+    return {"bench": "crash", "case": step, "delay_s": round(delay_s, 1), "exit_code": code, "fired": fired}
 
 
 def artifacts(recipe: str, root: Path) -> dict[str, Artifact]:
@@ -86,7 +92,7 @@ def main() -> int:
     for step in steps:
         delay_s = chance.uniform(0.05, 0.9) * durations[step]
         row = run_until_killed(options.recipe, root, step, delay_s)
-        kills += row["exit_code"] == -signal.SIGKILL
+        kills += row["fired"]
         print(json.dumps(row), flush=True)
         time.sleep(3.0)  # Ray's own processes notice that their driver is gone
     subprocess.run(command(options.recipe, root), check=True, stdout=subprocess.DEVNULL)
