@@ -105,7 +105,7 @@ def nested_dims(dim: int, wanted: Sequence[int] | None) -> list[int]:
     """The prefixes to offer, smallest first, the full ``dim`` last; ``UsageError`` if one exceeds it."""
     if wanted is None:
         return [*(1 << power for power in range(3, dim.bit_length()) if 1 << power < dim), dim]
-    if too_large := [one for one in wanted if one > dim]:
+    if too_large := [each for each in wanted if each > dim]:
         raise UsageError(f"dims {list(wanted)} exceed the vectors' {dim}; drop {too_large}")
     return sorted({*wanted, dim})
 
@@ -263,10 +263,10 @@ def remove_repeated(job: Job) -> dict[int, list[Repeated]]:
     """Unit -> rows whose id stands before them; the first such row raises ``UsageError`` if bad rows stop the stage."""
     found: dict[int, list[Repeated]] = defaultdict(list)
     if job.has_ids:
-        for one in find_repeated(list(job.sources), job.done, KEYS_AT_A_TIME):
+        for again in find_repeated(list(job.sources), job.done, KEYS_AT_A_TIME):
             if job.config.on_bad == "stop":
-                raise UsageError(explain_repeated(one, job.sources))
-            found[one.unit].append(one)
+                raise UsageError(explain_repeated(again, job.sources))
+            found[again.unit].append(again)
     return found
 
 

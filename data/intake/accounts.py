@@ -30,12 +30,12 @@ def _named(row: Mapping[str, Any]) -> str:
     return f" ({row['image_id']!r})" if row["image_id"] not in (None, str(row["row"])) else ""
 
 
-def explain_repeated(one: Repeated, sources: Mapping[int, str]) -> str:
+def explain_repeated(again: Repeated, sources: Mapping[int, str]) -> str:
     """Where an id stands twice, and the remedy; ``sources``: unit -> file."""
-    first, row = one.earlier
+    first, row = again.earlier
     return (
-        f"the id {one.image_id!r} stands in row {row} of {escaped(sources[first])} and in row {one.row} of "
-        f"{escaped(sources[one.unit])}, and ids are unique; remove one, or set on_bad=quarantine to keep the first"
+        f"the id {again.image_id!r} stands in row {row} of {escaped(sources[first])} and in row {again.row} of "
+        f"{escaped(sources[again.unit])}, and ids are unique; remove one, or set on_bad=quarantine to keep the first"
     )
 
 

@@ -125,7 +125,7 @@ class Metadata:
             return Joined(None, carry(None, {}, len(ids)), list(range(len(ids))), {})
         rows = self._order[places]
         table = self._table.take(pa.array(rows))
-        missing = [row for row, (one, other) in enumerate(zip(ids, table[ID].to_pylist(), strict=True)) if one != other]
+        missing = [row for row, (own, found) in enumerate(zip(ids, table[ID].to_pylist(), strict=True)) if own != found]
         return Joined(None, _columns(table), missing, {})
 
 

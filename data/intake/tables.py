@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +15,9 @@ from lookalike import storage
 from lookalike.data.intake.columns import check_list, find_columns, list_size, read_piece
 from lookalike.data.intake.files import FORMATS, HF_STATE, Piece, VectorFile, Where
 from lookalike.data.parts import row_groups
+from lookalike.data.sources import lance
 from lookalike.entries import escaped
-from lookalike.errors import LookalikeError, UsageError
+from lookalike.errors import UsageError
 from lookalike.registry import Registry
 
 READ_BYTES = 4 << 20  # of a column of parquet at a time
@@ -36,19 +37,13 @@ TABLES: Registry[Callable[[str], TableFile]] = Registry("table_format")
 """Ending -> how a file is opened; raises ``UsageError`` if it is damaged."""
 
 
-@contextmanager
-def damage_told(uri: str, what: str) -> Iterator[None]:
-    """Raise ``UsageError`` for what pyarrow and Lance raise where a file is damaged."""
-    try:
-        yield
-    except LookalikeError:
-        raise
-    except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # of Lance's Rust code, which derives from BaseException
-        if not panic and not isinstance(error, (ValueError, OSError, KeyError, pa.ArrowException)):
-            raise
-        told = " ".join(str(error).split())[:300]
-        raise UsageError(f"{escaped(uri)} is not readable {what} ({told}); replace or remove it") from None
+def damage_told(uri: str, what: str) -> AbstractContextManager[None]:
+    """Raise ``UsageError`` for what readers raise where a file is damaged, or its columns have one name."""
+
+    def tell(told: str) -> UsageError:
+        return UsageError(f"{escaped(uri)} is not readable {what} ({told}); replace or remove it")
+
+    return lance.damage_told(tell, KeyError, TypeError, AttributeError)
 
 
 @TABLES.register("parquet")
@@ -151,12 +146,8 @@ class LanceTable:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        try:
-            import lance
-        except ImportError:
-            raise UsageError("files of Lance need the package pylance: pip install 'lookalike[lance]'") from None
         with damage_told(uri, "as a Lance data set"):
-            self._dataset = lance.dataset(uri)
+            self._dataset = lance.open_dataset(uri)
             self.schema, self.num_rows = self._dataset.schema, self._dataset.count_rows()
 
     def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:

@@ -4,14 +4,16 @@ import csv
 import io
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 
-from lookalike import storage
 from lookalike.data.intake.tables import TableFile
+from lookalike.data.sources.delimited import DELIMITERS
+from lookalike.data.sources.tables import open_buffered
 from lookalike.data.sources.texts import read_text
 from lookalike.entries import escaped
 from lookalike.errors import UsageError
@@ -25,7 +27,7 @@ TEXT_TABLES: Registry[Callable[[str], TableFile]] = Registry("text_table_format"
 """Ending -> how a file is opened."""
 
 
-class _TextTable:
+class _TextTable(ABC):
     """Rows from the first to the last; there is no way to begin in the middle."""
 
     def __init__(self, uri: str) -> None:
@@ -35,8 +37,9 @@ class _TextTable:
         self.schema = pa.schema([(name, pa.string()) for name in names])
         self.num_rows = sum(1 for _ in self.rows()) if len(sample) == SAMPLE_ROWS else len(sample)
 
+    @abstractmethod
     def rows(self) -> Iterator[Row]:
-        raise NotImplementedError
+        """All rows as name -> cell; raises ``UsageError`` with the line that is none."""
 
     def read(self, start: int, stop: int, rows: int, columns: list[str]) -> Iterator[pa.Table]:
         """``columns`` as strings, at most ``rows`` rows at a time."""
@@ -48,7 +51,7 @@ class _TextTable:
     @contextmanager
     def _text(self) -> Iterator[Any]:
         try:
-            with storage.open_file(self.uri) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            with open_buffered(self.uri) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
                 yield text
         except UnicodeDecodeError as error:
             raise UsageError(f"{escaped(self.uri)} is not UTF-8 ({error.reason}); save it as UTF-8") from None
@@ -58,7 +61,7 @@ class _TextTable:
 class CsvTable(_TextTable):
     """A header, then a row a line; cells are separated by what separates the names of the header."""
 
-    delimiters = ",;\t|"
+    delimiters: tuple[str, ...] = DELIMITERS
 
     def rows(self) -> Iterator[Row]:
         with self._text() as text:
@@ -67,6 +70,8 @@ class CsvTable(_TextTable):
             names = next(csv.reader([header], delimiter=delimiter), [])
             if not any(names):
                 raise UsageError(f"{escaped(self.uri)} has no header; its first line must name the columns")
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UsageError(f"{escaped(self.uri)} has two columns {twice!r}; rename or remove one")
             reader = csv.reader(text, delimiter=delimiter, strict=True)
             try:
                 for cells in reader:
@@ -85,7 +90,7 @@ class CsvTable(_TextTable):
 class TsvTable(CsvTable):
     """CSV with tabs."""
 
-    delimiters = "\t"
+    delimiters = ("\t",)
 
 
 @TEXT_TABLES.register("jsonl")

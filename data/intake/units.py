@@ -227,7 +227,7 @@ def publish_unit(unit: int, repeated: Sequence[Repeated], files: UnitFiles, targ
     source = files.of("parts", unit)
     filesystem, path = storage.arrow_filesystem(source)
     num_rows = int(pq.read_metadata(path, filesystem=filesystem).num_rows)
-    drop = {one.place for one in repeated}
+    drop = {again.place for again in repeated}
     if num_rows == len(drop):
         return 0
     storage.remove_file(target)
@@ -251,13 +251,13 @@ def repeated_rows(repeated: Sequence[Repeated], source: str, first: dict[int, st
     """``QUARANTINE`` rows of repeated ids of the file ``source``; ``first``: unit -> file."""
     rows = [
         {
-            "image_id": escaped(one.image_id),
+            "image_id": escaped(again.image_id),
             "source": escaped(source),
-            "row": one.row,
+            "row": again.row,
             "field": "image_id",
             "reason": "duplicate",
-            "detail": f"row {one.earlier[1]} of {escaped(first[one.earlier[0]])} has this id; {ADVICE['duplicate']}",
+            "detail": f"row {again.earlier[1]} of {escaped(first[again.earlier[0]])} has it; {ADVICE['duplicate']}",
         }
-        for one in repeated
+        for again in repeated
     ]
     return pa.Table.from_pylist(rows, schema=schemas.QUARANTINE)

@@ -1,6 +1,6 @@
 """Lance data sets, read by the ``pylance`` package (extra ``lance``)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,11 +26,11 @@ class LanceReader(Reader):
         return [storage.absolute(self.source.uri)]
 
     def units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        with _damage_told(uri):
+        with damage_told(_damage(uri)):
             yield from self._units(uri, rows_per_part)
 
     def _units(self, uri: str, rows_per_part: int) -> Iterator[Unit]:
-        dataset = _open(uri)
+        dataset = open_dataset(uri)
         resolve_schema(self.source.columns, dataset.schema, f"source {uri}", self.natural)
         rows, version = dataset.count_rows(), dataset.version
         size = sum(file.file_size_bytes or 0 for part in dataset.get_fragments() for file in part.data_files())
@@ -42,14 +42,14 @@ class LanceReader(Reader):
             yield {"uri": uri, "version": version, "start": start, "stop": stop, "size_bytes": size}
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        with _damage_told(unit["uri"]):
+        with damage_told(_damage(unit["uri"])):
             yield from self._read(unit)
 
     def _read(self, unit: Unit) -> Iterator[Record]:
         if "claim" in unit:
             yield unreadable("claims_too_many_rows", unit["claim"])
             return
-        dataset = _open(unit["uri"], unit["version"])
+        dataset = open_dataset(unit["uri"], unit["version"])
         columns = self.wanted(
             resolve_schema(self.source.columns, dataset.schema, f"source {unit['uri']}", self.natural)
         )
@@ -73,24 +73,28 @@ class LanceReader(Reader):
             yield unreadable(UnpackedError.reason, str(UnpackedError(self.source.bounds)))
 
 
-def _open(uri: str, version: int | None = None) -> Any:
+def open_dataset(uri: str, version: int | None = None) -> Any:
+    """The data set at ``uri``; ``UsageError`` if the package is not installed."""
     try:
         import lance
     except ImportError:
-        raise UsageError("sources of format 'lance' need the package pylance: pip install 'lookalike[lance]'") from None
+        raise UsageError("data sets of Lance need the package pylance: pip install 'lookalike[lance]'") from None
     return lance.dataset(uri, version=version)
 
 
 @contextmanager
-def _damage_told(uri: str) -> Iterator[None]:
-    """Raise ``CorpusError`` for what Lance raises where its files are damaged."""
+def damage_told(tell: Callable[[str], LookalikeError], *also: type[Exception]) -> Iterator[None]:
+    """Raise what ``tell`` makes of the message where pyarrow and Lance, or ``also``, raise for a damaged file."""
     try:
         yield
     except LookalikeError:
         raise
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"  # of Lance's Rust code, which derives from BaseException
-        if not panic and not isinstance(error, (ValueError, OSError, pa.ArrowException)):
+        if not panic and not isinstance(error, (ValueError, OSError, pa.ArrowException, *also)):
             raise
-        told = " ".join(str(error).split())[:300]
-        raise CorpusError(f"source {uri} is not a readable Lance data set ({told}); replace or remove it") from None
+        raise tell(" ".join(str(error).split())[:300]) from None
+
+
+def _damage(uri: str) -> Callable[[str], CorpusError]:
+    return lambda told: CorpusError(f"source {uri} is not a readable Lance data set ({told}); replace or remove it")

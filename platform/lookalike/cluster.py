@@ -167,7 +167,8 @@ def _keep_on_loopback() -> None:
 
 def token_file() -> Path:
     """Ray's token on this machine; who reads it runs code in the clusters that accept it."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    default = os.path.expanduser("~/.ray/auth_token")  # as Ray does it; a user of a container may have no home
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
 
 
 def warn_of_token() -> None:

@@ -62,7 +62,8 @@ class Recipe(Config):
     demo: dict[str, Any] = {}
     """Settings of the tour that ``lookalike quickstart`` ends with."""
     _artifacts: dict[str, Artifact] = PrivateAttr(default_factory=dict)
-    _outlooks: dict[str, Outlook] = PrivateAttr(default_factory=dict)
+    _outlooks: dict[str, tuple[Outlook, bool]] = PrivateAttr(default_factory=dict)
+    """Step -> what it will hold, and whether that is final, since its artifact was looked at."""
 
     @classmethod
     def load(cls, path: str, overrides: str | list[str] | None = None) -> "Recipe":
@@ -123,15 +124,17 @@ class Recipe(Config):
         foresee, inputs = self.stage(name).foresee, self.steps[name].inputs
         if foresee is None:
             return {}
-        made = self._made(name)
-        if not inputs and made is None and name in self._outlooks:  # sources are read once
-            return self._outlooks[name]
+        known, is_final = self._outlooks.get(name, ({}, False))
+        made = None if is_final else self._made(name)
+        if is_final or (made is None and not inputs and name in self._outlooks):  # sources are read once
+            return known
         given = {key: {source: outlooks.get(source, {}) for source in _as_list(some)} for key, some in inputs.items()}
         try:
-            self._outlooks[name] = foresee(self.config(name), given, made)
+            outlook = foresee(self.config(name), given, made)
         except UsageError as error:
             raise UsageError(f"step {name!r}: {error}") from None
-        return self._outlooks[name]
+        self._outlooks[name] = outlook, made is not None
+        return outlook
 
     def _made(self, name: str) -> Artifact | None:
         try:

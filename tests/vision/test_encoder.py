@@ -124,11 +124,26 @@ def test_a_picture_that_was_opened_elsewhere_is_the_file_s(tmp_path: Path, kind:
     np.testing.assert_array_equal(encoder.encode(Image.open(file)), encoder.encode(file.getvalue()))
 
 
-def test_a_picture_without_pixels_or_a_known_white_is_refused(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     _, encoder = publish(str(tmp_path), EncoderConfig.model_validate({**BACKBONE, "dims": (256,)}))
-    for picture in (Image.new("RGB", (0, 5)), Image.fromarray(np.full((8, 8), 300.5, np.float32))):
-        with pytest.raises(ImageError):
+    (image,) = pictures(1)
+    closed = Image.open(io.BytesIO(image))
+    closed.close()
+    for picture, reason in (
+        (Image.new("RGB", (0, 5)), "empty"),
+        (Image.fromarray(np.full((8, 8), 300.5, np.float32)), "no_value_range"),
+        (Image.open(io.BytesIO(image[: len(image) // 2])), "truncated"),
+        (closed, "damaged"),
+    ):
+        with pytest.raises(ImageError) as caught:
             encoder.encode(picture)
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("mode", ["RGBX", "HSV", "YCbCr", "LA", "La", "RGBa", "PA", "P", "1", "CMYK", "I;16"])
+def test_pictures_of_every_mode_are_taken(tmp_path: Path, mode: str) -> None:
+    _, encoder = publish(str(tmp_path), EncoderConfig.model_validate({**BACKBONE, "dims": (256,)}))
+    assert np.isfinite(encoder.encode(Image.new(mode, (40, 30)))).all()
 
 
 def test_bad_bytes_are_refused(tmp_path: Path) -> None:

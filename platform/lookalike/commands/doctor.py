@@ -14,13 +14,13 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lookalike import cluster
+from lookalike import cluster, storage
 from lookalike.flags import Parser
 from lookalike.telemetry import printable
 
@@ -35,6 +35,11 @@ EXTRAS = {
 }
 """Extra -> (its modules, what needs them)."""
 MIN_MEMORY, MIN_DISK, MIN_FILES = 4 << 30, 2 << 30, 4096
+MEMORY_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where a container's limit of memory and its use stand, by version of the control groups."""
 MAX_TEMPORARY = 60
 """Characters: Ray appends about 45 for its sockets, whose paths the system limits to 107."""
 SERVE_PORT = 9000
@@ -54,7 +59,7 @@ class Finding:
 def doctor(args: Sequence[str]) -> int:
     """Print a line a finding, with its remedy below; exit 1 if something would fail."""
     parser = Parser(prog="lookalike doctor", description="Look at this machine: what would fail, and how to mend it.")
-    parser.add_argument("--root", default="runs", metavar="FOLDER", help="where artifacts will lie (default: runs)")
+    parser.add_argument("--root", default="runs", metavar="URI", help="where artifacts will lie (default: runs)")
     help_port = f"ports to be served on; repeat it for more (default: {SERVE_PORT})"
     parser.add_argument("--port", type=int, action="append", metavar="PORT", help=help_port)
     parser.add_argument("--json", action="store_true", help="print a JSON list instead")
@@ -62,7 +67,7 @@ def doctor(args: Sequence[str]) -> int:
     for port in options.port or ():
         if not 0 < port < 65_536:
             parser.error(f"--port {port} is no port; give one from 1 to 65535")
-    findings = list(examine(Path(options.root), options.port or [SERVE_PORT]))
+    findings = list(examine(options.root, options.port or [SERVE_PORT]))
     failed = sum(finding.state == "fail" for finding in findings)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
@@ -76,23 +81,37 @@ def doctor(args: Sequence[str]) -> int:
     return min(failed, 1)
 
 
-def examine(root: Path, ports: Sequence[int]) -> Iterator[Finding]:
-    """All findings, in the order in which they should be mended. ``root`` need not exist."""
-    yield _python()
-    yield from _packages()
-    yield from _extras()
-    yield from _accelerators()
-    yield _native_library()
-    yield from _capacity()
-    yield from _folder("artifacts", root)
-    yield from _folder("temporary files", Path(tempfile.gettempdir()))
-    yield from _ray()
-    yield from (_port(port) for port in ports)
-    yield from _proxies()
+def examine(root: str, ports: Sequence[int]) -> Iterator[Finding]:
+    """All findings, in the order in which they should be mended. ``root``, a URI, need not exist."""
+    yield from _guarded("python", _python)
+    yield from _guarded("packages", _packages)
+    yield from _guarded("extras", _extras)
+    yield from _guarded("gpu", _accelerators)
+    yield from _guarded("C library", _native_library)
+    yield from _guarded("capacity", _capacity)
+    yield from _guarded("artifacts", lambda: _root(root))
+    yield from _guarded("temporary files", lambda: _folder("temporary files", tempfile.gettempdir()))
+    yield from _guarded("ray", _ray)
+    for port in ports:
+        yield from _guarded("port", lambda port=port: _port(port))  # type: ignore[misc]
+    yield from _guarded("proxy", _proxies)
 
 
-def _python() -> Finding:
-    return Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
+def _guarded(check: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings of ``look``; a machine on which it fails is a finding too, and the others go on."""
+    try:
+        yield from look()
+    except Exception as error:  # noqa: BLE001  # whatever an unusual machine leads to
+        seen = f"cannot be looked at: {type(error).__name__}: {str(error)[:150]}"
+        yield Finding(check, "warn", seen, "see that this user may read /proc, /sys and the folders that are named")
+
+
+def _judge(check: str, seen: str, remedy: str, *, is_good: bool) -> Finding:
+    return Finding(check, "ok", seen) if is_good else Finding(check, "warn", seen, remedy)
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
 
 
 def _packages() -> Iterator[Finding]:
@@ -114,11 +133,9 @@ def _packages() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for extra, (modules, purpose) in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        if missing:
-            seen = f"not installed; needed by {purpose}"
-            yield Finding(f"extra {extra}", "warn", seen, f"pip install 'lookalike[{extra}]' if you want that")
-        else:
-            yield Finding(f"extra {extra}", "ok", "installed")
+        seen = f"not installed; needed by {purpose}" if missing else "installed"
+        remedy = f"pip install 'lookalike[{extra}]' if you want that"
+        yield _judge(f"extra {extra}", seen, remedy, is_good=not missing)
 
 
 def _accelerators() -> Iterator[Finding]:
@@ -131,60 +148,68 @@ def _accelerators() -> Iterator[Finding]:
         yield Finding("gpu", "ok", f"{', '.join(names)}; CUDA {torch.version.cuda}")
     elif shutil.which("nvidia-smi"):
         seen = f"there is a driver, but torch {torch.__version__} sees no GPU"
-        yield Finding("gpu", "fail", seen, "install the CUDA build of torch that fits the driver (see nvidia-smi)")
+        remedy = "to use it, install the CUDA build of torch that fits the driver (see nvidia-smi)"
+        yield Finding("gpu", "warn", seen, remedy)
     else:
         yield Finding("gpu", "ok", "none; training, embedding and search use the CPU")
 
 
-def _native_library() -> Finding:
+def _native_library() -> Iterator[Finding]:
     try:
         from lookalike.retrieval import native
-    except Exception as error:  # noqa: BLE001  # of a missing package, told already
-        return Finding("C library", "fail", f"cannot be looked at: {str(error)[:150]}", "mend the packages above")
-    if native.AVAILABLE:
-        return Finding("C library", "ok", "built")
+    except ImportError:  # of a missing package, told already
+        return
+    seen = "built" if native.AVAILABLE else "not built: the same answers, several times slower"
     remedy = "install a C compiler (gcc), then install lookalike again with pip install --force-reinstall --no-deps"
-    return Finding("C library", "warn", "not built: the same answers, several times slower", remedy)
+    yield _judge("C library", seen, remedy, is_good=native.AVAILABLE)
 
 
 def _capacity() -> Iterator[Finding]:
     yield Finding("cpus", "ok", f"{cluster.count_cpus()} to be used")
     total, available = _memory()
     seen = f"{available / (1 << 30):.1f} GiB free of {total / (1 << 30):.1f}"
-    if available < MIN_MEMORY:
-        remedy = "training and serving side by side want 4 GiB free; end other programs, or lower workers and batches"
-        yield Finding("memory", "warn", seen, remedy)
-    else:
-        yield Finding("memory", "ok", seen)
+    remedy = "training and serving side by side want 4 GiB free; end other programs, or lower workers and batches"
+    yield _judge("memory", seen, remedy, is_good=available >= MIN_MEMORY)
     needed, shared = cluster.ClusterConfig().object_store_mb << 20, Path("/dev/shm")  # Ray's place
     free = shutil.disk_usage(shared).free if shared.exists() else 0
     seen = f"{free >> 20} MiB free, the object store takes {needed >> 20}"
-    if free < needed:
-        remedy = "start the container with --shm-size=2g; Ray falls back to the disk, far slower"
-        yield Finding("shared memory", "warn", seen, remedy)
-    else:
-        yield Finding("shared memory", "ok", seen)
+    remedy = "start the container with --shm-size=2g; Ray falls back to the disk, far slower"
+    yield _judge("shared memory", seen, remedy, is_good=free >= needed)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < MIN_FILES:
-        yield Finding("open files", "warn", f"at most {files}", f"ulimit -n {MIN_FILES} or more before you start")
-    else:
-        yield Finding("open files", "ok", f"at most {'any number' if files == resource.RLIM_INFINITY else files}")
+    is_unlimited = files == resource.RLIM_INFINITY
+    seen = f"at most {'any number' if is_unlimited else files}"
+    remedy = f"ulimit -n {MIN_FILES} or more before you start"
+    yield _judge("open files", seen, remedy, is_good=is_unlimited or files >= MIN_FILES)
 
 
 def _memory() -> tuple[int, int]:
     """Bytes of memory, and those of them that are free; a container's limit counts."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(lines[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
-        total = int(text)
-        available = min(available, total - int(used.read_text()))
+    lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+    sizes = {words[0].rstrip(":"): int(words[1]) << 10 for words in lines if len(words) > 1 and words[1].isdigit()}
+    total = sizes["MemTotal"]
+    available = sizes.get("MemAvailable", sizes["MemFree"])
+    for limit, used in ((Path(limit), Path(used)) for limit, used in MEMORY_LIMITS):
+        if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
+            total, available = int(text), min(available, int(text) - int(used.read_text()))
     return total, available
 
 
-def _folder(check: str, folder: Path) -> Iterator[Finding]:
+def _root(root: str) -> Iterator[Finding]:
+    try:
+        is_local = storage.is_local(root)
+    except Exception as error:  # noqa: BLE001  # whatever the store's package raises
+        remedy = "install the package of that store, or correct the URI"
+        yield Finding("artifacts", "fail", f"{root}: {str(error)[:150]}", remedy)
+        return
+    if is_local:
+        yield from _folder("artifacts", storage.local_path(root))
+    else:
+        yield Finding("artifacts", "ok", f"{root} is on another store, which was not asked")
+
+
+def _folder(check: str, folder: str) -> Iterator[Finding]:
     """Whether ``folder`` takes files, locks and maps them, and has space; looked at in the part of it that exists."""
-    place = folder.absolute()
+    place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     try:
@@ -200,10 +225,8 @@ def _folder(check: str, folder: Path) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(place).free
     seen = f"{free / (1 << 30):.1f} GiB free for {folder}"
-    if free < MIN_DISK:
-        yield Finding(check, "warn", seen, "free some, or take another disk; the quickstart alone takes 2 GiB")
-    else:
-        yield Finding(check, "ok", seen)
+    remedy = "free some, or take another disk; the quickstart alone takes 2 GiB"
+    yield _judge(check, seen, remedy, is_good=free >= MIN_DISK)
 
 
 def _ray() -> Iterator[Finding]:
@@ -229,6 +252,7 @@ def _ray() -> Iterator[Finding]:
 
 def _address(address: str) -> Finding:
     host, _, port = address.rpartition("://")[2].rpartition(":")
+    host = host.strip("[]")  # of IPv6
     if address in ("auto", "local") or not port.isdigit():
         return Finding("ray's address", "ok", f"RAY_ADDRESS is {address}")
     try:
@@ -239,15 +263,16 @@ def _address(address: str) -> Finding:
     return Finding("ray's address", "ok", f"RAY_ADDRESS {address} answers")
 
 
-def _port(port: int) -> Finding:
+def _port(port: int) -> Iterator[Finding]:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             remedy = "end what has it (ss -ltnp), or take another with serve.port=N"
-            return Finding("port", "warn", f"{port}: {error.strerror}", remedy)
-    return Finding("port", "ok", f"{port} is free")
+            yield Finding("port", "warn", f"{port}: {error.strerror}", remedy)
+            return
+    yield Finding("port", "ok", f"{port} is free")
 
 
 def _proxies() -> Iterator[Finding]:

@@ -173,7 +173,7 @@ FAMILIES: dict[str, tuple[Callable[..., Scores], str]] = {
     "mrr_at_{k}": (reciprocal_rank, "1 / rank of the first relevant row, 0 beyond rank {k}; " + ALL),
     "vote_at_{k}": (
         vote,
-        "1 if the query's class is the most frequent of the first {k}, of equals the one that ranks first; " + ALL,
+        "1 if the query's class is the most frequent among the first {k}, or ranks first of those that are; " + ALL,
     ),
 }
 """Form of the id -> function of ``Judged`` and perhaps k, and definition."""

@@ -94,26 +94,36 @@ def decode_container(container: Container, limits: ImageLimits, square: Square |
     except MemoryError:
         raise ImageError("too_large", "decoding the image takes too much memory; scale it down") from None
     except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever hostile bytes lead them to)
-        reason = "truncated" if "truncated" in str(error) else "damaged"
-        raise ImageError(reason, f"the image is {reason}: {error}; send the complete file") from None
+        raise _explain(error) from None
     orientation = image.getexif().get(ORIENTATION, 1) if container.kind == "AVIF" else container.orientation
     turn = TRANSPOSES.get(orientation)
     return upright if turn is None else upright.transpose(turn)
 
 
 def normalize(image: Image.Image) -> Image.Image:
-    """A picture that was decoded elsewhere as ``decode`` would give it: upright, 8 bits, transparent parts on white.
+    """A picture that was opened elsewhere as ``decode`` would give it: upright, 8 bits, transparent parts on white.
 
-    Raises ``ImageError`` as ``decode`` does, but for what only a file can have.
+    Raises ``ImageError`` with reason ``empty`` (no pixels), ``no_value_range``, ``truncated`` or ``damaged``.
     """
     if not image.width * image.height:
         raise ImageError("empty", f"the picture has {image.width} x {image.height} pixels; give one that has some")
     try:
+        image.load()
+        upright = _to_rgb(image, Container(image.format or "TIFF"))
+    except ImageError:
+        raise
+    except Exception as error:  # noqa: BLE001  (as in decode)
+        raise _explain(error) from None
+    try:
         turn = TRANSPOSES.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # noqa: BLE001  # an EXIF that cannot be read turns nothing
         turn = None
-    upright = _to_rgb(image, Container(image.format or "TIFF"))
     return upright if turn is None else upright.transpose(turn)
+
+
+def _explain(error: Exception) -> ImageError:
+    reason = "truncated" if "truncated" in str(error) else "damaged"
+    return ImageError(reason, f"the image is {reason}: {error}; send the complete file")
 
 
 def check_header(data: bytes, limits: ImageLimits) -> Container:
@@ -185,7 +195,9 @@ def _why_unknown(container: Container) -> str:
 def _to_rgb(image: Image.Image, container: Container) -> Image.Image:
     if image.mode[:1] in ("I", "F"):
         image = _to_grey(image, container)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")  # the only way out of it
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -246,6 +246,23 @@ def test_a_table_beside_the_vectors_gives_ids_and_columns_by_row(name: str, numb
     assert np.allclose(vectors, numbers, atol=1e-6)
 
 
+def test_a_table_in_utf_16_is_read(numbers: Numbers, tmp_path: Path) -> None:
+    """As spreadsheets write it."""
+    text = "id;title\n" + "".join(f"n{n};st\N{LATIN SMALL LETTER U WITH DIAERESIS}ck {n}\n" for n in range(NUM))
+    (tmp_path / "t.csv").write_bytes(text.encode("utf-16"))
+    np.save(tmp_path / "x.npy", numbers)
+    ids, _, made = read(take_in(tmp_path, tmp_path / "x.npy", table={"uri": str(tmp_path / "t.csv")}))
+    assert (ids[3], made["title"][3].as_py()) == ("n3", "st\N{LATIN SMALL LETTER U WITH DIAERESIS}ck 3")
+
+
+@pytest.mark.parametrize("state", ["[]", '"x"', "{}", '{"_data_files": [1]}', '{"_data_files": 3}', "no JSON"])
+def test_a_damaged_state_of_a_data_set_is_told(tmp_path: Path, state: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "state.json").write_text(state)
+    with pytest.raises(UsageError, match="is not readable as a data set of Hugging Face"):
+        take_in(tmp_path, tmp_path / "set")
+
+
 def test_a_table_is_joined_by_id_where_both_have_ids(numbers: Numbers, tmp_path: Path) -> None:
     pq.write_table(as_table(numbers), tmp_path / "x.parquet")
     order = np.random.default_rng(3).permutation(NUM)
@@ -271,7 +288,9 @@ def test_a_table_that_cannot_be_joined_is_refused(numbers: Numbers, tmp_path: Pa
         ({"uri": str(tmp_path / "gone.csv")}, "gone.csv"),
         ({"uri": write_text(tmp_path / "c.jsonl", [{"x": 1}])}, "neither ids nor a column of group, view"),
         ({"uri": write_text(tmp_path / "d.csv", [{"id": "a,b", "title": "t"}])}, "line 2: 3 cells for 2 columns"),
+        ({"uri": str(tmp_path / "e.csv")}, "has two columns 'title'; rename or remove one"),
     ]
+    (tmp_path / "e.csv").write_text("id,title,title\na,b,c\n")
     for table, words in cases:
         with pytest.raises(UsageError, match=words):
             take_in(tmp_path, tmp_path / "x.npy", table=table)
