@@ -14,6 +14,6 @@ STAGE = Stage(
     resumable=True,
     preview=preview,
     foresee=foresee,
-    version=2,
+    version=3,
     inputs={**INPUTS, "teacher": Input("encoder", optional=True)},
 )

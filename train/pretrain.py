@@ -24,5 +24,5 @@ STAGE: Stage[TrainConfig] = Stage(
     resumable=True,
     preview=preview,
     foresee=foresee,
-    version=2,
+    version=3,
 )

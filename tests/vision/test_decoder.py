@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 from lookalike.vision.decoder import Decoder, DecoderLostError, Order
 from lookalike.vision.encoder import read_pixels, to_bytes
 from lookalike.vision.images import ImageError, decode
-from lookalike.vision.transforms import TransformConfig
+from lookalike.vision.transforms import Fit, TransformConfig
 
 SMALL = to_bytes(Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)))
 
@@ -59,9 +60,10 @@ def decoder() -> Iterator[Decoder]:
     decoder.close()
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("fit", ["pad", "crop"])
-def test_the_pixels_are_those_of_the_evaluation_transform(decoder: Decoder, fit: str) -> None:
-    transform = TransformConfig(size=48, fit=fit)  # type: ignore[arg-type]
+def test_the_pixels_are_those_of_the_evaluation_transform(decoder: Decoder, fit: Fit, interpolation: Any) -> None:
+    transform = TransformConfig(size=48, fit=fit, interpolation=interpolation)
     large = smooth(1600, 900)
     pictures = [
         SMALL,

@@ -1,12 +1,18 @@
 """Transforms: shapes, aspect ratio, determinism of evaluation and of seeded training."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lookalike.vision.backbones import create_backbone  # before timm
+from lookalike.vision.images import decode
 from lookalike.vision.transforms import (
     AugmentConfig,
     TransformConfig,
@@ -17,7 +23,12 @@ from lookalike.vision.transforms import (
     pad_to_square,
     to_pixels,
 )
+from lookalike.vision.weights import own_transform
 from tests.vision.train_transform import build_train_transform
+
+from timm.data import create_transform, resolve_model_data_config  # isort: skip
+
+SAMPLES = Path(__file__).parents[2] / "data/samples"
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -60,15 +71,33 @@ def smooth(width: int, height: int) -> Image.Image:
     return picture(max(2, width // 12), max(2, height // 12)).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256), (640, 150)])
-def test_the_centre_is_cut_as_by_resizing_and_then_cropping(size: tuple[int, int]) -> None:
-    """The usual evaluation protocol, 224 of 256 pixels, up to the rounding of where the crop begins."""
-    from torchvision.transforms import v2
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256), (640, 150), (131, 97), (61, 803)])
+@pytest.mark.parametrize(("side", "share"), [(224, 0.875), (240, 0.882), (224, 0.9), (160, 0.95), (112, 1.0)])
+def test_the_centre_is_cut_as_timm_cuts_it(size: tuple[int, int], side: int, share: float, interpolation: str) -> None:
+    """timm resizes the whole picture first: the same pixels but for rounding (noise is the hardest)."""
+    image = picture(*size)
+    plain: dict[str, Any] = {"crop_pct": share, "interpolation": interpolation, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    theirs = create_transform((3, side, side), **plain)(image) * 255
+    ours = np.asarray(crop_to_square(image, side, share, interpolation)).transpose(2, 0, 1)
+    apart = np.abs(ours - theirs.numpy())
+    assert np.quantile(apart, 0.99) <= (1 if interpolation == "bilinear" else 4)  # bicubic overshoots and is clipped
+    assert apart.mean() < 0.5
 
-    image = smooth(*size)
-    usual = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(image)
-    ours = crop_to_square(image, 224, 0.875)
-    assert np.abs(np.asarray(ours, np.int64) - np.asarray(usual, np.int64)).mean() < 2.0
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0.05, 1.0))
+def test_the_centre_of_any_picture_lies_within_it(width: int, height: int, share: float) -> None:
+    assert crop_to_square(Image.new("RGB", (width, height)), 32, share).size == (32, 32)
+
+
+@pytest.mark.parametrize("size", [(300, 20), (33, 200), (64, 64)])
+def test_a_padded_picture_is_scaled_by_the_filter_that_is_set(size: tuple[int, int]) -> None:
+    image, scale = picture(*size), 48 / max(size)
+    scaled = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
+    square = pad_to_square(image, 48, "bicubic")
+    left, top = (48 - scaled.width) // 2, (48 - scaled.height) // 2
+    assert square.crop((left, top, left + scaled.width, top + scaled.height)).tobytes() == scaled.tobytes()
 
 
 def test_a_strip_is_cut_without_being_blown_up() -> None:
@@ -149,3 +178,55 @@ def test_pixels_normalised_as_a_batch_are_those_of_one_picture_after_the_other(f
     pixels = torch.from_numpy(np.stack([np.asarray(cut(image)) for image in pictures])).permute(0, 3, 1, 2)
     assert pixels.dtype == torch.uint8
     assert torch.equal(normalize_pixels(pixels, config), expected)
+
+
+def test_training_scales_as_the_evaluation_does() -> None:
+    image = picture(90, 90)
+    augment = AugmentConfig(min_scale=1.0, flip=False, color_jitter=0.0)
+    config = TransformConfig(size=40, fit="crop", interpolation="bicubic")
+    torch.manual_seed(3)  # a crop of the whole picture: all other shapes would be larger
+    whole = np.asarray(build_augmentation(config, augment)(image), int)
+    assert np.abs(whole - np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC), int)).mean() < 1.0
+
+
+def sample_pictures(num: int) -> list[Image.Image]:
+    """Pictures of the sample corpora, cut to different shapes."""
+    pictures = []
+    for name in ("furniture", "openclipart"):
+        rows = next(pq.ParquetFile(SAMPLES / name / "part-000.parquet").iter_batches(num, columns=["image"]))
+        for number, data in enumerate(rows["image"]):
+            image = decode(data.as_py())
+            pictures.append(image.crop((0, 0, image.width - 13 * (number % 4), image.height - 17 * (number % 3))))
+    return pictures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "weights", "known"),
+    [
+        ("tf_efficientnet_lite0", "efficientnet-lite0", (224, 0.875, "bicubic", 0.5)),
+        ("vit_tiny_patch16_224", "random", (224, 0.9, "bicubic", 0.5)),
+        ("resnet18", "random", (224, 0.95, "bicubic", 0.485)),
+        ("test_resnet", "random", (160, 0.95, "bilinear", 0.5)),
+    ],
+)
+def test_features_are_those_of_timms_own_transform(
+    architecture: str, weights: str, known: tuple[int, float, str, float]
+) -> None:
+    """Scaled bilinearly, as all weights were before, the packaged backbone's are down to a cosine of .98."""
+    torch.manual_seed(0)
+    backbone = create_backbone(architecture, weights).eval()
+    own = own_transform(architecture, weights)
+    assert (own.size, own.crop_fraction, own.interpolation, own.mean[0]) == known
+    pictures = sample_pictures(6)
+    features = []
+    for transform in (
+        create_transform(**resolve_model_data_config(backbone)),
+        build_eval_transform(own.model_copy(update={"fit": "crop"})),
+        build_eval_transform(own.model_copy(update={"fit": "crop", "interpolation": "bilinear"})),
+    ):
+        with torch.no_grad():
+            features.append(backbone(torch.stack([transform(image) for image in pictures])))
+    assert torch.cosine_similarity(features[0], features[1]).min() > 0.999
+    if weights == "efficientnet-lite0":
+        assert torch.cosine_similarity(features[0], features[2]).min() < 0.995

@@ -259,5 +259,5 @@ STAGE = Stage(
     resumable=True,
     foresee=foresee,
     inputs={"corpus": Input("corpus"), "encoder": Input("encoder")},
-    version=2,
+    version=3,
 )

@@ -143,7 +143,7 @@ def _sizes(encoder: EncoderConfig) -> str:
         f"| projection | {'linear, without bias' if encoder.projection else 'none'} |",
         f"| pooling | {encoder.pooling} |",
         f"| nested dims | {', '.join(map(str, encoder.dims))} |",
-        f"| images | RGB, {cut}, {transform.size} px |",
+        f"| images | RGB, {cut}, scaled to {transform.size} px ({transform.interpolation}) |",
         f"| normalised by | mean {list(transform.mean)}, std {list(transform.std)} |",
     ]
     return "\n".join(["| part | value |", "|---|---|", *lines])

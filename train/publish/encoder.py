@@ -2,20 +2,40 @@
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from lookalike import hub, storage
 from lookalike.artifacts import Artifact
+from lookalike.config import Config, parse_config
 from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 from lookalike.stages import Stage, StageConfig, StageRun
-from lookalike.telemetry import fields, get_logger
-from lookalike.vision.backbones import Pooling, create_backbone
+from lookalike.vision.backbones import Pooling, create_backbone, require_architecture
 from lookalike.vision.encoder import CARD_FILE, EmbeddingModel, EncoderConfig, read_encoder, save_encoder
-from lookalike.vision.transforms import TransformConfig
-from lookalike.vision.weights import SUFFIXES, is_weight_file
+from lookalike.vision.transforms import Channels, Deviations, Fit, Interpolation, Share, Side, TransformConfig
+from lookalike.vision.weights import SUFFIXES, config_beside, is_weight_file, own_transform
 
-log = get_logger(__name__)
+
+class TransformSettings(Config):
+    """The evaluation transform; what is not set here is as the weights were trained (``vision.weights``)."""
+
+    size: Side | None = None
+    """Side of the square input in pixels."""
+    fit: Fit | None = None
+    """``pad`` keeps the whole picture on white (catalogue; also when nothing is set); ``crop`` cuts the centre,
+    as most weights were trained (photographs)."""
+    crop_fraction: Share | None = None
+    """Share of the short side that ``crop`` keeps."""
+    interpolation: Interpolation | None = None
+    """How pictures are scaled."""
+    mean: Channels | None = None
+    """Channel means in the backbone's training, of values in [0, 1]."""
+    std: Deviations | None = None
+    """Channel standard deviations in the backbone's training."""
+
+    @property
+    def given(self) -> dict[str, object]:
+        """Field -> value of those that are set."""
+        return self.model_dump(exclude_none=True)
 
 
 class PublishConfig(StageConfig):
@@ -28,7 +48,7 @@ class PublishConfig(StageConfig):
     exported encoder, which brings projection, dims and transform: its folder, or ``hf://owner/name[@revision]``."""
     pooling: Pooling = "native"
     """``gem``: the generalised mean instead of a convolutional network's average."""
-    transform: TransformConfig = TransformConfig()
+    transform: TransformSettings = TransformSettings()
     """Evaluation transform; training derives its own from it."""
 
 
@@ -49,25 +69,20 @@ def publish(run: StageRun[PublishConfig]) -> None:
 
 def _build(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel]:
     torch.manual_seed(derive_seed(config.seed, "random weights"))
-    backbone = create_backbone(config.backbone, config.weights, size=config.transform.size, pooling=config.pooling)
-    if config.weights == "timm" or config.weights.startswith("timm:"):
-        _compare_transform(backbone, config)
+    transform = resolve_transform(config)
+    backbone = create_backbone(config.backbone, config.weights, size=transform.size, pooling=config.pooling)
     width = int(backbone.num_features)  # type: ignore[arg-type]
     encoder = EncoderConfig(
-        backbone=config.backbone, num_features=width, dims=(width,), pooling=config.pooling, transform=config.transform
+        backbone=config.backbone, num_features=width, dims=(width,), pooling=config.pooling, transform=transform
     )
     return encoder, EmbeddingModel(backbone, width, None)
 
 
-def _compare_transform(backbone: nn.Module, config: PublishConfig) -> None:
-    """Warn if images would be normalised differently from the training of timm's weights."""
-    trained: dict[str, tuple[float, ...]] = backbone.pretrained_cfg  # type: ignore[assignment]
-    for name, ours in (("mean", config.transform.mean), ("std", config.transform.std)):
-        if max(abs(a - b) for a, b in zip(ours, trained[name], strict=True)) > 1e-3:
-            log.warning(
-                "transform differs %s",
-                fields(setting=f"transform.{name}", given=list(ours), weights_were_trained_with=list(trained[name])),
-            )
+def resolve_transform(config: PublishConfig) -> TransformConfig:
+    """The settings' transform, filled up with the weights' own; ``UsageError`` for an unknown backbone."""
+    require_architecture(config.backbone)
+    own = own_transform(config.backbone, config.weights).model_dump()
+    return parse_config(TransformConfig, {**own, **config.transform.given}, "transform")
 
 
 def is_exported(weights: str) -> bool:
@@ -81,6 +96,8 @@ def _import(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel, str]:
     given = config.model_dump(include=config.model_fields_set)
     for name in ("backbone", "pooling", "transform"):
         stored = encoder.model_dump()[name]
+        if name == "transform":
+            given[name] = {**stored, **config.transform.given}
         if name in given and given[name] != stored:
             raise UsageError(
                 f"the encoder at {config.weights} has {name}={stored}, not {given[name]}; give its own"
@@ -96,14 +113,20 @@ def preview(run: StageRun[PublishConfig]) -> list[str]:
     config = run.config
     if is_exported(config.weights):
         return []
+    size = resolve_transform(config).size
     with torch.device("meta"):
-        backbone = create_backbone(config.backbone, "random", size=config.transform.size, pooling=config.pooling)
+        backbone = create_backbone(config.backbone, "random", size=size, pooling=config.pooling)
     numbers = sum(parameter.numel() for parameter in backbone.parameters())
-    return [f"{numbers:,} parameters, {backbone.num_features}-d features at {config.transform.size} px"]
+    return [f"{numbers:,} parameters, {backbone.num_features}-d features at {size} px"]
 
 
 def _sources(config: PublishConfig) -> list[str]:
-    return [hub.fetch(config.weights)] if is_weight_file(config.weights) else []
+    if not is_weight_file(config.weights):
+        return []
+    beside = [] if is_exported(config.weights) else [config_beside(config.weights)]
+    return [hub.fetch(config.weights), *(uri for uri in beside if storage.exists(uri))]
 
 
-STAGE = Stage(name="encoder", kind="encoder", config=PublishConfig, run=publish, sources=_sources, preview=preview)
+STAGE = Stage(
+    name="encoder", kind="encoder", version=2, config=PublishConfig, run=publish, sources=_sources, preview=preview
+)

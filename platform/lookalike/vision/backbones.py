@@ -9,7 +9,7 @@ from lookalike.errors import LookalikeError, UsageError
 from lookalike.registry import nearest
 from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
 from lookalike.vision.resolution import resize_input
-from lookalike.vision.weights import WEIGHTS, load_weights
+from lookalike.vision.weights import WEIGHTS, load_weights, timm_name
 
 import timm  # isort: skip
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d  # isort: skip
@@ -46,17 +46,22 @@ def create_backbone(
     return model
 
 
-def _create(architecture: str, weights: str, drop_path: float) -> nn.Module:
+def require_architecture(architecture: str) -> None:
+    """Raise ``UsageError`` unless timm knows ``architecture``."""
     if not timm.is_model(architecture):
         valid = timm.list_models()
         raise UsageError(
             f"unknown backbone {architecture!r}{nearest(architecture, valid)}; timm knows {len(valid)}, "
             "see timm.list_models()"
         )
+
+
+def _create(architecture: str, weights: str, drop_path: float) -> nn.Module:
+    require_architecture(architecture)
     options: dict[str, Any] = {"num_classes": 0, **({"drop_path_rate": drop_path} if drop_path else {})}
     try:
         if weights == "timm" or weights.startswith("timm:"):
-            return _create_pretrained(architecture, weights.partition(":")[2], options)
+            return _create_pretrained(timm_name(architecture, weights), options)
         return timm.create_model(architecture, pretrained=False, **options)  # type: ignore[no-any-return]
     except TypeError as error:
         if "drop_path_rate" not in str(error):
@@ -64,13 +69,7 @@ def _create(architecture: str, weights: str, drop_path: float) -> nn.Module:
         raise UsageError(f"{architecture!r} has no stochastic depth; set drop_path=0") from None
 
 
-def _create_pretrained(architecture: str, tag: str, options: dict[str, Any]) -> nn.Module:
-    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        raise UsageError(
-            f"timm has no weights {tag!r} of {architecture!r}{nearest(tag, tags)}; it has {', '.join(tags) or 'none'}"
-        )
-    name = f"{architecture}.{tag}" if tag else architecture
+def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
     except TypeError:

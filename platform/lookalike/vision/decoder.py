@@ -22,7 +22,7 @@ from PIL import AvifImagePlugin
 
 from lookalike.errors import LookalikeError
 from lookalike.vision.images import MAX_PIXELS, MAX_SCANS, ImageError, ImageLimits, check_header, decode_container
-from lookalike.vision.squares import Square
+from lookalike.vision.squares import INTERPOLATIONS, Square
 
 MAX_DECODE_S = 5.0
 BASE_BYTES, BYTES_PER_PIXEL = 128 << 20, 20
@@ -30,7 +30,7 @@ BASE_BYTES, BYTES_PER_PIXEL = 128 << 20, 20
 frames of 4 bytes a pixel in its own decoder, two in Pillow."""
 WALL_FACTOR = 12.0
 """Longest time on the clock of ``Decoder.run``, in times the processor time allowed."""
-ORDER = struct.Struct("<QQIdBId")
+ORDER = struct.Struct("<QQIdBIdB")
 REPLY = struct.Struct("<BIIQ")
 FAILED, SIZE, PIXELS = range(3)
 NICE = 10
@@ -173,7 +173,14 @@ def _write_order(pipe: IO[bytes], data: bytes, order: Order) -> None:
     square = order.square or Square("", 0, 1.0)
     fit = ("", "pad", "crop").index(square.fit)
     head = ORDER.pack(
-        len(data), order.max_pixels, order.max_scans, order.max_decode_s, fit, square.size, square.crop_fraction
+        len(data),
+        order.max_pixels,
+        order.max_scans,
+        order.max_decode_s,
+        fit,
+        square.size,
+        square.crop_fraction,
+        INTERPOLATIONS.index(square.interpolation),
     )
     pipe.write(head)
     pipe.write(data)
@@ -182,8 +189,8 @@ def _write_order(pipe: IO[bytes], data: bytes, order: Order) -> None:
 
 def _read_order(pipe: IO[bytes]) -> tuple[bytes, Order]:
     head = _read(pipe, ORDER.size)
-    size, max_pixels, max_scans, max_decode_s, fit, side, fraction = ORDER.unpack(head)
-    square = Square(("", "pad", "crop")[fit], side, fraction) if fit else None
+    size, max_pixels, max_scans, max_decode_s, fit, side, fraction, number = ORDER.unpack(head)
+    square = Square(("", "pad", "crop")[fit], side, fraction, INTERPOLATIONS[number]) if fit else None
     return _read(pipe, size), Order(max_pixels, max_scans, max_decode_s, square)
 
 

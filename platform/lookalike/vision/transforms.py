@@ -17,27 +17,35 @@ from lookalike.vision.squares import Square, crop_to_square, pad_to_square  # no
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
+Side = Annotated[int, Field(ge=32, le=1024)]
+Fit = Literal["pad", "crop"]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Interpolation = Literal["bilinear", "bicubic"]
+Channels = tuple[float, float, float]
 _Deviation = Annotated[float, Field(gt=0.0)]
+Deviations = tuple[_Deviation, _Deviation, _Deviation]
 
 
 class TransformConfig(Config):
     """From an RGB image to the tensor that a backbone reads."""
 
-    size: int = Field(224, ge=32, le=1024)
+    size: Side = 224
     """Side of the square input in pixels."""
-    fit: Literal["pad", "crop"] = "pad"
+    fit: Fit = "pad"
     """``pad`` keeps the whole picture on a white square (catalogue); ``crop`` cuts the centre (photographs)."""
-    crop_fraction: float = Field(0.875, gt=0.0, le=1.0)
+    crop_fraction: Share = 0.875
     """Share of the short side that ``crop`` keeps."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: Interpolation = "bilinear"
+    """How pictures are scaled, in training too. Encoders made before there was this setting are bilinear."""
+    mean: Channels = (0.5, 0.5, 0.5)
     """Channel means in the backbone's training, of values in [0, 1]."""
-    std: tuple[_Deviation, _Deviation, _Deviation] = (0.5, 0.5, 0.5)
+    std: Deviations = (0.5, 0.5, 0.5)
     """Channel standard deviations in the backbone's training."""
 
     @property
     def square(self) -> Square:
         """The part of the transform before normalisation."""
-        return Square(self.fit, self.size, self.crop_fraction)
+        return Square(self.fit, self.size, self.crop_fraction, self.interpolation)
 
 
 class AugmentConfig(Config):
@@ -77,9 +85,11 @@ def build_augmentation(config: TransformConfig, augment: AugmentConfig) -> Calla
     """RGB image -> RGB image of size x size, randomly cropped and coloured (torch's global generator)."""
     from torchvision.transforms import v2
 
-    steps: list[object] = [v2.RandomResizedCrop(config.size, scale=(augment.min_scale, 1.0), antialias=True)]
+    way = v2.InterpolationMode(config.interpolation)
+    steps: list[object] = [v2.RandomResizedCrop(config.size, scale=(augment.min_scale, 1.0), interpolation=way)]
     if config.fit == "pad":
-        steps.insert(0, partial(pad_to_square, size=round(config.size * 1.15)))
+        side = round(config.size * 1.15)
+        steps.insert(0, partial(pad_to_square, size=side, interpolation=config.interpolation))
     if augment.flip:
         steps.append(v2.RandomHorizontalFlip())
     if augment.rand_augment:

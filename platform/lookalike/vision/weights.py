@@ -1,8 +1,9 @@
 """Pretrained weights for backbones, from a package, a file, or another encoder's file; keys are matched by name."""
 
 import io
+import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -13,10 +14,12 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from lookalike import storage
+from lookalike.config import parse_config
 from lookalike.errors import UsageError
-from lookalike.registry import Registry
+from lookalike.registry import Registry, nearest
 from lookalike.vision import operators  # noqa: F401  (before timm, which imports torchvision)
 from lookalike.vision.resolution import resize_input, size_of_weights
+from lookalike.vision.transforms import TransformConfig
 
 import timm  # isort: skip
 
@@ -33,6 +36,64 @@ WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
 def is_weight_file(weights: str) -> bool:
     """Whether ``weights`` is the path of a file or folder rather than a name."""
     return "/" in weights or weights.endswith(SUFFIXES)
+
+
+def timm_name(architecture: str, weights: str) -> str:
+    """timm's name of ``timm:<tag>`` weights, ``architecture.tag``; of all others ``architecture``.
+
+    Raises ``UsageError`` for an unknown tag.
+    """
+    tag = weights.partition(":")[2] if weights.startswith("timm:") else ""
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")] if tag else []
+    if tag and tag not in tags:
+        raise UsageError(
+            f"timm has no weights {tag!r} of {architecture!r}{nearest(tag, tags)}; it has {', '.join(tags) or 'none'}"
+        )
+    return f"{architecture}.{tag}" if tag else architecture
+
+
+def own_transform(architecture: str, weights: str) -> TransformConfig:
+    """The evaluation transform that ``weights`` were trained for; ``fit`` is ``pad``, whatever they were trained with.
+
+    A file's is in a ``config.json`` beside it, in timm's form or an exported encoder's. Otherwise it is timm's
+    configuration of the tag or, for other files, packages and random weights, of the architecture.
+    """
+    stored = _stored_config(weights) if is_weight_file(weights) else {}
+    if isinstance(stored.get("transform"), Mapping):
+        return parse_config(TransformConfig, stored["transform"], config_beside(weights))
+    trained: Mapping[str, Any] = stored.get("pretrained_cfg") or {}
+    if not trained:
+        known = timm.get_pretrained_cfg(timm_name(architecture, weights))
+        trained = vars(known) if known else {}
+    return parse_config(TransformConfig, dict(_from_timm(trained, architecture)), f"the configuration of {weights}")
+
+
+def _from_timm(trained: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Any]]:
+    yield from ((name, trained[name]) for name in ("interpolation", "mean", "std") if trained.get(name))
+    if trained.get("crop_pct"):
+        yield "crop_fraction", min(1.0, trained["crop_pct"])  # VOLO's 1.15 pads with black
+    if trained.get("input_size"):
+        *_, height, width = trained["input_size"]
+        if height != width:
+            raise UsageError(
+                f"{architecture!r} was trained on {width} x {height} px, and encoders read squares; take another"
+            )
+        yield "size", height
+
+
+def config_beside(weights: str) -> str:
+    """URI of the ``config.json`` in the folder of a file of weights."""
+    return storage.join(weights.rpartition("/")[0] or ".", "config.json")
+
+
+def _stored_config(weights: str) -> dict[str, Any]:
+    try:
+        values = json.loads(storage.read_bytes(config_beside(weights)))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{config_beside(weights)} is no JSON ({error}); mend or remove it") from None
+    return values if isinstance(values, dict) else {}
 
 
 def load_weights(model: nn.Module, architecture: str, weights: str) -> None:

@@ -1,10 +1,12 @@
 """The encoder stage: it publishes backbones, and takes exported encoders back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from lookalike.artifacts import Artifact
 from lookalike.cli import main
@@ -12,6 +14,7 @@ from lookalike.config import parse_config
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.stages import execute
 from lookalike.train.publish.encoder import STAGE, PublishConfig, is_exported
+from lookalike.vision.backbones import timm
 from lookalike.vision.encoder import Encoder, read_config
 from tests.train.encoders import draw, publish_encoder
 
@@ -86,6 +89,59 @@ def test_a_folder_that_is_no_encoder_is_explained(tmp_path: Path) -> None:
 )
 def test_what_counts_as_an_exported_encoder(weights: str, expected: bool) -> None:
     assert is_exported(weights) is expected
+
+
+def transform_of(artifact: Artifact) -> tuple[int, str, float, str, float]:
+    own = read_config(artifact).transform
+    return own.size, own.fit, own.crop_fraction, own.interpolation, own.mean[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"backbone": "test_efficientnet"}, (160, "pad", 0.95, "bicubic", 0.485)),
+        ({"backbone": "test_resnet"}, (160, "pad", 0.95, "bilinear", 0.5)),
+        (
+            {"backbone": "test_resnet", "transform": {"size": 64, "interpolation": "bicubic", "fit": "crop"}},
+            (64, "crop", 0.95, "bicubic", 0.5),
+        ),
+        (
+            {"backbone": "test_resnet", "transform": {"mean": [0.1, 0.2, 0.3], "crop_fraction": 0.8}},
+            (160, "pad", 0.8, "bilinear", 0.1),
+        ),
+    ],
+)
+def test_the_transform_is_the_weights_own_but_for_what_is_set(
+    tmp_path: Path, values: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    """Expected: timm's configuration of these models, by hand."""
+    assert transform_of(publish(tmp_path, **values)) == expected
+
+
+def test_a_file_of_weights_brings_the_transform_beside_it(tmp_path: Path) -> None:
+    """timm pushes ``model.safetensors`` with a ``config.json``; our export writes one in a form of its own."""
+    (tmp_path / "a").mkdir()
+    file = str(tmp_path / "a/model.safetensors")
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), file)
+    alone = publish(tmp_path, backbone="test_resnet", weights=file)
+    assert transform_of(alone) == (160, "pad", 0.95, "bilinear", 0.5)
+    trained = {"input_size": [3, 96, 96], "crop_pct": 1.15, "interpolation": "bicubic", "mean": [0.4, 0.4, 0.4]}
+    (tmp_path / "a/config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": trained}))
+    beside = publish(tmp_path, backbone="test_resnet", weights=file)
+    assert transform_of(beside) == (96, "pad", 1.0, "bicubic", 0.4)  # more than the whole picture is the whole
+    (tmp_path / "a/config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"config.json is no JSON .*; mend or remove it"):
+        publish(tmp_path, backbone="test_resnet", weights=file)
+
+
+def test_a_backbone_out_of_an_exported_encoder_keeps_its_transform(exported: str, tmp_path: Path) -> None:
+    artifact = publish(tmp_path / "new", weights=f"{exported}/model.safetensors")
+    assert read_config(artifact).transform == read_config(Artifact.open(exported)).transform
+
+
+def test_weights_for_pictures_that_are_no_squares_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'vit_base_patch16_sapiens2' was trained on 768 x 1024 px, and encoders"):
+        publish(tmp_path, backbone="vit_base_patch16_sapiens2")
 
 
 def test_size_and_pooling_shape_the_encoder(tmp_path: Path) -> None:
