@@ -9,7 +9,8 @@ from torch import nn
 
 from lookalike.errors import UsageError
 from lookalike.vision.backbones import create_backbone, timm
-from lookalike.vision.resolution import resize_input
+from lookalike.vision.resolution import resize_input, size_of_weights
+from lookalike.vision.tuning import layer_groups
 
 FEATURES = {
     "vit_base_patch16_224": 768,
@@ -60,6 +61,42 @@ def test_it_gives_features_trains_a_step_and_changes_its_resolution(architecture
     resize_input(backbone.eval(), larger)
     with torch.no_grad():
         assert torch.isfinite(backbone(images(larger))).all()
+
+
+def smallest_of(module: str) -> str:
+    """A model of a module of timm with few weights, among those with short names."""
+    names = sorted(timm.list_models(module=module), key=lambda name: (len(name), name))[:4]
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters()) for name in names}
+    return min(names, key=lambda name: sizes[name])
+
+
+@pytest.mark.soak
+@pytest.mark.nightly
+def test_every_family_of_timm_gives_features_of_the_width_it_states() -> None:
+    """Without weights or memory, at its own size, given as a recipe gives it; layers in order, position sizes read."""
+    wrong = {}
+    for module in timm.list_modules():
+        name = smallest_of(module)
+        size = timm.get_pretrained_cfg(name).input_size[-1]
+        try:
+            with torch.device("meta"):
+                backbone = create_backbone(name, size=size).eval()
+                features = backbone(torch.empty(2, 3, size, size))
+            size_of_weights(backbone, backbone.state_dict())
+            layer_groups(backbone, 0.05, 0.7)
+            if features.shape != (2, backbone.num_features):
+                wrong[name] = f"{tuple(features.shape)} instead of {backbone.num_features} features"
+        except Exception as error:  # all families are named, not the first
+            wrong[name] = f"{type(error).__name__}: {error}"
+    assert not wrong
+
+
+def test_a_patch_of_one_number_is_a_patch_of_two() -> None:
+    backbone = create_backbone("efficientvit_m0", size=224)
+    assert backbone(images(224)).shape == (2, 192)
+    with pytest.raises(UsageError, match=r"transform.size 230 is not a multiple of the backbone's patches of 16 px"):
+        create_backbone("efficientvit_m0", size=230)
 
 
 def test_224_becomes_384_and_positions_are_interpolated_as_timm_does() -> None:

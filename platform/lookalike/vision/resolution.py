@@ -48,15 +48,20 @@ def size_of_weights(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> i
     if positions is None or own is None or positions.ndim != 3 or not hasattr(model, "set_input_size"):
         return None
     others = own.shape[1] - model.patch_embed.num_patches  # class and register tokens
-    return int(model.patch_embed.patch_size[0] * round((positions.shape[1] - others) ** 0.5))
+    return int(_patch_size(model) * round((positions.shape[1] - others) ** 0.5))
 
 
 def _native_size(model: Any) -> int:
     return int(model.pretrained_cfg["input_size"][-1])
 
 
+def _patch_size(model: Any) -> int:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return int(patch if isinstance(patch, int) else patch[0])  # EfficientViT has one number, the others two
+
+
 def _set_input_size(model: Any, size: int) -> None:
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    patch = _patch_size(model)
     if size % patch:
         below = size // patch * patch
         raise UsageError(
