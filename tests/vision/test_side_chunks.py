@@ -262,12 +262,12 @@ HEADERS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_header_costs_little(case: str) -> None:
     data = HEADERS[case]()
-    start = time.process_time()
+    start = time.thread_time()
     read_size(data)
-    assert time.process_time() - start < 0.7
+    assert time.thread_time() - start < 0.7
     with pytest.raises(ImageError):
         decode(data)
-    assert time.process_time() - start < 2.5
+    assert time.thread_time() - start < 2.5
 
 
 @settings(max_examples=150, deadline=None)

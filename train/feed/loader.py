@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.seeds import derive_seed
 from lookalike.train.feed.draws import Draw, DrawColumns
+from lookalike.train.feed.mixture import Mixture
 from lookalike.train.feed.row_groups import REMEDY, RowGroup, read_row_group, split_attributes
 from lookalike.train.feed.streams import Slice, Stream
 from lookalike.train.tasks import ATTRIBUTE
@@ -161,23 +162,25 @@ def check_labels(row_group: RowGroup, table: pa.Table, num_classes: Mapping[str,
 class BatchDataset(IterableDataset[Batch]):
     """Batches ``start`` .. ``stop`` of a mixture of streams, made in this process.
 
-    ``counts``: the pictures of each dataset in a batch.
+    ``lead``: passes of the mixture before the first batch. Streams that have leads of their own together keep its
+    shares in every step, not each for itself.
     """
 
     def __init__(
         self,
         streams: Mapping[str, Stream],
-        counts: Mapping[str, int],
+        mixture: Mixture,
         augment: Augment,
         *,
         seed: int,
         start: int,
         stop: int,
+        lead: int = 0,
         views: int = 1,
         num_classes: Mapping[str, int] | None = None,
         attributes: Sequence[str] = (),
     ) -> None:
-        self.streams, self.counts = dict(streams), dict(counts)
+        self.streams, self.mixture, self.lead = dict(streams), mixture, lead
         self.start, self.stop = start, stop
         draws = {name: stream.draw for name, stream in streams.items()}
         self.builder = BatchBuilder(
@@ -191,8 +194,9 @@ class BatchDataset(IterableDataset[Batch]):
         )
 
     def plan(self, step: int) -> BatchPlan:
-        pieces = [piece for name, n in self.counts.items() for piece in self.streams[name].slices(step * n, n)]
-        return BatchPlan(step, pieces)
+        number = self.lead + step
+        places, counts = self.mixture.between(self.lead, number), self.mixture.between(number, number + 1)
+        return BatchPlan(step, [s for name in counts for s in self.streams[name].slices(places[name], counts[name])])
 
     def plans(self) -> Iterator[BatchPlan]:
         return (self.plan(step) for step in range(self.start, self.stop))

@@ -36,14 +36,19 @@ class Slice(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A row group, by its number, in an epoch."""
+    """A part of a row group, by its number, in an epoch.
+
+    It is rows ``start`` .. ``stop`` of the file's; of the rows drawn it is the same part.
+    """
 
     epoch: int
     row_group: int
+    start: int
+    stop: int
 
 
 class RowGroupSizes:
-    """Rows of each row group in an epoch, cached, as are the draw columns of recent row groups."""
+    """Rows drawn of each row group in an epoch, cached, as are the draw columns of recent row groups."""
 
     def __init__(self, name: str, row_groups: Sequence[RowGroup], draw: Draw) -> None:
         self.name, self.row_groups, self.draw = name, row_groups, draw
@@ -53,27 +58,33 @@ class RowGroupSizes:
         self._columns: OrderedDict[int, DrawColumns] = OrderedDict()
         self._cached_rows = 0
 
-    def __call__(self, piece: Piece) -> int:
-        if not self.draw.columns:
-            return self.row_groups[piece.row_group].num_rows
-        return self._sizes.get((piece.epoch, piece.row_group)) or self.fetch([piece])[0]
+    def bounds(self, piece: Piece) -> tuple[int, int]:
+        """Where a piece begins and ends in the order in which its epoch reads the row group.
 
-    def fetch(self, pieces: Sequence[Piece]) -> list[int]:
-        """Sizes of several pieces; their columns are read in parallel."""
+        No cut goes through a run of balanced rows.
+        """
+        return self.fetch([piece])[0]
+
+    def fetch(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+        """``bounds`` of several pieces; their columns are read in parallel."""
         if self.draw.columns:
             new = {piece.row_group for piece in pieces if (piece.epoch, piece.row_group) not in self._sizes}
-            missing = new - self._columns.keys()
-            with ThreadPoolExecutor(AHEAD) as pool:
-                for number, columns in zip(missing, pool.map(self._read, missing), strict=True):
-                    self._columns[number] = columns
-                    self._cached_rows += len(columns.keys)
+            if missing := new - self._columns.keys():
+                with ThreadPoolExecutor(AHEAD) as pool:
+                    self._columns.update(zip(missing, pool.map(self._read, missing), strict=True))
+                self._cached_rows += sum(len(self._columns[number].keys) for number in missing)
             for piece in pieces:
                 if (piece.epoch, piece.row_group) not in self._sizes:
                     self._sizes[piece.epoch, piece.row_group] = self._measure(piece)
             while self._cached_rows > CACHED_ROWS and len(self._columns) > 1:
                 self._cached_rows -= len(self._columns.popitem(last=False)[1].keys)
-            return [self._sizes[piece.epoch, piece.row_group] for piece in pieces]
-        return [self(piece) for piece in pieces]
+        return [(self._cut(piece, piece.start), self._cut(piece, piece.stop)) for piece in pieces]
+
+    def _cut(self, piece: Piece, row: int) -> int:
+        rows = self.row_groups[piece.row_group].num_rows
+        drawn = self._sizes[piece.epoch, piece.row_group] if self.draw.columns else rows
+        run = self.draw.balance.samples if self.draw.balance else 1
+        return drawn * row // (rows * run) * run
 
     def _read(self, number: int) -> DrawColumns:
         return self.draw.read(read_row_group(self.row_groups[number], self.draw.columns))
@@ -88,15 +99,22 @@ class RowGroupSizes:
         return len(rows)
 
 
-def deal(name: str, seed: int, num_units: int, rank: int, world: int) -> Iterator[Piece]:
-    """The endless pieces of stream ``rank`` of ``world``: every epoch permutes all row groups and deals them out in
-    turn.
+def deal(name: str, seed: int, rows: Sequence[int], rank: int, world: int) -> Iterator[Piece]:
+    """The endless pieces of stream ``rank`` of ``world``: every epoch permutes all row groups, of ``rows`` rows each,
+    and deals them out in turn; those on the borders are parted, so that every stream has as many rows.
 
     Streams do not wait for each other at the end of an epoch.
     """
     for epoch in numbers():
-        order = np.random.default_rng(derive_seed(seed, name, epoch)).permutation(num_units)
-        yield from (Piece(epoch, int(row_group)) for row_group in order[rank::world])
+        order = np.random.default_rng(derive_seed(seed, name, epoch)).permutation(len(rows))
+        order = np.concatenate([order[i::world] for i in range(world)])
+        sizes = np.asarray(rows)[order]
+        ends = np.cumsum(sizes)
+        starts, total = ends - sizes, int(ends[-1])
+        low, high = total * rank // world, total * (rank + 1) // world
+        for i in np.flatnonzero((ends > low) & (starts < high)):
+            start, stop = max(low - starts[i], 0), min(high - starts[i], sizes[i])
+            yield Piece(epoch, int(order[i]), int(start), int(stop))
 
 
 class Stream:
@@ -105,8 +123,8 @@ class Stream:
     def __init__(self, sizes: RowGroupSizes, seed: int, rank: int, world: int) -> None:
         self.name, self.row_groups, self.draw = sizes.name, sizes.row_groups, sizes.draw
         self.sizes, self.rank = sizes, rank
-        self._share = deal(sizes.name, seed, len(sizes.row_groups), rank, world)
-        self._pieces: list[Piece] = []  # one small entry per row group planned so far
+        self._share = deal(sizes.name, seed, [group.num_rows for group in sizes.row_groups], rank, world)
+        self._pieces: list[Piece] = []  # one small entry per piece planned so far
         self._ends: list[int] = []
         self._reported = False
 
@@ -118,7 +136,7 @@ class Stream:
             piece, end = self._pieces[number], self._ends[number]
             taken = min(count, end - position)
             if taken:
-                stop = self.sizes(piece) - (end - position) + taken
+                stop = self.sizes.bounds(piece)[1] - (end - position) + taken
                 slices.append(Slice(self.name, self.row_groups[piece.row_group], piece.epoch, stop - taken, stop))
             position, count, number = position + taken, count - taken, number + 1
         return slices
@@ -126,9 +144,9 @@ class Stream:
     def _extend(self, position: int) -> None:
         while not self._ends or self._ends[-1] < position:
             pieces = list(islice(self._share, AHEAD if self.draw.columns else 1))
-            for piece, size in zip(pieces, self.sizes.fetch(pieces), strict=True):
+            for piece, (start, stop) in zip(pieces, self.sizes.fetch(pieces), strict=True):
                 self._pieces.append(piece)
-                self._ends.append((self._ends[-1] if self._ends else 0) + size)
+                self._ends.append((self._ends[-1] if self._ends else 0) + stop - start)
             if len(self._ends) > 2 * len(self.row_groups) and self._ends[-1] == 0:
                 reason = f"a {self.draw.balance.field}" if self.draw.balance else "a repeat factor above 0"
                 raise UsageError(
@@ -184,17 +202,3 @@ def require_row_groups(name: str, row_groups: Sequence[RowGroup], world: int) ->
             f"dataset {name!r} has {len(row_groups)} row groups for {world} workers; write shards with "
             "smaller shards.rows_per_group, or use fewer workers"
         )
-
-
-def split_batch(batch_size: int, mix: Mapping[str, float]) -> dict[str, int]:
-    """Rows of each dataset in every batch: ``batch_size`` split by weight, the largest remainders rounded up."""
-    total = sum(mix.values())
-    exact = {name: batch_size * weight / total for name, weight in mix.items()}
-    counts = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (counts[name] - exact[name], name))
-    for name in by_remainder[: batch_size - sum(counts.values())]:
-        counts[name] += 1
-    empty = [name for name, count in counts.items() if count == 0]
-    if empty:
-        raise UsageError(f"batch_size {batch_size} leaves no row for {empty}; raise it or the dataset's weight in mix")
-    return counts

@@ -19,9 +19,10 @@ def worker_batches(config: LoopConfig, stream: int, start: int) -> BatchDataset:
     augment = build_augmentation(config.encoder.transform, train.augment)
     return BatchDataset(
         streams,
-        train.pictures(),
+        train.mixture,
         augment,
         seed=train.seed,
+        lead=stream * train.compute.accumulation,
         start=start,
         stop=config.total_steps * train.compute.accumulation,
         views=loader.views,

@@ -12,6 +12,7 @@ from lookalike.artifacts import Artifact
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.registry import nearest
 from lookalike.stages import StageRun
+from lookalike.telemetry import fields, get_logger
 from lookalike.train.feed.row_groups import REMEDY, THREADS, explained, list_row_groups
 from lookalike.train.feed.streams import require_row_groups
 from lookalike.train.run.footprint import describe, measure, require_memory
@@ -26,6 +27,8 @@ REMEDIES = {
     "(grouped counts only rows with a group) or lower min_images_per_category",
     "group": "map the source's column of products to the corpus field group",
 }
+log = get_logger(__name__)
+SHARE_TOLERANCE = 0.005
 DISTILL = "distill"
 """Kind of the tasks that learn from the teacher."""
 
@@ -40,7 +43,7 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
     require_labels(train, files)
     first = next(iter(train.mix))
     reads_attributes = any(name.startswith(ATTRIBUTE) for name in num_classes)
-    return LoopConfig(
+    config = LoopConfig(
         name=run.out.name,
         fingerprint=run.out.fingerprint,
         root=run.out.root,
@@ -53,6 +56,31 @@ def resolve(run: StageRun[TrainConfig]) -> LoopConfig:
         attributes=tuple(shards.read_json("classes.json")["attributes"]) if reads_attributes else (),
         rows_per_epoch=expected_rows(files[first], train.loader.resample),
     )
+    check_mixture(train, config.total_steps)
+    return config
+
+
+def check_mixture(train: TrainConfig, steps: int) -> None:
+    """Raise ``UsageError`` for a dataset that no step will read; log a balanced one whose share had to be rounded."""
+    mixture = train.mixture
+    for name, rows in mixture.first(steps * train.parts).items():
+        wanted, share = mixture.wanted(name), mixture.share(name)
+        if not rows:
+            raise UsageError(
+                f"mix leaves dataset {name!r} no picture: {float(wanted):.2g} of the {steps * train.batch_size} of "
+                f"{steps} steps; raise its weight, batch_size or epochs, or leave it out"
+            )
+        if abs(share - wanted) > SHARE_TOLERANCE:
+            log.warning(
+                "mix %s",
+                fields(
+                    dataset=name,
+                    share=f"{float(share):.3f}",
+                    wanted=f"{float(wanted):.3f}",
+                    why="balanced datasets have whole pictures of every pass",
+                    remedy="change batch_size or mix",
+                ),
+            )
 
 
 def remedy(field: str) -> str:

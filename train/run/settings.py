@@ -11,7 +11,7 @@ from torch.nn import ModuleDict
 from lookalike.config import Config, runtime
 from lookalike.errors import UsageError
 from lookalike.stages import StageConfig
-from lookalike.train.feed.streams import split_batch
+from lookalike.train.feed.mixture import Mixture
 from lookalike.train.run.sections import (
     BackboneConfig,
     ComputeConfig,
@@ -33,7 +33,7 @@ class TrainConfig(StageConfig):
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     """Name -> task; losses are weighted and summed."""
     mix: dict[str, Annotated[float, Field(gt=0.0)]] = Field(min_length=1)
-    """Dataset of the shards -> its share of every batch."""
+    """Dataset of the shards -> its weight: its share of all pictures, and, to within a row or two, of every batch."""
     embedding_dim: int | None = Field(None, ge=1)
     """Size of the embedding, through a bias-free projection; None takes the backbone's features as they are."""
     dims: tuple[int, ...] | None = None
@@ -88,7 +88,7 @@ class TrainConfig(StageConfig):
             raise ValueError(f"task {pairs[0]!r} compares the views of a picture; set loader.views=2")
         self._check_batch()
         self.schedule.require_within(self.epochs)
-        self.pictures()
+        _ = self.mixture  # a balanced dataset that has no place is refused before anything runs
         for name in self.trackers:
             TRACKERS.get(name)  # an unknown name lists the valid ones
         return self
@@ -129,19 +129,20 @@ class TrainConfig(StageConfig):
         """Rows of one forward pass."""
         return self.batch_size // self.parts
 
-    def pictures(self) -> dict[str, int]:
-        """Pictures of each dataset in a forward pass of a worker.
+    @property
+    def mixture(self) -> Mixture:
+        """How the datasets share the pictures of a forward pass.
 
-        Raises ``UsageError`` when a dataset gets none, or a balanced one's share is not a multiple of its ``samples``.
+        Raises ``UsageError`` when a balanced dataset gets none, or a number that is not a multiple of its ``samples``.
         """
-        counts = split_batch(self.micro_batch // self.loader.views, self.mix)
+        mixture = Mixture(self.micro_batch // self.loader.views, self.mix, self.loader.balance)
         for name, balance in self.loader.balance.items():
-            if counts[name] % balance.samples:
+            if mixture.fixed[name] % balance.samples:
                 raise UsageError(
-                    f"a worker's batch holds {counts[name]} pictures of dataset {name!r}, not a multiple of "
+                    f"a worker's batch holds {mixture.fixed[name]} pictures of dataset {name!r}, not a multiple of "
                     f"loader.balance.{name}.samples {balance.samples}; change batch_size, mix or samples"
                 )
-        return counts
+        return mixture
 
     def resolve_dims(self, num_features: int) -> tuple[int, ...]:
         """The nested dims for a backbone of that width; raises ``UsageError`` for dims above the embedding."""
@@ -183,6 +184,6 @@ class LoopConfig(Config):
 
     @property
     def total_steps(self) -> int:
-        train = self.train
-        share = train.pictures()[next(iter(train.mix))] * train.parts
-        return max(1, round(train.epochs * self.rows_per_epoch / share))
+        train, mixture = self.train, self.train.mixture
+        share = mixture.share(next(iter(train.mix))) * mixture.rows * train.parts
+        return max(1, round(train.epochs * self.rows_per_epoch / float(share)))

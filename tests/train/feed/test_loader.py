@@ -10,16 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.sampling import round_repeats, stable_keys
 from lookalike.seeds import derive_seed
 from lookalike.train.feed.draws import BalanceConfig
 from lookalike.train.feed.loader import BatchDataset, build_loader, move_images
+from lookalike.train.feed.mixture import Mixture
 from lookalike.train.feed.row_groups import list_row_groups, read_row_group
-from lookalike.train.feed.streams import Stream, build_streams, split_batch
+from lookalike.train.feed.streams import Stream, build_streams
 from lookalike.vision.images import decode
 from lookalike.vision.transforms import AugmentConfig, TransformConfig, build_augmentation
 from tests.train.conftest import NUM_CLASSES, shard_rows, write_shard
@@ -27,23 +26,6 @@ from tests.vision.train_transform import build_train_transform
 
 MIX = {"catalogue": 3.0, "clipart": 1.0}
 SIZE = TransformConfig(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-
-
-@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0.05, 10), min_size=1), st.integers(1, 512))
-def test_shares_add_up_and_follow_the_weights(mix: dict[str, float], batch_size: int) -> None:
-    try:
-        counts = split_batch(batch_size, mix)
-    except UsageError:
-        assert min(mix.values()) / sum(mix.values()) * batch_size < 1
-        return
-    assert sum(counts.values()) == batch_size
-    for name, count in counts.items():
-        assert abs(count - batch_size * mix[name] / sum(mix.values())) < 1
-
-
-def test_a_share_of_nothing_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"batch_size 4 leaves no row for \['b'\]; raise it or the dataset's weight"):
-        split_batch(4, {"a": 100.0, "b": 1.0})
 
 
 def files(folder: Path, repeat: float = 1.0) -> dict[str, list[str]]:
@@ -82,24 +64,48 @@ def plain_rows(uris: list[str], name: str, seed: int, rank: int, world: int) -> 
     row_groups, epoch = list_row_groups(uris), 0
     while True:
         order = np.random.default_rng(derive_seed(seed, name, epoch)).permutation(len(row_groups))
-        for number in order[rank::world]:
+        total, before = sum(row_group.num_rows for row_group in row_groups), 0
+        for number in (number for i in range(world) for number in order[i::world]):
+            start, stop = total * rank // world - before, total * (rank + 1) // world - before
+            size = row_groups[number].num_rows
+            start, stop, before = max(start, 0), min(stop, size), before + size
+            if start >= stop:
+                continue
             row_group, table = row_groups[number], read_row_group(row_groups[number]).to_pylist()
             keys, repeat = stable_keys([row["image_id"] for row in table]), np.array([r["repeat"] for r in table])
             copies = round_repeats(repeat, keys, seed=seed, epoch=epoch)
             rows = [row for row, times in zip(table, copies, strict=True) for _ in range(times)]
             source = derive_seed(seed, row_group.uri.rsplit("/", 1)[-1], row_group.number, epoch)
-            yield from (rows[i] for i in np.random.default_rng(source).permutation(len(rows)))
+            drawn = np.random.default_rng(source).permutation(len(rows))
+            yield from (rows[i] for i in drawn[len(rows) * start // size : len(rows) * stop // size])
         epoch += 1
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 def test_all_workers_together_read_every_row_once_an_epoch(tmp_path: Path, world: int) -> None:
+    """Five row groups on two workers were three and two: as many steps on both left out rows of the first."""
     found: Counter[str] = Counter()
+    shares = []
     for rank in range(world):
         stream = make_streams(files(tmp_path), rank=rank, world=world)["catalogue"]
-        found.update(read_ids(stream, 5 * len(range(rank, 5, world))))
+        shares.append(25 * (rank + 1) // world - 25 * rank // world)
+        found.update(read_ids(stream, shares[-1]))
+        assert all(piece.epoch == 1 for piece in stream.slices(shares[-1], 5))
+    assert max(shares) - min(shares) <= 1
     assert len(found) == 25
     assert set(found.values()) == {1}
+
+
+def test_row_groups_that_differ_in_size_are_dealt_out_evenly(tmp_path: Path) -> None:
+    rows = shard_rows("catalogue", 47, seed=1)
+    uris = [write_shard(str(tmp_path / f"part-{n}.parquet"), part, 30) for n, part in enumerate((rows[:30], rows[30:]))]
+    for epoch in range(3):
+        streams = [make_streams({"c": uris}, rank=rank, world=2, resample=False)["c"] for rank in (0, 1)]
+        ends = [stream.slices(0, 24 * (epoch + 1) - 1) for stream in streams]
+        rows_of = [sum(s.stop - s.start for s in slices if s.epoch == epoch) for slices in ends]
+        assert sorted(rows_of) in ([23, 23], [23, 24])
+    read = Counter(read_ids(streams[0], 23) + read_ids(streams[1], 24))
+    assert len(read) == 47
 
 
 def test_rows_are_repeated_as_their_factor_says(tmp_path: Path) -> None:
@@ -151,8 +157,8 @@ def test_fewer_row_groups_than_workers_are_refused(tmp_path: Path) -> None:
 def make_batches(made: dict[str, list[str]], start: int = 0, rank: int = 0, **options: Any) -> BatchDataset:
     streams = build_streams(made, seed=3, rank=rank, world=2, resample=True, balance=options.pop("balance", None))
     augment = build_augmentation(SIZE, AugmentConfig())
-    counts = options.pop("counts", split_batch(8, MIX))
-    return BatchDataset(streams, counts, augment, seed=3, start=start, stop=9, num_classes=NUM_CLASSES, **options)
+    mixture = options.pop("mixture", Mixture(8, MIX))
+    return BatchDataset(streams, mixture, augment, seed=3, start=start, stop=9, num_classes=NUM_CLASSES, **options)
 
 
 def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
@@ -172,7 +178,7 @@ def test_batches_are_those_of_one_picture_after_the_other(tmp_path: Path) -> Non
     streams = {name: plain_rows(made[name], name, 3, 1, 2) for name in MIX}
     for step, raw in enumerate(make_batches(made, rank=1)):
         batch = move_images(raw, torch.device("cpu"), SIZE)
-        rows = [row for name, count in split_batch(8, MIX).items() for row in islice(streams[name], count)]
+        rows = [row for name, count in Mixture(8, MIX).first(1).items() for row in islice(streams[name], count)]
         torch.manual_seed(derive_seed(3, "augment", 1, step))
         images = torch.stack([transform(decode(row["image"])) for row in rows])
         assert torch.equal(batch["images"], images)
@@ -252,7 +258,7 @@ def replaced(folder: Path, **values: Any) -> dict[str, list[str]]:
 
 
 def read_all(made: dict[str, list[str]]) -> None:
-    for _ in make_batches(made, counts={"catalogue": 5}):
+    for _ in make_batches(made, mixture=Mixture(5, {"catalogue": 1})):
         pass
 
 
@@ -268,7 +274,7 @@ def test_a_file_that_is_missing_cut_or_damaged_is_named(tmp_path: Path) -> None:
     damage(uri, 0.3, num=len(whole) // 6)  # pages of the row groups in the middle
     with pytest.raises(ArtifactError, match=r"part-0\.parquet, row group [12].*(cannot be read|image 'catalogue-)"):
         for _ in BatchDataset(
-            streams, {"catalogue": 5}, build_augmentation(SIZE, AugmentConfig()), seed=3, start=0, stop=4
+            streams, Mixture(5, {"catalogue": 1}), build_augmentation(SIZE, AugmentConfig()), seed=3, start=0, stop=4
         ):
             pass
     Path(uri).unlink()
@@ -310,7 +316,7 @@ def test_a_label_that_is_null_is_unknown(tmp_path: Path, values: dict[str, Any])
 def test_an_error_in_a_loader_process_arrives_as_it_is(tmp_path: Path) -> None:
     made = replaced(tmp_path, category=3)
     with pytest.raises(ArtifactError) as caught:
-        list(build_loader(make_batches(made, counts={"catalogue": 5}), 1))
+        list(build_loader(make_batches(made, mixture=Mixture(5, {"catalogue": 1})), 1))
     assert "\n" not in str(caught.value)
 
 

@@ -13,6 +13,7 @@ from lookalike.errors import ArtifactError, LookalikeError
 from lookalike.train.feed import decoding
 from lookalike.train.feed.decoding import actor_batches, to_arrays, to_tensors
 from lookalike.train.feed.loader import BatchDataset
+from lookalike.train.feed.mixture import Mixture
 from lookalike.vision.transforms import AugmentConfig, build_augmentation
 from tests.train.feed.test_loader import SIZE, assert_same, files, make_batches, replaced
 
@@ -88,7 +89,7 @@ def test_no_more_batches_are_built_than_the_trainer_takes(ray_session: None, tmp
 def test_an_error_in_an_actor_arrives_as_it_is(ray_session: None, tmp_path: Path) -> None:
     made = replaced(tmp_path, category=3)
     with pytest.raises(ArtifactError, match=r"^[^\n]*row group 1: column 'category' holds 3[^\n]*$"):
-        list(actor_batches(make_batches(made, counts={"catalogue": 5}), 1, num_cpus=0.5))
+        list(actor_batches(make_batches(made, mixture=Mixture(5, {"catalogue": 1})), 1, num_cpus=0.5))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from lookalike.config import parse_config
 from lookalike.errors import UsageError
 from lookalike.train.feed.draws import BalanceConfig, arrange_runs
 from lookalike.train.feed.loader import BatchDataset
+from lookalike.train.feed.mixture import Mixture
 from lookalike.train.feed.streams import AHEAD, build_streams
 from lookalike.train.run.sections import ComputeConfig
 from lookalike.train.run.settings import TrainConfig
@@ -73,7 +74,8 @@ def make_batches(tmp_path: Path, rank: int, world: int, samples: int = 3) -> Bat
         balance={"catalogue": BalanceConfig(field="group", samples=samples)},
     )
     augment = build_augmentation(TransformConfig(size=32), AugmentConfig())
-    return BatchDataset(streams, {"catalogue": 9, "clipart": 3}, augment, seed=3, start=0, stop=12)
+    mixture = Mixture(12, {"catalogue": 3, "clipart": 1}, ["catalogue"])
+    return BatchDataset(streams, mixture, augment, seed=3, start=0, stop=12)
 
 
 def test_batches_hold_samples_of_each_class(tmp_path: Path) -> None:
@@ -130,5 +132,5 @@ def test_batch_size_counts_images_of_all_views() -> None:
     config = parse_config(
         TrainConfig, {"tasks": TASKS, "mix": {"a": 3, "b": 1}, "batch_size": 32, "loader": {"views": 2}}, "x"
     )
-    assert config.pictures() == {"a": 6, "b": 2}
-    assert config.model_copy(update={"compute": ComputeConfig(accumulation=2)}).pictures() == {"a": 3, "b": 1}
+    assert config.mixture.first(1) == {"a": 6, "b": 2}
+    assert config.model_copy(update={"compute": ComputeConfig(accumulation=2)}).mixture.first(1) == {"a": 3, "b": 1}

@@ -93,11 +93,6 @@ def test_a_worker_puts_the_teachers_embeddings_into_the_batch(
     assert torch.equal(batch["teacher"], expected)
 
 
-def test_shares_that_leave_a_dataset_without_rows_are_refused_before_the_run() -> None:
-    with pytest.raises(UsageError, match=r"batch_size 4 leaves no row for \['clipart'\]"):
-        parse_config(TrainConfig, settings().model_dump() | {"mix": {"catalogue": 20, "clipart": 1}}, "step 'finetune'")
-
-
 def test_too_few_cpus_or_no_gpu_are_explained_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

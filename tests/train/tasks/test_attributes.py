@@ -11,6 +11,7 @@ from lookalike import storage
 from lookalike.artifacts import Draft
 from lookalike.errors import ArtifactError, UsageError
 from lookalike.train.feed.loader import BatchDataset
+from lookalike.train.feed.mixture import Mixture
 from lookalike.train.feed.row_groups import list_row_groups, read_row_group, split_attributes
 from lookalike.train.feed.streams import build_streams
 from lookalike.train.run.checkpoints import last_checkpoint
@@ -102,7 +103,7 @@ def batches(tmp_path: Path, rows: list[dict[str, Any]], views: int = 1) -> list[
     return list(
         BatchDataset(
             streams,
-            {"catalogue": 6},
+            Mixture(6, {"catalogue": 1}),
             augment,
             seed=3,
             start=0,
