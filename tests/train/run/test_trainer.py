@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 
 from lookalike.artifacts import Artifact, Draft
-from lookalike.config import parse_config
 from lookalike.errors import LookalikeError, UsageError
 from lookalike.stages import execute
 from lookalike.train.finetune import STAGE
