@@ -21,10 +21,26 @@ _LAZY = {
     "Client": "lookalike.serve.client",
     "Config": "lookalike.config",
     "Encoder": "lookalike.vision.encoder",
+    "MatryoshkaLoss": "lookalike.train.losses.matryoshka_loss",
+    "NestedCosine": "lookalike.train.losses.matryoshka",
+    "NestedLinear": "lookalike.train.losses.matryoshka",
+    "Plan": "lookalike.retrieval.plan",
     "Recipe": "lookalike.recipe",
     "Searcher": "lookalike.retrieval.searcher",
 }
-__all__ = ["Artifact", "Client", "Config", "Encoder", "Recipe", "Searcher", "__version__"]
+__all__ = [
+    "Artifact",
+    "Client",
+    "Config",
+    "Encoder",
+    "MatryoshkaLoss",
+    "NestedCosine",
+    "NestedLinear",
+    "Plan",
+    "Recipe",
+    "Searcher",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

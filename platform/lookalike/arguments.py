@@ -189,7 +189,7 @@ def names_checked(function: F) -> F:
         if not given.keys() <= known:
             name = next(name for name in given if name not in known)
             takes = f"it takes {', '.join(names)}" if names else "it takes none by name"
-            call = f"{type(self).__name__}{method}"
+            call = f"{(self if isinstance(self, type) else type(self)).__name__}{method}"
             raise ArgumentError(f"{call} has no argument {show(name)}{_nearest(name, names)}; {takes}")
 
     @functools.wraps(function)
@@ -207,7 +207,10 @@ def names_checked(function: F) -> F:
 
 
 def _is_named(parameter: inspect.Parameter) -> bool:
-    return parameter.name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    return parameter.name not in {"self", "cls"} and parameter.kind in (
+        parameter.POSITIONAL_OR_KEYWORD,
+        parameter.KEYWORD_ONLY,
+    )
 
 
 def _nearest(name: str, names: list[str]) -> str:

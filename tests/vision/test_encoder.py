@@ -23,6 +23,8 @@ from lookalike.vision.encoder import (
 from lookalike.vision.images import ImageError
 from lookalike.vision.transforms import TransformConfig
 
+import timm  # isort: skip
+
 BACKBONE = {"backbone": "test_efficientnet", "num_features": 256, "transform": TransformConfig(size=32)}
 
 
@@ -187,3 +189,21 @@ def test_dims_that_fit() -> None:
 def test_a_configuration_with_wrong_dims_is_refused() -> None:
     with pytest.raises(UsageError, match=r"encoder: dims \[8, 512\] exceed the model's 256; drop 512"):
         parse_config(EncoderConfig, {**BACKBONE, "dims": (8, 512)}, "encoder")
+
+
+def test_a_backbone_is_an_encoder_in_one_line() -> None:
+    torch.manual_seed(5)
+    encoder = Encoder.of_backbone("test_efficientnet")
+    torch.manual_seed(5)
+    model = timm.create_model("test_efficientnet", num_classes=0).eval()
+    assert (encoder.dims, encoder.config.transform.interpolation) == ((256,), "bicubic")
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 160, 3), np.uint8))
+    tensor = torch.from_numpy(np.asarray(square, np.float32) / 255).permute(2, 0, 1)[None]
+    mean, std = (torch.tensor(timm.data.resolve_model_data_config(model)[k])[:, None, None] for k in ("mean", "std"))
+    with torch.no_grad():
+        expected = model((tensor - mean) / std)[0].numpy()
+    np.testing.assert_allclose(encoder.encode(square)[0], expected, atol=1e-4)
+    with pytest.raises(UsageError, match="unknown backbone 'efficientnet_light0'"):
+        Encoder.of_backbone("efficientnet_light0")
+    with pytest.raises(UsageError, match="weights 'efficientnet-lite0' fit 'tf_efficientnet_lite0', not"):
+        Encoder.of_backbone("test_efficientnet", "efficientnet-lite0")

@@ -10,7 +10,14 @@ from lookalike.errors import UsageError
 from lookalike.seeds import derive_seed
 from lookalike.stages import Stage, StageConfig, StageRun
 from lookalike.vision.backbones import Pooling, create_backbone, require_architecture
-from lookalike.vision.encoder import CARD_FILE, EmbeddingModel, EncoderConfig, read_encoder, save_encoder
+from lookalike.vision.encoder import (
+    CARD_FILE,
+    EmbeddingModel,
+    EncoderConfig,
+    read_encoder,
+    save_encoder,
+    wrap_backbone,
+)
 from lookalike.vision.transforms import Channels, Deviations, Fit, Interpolation, Share, Side, TransformConfig
 from lookalike.vision.weights import SUFFIXES, config_beside, is_weight_file, own_transform
 
@@ -69,13 +76,7 @@ def publish(run: StageRun[PublishConfig]) -> None:
 
 def _build(config: PublishConfig) -> tuple[EncoderConfig, EmbeddingModel]:
     torch.manual_seed(derive_seed(config.seed, "random weights"))
-    transform = resolve_transform(config)
-    backbone = create_backbone(config.backbone, config.weights, size=transform.size, pooling=config.pooling)
-    width = int(backbone.num_features)  # type: ignore[arg-type]
-    encoder = EncoderConfig(
-        backbone=config.backbone, num_features=width, dims=(width,), pooling=config.pooling, transform=transform
-    )
-    return encoder, EmbeddingModel(backbone, width, None)
+    return wrap_backbone(config.backbone, config.weights, resolve_transform(config), config.pooling)
 
 
 def resolve_transform(config: PublishConfig) -> TransformConfig:

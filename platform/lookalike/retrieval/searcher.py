@@ -1,6 +1,6 @@
 """Search over all shards of an index artifact, in this process. The service wraps this object."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from lookalike.arguments import check_array, check_text, check_whole, list_texts, names_checked, show
 from lookalike.artifacts import Artifact
 from lookalike.errors import ArgumentError, ArtifactError, UsageError
+from lookalike.retrieval.array_index import index_array
 from lookalike.retrieval.filters import RowFilter, check_filter, check_mask
 from lookalike.retrieval.index_meta import INDEX_META, IndexMeta, read_index_meta
 from lookalike.retrieval.plan import Plan
@@ -42,6 +43,27 @@ class Searcher:
         artifact = Artifact.open(check_text("uri", uri, "give the URI of an index as str"), "index", check=check)
         meta = read_index_meta(artifact)
         return cls(meta, [ShardSearcher.open(artifact.path(name)) for name in meta.shards])
+
+    @classmethod
+    @names_checked
+    def of(
+        cls,
+        vectors: npt.ArrayLike,
+        ids: str | Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[str | None]] | None = None,
+        *,
+        dims: Sequence[int] | None = None,
+        shortlist: str | None = None,
+    ) -> "Searcher":
+        """Search over an array [n, D]; rows of the answers are rows of the array. Without a ``plan`` it is exact.
+
+        ``ids`` are texts, by default the rows' numbers; ``columns`` are texts to filter by. With ``shortlist``, such as
+        ``graph``, an index is built over each of the nested ``dims`` but the last, D, for plans that use it. The
+        vectors are copied into a temporary folder, which goes with the object.
+        """
+        names = None if ids is None else list_texts("ids", ids, "a list of texts")
+        meta, shard = index_array(vectors, names, columns, dims=dims, shortlist=shortlist)
+        return cls(meta, [shard])
 
     @names_checked
     def search(

@@ -25,10 +25,11 @@ from lookalike.arguments import check_image, list_items, show
 from lookalike.artifacts import Artifact, Draft
 from lookalike.config import Config, parse_config
 from lookalike.errors import ArgumentError, UsageError
-from lookalike.vision.backbones import Pooling, create_backbone
+from lookalike.vision.backbones import Pooling, create_backbone, require_architecture
 from lookalike.vision.images import MAX_PIXELS, decode, normalize
 from lookalike.vision.resolution import resize_input
 from lookalike.vision.transforms import TransformConfig, normalize_pixels, to_pixels
+from lookalike.vision.weights import own_transform
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -103,6 +104,18 @@ def build_model(config: EncoderConfig, weights: str = "random", *, drop_path: fl
     return EmbeddingModel(backbone, config.num_features, config.dim if config.projection else None)
 
 
+def wrap_backbone(
+    architecture: str, weights: str, transform: TransformConfig, pooling: Pooling = "native"
+) -> tuple[EncoderConfig, EmbeddingModel]:
+    """A backbone as it is (see ``create_backbone``), whose pooled features are the embedding."""
+    backbone = create_backbone(architecture, weights, size=transform.size, pooling=pooling)
+    width = int(backbone.num_features)  # type: ignore[arg-type]
+    config = EncoderConfig(
+        backbone=architecture, num_features=width, dims=(width,), pooling=pooling, transform=transform
+    )
+    return config, EmbeddingModel(backbone, width, None)
+
+
 def save_encoder(draft: Draft, model: EmbeddingModel, config: EncoderConfig, card: str) -> None:
     """Write weights, configuration and model card into an encoder's draft."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -158,6 +171,17 @@ class Encoder:
         artifact = Artifact.open(hub.fetch(source), "encoder") if isinstance(source, str) else source
         config, model = read_encoder(artifact)
         return cls(config, model, artifact.manifest.fingerprint, precision=precision)
+
+    @classmethod
+    def of_backbone(cls, architecture: str, weights: str = "random", *, precision: Precision = "float32") -> "Encoder":
+        """A backbone of timm that was not trained further, with the evaluation transform of its ``weights``.
+
+        ``weights`` are as in the ``encoder`` step: ``efficientnet-lite0`` (packaged), ``timm``, ``timm:<tag>``, the
+        path of a file, or ``random``. Raises ``UsageError`` for an unknown name, or weights of another backbone.
+        """
+        require_architecture(architecture)
+        config, model = wrap_backbone(architecture, weights, own_transform(architecture, weights))
+        return cls(config, model, f"{architecture}/{weights}", precision=precision)
 
     def encode(
         self,
