@@ -7,12 +7,11 @@ from typing import Any
 
 from lookalike.arguments import check_seconds, check_text, names_checked
 from lookalike.config import parse_config
-from lookalike.serve.app import read_service
 from lookalike.serve.client import Client
 from lookalike.serve.experiment.assignment import own_generations, read_arms
 from lookalike.serve.front.fused import open_workers
 from lookalike.serve.front.service import RPCS, Service
-from lookalike.serve.generations.generation import Generation
+from lookalike.serve.generations.generation import Generation, read_generation
 from lookalike.serve.proto import retrieval_pb2 as pb
 from lookalike.serve.settings.config import ServeConfig
 
@@ -31,7 +30,7 @@ class LocalClient(Client):
             uri = check_text("index", index, "give the URI of an index as str, or a ServeConfig")
             settings = {"index": uri, "timeout_s": check_seconds("timeout_s", timeout_s)}
             config = parse_config(ServeConfig, settings, "local")
-        generation = read_service(config)
+        generation = read_generation(config.index, config.plan, config.encoder)
         self.address, self.timeout_s = config.index, timeout_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lookalike-local", daemon=True)

@@ -27,6 +27,7 @@ STAGE_HELP = {
     "embed": "embed a corpus with an encoder",
     "vectors": "take in vectors made elsewhere (.npy, parquet, Arrow, Lance, FAISS); --serve serves them",
     "evaluate": "measure retrieval per dimension against baselines",
+    "classify": "measure what prefixes know of classes: probes, few shots, adaptive classification",
     "index": "build the sharded prefix index",
     "plan": "measure shortlist and re-rank plans and choose one",
 }

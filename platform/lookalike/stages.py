@@ -94,6 +94,7 @@ BUILT_IN = {
     "embed": "lookalike.train.evaluate.embed:STAGE",
     "vectors": "lookalike.data.vectors:STAGE",
     "evaluate": "lookalike.train.evaluate.evaluate:STAGE",
+    "classify": "lookalike.train.evaluate.classify:STAGE",
     "index": "lookalike.serve.index.build:STAGE",
     "plan": "lookalike.serve.index.plan_stage:STAGE",
 }

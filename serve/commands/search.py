@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 import grpc
 import numpy as np
 
+from lookalike.arguments import check_seconds
 from lookalike.errors import UsageError
 from lookalike.flags import Parser
 from lookalike.serve.client import DEFAULT_ADDRESS, Client, RetrievalError, SearchResult, credentials
@@ -56,9 +57,14 @@ def _open_client(options: argparse.Namespace) -> Client:
     if options.local is None:
         tls, token = credentials.read_tls(options), credentials.read_token(options.token_file)
         return Client(options.address, timeout_s=options.timeout, token=token, tls=tls)
+    from lookalike.config import parse_config
     from lookalike.serve.local import LocalClient
+    from lookalike.serve.settings.config import ServeConfig
 
-    return LocalClient(options.local, timeout_s=options.timeout)
+    settings = {"index": options.local, "timeout_s": check_seconds("timeout_s", options.timeout)}
+    if options.image is None:
+        settings["encoder"] = "none"  # loading it takes longer than all else
+    return LocalClient(parse_config(ServeConfig, settings, "local"))
 
 
 def _read_where(conditions: Sequence[str]) -> dict[str, list[str]]:

@@ -67,6 +67,7 @@ def test_every_stage_has_a_verb() -> None:
         "embed",
         "vectors",
         "evaluate",
+        "classify",
         "index",
         "plan",
     ]

@@ -124,7 +124,9 @@ def test_wrong_inputs_are_explained(root: str) -> None:
 def test_built_in_stages_load_and_unknown_ones_are_explained() -> None:
     for name in BUILT_IN:
         assert get_stage(name).name == name
-    with pytest.raises(UsageError, match=r"unknown stage 'pretrian' \(did you mean 'pretrain'\?\); valid: corpus"):
+    with pytest.raises(
+        UsageError, match=r"unknown stage 'pretrian' \(did you mean 'pretrain'\?\); valid: classify, corpus"
+    ):
         get_stage("pretrian")
 
 
