@@ -184,8 +184,10 @@ def score(problem: Problem, scores: Floats, seed: int) -> dict[str, Any]:
     }
 
 
-def measure_dims(problem: Problem, dims: Sequence[int], config: ClassifyConfig) -> Iterator[dict[str, Any]]:
-    """A row for each dim and classifier; also the calibration error of softmax regression."""
+def measure_dims(
+    problem: Problem, dims: Sequence[int], config: ClassifyConfig, kept: list[Linear]
+) -> Iterator[dict[str, Any]]:
+    """A row for each dim and classifier; also the calibration error of softmax probes, which are added to ``kept``."""
     for dim in dims:
         x, y = problem.prefixes(problem.fit, dim), problem.classes[problem.fit]
         test = problem.prefixes(problem.test, dim)
@@ -198,6 +200,7 @@ def measure_dims(problem: Problem, dims: Sequence[int], config: ClassifyConfig) 
             if kind == "softmax":
                 sure = softmax(scores)
                 right = sure.argmax(axis=1) == problem.classes[problem.test]
+                kept.append(probe)
                 row["calibration_error"] = calibration_error(sure.max(axis=1), right)
             yield row
 
@@ -224,9 +227,10 @@ def measure_shots(problem: Problem, dims: Sequence[int], config: ClassifyConfig)
             yield {"method": "class_mean", "shots": shots, "dim": dim, "classes_with_all": whole, **spread}
 
 
-def measure_adaptive(problem: Problem, dims: Sequence[int], config: ClassifyConfig) -> list[dict[str, Any]]:
+def measure_adaptive(
+    problem: Problem, dims: Sequence[int], config: ClassifyConfig, probes: Sequence[Linear]
+) -> list[dict[str, Any]]:
     """A row for each cascade from the smallest dim up to another, with its thresholds; then the bounds of routing."""
-    probes = [fit_probe(problem, dim, "softmax", config)[0] for dim in dims]
 
     def probabilities(rows: Classes) -> list[Floats]:
         return [softmax(probe.scores(problem.prefixes(rows, dim))) for dim, probe in zip(dims, probes, strict=True)]
@@ -274,9 +278,10 @@ def classify(run: StageRun[ClassifyConfig]) -> None:
         embedded = load(artifact)
         problem, full = pose(embedded, config), embedded.vectors.shape[1]
         dims = sorted({*(dim for dim in config.dims or embedded.dims if dim <= full), full})
-        measured = [*measure_dims(problem, dims, config), *measure_shots(problem, dims, config)]
+        probes: list[Linear] = []
+        measured = [*measure_dims(problem, dims, config, probes), *measure_shots(problem, dims, config)]
         if len(dims) > 1:
-            measured += measure_adaptive(problem, dims, config)
+            measured += measure_adaptive(problem, dims, config, probes)
         rows += [{"embedding": embedded.name, **row} for row in measured]
         sizes[embedded.name] = {
             "classes": problem.num_classes,
