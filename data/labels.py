@@ -26,6 +26,12 @@ def run(run: StageRun[LabelsConfig]) -> None:
     signed = job.once("sign", signing.sign)
     # signatures -> duplicates, lent (which row inherits the words of a dropped copy)
     dropped = job.once("duplicates", duplicates.find, signed["splits"])
+    if not job.config.words:
+        # corpus, duplicates -> image_labels, classes.json
+        kept = job.once("labels", interests.assign_none)
+        assert dropped["rows"].get("train", 0) == kept["images"] + dropped["dropped"]
+        run.out.stats = {**kept, "duplicates": dropped}
+        return
     # corpus -> vocabulary
     mined = job.once("vocabulary", text.mine)
     # corpus, vocabulary -> annotations
@@ -72,7 +78,8 @@ def _sources(config: LabelsConfig) -> list[str]:
 
 
 def foresee(config: LabelsConfig, given: Mapping[str, Mapping[str, Outlook]], made: Artifact | None) -> Outlook:
-    """See ``Stage.foresee``: labels need training rows, and a boundary by retrieval its validation split."""
+    """See ``Stage.foresee``: labels need training rows, and a boundary by retrieval its validation split; without words
+    there will be none."""
     (corpus,) = given["corpus"].values()
     if not corpus.get("split", {"train": 1}).get("train"):
         raise UsageError(
@@ -83,7 +90,7 @@ def foresee(config: LabelsConfig, given: Mapping[str, Mapping[str, Outlook]], ma
     boundary = config.dictionary.boundary_from
     if boundary is not None and boundary.criterion == "retrieval":
         require_values(corpus, "dictionary.boundary_from", {"split": [boundary.split]}, CORPUS.names)
-    return {}
+    return {} if config.words else {"labels": {}}
 
 
 INPUTS = {"corpus": Input("corpus"), "embeddings": Input("embeddings"), "previous": Input("labels", optional=True)}

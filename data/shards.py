@@ -345,6 +345,8 @@ def foresee(config: ShardsConfig, given: Mapping[str, Mapping[str, Outlook]], ma
         return {"dataset": made.stats["datasets"]} | {key: dict.fromkeys(some, rows) for key, some in fields_of.items()}
     (corpus,) = given["corpus"].values()
     outlook = {name: corpus[name] for name in ("dataset", "group") if name in corpus}
+    for labels in given["labels"].values():
+        outlook |= {name: labels[name] for name in ("labels",) if name in labels}
     source = {"all": "category", "grouped": GROUPED, "none": ""}[config.categories]
     if not source or source in corpus:
         outlook["category"] = _frequent(corpus.get(source, {}), config.min_images_per_category)

@@ -177,6 +177,13 @@ def test_recipes_over_the_sample_corpora_pass(tmp_path: Path, name: str, monkeyp
     Recipe.load(str(RECIPES / f"{name}.yaml"), f"root={tmp_path}").foresee()
 
 
+def test_a_task_on_labels_is_refused_where_words_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parents[1])
+    changes = [f"root={tmp_path}", "labels.words=false"]
+    with pytest.raises(UsageError, match=r"step 'pretrain': tasks.weak.field is 'labels'.*0 classes.*set words: true"):
+        Recipe.load(str(RECIPES / "smoke.yaml"), changes).foresee()
+
+
 def test_the_command_line_refuses_with_exit_2_in_a_dry_run_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

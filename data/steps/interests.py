@@ -92,6 +92,22 @@ def assign(job: LabelJob, interests: list[str]) -> dict[str, Any]:
     }
 
 
+def assign_none(job: LabelJob) -> dict[str, Any]:
+    """Write ``image_labels.parquet/part-*`` without a label, and an empty ``classes.json``; count the kept images."""
+    labels, dropped = job.out.path("image_labels.parquet"), job.out.path("duplicates.parquet")
+
+    def task(item: Item) -> pa.Table:
+        name = part_name(item["number"])
+        rows = keep_training(read_table(item["uri"], ["image_id", "split"]), read_table(storage.join(dropped, name)))
+        nothing = [[]] * rows.num_rows
+        write_table(storage.join(labels, name), pa.table([rows["image_id"], nothing, nothing], labelling.IMAGE_LABELS))
+        return pa.table([["images"], ["all"], [rows.num_rows]], labelling.LABEL_TOTALS)
+
+    total = add_up(blocks_of(job.map(job.parts, task)), ["kind", "name"], labelling.LABEL_TOTALS)
+    job.out.write_json("classes.json", [])
+    return {"images": int(pc.sum(total["count"]).as_py() or 0), "labelled_images": 0, "labels": 0}
+
+
 def _assign_parts(job: LabelJob, interests: list[str]) -> pa.Table:
     shared, dropped = broadcast(_tables(job, interests)), job.out.path("duplicates.parquet")
     text, work, borrowed = job.out.path("annotations.parquet"), job.out.work("assigned"), job.out.work("borrowed")

@@ -32,6 +32,9 @@ Counts = dict[str, Any]
 class LabelsConfig(StageConfig):
     """Settings of all steps."""
 
+    words: bool = True
+    """Whether the terms of the records' texts become labels. Without them near-duplicates are found all the same, and
+    no image has a label: for pictures without words."""
     annotations: AnnotationConfig = AnnotationConfig()
     dedup: DedupConfig = DedupConfig()
     dictionary: DictionaryConfig = DictionaryConfig()
@@ -52,7 +55,7 @@ class LabelJob:
     def __init__(self, run: StageRun[LabelsConfig]) -> None:
         self.config, self.out = run.config, run.out
         self.corpus, self.embeddings = run.one("corpus"), run.one("embeddings")
-        self.previous = next(iter(run.many("previous")), None)
+        self.previous = next((old for old in run.many("previous") if old.manifest.config.get("words", True)), None)
         """Labels of an earlier run. Clusters that continue keep their ids, unchanged terms their scores."""
         self.parts = part_items(self.corpus.files("part-", ".parquet"))
 

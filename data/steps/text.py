@@ -74,7 +74,8 @@ def _no_terms(job: LabelJob) -> str:
     config = job.config.annotations
     problem = f"no term is named by {config.min_images} training images; lower annotations.min_images or "
     if config.annotator != "precomputed":
-        return problem + "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
+        where = "check the text columns" + (" and annotations.vocabulary" if config.vocabulary else "")
+        return f"{problem}{where}; pictures without words take words: false"
     if config.scores_from == "keywords":
         return problem + "write keywords as term:score"
     column = "map the column of your keyword model to the corpus field 'annotations'"

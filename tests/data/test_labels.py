@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+LABELS = labels.LabelsConfig.model_validate(SETTINGS)
+
+
 def inputs(root: str, parts: int) -> dict[str, list[Artifact]]:
     rows = make_rows(240)
     return {"corpus": [publish_corpus(root, rows, parts)], "embeddings": [publish_embeddings(root, rows, 5 - parts)]}
@@ -42,7 +46,7 @@ def built(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> list[d
     for parts in (1, 4):
         root = str(tmp_path_factory.mktemp(f"parts{parts}"))
         given = inputs(root, parts)
-        made = execute(labels.STAGE, labels.LabelsConfig.model_validate(SETTINGS), given, root, "labels")
+        made = execute(labels.STAGE, LABELS, given, root, "labels")
         config = shards.ShardsConfig(rows_per_shard=60, min_images_per_category=1, categories="all")
         cut = execute(shards.STAGE, config, {"corpus": given["corpus"], "labels": [made]}, root, "shards")
         results.append({"labels": made, "shards": cut, **{key: value[0] for key, value in given.items()}})
@@ -180,3 +184,46 @@ def test_categories_that_are_no_classes_are_counted_and_logged(
         caplog.clear()
         assert (classes.categories, shards.categories_left_out(census, classes)) == (names, left_out)
         assert bool(left_out) == ("categories: all keeps rows without a group" in caplog.text)
+
+
+@pytest.mark.ray
+def test_without_words_copies_go_all_the_same_and_classes_are_the_corpus_own(ray_session: None, tmp_path: Path) -> None:
+    """What trains is what trains with words; a later run with words starts from nothing."""
+    rows = [{**row, "title": None, "keywords": None, "group": f"g{n // 4}"} for n, row in enumerate(make_rows(240))]
+    given = {
+        "corpus": [publish_corpus(str(tmp_path), rows, 2)],
+        "embeddings": [publish_embeddings(str(tmp_path), make_rows(240), 3)],
+    }
+    settings = labels.LabelsConfig.model_validate({"words": False})
+    made = execute(labels.STAGE, settings, given, str(tmp_path), "labels")
+    labelled = content(made, "image_labels")
+    dropped = {row["image_id"] for row in content(made, "duplicates")}
+    assert len(dropped) >= 3
+    assert {row["image_id"] for row in labelled} == {r["image_id"] for r in rows if r["split"] == "train"} - dropped
+    assert all(row["labels"] == [] == row["interests"] for row in labelled)
+    assert made.read_json("classes.json") == []
+    assert (made.stats["images"], made.stats["labels"]) == (len(labelled), 0)
+    config = shards.ShardsConfig(rows_per_shard=60)
+    cut = execute(shards.STAGE, config, {"corpus": given["corpus"], "labels": [made]}, str(tmp_path), "shards")
+    classes = cut.read_json("classes.json")
+    group_of = {row["image_id"]: row["group"] for row in rows}
+    groups = {group_of[row["image_id"]] for row in labelled}  # those of test rows are held out whole
+    assert (classes["labels"], len(classes["category"]), set(classes["group"])) == ([], 3, groups)
+    written = content(cut, "shapes/part-")
+    assert sorted(row["image_id"] for row in written) == sorted(row["image_id"] for row in labelled)
+    assert {(tuple(row["labels"]), row["repeat"]) for row in written} == {((), 1.0)}
+    worded = inputs(str(tmp_path / "worded"), 1)
+    again = execute(labels.STAGE, LABELS, {**worded, "previous": [made]}, str(tmp_path / "worded"), "labels")
+    assert again.stats["carried_over"] == 0
+    assert again.stats["labels"] > 0
+
+
+@pytest.mark.ray
+def test_pictures_without_words_are_told_the_setting(ray_session: None, tmp_path: Path) -> None:
+    rows = [{**row, "title": None, "keywords": None, "category": None} for row in make_rows(60)]
+    given = {
+        "corpus": [publish_corpus(str(tmp_path), rows, 1)],
+        "embeddings": [publish_embeddings(str(tmp_path), make_rows(60), 1)],
+    }
+    with pytest.raises(UsageError, match="check the text columns; pictures without words take words: false"):
+        execute(labels.STAGE, LABELS, given, str(tmp_path), "labels")

@@ -22,7 +22,8 @@ from lookalike.vision.encoder import EncoderConfig, read_config
 
 LABEL_FIELDS = ("labels", "category", "group")
 REMEDIES = {
-    "labels": "give the records titles or keywords, or lower min_images_per_label in the labels step",
+    "labels": "give the records titles or keywords, and in the labels step set words: true or lower "
+    "min_images_per_label",
     "category": "map the source's column to the corpus field category, and in the shards step set categories: all "
     "(grouped counts only rows with a group) or lower min_images_per_category",
     "group": "map the source's column of products to the corpus field group",
