@@ -99,7 +99,7 @@ def assign_none(job: LabelJob) -> dict[str, Any]:
     def task(item: Item) -> pa.Table:
         name = part_name(item["number"])
         rows = keep_training(read_table(item["uri"], ["image_id", "split"]), read_table(storage.join(dropped, name)))
-        nothing = [[]] * rows.num_rows
+        nothing: list[list[int]] = [[]] * rows.num_rows
         write_table(storage.join(labels, name), pa.table([rows["image_id"], nothing, nothing], labelling.IMAGE_LABELS))
         return pa.table([["images"], ["all"], [rows.num_rows]], labelling.LABEL_TOTALS)
 

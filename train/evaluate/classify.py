@@ -40,6 +40,7 @@ from lookalike.train.evaluate.classifiers import (
     softmax_regression,
 )
 from lookalike.train.evaluate.evaluate import EmbeddingTable, load, row_indices, sort_by_id
+from lookalike.train.evaluate.judgements import row_keys
 
 log = get_logger(__name__)
 TOP = 5
@@ -132,9 +133,9 @@ def pose(embedded: EmbeddingTable, config: ClassifyConfig) -> Problem:
         raise UsageError(f"no test row has a {config.label!r} of the training rows; choose another label or test")
     if len(train) > config.max_rows:
         log.info("sampled %s", fields(embedding=embedded.name, rows=len(train), max_rows=config.max_rows))
-        order = np.argsort(mix_keys(_keys(table, None)[train], config.seed, "rows"), kind="stable")
+        order = np.argsort(mix_keys(row_keys(table, None)[train], config.seed, "rows"), kind="stable")
         train = train[np.sort(order[: config.max_rows])]
-    keys = _keys(table, config.group)
+    keys = row_keys(table, config.group)
     held = mix_keys(keys[train], config.seed, "holdout") < np.uint64(config.holdout * 2.0**64)
     if held.all() or not held.any():
         raise UsageError(f"holdout {config.holdout} of the training groups leaves a part empty; give more rows")
@@ -144,14 +145,6 @@ def pose(embedded: EmbeddingTable, config: ClassifyConfig) -> Problem:
 
 def _texts(table: pa.Table, name: str) -> list[str]:
     return ["" if value is None else str(value) for value in table[name].to_pylist()]
-
-
-def _keys(table: pa.Table, group: str | None) -> npt.NDArray[np.uint64]:
-    ids = _texts(table, "image_id")
-    own = _texts(table, group) if group else ids
-    return stable_keys(
-        [f"group {name}" if group and name else f"row {id_}" for name, id_ in zip(own, ids, strict=True)]
-    )
 
 
 def fit_probe(problem: Problem, dim: int, kind: str, config: ClassifyConfig) -> tuple[Linear, float]:

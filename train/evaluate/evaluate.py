@@ -10,30 +10,34 @@ with the smaller ``image_id`` first. So figures do not depend on the order of th
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lookalike import schemas, storage
 from lookalike.artifacts import Artifact
 from lookalike.config import Config
 from lookalike.errors import UsageError
+from lookalike.intervals import group_means
 from lookalike.outlook import Outlook, require_column, require_values
 from lookalike.plots import create_figure, to_png
 from lookalike.progress import track
 from lookalike.registry import nearest
 from lookalike.retrieval import metrics
-from lookalike.retrieval.relevance import count_equal, judge_labels
+from lookalike.retrieval.metrics import get_metric
+from lookalike.retrieval.relevance import ByClass, ByPairs, Relevance
 from lookalike.stages import Input, Stage, StageConfig, StageRun
 from lookalike.train.evaluate.baselines import REDUCTIONS, Floats, grid_prefix
 from lookalike.train.evaluate.embed import select_rows
+from lookalike.train.evaluate.judgements import classes_of, read_pairs, row_keys
 
-K = 10
+ALWAYS = ("p_at_1", "map_at_10_by_k", "recall_at_10")
+"""Metrics of every task."""
 QUERY_BLOCK, BASE_BLOCK = 512, 65_536
 
 
@@ -44,8 +48,32 @@ class RetrievalTask(Config):
     """Column -> values that select the query rows."""
     database: dict[str, list[str]]
     """Column -> values that select the database rows; a query row is never its own neighbour."""
-    label: str
+    label: str | None = None
     """Column of the label, for example ``group`` or ``category``."""
+    pairs: str | None = None
+    """In place of a label: URI of a parquet file of judged pairs, such as clicks or people's grades, with the columns
+    ``query_id``, ``item_id`` and perhaps ``grade`` (1 without it, 0 is not relevant). Queries without a pair are not
+    asked."""
+    min_grade: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """Pairs below this grade are not relevant."""
+    metrics: tuple[str, ...] = ()
+    """Metrics beside the three that are always measured, such as ``ndcg_at_5`` or ``map_at_20_by_relevant``; an unknown
+    one lists all forms (``lookalike.retrieval.metrics``)."""
+    group: str | None = "group"
+    """Column of queries that are alike, such as pictures of one product, and are drawn together for 95% intervals; a
+    query without a value stands for itself."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RetrievalTask":
+        if (self.label is None) == (self.pairs is None):
+            raise ValueError("what is relevant comes from a label or from pairs; set one of them")
+        if self.pairs is None and self.min_grade:
+            raise ValueError("min_grade is about pairs; drop it")
+        for name in self.metrics:
+            get_metric(name)
+            if self.pairs is not None and name.startswith("vote"):
+                raise ValueError(f"{name} needs classes, and pairs have none; drop it, or set a label")
+        return self
 
 
 class EvaluateConfig(StageConfig):
@@ -147,52 +175,68 @@ def _largest(scores: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
     return found
 
 
-def neighbour_labels(
-    queries: Floats, database: Floats, same: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Labels of each query's ``K`` nearest database rows, int64 [q, K]; -1 where a small database has no more."""
-    neighbours = nearest_rows(queries, database, same, min(K, len(database)))
-    hits = np.where(neighbours == same[:, None], -1, labels[neighbours])  # the query itself is no answer
-    return np.pad(hits, ((0, 0), (0, K - hits.shape[1])), constant_values=-1)
+def nearest_answers(queries: Floats, database: Floats, same: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """``nearest_rows`` without the query itself, int64 [q, k]; -1 where a small database has no more."""
+    neighbours = nearest_rows(queries, database, same, min(k, len(database)))
+    answers = np.where(neighbours == same[:, None], -1, neighbours)
+    return np.pad(answers, ((0, 0), (0, k - answers.shape[1])), constant_values=-1)
+
+
+class Case(NamedTuple):
+    """The queries of a task, the rows that may answer, and what is relevant."""
+
+    queries: npt.NDArray[np.int64]
+    """Rows that ask, in order of their ids."""
+    database: npt.NDArray[np.int64]
+    same: npt.NDArray[np.int64]
+    """int64 [queries]: place of the query itself in the database, or -1."""
+    relevance: Relevance
+
+
+def pose(embedded: EmbeddingTable, task: RetrievalTask) -> Case:
+    """Rows of a task; ``UsageError`` if nothing is asked, or nothing is right or wrong."""
+    table = embedded.table
+    queries = sort_by_id(table, row_indices(table, task.queries, "queries"))
+    database = sort_by_id(table, row_indices(table, task.database, "database"))
+    place = {int(row): i for i, row in enumerate(database)}
+    if task.pairs is not None:
+        pairs = read_pairs(task.pairs, table, queries, database)
+        asked, number = np.unique(pairs.queries, return_inverse=True)
+        queries = queries[asked]
+        relevance: Relevance = ByPairs(
+            number, pairs.items, pairs.grades, num_queries=len(queries), min_grade=task.min_grade
+        )
+    else:
+        labels = classes_of(table, str(task.label), embedded.name)
+        queries = queries[labels[queries] >= 0]  # nothing is right or wrong for a query without a label
+        if not len(queries):
+            raise UsageError(f"no query of {dict(task.queries)} has a {task.label!r}; choose another label")
+        own = np.arange(len(table))  # the query itself is no answer
+        relevance = ByClass(labels[queries], labels[database], (own[queries], own[database]))
+    same = np.array([place.get(int(row), -1) for row in queries], np.int64)
+    return Case(queries, database, same, relevance)
 
 
 def measure_task(
-    embedded: EmbeddingTable, vectors: Floats, dims: list[int], task: RetrievalTask
+    embedded: EmbeddingTable, vectors: Floats, dims: list[int], task: RetrievalTask, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
     """One row of figures per dim for prefixes of ``vectors`` [n, D], each normalised after truncation."""
-    query_rows = sort_by_id(embedded.table, row_indices(embedded.table, task.queries, "queries"))
-    base_rows = sort_by_id(embedded.table, row_indices(embedded.table, task.database, "database"))
-    if task.label not in embedded.table.column_names:
-        valid = embedded.table.column_names
-        raise UsageError(
-            f"task label {task.label!r} is no column{nearest(task.label, valid)}; {embedded.name!r} has "
-            f"{', '.join(valid)}"
-        )
-    column = embedded.table[task.label].to_pylist()
-    names = ["" if value is None else str(value) for value in column]
-    classes = {name: i for i, name in enumerate(sorted(set(names) - {""}))}
-    labels = np.array([classes.get(name, -1) for name in names], np.int64)  # an empty label is no class
-    query_rows = query_rows[labels[query_rows] >= 0]  # nothing is right or wrong for a query without a label
-    if not len(query_rows):
-        raise UsageError(f"no query of {dict(task.queries)} has a {task.label!r}; choose another label")
-    place = {int(row): i for i, row in enumerate(base_rows)}
-    same = np.array([place.get(int(row), -1) for row in query_rows], np.int64)
-    relevant = count_equal(labels[base_rows], labels[query_rows])
-    relevant = relevant - (same >= 0)  # the query itself is no answer
+    case = pose(embedded, task)
+    wanted = [get_metric(name) for name in dict.fromkeys((*ALWAYS, *task.metrics))]
+    depth = max(metric.depth(case.relevance.num_relevant) for metric in wanted)
+    group = task.group if task.group in embedded.table.column_names else None
+    _, groups = np.unique(row_keys(embedded.table, group)[case.queries], return_inverse=True)
     for dim in dims:
         unit = grid_prefix(vectors, dim)
-        hits = neighbour_labels(unit[query_rows], unit[base_rows], same, labels[base_rows])
-        judged = judge_labels(hits, labels[query_rows], relevant)
-        p1 = metrics.mean(metrics.precision(judged, 1))
-        yield {
-            "dim": dim,
-            "queries": len(query_rows),
-            "database": len(base_rows),
-            "p_at_1": p1,
-            "p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(query_rows))),
-            "map_at_10_by_k": metrics.mean(metrics.ap_by_k(judged, K)),
-            "recall_at_10": metrics.mean(metrics.recall(judged, K)),
-        }
+        rows = nearest_answers(unit[case.queries], unit[case.database], case.same, depth)
+        judged = case.relevance.judge(rows)
+        scores = np.stack([metric.score(judged) for metric in wanted], axis=1)
+        figures: dict[str, Any] = {"dim": dim, "queries": len(case.queries), "database": len(case.database)}
+        intervals = group_means(scores, groups, seed=seed)
+        for metric, column, (low, high) in zip(wanted, scores.T, intervals, strict=True):
+            figures |= {metric.id: metrics.mean(column), f"{metric.id}_low": low, f"{metric.id}_high": high}
+        p1 = figures["p_at_1"]
+        yield figures | {"p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(case.queries)))}
 
 
 def measure(embedded: EmbeddingTable, config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -212,7 +256,7 @@ def measure(embedded: EmbeddingTable, config: EvaluateConfig) -> list[dict[str, 
         for name, task in config.tasks.items():
             rows += [
                 {"embedding": embedded.name, "method": method, "task": name, **figures}
-                for figures in measure_task(embedded, vectors, usable, task)
+                for figures in measure_task(embedded, vectors, usable, task, config.seed)
             ]
     return rows
 
@@ -242,8 +286,7 @@ def evaluate(run: StageRun[EvaluateConfig]) -> None:
         "subject": subject,
         "headline_task": headline,
         "metric_notes": {
-            "map_at_10_by_k": "mean over queries of (1/10) sum_{i<=10} rel_i P@i, the MRL paper's form",
-            "recall_at_10": "relevant items among the first 10, divided by all relevant items in the database",
+            name: get_metric(name).definition for task in config.tasks.values() for name in (*ALWAYS, *task.metrics)
         },
         "full_dim": full_dim,
         "rows": rows,
@@ -287,10 +330,17 @@ def foresee(config: EvaluateConfig, given: Mapping[str, Mapping[str, Outlook]], 
     columns, embeddings = ("image_id", *schemas.CARRIED), given["embeddings"]
     if not any("/" in source for source in embeddings):  # an artifact of elsewhere is opened later, and has any name
         require_names(config, list(embeddings))
+    for name, task in config.tasks.items():
+        if task.pairs is not None and not storage.exists(task.pairs):
+            raise UsageError(
+                f"tasks.{name}.pairs {task.pairs} does not exist; give a parquet file of query_id, item_id"
+            )
     for outlook in embeddings.values():
         for name, task in config.tasks.items():
             require_values(outlook, f"tasks.{name}.queries", task.queries, columns)
             require_values(outlook, f"tasks.{name}.database", task.database, columns)
+            if task.label is None:
+                continue
             require_column(f"tasks.{name}.label", task.label, columns)
             if outlook.get(task.label) == {}:
                 raise UsageError(
@@ -302,12 +352,17 @@ def foresee(config: EvaluateConfig, given: Mapping[str, Mapping[str, Outlook]], 
     return {}
 
 
+def _sources(config: EvaluateConfig) -> list[str]:
+    return [task.pairs for task in config.tasks.values() if task.pairs is not None]
+
+
 STAGE = Stage(
     name="evaluate",
     kind="report",
     config=EvaluateConfig,
     run=evaluate,
     foresee=foresee,
-    version=2,
+    version=3,
+    sources=_sources,
     inputs={"embeddings": Input("embeddings", many=True)},
 )
