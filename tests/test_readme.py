@@ -20,7 +20,7 @@ def test_the_section_in_python_runs(
         Image.fromarray(random.integers(0, 256, (90, 120, 3), np.uint8)).save(f"{name}.png")
     section = README.read_text(encoding="utf-8").partition("\n## In Python\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)

@@ -27,6 +27,7 @@ _LAZY = {
     "Plan": "lookalike.retrieval.plan",
     "Recipe": "lookalike.recipe",
     "Searcher": "lookalike.retrieval.searcher",
+    "evaluate": "lookalike.train.evaluate.arrays",
 }
 __all__ = [
     "Artifact",
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "Searcher",
     "__version__",
+    "evaluate",
 ]
 
 

@@ -165,7 +165,11 @@ def test_variants_differ_from_the_subject_in_what_they_are_named_for(name: str) 
 
 
 def test_photographs_are_asked_for_among_those_trained_on_and_in_the_catalogue() -> None:
-    tasks = Recipe.load(str(RECIPES / "learning-grocery.yaml")).config("evaluate").model_dump(exclude_defaults=True)["tasks"]
+    tasks = (
+        Recipe.load(str(RECIPES / "learning-grocery.yaml"))
+        .config("evaluate")
+        .model_dump(exclude_defaults=True)["tasks"]
+    )
     natural = {"split": ["test"], "view": ["natural"]}
     assert tasks["product"] == {
         "queries": natural,

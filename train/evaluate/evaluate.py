@@ -191,6 +191,8 @@ class Case(NamedTuple):
     same: npt.NDArray[np.int64]
     """int64 [queries]: place of the query itself in the database, or -1."""
     relevance: Relevance
+    groups: npt.NDArray[Any]
+    """[queries]: equal for queries that are alike."""
 
 
 def pose(embedded: EmbeddingTable, task: RetrievalTask) -> Case:
@@ -214,7 +216,26 @@ def pose(embedded: EmbeddingTable, task: RetrievalTask) -> Case:
         own = np.arange(len(table))  # the query itself is no answer
         relevance = ByClass(labels[queries], labels[database], (own[queries], own[database]))
     same = np.array([place.get(int(row), -1) for row in queries], np.int64)
-    return Case(queries, database, same, relevance)
+    group = task.group if task.group in table.column_names else None
+    return Case(queries, database, same, relevance, row_keys(table, group)[queries])
+
+
+def measure_case(
+    case: Case, vectors: Floats, dims: Sequence[int], names: Sequence[str], seed: int
+) -> Iterator[dict[str, Any]]:
+    """A row of figures per dim: each metric of ``names`` with its interval over the case's groups."""
+    wanted = [get_metric(name) for name in dict.fromkeys(names)]
+    depth = max(metric.depth(case.relevance.num_relevant) for metric in wanted)
+    _, numbered = np.unique(case.groups, return_inverse=True)
+    for dim in dims:
+        unit = grid_prefix(vectors, dim)
+        judged = case.relevance.judge(nearest_answers(unit[case.queries], unit[case.database], case.same, depth))
+        scores = np.stack([metric.score(judged) for metric in wanted], axis=1)
+        figures: dict[str, Any] = {"dim": dim, "queries": len(case.queries), "database": len(case.database)}
+        intervals = group_means(scores, numbered, seed=seed)
+        for metric, column, (low, high) in zip(wanted, scores.T, intervals, strict=True):
+            figures |= {metric.id: metrics.mean(column), f"{metric.id}_low": low, f"{metric.id}_high": high}
+        yield figures
 
 
 def measure_task(
@@ -222,19 +243,7 @@ def measure_task(
 ) -> Iterator[dict[str, Any]]:
     """One row of figures per dim for prefixes of ``vectors`` [n, D], each normalised after truncation."""
     case = pose(embedded, task)
-    wanted = [get_metric(name) for name in dict.fromkeys((*ALWAYS, *task.metrics))]
-    depth = max(metric.depth(case.relevance.num_relevant) for metric in wanted)
-    group = task.group if task.group in embedded.table.column_names else None
-    _, groups = np.unique(row_keys(embedded.table, group)[case.queries], return_inverse=True)
-    for dim in dims:
-        unit = grid_prefix(vectors, dim)
-        rows = nearest_answers(unit[case.queries], unit[case.database], case.same, depth)
-        judged = case.relevance.judge(rows)
-        scores = np.stack([metric.score(judged) for metric in wanted], axis=1)
-        figures: dict[str, Any] = {"dim": dim, "queries": len(case.queries), "database": len(case.database)}
-        intervals = group_means(scores, groups, seed=seed)
-        for metric, column, (low, high) in zip(wanted, scores.T, intervals, strict=True):
-            figures |= {metric.id: metrics.mean(column), f"{metric.id}_low": low, f"{metric.id}_high": high}
+    for figures in measure_case(case, vectors, dims, (*ALWAYS, *task.metrics), seed):
         p1 = figures["p_at_1"]
         yield figures | {"p_at_1_standard_error": float(np.sqrt(p1 * (1 - p1) / len(case.queries)))}
 
