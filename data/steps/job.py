@@ -55,8 +55,10 @@ class LabelJob:
     def __init__(self, run: StageRun[LabelsConfig]) -> None:
         self.config, self.out = run.config, run.out
         self.corpus, self.embeddings = run.one("corpus"), run.one("embeddings")
-        self.previous = next((old for old in run.many("previous") if old.manifest.config.get("words", True)), None)
-        """Labels of an earlier run. Clusters that continue keep their ids, unchanged terms their scores."""
+        self.previous = next(
+            (old for old in run.many("previous") if storage.exists(old.path("dictionary.parquet"))), None
+        )
+        """Labels of an earlier run with words. Clusters that continue keep their ids, unchanged terms their scores."""
         self.parts = part_items(self.corpus.files("part-", ".parquet"))
 
     def once(self, name: str, step: Callable[["LabelJob", *Inputs], Counts], *inputs: *Inputs) -> Counts:
