@@ -42,8 +42,8 @@ def train(bench: Bench, folder: Path, world: int, start: Path, **given: Any) -> 
 @pytest.mark.parametrize(
     ("streams", "more", "tolerance"),
     [
-        (2, {"tasks": SHARDED}, 1e-4),
-        (3, {}, 1e-4),
+        pytest.param(2, {"tasks": SHARDED}, 1e-4, marks=pytest.mark.nightly),
+        pytest.param(3, {}, 1e-4, marks=pytest.mark.nightly),
         # half precision rounds each product by up to 5e-4, and 20 steps of a network of 40 layers add up; a mean over
         # parts or workers that is taken wrongly is off by a half
         (2, {"tasks": SHARDED, "compute": {"precision": "float16"}}, 0.05),
